@@ -1,0 +1,1 @@
+"""ECoFLaP: coarse-to-fine layer-wise pruning of vision-language models."""

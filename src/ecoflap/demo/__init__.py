@@ -1,0 +1,1 @@
+"""The embedded vision-language model and its bundled data."""

@@ -1,0 +1,56 @@
+"""What a user can do wrong: one class a kind, each with one line that says what, where and how to mend it."""
+
+from __future__ import annotations
+
+
+class EcoflapError(Exception):
+    """Base of every error with a message for the user; the command line prints it as one line.
+
+    ``exit_code`` is 2 for input that the user can mend, 1 for a run that failed.
+    """
+
+    exit_code = 2
+
+
+class InvalidOption(EcoflapError):
+    """An option has a value out of its range, or two options contradict each other."""
+
+
+class UnknownName(EcoflapError):
+    """A name (criterion, task, layer, ...) that is not registered; the message suggests near ones."""
+
+
+class CalibrationError(EcoflapError):
+    """Calibration data is missing, empty, unreadable, too small, or does not fit the model."""
+
+
+class CheckpointError(EcoflapError):
+    """A checkpoint cannot be read or written: missing, broken, pickle only, unknown class."""
+
+
+class AnatomyError(EcoflapError):
+    """No towers or prunable layers were found, or a pattern selects nothing."""
+
+
+class InfeasibleAllocation(EcoflapError):
+    """The sparsity cannot be reached under the cap, floors or pattern; the message gives the feasible range."""
+
+
+class NonFiniteLoss(EcoflapError):
+    """A loss, score or statistic is NaN or infinite; the message names the batch and the layer."""
+
+
+class OutputExists(EcoflapError):
+    """The output directory already holds something and neither ``--overwrite`` nor ``--resume`` was given."""
+
+
+class ResumeMismatch(EcoflapError):
+    """The recipe, model or versions differ from those of the run to resume; the message shows the difference."""
+
+
+class StorageError(EcoflapError):
+    """A file could not be written: disk full, no permission. What was there before is intact."""
+
+
+class MissingDependency(EcoflapError):
+    """An optional package is needed; the message gives the ``pip install`` line."""

@@ -1,0 +1,1 @@
+"""Stage 1: one global score a layer."""

@@ -1,0 +1,31 @@
+"""Progress of long work as a small protocol, so that the library can report without knowing a terminal."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One stage under way."""
+
+    def advance(self, steps: int = 1, detail: str = "") -> None:
+        """``steps`` of the stage's total are done; ``detail`` says what is being worked on (a layer's name)."""
+
+
+class Progress(Protocol):
+    """Opens one :class:`Task` a stage: ``with progress.stage("importance", total=840) as task``."""
+
+    def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]: ...
+
+
+class _SilentTask:
+    def advance(self, steps: int = 1, detail: str = "") -> None:
+        pass
+
+
+class Silent:
+    """Reports nothing; the default of the Python API."""
+
+    def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
+        return nullcontext(_SilentTask())
