@@ -1,0 +1,112 @@
+"""First-order importance: one backward pass a batch, each weight's gradient reduced to one number and freed at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.scores import Estimate
+from ecoflap.registry import unknown
+
+
+def _gradient(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Σ|g|."""
+    return gradient.abs().sum()
+
+
+def _weight_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Σ|w|·|g| (the first-order form of ECoFLaP)."""
+    return (weight * gradient).abs().sum()
+
+
+def _fisher(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Σ w²·g² (optimal brain damage with the empirical Fisher diagonal; LeCun et al. 1989)."""
+    return (weight * gradient).square().sum()
+
+
+def _squared_weight_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Σ w²·|g|."""
+    return (weight.square() * gradient.abs()).sum()
+
+
+def _norm(weight: Tensor, gradient: Tensor) -> Tensor:
+    """√(2/π)·‖g‖₂, what the zeroth order estimates, exactly."""
+    return math.sqrt(2 / math.pi) * gradient.norm()
+
+
+# All are linear in what is averaged over batches, so that one number a batch is enough: Σ|w|·E|g| = E Σ|w|·|g|.
+VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "weight-gradient": _weight_gradient,
+    "gradient": _gradient,
+    "fisher": _fisher,
+    "squared-weight-gradient": _squared_weight_gradient,
+    "norm": _norm,
+}
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Elementwise gradient scores, summed per matrix (Sung et al. 2024, section 3.2 and its comparison of measures).
+
+    Gradients are taken of each batch's mean loss. No gradient outlives its hook, so that the memory above a forward is
+    the graph and one matrix.
+
+    Attributes:
+        variant: one of :data:`VARIANTS`.
+    """
+
+    variant: str = "weight-gradient"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise unknown("first-order variant", self.variant, list(VARIANTS))
+
+    def steps(self, context: ProbeContext) -> int:
+        return len(context.layers) * len(context.batches)
+
+    def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
+        """One value a (layer, batch); 0 for a layer that the loss does not depend on."""
+        reduce = VARIANTS[self.variant]
+        weights = {layer.name: context.model.get_parameter(layer.name) for layer in context.layers}
+        for index in range(len(context.batches)):
+            if all((name, index, 0) in context.done for name in weights):
+                continue
+            values = dict.fromkeys(weights, 0.0)
+
+            def keep(name: str, values: dict[str, float] = values) -> Callable[[Tensor], None]:
+                def hook(parameter: Tensor) -> None:
+                    assert parameter.grad is not None
+                    values[name] = float(reduce(parameter.detach(), parameter.grad))
+                    parameter.grad = None
+
+                return hook
+
+            with torch.enable_grad(), _only_these_need_gradients(context.model, weights), ExitStack() as hooks:
+                for name, weight in weights.items():
+                    hooks.callback(weight.register_post_accumulate_grad_hook(keep(name)).remove)
+                context.loss_tensor(index).backward()  # type: ignore[no-untyped-call]
+            for name, value in values.items():
+                if (name, index, 0) not in context.done:
+                    yield Estimate(name, index, 0, value)
+
+
+@contextmanager
+def _only_these_need_gradients(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
+    """``requires_grad`` on the given weights alone; flags and gradients of all parameters come back at exit."""
+    wanted = {id(weight) for weight in weights.values()}
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, needed, gradient in before:
+            parameter.requires_grad_(needed)
+            parameter.grad = gradient

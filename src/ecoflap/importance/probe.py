@@ -1,0 +1,75 @@
+"""What an importance measure gets to work with, and the protocol that it fulfils."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ecoflap.errors import NonFiniteLoss
+from ecoflap.importance.scores import Estimate
+from ecoflap.network.anatomy import Anatomy, Layer
+
+Objective = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass
+class ProbeContext:
+    """The model (in eval mode, computing in fp32), its layers, and the fixed calibration batches.
+
+    Attributes:
+        done: (layer, batch, draw) of estimates that an interrupted run already has.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    batches: Sequence[Any]
+    objective: Objective
+    seed: int
+    done: frozenset[tuple[str, int, int]] = field(default_factory=frozenset)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.anatomy.layers
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return self.anatomy.replayable
+
+    def blocks_of(self, layer: Layer) -> tuple[str, ...]:
+        """The blocks that must be computed when this matrix changes: all that hold it, if it is shared."""
+        if not layer.aliases:
+            return (layer.block,)
+        return tuple(block for block in self.blocks if any(m.startswith(block + ".") for m in layer.modules))
+
+    def loss_tensor(self, index: int) -> Tensor:
+        """The scalar fp32 loss of one calibration batch, with its graph where gradients are on."""
+        return self.objective(self.model, self.batches[index])
+
+    def loss(self, index: int, layer: str | None = None) -> float:
+        """The loss of one calibration batch as a number.
+
+        Raises:
+            NonFiniteLoss: it is NaN or infinite; names the batch and, in a probe, the layer.
+        """
+        value = float(self.loss_tensor(index))
+        if not math.isfinite(value):
+            where = f" while {layer} is perturbed" if layer else ""
+            raise NonFiniteLoss(
+                f"the loss of calibration batch {index} is {value}{where}: check its samples, "
+                "or leave it out of the calibration data"
+            )
+        return value
+
+
+class ImportanceMeasure(Protocol):
+    """Yields estimates; averaging, journal, resume and precision are the caller's (``measure.py``)."""
+
+    def steps(self, context: ProbeContext) -> int:
+        """Number of estimates that a run from scratch yields."""
+
+    def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
+        """All estimates that are not in ``context.done``, in a fixed order."""

@@ -1,0 +1,130 @@
+"""What stage 1 gives: one score a layer with its standard error, and the file it is kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ecoflap.errors import InvalidOption, NonFiniteLoss
+from ecoflap.network.anatomy import Layer
+
+# Relative standard deviation of |N(0, 1)|, by which one lone estimate scatters.
+HALF_NORMAL_SPREAD = math.sqrt(math.pi / 2 - 1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One measurement of one layer: on calibration batch ``batch``, with noise ``draw`` (0 where there is none)."""
+
+    layer: str
+    batch: int
+    draw: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean of |estimates|, its standard error, and their number."""
+
+    score: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The scores of all prunable layers.
+
+    Attributes:
+        method: registered name of the importance.
+        settings: options that it was measured with.
+        layers: the layers in the network's order.
+        scores: parameter name to :class:`Score`, for each of them.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    layers: tuple[Layer, ...]
+    scores: Mapping[str, Score] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = []
+        for layer in self.layers:
+            score = self.scores[layer.name]
+            rows.append(
+                {
+                    "name": layer.name,
+                    "tower": layer.tower,
+                    "modality": layer.modality,
+                    "block": layer.block,
+                    "shape": list(layer.shape),
+                    "score": score.score,
+                    "stderr": score.stderr,
+                    "n": score.n,
+                }
+            )
+        return {"format": 1, "method": self.method, "settings": dict(self.settings), "layers": rows}
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "importance.json") -> Importance:
+        """Read what :meth:`to_json` wrote, possibly edited by hand.
+
+        Raises:
+            InvalidOption: something is missing or has the wrong type; the message names the row.
+            NonFiniteLoss: a score is not a finite number of at least 0; the message names the layer.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), list):
+            raise InvalidOption(f"{source}: not an importance file: it has no list 'layers'")
+        layers: list[Layer] = []
+        scores: dict[str, Score] = {}
+        for number, row in enumerate(data["layers"]):
+            try:
+                rows, columns = (int(size) for size in row["shape"])
+                name = str(row["name"])
+                layers.append(
+                    Layer(
+                        name=name,
+                        module=name.rpartition(".")[0],
+                        block=str(row["block"]),
+                        tower=str(row["tower"]),
+                        modality=str(row.get("modality", "")),
+                        shape=(rows, columns),
+                    )
+                )
+                score = Score(float(row["score"]), float(row.get("stderr", 0.0)), int(row.get("n", 0)))
+            except (KeyError, TypeError, ValueError) as error:
+                raise InvalidOption(f"{source}: layer {number} is incomplete or malformed ({error!r})") from error
+            if not math.isfinite(score.score) or score.score < 0:
+                raise NonFiniteLoss(f"{source}: the score of {name} is {score.score}, not a finite number of at least 0")
+            if name in scores:
+                raise InvalidOption(f"{source}: layer {name} stands twice")
+            scores[name] = score
+        return cls(str(data.get("method", "")), dict(data.get("settings", {})), tuple(layers), scores)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Importance:
+        """Read an ``importance.json``. Raises InvalidOption where it can't be read."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text("utf-8")), str(path))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InvalidOption(f"can't read importance from {path}: {error}") from error
+
+
+def summarise(estimates: Iterable[float]) -> Score:
+    """Mean and standard error of the absolute values; the same for any order of them.
+
+    One lone estimate has the standard error that the half-normal distribution gives it.
+    """
+    values = [abs(value) for value in estimates]
+    n = len(values)
+    if n == 0:
+        return Score(0.0, 0.0, 0)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Score(mean, HALF_NORMAL_SPREAD * mean, 1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return Score(mean, math.sqrt(variance / n), n)

@@ -1,0 +1,104 @@
+"""One watched forward: which modules run, in what order, called by whom, and which lists of modules form a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Batch = Mapping[str, Any]
+Run = Callable[[nn.Module, Any], Any]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dicts and model outputs, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the context; every submodule gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def plain_forward(model: nn.Module, batch: Any) -> Any:
+    """``model(**batch)`` for a mapping, ``model(batch)`` otherwise."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+@dataclass
+class Trace:
+    """What one forward did.
+
+    Attributes:
+        ranks: path of each called module to the rank of its first call.
+        drivers: for each called module, the path of the innermost module in whose forward it was (first) called.
+        calls: number of calls of each module.
+        chained: pairs ``(a, b)`` such that a tensor returned by watched module ``a`` was passed to watched ``b``.
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    drivers: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    chained: set[tuple[str, str]] = field(default_factory=set)
+
+    def position(self, path: str) -> int:
+        """Rank of the first call of ``path``; modules never called come last."""
+        return self.ranks.get(path, len(self.ranks))
+
+
+def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forward) -> Trace:
+    """Run one forward and record the calls.
+
+    Args:
+        model: any module; its mode and hooks are as before afterwards.
+        batch: what ``run`` takes.
+        watched: paths whose tensors are compared to find chains; these are kept alive for the length of the forward.
+        run: how to run the model on the batch, by default ``model(**batch)``.
+    """
+    result = Trace()
+    stack: list[str] = []
+    producers: dict[int, str] = {}
+    alive: list[Tensor] = []  # so that no id() is used twice
+
+    def before(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if path not in result.calls:
+                result.ranks[path] = len(result.ranks)
+                result.drivers[path] = stack[-1] if stack else ""
+            result.calls[path] = result.calls.get(path, 0) + 1
+            stack.append(path)
+            if path in watched:
+                for tensor in tensors_in((args, kwargs)):
+                    if id(tensor) in producers:
+                        result.chained.add((producers[id(tensor)], path))
+
+        return hook
+
+    def after(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            stack.pop()
+            if path in watched:
+                for tensor in tensors_in(output):
+                    producers[id(tensor)] = path
+                    alive.append(tensor)
+
+        return hook
+
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for path, module in model.named_modules():
+            hooks.callback(module.register_forward_pre_hook(before(path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(after(path)).remove)
+        run(model, batch)
+    return result
