@@ -1,0 +1,89 @@
+"""Criteria: what a local pruning rule is, and the table of those there are. A new one is one file and one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ecoflap.errors import CalibrationError, NonFiniteLoss
+from ecoflap.pruning.patterns import Compare, Pattern
+from ecoflap.pruning.statistics import InputGram, InputNorm
+from ecoflap.registry import Registry
+
+Needs = Literal["none", "norm", "gram"]
+Statistics = InputNorm | InputGram
+
+
+class Pruned(NamedTuple):
+    """A weight (out, in) with its zeros, in the dtype it came in, and its mask (out, in), True = kept."""
+
+    weight: Tensor
+    mask: Tensor
+
+
+class Criterion(Protocol):
+    """A local rule: which weights of one layer become zero, and how the others make up for them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def statistics(self) -> Needs:
+        """What to gather of the layer's inputs: nothing, an InputNorm, or an InputGram (which serves for both)."""
+        ...
+
+    @property
+    def default_compare(self) -> Compare:
+        """Where scores are compared when the pattern is unstructured and leaves it open."""
+        ...
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None, zeros: int, pattern: Pattern) -> Pruned:
+        """Prune ``weight`` (out, in) to exactly ``zeros`` zeros; the input tensor is not changed.
+
+        Computes in fp32. Weights that are zero already count as any other.
+
+        Raises:
+            InvalidOption: ``zeros`` or the shape doesn't fit the pattern.
+            CalibrationError: the statistics needed are missing, empty, or of another width.
+            NonFiniteLoss: the weight or the statistics are not finite.
+        """
+        ...
+
+
+CRITERIA: Registry[Callable[[], Criterion]] = Registry(
+    "criterion",
+    {
+        "wanda": "ecoflap.pruning.wanda:Wanda",
+        "sparsegpt": "ecoflap.pruning.sparsegpt:SparseGPT",
+        "magnitude": "ecoflap.pruning.magnitude:Magnitude",
+    },
+)
+
+
+def check_statistics(criterion: str, statistics: Statistics | None, columns: int) -> Statistics:
+    """``statistics`` when they can serve for a weight of ``columns`` inputs; raises CalibrationError otherwise."""
+    if statistics is None:
+        raise CalibrationError(
+            f"criterion '{criterion}' needs statistics of the layer's inputs: give calibration batches"
+        )
+    if statistics.columns != columns:
+        raise CalibrationError(
+            f"the statistics are of {statistics.columns} inputs but the weight has {columns} columns"
+        )
+    if statistics.tokens == 0:
+        raise CalibrationError(
+            f"criterion '{criterion}': no calibration token reached the layer; add samples or exclude the layer"
+        )
+    return statistics
+
+
+def zero_out(weight: Tensor, mask: Tensor) -> Pruned:
+    """``weight`` with zeros where ``mask`` is False; what is kept stays bit-identical."""
+    if not torch.isfinite(weight).all():
+        raise NonFiniteLoss(
+            f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values; check the checkpoint"
+        )
+    return Pruned(weight.masked_fill(~mask, 0), mask)

@@ -1,0 +1,25 @@
+"""Magnitude: the smallest weights go; the baseline that needs no calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ecoflap.pruning.criteria import Pruned, Statistics, zero_out
+from ecoflap.pruning.patterns import Pattern, lowest_mask, with_default
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """score = |W_ij|, by default compared over the whole matrix (Han et al. 2015, arXiv 1506.02626)."""
+
+    name: str = "magnitude"
+    statistics: Literal["none"] = "none"
+    default_compare: Literal["matrix"] = "matrix"
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None, zeros: int, pattern: Pattern) -> Pruned:
+        """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
+        scores = weight.detach().float().abs()
+        return zero_out(weight.detach(), lowest_mask(scores, zeros, with_default(pattern, self.default_compare)))

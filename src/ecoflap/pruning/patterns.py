@@ -1,0 +1,184 @@
+"""Patterns: where zeros may fall (per row, per matrix, N of M), each with exact counts and ties broken by index."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ecoflap.errors import InvalidOption, NonFiniteLoss
+
+Compare = Literal["row", "matrix"]
+
+# Up to this M, ranking each weight against the others of its group beats a selection per group.
+_RANKED_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Zeros anywhere; scores are compared within each output row, or over the whole matrix.
+
+    ``compare`` None leaves the choice to the criterion (its ``default_compare``); without one it is "row".
+    """
+
+    compare: Compare | None = None
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NofM:
+    """``kept`` weights stay in every run of ``group`` neighbours along the input dimension (2:4 keeps 2 of 4)."""
+
+    kept: int
+    group: int
+
+    @property
+    def sparsity(self) -> Fraction:
+        return 1 - Fraction(self.kept, self.group)
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
+
+
+Pattern = Unstructured | NofM
+
+
+def parse_pattern(text: str, compare: str | None = None) -> Pattern:
+    """Read "unstructured" or "N:M" with 0 < N < M; ``compare`` ("row", "matrix") concerns unstructured alone.
+
+    Raises:
+        InvalidOption: anything else.
+    """
+    if compare not in (None, "row", "matrix"):
+        raise InvalidOption(f"compare must be 'row' or 'matrix', not {compare!r}")
+    if text == "unstructured":
+        return Unstructured("row" if compare == "row" else "matrix" if compare == "matrix" else None)
+    parts = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text)
+    if parts is None:
+        raise InvalidOption(f"pattern must be 'unstructured' or N:M such as 2:4, not {text!r}")
+    kept, group = int(parts[1]), int(parts[2])
+    if not 0 < kept < group:
+        raise InvalidOption(f"pattern {text} is impossible: N:M keeps N of every M weights, with 0 < N < M (as in 2:4)")
+    return NofM(kept, group)
+
+
+def with_default(pattern: Pattern, compare: Compare) -> Pattern:
+    """``pattern``, with ``compare`` filled in where it leaves the choice open."""
+    if isinstance(pattern, Unstructured) and pattern.compare is None:
+        return replace(pattern, compare=compare)
+    return pattern
+
+
+def sparsity_of_pattern(pattern: Pattern) -> Fraction | None:
+    """The sparsity that the pattern fixes; None when it leaves it free."""
+    return pattern.sparsity if isinstance(pattern, NofM) else None
+
+
+def check_fits(pattern: Pattern, shape: tuple[int, int], zeros: int) -> None:
+    """Raise InvalidOption unless a weight of ``shape`` (out, in) can have ``zeros`` zeros under ``pattern``.
+
+    0 (a layer left dense) and all weights are possible under every pattern.
+    """
+    rows, columns = shape
+    size = rows * columns
+    if not 0 <= zeros <= size:
+        raise InvalidOption(f"a weight of shape {rows} x {columns} cannot have {zeros} zeros; give 0 to {size}")
+    if isinstance(pattern, NofM) and 0 < zeros < size:
+        if columns % pattern.group:
+            raise InvalidOption(
+                f"pattern {pattern} does not divide the {columns} columns of a weight of shape {rows} x {columns}; "
+                "exclude the layer or choose another M"
+            )
+        if zeros != pattern.sparsity * size:
+            raise InvalidOption(
+                f"pattern {pattern} makes {pattern.sparsity * size} zeros in a weight of shape {rows} x {columns}, "
+                f"not {zeros}"
+            )
+
+
+def lowest_mask(scores: Tensor, zeros: int, pattern: Pattern) -> Tensor:
+    """Mark the ``zeros`` lowest scores for removal, as the pattern allows.
+
+    Unstructured per row: rows differ by at most one zero, and the rows with one more are those whose next-lowest
+    score is lowest. Equal scores go by index, the first is removed first.
+
+    Args:
+        scores: (out, in), finite or infinite, not NaN.
+        zeros: exact number of weights to remove.
+
+    Returns:
+        (out, in) bool, True = kept.
+
+    Raises:
+        InvalidOption: the count or the shape doesn't fit the pattern.
+        NonFiniteLoss: a score is NaN.
+    """
+    rows, columns = scores.shape
+    check_fits(pattern, (rows, columns), zeros)
+    if zeros in (0, scores.numel()):
+        return torch.full_like(scores, zeros == 0, dtype=torch.bool)
+    if torch.isnan(scores).any():
+        raise NonFiniteLoss(
+            f"scores of a weight of shape {rows} x {columns} are NaN; its weights or inputs are not finite"
+        )
+    if isinstance(pattern, NofM):
+        grouped = scores.reshape(-1, pattern.group)
+        return ~lowest_in_rows(grouped, pattern.group - pattern.kept).reshape(rows, columns)
+    if pattern.compare == "matrix":
+        return ~lowest_in_rows(scores.reshape(1, -1), zeros).reshape(rows, columns)
+    return ~lowest_by_counts(scores, row_quotas(scores, zeros))
+
+
+def row_quotas(scores: Tensor, zeros: int) -> Tensor:
+    """Zeros for each row of ``scores`` (out, in): equal but for one, the lowest next score first. Shape (out,)."""
+    rows = len(scores)
+    base, extra = divmod(zeros, rows)
+    quotas = torch.full((rows,), base, device=scores.device)
+    if extra:
+        following = torch.kthvalue(scores, base + 1, dim=1).values
+        quotas[torch.argsort(following, stable=True)[:extra]] += 1
+    return quotas
+
+
+def lowest_by_counts(scores: Tensor, counts: Tensor) -> Tensor:
+    """Mark the ``counts[r]`` lowest scores of each row r; (out, in) bool, True = among them. For few counts."""
+    marked = torch.empty_like(scores, dtype=torch.bool)
+    for count in torch.unique(counts).tolist():
+        rows = counts == count
+        marked[rows] = lowest_in_rows(scores[rows], count)
+    return marked
+
+
+def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` lowest scores of every row of (rows, columns), ties by index; True = among the lowest."""
+    columns = scores.shape[1]
+    if count in (0, columns):
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    if columns <= _RANKED_GROUP:
+        return _ranks(scores) < count
+    threshold = torch.kthvalue(scores, count, dim=1, keepdim=True).values
+    lowest = scores <= threshold
+    surplus = lowest.sum(dim=1) - count
+    tied = surplus.nonzero().squeeze(1)
+    if len(tied):  # more scores equal to the threshold than places: the first of them by index
+        some, limit = scores[tied], threshold[tied]
+        below, equal = some < limit, some == limit
+        places = count - below.sum(dim=1, keepdim=True)
+        lowest[tied] = below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= places))
+    return lowest
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Rank of every score in its row, 0 = lowest, ties by index; for short rows."""
+    ranks = torch.zeros_like(scores, dtype=torch.uint8)
+    for column in range(scores.shape[1]):
+        one = scores[:, column : column + 1]
+        ranks[:, :column] += one < scores[:, :column]
+        ranks[:, column + 1 :] += one <= scores[:, column + 1 :]
+    return ranks

@@ -1,0 +1,120 @@
+"""SparseGPT: weights that the others can make up for go, and the others do (Frantar & Alistarh, arXiv 2301.00774)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
+from ecoflap.pruning.criteria import Pruned, Statistics, check_statistics, zero_out
+from ecoflap.pruning.patterns import (
+    NofM,
+    Pattern,
+    check_fits,
+    lowest_by_counts,
+    lowest_in_rows,
+    row_quotas,
+    with_default,
+)
+from ecoflap.pruning.statistics import InputGram
+
+# Inside a slab, single columns update only the next few; the rest of the slab follows by one matmul.
+_STRIP = 32
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Optimal brain surgeon, column by column: score = (w_ij / U_jj)² with UᵀU = H⁻¹ (algorithm 1 of the paper).
+
+    Args:
+        damping: share of mean(diag H) that is always added to H's diagonal.
+        slab: columns whose mask is chosen together; the number of zeros of every slab is its share of the total.
+    """
+
+    damping: float = 0.01
+    slab: int = 128
+    name: str = "sparsegpt"
+    statistics: Literal["gram"] = "gram"
+    default_compare: Literal["matrix"] = "matrix"
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise InvalidOption(f"damping must be above 0, not {self.damping}")
+        if self.slab < 1:
+            raise InvalidOption(f"slab must be at least 1, not {self.slab}")
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None, zeros: int, pattern: Pattern) -> Pruned:
+        """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
+        rows, columns = weight.shape
+        check_fits(pattern, (rows, columns), zeros)
+        weight = weight.detach()
+        if zeros in (0, weight.numel()):
+            return zero_out(weight, torch.full_like(weight, zeros == 0, dtype=torch.bool))
+        gram = check_statistics(self.name, statistics, columns)
+        if not isinstance(gram, InputGram):
+            raise CalibrationError("criterion 'sparsegpt' needs an InputGram, not column norms alone")
+        factor = gram.inverse_factor(self.damping).to(weight.device)
+        # Columns of the weight become rows of w, so that all that is updated together lies together.
+        w = weight.float().T.contiguous()
+        if not torch.isfinite(w).all():
+            raise NonFiniteLoss(
+                f"a weight of shape {rows} x {columns} holds NaN or infinite values; check the checkpoint"
+            )
+        # A dead input costs nothing to cut: score 0.
+        scale = factor.diagonal().reciprocal().masked_fill(gram.dead.to(weight.device), 0).unsqueeze(1)
+        pattern = with_default(pattern, self.default_compare)
+        quotas = None
+        if not isinstance(pattern, NofM) and pattern.compare == "row":
+            quotas = row_quotas((w * scale).square().T, zeros)
+        cut = torch.empty_like(w, dtype=torch.bool)
+        slab = self.slab if not isinstance(pattern, NofM) else max(1, self.slab // pattern.group) * pattern.group
+        for start in range(0, columns, slab):
+            stop = min(start + slab, columns)
+            inside = slice(start, stop)
+            if isinstance(pattern, NofM):
+                group = (pattern.group, pattern.group - pattern.kept)
+            else:
+                group = None
+                scores = (w[inside] * scale[inside]).square().T
+                if quotas is None:
+                    count = zeros * stop // columns - zeros * start // columns
+                    chosen = lowest_in_rows(scores.reshape(1, -1), count).view(rows, -1)
+                else:
+                    chosen = lowest_by_counts(scores, quotas * stop // columns - quotas * start // columns)
+                cut[inside] = chosen.T
+            errors = _eliminate(w[inside], factor[inside, inside], scale[inside], cut[inside], group)
+            w[stop:].addmm_(factor[inside, stop:].T, errors, alpha=-1)
+        pruned = w.masked_fill_(cut, 0).T.to(weight.dtype, memory_format=torch.contiguous_format)
+        if not torch.isfinite(pruned).all():
+            raise NonFiniteLoss(f"pruning a weight of shape {rows} x {columns} left the range of {weight.dtype}")
+        return Pruned(pruned, ~cut.T.contiguous())
+
+
+def _eliminate(w: Tensor, factor: Tensor, scale: Tensor, cut: Tensor, group: tuple[int, int] | None) -> Tensor:
+    """Cut the columns of one slab in turn, each followed by the update of those after it within the slab, in place.
+
+    Args:
+        w: (slab, out) fp32, a view of the weight; factor: (slab, slab) the slab's part of U; scale: (slab, 1) 1/U_jj,
+            0 for dead inputs; cut: (slab, out) bool; group: (M, zeros of M), then cut is chosen here, group by group.
+
+    Returns:
+        (slab, out) w_j / U_jj where cut, 0 elsewhere: what the later slabs have to make up for.
+    """
+    size = len(w)
+    strip = _STRIP if group is None else max(1, _STRIP // group[0]) * group[0]
+    inverse = (1 / factor.diagonal()).tolist()
+    errors = torch.empty_like(w)
+    for start in range(0, size, strip):
+        stop = min(start + strip, size)
+        for j in range(start, stop):
+            if group is not None and j % group[0] == 0:
+                members = slice(j, j + group[0])
+                cut[members] = lowest_in_rows((w[members] * scale[members]).square().T, group[1]).T
+            error = torch.mul(w[j], cut[j], out=errors[j]).mul_(inverse[j])
+            if j + 1 < stop:
+                w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    return errors

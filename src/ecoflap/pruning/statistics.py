@@ -1,0 +1,165 @@
+"""Statistics of a layer's inputs, gathered batch by batch in fp32; padding tokens don't count."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ecoflap.errors import CalibrationError, NonFiniteLoss
+
+Self = TypeVar("Self", bound="_Accumulator")
+
+
+class _Accumulator:
+    """A sum over tokens that follows its first input's device."""
+
+    def __init__(self, columns: int, shape: tuple[int, ...]) -> None:
+        self.columns = columns
+        self.tokens = 0
+        self._sum = torch.zeros(shape)
+
+    def clone(self: Self) -> Self:
+        """A copy that goes its own way from here."""
+        twin = copy.copy(self)
+        twin._sum = self._sum.clone()
+        return twin
+
+    def _tokens_of(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """The real tokens of ``x`` (..., columns) as fp32 (tokens, columns); moves the sum to x's device at first."""
+        if x.shape[-1] != self.columns:
+            raise ValueError(f"inputs have {x.shape[-1]} columns, the statistic {self.columns}")
+        flat = x.detach().reshape(-1, self.columns)
+        if keep is not None:
+            if keep.numel() != len(flat):
+                raise ValueError(f"keep has {keep.numel()} entries for {len(flat)} tokens")
+            flat = flat[keep.reshape(-1).to(flat.device, torch.bool)]
+        if self._sum.device != flat.device and self.tokens == 0:
+            self._sum = self._sum.to(flat.device)
+        return flat.to(self._sum.device, torch.float32)
+
+    def _counted(self, tokens: int) -> None:
+        if tokens and not torch.isfinite(self._sum).all():
+            raise NonFiniteLoss("a layer's input is NaN, infinite or too large to square in fp32")
+        self.tokens += tokens
+
+
+class InputNorm(_Accumulator):
+    """||X_j||_2 of every input column j over all real tokens.
+
+    Args:
+        columns: width of the layer's input.
+    """
+
+    def __init__(self, columns: int) -> None:
+        super().__init__(columns, (columns,))
+
+    def update(self, x: Tensor, keep: Tensor | None = None) -> None:
+        """Add inputs ``x`` (..., columns); ``keep`` (leading dims of x, or flat) is True for real tokens.
+
+        Raises:
+            NonFiniteLoss: a real token holds NaN or infinity; the statistic is then spoilt.
+            ValueError: shapes don't match.
+        """
+        tokens = self._tokens_of(x, keep)
+        self._sum += tokens.square().sum(dim=0)
+        self._counted(len(tokens))
+
+    @property
+    def norm(self) -> Tensor:
+        """(columns,) fp32."""
+        return self._sum.sqrt()
+
+
+class InputGram(_Accumulator):
+    """H = 2/n XᵀX of a layer's inputs, the Hessian of its squared output error; serves as an InputNorm too.
+
+    One object serves all layers that read the same input (q, k, v): the factor is computed once.
+
+    Args:
+        columns: width of the layer's input.
+    """
+
+    def __init__(self, columns: int) -> None:
+        super().__init__(columns, (columns, columns))
+        self._factor: tuple[float, Tensor] | None = None
+
+    def update(self, x: Tensor, keep: Tensor | None = None) -> None:
+        """Add inputs ``x`` (..., columns); ``keep`` (leading dims of x, or flat) is True for real tokens.
+
+        Raises:
+            NonFiniteLoss: a real token holds NaN or infinity; the statistic is then spoilt.
+            ValueError: shapes don't match.
+        """
+        tokens = self._tokens_of(x, keep)
+        self._sum.addmm_(tokens.T, tokens)
+        self._factor = None
+        self._counted(len(tokens))
+
+    @property
+    def norm(self) -> Tensor:
+        """(columns,) fp32: ||X_j||_2."""
+        return self._sum.diagonal().sqrt()
+
+    @property
+    def hessian(self) -> Tensor:
+        """(columns, columns) fp32, H = 2/n XᵀX."""
+        return self._sum * (2 / max(self.tokens, 1))
+
+    @property
+    def dead(self) -> Tensor:
+        """(columns,) bool: inputs that were zero in every token, whose weights can't matter."""
+        return self._sum.diagonal() == 0
+
+    def inverse_factor(self, damping: float = 0.01) -> Tensor:
+        """Upper triangular U with UᵀU = (H + damping · mean(diag H) · I)⁻¹, as SparseGPT wants it. Computed once.
+
+        Dead inputs are decoupled: their row and column of U are those of the unit matrix. Where H is too
+        ill-conditioned for fp32, ten times the damping is tried, up to three times.
+
+        Returns:
+            (columns, columns) fp32, on the device of the inputs; don't write to it.
+
+        Raises:
+            CalibrationError: H can't be factorised even so.
+        """
+        if self._factor is None or self._factor[0] != damping:
+            self._factor = (damping, self._factorise(damping))
+        return self._factor[1]
+
+    def _factorise(self, damping: float) -> Tensor:
+        dead = self.dead
+        mean = float(self._sum.diagonal().mean()) * 2 / max(self.tokens, 1)
+        for _ in range(4):
+            h = self.hessian
+            h.diagonal().add_(damping * mean)
+            h.diagonal()[dead] = 1.0
+            # Cholesky of H with rows and columns reversed gives H = R Rᵀ with R upper; then U = R⁻¹. One factorisation,
+            # and H⁻¹ (whose condition is as bad, with more rounding) is never formed.
+            lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+            if not failed:
+                upper = _invert_upper(lower.flip(0, 1).contiguous())
+                upper[dead] = 0
+                upper.diagonal()[dead] = 1.0
+                if torch.isfinite(upper).all():
+                    return upper
+            damping = damping * 10 or 0.01
+        raise CalibrationError(
+            "the inputs' second moments can't be inverted; use more calibration samples or a larger damping"
+        )
+
+
+def _invert_upper(r: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves: a third of the work of solving for the unit matrix."""
+    size = len(r)
+    if size <= 512:
+        unit = torch.eye(size, dtype=r.dtype, device=r.device)
+        return cast(Tensor, torch.linalg.solve_triangular(r, unit, upper=True))
+    half = size // 2
+    inverse = torch.zeros_like(r)
+    inverse[:half, :half] = _invert_upper(r[:half, :half])
+    inverse[half:, half:] = _invert_upper(r[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ (r[:half, half:] @ inverse[half:, half:])
+    return inverse

@@ -1,0 +1,26 @@
+"""Wanda: weights that are small, or meet small inputs, go (Sun et al. 2023, arXiv 2306.11695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ecoflap.pruning.criteria import Pruned, Statistics, check_statistics, zero_out
+from ecoflap.pruning.patterns import Pattern, lowest_mask, with_default
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """score = |W_ij| · ||X_j||_2 (equation 1 of the paper), by default compared within each output row."""
+
+    name: str = "wanda"
+    statistics: Literal["norm"] = "norm"
+    default_compare: Literal["row"] = "row"
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None, zeros: int, pattern: Pattern) -> Pruned:
+        """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
+        norm = check_statistics(self.name, statistics, weight.shape[1]).norm.to(weight.device)
+        scores = weight.detach().float().abs() * norm
+        return zero_out(weight.detach(), lowest_mask(scores, zeros, with_default(pattern, self.default_compare)))
