@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ecoflap.errors import CalibrationError, NonFiniteLoss
 from ecoflap.pruning.patterns import Compare, Pattern
-from ecoflap.pruning.statistics import InputGram, InputNorm
+from ecoflap.pruning.statistics import InputStatistics
 from ecoflap.registry import Registry
 
 Needs = Literal["none", "norm", "gram"]
-Statistics = InputNorm | InputGram
 
 
 class Pruned(NamedTuple):
@@ -40,7 +39,7 @@ class Criterion(Protocol):
         """Where scores are compared when the pattern is unstructured and leaves it open."""
         ...
 
-    def __call__(self, weight: Tensor, statistics: Statistics | None, zeros: int, pattern: Pattern) -> Pruned:
+    def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to exactly ``zeros`` zeros; the input tensor is not changed.
 
         Computes in fp32. Weights that are zero already count as any other.
@@ -63,7 +62,7 @@ CRITERIA: Registry[Callable[[], Criterion]] = Registry(
 )
 
 
-def check_statistics(criterion: str, statistics: Statistics | None, columns: int) -> Statistics:
+def check_statistics(criterion: str, statistics: InputStatistics | None, columns: int) -> InputStatistics:
     """``statistics`` when they can serve for a weight of ``columns`` inputs; raises CalibrationError otherwise."""
     if statistics is None:
         raise CalibrationError(

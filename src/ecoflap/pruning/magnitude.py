@@ -7,8 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ecoflap.pruning.criteria import Pruned, Statistics, zero_out
+from ecoflap.pruning.criteria import Pruned, zero_out
 from ecoflap.pruning.patterns import Pattern, lowest_mask, with_default
+from ecoflap.pruning.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Magnitude:
     statistics: Literal["none"] = "none"
     default_compare: Literal["matrix"] = "matrix"
 
-    def __call__(self, weight: Tensor, statistics: Statistics | None, zeros: int, pattern: Pattern) -> Pruned:
+    def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
         scores = weight.detach().float().abs()
         return zero_out(weight.detach(), lowest_mask(scores, zeros, with_default(pattern, self.default_compare)))

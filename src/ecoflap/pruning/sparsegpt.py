@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
-from ecoflap.pruning.criteria import Pruned, Statistics, check_statistics, zero_out
+from ecoflap.pruning.criteria import Pruned, check_statistics, zero_out
 from ecoflap.pruning.patterns import (
     NofM,
     Pattern,
@@ -19,7 +19,7 @@ from ecoflap.pruning.patterns import (
     row_quotas,
     with_default,
 )
-from ecoflap.pruning.statistics import InputGram
+from ecoflap.pruning.statistics import InputGram, InputStatistics
 
 # Inside a slab, single columns update only the next few; the rest of the slab follows by one matmul.
 _STRIP = 32
@@ -46,7 +46,7 @@ class SparseGPT:
         if self.slab < 1:
             raise InvalidOption(f"slab must be at least 1, not {self.slab}")
 
-    def __call__(self, weight: Tensor, statistics: Statistics | None, zeros: int, pattern: Pattern) -> Pruned:
+    def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
         rows, columns = weight.shape
         check_fits(pattern, (rows, columns), zeros)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
@@ -40,8 +41,8 @@ class _Accumulator:
             self._sum = self._sum.to(flat.device)
         return flat.to(self._sum.device, torch.float32)
 
-    def _counted(self, tokens: int) -> None:
-        if tokens and not torch.isfinite(self._sum).all():
+    def _counted(self, tokens: int, squares: Tensor) -> None:
+        if tokens and not torch.isfinite(squares).all():
             raise NonFiniteLoss("a layer's input is NaN, infinite or too large to square in fp32")
         self.tokens += tokens
 
@@ -65,7 +66,7 @@ class InputNorm(_Accumulator):
         """
         tokens = self._tokens_of(x, keep)
         self._sum += tokens.square().sum(dim=0)
-        self._counted(len(tokens))
+        self._counted(len(tokens), self._sum)
 
     @property
     def norm(self) -> Tensor:
@@ -96,7 +97,7 @@ class InputGram(_Accumulator):
         tokens = self._tokens_of(x, keep)
         self._sum.addmm_(tokens.T, tokens)
         self._factor = None
-        self._counted(len(tokens))
+        self._counted(len(tokens), self._sum.diagonal())  # a bad entry anywhere spoils the diagonal
 
     @property
     def norm(self) -> Tensor:
@@ -149,6 +150,12 @@ class InputGram(_Accumulator):
         raise CalibrationError(
             "the inputs' second moments can't be inverted; use more calibration samples or a larger damping"
         )
+
+
+InputStatistics = InputNorm | InputGram
+
+STATISTICS: dict[str, Callable[[int], InputStatistics]] = {"norm": InputNorm, "gram": InputGram}
+"""What a criterion asks for by ``statistics`` to the accumulator of so many columns."""
 
 
 def _invert_upper(r: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ecoflap.pruning.criteria import Pruned, Statistics, check_statistics, zero_out
+from ecoflap.pruning.criteria import Pruned, check_statistics, zero_out
 from ecoflap.pruning.patterns import Pattern, lowest_mask, with_default
+from ecoflap.pruning.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Wanda:
     statistics: Literal["norm"] = "norm"
     default_compare: Literal["row"] = "row"
 
-    def __call__(self, weight: Tensor, statistics: Statistics | None, zeros: int, pattern: Pattern) -> Pruned:
+    def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
         norm = check_statistics(self.name, statistics, weight.shape[1]).norm.to(weight.device)
         scores = weight.detach().float().abs() * norm
