@@ -1,0 +1,243 @@
+"""Loads a model with its processor: the embedded VLM, a folder, a GGUF file or a hub id, always as its own class."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
+from ecoflap.network.files import Files, first_line, locate
+from ecoflap.network.fingerprint import fingerprint
+from ecoflap.network.quiet import quiet
+from ecoflap.network.save import save
+
+__all__ = ["Checkpoint", "fingerprint", "load", "model_dtype", "save"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FALLBACKS = (  # asked in this order when config.json names no class
+    "AutoModelForImageTextToText",
+    "AutoModelForZeroShotImageClassification",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+_PROCESSORS = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json",
+                    "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model and what is needed to save it as it came.
+
+    ``processor`` is what AutoProcessor, AutoTokenizer or AutoImageProcessor gave, or None; ``dtype`` that of most
+    weights; ``shard_sizes`` the bytes of each weight file of the source (empty for GGUF); ``warnings`` one line each.
+    """
+
+    model: PreTrainedModel
+    processor: Any | None
+    source: str
+    dtype: torch.dtype
+    shard_sizes: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def load(
+    source: str | Path | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+) -> Checkpoint:
+    """Load a checkpoint in evaluation mode, as the class that its configuration names (so its heads are kept).
+
+    Args:
+        source: a folder with config.json and safetensors, a .gguf file or a folder with one, a hub id, or None for
+            the embedded VLM.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU if there is one) or a torch device.
+        trust_remote_code: run model code that comes with the checkpoint; only for sources that you trust.
+        gguf_file: which GGUF file of the folder or hub repository to read.
+
+    Raises:
+        CheckpointError: missing, broken, pickled only, quantised, of an unknown class, or with weights missing.
+        InvalidOption: unknown dtype or unusable device.
+        MissingDependency: a GGUF file without the packages that read it.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InvalidOption(f"dtype '{dtype}' is not one of auto, {', '.join(DTYPES)}")
+    place = _device(device)
+    name = "embedded VLM" if source is None else str(source)
+    files = locate(_embedded() if source is None else source, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    if files.gguf_file is not None:
+        _require_gguf()
+    with quiet():
+        model_class = _model_class(files, trust_remote_code)
+        model, warnings = _load_model(files, model_class, name, dtype, trust_remote_code)
+        processor, failed = _load_processor(files, trust_remote_code)
+    for line in (lines := [*warnings, *failed]):
+        _log.warning(line)
+    sizes = tuple(shard.stat().st_size for shard in files.shards)
+    return Checkpoint(model.to(place).eval(), processor, name, model_dtype(model), sizes, tuple(lines))
+
+
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The floating dtype of most weights; ``model.dtype`` is that of the first, which families may keep in fp32."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda kind: counts[kind], default=torch.get_default_dtype())
+
+
+def _embedded() -> Path:
+    from ecoflap import demo  # not at import: the package's data is only needed here
+
+    return Path(demo.model_path())
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidOption(f"device '{device}' cannot be used ({first_line(error)}): try cpu, cuda or auto") from error
+    return place
+
+
+def _require_gguf() -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(f"a GGUF file needs {' and '.join(missing)}: pip install 'ecoflap[gguf]'")
+
+
+def _model_class(files: Files, trust_remote_code: bool) -> Any:
+    """The transformers class that the configuration names, else the first Auto class that knows its type."""
+    config = files.config
+    for name in config.get("architectures") or []:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and hasattr(found, "from_pretrained"):
+            return found
+    if "auto_map" in config and not trust_remote_code:
+        raise CheckpointError(
+            f"the model in '{files.folder}' needs code that comes with it: read that code, "
+            "then allow it with trust_remote_code"
+        )
+    if config.get("auto_map") and trust_remote_code:
+        names = [name for name in config["auto_map"] if name.startswith("AutoModel")]
+        return getattr(transformers, names[0] if names else "AutoModel")
+    return _auto_class(files)
+
+
+def _auto_class(files: Files) -> Any:
+    config, where = files.config, f"'{files.folder}'"
+    try:
+        options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
+        kind = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True, **options)
+    except Exception as error:  # unknown type, invalid values, unreadable header: transformers raises many kinds
+        named = config.get("architectures") or config.get("model_type") or "none"
+        raise CheckpointError(
+            f"{where} names no model class that transformers {transformers.__version__} knows "
+            f"({named}): {first_line(error)}"
+        ) from error
+    for name in _FALLBACKS:
+        auto = getattr(transformers, name, None)
+        if auto is not None and type(kind) in auto._model_mapping:
+            return auto
+    raise CheckpointError(
+        f"transformers {transformers.__version__} has no model for type '{kind.model_type}' of {where}"
+    )
+
+
+def _load_model(
+    files: Files, model_class: Any, name: str, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    if files.gguf_file is not None:
+        options["gguf_file"] = files.gguf_file
+        if hasattr(transformers, "GgufConfig"):  # plain weights, not packed ones
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    try:
+        model, info = model_class.from_pretrained(
+            files.folder,
+            dtype=DTYPES.get(dtype, "auto"),
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, with names
+            output_loading_info=True,
+            **options,
+        )
+    except (EcoflapError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises many kinds for a bad checkpoint
+        raise CheckpointError(f"'{name}' cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
+    if files.gguf_file is not None:
+        # The weights are plain now; with the record of their former packing the model would refuse to be saved.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model, _review(info, name, type(model).__name__)
+
+
+def _review(info: dict[str, Any], name: str, model_class: str) -> list[str]:
+    """Lines about weights that did not match; missing or misshapen ones are errors, as they would be random."""
+    if info["mismatched_keys"]:
+        key, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"'{name}' does not fit its configuration: {key} is {tuple(stored)} in the file and {tuple(expected)} in "
+            f"{model_class} ({len(info['mismatched_keys'])} such weights)"
+        )
+    missing = sorted(info["missing_keys"])
+    needed = [key for key in missing if not re.search(r"(^|\.)pooler\.", key)]
+    if needed:
+        raise CheckpointError(
+            f"'{name}' lacks {len(needed)} weights of {model_class} ({_some(needed)}): they would be random; "
+            "the checkpoint is incomplete or of another class"
+        )
+    lines = []
+    if missing:
+        lines.append(
+            f"'{name}' has no weights for {_some(missing)}: left at random, harmless unless the loss uses them"
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        lines.append(
+            f"'{name}' holds {len(unexpected)} weights that {model_class} does not use ({_some(unexpected)}): left out"
+        )
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _load_processor(files: Files, trust_remote_code: bool) -> tuple[Any | None, list[str]]:
+    """The first of processor, tokenizer, image processor that the folder's files give, and a line if they give none."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    kinds: tuple[str, ...] = _PROCESSORS
+    if files.gguf_file is not None:
+        options["gguf_file"] = files.gguf_file
+        kinds = ("AutoTokenizer",)
+    elif not any((files.folder / name).is_file() for name in _PROCESSOR_FILES):
+        return None, []
+    reasons = []
+    for kind in kinds:
+        try:
+            return getattr(transformers, kind).from_pretrained(files.folder, **options), []
+        except Exception as error:  # tells only that this kind is not what the folder holds
+            reasons.append(first_line(error))
+    return None, [f"the processor in '{files.folder}' cannot be loaded ({reasons[0]}): texts and images need one"]
