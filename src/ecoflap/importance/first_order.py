@@ -37,7 +37,7 @@ def _squared_weight_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
 
 def _norm(weight: Tensor, gradient: Tensor) -> Tensor:
     """√(2/π)·‖g‖₂, what the zeroth order estimates, exactly."""
-    return math.sqrt(2 / math.pi) * gradient.norm()
+    return torch.linalg.vector_norm(gradient) * math.sqrt(2 / math.pi)
 
 
 # All are linear in what is averaged over batches, so that one number a batch is enough: Σ|w|·E|g| = E Σ|w|·|g|.
@@ -89,7 +89,7 @@ class FirstOrder:
 
             with torch.enable_grad(), _only_these_need_gradients(context.model, weights), ExitStack() as hooks:
                 for name, weight in weights.items():
-                    hooks.callback(weight.register_post_accumulate_grad_hook(keep(name)).remove)
+                    hooks.callback(weight.register_post_accumulate_grad_hook(keep(name)).remove)  # type: ignore[no-untyped-call]
                 context.loss_tensor(index).backward()  # type: ignore[no-untyped-call]
             for name, value in values.items():
                 if (name, index, 0) not in context.done:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.anatomy import Anatomy, Layer
+from ecoflap.network.parts import Anatomy, Layer
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -45,24 +45,24 @@ class ProbeContext:
             return (layer.block,)
         return tuple(block for block in self.blocks if any(m.startswith(block + ".") for m in layer.modules))
 
-    def loss_tensor(self, index: int) -> Tensor:
-        """The scalar fp32 loss of one calibration batch, with its graph where gradients are on."""
-        return self.objective(self.model, self.batches[index])
-
-    def loss(self, index: int, layer: str | None = None) -> float:
-        """The loss of one calibration batch as a number.
+    def loss_tensor(self, index: int, layer: str | None = None) -> Tensor:
+        """The scalar fp32 loss of one calibration batch, with its graph where gradients are on.
 
         Raises:
             NonFiniteLoss: it is NaN or infinite; names the batch and, in a probe, the layer.
         """
-        value = float(self.loss_tensor(index))
-        if not math.isfinite(value):
+        loss = self.objective(self.model, self.batches[index])
+        if not math.isfinite(value := float(loss.detach())):
             where = f" while {layer} is perturbed" if layer else ""
             raise NonFiniteLoss(
                 f"the loss of calibration batch {index} is {value}{where}: check its samples, "
                 "or leave it out of the calibration data"
             )
-        return value
+        return loss
+
+    def loss(self, index: int, layer: str | None = None) -> float:
+        """:meth:`loss_tensor` as a number."""
+        return float(self.loss_tensor(index, layer))
 
 
 class ImportanceMeasure(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.network.anatomy import Layer
+from ecoflap.network.parts import Layer
 
 # Relative standard deviation of |N(0, 1)|, by which one lone estimate scatters.
 HALF_NORMAL_SPREAD = math.sqrt(math.pi / 2 - 1)
@@ -99,7 +99,9 @@ class Importance:
             except (KeyError, TypeError, ValueError) as error:
                 raise InvalidOption(f"{source}: layer {number} is incomplete or malformed ({error!r})") from error
             if not math.isfinite(score.score) or score.score < 0:
-                raise NonFiniteLoss(f"{source}: the score of {name} is {score.score}, not a finite number of at least 0")
+                raise NonFiniteLoss(
+                    f"{source}: the score of {name} is {score.score}, not a finite number of at least 0"
+                )
             if name in scores:
                 raise InvalidOption(f"{source}: layer {name} stands twice")
             scores[name] = score

@@ -16,7 +16,7 @@ from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.noise import noise
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.anatomy import Layer
+from ecoflap.network.parts import Layer
 from ecoflap.network.perturb import swapped
 from ecoflap.network.replay import Replay
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -13,123 +11,8 @@ from torch import nn
 from ecoflap.errors import AnatomyError
 from ecoflap.network.lists import BlockList, block_lists
 from ecoflap.network.modality import modality_of
+from ecoflap.network.parts import Anatomy, Block, Layer, Tower, Unprunable
 from ecoflap.network.trace import Run, Trace, plain_forward, trace
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One prunable weight matrix.
-
-    Attributes:
-        name: its parameter name in the state dict.
-        module: path of the module that owns it.
-        shape: (output, input) features, also for ``Conv1D``, whose stored weight is transposed.
-        transposed: the stored weight is (input, output).
-        aliases: other parameter names of the same tensor inside the blocks (shared weights).
-    """
-
-    name: str
-    module: str
-    block: str
-    tower: str
-    modality: str
-    shape: tuple[int, int]
-    transposed: bool = False
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Paths of every module that holds this matrix."""
-        return (self.module, *(alias.rpartition(".")[0] for alias in self.aliases))
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block with its prunable layers (none if they were excluded)."""
-
-    name: str
-    tower: str
-    index: int
-    layers: tuple[Layer, ...]
-
-    @property
-    def numel(self) -> int:
-        return sum(layer.numel for layer in self.layers)
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A stack of like blocks.
-
-    Attributes:
-        name: path of the ``ModuleList``.
-        driver: path of the module whose forward calls the blocks ("" is the model itself).
-        calls: how often that forward runs in one forward of the model.
-    """
-
-    name: str
-    modality: str
-    blocks: tuple[Block, ...]
-    driver: str
-    calls: int = 1
-
-    @property
-    def numel(self) -> int:
-        return sum(block.numel for block in self.blocks)
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        return tuple(layer for block in self.blocks for layer in block.layers)
-
-
-@dataclass(frozen=True)
-class Unprunable:
-    """Weights inside blocks that stay dense, and why."""
-
-    name: str
-    reason: str
-    numel: int
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """A model as towers of blocks of layers.
-
-    Attributes:
-        towers: in the order in which a forward calls them; only those with prunable layers.
-        replayable: paths of all repeated blocks, of excluded towers too, in order.
-        traced: whether a forward was watched (else the order is that of definition).
-    """
-
-    towers: tuple[Tower, ...]
-    unprunable: tuple[Unprunable, ...]
-    replayable: tuple[str, ...]
-    total_parameters: int
-    traced: bool
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        return tuple(block for tower in self.towers for block in tower.blocks)
-
-    @cached_property
-    def layers(self) -> tuple[Layer, ...]:
-        return tuple(layer for block in self.blocks for layer in block.layers)
-
-    @property
-    def prunable_parameters(self) -> int:
-        return sum(layer.numel for layer in self.layers)
-
-    @cached_property
-    def _by_name(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.layers}
-
-    def layer(self, name: str) -> Layer:
-        """The layer with this parameter name; KeyError if there is none."""
-        return self._by_name[name]
 
 
 def discover(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from ecoflap.network.forward import forward_replaced
 
 
 @dataclass
@@ -68,22 +71,16 @@ class Replay:
         self._forced: frozenset[str] = frozenset()
         self._recording = True
         self._same: dict[tuple[int, int], Tensor] = {}  # equal pairs; holds the new one, so that its id stays its own
-        self._before: dict[str, Any] = {}
+        self._wraps = ExitStack()
         self.counts = ReplayCounts()
 
     def __enter__(self) -> Replay:
         for path, module in self._modules.items():
-            self._before[path] = module.__dict__.get("forward")
-            module.forward = self._wrapper(path, module.forward)
+            self._wraps.enter_context(forward_replaced(module, partial(self._wrapper, path)))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for path, module in self._modules.items():
-            if self._before[path] is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = self._before[path]
-        self._before.clear()
+        self._wraps.close()
         self.reset()
 
     def reset(self) -> None:

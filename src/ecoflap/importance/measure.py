@@ -1,0 +1,146 @@
+"""Runs an importance measure: precision, eval mode, journal and averages are the same for all of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from typing import Any, Protocol
+
+from torch import nn
+
+from ecoflap.calibration.batches import batch_size_of
+from ecoflap.calibration.objectives import default_objective
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.importance.names import IMPORTANCES
+from ecoflap.importance.probe import ImportanceMeasure, Objective, ProbeContext
+from ecoflap.importance.scores import Estimate, Importance, summarise
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.parts import Anatomy
+from ecoflap.network.perturb import computing_in_fp32
+from ecoflap.network.trace import evaluating
+from ecoflap.progress import Progress, Silent
+
+
+class EstimateJournal(Protocol):
+    """Where estimates are kept as they come, so that an interrupted run can go on."""
+
+    def estimates(self) -> Iterable[Estimate]: ...
+
+    def append(self, estimate: Estimate) -> None: ...
+
+
+class _MemoryJournal:
+    def __init__(self) -> None:
+        self._kept: list[Estimate] = []
+
+    def estimates(self) -> Iterable[Estimate]:
+        return tuple(self._kept)
+
+    def append(self, estimate: Estimate) -> None:
+        self._kept.append(estimate)
+
+
+def make_measure(name: str, options: dict[str, Any]) -> ImportanceMeasure:
+    """The importance registered as ``name`` with these options.
+
+    Raises:
+        UnknownName: no such importance.
+        InvalidOption: it has no such option, or the value is out of range.
+    """
+    factory: Any = IMPORTANCES.get(name)
+    known = [field.name for field in fields(factory)]
+    for option in options:
+        if option not in known:
+            has = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise InvalidOption(f"importance '{name}' has no option '{option}': {has}")
+    measure: ImportanceMeasure = factory(**options)
+    return measure
+
+
+def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
+    """The first whole batches that hold at least ``samples`` samples (all of them for None).
+
+    Raises:
+        CalibrationError: there are no batches, or fewer samples than asked.
+        InvalidOption: ``samples`` is below 1.
+    """
+    if not len(batches):
+        raise CalibrationError("no calibration batches: give at least one")
+    if samples is None:
+        return batches
+    if samples < 1:
+        raise InvalidOption(f"samples must be at least 1, not {samples}")
+    count = 0
+    for number, batch in enumerate(batches, 1):
+        count += batch_size_of(batch)
+        if count >= samples:
+            return batches[:number]
+    raise CalibrationError(f"{samples} samples were asked for importance, but the calibration batches hold {count}")
+
+
+def measure_importance(
+    model: nn.Module,
+    batches: Sequence[Any],
+    importance: str = "zeroth-order",
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    loss: Objective | None = None,
+    anatomy: Anatomy | None = None,
+    progress: Progress | None = None,
+    journal: EstimateJournal | None = None,
+    **options: Any,
+) -> Importance:
+    """Stage 1: a score for each prunable layer. The model is bit-identical afterwards, also after an exception.
+
+    Args:
+        model: any module whose forward returns a loss (or give ``loss``).
+        batches: fixed calibration batches, mappings of keyword arguments for ``model`` on the model's device.
+        importance: registered name: ``zeroth-order``, ``first-order``, ``uniform``.
+        samples: use the first whole batches with at least so many samples; None takes all.
+        seed: of the noise.
+        loss: ``loss(model, batch)`` giving a scalar tensor; by default the model's own.
+        anatomy: what is prunable; by default discovered with the first batch.
+        progress: where to report.
+        journal: estimates that are known already, and where new ones go.
+        options: of the importance: ``epsilon``, ``draws``, ``replay`` (zeroth order), ``variant`` (first order).
+
+    Raises:
+        UnknownName, InvalidOption: as :func:`make_measure`.
+        CalibrationError: no or too few samples.
+        NonFiniteLoss: names the batch and the layer.
+    """
+    measure = make_measure(importance, options)
+    batches = first_samples(batches, samples)
+    objective = loss or default_objective(model)
+    journal = journal or _MemoryJournal()
+    with ExitStack() as state:
+        for context_manager in (evaluating(model), cache_disabled(model), computing_in_fp32(model)):
+            state.enter_context(context_manager)
+        if anatomy is None:
+            anatomy = discover(model, batches[0], run=objective)
+        known = {(e.layer, e.batch, e.draw): e.value for e in journal.estimates()}
+        context = ProbeContext(model, anatomy, batches, objective, seed, frozenset(known))
+        total = measure.steps(context)
+        with (progress or Silent()).stage("importance", total=total, done=len(known)) as task:
+            for estimate in measure.estimates(context):
+                journal.append(estimate)
+                known[(estimate.layer, estimate.batch, estimate.draw)] = estimate.value
+                task.advance(1, estimate.layer)
+    values: dict[str, list[float]] = defaultdict(list)
+    for (layer, _, _), value in known.items():
+        values[layer].append(value)
+    return Importance(
+        method=importance,
+        settings={
+            **asdict(measure),  # type: ignore[call-overload]
+            "seed": seed,
+            "batches": len(batches),
+            "samples": sum(batch_size_of(batch) for batch in batches),
+        },
+        layers=anatomy.layers,
+        scores={layer.name: summarise(values[layer.name]) for layer in anatomy.layers},
+    )

@@ -1,0 +1,118 @@
+"""Gathers input statistics of a block's layers while it runs: once per distinct input, real tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecoflap.calibration.padding import TokenMasks
+from ecoflap.network.drive import BlockCall
+from ecoflap.network.parts import Block, Layer
+from ecoflap.network.trace import tensors_in
+from ecoflap.pruning.statistics import InputStatistics
+
+
+class InputsDiverged(Exception):
+    """Two layers that had one input in an earlier call have different ones now: gather again without sharing."""
+
+
+class Gatherer:
+    """Context in which the block's layers feed their statistics.
+
+    Layers that receive the very same tensor (q, k, v) share one accumulator, filled once.
+
+    Args:
+        model: owner of the block.
+        block: whose layers are watched.
+        make: builds an accumulator for so many input features.
+        masks: real tokens of each batch.
+        sequence: which sequence the block works on: ``"encoder"``, ``"decoder"``, or None where no padding mask applies
+            (vision towers).
+        share: False gives each layer its own accumulator.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block: Block,
+        make: Callable[[int], InputStatistics],
+        masks: Mapping[int, TokenMasks],
+        sequence: str | None,
+        *,
+        share: bool = True,
+    ) -> None:
+        self._model, self._block, self._make = model, block, make
+        self._masks, self._sequence, self._share = masks, sequence, share
+        self._of: dict[str, InputStatistics] = {}
+        self._owner: dict[str, str] = {}
+        self._calls: dict[str, int] = {}
+        self._fed: list[tuple[Tensor, str]] = []
+        self._others: list[Tensor] = []
+        self._batch = 0
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Gatherer:
+        for layer in self._block.layers:
+            module = self._model.get_submodule(layer.module)
+            self._hooks.callback(module.register_forward_pre_hook(self._hook(layer)).remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+        self._fed.clear()
+        self._others.clear()
+
+    def before(self, call: BlockCall) -> None:
+        """A new call of the block begins."""
+        self._batch = call.batch
+        self._fed.clear()
+        # Whatever tensor comes beside the hidden states belongs to another sequence (an encoder's output).
+        self._others = tensors_in((call.args, call.kwargs))[1:]
+
+    def check(self) -> None:
+        """Raises InputsDiverged if layers that share an accumulator were called a different number of times."""
+        for name, owner in self._owner.items():
+            if self._calls[name] != self._calls[owner]:
+                raise InputsDiverged(name)
+
+    def statistics(self, layer: Layer) -> InputStatistics | None:
+        """What was gathered for ``layer``; None if no call reached it."""
+        owner = self._owner.get(layer.name)
+        return self._of[owner] if owner is not None else None
+
+    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._feed(layer, args[0])
+
+        return hook
+
+    def _feed(self, layer: Layer, x: Tensor) -> None:
+        name = layer.name
+        self._calls[name] = self._calls.get(name, 0) + 1
+        fed_by = next((owner for tensor, owner in self._fed if tensor is x), None) if self._share else None
+        owner = self._owner.get(name)
+        if fed_by is not None and owner in (None, fed_by):
+            self._owner[name] = fed_by
+            return
+        if owner is None:
+            self._owner[name] = owner = name
+            self._of[name] = self._make(layer.shape[1])
+        elif owner != name:
+            raise InputsDiverged(name)
+        self._of[owner].update(x, self._keep(x))
+        self._fed.append((x, owner))
+
+    def _keep(self, x: Tensor) -> Tensor | None:
+        """The mask of real tokens that fits ``x`` (batch, tokens, features), also flattened; None if all are real."""
+        if self._sequence is None:
+            return None
+        masks = self._masks[self._batch]
+        foreign = any(x is other for other in self._others)
+        wanted = "encoder" if foreign else self._sequence
+        mask = masks.decoder if wanted == "decoder" else masks.encoder
+        if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+            return None
+        return mask.reshape(x.shape[:-1]).to(x.device)

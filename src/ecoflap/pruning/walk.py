@@ -1,0 +1,197 @@
+"""Stage 2: block by block through the towers, gather statistics, prune each layer to its share, go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.allocation import Allocation
+from ecoflap.calibration.padding import TokenMasks, token_masks
+from ecoflap.errors import NonFiniteLoss
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.drive import Run, TowerDriver
+from ecoflap.network.parts import Anatomy, Block, Layer, Tower
+from ecoflap.network.trace import evaluating
+from ecoflap.progress import Progress, Silent, Task
+from ecoflap.pruning.criteria import Criterion
+from ecoflap.pruning.gather import Gatherer, InputsDiverged
+from ecoflap.pruning.magnitude import Magnitude
+from ecoflap.pruning.patterns import Pattern
+from ecoflap.pruning.statistics import STATISTICS, InputStatistics
+
+
+class BlockJournal(Protocol):
+    """Where pruned blocks are kept as they come, so that an interrupted walk can go on."""
+
+    def load(self, block: str) -> Mapping[str, Tensor] | None:
+        """Weights of the block's layers by parameter name, or None if it has not been pruned yet."""
+
+    def save(self, block: str, weights: Mapping[str, Tensor]) -> None: ...
+
+
+class _NoJournal:
+    def load(self, block: str) -> Mapping[str, Tensor] | None:
+        return None
+
+    def save(self, block: str, weights: Mapping[str, Tensor]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class WalkResult:
+    """What the walk did: the allocation with its achieved sparsities, and layers that no calibration token reached."""
+
+    allocation: Allocation
+    unreached: tuple[str, ...]
+
+
+def walk(
+    model: nn.Module,
+    anatomy: Anatomy,
+    allocation: Allocation,
+    batches: Sequence[Any],
+    criterion: Criterion,
+    pattern: Pattern,
+    *,
+    run: Run,
+    offload: bool = False,
+    progress: Progress | None = None,
+    journal: BlockJournal | None = None,
+) -> WalkResult:
+    """Prune ``model`` in place.
+
+    Args:
+        model: runs in eval mode and without a KV cache here.
+        anatomy: its towers in the order of their calls, so that a later tower sees the earlier ones pruned.
+        allocation: zeros for each layer.
+        batches: calibration batches on the model's device; not read if the criterion needs no statistics.
+        run: runs the model on a batch (the objective).
+        offload: keep block inputs on the CPU.
+        journal: blocks pruned by an interrupted walk, which are taken over, and where new ones go.
+
+    Raises:
+        NonFiniteLoss: a layer's input or weight is not finite; names the layer.
+    """
+    walker = _Walker(model, criterion, pattern, allocation, journal or _NoJournal())
+    decoder = _decoder(anatomy)
+    is_encoder_decoder = decoder is not None
+    masks = {index: token_masks(batch, is_encoder_decoder) for index, batch in enumerate(batches)}
+    done = {block.name: walker.restore(block) for block in anatomy.blocks if block.layers}
+    with (
+        evaluating(model),
+        cache_disabled(model),  # a captured cache would be filled twice, and hide k and v
+        (progress or Silent()).stage("pruning", total=len(done), done=sum(done.values())) as task,
+    ):
+        for tower in anatomy.towers:
+            todo = [block for block in tower.blocks if block.layers and not done[block.name]]
+            if not todo:
+                continue
+            if criterion.statistics == "none":
+                for block in todo:
+                    walker.prune(block, None, task)
+                continue
+            sequence = None if tower.modality != "language" else "decoder" if tower is decoder else "encoder"
+            _walk_tower(
+                walker, tower, todo, TowerDriver(model, tower, batches, run, offload=offload), masks, sequence, task
+            )
+    return WalkResult(walker.achieved(), tuple(walker.unreached))
+
+
+def _decoder(anatomy: Anatomy) -> Tower | None:
+    """The second language tower, which works on a sequence of its own; None where there is but one."""
+    language = [tower for tower in anatomy.towers if tower.modality == "language"]
+    return language[-1] if len(language) > 1 else None
+
+
+def _walk_tower(
+    walker: _Walker,
+    tower: Tower,
+    todo: Sequence[Block],
+    driver: TowerDriver,
+    masks: Mapping[int, TokenMasks],
+    sequence: str | None,
+    task: Task,
+) -> None:
+    for index, block in enumerate(tower.blocks):
+        driver.enter(index)
+        if block in todo:
+            walker.prune(block, _gather(walker, driver, index, block, masks, sequence), task)
+        if block == todo[-1]:
+            return  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
+        driver.run(index)
+
+
+def _gather(
+    walker: _Walker,
+    driver: TowerDriver,
+    index: int,
+    block: Block,
+    masks: Mapping[int, TokenMasks],
+    sequence: str | None,
+) -> Gatherer:
+    make = STATISTICS[walker.criterion.statistics]
+    for share in (True, False):
+        try:
+            with Gatherer(walker.model, block, make, masks, sequence, share=share) as gatherer:
+                driver.run(index, gatherer.before)
+            gatherer.check()
+            return gatherer
+        except InputsDiverged:
+            if not share:
+                raise
+    raise AssertionError("unreachable")
+
+
+class _Walker:
+    """Prunes single blocks of a model, and keeps count."""
+
+    def __init__(
+        self, model: nn.Module, criterion: Criterion, pattern: Pattern, allocation: Allocation, journal: BlockJournal
+    ) -> None:
+        self.model, self.criterion, self.pattern, self.journal = model, criterion, pattern, journal
+        self.allocation = allocation
+        self.unreached: list[str] = []
+
+    def restore(self, block: Block) -> bool:
+        """Take over a block that an interrupted walk has pruned."""
+        weights = self.journal.load(block.name)
+        if weights is None:
+            return False
+        for layer in block.layers:
+            self.model.get_parameter(layer.name).data.copy_(weights[layer.name])
+        return True
+
+    def prune(self, block: Block, gathered: Gatherer | None, task: Task) -> None:
+        for layer in block.layers:
+            self._prune_layer(layer, gathered.statistics(layer) if gathered else None)
+        self.journal.save(block.name, {layer.name: self.model.get_parameter(layer.name).data for layer in block.layers})
+        task.advance(1, block.name)
+
+    def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> None:
+        parameter = self.model.get_parameter(layer.name)
+        weight = parameter.data.t() if layer.transposed else parameter.data
+        if not torch.isfinite(weight).all():
+            raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")
+        criterion = self.criterion
+        if criterion.statistics != "none" and (statistics is None or statistics.tokens == 0):
+            self.unreached.append(layer.name)
+            criterion, statistics = Magnitude(), None
+        try:
+            pruned = criterion(weight, statistics, self.allocation[layer.name].zeros, self.pattern)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"{layer.name}: {error}") from error
+        parameter.data.copy_(pruned.weight.t() if layer.transposed else pruned.weight)
+
+    def achieved(self) -> Allocation:
+        """The allocation with the zeros that the weights now really have."""
+        zeros = {
+            row.name: row.weights - int(torch.count_nonzero(self.model.get_parameter(row.name)))
+            for row in self.allocation.layers
+        }
+        return self.allocation.with_achieved(
+            {row.name: zeros[row.name] / row.weights for row in self.allocation.layers}
+        )

@@ -1,0 +1,176 @@
+"""What the user asked for: one validated object, from options, Python or YAML, and back to YAML in full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ecoflap.errors import InvalidOption
+from ecoflap.registry import unknown
+
+Fraction01 = Field(ge=0.0, le=1.0)
+
+
+class Recipe(BaseModel):
+    """All that decides the result of a run. The same recipe, model and versions give the same sparse model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(None, description="Hub id, folder or GGUF file; left out: the embedded model.")
+    sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="Fraction of the prunable weights to set to zero.")
+    max_sparsity: float | None = Field(None, ge=0.0, le=1.0, description="Cap of a group; default: sparsity + 0.1.")
+    min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
+    importance: str = Field(
+        "zeroth-order", description="zeroth-order, first-order, uniform, or a file: the importance.json of a run."
+    )
+    importance_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict, description="Options of the importance: epsilon, draws, replay; variant."
+    )
+    granularity: Literal["block", "layer", "tower"] = Field("block", description="What shares one sparsity.")
+    aggregate: Literal["sum", "mean"] = Field("sum", description="How a group's score is made of its layers'.")
+    budget: Literal["global", "tower"] = Field("global", description="'tower': each tower meets the sparsity itself.")
+    tower_sparsity: dict[str, float] = Field(
+        default_factory=dict, description="Sparsity of single towers or modalities."
+    )
+    allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
+    criterion: str = Field("wanda", description="wanda, sparsegpt or magnitude.")
+    pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (N of M kept).")
+    compare: Literal["row", "matrix"] | None = Field(
+        None, description="Where scores are compared; default: the criterion's own (row for Wanda)."
+    )
+    calibration: str | None = Field(None, description="Calibration data: file, folder or dataset id.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Columns of the data: image, question, answer...")
+    prompt: str | None = Field(None, description="Template of the prompt, with {question}.")
+    objective: str | None = Field(None, description="The loss: lm, seq2seq, contrastive, ..., or module:function.")
+    samples: int = Field(128, ge=1, description="Calibration samples of stage 2.")
+    importance_samples: int = Field(32, ge=1, description="Calibration samples of stage 1: the first of the samples.")
+    batch_size: int = Field(8, ge=1, description="Samples a forward.")
+    sequence_length: int | None = Field(None, ge=2, description="Tokens a sample of plain text.")
+    include: tuple[str, ...] = Field((), description="Layers or towers to prune that are dense by default.")
+    exclude: tuple[str, ...] = Field((), description="Layers or towers to leave dense.")
+    towers: tuple[str, ...] | None = Field(None, description="Paths of the module lists that are towers.")
+    task: tuple[str, ...] | None = Field(None, description="Tasks to evaluate before and after: vqa, perplexity.")
+    test: str | None = Field(None, description="Test data of the task; left out: the bundled one.")
+    test_samples: int | None = Field(None, ge=1, description="Evaluate on so many samples only.")
+    seed: int = Field(0, ge=0, description="Of sample choice and noise.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
+    offload_activations: bool = Field(False, description="Keep block inputs in the computer's memory, not the GPU's.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known_criterion(cls, name: str) -> str:
+        from ecoflap.pruning.criteria import CRITERIA
+
+        return CRITERIA.check(name)
+
+    @field_validator("importance")
+    @classmethod
+    def _known_importance(cls, name: str) -> str:
+        from ecoflap.importance.names import IMPORTANCES
+
+        return name if name.endswith(".json") else IMPORTANCES.check(name)
+
+    @field_validator("task")
+    @classmethod
+    def _known_tasks(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        from ecoflap.evaluation import TASKS
+
+        return names if names is None else tuple(TASKS.check(name) for name in names)
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str) -> str:
+        from ecoflap.pruning.patterns import parse_pattern
+
+        parse_pattern(pattern)
+        return pattern
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.max_sparsity is not None and self.max_sparsity < self.sparsity:
+            raise InvalidOption(
+                f"max_sparsity {self.max_sparsity:g} is below sparsity {self.sparsity:g}: "
+                f"raise the cap to at least {self.sparsity:g} or lower the sparsity"
+            )
+        if self.importance_samples > self.samples and "importance_samples" in self.model_fields_set:
+            raise InvalidOption(
+                f"importance_samples {self.importance_samples} is more than samples {self.samples}: "
+                "stage 1 uses the first samples of stage 2"
+            )
+        return self
+
+    def resolved(self) -> Recipe:
+        """The same recipe with what follows from other fields filled in.
+
+        Raises:
+            InvalidOption: an N:M pattern stands with another sparsity or with an importance.
+        """
+        changes: dict[str, Any] = {}
+        if self.importance_samples > self.samples:
+            changes["importance_samples"] = self.samples
+        if self.pattern != "unstructured":
+            changes |= self._fixed_by_pattern()
+        sparsity = changes.get("sparsity", self.sparsity)
+        if self.max_sparsity is None:
+            changes["max_sparsity"] = min(1.0, round(sparsity + 0.1, 10))
+        return self.model_copy(update=changes)
+
+    def _fixed_by_pattern(self) -> dict[str, Any]:
+        from ecoflap.pruning.patterns import parse_pattern, sparsity_of_pattern
+
+        exact = sparsity_of_pattern(parse_pattern(self.pattern))
+        assert exact is not None
+        ratio = float(exact)
+        if "sparsity" in self.model_fields_set and self.sparsity != ratio:
+            raise InvalidOption(
+                f"pattern {self.pattern} fixes the sparsity at {ratio:g}: leave out sparsity {self.sparsity:g}"
+            )
+        if "importance" in self.model_fields_set and self.importance != "uniform":
+            raise InvalidOption(
+                f"pattern {self.pattern} fixes every layer's sparsity at {ratio:g}, so importance "
+                f"'{self.importance}' could change nothing: leave it out or use 'uniform'"
+            )
+        return {"sparsity": ratio, "importance": "uniform", "importance_options": {}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain YAML and JSON types."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], source: str = "recipe") -> Recipe:
+        """A recipe from plain values.
+
+        Raises:
+            InvalidOption: one line that names the field and its value.
+        """
+        for name in values:
+            if name not in cls.model_fields:
+                raise InvalidOption(f"{source}: {unknown('field', name, list(cls.model_fields))}")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidOption(f"{source}: {where}: {first['msg']}, not {first['input']!r}") from error
+
+    @classmethod
+    def load(cls, path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
+        """Read YAML, with ``changes`` over it. A run's ``recipe.yaml`` is accepted as it is.
+
+        Raises:
+            InvalidOption: unreadable, no mapping, an unknown field, or a value out of range.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidOption(f"can't read the recipe {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise InvalidOption(f"recipe {path}: a mapping of fields to values is expected")
+        for added in ("versions", "fingerprint"):  # what a run writes beside the recipe
+            data.pop(added, None)
+        return cls.parse({**data, **(changes or {})}, str(path))
