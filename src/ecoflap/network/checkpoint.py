@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import re
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,21 +169,24 @@ def _load_model(
     files: Files, model_class: Any, name: str, dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    bars: AbstractContextManager[object] = nullcontext()
     if files.gguf_file is not None:
+        bars = redirect_stderr(io.StringIO())  # its reader draws a bar that no setting of transformers stops
         options["gguf_file"] = files.gguf_file
         if hasattr(transformers, "GgufConfig"):  # plain weights, not packed ones
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
     try:
-        model, info = model_class.from_pretrained(
-            files.folder,
-            dtype=DTYPES.get(dtype, "auto"),
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below, with names
-            output_loading_info=True,
-            **options,
-        )
+        with bars:
+            model, info = model_class.from_pretrained(
+                files.folder,
+                dtype=DTYPES.get(dtype, "auto"),
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, with names
+                output_loading_info=True,
+                **options,
+            )
     except (EcoflapError, MemoryError):
         raise
     except Exception as error:  # transformers raises many kinds for a bad checkpoint
