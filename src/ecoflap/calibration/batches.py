@@ -1,0 +1,226 @@
+"""Samples to batches through the checkpoint's own processor: fixed once, on the CPU, with labels for the loss."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ecoflap.calibration.models import Batch, batch_size_of, is_dual_tower, is_encoder_decoder, parameters_of
+from ecoflap.calibration.models import max_length as model_max_length
+from ecoflap.calibration.packing import draw_windows, tokenize_corpus, window_length
+from ecoflap.calibration.padding import IGNORED
+from ecoflap.calibration.prompts import Prompter, image_processor_of, padding_token, tokenizer_of
+from ecoflap.calibration.sources import Sample, SampleSet
+from ecoflap.errors import CalibrationError
+
+__all__ = ["Batch", "batch_size_of", "make_batches"]
+
+
+def make_batches(
+    sample_set: SampleSet,
+    model: nn.Module,
+    processor: Any,
+    *,
+    batch_size: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+) -> list[Batch]:
+    """Batches ready for ``model(**batch)``, in the order of the samples, all on the CPU.
+
+    Which keys a batch has follows from the model and the processor:
+
+    - plain text: ``input_ids``, ``attention_mask``, ``labels`` ``[B, sequence_length]``, packed; for an encoder-decoder
+      the first half of each window is the prefix and the second half the target.
+    - prompt or image with an answer or caption, decoder only: prompt and answer in ``input_ids``; ``labels`` are -100
+      on prompt, image and padding.
+    - the same, encoder-decoder: the prompt (or the caption's prefix, cut at a seeded word) in ``input_ids``, the target
+      (or suffix) in ``labels``, -100 on padding.
+    - dual towers: texts and images. Image classifiers: ``pixel_values`` and class ``labels`` ``[B]``.
+
+    Args:
+        batch_size: samples in a batch; the last may be smaller.
+        sequence_length: tokens in a window of plain text, and the longest text allowed otherwise.
+        seed: of windows and caption cuts.
+
+    Raises:
+        CalibrationError: the data does not fit the model (no image, no text, too long, unknown class).
+    """
+    if batch_size < 1:
+        raise CalibrationError(f"the batch size must be at least 1, not {batch_size}")
+    if processor is None:
+        raise CalibrationError("the checkpoint has no processor or tokenizer, so samples cannot be turned into batches")
+    if sample_set.windows is not None:
+        return _packed(sample_set, model, processor, batch_size, sequence_length, seed)
+    samples = list(sample_set.samples)
+    if not samples:
+        raise CalibrationError(f"{sample_set.source} gave no samples")
+    collate = _collator(samples, model, processor, sequence_length, seed, sample_set.source)
+    groups = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
+    if is_dual_tower(model) and len(groups[-1]) == 1:  # one pair has nothing to contrast with: its loss is always 0
+        if len(groups) == 1 or batch_size == 1:
+            raise CalibrationError("a contrastive loss needs at least 2 samples in a batch: raise the batch size")
+        groups[-2:] = [range(groups[-2].start, groups[-1].stop)]
+    return [_tidy(collate([samples[i] for i in group], group.start)) for group in groups]
+
+
+Collate = Callable[[list[Sample], int], dict[str, Any]]  # (samples, number of the first one)
+
+
+def _collator(
+    samples: Sequence[Sample], model: nn.Module, processor: Any, length: int | None, seed: int, source: str
+) -> Collate:
+    sees = image_processor_of(processor) is not None
+    has_images = samples[0].image is not None
+    parameters = parameters_of(model)
+    needs_image = (
+        "pixel_values" in parameters and parameters["pixel_values"].default is parameters["pixel_values"].empty
+    )
+    if sees and not has_images and (needs_image or is_dual_tower(model) or tokenizer_of(processor) is None):
+        raise CalibrationError(f"{source} has no images, but {type(model).__name__} needs them: give an image column")
+    if not sees:  # a text model on image data: the text is still usable
+        samples = [replace(sample, image=None) for sample in samples]
+    if tokenizer_of(processor) is None:
+        return lambda part, start: _classification(part, model, processor, source)
+    if samples[0].text is None:
+        raise CalibrationError(
+            f"{source} has no answers or captions, but {type(model).__name__} needs text for its loss"
+        )
+    if is_dual_tower(model):
+        return lambda part, start: _pairs(part, model, processor)
+    prompter = Prompter(model, processor)
+    make = _encoder_decoder if is_encoder_decoder(model) else _decoder_only
+    return lambda part, start: _limited(make(part if sees else _blind(part), prompter, start, seed), length, source)
+
+
+def _blind(samples: Sequence[Sample]) -> list[Sample]:
+    return [replace(sample, image=None) for sample in samples]
+
+
+def _packed(
+    sample_set: SampleSet, model: nn.Module, processor: Any, batch_size: int, length: int | None, seed: int
+) -> list[Batch]:
+    tokenizer = tokenizer_of(processor)
+    parameters = parameters_of(model)
+    needs_image = (
+        "pixel_values" in parameters and parameters["pixel_values"].default is parameters["pixel_values"].empty
+    )
+    if tokenizer is None or needs_image:
+        raise CalibrationError(f"{sample_set.source} is plain text, but {type(model).__name__} needs images")
+    size = window_length(model, tokenizer, length)
+    count = None if sample_set.windows == -1 else sample_set.windows
+    windows = draw_windows(tokenize_corpus(sample_set, tokenizer), size, count, seed, sample_set.source)
+    batches: list[Batch] = []
+    for chunk in torch.split(windows, batch_size):
+        ids, labels = (chunk[:, : size // 2], chunk[:, size // 2 :]) if is_encoder_decoder(model) else (chunk, chunk)
+        ids = ids.contiguous()
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels.clone()})
+    return batches
+
+
+def _classification(samples: list[Sample], model: nn.Module, processor: Any, source: str) -> dict[str, Any]:
+    encoded = dict(processor(images=[sample.image for sample in samples], return_tensors="pt"))
+    if samples[0].text is not None:
+        names = getattr(getattr(model, "config", None), "label2id", None) or {}
+        classes = {str(name).lower(): int(number) for name, number in names.items()}
+        encoded["labels"] = torch.tensor([_class(sample.text or "", classes, source) for sample in samples])
+    return encoded
+
+
+def _class(label: str, classes: dict[str, int], source: str) -> int:
+    key = label.strip().lower()
+    if key in classes:
+        return classes[key]
+    if key.isdigit() and (not classes or int(key) < len(classes)):
+        return int(key)
+    raise CalibrationError(f"{source}: label '{label}' is none of the model's {len(classes)} classes (config.label2id)")
+
+
+def _pairs(samples: list[Sample], model: nn.Module, processor: Any) -> dict[str, Any]:
+    tokenizer = tokenizer_of(processor)
+    limit = model_max_length(model) or getattr(tokenizer, "model_max_length", None)
+    with padding_token(tokenizer):
+        return dict(
+            processor(
+                images=[sample.image for sample in samples],
+                text=[sample.text for sample in samples],
+                padding=True,
+                truncation=limit is not None,
+                max_length=limit,
+                return_tensors="pt",
+            )
+        )
+
+
+def _encoder_decoder(samples: list[Sample], prompter: Prompter, start: int, seed: int) -> dict[str, Any]:
+    pairs = [_prefix_suffix(sample, seed, start + i) for i, sample in enumerate(samples)]
+    images = [sample.image for sample in samples]
+    texts = [prompter.render(prefix, image) for (prefix, _), image in zip(pairs, images, strict=True)]
+    encoded = prompter.encode(texts, images)
+    assert prompter.tokenizer is not None
+    targets = [prompter.tokenizer(text_target=suffix, verbose=False)["input_ids"] for _, suffix in pairs]
+    encoded["labels"] = pad_sequence([torch.tensor(t) for t in targets], batch_first=True, padding_value=IGNORED)
+    return encoded
+
+
+def _prefix_suffix(sample: Sample, seed: int, position: int) -> tuple[str, str]:
+    """Prompt and answer; a caption alone is cut at a word drawn by (seed, position), as the paper does."""
+    text = (sample.text or "").strip()
+    if sample.prompt is not None:
+        return sample.prompt, text
+    words = text.split()
+    if len(words) < 2:
+        return "", text
+    cut = random.Random(f"{seed}/{position}").randint(1, len(words) - 1)
+    return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+def _decoder_only(samples: list[Sample], prompter: Prompter, start: int, seed: int) -> dict[str, Any]:
+    tokenizer = prompter.tokenizer
+    assert tokenizer is not None
+    texts, tails = [], []
+    for sample in samples:
+        prompt, answer = prompter.render(sample.prompt, sample.image), (sample.text or "").strip()
+        joined = prompt + ("" if not prompt or prompt[-1].isspace() else " ") + answer
+        ids = prompter.token_ids(joined)
+        if tokenizer.eos_token and ids[-1] != tokenizer.eos_token_id:  # the end of the answer is part of the loss
+            joined += tokenizer.eos_token
+            ids = prompter.token_ids(joined)
+        before = prompter.token_ids(prompt)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
+        )
+        texts.append(joined)
+        tails.append(ids[same:])
+    encoded = prompter.encode(texts, [sample.image for sample in samples])
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    labels = torch.full_like(ids, IGNORED)
+    for row, tail in enumerate(tails):
+        end = int(mask[row].nonzero()[-1]) + 1
+        # Images only lengthen the prompt: counted from the end, the answer is where the tokenizer alone puts it.
+        if ids[row, end - len(tail) : end].tolist() != tail:
+            raise CalibrationError(
+                "the processor changes the answer's tokens, so the prompt cannot be masked in the loss"
+            )
+        labels[row, end - len(tail) : end] = torch.tensor(tail)
+    encoded["labels"] = labels
+    return encoded
+
+
+def _limited(encoded: dict[str, Any], length: int | None, source: str) -> dict[str, Any]:
+    longest = max(encoded["input_ids"].shape[1], encoded["labels"].shape[1])
+    if length is not None and longest > length:
+        raise CalibrationError(
+            f"{source}: a sample has {longest} tokens, more than the sequence length of {length}: raise it or shorten "
+            "the sample"
+        )
+    return encoded
+
+
+def _tidy(encoded: dict[str, Any]) -> Batch:
+    return {name: value.contiguous() for name, value in encoded.items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,91 @@
+"""The few facts about a model that batches and losses depend on, read from its config and forward signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+DEFAULT_LENGTH = 2048  # of text windows, where the model can take it; the length of the published LLaMA runs
+
+
+def text_config(model: nn.Module) -> Any:
+    """The language part of the config (the config itself for a text model); None for a module without config."""
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    return get() if callable(get) else config
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the text part is an encoder-decoder (T5, BART, Florence-2, BLIP-2 on T5)."""
+    configs = (getattr(model, "config", None), text_config(model))
+    return any(bool(getattr(config, "is_encoder_decoder", False)) for config in configs)
+
+
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def is_dual_tower(model: nn.Module) -> bool:
+    """CLIP-like: image and text towers side by side, and a contrastive loss on request."""
+    return "return_loss" in parameters_of(model)
+
+
+def can_take(model: nn.Module, argument: str) -> bool:
+    """Whether ``forward`` has ``argument``, by name or as one of a generating model's pass-through arguments."""
+    parameters = parameters_of(model)
+    if argument in parameters:
+        return True
+    generates = getattr(model, "can_generate", None)
+    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return passes_on and callable(generates) and bool(generates())
+
+
+def max_length(model: nn.Module) -> int | None:
+    """Longest text in tokens that the model has positions for; None where it is not limited."""
+    config = text_config(model)
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        value = getattr(config, name, None)
+        # T5 carries n_positions from its training, but has relative positions and no limit
+        if isinstance(value, int) and value > 0 and not getattr(config, "relative_attention_num_buckets", None):
+            return value
+    return None
+
+
+def image_token_id(model: nn.Module, processor: Any) -> int | None:
+    """Id of the placeholder that marks image positions in the text; None where the model has none."""
+    config = getattr(model, "config", None)
+    for holder, name in ((config, "image_token_id"), (config, "image_token_index"), (processor, "image_token_id")):
+        value = getattr(holder, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The batch on the model's device, floating tensors (``pixel_values``) in the model's dtype; no copy if it fits."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None:
+        return dict(batch)
+    dtype = getattr(model, "dtype", None)
+    dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else first.dtype
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(first.device, dtype) if value.is_floating_point() else value.to(first.device)
+
+    return {name: move(value) for name, value in batch.items()}
+
+
+def batch_size_of(batch: Mapping[str, Any]) -> int:
+    """Number of samples in a batch: rows of the labels, the text or the images, the first that is there."""
+    for name in ("labels", "input_ids", "pixel_values"):
+        value = batch.get(name)
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return int(value.shape[0])
+    return next((int(v.shape[0]) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 0)

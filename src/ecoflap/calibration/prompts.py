@@ -1,0 +1,133 @@
+"""Puts prompt and image into the words that a processor expects: chat template, image placeholder, or plain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ecoflap.calibration.models import image_token_id
+from ecoflap.errors import CalibrationError
+
+
+def tokenizer_of(processor: Any) -> Any | None:
+    """The text half of a processor (or the tokenizer itself); None if there is none."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return processor
+    return getattr(processor, "tokenizer", None)
+
+
+def image_processor_of(processor: Any) -> Any | None:
+    """The image half of a processor (or the image processor itself); None if there is none."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return None
+    half = getattr(processor, "image_processor", None)
+    if half is None and getattr(processor, "tokenizer", None) is None and callable(processor):
+        half = processor
+    return half
+
+
+@contextmanager
+def padding_token(tokenizer: Any) -> Iterator[None]:
+    """Gives a tokenizer without pad token the end token for the time of a call; what is saved later is unchanged."""
+    if tokenizer is None or tokenizer.pad_token_id is not None:
+        yield
+        return
+    substitute = tokenizer.eos_token or tokenizer.unk_token
+    if substitute is None:
+        raise CalibrationError("the tokenizer has neither a pad, an end nor an unknown token to pad with")
+    tokenizer.pad_token = substitute
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = None
+
+
+class Prompter:
+    """Renders prompts for one model and processor, and encodes them together with the images.
+
+    How images are announced in the text is found out once, on the first sample: by the chat template where
+    there is one, by the processor itself (BLIP-2), or by the placeholder in front of the prompt (LLaVA).
+
+    Raises:
+        CalibrationError: the processor puts in another number of placeholders than the model has image queries.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = tokenizer_of(processor)
+        self._model = model
+        self._chat = bool(getattr(processor, "chat_template", None))
+        self._placeholder: str | None = None  # of the first image, None until it is known
+
+    @property
+    def is_chat(self) -> bool:
+        return self._chat
+
+    def render(self, prompt: str | None, image: Image.Image | None) -> str:
+        """The text before the answer."""
+        prompt = prompt or ""
+        if self._chat:
+            content: Any = prompt
+            if self.processor is not self.tokenizer:  # a processor's template wants parts, a tokenizer's a string
+                content = [{"type": "image"}] if image is not None else []
+                content += [{"type": "text", "text": prompt}] if prompt else []
+            turns = [{"role": "user", "content": content}]
+            return str(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        if image is None:
+            return prompt
+        if self._placeholder is None:
+            self._placeholder = self._find_placeholder(prompt, image)
+        if self._placeholder and self._placeholder not in prompt:
+            return f"{self._placeholder}\n{prompt}"
+        return prompt
+
+    def _find_placeholder(self, prompt: str, image: Image.Image) -> str:
+        """What must stand in front of the prompt so that the image is seen: "" where the processor sees to it."""
+        identifier = image_token_id(self._model, self.processor)
+        if identifier is None:
+            return ""  # the image does not go through the text (cross-attention)
+        assert self.tokenizer is not None
+        placeholder = str(
+            getattr(self.processor, "image_token", "") or self.tokenizer.convert_ids_to_tokens(identifier)
+        )
+        for candidate in ("", placeholder):
+            text = f"{candidate}\n{prompt}" if candidate else prompt
+            try:
+                count = int((self.encode([text], [image])["input_ids"] == identifier).sum())
+            except (ValueError, IndexError, RuntimeError, StopIteration):
+                continue  # processors refuse an image that the text does not announce
+            queries = getattr(self._model.config, "num_query_tokens", None)
+            if count and isinstance(queries, int) and count != queries:
+                break
+            if count:
+                return candidate
+        raise CalibrationError(
+            "the processor does not put the image placeholder tokens that the model needs into the text: check "
+            "num_query_tokens, image_token and patch_size in its processor_config.json"
+        )
+
+    def encode(self, texts: Sequence[str], images: Sequence[Image.Image | None], side: str = "right") -> dict[str, Any]:
+        """Tensors for rendered ``texts`` and their images, padded on ``side`` to the longest of the batch."""
+        options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt"}
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if self._chat and bos and all(text.startswith(bos) for text in texts):
+            options["add_special_tokens"] = False  # the template has put it there
+        with padding_token(self.tokenizer):
+            if any(image is not None for image in images):
+                encoded = self.processor(images=[[image] for image in images], text=list(texts), **options)
+            else:
+                assert self.tokenizer is not None
+                encoded = self.tokenizer(list(texts), **options)
+        return dict(encoded)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a rendered text without its image, with the special tokens that :meth:`encode` adds."""
+        assert self.tokenizer is not None
+        bos = getattr(self.tokenizer, "bos_token", None)
+        special = not (self._chat and bos and text.startswith(bos))
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -1,0 +1,115 @@
+"""Perplexity of a causal language model on plain text in fixed windows, as in the papers on pruning LLMs.
+
+The text is tokenised whole once and cut into windows of equal length that don't overlap; each window is scored on its
+own, its first token aside. Source: the setting of GPTQ (Frantar et al., 2022), SparseGPT and Wanda (Sun et al., 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ecoflap.calibration.models import can_take, is_encoder_decoder, to_device
+from ecoflap.calibration.packing import tokenize_corpus, window_length
+from ecoflap.calibration.prompts import tokenizer_of
+from ecoflap.calibration.sources import load_samples
+from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
+from ecoflap.evaluation.results import TaskResult, mean_and_stderr
+from ecoflap.progress import Progress, Silent
+
+LOGITS_AT_ONCE = 2**24  # fp32 logits that the loss is computed on at a time (64 MiB), whatever the vocabulary
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    processor: Any,
+    *,
+    data: str | Path | None,
+    samples: int | None,
+    batch_size: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TaskResult:
+    """exp(mean negative log-likelihood of a token); every window weighs the same.
+
+    The standard error is that of the mean over windows, times the perplexity (delta method): neighbouring tokens are
+    not independent, windows nearly are. ``n`` counts the scored tokens, windows × (sequence_length − 1).
+
+    Args:
+        data: a text file, a folder of them, or a data set with a text column.
+        samples: the first so many windows; None for all. ``seed`` has no effect.
+        sequence_length: tokens in a window; default the model's longest up to 2,048.
+
+    Raises:
+        InvalidOption: no data, or the model is no causal language model with a tokenizer.
+        CalibrationError: the text is shorter than a window.
+        NonFiniteLoss: a window's loss is NaN or infinite.
+    """
+    tokenizer = tokenizer_of(processor)
+    if data is None:
+        raise InvalidOption("task 'perplexity' needs a text: give a file as data")
+    if tokenizer is None or is_encoder_decoder(model):
+        raise InvalidOption(
+            f"task 'perplexity' needs a causal language model with a tokenizer, not {type(model).__name__}"
+        )
+    if batch_size < 1 or (samples is not None and samples < 1):
+        raise InvalidOption("the batch size and the number of samples must be at least 1")
+    length = window_length(model, tokenizer, sequence_length)
+    corpus = load_samples(data, samples=None, seed=seed)
+    if corpus.windows is None:
+        raise CalibrationError(f"{data} is not plain text: task 'perplexity' needs a text file or a text column alone")
+    tokens = tokenize_corpus(corpus, tokenizer)
+    count = min(len(tokens) // length, samples or len(tokens))
+    if count == 0:
+        raise CalibrationError(f"{data} has {len(tokens)} tokens, less than one window of {length}: give more text")
+    windows = tokens[: count * length].view(count, length)
+    losses: list[float] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with (progress or Silent()).stage("perplexity", total=count) as task:
+            for part in torch.split(windows, batch_size):
+                losses += _window_losses(model, part)
+                task.advance(len(part))
+    finally:
+        model.train(was_training)
+    for number, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss of window {number} of {data} is {loss}: the model is broken, or needs float32"
+            )
+    mean, error = mean_and_stderr(losses)
+    value = math.exp(min(mean, 700.0))  # e^700 is the end of what a float holds
+    settings = {
+        "data": str(data),
+        "sequence_length": length,
+        "windows": count,
+        "samples": samples,
+        "batch_size": batch_size,
+    }
+    stderr = None if error is None else value * error
+    return TaskResult("perplexity", "perplexity", value, stderr, count * (length - 1), settings)
+
+
+def _window_losses(model: nn.Module, windows: torch.Tensor) -> list[float]:
+    """Mean negative log-likelihood of each row of ``windows`` ``[B, L]``, in fp32 from the model's logits."""
+    extra: dict[str, Any] = {"use_cache": False} if can_take(model, "use_cache") else {}
+    ids = to_device({"input_ids": windows}, model)["input_ids"]
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    losses: list[float] = []
+    for row, target in zip(logits, ids, strict=True):
+        total = 0.0
+        for start in range(0, len(target) - 1, rows):
+            end = min(start + rows, len(target) - 1)
+            part = F.cross_entropy(row[start:end].float(), target[start + 1 : end + 1], reduction="sum")
+            total += float(part)
+        losses.append(total / (len(target) - 1))
+    return losses
