@@ -365,7 +365,8 @@ def _choice(option: str, value: str, known: tuple[str, ...]) -> str:
 def _field(entry: Any, key: str, kind: type, where: str) -> Any:
     value = entry.get(key) if isinstance(entry, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise InvalidOption(f"{where}: '{key}' must be a {kind.__name__}, not {value!r}")
+        wanted = {int: "a whole number", str: "a text", list: "a list"}[kind]
+        raise InvalidOption(f"{where}: '{key}' must be {wanted}, not {value!r}")
     return value
 
 
@@ -373,8 +374,8 @@ def _read_layer(entry: Any, number: int) -> LayerAllocation:
     name = _field(entry, "name", str, f"allocation, layer {number}")
     where = f"allocation: layer '{name}'"
     weights = _field(entry, "weights", int, where)
-    shape = entry.get("shape")
-    if shape is not None and (len(shape) != 2 or shape[0] * shape[1] != weights):
+    shape = None if entry.get("shape") is None else _field(entry, "shape", list, where)
+    if shape is not None and ([type(n) for n in shape] != [int, int] or shape[0] * shape[1] != weights):
         raise InvalidOption(f"{where}: shape {shape} does not have {weights} weights")
     by_sparsity = None
     if entry.get("sparsity") is not None:
@@ -386,6 +387,7 @@ def _read_layer(entry: Any, number: int) -> LayerAllocation:
         raise InvalidOption(f"{where}: zeros must be from 0 to its {weights} weights, not {zeros}")
     if by_sparsity not in (None, zeros):
         warnings.warn(f"{where}: 'zeros' {zeros} counts, 'sparsity' {entry['sparsity']} is ignored", stacklevel=3)
+    achieved = entry.get("achieved")
     return LayerAllocation(
         name=name,
         tower=_field(entry, "tower", str, where),
@@ -394,5 +396,5 @@ def _read_layer(entry: Any, number: int) -> LayerAllocation:
         shape=None if shape is None else (shape[0], shape[1]),
         weights=weights,
         zeros=zeros,
-        achieved=entry.get("achieved"),
+        achieved=None if achieved is None else float(_unit(f"{where}: achieved", achieved)),
     )
