@@ -1,0 +1,37 @@
+"""The command line that repeats a run, from its recipe."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+RECORDS = ("versions", "fingerprint", "format")  # what a recipe notes about its run, not options
+_NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "json", "recipe"}
+
+
+def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
+    """``ecoflap prune`` with every option of ``recipe`` written out, one a line, quoted for a POSIX shell.
+
+    Args:
+        recipe: flat option names to values; lists repeat the option, mappings give ``key=value``, None is left out.
+        output: the directory of the repeated run.
+    """
+    lines = ["ecoflap prune" + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
+    for key, value in recipe.items():
+        if key not in _NOT_REPEATED:
+            lines += (shlex.join(words) for words in _options("--" + key.replace("_", "-"), value))
+    lines.append(shlex.join(["--output", output]))
+    return " \\\n  ".join(lines)
+
+
+def _options(option: str, value: Any) -> list[list[str]]:
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [[option]]
+    if isinstance(value, Mapping):
+        return [[option, f"{key}={item}"] for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [[option, str(item)] for item in value]
+    return [[option, str(value)]]

@@ -1,0 +1,94 @@
+"""Numbers as a reader wants them: metrics with their unit, sparsity in percent, durations, bytes."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "not measured"
+_PERCENT = {"accuracy", "exact_match", "top1", "recall"}
+_LOWER_IS_BETTER = {"perplexity", "loss"}
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of ``metric`` is the better one."""
+    return metric in _LOWER_IS_BETTER
+
+
+def metric_value(metric: str, value: float | None, stderr: float | None = None) -> str:
+    """A metric's value in its unit, with ``± standard error`` where there is one: "93.1 % ± 0.8"."""
+    if value is None:
+        return MISSING
+    if metric in _PERCENT:
+        return f"{100 * value:.1f} %" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
+    return significant(value, 4) + ("" if stderr is None else f" ± {significant(stderr, 2)}")
+
+
+def metric_change(metric: str, dense: float | None, pruned: float | None) -> str:
+    """Pruned minus dense with a sign: percentage points for accuracies, per cent of the dense value for the others."""
+    if dense is None or pruned is None:
+        return MISSING
+    if metric in _PERCENT:
+        return _signed(100 * (pruned - dense), 1) + " points"
+    return MISSING if dense == 0 else _signed(100 * (pruned / dense - 1), 1) + " %"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction in per cent."""
+    return MISSING if value is None else f"{100 * value:.{digits}f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "0.42 s", "42 s", "12 min 03 s" or "1 h 40 min"."""
+    if seconds is None:
+        return MISSING
+    if seconds < 9.95:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: int | None) -> str:
+    """Bytes with a decimal unit (1 GB = 10⁹ bytes)."""
+    if count is None:
+        return MISSING
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{significant(value, 3)} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def integer(count: int | None) -> str:
+    """A count with thin spaces between the thousands."""
+    return MISSING if count is None else f"{count:,}".replace(",", "\u2009")
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``digits`` significant digits, in scientific notation only where the plain one would be long."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    if -4 <= exponent < 6:
+        return f"{value:.{max(digits - 1 - exponent, 0)}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def scientific(value: float, digits: int = 2) -> str:
+    """Scientific notation, for columns whose numbers span orders of magnitude."""
+    return f"{value:.{digits}e}"
+
+
+def task_title(task: str, metric: str) -> str:
+    """A task and its metric as one heading; the metric is not repeated where the task has its name."""
+    return task if task == metric else f"{task} {metric}"
+
+
+def _signed(value: float, digits: int) -> str:
+    rounded = round(value, digits)
+    return f"{abs(rounded):.{digits}f}" if rounded == 0 else f"{'+' if rounded > 0 else '−'}{abs(rounded):.{digits}f}"
