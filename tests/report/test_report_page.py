@@ -198,6 +198,15 @@ def test_zero_scores_are_counted_not_drawn(tmp_path):
     assert page.count("svg") == 3
 
 
+def test_uniform_importance_is_not_measured(tmp_path):
+    part = importance() | {"method": "uniform"}
+    for layer in part["layers"]:
+        layer.update(score=0.0, stderr=0.0, n=0)
+    page = Page(read(write_report(write_run(tmp_path, importance=part))))
+    assert "not measured" in page.text["importance"]
+    assert "0.00e+00" not in page.text["layers"]
+
+
 def test_gpu_memory_has_its_column_only_where_there_is_one(tmp_path, page):
     assert "GPU" not in page.text["cost"]
     cuda = metrics()
@@ -216,7 +225,7 @@ def test_unwritable_page_leaves_the_old_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(StorageError, match=r"report\.html could not be written: No space left"):
+    with pytest.raises(StorageError, match=r"report\.html: No space left"):
         write_report(tmp_path)
     assert path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -235,6 +244,8 @@ def test_command_survives_the_shell():
     for pair in [("--max-sparsity", "0.6"), ("--columns", "text=my text"), ("--exclude", "a*"), ("--exclude", "b")]:
         assert pair in pairs
     assert "--flag" in words
+    assert ("--sparsity", "0.5") in pairs  # said although it is the default
+    assert not {"--samples", "--seed", "--criterion"} & set(words)
     assert not {"--versions", "--fingerprint", "--calibration", "--model"} & set(words)
     assert words[-2:] == ["--output", "runs/again"]
 

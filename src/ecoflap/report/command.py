@@ -6,20 +6,23 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from ecoflap.recipe import Recipe
+
 RECORDS = ("versions", "fingerprint", "format")  # what a recipe notes about its run, not options
 _NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "json", "recipe"}
 
 
 def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
-    """``ecoflap prune`` with every option of ``recipe`` written out, one a line, quoted for a POSIX shell.
+    """``ecoflap prune`` with the options of ``recipe`` that are not the defaults, one a line, quoted for a POSIX shell.
 
     Args:
         recipe: flat option names to values; lists repeat the option, mappings give ``key=value``, None is left out.
         output: the directory of the repeated run.
     """
     lines = ["ecoflap prune" + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
+    defaults = Recipe.parse({}).to_dict()
     for key, value in recipe.items():
-        if key not in _NOT_REPEATED:
+        if key not in _NOT_REPEATED and (key == "sparsity" or key not in defaults or value != defaults[key]):
             lines += (shlex.join(words) for words in _options("--" + key.replace("_", "-"), value))
     lines.append(shlex.join(["--output", output]))
     return " \\\n  ".join(lines)

@@ -53,7 +53,7 @@ class LayerAllocation(_File):
     tower: str
     block: str
     modality: str = "other"
-    shape: list[int]
+    shape: list[int] | None = None
     weights: Annotated[int, Field(gt=0)]
     zeros: Count
     sparsity: Fraction
@@ -153,8 +153,8 @@ class RunData:
 
     @property
     def scores(self) -> dict[str, LayerScore]:
-        """Layer name to its score; empty where importance was not measured."""
-        return {layer.name: layer for layer in self.importance.layers} if self.importance else {}
+        """Layer name to its score; without those that no estimate stands behind, as with uniform importance."""
+        return {layer.name: layer for layer in self.importance.layers if layer.n != 0} if self.importance else {}
 
     @property
     def modalities(self) -> dict[str, str]:

@@ -6,12 +6,6 @@ import math
 
 MISSING = "not measured"
 _PERCENT = {"accuracy", "exact_match", "top1", "recall"}
-_LOWER_IS_BETTER = {"perplexity", "loss"}
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of ``metric`` is the better one."""
-    return metric in _LOWER_IS_BETTER
 
 
 def metric_value(metric: str, value: float | None, stderr: float | None = None) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ecoflap.errors import StorageError
+from ecoflap.files import write_text
 from ecoflap.report import command, formats, plots
 from ecoflap.report.data import BlockRow, Metrics, Quality, RunData, read_run
 
@@ -66,7 +64,7 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run = read_run(run_dir)
     path = run.path / REPORT
-    _write(path, render(run))
+    write_text(path, render(run))
     return path
 
 
@@ -241,22 +239,3 @@ def _records(prefix: str, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]
             yield from _records(label, item)
         else:
             yield label, _flat(item)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step."""
-    temporary: str | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # temporary files start private to their owner
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise StorageError(f"{path} could not be written: {error.strerror or error}") from error
