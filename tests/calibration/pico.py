@@ -30,10 +30,43 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-WORDS = (
-    "Question: Short answer: USER: ASSISTANT: what color shape is the a circle square triangle red blue green yes no of "
-    "picture with and on under how many one two three left right big small there"
-).split()
+WORDS = [
+    "Question:",
+    "Short",
+    "answer:",
+    "USER:",
+    "ASSISTANT:",
+    "what",
+    "color",
+    "shape",
+    "is",
+    "the",
+    "a",
+    "circle",
+    "square",
+    "triangle",
+    "red",
+    "blue",
+    "green",
+    "yes",
+    "no",
+    "of",
+    "picture",
+    "with",
+    "and",
+    "on",
+    "under",
+    "how",
+    "many",
+    "one",
+    "two",
+    "three",
+    "left",
+    "right",
+    "big",
+    "small",
+    "there",
+]
 CHAT = (
     "{% for m in messages %}USER: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -146,7 +179,9 @@ def llava(chat: bool) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     )
     config = LlavaConfig(
         vision_config=_small(num_hidden_layers=2, image_size=16, patch_size=8, model_type="clip_vision_model"),
-        text_config=_small(model_type="llama", vocab_size=len(words), num_key_value_heads=2, pad_token_id=0),
+        text_config=_small(
+            model_type="llama", vocab_size=len(words), num_key_value_heads=2, pad_token_id=0, eos_token_id=1
+        ),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ecoflap.calibration.models import Batch, batch_size_of, is_dual_tower, is_encoder_decoder, parameters_of
+from ecoflap.calibration.models import Batch, batch_size_of, is_dual_tower, is_encoder_decoder, needs_image
 from ecoflap.calibration.models import max_length as model_max_length
 from ecoflap.calibration.packing import draw_windows, tokenize_corpus, window_length
 from ecoflap.calibration.padding import IGNORED
@@ -77,11 +77,7 @@ def _collator(
 ) -> Collate:
     sees = image_processor_of(processor) is not None
     has_images = samples[0].image is not None
-    parameters = parameters_of(model)
-    needs_image = (
-        "pixel_values" in parameters and parameters["pixel_values"].default is parameters["pixel_values"].empty
-    )
-    if sees and not has_images and (needs_image or is_dual_tower(model) or tokenizer_of(processor) is None):
+    if sees and not has_images and (needs_image(model) or is_dual_tower(model) or tokenizer_of(processor) is None):
         raise CalibrationError(f"{source} has no images, but {type(model).__name__} needs them: give an image column")
     if not sees:  # a text model on image data: the text is still usable
         samples = [replace(sample, image=None) for sample in samples]
@@ -106,11 +102,7 @@ def _packed(
     sample_set: SampleSet, model: nn.Module, processor: Any, batch_size: int, length: int | None, seed: int
 ) -> list[Batch]:
     tokenizer = tokenizer_of(processor)
-    parameters = parameters_of(model)
-    needs_image = (
-        "pixel_values" in parameters and parameters["pixel_values"].default is parameters["pixel_values"].empty
-    )
-    if tokenizer is None or needs_image:
+    if tokenizer is None or needs_image(model):
         raise CalibrationError(f"{sample_set.source} is plain text, but {type(model).__name__} needs images")
     size = window_length(model, tokenizer, length)
     count = None if sample_set.windows == -1 else sample_set.windows

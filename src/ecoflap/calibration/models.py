@@ -35,6 +35,12 @@ def is_dual_tower(model: nn.Module) -> bool:
     return "return_loss" in parameters_of(model)
 
 
+def needs_image(model: nn.Module) -> bool:
+    """Whether ``forward`` cannot run without ``pixel_values`` (BLIP-2; LLaVA takes text alone too)."""
+    parameter = parameters_of(model).get("pixel_values")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
 def can_take(model: nn.Module, argument: str) -> bool:
     """Whether ``forward`` has ``argument``, by name or as one of a generating model's pass-through arguments."""
     parameters = parameters_of(model)

@@ -103,6 +103,11 @@ def default_objective(model: nn.Module) -> Objective:
     return model_loss
 
 
+def on_device(objective: Objective) -> Objective:
+    """The same objective for batches that lie on the CPU: each is moved to the model's device and dtype first."""
+    return lambda model, batch: objective(model, to_device(batch, model))
+
+
 def _scalar(output: Any, name: str) -> torch.Tensor:
     """The loss in a forward's output, as a scalar in fp32 on its own device."""
     loss = output

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoflap.calibration.models import is_encoder_decoder, to_device
+from ecoflap.calibration.models import is_encoder_decoder, needs_image, to_device
 from ecoflap.calibration.prompts import Prompter, image_processor_of
 from ecoflap.calibration.sources import Sample, SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
@@ -63,6 +63,8 @@ def run(
     )
     if not {"question", "prompt"} & reader.columns.keys() or not {"text", "answers"} & reader.columns.keys():
         raise CalibrationError(f"{reader.source} needs columns with questions and with answers for task 'vqa'")
+    if needs_image(model) and "image" not in reader.columns:
+        raise CalibrationError(f"{reader.source} has no images, but {type(model).__name__} needs images")
     prompter = Prompter(model, processor)
     sees = image_processor_of(processor) is not None
     new_tokens = getattr(getattr(model, "generation_config", None), "max_new_tokens", None) or MAX_NEW_TOKENS
@@ -143,9 +145,12 @@ def _answer(
     inputs.pop("token_type_ids", None)
     assert prompter.tokenizer is not None
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
-    if getattr(getattr(model, "generation_config", None), "pad_token_id", None) is None:
-        pad = prompter.tokenizer.pad_token_id
-        options["pad_token_id"] = prompter.tokenizer.eos_token_id if pad is None else pad
+    settings, end = getattr(model, "generation_config", None), prompter.tokenizer.eos_token_id
+    if getattr(settings, "eos_token_id", None) is None and end is not None:
+        options["eos_token_id"] = end
+    pad = end if prompter.tokenizer.pad_token_id is None else prompter.tokenizer.pad_token_id
+    if pad is not None:  # finished answers are filled up with a token that decoding drops
+        options["pad_token_id"] = pad
     output = model.generate(**inputs, **options)  # type: ignore[operator]
     length = ids.shape[1]
     if output.shape[1] >= length and torch.equal(output[:, :length], ids):  # decoders repeat the prompt

@@ -18,8 +18,8 @@ ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't had
 how'll how's i'm i've isn't it'd it'd've it'll let's ma'am might've mightn't mightn't've must've mustn't needn't not've
 o'clock oughtn't shan't she'd've she's should've shouldn't shouldn't've somebody'd somebody'll somebody's someone'd
 someone'll someone's something'd something'll that'd that'll that's there'd there're there's they'd they'll they're
-they've wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
-who's who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd you'll you're you've
+they've wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
+who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd you'll you're you've
 """
 CONTRACTIONS = {form.replace("'", ""): form for form in _FORMS.split()}
 DIGIT_COMMA = re.compile(r"\d,\d")
