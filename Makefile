@@ -1,0 +1,18 @@
+# Shortcuts for work on the package; CONTRIBUTING.md explains them.
+PYTHON ?= .venv/bin/python
+
+.PHONY: setup test check fix ci
+setup:
+	python3 -m venv .venv
+	.venv/bin/pip install -q -c constraints.txt -e ".[dev,gguf]"
+test:
+	$(PYTHON) -m pytest
+check:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+fix:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+ci:
+	.ci/run
