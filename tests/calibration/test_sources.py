@@ -243,3 +243,51 @@ def test_too_few_samples_says_how_many(tmp_path: Path) -> None:
         load_samples(file, samples=6, seed=0)
     with pytest.raises(CalibrationError, match="at least 1"):
         load_samples(file, samples=0, seed=0)
+
+
+def test_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub here: what `datasets` would stream from it is made from local samples, through its own classes."""
+    saved = datasets.load_from_disk(str(make("saved", tmp_path)))
+    asked: list[tuple[str, bool]] = []
+
+    def load(identifier: str, *, streaming: bool) -> Any:
+        asked.append((identifier, streaming))
+        return datasets.IterableDatasetDict(
+            {"train": saved.to_iterable_dataset(), "test": saved.select([9]).to_iterable_dataset()}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    drawn = load_samples("owner/name", samples=4, seed=1)
+    assert asked == [("owner/name", True)]
+    assert drawn.indices == load_samples("owner/name", samples=4, seed=1).indices
+    for index, sample in zip(drawn.indices, drawn.samples, strict=True):
+        assert sample.question == f"what is {index}"
+        assert sample.image is not None
+        assert sample.image.tobytes() == pico.picture(index).tobytes()
+    assert load_samples("owner/name:test", samples=None, seed=1).samples[0].question == "what is 9"
+    with pytest.raises(CalibrationError, match="no split 'val': it has train, test"):
+        load_samples("owner/name:val", samples=1, seed=1)
+
+    def refuse(identifier: str, *, streaming: bool) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(CalibrationError, match=r"'owner/name' is no local file or folder.*ConnectionError"):
+        load_samples("owner/name", samples=1, seed=1)
+
+
+def test_parquet_reads_wanted_row_groups_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"question": [f"q{i}" for i in range(1000)], "answer": ["a"] * 1000, "heavy": ["x" * 100] * 1000})
+    pq.write_table(table, tmp_path / "big.parquet", row_group_size=10)
+    read: list[tuple[int, list[str]]] = []
+    original = pq.ParquetFile.read_row_group
+
+    def spy(self: Any, group: int, columns: list[str]) -> Any:
+        read.append((group, columns))
+        return original(self, group, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
+    drawn = load_samples(tmp_path / "big.parquet", samples=20, seed=0)
+    assert [s.question for s in drawn.samples] == [f"q{i}" for i in drawn.indices]
+    assert sorted(group for group, _ in read) == sorted({index // 10 for index in drawn.indices})  # each once
+    assert all(columns == ["question", "answer"] for _, columns in read)
