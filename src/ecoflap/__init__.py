@@ -1,1 +1,52 @@
 """ECoFLaP: coarse-to-fine layer-wise pruning of vision-language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ecoflap.api import PruneResult, allocate, inspect, prune
+    from ecoflap.importance.measure import measure_importance
+    from ecoflap.importance.scores import Importance, Score
+    from ecoflap.network.checkpoint import load, save
+    from ecoflap.recipe import Recipe
+
+__all__ = [
+    "Importance",
+    "PruneResult",
+    "Recipe",
+    "Score",
+    "allocate",
+    "inspect",
+    "load",
+    "measure_importance",
+    "prune",
+    "save",
+]
+
+try:
+    __version__ = version("ecoflap")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+# Imported when first used: what needs no model (the allocation, --help) must not wait for torch.
+_HOMES = {
+    "Importance": "ecoflap.importance.scores",
+    "PruneResult": "ecoflap.api",
+    "Recipe": "ecoflap.recipe",
+    "Score": "ecoflap.importance.scores",
+    "allocate": "ecoflap.api",
+    "inspect": "ecoflap.api",
+    "load": "ecoflap.network.checkpoint",
+    "measure_importance": "ecoflap.importance.measure",
+    "prune": "ecoflap.api",
+    "save": "ecoflap.network.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ecoflap' has no attribute '{name}'")

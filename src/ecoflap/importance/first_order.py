@@ -37,7 +37,7 @@ def _squared_weight_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
 
 def _norm(weight: Tensor, gradient: Tensor) -> Tensor:
     """√(2/π)·‖g‖₂, what the zeroth order estimates, exactly."""
-    return torch.linalg.vector_norm(gradient) * math.sqrt(2 / math.pi)
+    return gradient.square().sum().sqrt() * math.sqrt(2 / math.pi)
 
 
 # All are linear in what is averaged over batches, so that one number a batch is enough: Σ|w|·E|g| = E Σ|w|·|g|.

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ecoflap.calibration.batches import batch_size_of
-from ecoflap.calibration.objectives import default_objective
+from ecoflap.calibration.objectives import default_objective, on_device
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.importance.names import IMPORTANCES
 from ecoflap.importance.probe import ImportanceMeasure, Objective, ProbeContext
@@ -98,7 +98,7 @@ def measure_importance(
 
     Args:
         model: any module whose forward returns a loss (or give ``loss``).
-        batches: fixed calibration batches, mappings of keyword arguments for ``model`` on the model's device.
+        batches: fixed calibration batches, mappings of keyword arguments for ``model``, on any device.
         importance: registered name: ``zeroth-order``, ``first-order``, ``uniform``.
         samples: use the first whole batches with at least so many samples; None takes all.
         seed: of the noise.
@@ -115,7 +115,7 @@ def measure_importance(
     """
     measure = make_measure(importance, options)
     batches = first_samples(batches, samples)
-    objective = loss or default_objective(model)
+    objective = on_device(loss or default_objective(model))
     journal = journal or _MemoryJournal()
     with ExitStack() as state:
         for context_manager in (evaluating(model), cache_disabled(model), computing_in_fp32(model)):

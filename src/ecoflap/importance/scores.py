@@ -70,6 +70,12 @@ class Importance:
         return {"format": 1, "method": self.method, "settings": dict(self.settings), "layers": rows}
 
     @classmethod
+    def uniform(cls, layers: Iterable[Layer]) -> Importance:
+        """No scores: every layer gets the same sparsity."""
+        layers = tuple(layers)
+        return cls("uniform", {}, layers, {layer.name: Score(0.0, 0.0, 0) for layer in layers})
+
+    @classmethod
     def from_json(cls, data: Any, source: str = "importance.json") -> Importance:
         """Read what :meth:`to_json` wrote, possibly edited by hand.
 

@@ -1,0 +1,249 @@
+"""The Python interface: the two stages on any model and batches, without recipe, files or command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.allocation import Allocation, LayerSize
+from ecoflap.allocation import allocate as allocate_sizes
+from ecoflap.errors import InvalidOption
+from ecoflap.importance.scores import Importance
+from ecoflap.network.parts import Anatomy, Layer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ecoflap.calibration.objectives import Objective
+    from ecoflap.progress import Progress
+    from ecoflap.pruning.walk import BlockJournal
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What :func:`prune` did.
+
+    Attributes:
+        model: the model that was given, pruned in place.
+        anatomy: its towers, blocks and layers, and what stayed dense.
+        importance: scores of stage 1; None if an allocation was given.
+        allocation: target and achieved sparsity of each layer.
+        unreached: layers that no calibration token reached, pruned by magnitude.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    importance: Importance | None
+    allocation: Allocation
+    unreached: tuple[str, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved fraction of zeros among the prunable weights."""
+        return (
+            sum((row.achieved or 0.0) * row.weights for row in self.allocation.layers) / self.allocation.total_weights
+        )
+
+
+def allocate(
+    importance: Importance,
+    sparsity: float,
+    *,
+    max_sparsity: float | None = None,
+    min_sparsity: float = 0.0,
+    granularity: str = "block",
+    aggregate: str = "sum",
+    budget: str = "global",
+    tower_sparsity: Mapping[str, float] | None = None,
+    pattern: str = "unstructured",
+) -> Allocation:
+    """Scores to an exact number of zeros for each layer; see :func:`ecoflap.allocation.allocate` for the options.
+
+    The importance ``uniform`` gives every layer the same sparsity.
+    """
+    return allocate_sizes(
+        [_size(layer, importance.scores[layer.name].score) for layer in importance.layers],
+        sparsity=sparsity,
+        max_sparsity=max_sparsity,
+        min_sparsity=min_sparsity,
+        granularity=granularity,
+        aggregate=aggregate,
+        budget=budget,
+        tower_sparsity=tower_sparsity,
+        uniform=importance.method == "uniform",
+        pattern=pattern,
+    )
+
+
+def _size(layer: Layer, score: float) -> LayerSize:
+    return LayerSize(layer.name, layer.tower, layer.block, layer.numel, score, layer.modality, layer.shape)
+
+
+def prune(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    sparsity: float = 0.5,
+    *,
+    importance: str | Importance = "zeroth-order",
+    criterion: str = "wanda",
+    pattern: str = "unstructured",
+    compare: str | None = None,
+    max_sparsity: float | None = None,
+    min_sparsity: float = 0.0,
+    granularity: str = "block",
+    aggregate: str = "sum",
+    budget: str = "global",
+    tower_sparsity: Mapping[str, float] | None = None,
+    allocation: Allocation | None = None,
+    importance_samples: int | None = None,
+    importance_options: Mapping[str, Any] | None = None,
+    loss: Objective | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    towers: Sequence[str] | None = None,
+    seed: int = 0,
+    offload_activations: bool = False,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prune ``model`` in place to ``sparsity``: importance, allocation, then the walk (ECoFLaP, arXiv 2310.02998).
+
+    Args:
+        model: any module whose forward returns a loss, or give ``loss``.
+        batches: calibration batches, mappings of keyword arguments; moved to the model's device as needed.
+        sparsity: fraction of the prunable weights to set to zero.
+        importance: a registered name, or scores measured before.
+        criterion: local rule: ``wanda``, ``sparsegpt``, ``magnitude``.
+        pattern: ``unstructured``, or N:M such as ``2:4`` (with ``importance="uniform"``).
+        compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
+        allocation: use this one, and skip stage 1.
+        importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
+        importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
+        loss: ``loss(model, batch)`` giving a scalar tensor.
+        include, exclude, towers: patterns, see :func:`ecoflap.network.anatomy.discover`.
+        offload_activations: keep block inputs on the CPU between blocks.
+        max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity: of the allocation.
+
+    Raises:
+        EcoflapError: says what is wrong and how to mend it; the model is untouched unless the walk had begun.
+    """
+    from ecoflap.calibration.objectives import default_objective, on_device
+    from ecoflap.errors import CalibrationError
+    from ecoflap.importance.measure import measure_importance
+    from ecoflap.network.anatomy import discover
+    from ecoflap.network.cache import cache_disabled
+
+    if not len(batches):
+        raise CalibrationError("no calibration batches: give at least one")
+    objective = loss or default_objective(model)
+    with cache_disabled(model):
+        anatomy = discover(model, batches[0], include=include, exclude=exclude, towers=towers, run=on_device(objective))
+    scores: Importance | None = None
+    if allocation is None:
+        scores = (
+            importance
+            if isinstance(importance, Importance)
+            else measure_importance(
+                model,
+                batches,
+                importance,
+                samples=importance_samples,
+                seed=seed,
+                loss=objective,
+                anatomy=anatomy,
+                progress=progress,
+                **dict(importance_options or {}),
+            )
+        )
+        allocation = allocate(
+            scores,
+            sparsity,
+            max_sparsity=max_sparsity,
+            min_sparsity=min_sparsity,
+            granularity=granularity,
+            aggregate=aggregate,
+            budget=budget,
+            tower_sparsity=tower_sparsity,
+            pattern=pattern,
+        )
+    check_same_layers(anatomy, allocation)
+    result = prune_to(
+        model,
+        anatomy,
+        allocation,
+        batches,
+        criterion=criterion,
+        pattern=pattern,
+        compare=compare,
+        loss=objective,
+        offload_activations=offload_activations,
+        progress=progress,
+    )
+    return PruneResult(model, anatomy, scores, result[0], result[1])
+
+
+def prune_to(
+    model: nn.Module,
+    anatomy: Anatomy,
+    allocation: Allocation,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    criterion: str,
+    pattern: str,
+    compare: str | None = None,
+    loss: Objective | None = None,
+    offload_activations: bool = False,
+    progress: Progress | None = None,
+    journal: BlockJournal | None = None,
+) -> tuple[Allocation, tuple[str, ...]]:
+    """Stage 2 alone, for a given allocation: (allocation with achieved sparsities, layers without statistics)."""
+    from ecoflap.calibration.objectives import default_objective, on_device
+    from ecoflap.pruning.criteria import CRITERIA
+    from ecoflap.pruning.patterns import parse_pattern, with_default
+    from ecoflap.pruning.walk import walk
+
+    rule = CRITERIA.get(criterion)()
+    result = walk(
+        model,
+        anatomy,
+        allocation,
+        batches,
+        rule,
+        with_default(parse_pattern(pattern, compare), rule.default_compare),
+        run=on_device(loss or default_objective(model)),
+        offload=offload_activations,
+        progress=progress,
+        journal=journal,
+    )
+    return result.allocation, result.unreached
+
+
+def check_same_layers(anatomy: Anatomy, allocation: Allocation) -> None:
+    """The allocation is of this very model: same layers, same sizes. Raises InvalidOption with the first difference."""
+    sizes = {layer.name: layer.numel for layer in anatomy.layers}
+    given = {row.name: row.weights for row in allocation.layers}
+    for name in (*sizes, *given):
+        if sizes.get(name) != given.get(name):
+            ours = f"{sizes[name]} weights" if name in sizes else "no prunable layer of that name"
+            theirs = f"{given[name]} weights" if name in given else "no entry"
+            raise InvalidOption(
+                f"the allocation is of another model: {name}: {ours} in the model, {theirs} in the file"
+            )
+
+
+def inspect(
+    model: nn.Module,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    towers: Sequence[str] | None = None,
+) -> Anatomy:
+    """Towers, blocks, prunable layers, and what stays dense with the reason; ``batch`` lets it watch a forward."""
+    from ecoflap.calibration.models import to_device
+    from ecoflap.network.anatomy import discover
+    from ecoflap.network.cache import cache_disabled
+
+    with cache_disabled(model):
+        placed = None if batch is None else to_device(batch, model)
+        return discover(model, placed, include=include, exclude=exclude, towers=towers)

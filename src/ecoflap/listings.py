@@ -1,0 +1,123 @@
+"""Tables for the terminal, and their JSON: a model's anatomy, an allocation, the results of tasks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from ecoflap.allocation import Allocation
+from ecoflap.network.parts import Anatomy
+from ecoflap.report import formats
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(cell) for cell in cells))  # Text: brackets in a name are no markup
+
+
+def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
+    """Towers with their sizes; kinds of layers in each tower; what stays dense and why."""
+    total = anatomy.total_parameters
+    towers = _table(note, "tower", "modality", "blocks", "layers", "prunable weights", "of the model")
+    for tower in anatomy.towers:
+        share = formats.percent(tower.numel / total)
+        _row(
+            towers,
+            tower.name,
+            tower.modality,
+            str(len(tower.blocks)),
+            str(len(tower.layers)),
+            f"{tower.numel:,}",
+            share,
+        )
+    towers.add_section()
+    share = formats.percent(anatomy.prunable_parameters / total)
+    blocks = str(len(anatomy.blocks))
+    _row(towers, "all", "", blocks, str(len(anatomy.layers)), f"{anatomy.prunable_parameters:,}", share)
+    yield towers
+
+    kinds = _table("layers", "in each block of the tower", "shape", "matrices", "weights")
+    for tower in anatomy.towers:
+        count: dict[tuple[str, tuple[int, int]], int] = defaultdict(int)
+        for layer in tower.layers:
+            count[(layer.name.removeprefix(layer.block + "."), layer.shape)] += 1
+        _row(kinds, f"{tower.name}:", "", "", "")
+        for (name, shape), times in count.items():
+            _row(kinds, f"  {name}", f"{shape[0]} × {shape[1]}", str(times), f"{times * shape[0] * shape[1]:,}")
+    yield kinds
+
+    if anatomy.unprunable:
+        dense = _table("dense, inside blocks", "reason", "weights", "of the model", "for example")
+        reasons: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        for entry in anatomy.unprunable:
+            reasons[entry.reason].append((entry.name, entry.numel))
+        for reason, entries in reasons.items():
+            size = sum(numel for _, numel in entries)
+            _row(dense, reason, f"{size:,}", formats.percent(size / total), entries[0][0])
+        yield dense
+
+
+def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
+    """The same as plain data, every layer named."""
+    return {
+        "total_parameters": anatomy.total_parameters,
+        "prunable_parameters": anatomy.prunable_parameters,
+        "traced": anatomy.traced,
+        "towers": [
+            {
+                "name": tower.name,
+                "modality": tower.modality,
+                "blocks": [
+                    {
+                        "name": block.name,
+                        "layers": [{"name": layer.name, "shape": list(layer.shape)} for layer in block.layers],
+                    }
+                    for block in tower.blocks
+                ],
+            }
+            for tower in anatomy.towers
+        ],
+        "dense": [{"name": e.name, "reason": e.reason, "weights": e.numel} for e in anatomy.unprunable],
+    }
+
+
+def allocation_table(allocation: Allocation) -> Table:
+    """Sparsity per tower, and the least and most sparse of its blocks."""
+    title = f"sparsity {allocation.sparsity:g}, cap {allocation.max_sparsity:g}, per {allocation.granularity}"
+    table = _table(title, "tower", "weights", "zeros", "sparsity", "lowest block", "highest block")
+    towers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for row in allocation.layers:
+        sums = towers[row.tower][row.block]
+        sums[0] += row.weights
+        sums[1] += row.zeros
+    for tower, blocks in towers.items():
+        weights, zeros = (sum(sums[i] for sums in blocks.values()) for i in (0, 1))
+        shares = [sums[1] / sums[0] for sums in blocks.values()]
+        low, high = formats.percent(min(shares)), formats.percent(max(shares))
+        _row(table, tower, f"{weights:,}", f"{zeros:,}", formats.percent(zeros / weights), low, high)
+    table.add_section()
+    total, zeros = allocation.total_weights, allocation.zeros
+    _row(table, "all", f"{total:,}", f"{zeros:,}", formats.percent(zeros / total), "", "")
+    return table
+
+
+def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row a task, and one a group of its samples."""
+    table = _table("", "task", "value", "n")
+    for task, result in results.items():
+        value = formats.metric_value(result["metric"], result["value"], result["stderr"])
+        _row(table, formats.task_title(task, result["metric"]), value, f"{result['n']:,}")
+        for group, part in (result["by_group"] or {}).items():
+            _row(table, f"  {group}", formats.metric_value(result["metric"], part), "")
+    return table
