@@ -207,6 +207,19 @@ def test_uniform_importance_is_not_measured(tmp_path):
     assert "0.00e+00" not in page.text["layers"]
 
 
+def test_what_stayed_dense_and_what_was_not_reached(tmp_path, page):
+    assert "What stayed dense" not in page.text["layers"]
+    more = metrics() | {"unreached": ["tower.3.wo.weight"]}
+    more["dense_weights"] = [
+        {"name": "shared.weight", "reason": "embedding", "weights": 3000},
+        {"name": "a.norm.weight", "reason": "norm", "weights": 20},
+        {"name": "b.norm.weight", "reason": "norm", "weights": 30},
+    ]
+    text = " ".join(Page(read(write_report(write_run(tmp_path, metrics=more)))).text["layers"].split())
+    assert "Reason Tensors Weights embedding 1 3 000 norm 2 50" in text
+    assert "pruned by magnitude: tower.3.wo.weight." in text
+
+
 def test_gpu_memory_has_its_column_only_where_there_is_one(tmp_path, page):
     assert "GPU" not in page.text["cost"]
     cuda = metrics()

@@ -107,12 +107,22 @@ class Stage(_File):
     peak_cuda_bytes: Count | None = None
 
 
+class DenseWeight(_File):
+    """Weights that were not pruned, and why."""
+
+    name: str
+    reason: str
+    weights: Count
+
+
 class Metrics(_File):
     """``metrics.json``."""
 
     dense: dict[str, Quality] = {}
     pruned: dict[str, Quality] = {}
     sparsity: Sparsity = Sparsity()
+    dense_weights: list[DenseWeight] = []
+    unreached: list[str] = []
     stages: list[Stage] = []
     environment: dict[str, Any] = {}
 
