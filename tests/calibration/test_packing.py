@@ -28,6 +28,12 @@ def test_every_window_is_a_slice_of_the_corpus(length: int, count: int) -> None:
         assert not torch.equal(windows, draw_windows(tokens, length, count, 4, "x"))
 
 
+def test_the_seed_moves_the_offset_too() -> None:
+    tokens = torch.arange(27)  # two windows of ten leave seven positions to start at
+    offsets = {int(draw_windows(tokens, 10, 2, seed, "x").min()) for seed in range(100)}
+    assert offsets == set(range(8))
+
+
 def test_batches_of_a_causal_model() -> None:
     words = pico.tokenizer()
     model = pico.llama(len(words), positions=32)
