@@ -175,6 +175,15 @@ def test_missing_parts_are_said_to_be_missing(tmp_path):
     assert page.count("svg") == 0
 
 
+def test_unset_options_are_named(tmp_path):
+    embedded = Page(read(write_report(write_run(tmp_path / "a", recipe=RECIPE | {"columns": {}}))))
+    assert "embedded VLM" in embedded.text["recipe"]
+    assert "bundled samples" in embedded.text["recipe"]
+    assert "not set" in embedded.text["recipe"]
+    other = Page(read(write_report(write_run(tmp_path / "b", recipe=RECIPE | {"model": "org/x"}))))
+    assert "bundled" not in other.text["recipe"]
+
+
 def test_without_a_recipe(tmp_path):
     page = Page(read(write_report(write_run(tmp_path, recipe=None))))
     assert "not recorded" in page.text["recipe"]
@@ -204,6 +213,7 @@ def test_uniform_importance_is_not_measured(tmp_path):
         layer.update(score=0.0, stderr=0.0, n=0)
     page = Page(read(write_report(write_run(tmp_path, importance=part))))
     assert "not measured" in page.text["importance"]
+    assert "one sparsity per block" not in page.text["head"]
     assert "0.00e+00" not in page.text["layers"]
 
 

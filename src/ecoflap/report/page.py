@@ -16,7 +16,6 @@ from ecoflap.report import command, formats, plots
 from ecoflap.report.data import BlockRow, Metrics, Quality, RunData, read_run
 
 REPORT = "report.html"
-_UNSET = {"model": "embedded VLM", "calibration": "bundled samples"}  # what an option means when it is not set
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,7 @@ def render(run: RunData) -> str:
         metrics=metrics,
         missing=formats.MISSING,
         tasks=list(_tasks(metrics)),
-        options=[
-            (key, _UNSET.get(key, "not set") if value is None else _flat(value))
-            for key, value in recipe.items()
-            if key not in command.RECORDS
-        ],
+        options=list(_options(recipe)),
         records=list(_records("", _environment(recipe, metrics))),
         dense=_dense(metrics),
         command=command.reproduce(recipe) if recipe else None,
@@ -218,7 +213,7 @@ def _breakable(name: str) -> Markup:
 
 def _flat(value: Any) -> str:
     """A recipe's value on one line."""
-    if value is None:
+    if value is None or value in ({}, [], ""):
         return "not set"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -227,6 +222,15 @@ def _flat(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_flat(item) for item in value)
     return str(value)
+
+
+def _options(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The recipe's options; what is not set is named by what it stands for with the embedded model."""
+    embedded = {"model": "embedded VLM", "calibration": "bundled samples", "test": "bundled questions"}
+    for key, value in recipe.items():
+        if key not in command.RECORDS:
+            stands_for = embedded.get(key) if value is None and recipe.get("model") is None else None
+            yield key, stands_for or _flat(value)
 
 
 def _environment(recipe: Mapping[str, Any], metrics: Metrics) -> dict[str, Any]:
