@@ -146,7 +146,7 @@ def _model_class(files: Files, trust_remote_code: bool) -> Any:
 
 
 def _auto_class(files: Files) -> Any:
-    config, where = files.config, f"'{files.folder}'"
+    config, where = files.config, f"'{files.folder / (files.gguf_file or '')}'"
     try:
         options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
         kind = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True, **options)

@@ -67,8 +67,14 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
             model.save_pretrained(folder, max_shard_size=_shard_limit(model, checkpoint.shard_sizes))
             if checkpoint.processor is not None:
                 checkpoint.processor.save_pretrained(folder)
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        except (OSError, SafetensorError):
+            raise
+        except Exception as error:  # many kinds; fast tokenizers report even a full disk as a bare Exception
+            if "(os error" in str(error):
+                raise OSError(first_line(error)) from error
             raise CheckpointError(f"transformers cannot save {type(model).__name__}: {first_line(error)}") from error
+        finally:
+            model.config.dtype = checkpoint.dtype  # see below
     # save_pretrained records the dtype of the first parameter, which is float32 where a family keeps that one so in
     # a half-precision model: from_pretrained would then load all of it in float32.
     path = folder / "config.json"
