@@ -69,7 +69,7 @@ class ZerothOrder:
         z = noise(weight.shape, weight.device, seed=context.seed, layer=layer.name, batch=index, draw=draw)
         losses = []
         for step in (self.epsilon, -self.epsilon):
-            perturbed = torch.add(weight.detach().float(), z, alpha=step).to(weight.dtype)
+            perturbed = torch.add(weight.detach(), z.to(weight.dtype), alpha=step)
             with swapped(context.model, layer.modules, perturbed), replay.forcing(*context.blocks_of(layer)):
                 losses.append(context.loss(index, layer.name))
         difference = losses[0] - losses[1]

@@ -1,0 +1,157 @@
+"""Replay against plain forwards: the same loss to the bit, and no block computed that need not be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from picos import FAMILIES
+from torch import Tensor, nn
+
+from ecoflap.calibration.objectives import default_objective
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.perturb import swapped
+from ecoflap.network.replay import Replay
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_probe_has_the_loss_of_a_plain_forward(name: str, padding: bool) -> None:
+    family = FAMILIES[name]
+    model = family.build().eval()
+    loss = default_objective(model)
+    with torch.no_grad(), cache_disabled(model):
+        batches = family.batches(4, 2, padding=padding)
+        anatomy = discover(model, batches[0], run=loss)
+        for batch in batches:
+            with Replay(model, anatomy.replayable) as replay:
+                assert torch.equal(loss(model, batch), plain := loss(model, batch))
+                for layer in anatomy.layers:
+                    changed = model.get_parameter(layer.name) + 0.1 * torch.randn(1)
+                    with swapped(model, layer.modules, changed), replay.forcing(layer.block):
+                        replayed = loss(model, batch)
+                with replay.forcing():
+                    assert torch.equal(loss(model, batch), plain)
+            with swapped(model, layer.modules, changed):
+                assert torch.equal(loss(model, batch), replayed)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_probe_of_each_layer_against_the_plain_loop(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build().eval()
+    loss = default_objective(model)
+    batch = family.batches(2, 2, padding=True)[0]
+    with torch.no_grad(), cache_disabled(model):
+        anatomy = discover(model, batch, run=loss)
+        changes = {layer.name: torch.randn_like(model.get_parameter(layer.name)) for layer in anatomy.layers}
+
+        def losses(replay: Replay | None) -> list[float]:
+            found = []
+            for layer in anatomy.layers:
+                with swapped(model, layer.modules, model.get_parameter(layer.name) + changes[layer.name]):
+                    if replay is None:
+                        found.append(float(loss(model, batch)))
+                    else:
+                        with replay.forcing(layer.block):
+                            found.append(float(loss(model, batch)))
+            return found
+
+        plain = losses(None)
+        with Replay(model, anatomy.replayable) as replay:
+            loss(model, batch)
+            assert losses(replay) == plain
+    assert len(set(plain)) > len(plain) / 2  # the probes do change the loss
+
+
+def test_a_probe_computes_its_block_and_those_after_it_only() -> None:
+    model = FAMILIES["llama"].build().eval()
+    loss = default_objective(model)
+    batch = FAMILIES["llama"].batches(2, 2)[0]
+    with torch.no_grad(), Replay(model, [f"model.layers.{i}" for i in range(3)]) as replay:
+        loss(model, batch)
+        assert (replay.counts.computed, replay.counts.replayed) == (3, 0)
+        for index, expected in enumerate([3, 2, 1]):
+            before = replay.counts.computed
+            weight = model.model.layers[index].mlp.up_proj.weight + 0.5
+            with swapped(model, [f"model.layers.{index}.mlp.up_proj"], weight), replay.forcing(f"model.layers.{index}"):
+                loss(model, batch)
+            assert replay.counts.computed - before == expected
+
+
+def test_a_language_probe_leaves_the_vision_tower_and_the_bridge_alone() -> None:
+    family = FAMILIES["blip2_t5"]
+    model = family.build().eval()
+    loss = default_objective(model)
+    batch = family.batches(2, 2)[0]
+    with torch.no_grad(), cache_disabled(model):
+        anatomy = discover(model, batch, run=loss)
+        last = anatomy.layers[-1]
+        with Replay(model, anatomy.replayable) as replay:
+            loss(model, batch)
+            before = replay.counts.computed
+            with swapped(model, last.modules, model.get_parameter(last.name) + 1), replay.forcing(last.block):
+                loss(model, batch)
+            assert replay.counts.computed - before == 1
+
+
+class InPlace(nn.Module):
+    """Blocks whose caller writes into what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            out = block(x)
+            out.add_(x)
+            x = out
+        return x.square().mean()
+
+
+def test_an_output_that_is_written_into_is_not_replayed() -> None:
+    model, x = InPlace(), torch.randn(2, 4)
+    with torch.no_grad():
+        plain = model(x)
+        with Replay(model, ["blocks.0", "blocks.1", "blocks.2"]) as replay:
+            assert torch.equal(model(x), plain)
+            with replay.forcing("blocks.1"):
+                assert torch.equal(model(x), plain)
+            assert torch.equal(model(x), plain)
+
+
+def test_another_batch_is_not_answered_from_memory() -> None:
+    model, x, y = InPlace(), torch.randn(2, 4), torch.randn(2, 4)
+    with torch.no_grad(), Replay(model, ["blocks.0"]) as replay:
+        model(x)
+        with replay.forcing():
+            inside = model(y)
+    with torch.no_grad():
+        assert torch.equal(inside, model(y))
+
+
+def test_forwards_return_to_what_they_were_also_after_an_exception() -> None:
+    model = InPlace()
+
+    def own(x: Tensor) -> Tensor:
+        return x
+
+    model.blocks[1].forward = own  # as other tools do
+    with pytest.raises(RuntimeError, match="stop"), Replay(model, ["blocks.0", "blocks.1"]):
+        raise RuntimeError("stop")
+    assert "forward" not in model.blocks[0].__dict__
+    assert model.blocks[1].__dict__["forward"] is own
+
+
+def test_gradients_pass_through() -> None:
+    family = FAMILIES["llama"]
+    model, batch = family.build().eval(), family.batches(2, 2)[0]
+    with Replay(model, ["model.layers.0", "model.layers.1"]):
+        with torch.no_grad():
+            model(**batch)
+        model(**batch).loss.backward()
+    gradient = model.model.layers[0].mlp.up_proj.weight.grad
+    model.zero_grad()
+    model(**batch).loss.backward()
+    assert torch.equal(gradient, model.model.layers[0].mlp.up_proj.weight.grad)
