@@ -87,7 +87,7 @@ def test_low_precision_keeps_the_bits(dtype: torch.dtype, zeros: int) -> None:
 
 
 def test_padding_does_not_change_masks() -> None:
-    weight, _, statistic = case(8, 33)
+    weight, x, statistic = case(8, 33)
     padded = InputNorm(33)
     noisy = torch.cat([x, torch.full((9, 33), 1e4)])
     padded.update(noisy, torch.arange(40) < 31)
