@@ -172,15 +172,13 @@ def test_a_hub_that_refuses(kind: type, words: str, monkeypatch: pytest.MonkeyPa
     _refused("someone/some-model", words, "hf auth login")
 
 
-def test_a_hub_id_is_downloaded_at_its_commit_and_loaded_as_a_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_is_downloaded_and_loaded_as_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [path.name for path in folder.iterdir()] + ["pytorch_model.bin", "code.py", "onnx/model.onnx"]
-    _hub(monkeypatch, SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in names], sha="c0ffee"))
+    _hub(monkeypatch, SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in names]))
     asked = {}
 
-    def snapshot_download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
-        asked.update(name=name, revision=revision, files=sorted(allow_patterns))
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.update(name=name, files=sorted(allow_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -189,7 +187,6 @@ def test_a_hub_id_is_downloaded_at_its_commit_and_loaded_as_a_folder(
     assert type(loaded.model).__name__ == "T5ForConditionalGeneration"
     assert asked == {
         "name": "someone/some-model",
-        "revision": "c0ffee",
         "files": [
             "config.json",
             "generation_config.json",
@@ -198,6 +195,20 @@ def test_a_hub_id_is_downloaded_at_its_commit_and_loaded_as_a_folder(
             "tokenizer_config.json",
         ],
     }
+
+
+def test_without_the_hub_its_cache_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in the hub's own layout, holding what an earlier download of ours fetched."""
+    cache = folder.parent / "hub"
+    repository = cache / "models--someone--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("c0ffee")
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots/c0ffee")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    _hub(monkeypatch, OSError("no network"))
+    assert type(load("someone/some-model", device="cpu").model).__name__ == "T5ForConditionalGeneration"
+    _refused("someone/other-model", "hub cannot be reached")
 
 
 def test_one_set_of_weights_is_downloaded_and_code_only_when_trusted() -> None:

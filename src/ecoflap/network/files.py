@@ -179,7 +179,10 @@ def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path
         ) from error
     except Exception as error:  # whatever the HTTP client in use raises: no network, offline mode, a server error
         try:
-            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+            # Not snapshot_download: it refuses a snapshot without the files that we never fetch.
+            known = gguf_file or "config.json"
+            found = Path(huggingface_hub.hf_hub_download(name, known, local_files_only=True))
+            return found.parents[known.count("/")]
         except OSError:
             raise CheckpointError(
                 f"the hub cannot be reached for '{name}' and its cache does not hold it{local}"
@@ -187,7 +190,7 @@ def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path
     names = [entry.rfilename for entry in info.siblings or []]
     try:
         wanted = hub_files(names, gguf_file, trust_remote_code)
-        return Path(huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         raise CheckpointError(
             f"the download of '{name}' failed ({first_line(error)}): run again to resume it"
