@@ -51,7 +51,7 @@ def test_each_estimate_is_the_projection_of_the_gradient_on_its_noise(name: str)
     batches = [to_device(batch, model) for batch in family.batches(4, 2, padding=True)]
     journal = Journal()
     with cache_disabled(model):
-        measure_importance(model, batches, epsilon=1e-3, seed=3, journal=journal, loss=lambda m, batch: m(**batch).loss)
+        measure_importance(model, batches, epsilon=3e-4, seed=3, journal=journal, loss=lambda m, batch: m(**batch).loss)
     layers = {estimate.layer for estimate in journal.kept}
     exact, found = [], []
     for index, batch in enumerate(batches):

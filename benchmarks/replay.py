@@ -1,0 +1,110 @@
+"""Stage 1 with replay against the plain loop: same noise, same scores, time as a ratio in one run.
+
+    python benchmarks/replay.py [embedded | FOLDER --calibration TEXT --sequence-length 128] [--layers 24]
+
+Both ways measure the same layers (evenly spread over the model) on the same batches, in turns, batch by batch, each
+first on every other batch. The estimates must agree to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ecoflap import Recipe, measure_importance
+from ecoflap.calibration.objectives import on_device, resolve
+from ecoflap.importance.scores import Estimate
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.checkpoint import load
+from ecoflap.network.parts import Anatomy
+from ecoflap.pipeline import calibration_batches
+
+
+class Kept:
+    """A journal in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[Estimate] = []
+
+    def estimates(self) -> Iterable[Estimate]:
+        return ()
+
+    def append(self, estimate: Estimate) -> None:
+        self.rows.append(estimate)
+
+
+def spread(anatomy: Anatomy, count: int) -> Anatomy:
+    """The same anatomy with only ``count`` layers, evenly spread."""
+    step = max(1, len(anatomy.layers) // count)
+    chosen = {layer.name for layer in anatomy.layers[step // 2 :: step]}
+    towers = tuple(
+        replace(
+            tower,
+            blocks=tuple(replace(b, layers=tuple(one for one in b.layers if one.name in chosen)) for b in tower.blocks),
+        )
+        for tower in anatomy.towers
+    )
+    return replace(anatomy, towers=towers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="embedded")
+    parser.add_argument("--calibration")
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=24, help="how many layers are measured; 0 for all")
+    options = parser.parse_args()
+    values: dict[str, Any] = {
+        "model": None if options.model == "embedded" else options.model,
+        "calibration": options.calibration,
+        "sequence_length": options.sequence_length,
+        "samples": options.batches * options.batch_size,
+        "batch_size": options.batch_size,
+    }
+    recipe = Recipe.parse({name: value for name, value in values.items() if value is not None})
+    checkpoint = load(recipe.model, dtype="float32")
+    model = checkpoint.model
+    _, batches = calibration_batches(recipe, checkpoint)
+    objective = resolve(None, model)
+    with cache_disabled(model):
+        anatomy = discover(model, batches[0], run=on_device(objective))
+    chosen = spread(anatomy, options.layers) if options.layers else anatomy
+
+    seconds = {True: 0.0, False: 0.0}
+    kept = {True: Kept(), False: Kept()}
+    for index, batch in enumerate(batches):
+        for with_replay in (True, False) if index % 2 else (False, True):
+            begin = time.perf_counter()
+            measure_importance(
+                model,
+                [batch],
+                seed=index,
+                anatomy=chosen,
+                loss=objective,
+                replay=with_replay,
+                journal=kept[with_replay],
+            )
+            seconds[with_replay] += time.perf_counter() - begin
+    same = kept[True].rows == kept[False].rows
+    probes = len(kept[True].rows)
+    print(f"{type(model).__name__}, {anatomy.total_parameters:,} parameters, {torch.get_num_threads()} threads")
+    print(
+        f"{len(chosen.layers)} of {len(anatomy.layers)} layers, {len(batches)} batches of {recipe.batch_size}: {probes} probes"
+    )
+    print(f"plain   {seconds[False]:8.1f} s   {seconds[False] / probes:.3f} s a probe")
+    print(f"replay  {seconds[True]:8.1f} s   {seconds[True] / probes:.3f} s a probe")
+    print(f"ratio   {seconds[False] / seconds[True]:8.2f}      estimates identical to the bit: {same}")
+    if not same:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
