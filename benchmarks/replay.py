@@ -97,7 +97,8 @@ def main() -> None:
     probes = len(kept[True].rows)
     print(f"{type(model).__name__}, {anatomy.total_parameters:,} parameters, {torch.get_num_threads()} threads")
     print(
-        f"{len(chosen.layers)} of {len(anatomy.layers)} layers, {len(batches)} batches of {recipe.batch_size}: {probes} probes"
+        f"{len(chosen.layers)} of {len(anatomy.layers)} layers, {len(batches)} batches of {recipe.batch_size}: "
+        f"{probes} probes"
     )
     print(f"plain   {seconds[False]:8.1f} s   {seconds[False] / probes:.3f} s a probe")
     print(f"replay  {seconds[True]:8.1f} s   {seconds[True] / probes:.3f} s a probe")
