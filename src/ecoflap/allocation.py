@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -86,30 +87,12 @@ class Allocation:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``allocation.json`` as plain dicts, lists and numbers."""
-        return {
-            "format": 1,
-            "sparsity": self.sparsity,
-            "max_sparsity": self.max_sparsity,
-            "granularity": self.granularity,
-            "aggregate": self.aggregate,
-            "pattern": self.pattern,
-            "total_weights": self.total_weights,
-            "zeros": self.zeros,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "tower": layer.tower,
-                    "modality": layer.modality,
-                    "block": layer.block,
-                    "shape": None if layer.shape is None else list(layer.shape),
-                    "weights": layer.weights,
-                    "zeros": layer.zeros,
-                    "sparsity": layer.sparsity,
-                    "achieved": layer.achieved,
-                }
-                for layer in self.layers
-            ],
-        }
+        layers = [
+            {**vars(layer), "shape": layer.shape and list(layer.shape), "sparsity": layer.sparsity}
+            for layer in self.layers
+        ]
+        totals = {"total_weights": self.total_weights, "zeros": self.zeros}
+        return {"format": 1, **totals, **vars(self), "layers": layers}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Allocation:
@@ -202,7 +185,7 @@ def allocate(
         pool_cap = cap if cap is not None else min(Fraction(1), pool.target + Fraction(1, 10))
         if uniform:
             if not floor <= pool.target <= pool_cap:
-                raise _infeasible(pool, floor, pool_cap, "")
+                raise _infeasible(pool, floor, pool_cap, floor, pool_cap)
             groups = [(list(pool.layers), keep)]
         else:
             groups = _deal_to_groups(pool, keep, pool_cap, floor, granularity, aggregate)
@@ -264,8 +247,11 @@ def _deal_to_groups(
     sizes = [sum(layer.weights for layer in members) for members in groups.values()]
     least = [math.ceil((1 - cap) * size) for size in sizes]
     most = [math.floor((1 - floor) * size) for size in sizes]
-    if any(low > high for low, high in zip(least, most, strict=True)) or not sum(least) <= keep <= sum(most):
-        raise _infeasible(pool, floor, cap, granularity, (sum(sizes) - sum(most), sum(sizes) - sum(least)))
+    if any(low > high for low, high in zip(least, most, strict=True)):
+        raise _infeasible(pool, floor, cap, Fraction(1), Fraction(0), granularity)
+    if not sum(least) <= keep <= sum(most):
+        lowest, highest = (1 - Fraction(sum(kept), sum(sizes)) for kept in (most, least))
+        raise _infeasible(pool, floor, cap, lowest, highest, granularity)
     scores = [sum((Fraction(layer.score or 0.0) for layer in m), Fraction(0)) for m in groups.values()]
     if aggregate == "mean":
         scores = [score / size for score, size in zip(scores, sizes, strict=True)]
@@ -278,10 +264,9 @@ def _deal_to_groups(
 
 
 def _infeasible(
-    pool: _Pool, floor: Fraction, cap: Fraction, granularity: str, zeros: tuple[int, int] | None = None
+    pool: _Pool, floor: Fraction, cap: Fraction, low: Fraction, high: Fraction, granularity: str = ""
 ) -> InfeasibleAllocation:
-    size = sum(layer.weights for layer in pool.layers)
-    low, high = (floor, cap) if zeros is None else (Fraction(zeros[0], size), Fraction(zeros[1], size))
+    """The error for a target outside of ``low`` to ``high``, all that ``floor`` and ``cap`` leave, if anything."""
     where = f" of '{pool.name}'" if pool.name else ""
     limits = f"min_sparsity {float(floor):g} and max_sparsity {float(cap):g}"
     whole = f" (in whole weights of each {granularity})" if granularity else ""
@@ -313,11 +298,9 @@ def _check_layers(layers: Sequence[LayerSize], scored: bool) -> None:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise InvalidOption(f"layer '{name}' appears twice")
-        seen.add(name)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InvalidOption(f"layer '{name}' appears {count} times")
 
 
 def _fixed_ratio(pattern: str) -> tuple[Fraction, int] | None:

@@ -279,4 +279,4 @@ def test_leaving_the_range_of_fp16_is_refused() -> None:
     weight = torch.tensor([[2e3, 6e4]], dtype=torch.float16)
     with pytest.raises(NonFiniteLoss, match=r"left the range of torch\.float16"):
         SparseGPT()(weight, gram, 1, MATRIX)
-    assert SparseGPT()(weight.bfloat16(), gram, 1, MATRIX).weight[0, 1] > 1e5
+    assert SparseGPT()(weight.bfloat16(), gram, 1, MATRIX).weight[0, 1] > 65504
