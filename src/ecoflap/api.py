@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoflap.allocation import Allocation, LayerSize
+from ecoflap.allocation import Allocation, LayerAllocation, LayerSize
 from ecoflap.allocation import allocate as allocate_sizes
-from ecoflap.errors import InvalidOption
-from ecoflap.importance.scores import Importance
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.files import read_json
+from ecoflap.importance.scores import Importance, Score
 from ecoflap.network.parts import Anatomy, Layer
 
 if TYPE_CHECKING:
@@ -110,7 +112,8 @@ def prune(
 
     Args:
         model: any module whose forward returns a loss, or give ``loss``.
-        batches: calibration batches, mappings of keyword arguments; moved to the model's device as needed.
+        batches: calibration batches, mappings of keyword arguments; moved to the model's device as needed. May be
+            empty for the criterion ``magnitude`` with importance ``uniform`` or an allocation, which read no data.
         sparsity: fraction of the prunable weights to set to zero.
         importance: a registered name, or scores measured before.
         criterion: local rule: ``wanda``, ``sparsegpt``, ``magnitude``.
@@ -128,22 +131,42 @@ def prune(
         EcoflapError: says what is wrong and how to mend it; the model is untouched unless the walk had begun.
     """
     from ecoflap.calibration.objectives import default_objective, on_device
-    from ecoflap.errors import CalibrationError
-    from ecoflap.importance.measure import measure_importance
+    from ecoflap.importance.measure import first_samples, make_measure, measure_importance
     from ecoflap.network.anatomy import discover
     from ecoflap.network.cache import cache_disabled
+    from ecoflap.pruning.criteria import CRITERIA
 
-    if not len(batches):
+    CRITERIA.check(criterion)
+    shares: dict[str, Any] = {
+        "sparsity": sparsity,
+        "max_sparsity": max_sparsity,
+        "min_sparsity": min_sparsity,
+        "granularity": granularity,
+        "aggregate": aggregate,
+        "budget": budget,
+        "tower_sparsity": tower_sparsity,
+        "pattern": pattern,
+    }
+    measured = allocation is None and not isinstance(importance, Importance) and importance != "uniform"
+    if not len(batches) and (measured or criterion != "magnitude"):
         raise CalibrationError("no calibration batches: give at least one")
+    if measured:  # a wrong option is told now, not after the forward passes
+        make_measure(str(importance), dict(importance_options or {}))
+        first_samples(batches, importance_samples)
     objective = loss or default_objective(model)
+    first = batches[0] if len(batches) else None
     with cache_disabled(model):
-        anatomy = discover(model, batches[0], include=include, exclude=exclude, towers=towers, run=on_device(objective))
+        anatomy = discover(model, first, include=include, exclude=exclude, towers=towers, run=on_device(objective))
     scores: Importance | None = None
     if allocation is None:
-        scores = (
-            importance
-            if isinstance(importance, Importance)
-            else measure_importance(
+        if importance == "uniform":
+            scores = Importance.uniform(anatomy.layers)
+        elif isinstance(importance, Importance):
+            check_same_layers(anatomy, importance)
+            scores = importance
+        else:
+            allocate(flat(anatomy), **shares)
+            scores = measure_importance(
                 model,
                 batches,
                 importance,
@@ -154,19 +177,8 @@ def prune(
                 progress=progress,
                 **dict(importance_options or {}),
             )
-        )
-        allocation = allocate(
-            scores,
-            sparsity,
-            max_sparsity=max_sparsity,
-            min_sparsity=min_sparsity,
-            granularity=granularity,
-            aggregate=aggregate,
-            budget=budget,
-            tower_sparsity=tower_sparsity,
-            pattern=pattern,
-        )
-    check_same_layers(anatomy, allocation)
+        allocation = allocate(scores, **shares)
+    check_allocation(anatomy, allocation, pattern)
     result = prune_to(
         model,
         anatomy,
@@ -218,17 +230,50 @@ def prune_to(
     return result.allocation, result.unreached
 
 
-def check_same_layers(anatomy: Anatomy, allocation: Allocation) -> None:
-    """The allocation is of this very model: same layers, same sizes. Raises InvalidOption with the first difference."""
+def flat(anatomy: Anatomy) -> Importance:
+    """Every layer as important as any other: to learn at once, before stage 1, whether an allocation is feasible."""
+    return Importance("flat", {}, anatomy.layers, {layer.name: Score(1.0, 0.0, 1) for layer in anatomy.layers})
+
+
+def check_same_layers(anatomy: Anatomy, given: Allocation | Importance) -> None:
+    """What was given is of this very model: same layers, same sizes. Raises InvalidOption with the first difference."""
+    kind = "allocation" if isinstance(given, Allocation) else "importance"
     sizes = {layer.name: layer.numel for layer in anatomy.layers}
-    given = {row.name: row.weights for row in allocation.layers}
-    for name in (*sizes, *given):
-        if sizes.get(name) != given.get(name):
-            ours = f"{sizes[name]} weights" if name in sizes else "no prunable layer of that name"
-            theirs = f"{given[name]} weights" if name in given else "no entry"
+    theirs = {row.name: row.weights if isinstance(row, LayerAllocation) else row.numel for row in given.layers}
+    for name in (*sizes, *theirs):
+        if sizes.get(name) != theirs.get(name):
+            in_model = f"{sizes[name]} weights" if name in sizes else "no prunable layer of that name"
+            in_file = f"{theirs[name]} weights" if name in theirs else "no entry"
             raise InvalidOption(
-                f"the allocation is of another model: {name}: {ours} in the model, {theirs} in the file"
+                f"the {kind} is of another model, or made with other include or exclude patterns: {name}: "
+                f"{in_model} in the model, {in_file} in the {kind}"
             )
+
+
+def check_allocation(anatomy: Anatomy, allocation: Allocation, pattern: str) -> None:
+    """Raises InvalidOption where the allocation is of another model, or can't be made with the pattern."""
+    from ecoflap.pruning.patterns import check_fits, parse_pattern
+
+    check_same_layers(anatomy, allocation)
+    parsed = parse_pattern(pattern)
+    for layer in anatomy.layers:
+        try:
+            check_fits(parsed, layer.shape, allocation[layer.name].zeros)
+        except InvalidOption as error:
+            raise InvalidOption(f"layer {layer.name}: {error}") from error
+
+
+def read_allocation(path: str | Path) -> Allocation:
+    """Read an ``allocation.json``, perhaps edited by hand.
+
+    Raises:
+        InvalidOption: it can't be read or is no allocation; the message names the file and the layer.
+    """
+    data = read_json(path, "the allocation")
+    try:
+        return Allocation.from_json(data)
+    except InvalidOption as error:
+        raise InvalidOption(f"{path}: {error}") from error
 
 
 def inspect(

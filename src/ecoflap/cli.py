@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from ecoflap.errors import EcoflapError
-from ecoflap.options import with_recipe_options
+from ecoflap.helptext import Command
+from ecoflap.options import OUTPUT, with_recipe_options
 from ecoflap.progress import Progress, Silent
 from ecoflap.recipe import Recipe
-from ecoflap.terminal import progress_on
+from ecoflap.run import METRICS, MODEL, REPORT, RunDirectory, Stopped
+from ecoflap.terminal import messages, progress_on, standard_error, standard_output
 
 app = typer.Typer(
     name="ecoflap",
-    help="Make a vision-language model sparse: importance per layer, allocation, local pruning (ECoFLaP).",
-    no_args_is_help=True,
+    help="Make a vision-language model sparse: importance per layer, allocation, local pruning (ECoFLaP). "
+    "'ecoflap COMMAND --help' shows a command's options.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The run directory.")]
+
+def _flag(*names: str, text: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=OUTPUT)
+
+
+Quiet = Annotated[bool, _flag("--quiet", "-q", text="Print nothing but errors.")]
+Json = Annotated[bool, _flag("--json", text="Print the result as JSON, and nothing else, on standard output.")]
+Overwrite = Annotated[bool, _flag("--overwrite", text="Replace the file that is there.")]
 MODEL_FIELDS = ("device", "dtype", "trust_remote_code")
 PART_FIELDS = ("include", "exclude", "towers")
 DATA_FIELDS = ("calibration", "columns", "prompt", "objective", "samples", "batch_size", "sequence_length", "seed")
@@ -36,43 +44,70 @@ SHARE_FIELDS = ("sparsity", "max_sparsity", "min_sparsity", "granularity", "aggr
 SCORE_FIELDS = ("importance", "importance_options", "importance_samples")
 
 
+def _file(text: str) -> Any:
+    return typer.Option("--output", "-o", metavar="FILE", help=text, show_default=False, rich_help_panel=OUTPUT)
+
+
 def _progress(quiet: bool) -> Progress:
-    return Silent() if quiet else progress_on(Console(stderr=True))
+    messages.quiet = quiet
+    return Silent() if quiet else progress_on(standard_error())
 
 
 def _print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-@app.command()
+@app.command(cls=Command, short_help="The whole job: a run directory with the sparse model and report.html.")
 @with_recipe_options()
 def prune(
     recipe: Recipe,
-    output: Output = Path("ecoflap-run"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="The run directory. Default: ecoflap-run.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = Path("ecoflap-run"),
+    overwrite: Annotated[bool, _flag("--overwrite", text="Replace the run that is there (its files alone).")] = False,
+    resume: Annotated[bool, _flag("--resume", text="Go on with the run that is there.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
-) -> None:
-    """Prune MODEL and leave a run directory: the sparse model, scores, allocation, metrics and report.html."""
+) -> None:  # fmt: skip
+    """Prune MODEL and leave a run directory: the sparse model, scores, allocation, metrics and report.html.
+
+    Examples:
+        ecoflap prune --output runs/first
+        ecoflap prune path/to/llama --sparsity 0.6 --calibration prose.txt --sequence-length 2048 --test held-out.txt
+        ecoflap prune path/to/blip2 --calibration vqa.jsonl --tower-sparsity vision=0.4 --tower-sparsity language=0.6
+        ecoflap prune --recipe runs/first/recipe.yaml --sparsity 0.7 --output runs/second
+        ecoflap prune path/to/llama --allocation allocation.json --calibration prose.txt
+    """
+    progress = _progress(quiet or as_json)
+    # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+    examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
+    if examined.complete and not quiet:
+        standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
     from ecoflap.pipeline import run_recipe
     from ecoflap.report import summary_table
 
-    run = run_recipe(recipe, output, overwrite=overwrite, resume=resume, progress=_progress(quiet or as_json))
+    run = run_recipe(recipe, output, overwrite=overwrite, resume=resume, progress=progress)
     if as_json:
-        _print_json({"run": str(run), **json.loads((run / "metrics.json").read_text("utf-8"))})
+        _print_json({"run": str(run), **json.loads((run / METRICS).read_text("utf-8"))})
     elif not quiet:
-        console = Console()
-        console.print(summary_table(run))
-        console.print(
-            f"model   {run / 'model'}\nreport  {run / 'report.html'}", markup=False, highlight=False, soft_wrap=True
-        )
+        standard_output().print(summary_table(run))
+        typer.echo(f"model   {run / MODEL}\nreport  {run / REPORT}")
 
 
-@app.command()
-@with_recipe_options(*MODEL_FIELDS, *PART_FIELDS, "calibration", "columns", "prompt", "sequence_length")
+@app.command(cls=Command, short_help="Towers, blocks and layers: what is prunable, what stays dense and why.")
+@with_recipe_options(*MODEL_FIELDS, *PART_FIELDS, "calibration", "columns", "prompt", "objective", "sequence_length")
 def inspect(recipe: Recipe, as_json: Json = False) -> None:
-    """Show towers, blocks and layers of MODEL: what is prunable, and what stays dense and why."""
+    """Show towers, blocks and layers of MODEL: what is prunable, and what stays dense and why.
+
+    With calibration data one forward is watched, which gives the true order and finds what never runs.
+
+    Examples:
+        ecoflap inspect
+        ecoflap inspect path/to/blip2 --calibration vqa.jsonl
+        ecoflap inspect path/to/llama --json
+    """
     from ecoflap.commands import inspect_model
     from ecoflap.listings import anatomy_json, anatomy_tables
 
@@ -80,133 +115,173 @@ def inspect(recipe: Recipe, as_json: Json = False) -> None:
     if as_json:
         _print_json(anatomy_json(anatomy))
         return
-    console = Console()
     for table in anatomy_tables(anatomy, note):
-        console.print(table)
+        standard_output().print(table)
 
 
-@app.command()
+@app.command(cls=Command, short_help="Stage 1 alone: a score for each layer.")
 @with_recipe_options(*MODEL_FIELDS, *PART_FIELDS, *DATA_FIELDS, *SCORE_FIELDS)
 def importance(
     recipe: Recipe,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("importance.json"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    output: Annotated[Path, _file("File to write. Default: importance.json.")] = Path("importance.json"),
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """Stage 1 alone: measure a score for each layer of MODEL."""
+    """Stage 1 alone: measure a score for each layer of MODEL.
+
+    Examples:
+        ecoflap importance --output importance.json
+        ecoflap importance path/to/llama --calibration prose.txt --sequence-length 512 --importance-samples 64
+        ecoflap importance path/to/llama --calibration prose.txt --importance first-order
+    """
     from ecoflap.commands import measure_model, refuse_existing
     from ecoflap.files import write_json
 
     refuse_existing(output, overwrite)
-    write_json(output, measure_model(recipe, _progress(quiet)).to_json())
-    if not quiet:
+    scores = measure_model(recipe, _progress(quiet or as_json)).to_json()
+    write_json(output, scores)
+    if as_json:
+        _print_json(scores)
+    elif not quiet:
         typer.echo(f"scores  {output}")
 
 
-@app.command()
+@app.command(cls=Command, short_help="Scores to sparsities: instantaneous, needs neither model nor data.")
+@with_recipe_options(*SHARE_FIELDS, model=False)
 def allocate(
-    scores: Annotated[Path, typer.Argument(metavar="IMPORTANCE", help="An importance.json.", show_default=False)],
-    sparsity: Annotated[float, typer.Option(help="Fraction of the prunable weights to set to zero.")] = 0.5,
-    max_sparsity: Annotated[float | None, typer.Option(help="Cap of a group; default: sparsity + 0.1.")] = None,
-    min_sparsity: Annotated[float, typer.Option(help="Floor of a group's sparsity.")] = 0.0,
-    granularity: Annotated[str, typer.Option(help="What shares one sparsity: block, layer, tower.")] = "block",
-    aggregate: Annotated[str, typer.Option(help="A group's score: sum or mean of its layers'.")] = "sum",
-    budget: Annotated[str, typer.Option(help="global, or tower: each tower meets the sparsity itself.")] = "global",
-    tower_sparsity: Annotated[
-        list[str] | None, typer.Option(help="Sparsity of a tower or modality, as key=value; may be repeated.")
+    recipe: Recipe,
+    scores: Annotated[Path, typer.Argument(metavar="IMPORTANCE", help="An importance.json, or the run that holds it.")],
+    output: Annotated[
+        Path | None, _file("File to write. Default: allocation.json beside the scores; for a run, in this folder.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: beside it.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Scores to sparsities: instantaneous, needs neither model nor data."""
+    """Scores to sparsities: instantaneous, needs neither model nor data.
+
+    Examples:
+        ecoflap allocate runs/first/importance.json --sparsity 0.6
+        ecoflap allocate importance.json --sparsity 0.6 --max-sparsity 0.8 --granularity layer --output layers.json
+    """
     from ecoflap.commands import allocate_file
 
-    allocation, target = allocate_file(
-        scores,
-        output,
-        overwrite,
-        sparsity=sparsity,
-        max_sparsity=max_sparsity,
-        min_sparsity=min_sparsity,
-        granularity=granularity,
-        aggregate=aggregate,
-        budget=budget,
-        tower_sparsity=tower_sparsity or [],
-    )
+    messages.quiet = quiet
+    allocation, target = allocate_file(scores, recipe, output, overwrite)
     if as_json:
         _print_json(allocation.to_json())
     elif not quiet:
         from ecoflap.listings import allocation_table
 
-        Console().print(allocation_table(allocation))
+        standard_output().print(allocation_table(allocation))
         typer.echo(f"allocation  {target}")
 
 
-@app.command()
+@app.command(cls=Command, short_help="VQA accuracy, perplexity.")
 @with_recipe_options(*MODEL_FIELDS, "task", "test", "test_samples", "batch_size", "sequence_length", "seed")
 def evaluate(
     recipe: Recipe,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the results to this file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    output: Annotated[Path | None, _file("Also write the results to this file.")] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL on a task: vqa, perplexity."""
+    """Measure MODEL on a task: vqa, perplexity.
+
+    Examples:
+        ecoflap evaluate
+        ecoflap evaluate runs/first/model --test-samples 200 --json
+        ecoflap evaluate path/to/llama --task perplexity --test held-out.txt --sequence-length 2048
+    """
     from ecoflap.commands import evaluate_model, refuse_existing
-    from ecoflap.files import write_json
-    from ecoflap.listings import quality_table
 
     if output is not None:
         refuse_existing(output, overwrite)
     results = evaluate_model(recipe, _progress(quiet or as_json))
     if output is not None:
+        from ecoflap.files import write_json
+
         write_json(output, {"format": 1, "model": recipe.model, "results": results})
     if as_json:
         _print_json(results)
     elif not quiet:
-        Console().print(quality_table(results))
+        from ecoflap.listings import quality_table
+
+        standard_output().print(quality_table(results))
 
 
-@app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]) -> None:
-    """Write report.html of RUN again, from its files."""
+@app.command(cls=Command, short_help="Write a run's report.html again, from its files.")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    quiet: Quiet = False,
+) -> None:
+    """Write report.html of RUN again, from its files.
+
+    Examples:
+        ecoflap report runs/first
+    """
     from ecoflap.report import write_report
 
-    typer.echo(f"report  {write_report(run)}")
+    path = write_report(run)
+    if not quiet:
+        typer.echo(f"report  {path}")
 
 
 @app.callback(invoke_without_command=True)
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+def _no_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if version:
         from ecoflap import __version__
 
         typer.echo(f"ecoflap {__version__}")
-        raise typer.Exit()
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> NoReturn:
     """Run the command line: exit code 0, 1 (failed), 2 (bad input), 130 or 143 (stopped)."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_stopped(143)))
+    _quieten()
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(standalone_mode=False)
+        with messages:
+            code = app(standalone_mode=False)
+        sys.stdout.flush()
     except EcoflapError as error:
         _fail(str(error), error.exit_code)
-    except typer.TyperException as error:
+    except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while we say good-bye
+        kept = "the same command with --resume goes on from here"
+        told = kept if isinstance(stop, Stopped) else "nothing was written"
+        _fail(f"stopped; {told}", 143 if str(stop) == "SIGTERM" else 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
+        sys.exit(1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for a wrong command line
+            raise
         _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_stopped(130))
-    sys.exit(0)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
+def _quieten() -> None:
+    """Bars and remarks of the libraries below us, unless the user's own settings want them."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"ecoflap: {' '.join(message.split())}\n")
     sys.exit(code)
-
-
-def _stopped(code: int) -> int:
-    sys.stderr.write("ecoflap: stopped; the same command with --resume goes on from here\n")
-    return code

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoflap.errors import InvalidOption, OutputExists
+from ecoflap.errors import CalibrationError, InvalidOption, OutputExists
 from ecoflap.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -17,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises OutputExists if ``path`` is there and may not be replaced."""
+    """Raises OutputExists if ``path`` is there and may not be replaced, or is a folder."""
+    if path.is_dir():
+        raise OutputExists(f"{path} is a folder: give the name of a file as --output, such as {path / 'result.json'}")
     if path.exists() and not overwrite:
         raise OutputExists(f"{path} is there already: add --overwrite to replace it, or choose another --output")
 
@@ -28,53 +29,39 @@ def inspect_model(recipe: Recipe) -> tuple[Anatomy, str]:
     With calibration data (bundled for the embedded model) one forward is watched; without, the order of blocks is that
     of their definition, and layers that never run can't be told.
     """
-    from ecoflap.api import inspect
-    from ecoflap.network.checkpoint import load
-    from ecoflap.pipeline import calibration_batches
+    from ecoflap.calibration.objectives import resolve
+    from ecoflap.prepare import calibration_batches, find_layers, load_checkpoint
 
-    checkpoint = load(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    )
-    batch = None
+    checkpoint = load_checkpoint(recipe)
+    batches = []
     if recipe.model is None or recipe.calibration is not None:
-        batch = calibration_batches(recipe.model_copy(update={"samples": 2, "batch_size": 2}), checkpoint)[1][0]
-    anatomy = inspect(checkpoint.model, batch, include=recipe.include, exclude=recipe.exclude, towers=recipe.towers)
-    name = type(checkpoint.model).__name__
-    how = "as one forward calls them" if anatomy.traced else "as defined; give --calibration to watch a forward"
-    return anatomy, f"{name}, {anatomy.total_parameters:,} parameters; towers {how}"
+        few = recipe.model_copy(update={"samples": 2, "batch_size": 2})
+        batches = calibration_batches(few, checkpoint)[1]
+    objective = resolve(recipe.objective, checkpoint.model)
+    anatomy = find_layers(recipe, checkpoint.model, batches, objective)
+    how = "in the order of a forward" if anatomy.traced else "in the order of definition (--calibration watches a run)"
+    return anatomy, f"{type(checkpoint.model).__name__}, {anatomy.total_parameters:,} parameters; towers {how}"
 
 
 def measure_model(recipe: Recipe, progress: Progress) -> Importance:
     """Stage 1 on the recipe's model and calibration data."""
-    from ecoflap.calibration.objectives import check_image_matters, on_device, resolve
-    from ecoflap.errors import CalibrationError
-    from ecoflap.importance.measure import measure_importance
-    from ecoflap.network.anatomy import discover
-    from ecoflap.network.cache import cache_disabled
-    from ecoflap.network.checkpoint import load
-    from ecoflap.pipeline import calibration_batches
-
     if recipe.model is not None and recipe.calibration is None:
         raise CalibrationError("importance needs calibration data: give --calibration FILE")
+    if recipe.importance.endswith(".json"):
+        raise InvalidOption(f"importance {recipe.importance} is measured already: name a measure, such as zeroth-order")
     recipe = recipe.resolved()
-    checkpoint = load(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    )
-    model = checkpoint.model
+    from ecoflap.calibration.objectives import resolve
+    from ecoflap.importance.measure import first_samples, measure_importance
+    from ecoflap.prepare import calibration_batches, check_importance_options, find_layers, load_checkpoint
+
+    check_importance_options(recipe)
+    checkpoint = load_checkpoint(recipe)
     _, batches = calibration_batches(recipe, checkpoint)
-    objective = resolve(recipe.objective, model)
-    with cache_disabled(model):
-        check_image_matters(model, batches[0], objective)
-        anatomy = discover(
-            model,
-            batches[0],
-            include=recipe.include,
-            exclude=recipe.exclude,
-            towers=recipe.towers,
-            run=on_device(objective),
-        )
+    first_samples(batches, recipe.importance_samples)
+    objective = resolve(recipe.objective, checkpoint.model)
+    anatomy = find_layers(recipe, checkpoint.model, batches, objective)
     return measure_importance(
-        model,
+        checkpoint.model,
         batches,
         recipe.importance,
         samples=recipe.importance_samples,
@@ -86,9 +73,7 @@ def measure_model(recipe: Recipe, progress: Progress) -> Importance:
     )
 
 
-def allocate_file(
-    scores: Path, output: Path | None, overwrite: bool, *, tower_sparsity: Sequence[str], **options: Any
-) -> tuple[Allocation, Path]:
+def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: bool) -> tuple[Allocation, Path]:
     """Allocate from an importance.json (or the run directory that holds one) and write allocation.json."""
     from ecoflap.api import allocate
     from ecoflap.files import write_json
@@ -99,29 +84,27 @@ def allocate_file(
     if output is None and (source.parent / "recipe.yaml").exists():
         target = Path("allocation.json")  # a run's own allocation is part of its record
     refuse_existing(target, overwrite)
-    shares: dict[str, float] = {}
-    for pair in tower_sparsity:
-        name, equals, value = pair.partition("=")
-        try:
-            shares[name] = float(value)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise InvalidOption(f"--tower-sparsity {pair!r}: write tower=sparsity, such as vision=0.4")
-    allocation = allocate(Importance.load(source), tower_sparsity=shares, **options)
+    allocation = allocate(
+        Importance.load(source),
+        recipe.sparsity,
+        max_sparsity=recipe.max_sparsity,
+        min_sparsity=recipe.min_sparsity,
+        granularity=recipe.granularity,
+        aggregate=recipe.aggregate,
+        budget=recipe.budget,
+        tower_sparsity=recipe.tower_sparsity,
+    )
     write_json(target, allocation.to_json())
     return allocation, target
 
 
 def evaluate_model(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Results of the recipe's tasks on its model, as in ``metrics.json``."""
-    from ecoflap.network.checkpoint import load
-    from ecoflap.pipeline import evaluate, quality, tasks_of
+    from ecoflap.pipeline import quality
+    from ecoflap.prepare import evaluate, load_checkpoint, tasks_of
 
     tasks = tasks_of(recipe)
     if not tasks:
         raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
-    checkpoint = load(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    )
+    checkpoint = load_checkpoint(recipe)
     return {task: quality(evaluate(checkpoint, task, recipe, progress)) for task in tasks}

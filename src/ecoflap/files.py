@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -10,7 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ecoflap.errors import StorageError
+from ecoflap.errors import InvalidOption, StorageError
+
+PARTIAL = ".partial"  # the end of a temporary file's name; a killed process may leave one
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
@@ -19,10 +24,15 @@ def storage(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(
-            f"can't write {path}: {error.strerror or error}; free some space or choose another --output, "
-            "then go on with --resume"
-        ) from error
+        raise StorageError(f"can't write {path}: {error.strerror or error}{_remedy(error)}") from error
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in _FULL:
+        return "; free some space"
+    if error.errno in _FORBIDDEN:
+        return "; choose another --output, or change the permissions"
+    return "; choose another --output"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -33,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -61,6 +71,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Atomically write JSON with an indent of 1; NaN and infinities are refused (ValueError)."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """The content of a JSON file; ``what`` it is, for messages.
+
+    Raises:
+        InvalidOption: it is not there, or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise InvalidOption(f"can't read {what} {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidOption(f"can't read {what} {path}: it is no whole JSON file ({error})") from error
 
 
 def _umask() -> int:

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from ecoflap.allocation import Allocation
 from ecoflap.network.parts import Anatomy
-from ecoflap.report import formats
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -20,6 +19,10 @@ def _table(title: str, *columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _row(table: Table, *cells: str) -> None:
@@ -31,7 +34,7 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
     total = anatomy.total_parameters
     towers = _table(note, "tower", "modality", "blocks", "layers", "prunable weights", "of the model")
     for tower in anatomy.towers:
-        share = formats.percent(tower.numel / total)
+        share = _percent(tower.numel / total)
         _row(
             towers,
             tower.name,
@@ -42,7 +45,7 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
             share,
         )
     towers.add_section()
-    share = formats.percent(anatomy.prunable_parameters / total)
+    share = _percent(anatomy.prunable_parameters / total)
     blocks = str(len(anatomy.blocks))
     _row(towers, "all", "", blocks, str(len(anatomy.layers)), f"{anatomy.prunable_parameters:,}", share)
     yield towers
@@ -64,7 +67,7 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
             reasons[entry.reason].append((entry.name, entry.numel))
         for reason, entries in reasons.items():
             size = sum(numel for _, numel in entries)
-            _row(dense, reason, f"{size:,}", formats.percent(size / total), entries[0][0])
+            _row(dense, reason, f"{size:,}", _percent(size / total), entries[0][0])
         yield dense
 
 
@@ -104,16 +107,18 @@ def allocation_table(allocation: Allocation) -> Table:
     for tower, blocks in towers.items():
         weights, zeros = (sum(sums[i] for sums in blocks.values()) for i in (0, 1))
         shares = [sums[1] / sums[0] for sums in blocks.values()]
-        low, high = formats.percent(min(shares)), formats.percent(max(shares))
-        _row(table, tower, f"{weights:,}", f"{zeros:,}", formats.percent(zeros / weights), low, high)
+        low, high = _percent(min(shares)), _percent(max(shares))
+        _row(table, tower, f"{weights:,}", f"{zeros:,}", _percent(zeros / weights), low, high)
     table.add_section()
     total, zeros = allocation.total_weights, allocation.zeros
-    _row(table, "all", f"{total:,}", f"{zeros:,}", formats.percent(zeros / total), "", "")
+    _row(table, "all", f"{total:,}", f"{zeros:,}", _percent(zeros / total), "", "")
     return table
 
 
 def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row a task, and one a group of its samples."""
+    from ecoflap.report import formats  # the package of the page: too heavy for the allocation's table
+
     table = _table("", "task", "value", "n")
     for task, result in results.items():
         value = formats.metric_value(result["metric"], result["value"], result["stderr"])

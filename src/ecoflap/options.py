@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ecoflap.errors import InvalidOption
-from ecoflap.recipe import Recipe
+from ecoflap.recipe import OPTIONS, Recipe
+
+# Which heading of --help an option stands under.
+PANELS: dict[str, tuple[str, ...]] = {
+    "Model": ("device", "dtype", "trust_remote_code", "include", "exclude", "towers"),
+    "Sparsity": (
+        "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
+        "allocation",
+    ),
+    "Importance (stage 1)": ("importance", "importance_options", "importance_samples"),
+    "Pruning (stage 2)": ("criterion", "pattern", "compare", "offload_activations"),
+    "Calibration": (
+        "calibration", "columns", "prompt", "objective", "samples", "batch_size", "sequence_length", "seed",
+    ),
+    "Evaluation": ("task", "test", "test_samples"),
+}  # fmt: skip
+OUTPUT = "Run and output"
+_METAVARS = {
+    "model": "MODEL",
+    "importance": "NAME|FILE",
+    "importance_options": "NAME=VALUE",
+    "tower_sparsity": "TOWER=X",
+    "columns": "ROLE=COLUMN",
+    "allocation": "FILE",
+    "criterion": "NAME",
+    "pattern": "unstructured|N:M",
+    "calibration": "SOURCE",
+    "test": "SOURCE",
+    "prompt": "TEMPLATE",
+    "objective": "NAME",
+    "task": "NAME",
+    "device": "NAME",
+    "include": "PATTERN",
+    "exclude": "PATTERN",
+    "towers": "PATTERN",
+}
 
 
 def _without_none(annotation: Any) -> Any:
@@ -26,58 +62,57 @@ def _option(name: str) -> inspect.Parameter:
     annotation = _without_none(field.annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     flag = "--" + name.replace("_", "-")
-    help_text, metavar = field.description or "", None
+    help_text = field.description or ""
     default = field.get_default(call_default_factory=True)
-    kind: Any = annotation | None
+    # Numbers come as text, too: the recipe reads them, so that a fault has one wording wherever it is found.
+    kind: Any = str | None
+    metavar: str | None = _METAVARS.get(name, {int: "N", float: "X"}.get(annotation, "TEXT"))
     if annotation is bool:
+        kind, metavar = bool | None, None
         flag = f"{flag}/--no-{flag[2:]}"
     elif origin is typing.Literal:
-        kind, metavar = str | None, "|".join(arguments)
-    elif origin is dict:
-        kind, metavar, help_text = list[str] | None, "KEY=VALUE", f"{help_text} May be repeated."
-    elif origin is tuple:
-        kind, metavar, help_text = list[str] | None, "TEXT", f"{help_text} May be repeated."
+        metavar = "|".join(arguments)
+    elif origin in (dict, tuple):
+        kind, help_text = list[str] | None, f"{help_text} May be repeated."
     if isinstance(default, int | float | str) and not isinstance(default, bool):
         help_text = f"{help_text} Default: {default}."
+    panel = next(title for title, names in PANELS.items() if name in names)
     # None means "not given", so that a recipe file's value stands; the default is therefore said in the help.
-    return _parameter(name, Annotated[kind, typer.Option(flag, help=help_text, metavar=metavar, show_default=False)])
+    option = typer.Option(flag, help=help_text, metavar=metavar, show_default=False, rich_help_panel=panel)
+    return _parameter(name, Annotated[kind, option])
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def with_recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options ``names`` (fields of the recipe; all but ``model`` if none is named) and ``--recipe``.
+def with_recipe_options(*names: str, model: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options ``names`` (fields of the recipe; all but ``model`` if none is named).
 
-    The command takes a :class:`Recipe` as its first argument, built from the recipe file and the options given.
+    The command takes a :class:`Recipe` as its first argument, built from the options given, over those of the file
+    ``--recipe``.
+
+    Args:
+        model: the command also has the argument MODEL and the option ``--recipe``.
     """
-    chosen = names or tuple(name for name in Recipe.model_fields if name != "model")
+    chosen = [name for panel in PANELS.values() for name in panel if name in names or not names]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        added = [_option(name) for name in chosen if name != "model"]
-        file = Annotated[Path | None, typer.Option("--recipe", help="YAML with any of these options; options win.")]
-        model = Annotated[
-            str | None,
-            typer.Argument(metavar="[MODEL]", help=Recipe.model_fields["model"].description, show_default=False),
-        ]
+        parameters = [_parameter(name, annotation) for name, annotation in _MODEL] if model else []
+        parameters += [_option(name) for name in chosen]
+        parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 
         def wrapper(**values: Any) -> None:
-            recipe_file = values.pop("recipe")
+            recipe_file = values.pop("recipe", None)
             given = {name: values.pop(name) for name in ("model", *chosen) if name in values}
             changes = {name: _plain(name, value) for name, value in given.items() if value is not None and value != []}
-            recipe = Recipe.load(recipe_file, changes) if recipe_file else Recipe.parse(changes, "options")
+            recipe = Recipe.load(recipe_file, changes) if recipe_file else Recipe.parse(changes, OPTIONS)
+            if ":" in (recipe.objective or "") and "" not in sys.path:
+                sys.path.append("")  # a user's own function lies in the folder where the command was given
             command(recipe, **values)
 
         wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters = [
-            _parameter("model", model),
-            *added,
-            _parameter("recipe", file),
-            *(parameter.replace(kind=keyword) for parameter in own),
-        ]
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return wrapper
@@ -85,26 +120,49 @@ def with_recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable
     return decorate
 
 
+_MODEL = (
+    (
+        "model",
+        Annotated[
+            str | None,
+            typer.Argument(metavar="[MODEL]", help=Recipe.model_fields["model"].description, show_default=False),
+        ],
+    ),
+    (
+        "recipe",
+        Annotated[
+            Path | None,
+            typer.Option(
+                "--recipe", metavar="FILE", help="YAML with any of these options; options win.", rich_help_panel=OUTPUT
+            ),
+        ],
+    ),
+)
+
+
 def _plain(name: str, value: Any) -> Any:
     """``["a=1"]`` as ``{"a": 1}`` for mappings; anything else as it is."""
-    if typing.get_origin(_without_none(Recipe.model_fields[name].annotation)) is not dict:
+    annotation = _without_none(Recipe.model_fields[name].annotation)
+    if typing.get_origin(annotation) is not dict:
         return value
     flag = "--" + name.replace("_", "-")
-    return dict(_pair(flag, item) for item in value)
+    text = typing.get_args(annotation)[1] is str
+    pairs = (_pair(flag, item) for item in value)
+    return {key: value if text else _number(value) for key, value in pairs}
 
 
-def _pair(flag: str, text: str) -> tuple[str, Any]:
+def _pair(flag: str, text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
-    if not (key and equals and value):
-        raise InvalidOption(f"{flag} {text!r}: write key=value")
-    return key, _number(value)
+    if not (key and equals):
+        example = _METAVARS[flag[2:].replace("-", "_")]
+        raise InvalidOption(f"{flag} {text!r}: write {example}")
+    return key, value
 
 
 def _number(text: str) -> Any:
     """A number or truth value where the text is one."""
-    named: Mapping[str, bool] = {"true": True, "false": False}
-    if text.lower() in named:
-        return named[text.lower()]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         try:
             return kind(text)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ecoflap.errors import InvalidOption
-from ecoflap.registry import unknown
+from ecoflap.errors import EcoflapError, InvalidOption
 
-Fraction01 = Field(ge=0.0, le=1.0)
+OPTIONS = "options"  # the source of a recipe that was given on the command line: messages name the flags
 
 
 class Recipe(BaseModel):
@@ -61,6 +61,11 @@ class Recipe(BaseModel):
     offload_activations: bool = Field(False, description="Keep block inputs in the computer's memory, not the GPU's.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
 
+    @field_validator("include", "exclude", "towers", "task", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("criterion")
     @classmethod
     def _known_criterion(cls, name: str) -> str:
@@ -73,7 +78,11 @@ class Recipe(BaseModel):
     def _known_importance(cls, name: str) -> str:
         from ecoflap.importance.names import IMPORTANCES
 
-        return name if name.endswith(".json") else IMPORTANCES.check(name)
+        if name.endswith(".json"):
+            return name
+        if name not in IMPORTANCES and Path(name).exists():
+            raise InvalidOption(f"importance '{name}' is no JSON file: give the importance.json of a run")
+        return IMPORTANCES.check(name)
 
     @field_validator("task")
     @classmethod
@@ -108,17 +117,35 @@ class Recipe(BaseModel):
         """The same recipe with what follows from other fields filled in.
 
         Raises:
-            InvalidOption: an N:M pattern stands with another sparsity or with an importance.
+            InvalidOption: an N:M pattern stands with another sparsity or with an importance; an allocation can't be
+                read, or stands with another sparsity.
         """
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = self._fixed_by_allocation()
         if self.importance_samples > self.samples:
             changes["importance_samples"] = self.samples
-        if self.pattern != "unstructured":
+        if self.pattern != "unstructured" and self.allocation is None:
             changes |= self._fixed_by_pattern()
         sparsity = changes.get("sparsity", self.sparsity)
-        if self.max_sparsity is None:
+        if self.max_sparsity is None and "max_sparsity" not in changes:
             changes["max_sparsity"] = min(1.0, round(sparsity + 0.1, 10))
         return self.model_copy(update=changes)
+
+    def _fixed_by_allocation(self) -> dict[str, Any]:
+        """What the allocation file says where the recipe says nothing, so that the run's record is true."""
+        if self.allocation is None:
+            return {}
+        from ecoflap.api import read_allocation
+
+        found = read_allocation(self.allocation)
+        exact = found.zeros / found.total_weights
+        named = round(exact, 6)
+        if "sparsity" in self.model_fields_set and abs(self.sparsity - exact) > 1e-4:
+            raise InvalidOption(
+                f"allocation {self.allocation} makes a sparsity of {named:g}, not {self.sparsity:g}: "
+                "leave out the sparsity, or make another allocation with 'ecoflap allocate'"
+            )
+        sparsity = self.sparsity if "sparsity" in self.model_fields_set else named
+        return {"sparsity": sparsity, "max_sparsity": max(self.max_sparsity or found.max_sparsity, sparsity)}
 
     def _fixed_by_pattern(self) -> dict[str, Any]:
         from ecoflap.pruning.patterns import parse_pattern, sparsity_of_pattern
@@ -143,20 +170,25 @@ class Recipe(BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str = "recipe") -> Recipe:
-        """A recipe from plain values.
+        """A recipe from plain values; ``source`` says in messages where they come from.
 
         Raises:
             InvalidOption: one line that names the field and its value.
+            UnknownName: one that names the near ones.
         """
         for name in values:
             if name not in cls.model_fields:
-                raise InvalidOption(f"{source}: {unknown('field', name, list(cls.model_fields))}")
+                near = get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean '{near[0]}'?" if near else "'ecoflap prune --help' lists them"
+                raise InvalidOption(f"{source}: unknown field '{name}': {hint}")
         try:
             return cls(**values)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InvalidOption(f"{source}: {where}: {first['msg']}, not {first['input']!r}") from error
+            raise InvalidOption(_complaint(error, source)) from error
+        except EcoflapError as error:
+            if source == OPTIONS:
+                raise
+            raise type(error)(f"{source}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
@@ -170,7 +202,21 @@ class Recipe(BaseModel):
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InvalidOption(f"can't read the recipe {path}: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
-            raise InvalidOption(f"recipe {path}: a mapping of fields to values is expected")
+            raise InvalidOption(f"recipe {path}: lines of 'field: value' are expected, such as 'sparsity: 0.5'")
         for added in ("versions", "fingerprint"):  # what a run writes beside the recipe
             data.pop(added, None)
-        return cls.parse({**data, **(changes or {})}, str(path))
+        cls.parse(data, f"recipe {path}")  # so that a fault is looked for where it is
+        return cls.parse({**data, **(changes or {})}, OPTIONS if changes else f"recipe {path}")
+
+
+def _complaint(error: ValidationError, source: str) -> str:
+    """The first thing that is wrong, as one line: which field, its value, what it should be."""
+    first = error.errors()[0]
+    field, *inner = (str(part) for part in first["loc"])
+    name = "--" + field.replace("_", "-") if source == OPTIONS else f"{source}: {field}"
+    where = " ".join((name, *inner))
+    if first["type"] in ("float_parsing", "int_parsing", "float_type", "int_type", "int_from_float"):
+        wanted = "a whole number" if first["type"].startswith("int") else "a number"
+        return f"{where}: {first['input']!r} is not {wanted}"
+    reason = first["msg"].removeprefix("Input ")
+    return f"{where}: {first['input']!r} {reason}"

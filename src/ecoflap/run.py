@@ -1,38 +1,50 @@
-"""The run directory: what each stage leaves behind, the journal of work under way, and what may be resumed."""
+"""The run directory: what each stage leaves behind, who works in it, and what may be resumed."""
 
 from __future__ import annotations
 
 import fcntl
-import json
+import importlib.metadata
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from ecoflap.errors import InvalidOption, OutputExists, ResumeMismatch
-from ecoflap.files import storage, write_atomically, write_json, write_text
-from ecoflap.importance.scores import Estimate
+from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch
+from ecoflap.files import PARTIAL, read_json, storage, write_json, write_text
 from ecoflap.recipe import Recipe
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RECIPE, IMPORTANCE, ALLOCATION = "recipe.yaml", "importance.json", "allocation.json"
 METRICS, REPORT, MODEL, LOG, JOURNAL = "metrics.json", "report.html", "model", "log.txt", "journal"
-OURS = (RECIPE, IMPORTANCE, ALLOCATION, METRICS, REPORT, MODEL, LOG, JOURNAL, ".lock")
+# In the order of removal: what says that a run is complete goes first, what says that a folder is a run's goes last.
+OURS = (METRICS, REPORT, JOURNAL, MODEL, ALLOCATION, IMPORTANCE, LOG, RECIPE)
+_LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, OURS))})\.(.*{re.escape(PARTIAL)}|partial|old)")
+INPUTS = f"{JOURNAL}/inputs.json"
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was stopped by a signal, and can go on: ``path`` is its directory, ``signal`` the reason given."""
+
+    def __init__(self, path: Path, signal: str) -> None:
+        super().__init__(signal)
+        self.path = path
+
+
+class RunFailed(EcoflapError):
+    """Something broke that is no fault of the input; the run's log has the traceback."""
+
+    exit_code = 1
 
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers of a run."""
-    import torch
-    import transformers
-
     from ecoflap import __version__
 
-    return {"ecoflap": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
+    # From the installed packages' records: importing torch takes seconds, and a wrong option is told at once.
+    return {"ecoflap": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
 
 
 class RunDirectory:
@@ -40,8 +52,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.resumed = False
         self._lock: int | None = None
-        self._resumed = False
 
     @classmethod
     def examine(
@@ -55,44 +67,57 @@ class RunDirectory:
             resume: continue the run that is there, if its recipe is the same; begin one if there is none.
 
         Raises:
+            InvalidOption: both ``overwrite`` and ``resume``, or an input of the recipe lies in the run itself.
             OutputExists: the folder holds something else, or a run and neither option is given.
             ResumeMismatch: the recipe or a version differs; the message lists each difference.
         """
+        if overwrite and resume:
+            raise InvalidOption("--overwrite starts again and --resume goes on: give one of them")
         run = cls(Path(path))
         if run.path.exists() and not run.path.is_dir():
             raise OutputExists(f"{run.path} is a file, not a folder: choose another --output")
-        held = {entry.name for entry in run.path.iterdir()} - {".lock"} if run.path.is_dir() else set()
-        is_run = RECIPE in held
-        if held and not is_run:
+        held = {entry.name for entry in run.path.iterdir()} if run.path.is_dir() else set()
+        held = {name for name in held if not _LEFTOVER.fullmatch(name)}
+        if held and RECIPE not in held:
             raise OutputExists(f"{run.path} holds something that is no run of ecoflap: choose another --output")
         if held and not (overwrite or resume):
             raise OutputExists(
                 f"{run.path} already holds a run: add --overwrite to replace it, --resume to continue it, "
                 "or choose another --output"
             )
-        if is_run and resume:
+        if held and resume:
             run._check_same(recipe)
-            run._resumed = True
+            run.resumed = True
+        run._check_inputs_are_elsewhere(recipe)
         return run
 
-    def begin(self, recipe: Recipe, fingerprint: str) -> None:
+    def begin(self, recipe: Recipe, fingerprint: str, inputs: Mapping[str, str]) -> None:
         """Lock the folder; continue the run that :meth:`examine` found, or clear it and write the recipe.
+
+        Args:
+            fingerprint: of the model.
+            inputs: what else decides the result and is no option: digests of data, the kind of device.
 
         Raises:
             OutputExists: another process is at work in it.
-            ResumeMismatch: the model is not the one that the run began with.
+            ResumeMismatch: the model or an input is not the one that the run began with.
             StorageError: the folder can't be made or written.
         """
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if self._resumed:
+        if self.resumed:
             self._check_fingerprint(fingerprint)
+            self._check_inputs(inputs)
         else:
             self._clear()
-            write_text(self.path / RECIPE, _yaml(recipe, fingerprint))
+            data = {**recipe.to_dict(), "versions": versions(), "fingerprint": fingerprint}
+            write_text(self.path / RECIPE, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+        self._sweep()
         with storage(self.path):
             (self.path / JOURNAL).mkdir(exist_ok=True)
+        if not self.has(INPUTS):
+            self.write(INPUTS, dict(inputs))
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -107,21 +132,27 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         with storage(self.path):
-            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+            self._lock = os.open(self.path, os.O_RDONLY)  # the folder itself: no lock file is left behind
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.close()
-            raise OutputExists(f"another process is at work in {self.path}: wait for it, or choose another") from error
+            raise OutputExists(
+                f"another process is at work in {self.path}: wait for it, or choose another --output"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
 
     def _clear(self) -> None:
         for name in OURS:
-            target = self.path / name
-            with storage(target):
-                if target.is_dir():
-                    shutil.rmtree(target)
-                elif name != ".lock":
-                    target.unlink(missing_ok=True)
+            _remove(self.path / name)
+
+    def _sweep(self) -> None:
+        """Remove temporary files that a killed process left."""
+        for folder in (self.path, self.path / JOURNAL, self.path / JOURNAL / "blocks"):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if _LEFTOVER.fullmatch(entry.name) or (folder != self.path and entry.name.endswith(PARTIAL)):
+                    _remove(entry)
 
     def recorded(self) -> dict[str, Any]:
         """The run's recipe file as it is: fields, versions, fingerprint."""
@@ -134,11 +165,8 @@ class RunDirectory:
         return data
 
     def _check_same(self, recipe: Recipe) -> None:
-        before = self.recorded()
-        now = {**recipe.to_dict(), "versions": versions()}
-        differences = [
-            f"{name}: {before.get(name)!r} then, {now[name]!r} now" for name in now if before.get(name) != now[name]
-        ]
+        before, now = self.recorded(), {**recipe.to_dict(), "versions": versions()}
+        differences = list(_differences(before, now))
         if differences:
             raise ResumeMismatch(
                 f"can't resume {self.path}, the result would differ: {'; '.join(differences)}. "
@@ -153,8 +181,33 @@ class RunDirectory:
                 f"(fingerprint {known[:12]}… then, {fingerprint[:12]}… now). Use the same checkpoint, or --overwrite"
             )
 
+    def _check_inputs(self, inputs: Mapping[str, str]) -> None:
+        before = self.read(INPUTS) if self.has(INPUTS) else inputs
+        for name, value in inputs.items():
+            if before.get(name) != value:
+                raise ResumeMismatch(
+                    f"can't resume {self.path}: the {name} is not the one that the run began with "
+                    f"({str(before.get(name))[:12]} then, {value[:12]} now). Use the same one, or --overwrite"
+                )
+
+    def _check_inputs_are_elsewhere(self, recipe: Recipe) -> None:
+        ours = [(self.path / name).resolve() for name in OURS]
+        for field in ("model", "calibration", "test", "importance", "allocation"):
+            value = getattr(recipe, field)
+            if value is None:
+                continue
+            place = Path(value).resolve()
+            if place.exists() and any(own in (place, *place.parents) for own in ours):
+                raise InvalidOption(
+                    f"{field} {value} is part of {self.path}, which is written anew: choose another --output"
+                )
+
     def has(self, name: str) -> bool:
         return (self.path / name).exists()
+
+    def kept(self, name: str) -> bool:
+        """An interrupted run, now resumed, has left this file."""
+        return self.resumed and self.has(name)
 
     def write(self, name: str, data: Any) -> None:
         """Atomically write ``name`` as JSON."""
@@ -162,82 +215,41 @@ class RunDirectory:
 
     def read(self, name: str) -> Any:
         """Read a JSON file of the run; raises InvalidOption where it is damaged."""
-        path = self.path / name
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InvalidOption(f"can't read {path}: {error}") from error
+        return read_json(self.path / name, "the run's file")
+
+    def discard(self, name: str) -> None:
+        """Remove one of the run's files, if it is there."""
+        _remove(self.path / name)
 
     def finish(self) -> None:
         """All is written: the journal is no longer needed."""
-        with storage(self.path / JOURNAL):
-            shutil.rmtree(self.path / JOURNAL, ignore_errors=True)
+        shutil.rmtree(self.path / JOURNAL, ignore_errors=True)
 
     @property
     def complete(self) -> bool:
-        """The run to be resumed has nothing left to do."""
-        return self._resumed and self.has(METRICS) and self.has(REPORT) and not self.has(JOURNAL)
+        """The run to be resumed has nothing left to do: the page is written last of all."""
+        return self.resumed and self.has(METRICS) and self.has(REPORT)
 
 
-class EstimateFile:
-    """Estimates of stage 1, one JSON line each. A last line that was cut off by a kill is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: list[Estimate] = []
-        whole = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    layer, batch, draw, value = json.loads(line)
-                except ValueError:
-                    break
-                if not line.endswith(b"\n"):
-                    break
-                self._known.append(Estimate(layer, batch, draw, float.fromhex(value)))
-                whole += len(line)
-        with storage(path):
-            self._file = open(path, "ab")  # noqa: SIM115 - open as long as the stage runs
-            self._file.truncate(whole)
-
-    def estimates(self) -> Iterable[Estimate]:
-        return tuple(self._known)
-
-    def append(self, estimate: Estimate) -> None:
-        """Add one line. It reaches the system at once, so that a killed process loses nothing."""
-        row = [estimate.layer, estimate.batch, estimate.draw, estimate.value.hex()]  # hexadecimal: every bit
-        with storage(self._path):
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        with storage(self._path):
-            os.fsync(self._file.fileno())
-            self._file.close()
+def _remove(path: Path) -> None:
+    with storage(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-class BlockFiles:
-    """Pruned blocks of stage 2, one safetensors file each."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def _path(self, block: str) -> Path:
-        return self._folder / f"{block}.safetensors"
-
-    def load(self, block: str) -> Mapping[str, Tensor] | None:
-        from safetensors.torch import load_file
-
-        path = self._path(block)
-        return load_file(path) if path.exists() else None
-
-    def save(self, block: str, weights: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        write_atomically(self._path(block), lambda temporary: save_file(tensors, temporary))
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in now.items():
+        earlier = before.get(name)
+        if isinstance(value, dict) and isinstance(earlier, dict):
+            keys = dict.fromkeys([*earlier, *value])
+            yield from _differences(
+                {f"{name} {key}": earlier.get(key) for key in keys}, {f"{name} {key}": value.get(key) for key in keys}
+            )
+        elif earlier != value:
+            yield f"{name}: {_shown(earlier)} then, {_shown(value)} now"
 
 
-def _yaml(recipe: Recipe, fingerprint: str) -> str:
-    data = {**recipe.to_dict(), "versions": versions(), "fingerprint": fingerprint}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+def _shown(value: Any) -> str:
+    return "nothing" if value in (None, [], {}) else str(value)

@@ -1,14 +1,18 @@
-"""Progress on a terminal as bars with the time left, and as plain lines where there is no terminal."""
+"""What the user sees while work goes on: bars with the time left (plain lines without a terminal), and warnings."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from ecoflap.progress import Progress, Task
 
@@ -32,13 +36,13 @@ class Bars:
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
         columns = (
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<12}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=False),
-            TextColumn("[dim]{task.fields[detail]}", markup=True, justify="left"),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False, table_column=Column(no_wrap=True, ratio=1)),
         )
         with RichProgress(*columns, console=self._console, expand=False) as bars:
             task = bars.add_task(name, total=total, completed=done, detail="")
@@ -81,3 +85,52 @@ class Lines:
 def progress_on(console: Console) -> Progress:
     """Bars on a terminal, lines elsewhere."""
     return Bars(console) if console.is_terminal else Lines(console)
+
+
+def standard_output() -> Console:
+    """Where results go. Without a terminal a table is as wide as it needs to be."""
+    return _console(sys.stdout.isatty(), stderr=False)
+
+
+def standard_error() -> Console:
+    """Where progress goes."""
+    return _console(sys.stderr.isatty(), stderr=True)
+
+
+def _console(terminal: bool, stderr: bool) -> Console:
+    return Console(stderr=stderr, soft_wrap=not terminal) if terminal else Console(stderr=stderr, width=160)
+
+
+class Messages(logging.Handler):
+    """The package's warnings, one line each on standard error, while the context is open.
+
+    Warnings of other packages are left to the log: they speak to programmers.
+
+    Attributes:
+        quiet: say nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.quiet = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.quiet:
+            sys.stderr.write(f"ecoflap: warning: {' '.join(record.getMessage().split())}\n")
+
+    def __enter__(self) -> None:
+        self.quiet, self._shown = False, warnings.showwarning
+        self._log = logging.getLogger("ecoflap")
+        self._log.addHandler(self)
+        warnings.showwarning = self._warning  # type: ignore[assignment]
+
+    def __exit__(self, *exception: object) -> None:
+        warnings.showwarning = self._shown
+        self._log.removeHandler(self)
+
+    def _warning(self, message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
+        level = logging.WARNING if "ecoflap" in filename else logging.INFO
+        self._log.log(level, "%s", message)
+
+
+messages = Messages()

@@ -1,0 +1,5 @@
+"""``python -m ecoflap``: the command line."""
+
+from ecoflap.cli import main
+
+main()

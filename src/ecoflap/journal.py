@@ -1,0 +1,94 @@
+"""The journal of a run: estimates and pruned blocks, kept as they come, so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ecoflap.errors import InvalidOption, StorageError
+from ecoflap.files import storage, write_atomically
+from ecoflap.importance.scores import Estimate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class EstimateFile:
+    """Estimates of stage 1, one JSON line each. A last line that was cut off by a kill is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: list[Estimate] = []
+        whole = 0
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                estimate = _read(line)
+                if estimate is None:
+                    break
+                self._known.append(estimate)
+                whole += len(line)
+        with storage(path):
+            # Without a buffer: a line that can't be written is told by its own write, and not again at closing.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the stage runs
+            self._file.truncate(whole)
+
+    def estimates(self) -> Iterable[Estimate]:
+        return tuple(self._known)
+
+    def append(self, estimate: Estimate) -> None:
+        """Add one line. It reaches the system at once, so that a killed process loses nothing."""
+        row = [estimate.layer, estimate.batch, estimate.draw, estimate.value.hex()]  # hexadecimal: every bit
+        line = json.dumps(row).encode() + b"\n"
+        with storage(self._path):
+            while line:
+                line = line[self._file.write(line) or 0 :]
+
+    def close(self) -> None:
+        with storage(self._path), self._file:
+            os.fsync(self._file.fileno())
+
+
+def _read(line: bytes) -> Estimate | None:
+    """One whole line; None for anything else."""
+    try:
+        layer, batch, draw, value = json.loads(line)
+        return Estimate(str(layer), int(batch), int(draw), float.fromhex(value)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None
+
+
+class BlockFiles:
+    """Pruned blocks of stage 2, one safetensors file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _path(self, block: str) -> Path:
+        return self._folder / f"{block}.safetensors"
+
+    def load(self, block: str) -> Mapping[str, Tensor] | None:
+        """Raises InvalidOption for a damaged file, which no kill of ours leaves."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._path(block)
+        try:
+            return load_file(path) if path.exists() else None
+        except (SafetensorError, OSError) as error:
+            raise InvalidOption(
+                f"{path} is damaged ({error}): remove it, and --resume prunes the block again"
+            ) from error
+
+    def save(self, block: str, weights: Mapping[str, Tensor]) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = self._path(block)
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        try:
+            write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        except SafetensorError as error:  # its own name for the system's refusals
+            raise StorageError(f"can't write {path}: {error}; free some space") from error

@@ -1,0 +1,223 @@
+"""What comes before a run writes anything: load, calibrate, look at the model, and refuse what can't work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ecoflap.allocation import Allocation
+from ecoflap.api import allocate, check_allocation, check_same_layers, flat, read_allocation
+from ecoflap.calibration.batches import make_batches
+from ecoflap.calibration.models import Batch
+from ecoflap.calibration.objectives import Objective, check_image_matters, check_loss, on_device, resolve
+from ecoflap.calibration.sources import SampleSet, load_samples
+from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
+from ecoflap.evaluation import TASKS, TaskResult
+from ecoflap.importance.measure import first_samples, make_measure
+from ecoflap.importance.names import IMPORTANCES
+from ecoflap.importance.scores import Importance
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.checkpoint import Checkpoint, load
+from ecoflap.network.parts import Anatomy
+from ecoflap.progress import Progress, Silent
+from ecoflap.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the stages work on.
+
+    Attributes:
+        samples: the calibration samples; None where none are needed.
+        batches: the same, fixed once, on the CPU.
+        importance: read from the file that the recipe names, else None.
+        allocation: read from the file that the recipe names, else None.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    samples: SampleSet | None
+    batches: Sequence[Batch]
+    objective: Objective
+    importance: Importance | None = None
+    allocation: Allocation | None = None
+
+    def inputs(self) -> dict[str, str]:
+        """What decides the result beside recipe and model: a digest of the batches, and the kind of device."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for name, value in sorted(batch.items()):
+                digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+                digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        device = next(self.checkpoint.model.parameters()).device.type
+        return {"calibration data": digest.hexdigest(), "device": device}
+
+
+def load_checkpoint(recipe: Recipe) -> Checkpoint:
+    """The recipe's model with its processor."""
+    return load(recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+
+
+def is_measured(recipe: Recipe) -> bool:
+    """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
+    return recipe.allocation is None and recipe.importance in IMPORTANCES and recipe.importance != "uniform"
+
+
+def tasks_of(recipe: Recipe) -> tuple[str, ...]:
+    """What is evaluated: the recipe's tasks, else VQA on the embedded model, else what the test data fits."""
+    if recipe.task is not None:
+        return recipe.task
+    if recipe.test is not None:
+        return ("perplexity",) if Path(recipe.test).suffix in TEXT_SUFFIXES else ("vqa",)
+    return ("vqa",) if recipe.model is None else ()
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load and check all that ``recipe`` names, so that nothing of it can stop a run half-way.
+
+    Args:
+        recipe: resolved.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it.
+    """
+    if is_measured(recipe):
+        check_importance_options(recipe)
+    given = None if recipe.allocation is None else read_allocation(recipe.allocation)
+    scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
+    checkpoint = load_checkpoint(recipe)
+    samples, batches = _calibrate(recipe, checkpoint)
+    objective = resolve(recipe.objective, checkpoint.model)
+    anatomy = find_layers(recipe, checkpoint.model, batches, objective)
+    if is_measured(recipe):
+        first_samples(batches, recipe.importance_samples)
+    if scores is not None:
+        check_same_layers(anatomy, scores)
+    rehearsed = Importance.uniform(anatomy.layers) if recipe.importance == "uniform" else flat(anatomy)
+    check_allocation(anatomy, given or shared_out(recipe, scores or rehearsed), recipe.pattern)
+    for task in tasks_of(recipe):
+        evaluate(checkpoint, task, recipe.model_copy(update={"test_samples": 1}), Silent())
+    return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, scores, given)
+
+
+def check_importance_options(recipe: Recipe) -> None:
+    """Raises InvalidOption for an option that the recipe's importance does not have, or a value of the wrong kind."""
+    factory: Any = IMPORTANCES.get(recipe.importance)
+    kinds = {field.name: str(field.type) for field in fields(factory)}
+    for name, value in recipe.importance_options.items():
+        wanted = _KINDS.get(kinds.get(name, ""), (object,))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kinds.get(name) in ("int", "float")):
+            raise InvalidOption(f"importance option {name}={value}: it must be {_described(kinds[name])}")
+    make_measure(recipe.importance, dict[str, Any](recipe.importance_options))
+
+
+def _described(kind: str) -> str:
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a name"}[kind]
+
+
+def shared_out(recipe: Recipe, importance: Importance) -> Allocation:
+    """The allocation that the recipe makes of these scores."""
+    return allocate(
+        importance,
+        recipe.sparsity,
+        max_sparsity=recipe.max_sparsity,
+        min_sparsity=recipe.min_sparsity,
+        granularity=recipe.granularity,
+        aggregate=recipe.aggregate,
+        budget=recipe.budget,
+        tower_sparsity=recipe.tower_sparsity,
+        pattern=recipe.pattern,
+    )
+
+
+def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet, list[Batch]]:
+    """The fixed calibration samples of a recipe, and their batches on the CPU."""
+    sample_set = load_samples(
+        recipe.calibration,
+        samples=recipe.samples,
+        seed=recipe.seed,
+        columns=recipe.columns,
+        prompt_template=recipe.prompt,
+    )
+    batches = make_batches(
+        sample_set,
+        checkpoint.model,
+        checkpoint.processor,
+        batch_size=recipe.batch_size,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+    )
+    return sample_set, batches
+
+
+def _calibrate(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet | None, list[Batch]]:
+    if recipe.calibration is None and recipe.model is not None:
+        if recipe.criterion == "magnitude" and not is_measured(recipe):
+            return None, []
+        raise CalibrationError(
+            f"criterion '{recipe.criterion}' with importance '{recipe.importance}' needs calibration data: "
+            "give --calibration FILE (or --criterion magnitude --importance uniform, which need none)"
+        )
+    return calibration_batches(recipe, checkpoint)
+
+
+def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], objective: Objective) -> Anatomy:
+    """The anatomy as the first batch's forward shows it (as defined, without batches), its loss looked at first.
+
+    Raises:
+        NonFiniteLoss: the first batch's loss is NaN or infinite.
+        CalibrationError: the loss does not depend on the image, or the model can't take the batch.
+        AnatomyError: nothing to prune, or a pattern selects nothing.
+    """
+    with cache_disabled(model):
+        if batches:
+            try:
+                check_loss(model, batches[0], objective)
+                check_image_matters(model, batches[0], objective)
+            except EcoflapError:
+                raise
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                raise CalibrationError(
+                    f"{type(model).__name__} can't take the calibration data ({_first_line(error)}): check the data, "
+                    "its columns, the sequence length and the objective"
+                ) from error
+        return discover(
+            model,
+            batches[0] if batches else None,
+            include=recipe.include,
+            exclude=recipe.exclude,
+            towers=recipe.towers,
+            run=on_device(objective),
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def evaluate(checkpoint: Checkpoint, task: str, recipe: Recipe, progress: Progress) -> TaskResult:
+    """One task with the recipe's test data and settings."""
+    with torch.no_grad():
+        return TASKS.get(task)(
+            checkpoint.model,
+            checkpoint.processor,
+            data=recipe.test,
+            samples=recipe.test_samples,
+            batch_size=recipe.batch_size,
+            sequence_length=recipe.sequence_length,
+            seed=recipe.seed,
+            progress=progress,
+        )
