@@ -18,7 +18,7 @@ from ecoflap import Importance, Recipe, prune
 from ecoflap.evaluation import TASKS
 from ecoflap.files import write_json
 from ecoflap.network.checkpoint import Checkpoint, load
-from ecoflap.pipeline import calibration_batches
+from ecoflap.prepare import calibration_batches
 from ecoflap.progress import Silent
 
 

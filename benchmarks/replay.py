@@ -23,7 +23,7 @@ from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.checkpoint import load
 from ecoflap.network.parts import Anatomy
-from ecoflap.pipeline import calibration_batches
+from ecoflap.prepare import calibration_batches
 
 
 class Kept:
