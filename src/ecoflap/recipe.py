@@ -218,5 +218,7 @@ def _complaint(error: ValidationError, source: str) -> str:
     if first["type"] in ("float_parsing", "int_parsing", "float_type", "int_type", "int_from_float"):
         wanted = "a whole number" if first["type"].startswith("int") else "a number"
         return f"{where}: {first['input']!r} is not {wanted}"
-    reason = first["msg"].removeprefix("Input ")
-    return f"{where}: {first['input']!r} {reason}"
+    if first["type"] == "dict_type":
+        return f"{where}: {first['input']!r} should be a mapping, such as {{vision: 0.4}} for tower_sparsity"
+    shown = str(first["input"]) if isinstance(first["input"], str | int | float) else repr(first["input"])
+    return f"{where}: {shown or 'nothing'} {first['msg'].removeprefix('Input ')}"
