@@ -50,9 +50,10 @@ Command = Callable[..., Outcome]
 def command(capfd: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> Command:
     """``run("prune", model, "--sparsity", 0.5)`` as the shell would run it."""
 
+    patch.setenv("COLUMNS", "100")
+
     def run(*arguments: object) -> Outcome:
         patch.setattr(sys, "argv", ["ecoflap", *map(str, arguments)])
-        patch.setenv("COLUMNS", "100")
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
             main()

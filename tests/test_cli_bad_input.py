@@ -161,7 +161,8 @@ def test_a_loss_that_is_not_finite(run: Command, made: SimpleNamespace, tmp_path
     word = "square"
 
     poisoned = poisoned_llama(tmp_path / "poisoned", word)
-    run("prune", poisoned, "--calibration", made.prose, *TEXT, "-o", "run").refused("calibration batch 0", "nan")
+    (tmp_path / "all.txt").write_text(f"{word} " * 200, "utf-8")
+    run("prune", poisoned, "--calibration", "all.txt", *TEXT, "-o", "run").refused("calibration batch 0", "nan")
     assert not (tmp_path / "run").exists()
     # The word stands at the end of the text alone: the line must name the batch that has it, not the first.
     clean = [other for other in picos.WORDS if other != word]

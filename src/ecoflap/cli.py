@@ -12,12 +12,31 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ecoflap.errors import EcoflapError
-from ecoflap.helptext import Command
+from ecoflap.helptext import Command as PlainHelp
 from ecoflap.options import OUTPUT, with_recipe_options
 from ecoflap.progress import Progress, Silent
 from ecoflap.recipe import Recipe
 from ecoflap.run import METRICS, MODEL, REPORT, RunDirectory, Stopped
 from ecoflap.terminal import messages, progress_on, standard_error, standard_output
+
+
+class _Ended(BaseException):
+    """Carries a KeyboardInterrupt past typer, which would make a bare exit code of it."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        super().__init__()
+        self.stop = stop
+
+
+class Command(PlainHelp):
+    """A command that can be stopped with a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Ended(stop) from stop
+
 
 app = typer.Typer(
     name="ecoflap",
@@ -244,18 +263,19 @@ def _no_command(
 def main() -> NoReturn:
     """Run the command line: exit code 0, 1 (failed), 2 (bad input), 130 or 143 (stopped)."""
     _quieten()
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         with messages:
-            code = app(standalone_mode=False)
+            code = app(standalone_mode=False, prog_name="ecoflap")
         sys.stdout.flush()
     except EcoflapError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt as stop:
+    except _Ended as ended:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while we say good-bye
         kept = "the same command with --resume goes on from here"
-        told = kept if isinstance(stop, Stopped) else "nothing was written"
-        _fail(f"stopped; {told}", 143 if str(stop) == "SIGTERM" else 130)
+        told = kept if isinstance(ended.stop, Stopped) else "nothing was written"
+        _fail(f"stopped; {told}", 143 if str(ended.stop) == "SIGTERM" else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
         sys.exit(1)
@@ -264,7 +284,8 @@ def main() -> NoReturn:
             raise
         _fail(error.format_message(), 2)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,0 +1,120 @@
+"""A full disk: one line, what was there is intact, and --resume ends as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import picos
+import pytest
+from console import TEXT, Command, command, prose, same_result
+
+from ecoflap import files
+from ecoflap.errors import StorageError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    picos.write_checkpoint("llama", folder / "llama")
+    prose(folder / "prose.txt")
+    return folder
+
+
+@pytest.fixture
+def prune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, made: Path) -> Command:
+    monkeypatch.chdir(made)
+    run = command(capfd, monkeypatch)
+    return lambda *more: run("prune", "llama", "--calibration", "prose.txt", *TEXT, *more)
+
+
+def _limited(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize(
+    ("size", "what"), [(500, "recipe.yaml"), (2500, "importance.jsonl"), (25_000, "blocks"), (60_000, "model")]
+)
+def test_files_may_not_grow(prune: Command, made: Path, size: int, what: str) -> None:
+    """The system refuses to let a file grow beyond ``size`` bytes, in whatever part of the run that is."""
+    if not (made / "whole").exists():
+        prune("-o", "whole", "--quiet").well()
+    output = f"run{size}"
+    ended = subprocess.run(
+        [sys.executable, "-m", "ecoflap", "prune", "llama", "--calibration", "prose.txt", *TEXT, "-o", output, "-q"],
+        cwd=made, capture_output=True, text=True, preexec_fn=_limited(size), check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert ended.stderr.startswith("ecoflap: ")
+    assert what in ended.stderr
+    assert "free some space" in ended.stderr or "File too large" in ended.stderr
+    left = [path.name for path in (made / output).rglob("*")]
+    assert not [name for name in left if name.endswith(files.PARTIAL)]
+    prune("-o", output, "--resume", "--quiet").well()
+    same_result(made / "whole", made / output)
+
+
+@pytest.mark.parametrize("name", ["importance.json", "allocation.json", "metrics.json", "report.html"])
+def test_no_space_left(prune: Command, made: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    if not (made / "whole").exists():
+        prune("-o", "whole", "--quiet").well()
+    output = f"run-{name}"
+    with monkeypatch.context() as patch:
+        replace = os.replace
+
+        def full(source: Any, target: Any) -> None:
+            if Path(target).name == name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            replace(source, target)
+
+        patch.setattr(os, "replace", full)
+        outcome = prune("-o", output, "--quiet")
+    outcome.refused(f"can't write {output}/{name}", "No space left on device", "free some space", "--resume")
+    assert not (made / output / name).exists()
+    prune("-o", output, "--resume", "--quiet").well()
+    same_result(made / "whole", made / output)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(StorageError, match="No space left on device; free some space"):
+                files.write_json(path, {"a": 2})
+        assert path.read_bytes() == before
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(path, {"a": float("nan")})
+    assert path.read_bytes() == before
+
+
+def test_no_permission_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="choose another --output"), files.storage(tmp_path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"Not a directory|File exists"):
+        files.write_text(tmp_path / "file" / "below.txt", "x")
+
+
+def test_mode_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "a.txt", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
