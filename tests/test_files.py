@@ -1,0 +1,45 @@
+"""Reading JSON files that users may have edited: every fault is one line with the file's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ecoflap.errors import InvalidOption
+from ecoflap.files import PARTIAL, read_json, write_json, write_text
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    data = {"a": [1, 2.5, None, "ü"], "b": {"c": True}}
+    path = tmp_path / "new" / "folder" / "a.json"
+    write_json(path, data)
+    assert read_json(path, "the file") == data
+    assert path.read_text("utf-8").startswith('{\n "a": [\n')
+    assert "ü" in path.read_text("utf-8")
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.json"]
+
+
+def test_a_replaced_file_is_whole_for_a_reader(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with path.open() as reader:
+        write_text(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text("utf-8") == "new"
+    assert not list(tmp_path.glob(f"*{PARTIAL}"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"a": 1} x'])
+def test_damaged(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidOption, match=r"can't read the allocation .*a\.json: it is no whole JSON file"):
+        read_json(path, "the allocation")
+
+
+def test_absent(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption, match=r"can't read the allocation .*b\.json: No such file or directory"):
+        read_json(tmp_path / "b.json", "the allocation")
+    with pytest.raises(InvalidOption, match="Is a directory"):
+        read_json(tmp_path, "the allocation")

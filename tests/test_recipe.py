@@ -1,0 +1,191 @@
+"""The recipe: validation, what follows from other fields, and its round trips through YAML and the command line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecoflap.errors import InvalidOption, UnknownName
+from ecoflap.options import PANELS, with_recipe_options
+from ecoflap.recipe import Recipe
+from ecoflap.report.command import reproduce
+
+FULL: dict[str, Any] = {
+    "model": "some where/model",
+    "sparsity": 0.55,
+    "max_sparsity": 0.7,
+    "min_sparsity": 0.1,
+    "importance": "first-order",
+    "importance_options": {"variant": "fisher"},
+    "granularity": "layer",
+    "aggregate": "mean",
+    "budget": "tower",
+    "tower_sparsity": {"vision": 0.4, "language": 0.6},
+    "criterion": "sparsegpt",
+    "compare": "matrix",
+    "calibration": "data/it's.jsonl",
+    "columns": {"question": "q 1", "answer": "7"},
+    "prompt": "Q: {question} A:",
+    "objective": "my.module:loss",
+    "samples": 64,
+    "importance_samples": 16,
+    "batch_size": 4,
+    "sequence_length": 77,
+    "include": ("qformer",),
+    "exclude": ("*.fc2.weight", "lm_head"),
+    "towers": ("model.layers",),
+    "task": ("vqa", "perplexity"),
+    "test": "held out.txt",
+    "test_samples": 9,
+    "seed": 11,
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "offload_activations": True,
+    "trust_remote_code": True,
+}
+
+
+def _from_shell(line: str) -> Recipe:
+    """What ``ecoflap prune`` makes of a command line."""
+    found: list[Recipe] = []
+    app = typer.Typer()
+
+    @app.command()
+    @with_recipe_options()
+    def prune(recipe: Recipe, output: str = "") -> None:
+        found.append(recipe)
+
+    words = shlex.split(line.replace("\\\n", " "))
+    assert words[:2] == ["ecoflap", "prune"]
+    app(words[2:], standalone_mode=False)
+    return found[0]
+
+
+def test_yaml_and_back(tmp_path: Path) -> None:
+    recipe = Recipe.parse(FULL)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe.to_dict(), "versions": {"torch": "1"}, "fingerprint": "f"}), "utf-8")
+    assert Recipe.load(path) == recipe
+    assert Recipe.load(path, {"seed": 12}) == recipe.model_copy(update={"seed": 12})
+    assert set(FULL) | {"pattern", "allocation"} == set(Recipe.model_fields)
+
+
+def test_the_command_line_and_back() -> None:
+    recipe = Recipe.parse(FULL)
+    assert _from_shell(reproduce(recipe.to_dict())) == recipe
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"pattern": "2:4"},
+        {"pattern": "1:3"},
+        {"importance_options": {"epsilon": 1e-05, "draws": 3, "replay": False}},
+        {"importance": "runs/x/importance.json"},
+        {"tower_sparsity": {"vision_model.encoder.layers": 0.25}},
+        {"sparsity": 0.1 + 0.2},
+    ],
+)
+def test_the_resolved_recipe_through_the_command_line(values: dict[str, Any]) -> None:
+    recipe = Recipe.parse(values).resolved()
+    again = _from_shell(reproduce(recipe.to_dict()))
+    assert again == recipe
+    assert again.resolved() == recipe
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "sparsity": st.floats(0, 0.99),
+            "min_sparsity": st.floats(0, 1),
+            "seed": st.integers(0, 2**40),
+            "samples": st.integers(32, 10**6),
+            "prompt": st.text(min_size=1).filter(lambda t: not t.startswith("-") and t.isprintable()),
+            "criterion": st.sampled_from(["wanda", "sparsegpt", "magnitude"]),
+            "exclude": st.lists(st.from_regex(r"[a-z*.]{1,9}", fullmatch=True)).map(tuple),
+            "tower_sparsity": st.dictionaries(st.from_regex(r"[a-z_.]{1,9}", fullmatch=True), st.floats(0, 1)),
+        },
+    )
+)
+def test_any_recipe_survives_both_ways(values: dict[str, Any]) -> None:
+    recipe = Recipe.parse(values).resolved()
+    assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+    assert _from_shell(reproduce(recipe.to_dict())) == recipe
+
+
+def test_every_field_is_an_option_under_one_heading() -> None:
+    listed = [name for names in PANELS.values() for name in names]
+    assert sorted(listed) == sorted(set(Recipe.model_fields) - {"model"})
+
+
+def test_resolved() -> None:
+    assert Recipe().resolved().max_sparsity == 0.6
+    assert Recipe(sparsity=0.95).resolved().max_sparsity == 1.0
+    assert Recipe(sparsity=0.7).resolved().max_sparsity == 0.8
+    assert Recipe(samples=8).resolved().importance_samples == 8
+    fixed = Recipe(pattern="1:4", importance_options={"epsilon": 0.1}).resolved()
+    assert (fixed.sparsity, fixed.importance, fixed.importance_options) == (0.75, "uniform", {})
+    assert Recipe(pattern="2:4", sparsity=0.5, importance="uniform").resolved().sparsity == 0.5
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    recipe = Recipe.parse({"task": "vqa", "exclude": "lm_head", "towers": "model.layers"})
+    assert (recipe.task, recipe.exclude, recipe.towers) == (("vqa",), ("lm_head",), ("model.layers",))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sparsity": 1.0}, r"recipe: sparsity: 1.0 should be less than 1"),
+        ({"sparsity": "many"}, r"recipe: sparsity: 'many' is not a number"),
+        ({"samples": 1.5}, r"recipe: samples: 1.5 is not a whole number"),
+        ({"sparcity": 0.5}, r"recipe: unknown field 'sparcity': did you mean 'sparsity'\?"),
+        ({"qqq": 0.5}, r"recipe: unknown field 'qqq': 'ecoflap prune --help' lists them"),
+        ({"tower_sparsity": [1]}, r"recipe: tower_sparsity: \[1\] should be a mapping"),
+        ({"tower_sparsity": {"vision": "low"}}, r"recipe: tower_sparsity vision: 'low' is not a number"),
+        ({"dtype": "int8"}, r"recipe: dtype: int8 should be 'auto', 'float32'"),
+        ({"sparsity": 0.5, "max_sparsity": 0.4}, r"recipe: max_sparsity 0.4 is below sparsity 0.5"),
+        ({"samples": 8, "importance_samples": 9}, r"recipe: importance_samples 9 is more than samples 8"),
+        ({"pattern": "4:2"}, r"recipe: pattern 4:2 is impossible"),
+    ],
+)
+def test_refusals(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidOption, match=message) as refused:
+        Recipe.parse(values)
+    assert "\n" not in str(refused.value)
+
+
+def test_unknown_names_suggest() -> None:
+    with pytest.raises(UnknownName, match="unknown criterion 'wandas': did you mean 'wanda'"):
+        Recipe.parse({"criterion": "wandas"})
+    with pytest.raises(UnknownName, match="did you mean 'perplexity'"):
+        Recipe.parse({"task": ["perplexty"]})
+    with pytest.raises(UnknownName, match="did you mean 'first-order'"):
+        Recipe.parse({"importance": "first_order"})
+
+
+def test_an_allocation_says_the_sparsity(tmp_path: Path) -> None:
+    layer = {"name": "a.weight", "tower": "t", "modality": "language", "block": "t.0", "shape": [4, 5], "weights": 20}
+    data = {
+        "format": 1, "sparsity": 0.5, "max_sparsity": 0.6, "granularity": "block", "aggregate": "sum",
+        "pattern": "unstructured", "total_weights": 40, "zeros": 20,
+        "layers": [{**layer, "zeros": 4}, {**layer, "name": "b.weight", "zeros": 13}],
+    }  # fmt: skip
+    path = tmp_path / "allocation.json"
+    path.write_text(json.dumps(data), "utf-8")
+    resolved = Recipe(allocation=str(path)).resolved()
+    assert (resolved.sparsity, resolved.max_sparsity) == (0.425, 0.6)
+    assert Recipe.parse(resolved.to_dict()).resolved() == resolved
+    with pytest.raises(InvalidOption, match=r"makes a sparsity of 0.425, not 0.5"):
+        Recipe(allocation=str(path), sparsity=0.5).resolved()
