@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +76,19 @@ def test_the_examples_of_the_help_are_understood(run: Command) -> None:
             text = run(words[1], "--help").out
             assert words[:2] == ["ecoflap", name]
             assert all(option in text for option in options), line
+
+
+def test_the_documentation_names_every_option_and_no_other(run: Command) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text("utf-8")
+    helps = {name: run(name, "--help").out for name in COMMANDS}
+    known = {option for page in helps.values() for option in re.findall(r"--[a-z][a-z-]+", page)}
+    named = set(re.findall(r"--[a-z][a-z-]+", text))
+    assert known - named <= {"--help", "--examples"}
+    assert named - known <= {"--help"}
+    for line in re.findall(r"^ecoflap .*", text, re.MULTILINE):
+        words = line.partition(" #")[0].split()
+        for option in (word for word in words if word.startswith("-")):
+            assert option in helps[words[1]], line
 
 
 def test_bare_command_and_version(run: Command) -> None:
@@ -189,18 +204,24 @@ def test_warnings_of_others_are_not(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "ecoflap: warning: for you\necoflap: warning: two lines\n"
 
 
-def test_bars(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_bars(width: int) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=80, legacy_windows=False)
-    progress = progress_on(console)
+    progress = progress_on(Console(file=screen, force_terminal=True, width=width, legacy_windows=False))
     assert isinstance(progress, Bars)
-    with progress.stage("importance", total=10, done=4) as task:
-        task.advance(3, "language_model.encoder.block.0.layer.0.SelfAttention.q.weight" * 3)
-        task.advance(3, "brackets [red] in a name")
-    shown = screen.getvalue()
-    assert "importance" in shown
-    assert "10/10" in shown
-    assert all(len(line) <= 80 for line in Console(width=80).render_str(shown).plain.splitlines() if "\x1b" not in line)
+    with progress.stage("importance", total=1000, done=400) as task:
+        task.advance(3, "language_model.encoder.block.0.layer.0.SelfAttention.q.weight")
+        time.sleep(0.15)  # the screen is drawn ten times a second
+        task.advance(597, "brackets [red] in a name")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "importance" in text
+    assert " 403/1000 " in text  # never squeezed by a long name
+    assert "1000/1000" in text
+    if width == 80:
+        assert "…" in text
+        assert ".q.weight" in text
+    if width == 120:
+        assert "SelfAttention.q.weight" in text
 
 
 def test_lines() -> None:

@@ -12,18 +12,21 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Column
 
 from ecoflap.progress import Progress, Task
 
 LINE_EVERY = 15.0  # seconds between two plain lines
+BAR, TIME = 16, 8  # columns of a bar, and of a time such as 12:34:56
 
 
 class _BarTask:
-    def __init__(self, bars: RichProgress, task: TaskID) -> None:
-        self._bars, self._task = bars, task
+    def __init__(self, bars: RichProgress, task: TaskID, room: int) -> None:
+        self._bars, self._task, self._room = bars, task, room
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
+        # Cut here: left to itself, a long name would squeeze the counts and times beside it. Its end tells most.
+        if len(detail) > self._room:
+            detail = "…" + detail[len(detail) - self._room + 1 :] if self._room > 8 else ""
         self._bars.update(self._task, advance=steps, detail=detail)
 
 
@@ -37,16 +40,17 @@ class Bars:
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
         columns = (
             TextColumn("{task.description:<12}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=BAR),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=False),
-            TextColumn("{task.fields[detail]}", style="dim", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
+        taken = max(len(name), 12) + BAR + 2 * len(str(total)) + 1 + 2 * TIME + len("left") + len(columns)
         with RichProgress(*columns, console=self._console, expand=False) as bars:
             task = bars.add_task(name, total=total, completed=done, detail="")
-            yield _BarTask(bars, task)
+            yield _BarTask(bars, task, self._console.width - taken)
             bars.update(task, detail="")
 
 
