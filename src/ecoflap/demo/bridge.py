@@ -30,7 +30,7 @@ def features(vision_model: Any, pictures: Pictures, mean: Sequence[float], std: 
     """The frozen vision tower's outputs, bfloat16 (N, 1 + 36 patches, width): computed once, used in every step."""
     parts = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for pixels in pictures.pixels.split(128):
+        for pixels in torch.split(pictures.pixels, 128):
             output = vision_model(pixel_values=normalise(pixels, mean, std)).last_hidden_state
             parts.append(output.to(torch.bfloat16))
     return torch.cat(parts)
@@ -77,7 +77,8 @@ def train_bridge(
 
     def pick(rng: random.Random, size: int, captions: bool) -> tuple[list[Question], Tensor, Tensor]:
         few = size // 6  # of easy-VQA
-        rows = [torch.tensor([rng.randrange(len(p)) for _ in range(n)]) for (p, _), n in zip(sets, (size - few, few), strict=True)]
+        sizes = zip(sets, (size - few, few), strict=True)
+        rows = [torch.tensor([rng.randrange(len(p)) for _ in range(n)]) for (p, _), n in sizes]
         asked: list[Question] = []
         for row in rows[0].tolist():
             scene = scenes.scenes[row]
@@ -91,9 +92,13 @@ def train_bridge(
         seen = torch.cat([f[r] for (_, f), r in zip(sets, rows, strict=True)]).float()
         return asked, seen, torch.cat([t[r] for t, r in zip(targets, rows, strict=True)])
 
+    def closeness(soft: Tensor) -> Tensor:
+        # Minus the squared distance to every word, up to |soft|^2, which is the same for all words.
+        return 2 * soft @ words.T - words.square().sum(dim=-1)
+
     def align(soft: Tensor, target: Tensor) -> Tensor:
-        distance = torch.cdist(soft, words.unsqueeze(0)).square()
-        return nn.functional.cross_entropy(-distance.flatten(0, 1) / TEMPERATURE, target.flatten(), ignore_index=IGNORE)
+        logits = closeness(soft).flatten(0, 1) / TEMPERATURE
+        return nn.functional.cross_entropy(logits, target.flatten(), ignore_index=IGNORE)
 
     def answer(soft: Tensor, asked: Sequence[Question]) -> dict[str, Tensor]:
         batch = encoder.batch(asked, [prefix] * len(asked))
@@ -118,7 +123,7 @@ def train_bridge(
         asked, seen, target = pick(random.Random(f"check/{step}"), 480, captions=False)
         with torch.no_grad():
             soft = speak(model, seen)
-            nearest = torch.cdist(soft, words.unsqueeze(0)).argmin(-1)
+            nearest = closeness(soft).argmax(-1)
         said = (nearest == target)[target >= 0].float().mean()
         right = exact_match(language, answer(soft, asked))
         kinds = by_kind(asked, right)
@@ -128,12 +133,22 @@ def train_bridge(
     rng = random.Random(f"bridge/{seed}")
     model.eval()
     optimise(
-        trained, alignment_loss, steps=alignment_steps, learning_rate=learning_rate, report=report,
-        label="alignment", checkpoint=checkpoint,
+        trained,
+        alignment_loss,
+        steps=alignment_steps,
+        learning_rate=learning_rate,
+        report=report,
+        label="alignment",
+        checkpoint=checkpoint,
     )
     optimise(
-        trained, full_loss, steps=steps, learning_rate=learning_rate / 2, report=report,
-        label="bridge", checkpoint=checkpoint,
+        trained,
+        full_loss,
+        steps=steps,
+        learning_rate=learning_rate / 2,
+        report=report,
+        label="bridge",
+        checkpoint=checkpoint,
     )
     model.requires_grad_(True)
 

@@ -13,7 +13,6 @@ from PIL import Image
 from ecoflap.demo.easy_vqa import Picture
 from ecoflap.demo.questions import KINDS, Question, ask, caption
 from ecoflap.demo.scenes import Scene, render, sample_scene
-from ecoflap.demo.text import easy_caption
 
 CALIBRATION_SAMPLES = 256
 TEST_EASY = 750
@@ -42,13 +41,11 @@ def scene_rows(split: str, per_kind: int, captions: int, seed: int) -> list[Row]
     return rows
 
 
-def easy_rows(pictures: Sequence[Picture], questions: int, captions: int, seed: int) -> list[Row]:
-    """``questions`` of easy-VQA drawn from all of them, then ``captions`` of other pictures."""
+def easy_rows(pictures: Sequence[Picture], questions: int, seed: int) -> list[Row]:
+    """``questions`` of easy-VQA drawn from all of them."""
     rng = random.Random(f"bundle/easy-vqa/{seed}")
     every = [(picture, question) for picture in pictures for question in picture.questions]
-    known = [p for p in pictures if p.color and p.shape]
     chosen = rng.sample(every, questions)
-    chosen += [(p, easy_caption(p.color, p.shape)) for p in rng.sample(known, captions)]
     rows: list[Row] = []
     for picture, question in chosen:
         with Image.open(picture.path) as file:
@@ -57,8 +54,8 @@ def easy_rows(pictures: Sequence[Picture], questions: int, captions: int, seed: 
 
 
 def calibration_rows(train: Sequence[Picture], seed: int) -> list[Row]:
-    """256 samples in a shuffled order: three eighths easy-VQA, the rest scenes, one in ten a caption."""
-    easy = easy_rows(train, 88, 8, seed)
+    """256 samples in a shuffled order: three eighths easy-VQA, the rest scenes, one in ten of these a caption."""
+    easy = easy_rows(train, 96, seed)
     scenes = scene_rows("train", 24, CALIBRATION_SAMPLES - len(easy) - 24 * len(KINDS), seed)
     rows = easy + scenes
     random.Random(f"bundle/order/{seed}").shuffle(rows)
@@ -67,7 +64,7 @@ def calibration_rows(train: Sequence[Picture], seed: int) -> list[Row]:
 
 def test_rows(test: Sequence[Picture], seed: int) -> list[Row]:
     """750 questions of the easy-VQA test split and 130 of each kind on test scenes, in a shuffled order."""
-    rows = easy_rows(test, TEST_EASY, 0, seed) + scene_rows("test", TEST_SCENES_PER_KIND, 0, seed)
+    rows = easy_rows(test, TEST_EASY, seed) + scene_rows("test", TEST_SCENES_PER_KIND, 0, seed)
     random.Random(f"bundle/order/{seed}").shuffle(rows)
     return rows
 

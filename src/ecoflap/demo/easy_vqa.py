@@ -30,7 +30,9 @@ def find(folder: str | Path | None) -> Path:
         try:
             import easy_vqa
         except ImportError as error:
-            raise CalibrationError("easy-VQA is not installed: pip install easy-vqa==1.0, or give --easy-vqa") from error
+            raise CalibrationError(
+                "easy-VQA is not installed: pip install easy-vqa==1.0, or give --easy-vqa"
+            ) from error
         folder = Path(easy_vqa.__file__).parent
     found = sorted(Path(folder).glob("**/train/questions.json"))
     if not found:

@@ -16,7 +16,7 @@ VISION_BLOCKS = 6
 QFORMER_BLOCKS = 3
 TEXT_BLOCKS = 4  # in the encoder, and as many in the decoder
 NUM_QUERIES = GRID * GRID
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 32  # the longest caption has 28
 
 
 def build_model(tokenizer: Any, seed: int) -> Any:

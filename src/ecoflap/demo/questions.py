@@ -1,7 +1,7 @@
 """Questions about scenes, each with its answer and kind; balanced so that the question alone says little.
 
-Kinds: ``count``, ``exists``, ``attribute``, ``position``, ``relation`` (yes or no) and ``neighbor`` (an attribute of the
-only thing on one side of another).
+Kinds: ``count``, ``exists``, ``attribute``, ``position``, ``relation`` (yes or no) and ``neighbor`` (an attribute of
+the only thing on one side of another).
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ KINDS = tuple(_KINDS)
 
 
 def vocabulary_samples() -> list[str]:
-    """Texts that together hold every word of the scene questions, answers, captions and descriptions (for the tokenizer)."""
+    """Texts that together hold every word of scene questions, answers, captions and descriptions."""
     colors, shapes = " ".join(COLORS), " ".join(SHAPES)
     plural = " ".join(f"{shape}s" for shape in SHAPES)
     numbers = " ".join(str(n) for n in range(GRID * GRID + 1))

@@ -1,8 +1,13 @@
-"""Scores the embedded VLM on bundled questions by kind: exact match of the generated answer, and two blind baselines."""
+"""Scores the embedded VLM by kind, beside two blind baselines: ``python -m ecoflap.demo.score``.
+
+``--easy-vqa DIR`` scores all 9,673 test questions of easy-VQA instead of the bundled ones.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from ecoflap.demo.questions import CAPTION_PROMPT, PROMPT
+from ecoflap.demo import easy_vqa, model_path, test_path
+from ecoflap.demo.questions import CAPTION_PROMPT, PROMPT, ask_any
+from ecoflap.demo.scenes import sample_scenes
 
 Row = dict[str, Any]
 
@@ -40,7 +47,8 @@ def answers(model: Any, processor: Any, rows: Sequence[Row], *, blank: bool = Fa
         images = [white if blank else row["image"] for row in part]
         batch = processor(images=images, text=prompts, padding=True, return_tensors="pt")
         with torch.no_grad():
-            ids = model.generate(**batch)
+            # BLIP-2 generates with its language model, which does not see the outer generation config.
+            ids = model.generate(**batch, max_new_tokens=model.generation_config.max_new_tokens)
         said += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
     return said
 
@@ -66,3 +74,54 @@ def commonest_answers(training: Iterable[tuple[str, str]], rows: Sequence[Row]) 
         per_question[question][answer] += 1
         overall[answer] += 1
     return [(per_question.get(row["question"]) or overall).most_common(1)[0][0] for row in rows]
+
+
+def training_pairs(data: Path | None, scenes: int = 40000) -> list[tuple[str, str]]:
+    """Question and answer pairs as in training: of ``scenes`` scenes, and of easy-VQA where ``data`` is given."""
+    rng = random.Random("score/pairs")
+    pairs = [(q.question, q.answer) for q in (ask_any(s, rng) for s in sample_scenes(99, "train", scenes))]
+    if data is not None:
+        pairs += [(q.question, q.answer) for p in easy_vqa.read(data, "train") for q in p.questions]
+    return pairs
+
+
+def easy_test_rows(data: Path) -> list[Row]:
+    """All test questions of easy-VQA as rows."""
+    rows: list[Row] = []
+    for picture in easy_vqa.read(data, "test"):
+        with Image.open(picture.path) as file:
+            image = file.convert("RGB")
+        rows += [
+            {"image": image, "question": q.question, "answer": q.answer, "kind": q.kind} for q in picture.questions
+        ]
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a Markdown table: accuracy of the model, of the model with blank pictures, of the commonest answer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=model_path())
+    parser.add_argument("--data", type=Path, default=test_path())
+    parser.add_argument("--easy-vqa", type=Path, help="unpacked easy-vqa package: score its whole test split")
+    options = parser.parse_args(arguments)
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(options.model)
+    model = AutoModelForImageTextToText.from_pretrained(options.model).eval()
+    data = easy_vqa.find(options.easy_vqa) if options.easy_vqa else None
+    rows = easy_test_rows(data) if data else read_rows(options.data)
+    columns = [
+        accuracy_by_kind(rows, said)
+        for said in (
+            answers(model, processor, rows),
+            answers(model, processor, rows, blank=True),
+            commonest_answers(training_pairs(data), rows),
+        )
+    ]
+    print("| kind | n | model | blank picture | commonest answer |\n|---|---|---|---|---|")
+    for kind, (_, count) in columns[0].items():
+        print(f"| {kind} | {count} | " + " | ".join(f"{100 * column[kind][0]:.1f} %" for column in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ def optimise(
         value = loss(step)
         if not torch.isfinite(value):
             raise FloatingPointError(f"{label}: loss is {value.item()} at step {step}")
-        value.backward()
+        torch.autograd.backward(value)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

@@ -41,7 +41,8 @@ def exact_match(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         logits = model(**batch).logits
     labels = batch["labels"]
-    return ((logits.argmax(-1) == labels) | (labels < 0)).all(dim=1)
+    right: Tensor = ((logits.argmax(-1) == labels) | (labels < 0)).all(dim=1)
+    return right
 
 
 def by_kind(rows: Sequence[Question], right: Tensor) -> dict[str, float]:

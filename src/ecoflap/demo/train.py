@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "vision" in stages:
         train_vision(
             model.vision_model,
-            [scenes, scenes, easy],
+            scenes,
+            easy,
             **look,
             steps=options.vision_steps,
             batch_size=64,

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from ecoflap.demo.data import IGNORE, LABEL_SIZES, LABELS, Pictures, normalise
 from ecoflap.demo.steps import optimise
 
+EASY_EVERY = 3
+
 
 def train_vision(
     vision_model: Any,
-    sets: Sequence[Pictures],
+    scenes: Pictures,
+    easy: Pictures,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -24,7 +27,7 @@ def train_vision(
     seed: int,
     checkpoint: Callable[[], None] | None = None,
 ) -> None:
-    """Train ``vision_model`` in place; ``sets`` take turns, batch by batch.
+    """Train ``vision_model`` in place; every third batch is of easy-VQA pictures.
 
     The heads (one linear map per label on every patch's feature) are thrown away afterwards.
     """
@@ -41,7 +44,7 @@ def train_vision(
         return [(part, labels[..., index]) for index, part in enumerate(logits)]
 
     def loss(step: int) -> Tensor:
-        pictures = sets[step % len(sets)]
+        pictures = scenes if step % EASY_EVERY else easy
         rows = torch.randint(len(pictures), (batch_size,), generator=generator)
         parts = [
             nn.functional.cross_entropy(p.flatten(0, 1), t.flatten(), ignore_index=IGNORE)
@@ -52,12 +55,12 @@ def train_vision(
     def report(step: int) -> str:
         # Accuracy on patches of things, per set (training pictures: this is a progress line, not a result).
         lines = []
-        for pictures in sets:
+        for pictures in (scenes, easy):
             with torch.no_grad():
                 parts = forward(pictures, torch.arange(200))
             number = parts[LABELS.index("number")][1]
-            hits = [f"{n} {(p.argmax(-1) == t)[number > 0].float().mean():.3f}" for n, (p, t) in zip(LABELS, parts, strict=True)]
-            lines.append(" ".join(hits))
+            hits = [(part.argmax(-1) == label)[number > 0].float().mean() for part, label in parts]
+            lines.append(" ".join(f"{name} {hit:.3f}" for name, hit in zip(LABELS, hits, strict=True)))
         return " | ".join(lines)
 
     vision_model.train()
