@@ -295,39 +295,28 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_killed_again_and_again(slow: tuple[list[str], Path]) -> None:
+def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Path]) -> None:
     job, folder = slow
     run = folder / "killed"
     journal, blocks = run / "journal" / "importance.jsonl", run / "journal" / "blocks"
-    moments: list[Callable[[], bool]] = [
-        lambda: _lines(journal) >= 60,
-        lambda: _lines(journal) >= 300,
-        lambda: len(list(blocks.glob("*.safetensors"))) >= 1,
-        lambda: (run / "model").exists(),
+    moments: list[tuple[Callable[[], bool], signal.Signals, int]] = [
+        (lambda: _lines(journal) >= 60, signal.SIGKILL, -9),
+        (lambda: _lines(journal) >= 150, signal.SIGINT, 130),
+        (lambda: _lines(journal) >= 300, signal.SIGTERM, 143),
+        (lambda: len(list(blocks.glob("*.safetensors"))) >= 1, signal.SIGKILL, -9),
+        (lambda: (run / "model").exists(), signal.SIGKILL, -9),
     ]
-    for moment in moments:
-        process = _start(job, folder, "-o", "killed", "--resume", "--quiet")
-        _wait_until(process, moment)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+    for reached, sent, code in moments:
+        process = _start(job, folder, "-o", "killed", "--resume")
+        _wait_until(process, reached)
+        process.send_signal(sent)
+        _, err = process.communicate()
+        assert process.returncode == code
+        if code > 0:
+            assert err == "ecoflap: stopped; the same command with --resume goes on from here\n"
+            assert journal.read_bytes().endswith(b"\n")
     process = _start(job, folder, "-o", "killed", "--resume", "--quiet")
     _, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     same_result(folder / "whole", run)
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in (folder / "whole").iterdir())
-
-
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal(slow: tuple[list[str], Path], sent: signal.Signals, code: int) -> None:
-    job, folder = slow
-    run = folder / sent.name
-    process = _start(job, folder, "-o", sent.name)
-    _wait_until(process, lambda: _lines(run / "journal" / "importance.jsonl") >= 30)
-    process.send_signal(sent)
-    _, err = process.communicate()
-    assert process.returncode == code
-    assert err == "ecoflap: stopped; the same command with --resume goes on from here\n"
-    kept = _lines(run / "journal" / "importance.jsonl")
-    assert kept >= 30
-    assert (run / "journal" / "importance.jsonl").read_bytes().endswith(b"\n")
