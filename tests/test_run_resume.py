@@ -21,6 +21,7 @@ from console import TEXT, Command, command, prose, same_result
 from ecoflap.importance import zeroth_order
 from ecoflap.journal import BlockFiles, EstimateFile
 from ecoflap.pruning import walk
+from ecoflap.pruning.walk import PrunedBlock
 from ecoflap.recipe import Recipe
 
 
@@ -171,11 +172,13 @@ def test_what_the_journal_keeps_is_exact(tmp_path: Path) -> None:
     blocks = BlockFiles(tmp_path / "blocks")
     weights = {"a.weight": torch.randn(3, 4).bfloat16(), "b.weight": torch.randn(4, 3).t()}
     assert blocks.load("a.b") is None
-    blocks.save("a.b", weights)
+    blocks.save("a.b", PrunedBlock(weights, ("b.weight",)))
     loaded = blocks.load("a.b")
     assert loaded is not None
+    assert loaded.unreached == ("b.weight",)
     assert all(
-        torch.equal(loaded[name], weight) and loaded[name].dtype == weight.dtype for name, weight in weights.items()
+        torch.equal(loaded.weights[name], weight) and loaded.weights[name].dtype == weight.dtype
+        for name, weight in weights.items()
     )
 
 

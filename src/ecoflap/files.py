@@ -50,7 +50,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, default_mode())
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -87,7 +87,8 @@ def read_json(path: str | Path, what: str) -> Any:
         raise InvalidOption(f"can't read {what} {path}: it is no whole JSON file ({error})") from error
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def default_mode() -> int:
+    """The permissions that the process's umask gives a new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask

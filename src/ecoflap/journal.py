@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from ecoflap.files import storage, write_atomically
 from ecoflap.importance.scores import Estimate
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ecoflap.pruning.walk import PrunedBlock
 
 
 class EstimateFile:
@@ -69,26 +69,32 @@ class BlockFiles:
     def _path(self, block: str) -> Path:
         return self._folder / f"{block}.safetensors"
 
-    def load(self, block: str) -> Mapping[str, Tensor] | None:
+    def load(self, block: str) -> PrunedBlock | None:
         """Raises InvalidOption for a damaged file, which no kill of ours leaves."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
+
+        from ecoflap.pruning.walk import PrunedBlock
 
         path = self._path(block)
+        if not path.exists():
+            return None
         try:
-            return load_file(path) if path.exists() else None
+            with safe_open(path, framework="pt") as file:
+                unreached = json.loads((file.metadata() or {}).get("unreached", "[]"))
+                return PrunedBlock({name: file.get_tensor(name) for name in file.keys()}, tuple(unreached))  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InvalidOption(
                 f"{path} is damaged ({error}): remove it, and --resume prunes the block again"
             ) from error
 
-    def save(self, block: str, weights: Mapping[str, Tensor]) -> None:
+    def save(self, block: str, pruned: PrunedBlock) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self._path(block)
-        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
+        metadata = {"unreached": json.dumps(list(pruned.unreached))}
         try:
-            write_atomically(path, lambda temporary: save_file(tensors, temporary))
+            write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
         except SafetensorError as error:  # its own name for the system's refusals
             raise StorageError(f"can't write {path}: {error}; free some space") from error

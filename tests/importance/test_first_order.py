@@ -46,9 +46,10 @@ def test_each_variant_is_its_formula(name: str, variant: str) -> None:
         assert score.n == len(batches)
 
 
-def test_flags_and_gradients_of_the_user_survive() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flags_and_gradients_of_the_user_survive(dtype: torch.dtype) -> None:
     family = FAMILIES["llama"]
-    model, batches = family.build(), family.batches(2, 2)
+    model, batches = family.build().to(dtype), family.batches(2, 2)
     parameters = list(model.parameters())
     parameters[0].requires_grad_(False)
     parameters[1].grad = torch.ones_like(parameters[1])

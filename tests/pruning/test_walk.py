@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from ecoflap.pruning.criteria import CRITERIA
 from ecoflap.pruning.gather import Gatherer
 from ecoflap.pruning.patterns import parse_pattern, with_default
 from ecoflap.pruning.statistics import InputGram, InputNorm
-from ecoflap.pruning.walk import walk
+from ecoflap.pruning.walk import PrunedBlock, walk
 
 
 def anatomy_of(model: nn.Module, batch: Any) -> Anatomy:
@@ -206,16 +205,16 @@ def test_shared_inputs_are_counted_once_and_change_nothing(criterion: str, monke
 
 class Journal:
     def __init__(self, stop_after: int | None = None) -> None:
-        self.blocks: dict[str, dict[str, Tensor]] = {}
+        self.blocks: dict[str, PrunedBlock] = {}
         self.stop_after = stop_after
 
-    def load(self, block: str) -> Mapping[str, Tensor] | None:
+    def load(self, block: str) -> PrunedBlock | None:
         return self.blocks.get(block)
 
-    def save(self, block: str, weights: Mapping[str, Tensor]) -> None:
+    def save(self, block: str, pruned: PrunedBlock) -> None:
         if self.stop_after is not None and len(self.blocks) >= self.stop_after:
             raise KeyboardInterrupt
-        self.blocks[block] = {name: weight.clone() for name, weight in weights.items()}
+        self.blocks[block] = PrunedBlock({n: w.clone() for n, w in pruned.weights.items()}, pruned.unreached)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "magnitude"])
@@ -293,8 +292,11 @@ def test_a_layer_called_less_often_than_its_neighbour_gets_its_own_statistics_an
     allocation = some_allocation(anatomy)
     criterion = CRITERIA.get("wanda")()
     pattern = with_default(parse_pattern("unstructured"), "row")
-    result = walk(model, anatomy, allocation, batches, criterion, pattern, run=default_objective(model))
+    journal, loss = Journal(), default_objective(model)
+    result = walk(model, anatomy, allocation, batches, criterion, pattern, run=loss, journal=journal)
     assert result.unreached == ("blocks.0.idle.weight", "blocks.1.idle.weight")
+    again = walk(model, anatomy, allocation, batches, criterion, pattern, run=loss, journal=journal)
+    assert again.unreached == result.unreached  # also when the blocks come from the journal
 
     used = torch.cat([batch["x"] for batch in batches if batch["use"]])
     for layer, inputs in (("up", torch.cat([b["x"] for b in batches])), ("gate", used), ("idle", torch.ones(1, 6))):

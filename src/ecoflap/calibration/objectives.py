@@ -65,9 +65,9 @@ def _users(name: str) -> Objective:
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's module does when it is imported
         raise InvalidOption(
-            f"objective '{name}' cannot be imported ({error}): give importable.module:function"
+            f"objective '{name}' cannot be imported ({type(error).__name__}: {error}): give importable.module:function"
         ) from error
     if not callable(function):
         raise InvalidOption(f"objective '{name}' is not a function")

@@ -94,7 +94,7 @@ def train_bridge(
 
     def closeness(soft: Tensor) -> Tensor:
         # Minus the squared distance to every word, up to |soft|^2, which is the same for all words.
-        return 2 * soft @ words.T - words.square().sum(dim=-1)
+        return torch.matmul(soft, 2 * words.T).sub(words.square().sum(dim=-1))
 
     def align(soft: Tensor, target: Tensor) -> Tensor:
         logits = closeness(soft).flatten(0, 1) / TEMPERATURE

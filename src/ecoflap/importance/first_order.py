@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.scores import Estimate
+from ecoflap.network.perturb import gradients_set_aside
 from ecoflap.registry import unknown
 
 
@@ -87,26 +88,12 @@ class FirstOrder:
 
                 return hook
 
-            with torch.enable_grad(), _only_these_need_gradients(context.model, weights), ExitStack() as hooks:
+            with torch.enable_grad(), gradients_set_aside(context.model), ExitStack() as hooks:
+                context.model.requires_grad_(False)
                 for name, weight in weights.items():
+                    weight.requires_grad_(True)
                     hooks.callback(weight.register_post_accumulate_grad_hook(keep(name)).remove)  # type: ignore[no-untyped-call]
                 context.loss_tensor(index).backward()  # type: ignore[no-untyped-call]
             for name, value in values.items():
                 if (name, index, 0) not in context.done:
                     yield Estimate(name, index, 0, value)
-
-
-@contextmanager
-def _only_these_need_gradients(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
-    """``requires_grad`` on the given weights alone; flags and gradients of all parameters come back at exit."""
-    wanted = {id(weight) for weight in weights.values()}
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _, _ in before:
-            parameter.grad = None
-            parameter.requires_grad_(id(parameter) in wanted)
-        yield
-    finally:
-        for parameter, needed, gradient in before:
-            parameter.requires_grad_(needed)
-            parameter.grad = gradient

@@ -19,7 +19,7 @@ from ecoflap.importance.scores import Estimate, Importance, summarise
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy
-from ecoflap.network.perturb import computing_in_fp32
+from ecoflap.network.perturb import computing_in_fp32, gradients_set_aside
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent
 
@@ -118,7 +118,13 @@ def measure_importance(
     objective = on_device(loss or default_objective(model))
     journal = journal or _MemoryJournal()
     with ExitStack() as state:
-        for context_manager in (evaluating(model), cache_disabled(model), computing_in_fp32(model)):
+        # Gradients of the user's own have the parameters' dtype, so they go before it changes and return after.
+        for context_manager in (
+            evaluating(model),
+            cache_disabled(model),
+            gradients_set_aside(model),
+            computing_in_fp32(model),
+        ):
             state.enter_context(context_manager)
         if anatomy is None:
             anatomy = discover(model, batches[0], run=objective)

@@ -51,3 +51,17 @@ def computing_in_fp32(model: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
         if config is not None and configured is not None:
             config.dtype = configured
+
+
+@contextmanager
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """No parameter has a gradient inside the context, and each has its old one (and its flag) at exit."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, needed, gradient in before:
+            parameter.requires_grad_(needed)
+            parameter.grad = gradient

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from ecoflap.errors import CheckpointError, OutputExists, StorageError
+from ecoflap.files import default_mode
 from ecoflap.network.files import first_line
 from ecoflap.network.quiet import quiet
 
@@ -81,6 +82,8 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod(default_mode())  # safetensors makes its files private, whatever the umask
 
 
 def _shard_limit(model: torch.nn.Module, source: tuple[int, ...]) -> int | str:

@@ -24,20 +24,28 @@ from ecoflap.pruning.patterns import Pattern
 from ecoflap.pruning.statistics import STATISTICS, InputStatistics
 
 
+@dataclass(frozen=True)
+class PrunedBlock:
+    """A block that is done: its layers' weights by parameter name, and those that no calibration token reached."""
+
+    weights: Mapping[str, Tensor]
+    unreached: tuple[str, ...] = ()
+
+
 class BlockJournal(Protocol):
     """Where pruned blocks are kept as they come, so that an interrupted walk can go on."""
 
-    def load(self, block: str) -> Mapping[str, Tensor] | None:
-        """Weights of the block's layers by parameter name, or None if it has not been pruned yet."""
+    def load(self, block: str) -> PrunedBlock | None:
+        """The block if it has been pruned already."""
 
-    def save(self, block: str, weights: Mapping[str, Tensor]) -> None: ...
+    def save(self, block: str, pruned: PrunedBlock) -> None: ...
 
 
 class _NoJournal:
-    def load(self, block: str) -> Mapping[str, Tensor] | None:
+    def load(self, block: str) -> PrunedBlock | None:
         return None
 
-    def save(self, block: str, weights: Mapping[str, Tensor]) -> None:
+    def save(self, block: str, pruned: PrunedBlock) -> None:
         pass
 
 
@@ -158,33 +166,40 @@ class _Walker:
 
     def restore(self, block: Block) -> bool:
         """Take over a block that an interrupted walk has pruned."""
-        weights = self.journal.load(block.name)
-        if weights is None:
+        done = self.journal.load(block.name)
+        if done is None:
             return False
         for layer in block.layers:
-            self.model.get_parameter(layer.name).data.copy_(weights[layer.name])
+            self.model.get_parameter(layer.name).data.copy_(done.weights[layer.name])
+        self.unreached += done.unreached
         return True
 
     def prune(self, block: Block, gathered: Gatherer | None, task: Task) -> None:
-        for layer in block.layers:
-            self._prune_layer(layer, gathered.statistics(layer) if gathered else None)
-        self.journal.save(block.name, {layer.name: self.model.get_parameter(layer.name).data for layer in block.layers})
+        unreached = tuple(
+            layer.name
+            for layer in block.layers
+            if not self._prune_layer(layer, gathered.statistics(layer) if gathered else None)
+        )
+        weights = {layer.name: self.model.get_parameter(layer.name).data for layer in block.layers}
+        self.journal.save(block.name, PrunedBlock(weights, unreached))
+        self.unreached += unreached
         task.advance(1, block.name)
 
-    def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> None:
+    def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> bool:
+        """Prune one layer; False if it had to be by magnitude, because no calibration token reached it."""
         parameter = self.model.get_parameter(layer.name)
         weight = parameter.data.t() if layer.transposed else parameter.data
         if not torch.isfinite(weight).all():
             raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")
-        criterion = self.criterion
+        criterion, reached = self.criterion, True
         if criterion.statistics != "none" and (statistics is None or statistics.tokens == 0):
-            self.unreached.append(layer.name)
-            criterion, statistics = Magnitude(), None
+            criterion, statistics, reached = Magnitude(), None, False
         try:
             pruned = criterion(weight, statistics, self.allocation[layer.name].zeros, self.pattern)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{layer.name}: {error}") from error
         parameter.data.copy_(pruned.weight.t() if layer.transposed else pruned.weight)
+        return reached
 
     def achieved(self) -> Allocation:
         """The allocation with the zeros that the weights now really have."""
