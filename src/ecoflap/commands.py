@@ -84,16 +84,7 @@ def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: 
     if output is None and (source.parent / "recipe.yaml").exists():
         target = Path("allocation.json")  # a run's own allocation is part of its record
     refuse_existing(target, overwrite)
-    allocation = allocate(
-        Importance.load(source),
-        recipe.sparsity,
-        max_sparsity=recipe.max_sparsity,
-        min_sparsity=recipe.min_sparsity,
-        granularity=recipe.granularity,
-        aggregate=recipe.aggregate,
-        budget=recipe.budget,
-        tower_sparsity=recipe.tower_sparsity,
-    )
+    allocation = allocate(Importance.load(source), **recipe.shares())
     write_json(target, allocation.to_json())
     return allocation, target
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from ecoflap import run as files
 from ecoflap.allocation import Allocation
 from ecoflap.api import check_allocation, prune_to, read_allocation
-from ecoflap.errors import EcoflapError, StorageError
 from ecoflap.evaluation import TaskResult
 from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.scores import Importance
@@ -25,7 +23,8 @@ from ecoflap.progress import Progress, Silent, Task
 from ecoflap.recipe import Recipe
 from ecoflap.report import write_report
 from ecoflap.resources import Usage, measured
-from ecoflap.run import RunDirectory, RunFailed, Stopped
+from ecoflap.run import RunDirectory
+from ecoflap.runlog import explained, logging_to
 from ecoflap.summary import calibration_record, environment, sparsity_summary
 
 STAGES = f"{files.JOURNAL}/stages.json"
@@ -83,7 +82,7 @@ def run_recipe(
             return run.path
         plan = prepare(recipe)
         run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
-        with _logging_to(run.path / files.LOG), _explained(run):
+        with logging_to(run.path / files.LOG), explained(run):
             usages = [Usage(**row) for row in run.read(STAGES)] if run.has(STAGES) else []
             _stages(_Job(plan, run, progress or Silent(), usages))
         return run.path
@@ -230,55 +229,3 @@ class _Labelled:
 
     def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
         return self._inner.stage(f"{name}, {self._label}", total=total, done=done)
-
-
-@contextmanager
-def _explained(run: RunDirectory) -> Iterator[None]:
-    """Says of whatever ends a run early how to go on, and puts it into the log."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        _log.info("stopped")
-        raise Stopped(run.path, str(stop)) from stop
-    except StorageError as error:
-        _log.info("stopped: %s", error)
-        raise StorageError(f"{error}; then the same command with --resume goes on from here") from error
-    except EcoflapError as error:
-        _log.info("stopped: %s", error)
-        raise
-    except Exception as error:
-        _log.info("failed", exc_info=error)
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise RunFailed(
-            f"{type(error).__name__}: {line} (the traceback is in {run.path / files.LOG}; once mended, the "
-            "same command with --resume goes on from here)"
-        ) from error
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that never stops the run: on a full disk it keeps silent, and the next artifact's write complains."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """The package's messages go to the run's log file too."""
-    try:
-        handler = _LogFile(path, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"can't write {path}: {error.strerror}") from error
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    level = _log.level
-    _log.addHandler(handler)
-    _log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        _log.setLevel(level)
-        _log.removeHandler(handler)
-        with suppress(OSError):
-            handler.close()

@@ -130,17 +130,7 @@ def _described(kind: str) -> str:
 
 def shared_out(recipe: Recipe, importance: Importance) -> Allocation:
     """The allocation that the recipe makes of these scores."""
-    return allocate(
-        importance,
-        recipe.sparsity,
-        max_sparsity=recipe.max_sparsity,
-        min_sparsity=recipe.min_sparsity,
-        granularity=recipe.granularity,
-        aggregate=recipe.aggregate,
-        budget=recipe.budget,
-        tower_sparsity=recipe.tower_sparsity,
-        pattern=recipe.pattern,
-    )
+    return allocate(importance, **recipe.shares(), pattern=recipe.pattern)
 
 
 def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet, list[Batch]]:

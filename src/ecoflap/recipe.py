@@ -113,6 +113,11 @@ class Recipe(BaseModel):
             )
         return self
 
+    def shares(self) -> dict[str, Any]:
+        """The options of the allocation, as :func:`ecoflap.allocate` takes them."""
+        names = ("sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity")
+        return {name: getattr(self, name) for name in names}
+
     def resolved(self) -> Recipe:
         """The same recipe with what follows from other fields filled in.
 
