@@ -285,7 +285,13 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
 
 def _start(job: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*job, *more], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def hear_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are started deaf to it
+
+    return subprocess.Popen(
+        [*job, *more], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    )
 
 
 def _wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
