@@ -51,8 +51,8 @@ def measure_model(recipe: Recipe, progress: Progress) -> Importance:
         raise InvalidOption(f"importance {recipe.importance} is measured already: name a measure, such as zeroth-order")
     recipe = recipe.resolved()
     from ecoflap.calibration.objectives import resolve
-    from ecoflap.importance.measure import first_samples, measure_importance
-    from ecoflap.prepare import calibration_batches, check_importance_options, find_layers, load_checkpoint
+    from ecoflap.importance.measure import first_samples
+    from ecoflap.prepare import calibration_batches, check_importance_options, find_layers, load_checkpoint, measure
 
     check_importance_options(recipe)
     checkpoint = load_checkpoint(recipe)
@@ -60,17 +60,7 @@ def measure_model(recipe: Recipe, progress: Progress) -> Importance:
     first_samples(batches, recipe.importance_samples)
     objective = resolve(recipe.objective, checkpoint.model)
     anatomy = find_layers(recipe, checkpoint.model, batches, objective)
-    return measure_importance(
-        checkpoint.model,
-        batches,
-        recipe.importance,
-        samples=recipe.importance_samples,
-        seed=recipe.seed,
-        loss=objective,
-        anatomy=anatomy,
-        progress=progress,
-        **dict[str, Any](recipe.importance_options),
-    )
+    return measure(recipe, checkpoint.model, batches, anatomy, objective, progress)
 
 
 def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: bool) -> tuple[Allocation, Path]:

@@ -14,11 +14,10 @@ from ecoflap import run as files
 from ecoflap.allocation import Allocation
 from ecoflap.api import check_allocation, prune_to, read_allocation
 from ecoflap.evaluation import TaskResult
-from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.scores import Importance
 from ecoflap.journal import BlockFiles, EstimateFile
 from ecoflap.network.checkpoint import fingerprint, save
-from ecoflap.prepare import Prepared, evaluate, prepare, shared_out, tasks_of
+from ecoflap.prepare import Prepared, evaluate, measure, prepare, shared_out, tasks_of
 from ecoflap.progress import Progress, Silent, Task
 from ecoflap.recipe import Recipe
 from ecoflap.report import write_report
@@ -146,17 +145,8 @@ def _importance(job: _Job) -> Importance:
         journal = EstimateFile(run.path / files.JOURNAL / "importance.jsonl")
         try:
             with job.stage("importance"):
-                importance = measure_importance(
-                    plan.checkpoint.model,
-                    plan.batches,
-                    recipe.importance,
-                    samples=recipe.importance_samples,
-                    seed=recipe.seed,
-                    loss=plan.objective,
-                    anatomy=plan.anatomy,
-                    progress=job.progress,
-                    journal=journal,
-                    **dict[str, Any](recipe.importance_options),
+                importance = measure(
+                    recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, job.progress, journal
                 )
         finally:
             journal.close()

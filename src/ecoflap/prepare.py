@@ -18,7 +18,7 @@ from ecoflap.calibration.objectives import Objective, check_image_matters, check
 from ecoflap.calibration.sources import SampleSet, load_samples
 from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
 from ecoflap.evaluation import TASKS, TaskResult
-from ecoflap.importance.measure import first_samples, make_measure
+from ecoflap.importance.measure import EstimateJournal, first_samples, make_measure, measure_importance
 from ecoflap.importance.names import IMPORTANCES
 from ecoflap.importance.scores import Importance
 from ecoflap.network.anatomy import discover
@@ -196,6 +196,30 @@ def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], obje
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def measure(
+    recipe: Recipe,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    anatomy: Anatomy,
+    objective: Objective,
+    progress: Progress,
+    journal: EstimateJournal | None = None,
+) -> Importance:
+    """Stage 1 with the recipe's importance, options, samples and seed."""
+    return measure_importance(
+        model,
+        batches,
+        recipe.importance,
+        samples=recipe.importance_samples,
+        seed=recipe.seed,
+        loss=objective,
+        anatomy=anatomy,
+        progress=progress,
+        journal=journal,
+        **dict[str, Any](recipe.importance_options),
+    )
 
 
 def evaluate(checkpoint: Checkpoint, task: str, recipe: Recipe, progress: Progress) -> TaskResult:
