@@ -20,14 +20,14 @@ CAPTIONS = ["a red circle and a blue square", "picture of one triangle", "two", 
 
 def questions(images: bool = True) -> SampleSet:
     samples = tuple(
-        Sample(pico.picture(i) if images else None, f"Question: {q} Short answer:", a, q)
+        Sample((pico.picture(i),) if images else (), f"Question: {q} Short answer:", a, q)
         for i, (q, a) in enumerate(QUESTIONS)
     )
     return SampleSet(samples, tuple(range(len(samples))), 0, "questions", {})
 
 
 def captions(images: bool = True) -> SampleSet:
-    samples = tuple(Sample(pico.picture(i) if images else None, None, c) for i, c in enumerate(CAPTIONS))
+    samples = tuple(Sample((pico.picture(i),) if images else (), None, c) for i, c in enumerate(CAPTIONS))
     return SampleSet(samples, tuple(range(len(samples))), 0, "captions", {})
 
 
@@ -129,7 +129,7 @@ def test_token_masks() -> None:
 
 def test_dual_tower() -> None:
     model, processor = pico.clip()
-    long = Sample(pico.picture(9), None, "a red circle " * 10)  # more than the text tower has positions for
+    long = Sample((pico.picture(9),), None, "a red circle " * 10)  # more than the text tower has positions for
     data = SampleSet((*captions().samples, long), (0, 1, 2, 3, 4), 0, "x", {})
     batches = make_batches(data, model, processor, batch_size=2)
     assert [batch_size_of(b) for b in batches] == [2, 3]  # a lone pair has nothing to contrast with
@@ -147,14 +147,14 @@ def test_dual_tower() -> None:
 
 def test_image_classifier() -> None:
     model, processor = pico.vit(["circle", "square"])
-    samples = tuple(Sample(pico.picture(i), None, label) for i, label in enumerate(["square", "Circle", "1"]))
+    samples = tuple(Sample((pico.picture(i),), None, label) for i, label in enumerate(["square", "Circle", "1"]))
     (batch,) = make_batches(SampleSet(samples, (0, 1, 2), 0, "x", {}), model, processor, batch_size=4)
     assert batch["labels"].tolist() == [1, 0, 1]
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
     with torch.no_grad():
         want = F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])
         assert float(resolve(None, model)(model, batch)) == pytest.approx(float(want), rel=1e-5)
-    wrong = SampleSet((Sample(pico.picture(0), None, "hexagon"),), (0,), 0, "x", {})
+    wrong = SampleSet((Sample((pico.picture(0),), None, "hexagon"),), (0,), 0, "x", {})
     with pytest.raises(CalibrationError, match="label 'hexagon' is none of the model's 2 classes"):
         make_batches(wrong, model, processor, batch_size=4)
 
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_one_line() -> None:
     model, processor = pico.blip2()
     cases = [
         (questions(images=False), "has no images, but Blip2ForConditionalGeneration needs them", {}),
-        (SampleSet((Sample(pico.picture(0), None, None),), (0,), 0, "x", {}), "no answers or captions", {}),
+        (SampleSet((Sample((pico.picture(0),)),), (0,), 0, "x", {}), "no answers or captions", {}),
         (questions(), "more than the sequence length of 8", {"sequence_length": 8}),
         (questions(), "batch size must be at least 1", {"batch_size": 0}),
     ]

@@ -116,14 +116,14 @@ def test_non_finite_loss_names_the_batch() -> None:
 @pytest.mark.parametrize("build", [pico.blip2, pico.clip, lambda: pico.llava(False)])
 def test_image_matters(build: Any) -> None:
     model, processor = build()
-    samples = tuple(Sample(pico.picture(i), "what is", "a red circle") for i in range(2))
+    samples = tuple(Sample((pico.picture(i),), "what is", "a red circle") for i in range(2))
     (batch,) = make_batches(SampleSet(samples, (0, 1), 0, "x", {}), model, processor, batch_size=2)
     check_image_matters(model, batch, resolve(None, model))
 
 
 def test_image_without_placeholders_is_noticed() -> None:
     model, processor = pico.blip2()
-    samples = tuple(Sample(pico.picture(i), "what is", "a red circle") for i in range(2))
+    samples = tuple(Sample((pico.picture(i),), "what is", "a red circle") for i in range(2))
     (batch,) = make_batches(SampleSet(samples, (0, 1), 0, "x", {}), model, processor, batch_size=2)
     blind = {**batch, "input_ids": batch["input_ids"].clone()}
     blind["input_ids"][blind["input_ids"] == model.config.image_token_index] = 5

@@ -11,7 +11,7 @@ def corpus(words: int, windows: int, seed: int = 0) -> SampleSet:
     choice = torch.randint(len(pico.WORDS), (words,), generator=torch.Generator().manual_seed(seed)).tolist()
     text = " ".join(pico.WORDS[i] for i in choice)
     half = len(text) // 2 + text[len(text) // 2 :].index(" ")
-    documents = (Sample(None, None, text[:half]), Sample(None, None, text[half:]))
+    documents = (Sample(text=text[:half]), Sample(text=text[half:]))
     return SampleSet(documents, (0, 1), 0, "prose.txt", {}, windows)
 
 

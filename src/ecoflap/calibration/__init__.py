@@ -12,7 +12,8 @@ from ecoflap.calibration.objectives import (
     resolve,
 )
 from ecoflap.calibration.padding import TokenMasks, token_masks
-from ecoflap.calibration.sources import Sample, SampleReader, SampleSet, load_samples
+from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.sources import SampleReader, SampleSet, load_samples
 
 __all__ = [
     "OBJECTIVES",

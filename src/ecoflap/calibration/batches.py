@@ -16,7 +16,8 @@ from ecoflap.calibration.models import max_length as model_max_length
 from ecoflap.calibration.packing import draw_windows, tokenize_corpus, window_length
 from ecoflap.calibration.padding import IGNORED
 from ecoflap.calibration.prompts import Prompter, image_processor_of, padding_token, tokenizer_of
-from ecoflap.calibration.sources import Sample, SampleSet
+from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.sources import SampleSet
 from ecoflap.errors import CalibrationError
 
 __all__ = ["Batch", "batch_size_of", "make_batches"]
@@ -80,7 +81,7 @@ def _collator(
     if sees and not has_images and (needs_image(model) or is_dual_tower(model) or tokenizer_of(processor) is None):
         raise CalibrationError(f"{source} has no images, but {type(model).__name__} needs them: give an image column")
     if not sees:  # a text model on image data: the text is still usable
-        samples = [replace(sample, image=None) for sample in samples]
+        samples = [replace(sample, images=()) for sample in samples]
     if tokenizer_of(processor) is None:
         return lambda part, start: _classification(part, model, processor, source)
     if samples[0].text is None:
@@ -95,7 +96,7 @@ def _collator(
 
 
 def _blind(samples: Sequence[Sample]) -> list[Sample]:
-    return [replace(sample, image=None) for sample in samples]
+    return [replace(sample, images=()) for sample in samples]
 
 
 def _packed(
@@ -151,9 +152,10 @@ def _pairs(samples: list[Sample], model: nn.Module, processor: Any) -> dict[str,
 
 def _encoder_decoder(samples: list[Sample], prompter: Prompter, start: int, seed: int) -> dict[str, Any]:
     pairs = [_prefix_suffix(sample, seed, start + i) for i, sample in enumerate(samples)]
-    images = [sample.image for sample in samples]
-    texts = [prompter.render(prefix, image) for (prefix, _), image in zip(pairs, images, strict=True)]
-    encoded = prompter.encode(texts, images)
+    texts = [
+        prompter.render(replace(sample, prompt=prefix)) for sample, (prefix, _) in zip(samples, pairs, strict=True)
+    ]
+    encoded = prompter.encode(texts, [sample.images for sample in samples])
     assert prompter.tokenizer is not None
     targets = [prompter.tokenizer(text_target=suffix, verbose=False)["input_ids"] for _, suffix in pairs]
     encoded["labels"] = pad_sequence([torch.tensor(t) for t in targets], batch_first=True, padding_value=IGNORED)
@@ -177,7 +179,7 @@ def _decoder_only(samples: list[Sample], prompter: Prompter, start: int, seed: i
     assert tokenizer is not None
     texts, tails = [], []
     for sample in samples:
-        prompt, answer = prompter.render(sample.prompt, sample.image), (sample.text or "").strip()
+        prompt, answer = prompter.render(sample), (sample.text or "").strip()
         joined = prompt + ("" if not prompt or prompt[-1].isspace() else " ") + answer
         ids = prompter.token_ids(joined)
         if tokenizer.eos_token and ids[-1] != tokenizer.eos_token_id:  # the end of the answer is part of the loss
@@ -189,7 +191,7 @@ def _decoder_only(samples: list[Sample], prompter: Prompter, start: int, seed: i
         )
         texts.append(joined)
         tails.append(ids[same:])
-    encoded = prompter.encode(texts, [sample.image for sample in samples])
+    encoded = prompter.encode(texts, [sample.images for sample in samples])
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     labels = torch.full_like(ids, IGNORED)
     for row, tail in enumerate(tails):

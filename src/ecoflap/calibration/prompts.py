@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ecoflap.calibration.models import image_token_id
+from ecoflap.calibration.sample import Sample
 from ecoflap.errors import CalibrationError
 
 
@@ -68,22 +69,22 @@ class Prompter:
     def is_chat(self) -> bool:
         return self._chat
 
-    def render(self, prompt: str | None, image: Image.Image | None) -> str:
+    def render(self, sample: Sample) -> str:
         """The text before the answer."""
-        prompt = prompt or ""
+        prompt = sample.prompt or ""
         if self._chat:
             content: Any = prompt
             if self.processor is not self.tokenizer:  # a processor's template wants parts, a tokenizer's a string
-                content = [{"type": "image"}] if image is not None else []
+                content = [{"type": "image"} for _ in sample.images]
                 content += [{"type": "text", "text": prompt}] if prompt else []
             turns = [{"role": "user", "content": content}]
             return str(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        if image is None:
+        if not sample.images:
             return prompt
         if self._placeholder is None:
-            self._placeholder = self._find_placeholder(prompt, image)
+            self._placeholder = self._find_placeholder(prompt, sample.images[0])
         if self._placeholder and self._placeholder not in prompt:
-            return f"{self._placeholder}\n{prompt}"
+            return f"{self._placeholder * len(sample.images)}\n{prompt}"
         return prompt
 
     def _find_placeholder(self, prompt: str, image: Image.Image) -> str:
@@ -98,7 +99,7 @@ class Prompter:
         for candidate in ("", placeholder):
             text = f"{candidate}\n{prompt}" if candidate else prompt
             try:
-                count = int((self.encode([text], [image])["input_ids"] == identifier).sum())
+                count = int((self.encode([text], [(image,)])["input_ids"] == identifier).sum())
             except (ValueError, IndexError, RuntimeError, StopIteration):
                 continue  # processors refuse an image that the text does not announce
             queries = getattr(self._model.config, "num_query_tokens", None)
@@ -111,15 +112,17 @@ class Prompter:
             "num_query_tokens, image_token and patch_size in its processor_config.json"
         )
 
-    def encode(self, texts: Sequence[str], images: Sequence[Image.Image | None], side: str = "right") -> dict[str, Any]:
-        """Tensors for rendered ``texts`` and their images, padded on ``side`` to the longest of the batch."""
+    def encode(
+        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], side: str = "right"
+    ) -> dict[str, Any]:
+        """Tensors for rendered ``texts`` and the images of each, padded on ``side`` to the longest of the batch."""
         options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt"}
         bos = getattr(self.tokenizer, "bos_token", None)
         if self._chat and bos and all(text.startswith(bos) for text in texts):
             options["add_special_tokens"] = False  # the template has put it there
         with padding_token(self.tokenizer):
-            if any(image is not None for image in images):
-                encoded = self.processor(images=[[image] for image in images], text=list(texts), **options)
+            if any(images):
+                encoded = self.processor(images=[list(each) for each in images], text=list(texts), **options)
             else:
                 assert self.tokenizer is not None
                 encoded = self.tokenizer(list(texts), **options)

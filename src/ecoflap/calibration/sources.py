@@ -9,29 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ecoflap.calibration.columns import guess_columns
 from ecoflap.calibration.images import BrokenSample, decode
 from ecoflap.calibration.locate import HubStream, TextFiles, open_source
+from ecoflap.calibration.sample import Sample
 from ecoflap.calibration.tables import Row
 from ecoflap.errors import CalibrationError
+
+__all__ = ["Sample", "SampleReader", "SampleSet", "load_samples"]
 
 DEFAULT_TEMPLATE = "Question: {question} Short answer:"  # published for BLIP-2 on VQAv2
 BROKEN_LIMIT = 0.05  # more broken samples than this stop the run: the file, not a sample, is at fault then
 CHARACTERS_PER_WINDOW = 65_536  # documents of a text data set read for each window that is asked for
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample. ``text`` is what the model should say (answer, caption) or plain text to be packed."""
-
-    image: Image.Image | None
-    prompt: str | None
-    text: str | None
-    question: str | None = None
-    answers: tuple[str, ...] | None = None
-    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ class SampleReader:
 
     def __iter__(self) -> Iterator[tuple[int, Sample]]:
         if isinstance(self._table, TextFiles):
-            yield from ((i, Sample(None, None, text)) for i, text in enumerate(self._table.documents) if text.strip())
+            yield from ((i, Sample(text=text)) for i, text in enumerate(self._table.documents) if text.strip())
             return
         self.skipped, good, characters = 0, 0, 0
         for index, row in self._rows():
@@ -151,7 +141,8 @@ class SampleReader:
 
     def _sample(self, row: Row) -> Sample:
         columns = self.columns
-        image = decode(row.get(columns["image"]), getattr(self._table, "folder", None)) if "image" in columns else None
+        folder = getattr(self._table, "folder", None)
+        images = (decode(row.get(columns["image"]), folder),) if "image" in columns else ()
         answers = _answers(row.get(columns["answers"])) if "answers" in columns else None
         text = _text(row.get(columns["text"]), columns["text"]) if "text" in columns else None
         if text is None and answers is not None:
@@ -165,7 +156,7 @@ class SampleReader:
             if self._template is not None:
                 prompt = self._template.format(question=question)
         kind = row.get(columns["kind"]) if "kind" in columns else None
-        return Sample(image, prompt, text, question, answers, None if kind is None else str(kind))
+        return Sample(images, prompt, text, question, answers, None if kind is None else str(kind))
 
 
 def load_samples(

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoflap.calibration.models import is_encoder_decoder, needs_image, to_device
-from ecoflap.calibration.prompts import Prompter, image_processor_of
+from ecoflap.calibration.models import needs_image
+from ecoflap.calibration.prompts import Prompter
 from ecoflap.calibration.sources import Sample, SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.results import TaskResult, mean_and_stderr
 from ecoflap.evaluation.vqa_rule import exact_match, soft_accuracy
 from ecoflap.progress import Progress, Silent
@@ -66,7 +67,6 @@ def run(
     if needs_image(model) and "image" not in reader.columns:
         raise CalibrationError(f"{reader.source} has no images, but {type(model).__name__} needs images")
     prompter = Prompter(model, processor)
-    sees = image_processor_of(processor) is not None
     new_tokens = getattr(getattr(model, "generation_config", None), "max_new_tokens", None) or MAX_NEW_TOKENS
     scores: list[float] = []
     predictions: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ def run(
     try:
         with (progress or Silent()).stage("vqa", total=len(reader)) as task:
             for part in _chunks(reader, batch_size):
-                answers = _answer(model, prompter, [s for _, s in part], sees, new_tokens, sequence_length)
+                answers = generate(model, prompter, [s for _, s in part], new_tokens=new_tokens, limit=sequence_length)
                 for (index, sample), answer in zip(part, answers, strict=True):
                     score, truth = _score(sample, answer)
                     scores.append(score)
@@ -127,32 +127,3 @@ def _score(sample: Sample, answer: str) -> tuple[float, str]:
     if sample.answers is not None:
         return soft_accuracy(answer, sample.answers), sample.text or sample.answers[0]
     return exact_match(answer, sample.text or ""), sample.text or ""
-
-
-def _answer(
-    model: nn.Module, prompter: Prompter, samples: list[Sample], sees: bool, new_tokens: int, limit: int | None
-) -> list[str]:
-    images = [sample.image if sees else None for sample in samples]
-    texts = [prompter.render(sample.prompt, image) for sample, image in zip(samples, images, strict=True)]
-    # A decoder continues its prompt, so that must end where the answer begins: padding goes to the left.
-    side = "right" if is_encoder_decoder(model) else "left"
-    inputs = to_device(prompter.encode(texts, images, side), model)
-    ids = inputs["input_ids"]
-    if limit is not None and ids.shape[1] > limit:
-        raise CalibrationError(
-            f"a prompt has {ids.shape[1]} tokens, more than the sequence length of {limit}: raise it"
-        )
-    inputs.pop("token_type_ids", None)
-    assert prompter.tokenizer is not None
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
-    settings, end = getattr(model, "generation_config", None), prompter.tokenizer.eos_token_id
-    if getattr(settings, "eos_token_id", None) is None and end is not None:
-        options["eos_token_id"] = end
-    pad = end if prompter.tokenizer.pad_token_id is None else prompter.tokenizer.pad_token_id
-    if pad is not None:  # finished answers are filled up with a token that decoding drops
-        options["pad_token_id"] = pad
-    output = model.generate(**inputs, **options)  # type: ignore[operator]
-    length = ids.shape[1]
-    if output.shape[1] >= length and torch.equal(output[:, :length], ids):  # decoders repeat the prompt
-        output = output[:, length:]
-    return [text.strip() for text in prompter.tokenizer.batch_decode(output, skip_special_tokens=True)]
