@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from families.family import Batches, Family
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,7 +20,6 @@ from ecoflap.calibration.objectives import Objective, on_device, resolve
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy, Layer
-from families.family import Batches, Family
 
 KINDS = ("text", "vision", "moe", "vlm", "dual", "blip")
 FAMILIES: dict[str, Family] = {

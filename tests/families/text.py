@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import picos
-
 from families.family import Family
 
 FAMILIES: tuple[Family, ...] = tuple(
