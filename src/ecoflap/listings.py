@@ -116,13 +116,15 @@ def allocation_table(allocation: Allocation) -> Table:
 
 
 def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row a task, and one a group of its samples."""
+    """One row a task, one for each of its further metrics, and one a group of its samples."""
     from ecoflap.report import formats  # the package of the page: too heavy for the allocation's table
 
     table = _table("", "task", "value", "n")
     for task, result in results.items():
         value = formats.metric_value(result["metric"], result["value"], result["stderr"])
         _row(table, formats.task_title(task, result["metric"]), value, f"{result['n']:,}")
+        for metric, other in (result.get("others") or {}).items():
+            _row(table, f"  {metric}", formats.metric_value(metric, other["value"], other["stderr"]), "")
         for group, part in (result["by_group"] or {}).items():
             _row(table, f"  {group}", formats.metric_value(result["metric"], part), "")
     return table

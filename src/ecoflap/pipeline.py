@@ -202,6 +202,10 @@ def quality(result: TaskResult) -> dict[str, Any]:
         "value": _finite(result.value),
         "stderr": _finite(result.stderr),
         "n": result.n,
+        "others": {
+            name: {"value": _finite(other.value), "stderr": _finite(other.stderr)}
+            for name, other in result.others.items()
+        },
         "by_group": result.by_group and {name: _finite(value) for name, value in result.by_group.items()},
         "settings": result.settings,
     }

@@ -1,10 +1,16 @@
+import io
 import json
+import re
 
 import pytest
+from rich.console import Console
 from synthetic import RECIPE, allocation, importance, metrics, write_run
 
 from ecoflap.errors import InvalidOption
+from ecoflap.listings import quality_table
 from ecoflap.report.data import read_run
+from ecoflap.report.page import render
+from ecoflap.report.tables import summary_table
 
 
 def test_blocks_sum_their_layers(tmp_path):
@@ -125,3 +131,28 @@ def test_fields_of_later_versions_are_ignored(tmp_path):
     later["extra"] = {"a": 1}
     later["dense"]["vqa"]["settings"] = {"prompt": "x"}
     assert read_run(write_run(tmp_path, metrics=json.loads(json.dumps(later)))).metrics is not None
+
+
+def with_others(dense, pruned):
+    quality = {"metric": "TR@1", "value": 0.5, "stderr": 0.1, "n": 26, "by_group": {"a": None}, "settings": {}}
+    return metrics() | {
+        "dense": {"retrieval": quality | {"others": dense}},
+        "pruned": {"retrieval": quality | {"others": pruned}},
+    }
+
+
+def test_further_metrics_are_shown_on_the_page_and_the_terminal(tmp_path):
+    dense = {"TR@5": {"value": 0.75, "stderr": 0.05}, "IR@1": {"value": None, "stderr": None}}
+    folder = write_run(tmp_path, metrics=with_others(dense, {"TR@5": {"value": 0.625, "stderr": None}}))
+    page = re.sub(r"<[^>]+>", "|", render(read_run(folder)))
+    assert re.search(r"TR@5\|+75\.0 % ± 5\.0\|+62\.5 %\|+−12\.5 points", page)
+    assert re.search(r"IR@1\|+not measured\|+not measured", page)
+    console = Console(width=120, file=io.StringIO())
+    console.print(summary_table(folder))
+    assert re.search(r"TR@5 +75\.0 % ± 5\.0 +62\.5 % +−12\.5 points", console.file.getvalue())
+
+
+def test_further_metrics_in_the_listing():
+    console = Console(width=120, file=io.StringIO())
+    console.print(quality_table(with_others({"TR@5": {"value": 0.75, "stderr": 0.05}}, {})["dense"]))
+    assert re.search(r"retrieval TR@1 +50\.0 % ± 10\.0 +26\n +TR@5 +75\.0 % ± 5\.0", console.file.getvalue())

@@ -83,3 +83,25 @@ def test_counts_and_titles():
     assert formats.percent(0.51234, 2) == "51.23 %"
     assert formats.task_title("vqa", "accuracy") == "vqa accuracy"
     assert formats.task_title("perplexity", "perplexity") == "perplexity"
+
+
+@pytest.mark.parametrize(
+    ("metric", "text"),
+    [
+        ("TR@10", "51.2 % ± 2.0"),
+        ("top-5 accuracy", "51.2 % ± 2.0"),
+        ("acc_norm,none", "51.2 % ± 2.0"),
+        ("CIDEr", "51.2 ± 2.0"),
+        ("CIDEr (simple words)", "51.2 ± 2.0"),
+        ("SPICE", "51.2 ± 2.0"),
+        ("word_perplexity,none", "0.5124 ± 0.020"),
+        ("TRUE", "0.5124 ± 0.020"),
+    ],
+)
+def test_units_follow_the_metric(metric, text):
+    assert formats.metric_value(metric, 0.51244, 0.02) == text
+
+
+def test_change_of_metrics_that_are_shown_times_100():
+    assert formats.metric_change("CIDEr", 1.053, 0.9) == "−15.3 points"
+    assert formats.metric_change("IR@1", 0.5, 0.625) == "+12.5 points"

@@ -9,12 +9,20 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A value in its metric's own unit, with its standard error; None where there is one observation alone."""
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """One measured quality.
 
     ``value`` is in the metric's own unit (accuracy in 0..1, perplexity); ``stderr`` its standard error, None when
     there is one observation alone; ``n`` the number of observations (questions, scored tokens); ``predictions`` one
-    record a question, for the report.
+    record a question, for the report; ``others`` further metrics of the same task by name (IR@5, SPICE).
     """
 
     task: str
@@ -25,6 +33,7 @@ class TaskResult:
     settings: dict[str, Any] = field(default_factory=dict)
     by_group: dict[str, float] | None = None
     predictions: list[dict[str, Any]] | None = None
+    others: dict[str, Measured] = field(default_factory=dict)
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
@@ -34,3 +43,8 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     if n < 2:
         return mean, None
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def measured(values: Sequence[float]) -> Measured:
+    """:func:`mean_and_stderr` of ``values`` as one object."""
+    return Measured(*mean_and_stderr(values))

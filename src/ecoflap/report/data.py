@@ -71,14 +71,22 @@ class Allocation(_File):
     layers: list[LayerAllocation]
 
 
+class OtherMetric(_File):
+    """A further metric of a task."""
+
+    value: Finite | None = None
+    stderr: Finite | None = None
+
+
 class Quality(_File):
-    """The result of one task: its value, standard error, sample count, and the value of each group of samples."""
+    """The result of one task: its value, standard error, sample count, further metrics, and each group of samples."""
 
     metric: str
     value: Finite | None = None
     stderr: Finite | None = None
     n: Count | None = None
-    by_group: dict[str, Finite] | None = None
+    by_group: dict[str, Finite | None] | None = None
+    others: dict[str, OtherMetric] = {}
 
 
 class TowerSparsity(_File):

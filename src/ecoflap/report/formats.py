@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import math
+import re
 
 MISSING = "not measured"
-_PERCENT = {"accuracy", "exact_match", "top1", "recall"}
+# Shares of samples, shown in per cent. lm-eval names a metric "acc,none": what follows the comma is a filter.
+_SHARES = re.compile(
+    r"(.* )?(accuracy|exact_match|acc|acc_norm|em|f1|recall|precision)(,.*)?|(TR|IR|top|recall)[@-]?\d+"
+)
+_HUNDREDS = {"CIDEr", "SPICE"}  # by custom shown times 100, without a unit
 
 
 def metric_value(metric: str, value: float | None, stderr: float | None = None) -> str:
     """A metric's value in its unit, with ``± standard error`` where there is one: "93.1 % ± 0.8"."""
     if value is None:
         return MISSING
-    if metric in _PERCENT:
-        return f"{100 * value:.1f} %" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
+    if _in_hundreds(metric):
+        unit = "" if _plain(metric) in _HUNDREDS else " %"
+        return f"{100 * value:.1f}{unit}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
     return significant(value, 4) + ("" if stderr is None else f" ± {significant(stderr, 2)}")
 
 
 def metric_change(metric: str, dense: float | None, pruned: float | None) -> str:
-    """Pruned minus dense with a sign: percentage points for accuracies, per cent of the dense value for the others."""
+    """Pruned minus dense with a sign: points for what is shown times 100, per cent of the dense value for the others."""
     if dense is None or pruned is None:
         return MISSING
-    if metric in _PERCENT:
+    if _in_hundreds(metric):
         return _signed(100 * (pruned - dense), 1) + " points"
     return MISSING if dense == 0 else _signed(100 * (pruned / dense - 1), 1) + " %"
+
+
+def _plain(metric: str) -> str:
+    return metric.partition(" (")[0]  # without what says how it was computed: "CIDEr (simple words)"
+
+
+def _in_hundreds(metric: str) -> bool:
+    return _plain(metric) in _HUNDREDS or _SHARES.fullmatch(_plain(metric)) is not None
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from ecoflap.files import write_text
 from ecoflap.report import command, formats, plots
-from ecoflap.report.data import BlockRow, Metrics, Quality, RunData, read_run
+from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, read_run
 
 REPORT = "report.html"
 
@@ -30,12 +30,13 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class Task:
-    """One task, formatted: the whole, then each group of samples; ``n`` samples."""
+    """One task, formatted: the whole, further metrics of the whole, then each group of samples; ``n`` samples."""
 
     name: str
     title: str
     n: str
     whole: QualityRow
+    others: list[QualityRow]
     groups: list[QualityRow]
 
 
@@ -119,13 +120,23 @@ def _tasks(metrics: Metrics) -> Iterator[Task]:
             _quality(group, metric, (before.get(group), None), (after.get(group), None))
             for group in dict.fromkeys([*before, *after])
         ]
-        whole = _quality("all", metric, (dense.value, dense.stderr), (pruned.value, pruned.stderr))
+        nowhere = OtherMetric()
+        others = [
+            _quality(
+                other, other, *((o.value, o.stderr) for o in (q.others.get(other, nowhere) for q in (dense, pruned)))
+            )
+            for other in dict.fromkeys([*dense.others, *pruned.others])
+        ]
+        whole = _quality(
+            f"all, {metric}" if others else "all", metric, (dense.value, dense.stderr), (pruned.value, pruned.stderr)
+        )
         counts = sorted({quality.n for quality in (dense, pruned) if quality.n is not None})
         yield Task(
             name,
             formats.task_title(name, metric),
             " / ".join(formats.integer(n) for n in sorted(counts)),
             whole,
+            others,
             groups,
         )
 

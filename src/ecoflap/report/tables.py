@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ecoflap.report import formats
-from ecoflap.report.data import Metrics, Quality, RunData, read_run
+from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
 
 
 def summary_table(run: RunData | Path | str) -> Table:
@@ -38,6 +38,15 @@ def summary_table(run: RunData | Path | str) -> Table:
             formats.metric_value(metric, pruned.value, pruned.stderr),
             formats.metric_change(metric, dense.value, pruned.value),
         )
+        for other in dict.fromkeys([*dense.others, *pruned.others]):
+            before, after = dense.others.get(other, OtherMetric()), pruned.others.get(other, OtherMetric())
+            _row(
+                table,
+                f"  {other}",
+                formats.metric_value(other, before.value, before.stderr),
+                formats.metric_value(other, after.value, after.stderr),
+                formats.metric_change(other, before.value, after.value),
+            )
     if not metrics.dense and not metrics.pruned:
         _row(table, "quality", formats.MISSING, formats.MISSING)
 
