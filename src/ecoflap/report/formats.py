@@ -7,9 +7,7 @@ import re
 
 MISSING = "not measured"
 # Shares of samples, shown in per cent. lm-eval names a metric "acc,none": what follows the comma is a filter.
-_SHARES = re.compile(
-    r"(.* )?(accuracy|exact_match|acc|acc_norm|em|f1|recall|precision)(,.*)?|(TR|IR|top|recall)[@-]?\d+"
-)
+_SHARES = re.compile(r"(.* )?(accuracy|exact_match|acc|acc_norm|em|f1|recall)(,.*)?|(TR|IR|top|recall)[@-]?\d+")
 _HUNDREDS = {"CIDEr", "SPICE"}  # by custom shown times 100, without a unit
 
 
@@ -24,7 +22,7 @@ def metric_value(metric: str, value: float | None, stderr: float | None = None) 
 
 
 def metric_change(metric: str, dense: float | None, pruned: float | None) -> str:
-    """Pruned minus dense with a sign: points for what is shown times 100, per cent of the dense value for the others."""
+    """Pruned minus dense with a sign: points for what is shown times 100, else per cent of the dense value."""
     if dense is None or pruned is None:
         return MISSING
     if _in_hundreds(metric):

@@ -122,14 +122,11 @@ def _tasks(metrics: Metrics) -> Iterator[Task]:
         ]
         nowhere = OtherMetric()
         others = [
-            _quality(
-                other, other, *((o.value, o.stderr) for o in (q.others.get(other, nowhere) for q in (dense, pruned)))
-            )
+            _quality(other, other, _pair(dense.others.get(other, nowhere)), _pair(pruned.others.get(other, nowhere)))
             for other in dict.fromkeys([*dense.others, *pruned.others])
         ]
-        whole = _quality(
-            f"all, {metric}" if others else "all", metric, (dense.value, dense.stderr), (pruned.value, pruned.stderr)
-        )
+        label = f"all, {metric}" if others else "all"
+        whole = _quality(label, metric, (dense.value, dense.stderr), (pruned.value, pruned.stderr))
         counts = sorted({quality.n for quality in (dense, pruned) if quality.n is not None})
         yield Task(
             name,
@@ -139,6 +136,10 @@ def _tasks(metrics: Metrics) -> Iterator[Task]:
             others,
             groups,
         )
+
+
+def _pair(measured: OtherMetric) -> tuple[float | None, float | None]:
+    return measured.value, measured.stderr
 
 
 def _quality(
