@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ecoflap.calibration.answers import with_own_start
+from ecoflap.calibration.classified import encode_classified
+from ecoflap.calibration.collate import PAIRED, Collate, collating_objective, objective_collator
 from ecoflap.calibration.models import Batch, batch_size_of, is_dual_tower, is_encoder_decoder, needs_image
-from ecoflap.calibration.models import max_length as model_max_length
 from ecoflap.calibration.packing import draw_windows, tokenize_corpus, window_length
 from ecoflap.calibration.padding import IGNORED
-from ecoflap.calibration.prompts import Prompter, image_processor_of, padding_token, tokenizer_of
+from ecoflap.calibration.prompts import Prompter, image_processor_of, tokenizer_of
 from ecoflap.calibration.sample import Sample
 from ecoflap.calibration.sources import SampleSet
 from ecoflap.errors import CalibrationError
@@ -31,10 +33,13 @@ def make_batches(
     batch_size: int,
     sequence_length: int | None = None,
     seed: int = 0,
+    objective: str | None = None,
+    classes: Sequence[str] | None = None,
+    class_prompts: Sequence[str] | None = None,
 ) -> list[Batch]:
-    """Batches ready for ``model(**batch)``, in the order of the samples, all on the CPU.
+    """Batches ready for the objective, in the order of the samples, all on the CPU.
 
-    Which keys a batch has follows from the model and the processor:
+    Which keys a batch has follows from the objective, the model and the processor:
 
     - plain text: ``input_ids``, ``attention_mask``, ``labels`` ``[B, sequence_length]``, packed; for an encoder-decoder
       the first half of each window is the prefix and the second half the target.
@@ -42,15 +47,21 @@ def make_batches(
       on prompt, image and padding.
     - the same, encoder-decoder: the prompt (or the caption's prefix, cut at a seeded word) in ``input_ids``, the target
       (or suffix) in ``labels``, -100 on padding.
-    - dual towers: texts and images. Image classifiers: ``pixel_values`` and class ``labels`` ``[B]``.
+    - two towers: texts and images, for ``itm-itc`` with the hardest wrong partners, chosen by the model as it is now;
+      for ``zero-shot`` the prompts of all classes, one tensor shared by all batches, and ``labels`` ``[B]``.
+    - classifiers: ``pixel_values`` of one picture or several, the text where they read one, class ``labels`` ``[B]``.
 
     Args:
         batch_size: samples in a batch; the last may be smaller.
         sequence_length: tokens in a window of plain text, and the longest text allowed otherwise.
         seed: of windows and caption cuts.
+        objective: name of the loss that the batches are for; None for the one that fits the model.
+        classes: names of the classes of ``zero-shot``; None for the data set's own.
+        class_prompts: templates with ``{}`` for the class name; None for "a photo of a {}.".
 
     Raises:
         CalibrationError: the data does not fit the model (no image, no text, too long, unknown class).
+        InvalidOption: a class prompt without ``{}``.
     """
     if batch_size < 1:
         raise CalibrationError(f"the batch size must be at least 1, not {batch_size}")
@@ -61,16 +72,18 @@ def make_batches(
     samples = list(sample_set.samples)
     if not samples:
         raise CalibrationError(f"{sample_set.source} gave no samples")
-    collate = _collator(samples, model, processor, sequence_length, seed, sample_set.source)
+    name = collating_objective(objective, model)
+    own_classes = getattr(sample_set, "classes", None)
+    collate = objective_collator(
+        name, samples, model, processor, sample_set.source,
+        classes=classes, own_classes=own_classes, class_prompts=class_prompts,
+    ) or _collator(samples, model, processor, sequence_length, seed, sample_set.source)  # fmt: skip
     groups = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
-    if is_dual_tower(model) and len(groups[-1]) == 1:  # one pair has nothing to contrast with: its loss is always 0
+    if name in PAIRED and len(groups[-1]) == 1:  # one pair has nothing to contrast with: its loss is always 0
         if len(groups) == 1 or batch_size == 1:
             raise CalibrationError("a contrastive loss needs at least 2 samples in a batch: raise the batch size")
         groups[-2:] = [range(groups[-2].start, groups[-1].stop)]
     return [_tidy(collate([samples[i] for i in group], group.start)) for group in groups]
-
-
-Collate = Callable[[list[Sample], int], dict[str, Any]]  # (samples, number of the first one)
 
 
 def _collator(
@@ -83,16 +96,22 @@ def _collator(
     if not sees:  # a text model on image data: the text is still usable
         samples = [replace(sample, images=()) for sample in samples]
     if tokenizer_of(processor) is None:
-        return lambda part, start: _classification(part, model, processor, source)
+        return lambda part, start: encode_classified(part, model, processor, source)
     if samples[0].text is None:
         raise CalibrationError(
             f"{source} has no answers or captions, but {type(model).__name__} needs text for its loss"
         )
-    if is_dual_tower(model):
-        return lambda part, start: _pairs(part, model, processor)
     prompter = Prompter(model, processor)
-    make = _encoder_decoder if is_encoder_decoder(model) else _decoder_only
-    return lambda part, start: _limited(make(part if sees else _blind(part), prompter, start, seed), length, source)
+
+    def collate(part: list[Sample], start: int) -> dict[str, Any]:
+        shown = part if sees else _blind(part)
+        if is_encoder_decoder(model):
+            return _limited(_encoder_decoder(shown, prompter, start, seed), length, source)
+        encoded = _decoder_only(shown, prompter, start, seed)
+        encoded["input_ids"] = with_own_start(encoded["input_ids"], model, prompter.tokenizer)
+        return _limited(encoded, length, source)
+
+    return collate
 
 
 def _blind(samples: Sequence[Sample]) -> list[Sample]:
@@ -114,40 +133,6 @@ def _packed(
         ids = ids.contiguous()
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels.clone()})
     return batches
-
-
-def _classification(samples: list[Sample], model: nn.Module, processor: Any, source: str) -> dict[str, Any]:
-    encoded = dict(processor(images=[sample.image for sample in samples], return_tensors="pt"))
-    if samples[0].text is not None:
-        names = getattr(getattr(model, "config", None), "label2id", None) or {}
-        classes = {str(name).lower(): int(number) for name, number in names.items()}
-        encoded["labels"] = torch.tensor([_class(sample.text or "", classes, source) for sample in samples])
-    return encoded
-
-
-def _class(label: str, classes: dict[str, int], source: str) -> int:
-    key = label.strip().lower()
-    if key in classes:
-        return classes[key]
-    if key.isdigit() and (not classes or int(key) < len(classes)):
-        return int(key)
-    raise CalibrationError(f"{source}: label '{label}' is none of the model's {len(classes)} classes (config.label2id)")
-
-
-def _pairs(samples: list[Sample], model: nn.Module, processor: Any) -> dict[str, Any]:
-    tokenizer = tokenizer_of(processor)
-    limit = model_max_length(model) or getattr(tokenizer, "model_max_length", None)
-    with padding_token(tokenizer):
-        return dict(
-            processor(
-                images=[sample.image for sample in samples],
-                text=[sample.text for sample in samples],
-                padding=True,
-                truncation=limit is not None,
-                max_length=limit,
-                return_tensors="pt",
-            )
-        )
 
 
 def _encoder_decoder(samples: list[Sample], prompter: Prompter, start: int, seed: int) -> dict[str, Any]:

@@ -1,16 +1,18 @@
-"""What the loss L is: language modelling, prefix to suffix, contrastive, classification, or the user's own function."""
+"""What the loss L is: chosen by name or from the model, and looked at before it is trusted."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ecoflap.calibration.models import Batch, can_take, is_dual_tower, is_encoder_decoder, parameters_of, to_device
+from ecoflap.calibration.answers import answers_by_decoder
+from ecoflap.calibration.losses import model_loss_without_cache, scalar_loss
+from ecoflap.calibration.matching import matching_argument
+from ecoflap.calibration.models import Batch, is_dual_tower, is_encoder_decoder, to_device
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.registry import Registry
 
@@ -19,11 +21,13 @@ Objective = Callable[[nn.Module, Batch], torch.Tensor]
 OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     {
-        "lm": "ecoflap.calibration.objectives:language_modelling",
-        "seq2seq": "ecoflap.calibration.objectives:language_modelling",
-        "contrastive": "ecoflap.calibration.objectives:contrastive",
-        "classification": "ecoflap.calibration.objectives:model_loss",
-        "model": "ecoflap.calibration.objectives:model_loss",
+        "lm": "ecoflap.calibration.losses:language_modelling",
+        "seq2seq": "ecoflap.calibration.losses:language_modelling",
+        "contrastive": "ecoflap.calibration.matching:contrastive",
+        "zero-shot": "ecoflap.calibration.zero_shot:zero_shot",
+        "itm-itc": "ecoflap.calibration.matching:itm_itc",
+        "classification": "ecoflap.calibration.losses:classification",
+        "model": "ecoflap.calibration.losses:model_loss",
     },
 )
 
@@ -38,9 +42,11 @@ def objective_name(name: str | None, model: nn.Module) -> str:
         return name if ":" in name else OBJECTIVES.check(name)
     if is_dual_tower(model):
         return "contrastive"
+    if matching_argument(model) is not None:
+        return "itm-itc"
     if "Classification" in type(model).__name__:
         return "classification"
-    if is_encoder_decoder(model):
+    if is_encoder_decoder(model) or answers_by_decoder(model):
         return "seq2seq"
     if callable(getattr(model, "can_generate", None)) and model.can_generate():  # type: ignore[operator]
         return "lm"
@@ -48,8 +54,8 @@ def objective_name(name: str | None, model: nn.Module) -> str:
 
 
 def resolve(name: str | None, model: nn.Module) -> Objective:
-    """The objective called ``name`` (``lm``, ``seq2seq``, ``contrastive``, ``classification``, ``model``,
-    ``module:function``), or the one that fits the model when ``name`` is None.
+    """The objective called ``name`` (one of ``OBJECTIVES``, or ``module:function``), or the one that fits the model
+    when ``name`` is None.
 
     The function takes (model, batch on the model's device) and returns a scalar in fp32.
 
@@ -73,55 +79,35 @@ def _users(name: str) -> Objective:
         raise InvalidOption(f"objective '{name}' is not a function")
 
     def objective(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return _scalar(function(model, batch), name)
+        return scalar_loss(function(model, batch), name)
 
     return objective
 
 
-def language_modelling(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The model's own token cross-entropy from ``labels``, without a KV cache (a filled one would hide k and v)."""
-    if batch.get("labels") is None:
-        raise CalibrationError("the batch has no labels, so there is no language-model loss: give captions or answers")
-    extra: dict[str, Any] = {"use_cache": False} if "use_cache" not in batch and can_take(model, "use_cache") else {}
-    return _scalar(model(**batch, **extra), "lm")
-
-
-def contrastive(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Symmetric contrastive loss over the pairs of the batch, with the model's own temperature."""
-    return _scalar(model(**{**batch, "return_loss": True}), "contrastive")
-
-
-def model_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The loss that the model's forward returns: a ``.loss``, an entry ``"loss"``, or a scalar tensor."""
-    return _scalar(model(**batch), "model")
-
-
 def default_objective(model: nn.Module) -> Objective:
     """:func:`model_loss`, without a KV cache where the model has one: for any module whose forward returns a loss."""
-    if "use_cache" in parameters_of(model):
-        return lambda module, batch: _scalar(module(**{"use_cache": False, **batch}), "model")
-    return model_loss
+    return model_loss_without_cache
 
 
 def on_device(objective: Objective) -> Objective:
-    """The same objective for batches that lie on the CPU: each is moved to the model's device and dtype first."""
-    return lambda model, batch: objective(model, to_device(batch, model))
+    """The same objective for batches that lie on the CPU, giving the same loss to the bit in every call.
+
+    The batch is moved to the model's device and dtype first. The global random generator is in one fixed state during
+    the forward and in its own again afterwards: some models draw at random even in eval mode (ViLT its patches).
+    """
+
+    def fixed(model: nn.Module, batch: Batch) -> torch.Tensor:
+        placed = to_device(batch, model)
+        with torch.random.fork_rng(devices=_gpus(model)):
+            torch.manual_seed(0)
+            return objective(model, placed)
+
+    return fixed
 
 
-def _scalar(output: Any, name: str) -> torch.Tensor:
-    """The loss in a forward's output, as a scalar in fp32 on its own device."""
-    loss = output
-    if not isinstance(output, torch.Tensor):
-        loss = getattr(output, "loss", None)
-        if loss is None and isinstance(output, dict):
-            loss = output.get("loss")
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else "no loss"
-        raise CalibrationError(
-            f"objective '{name}': the model returned {got}; it must return a scalar loss (give labels in the batch, or "
-            "an objective module:function)"
-        )
-    return loss.reshape(()).float()
+def _gpus(model: nn.Module) -> list[int]:
+    """Numbers of the CUDA devices that hold the model."""
+    return sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
 
 
 @torch.no_grad()
@@ -131,7 +117,7 @@ def check_loss(model: nn.Module, batch: Batch, objective: Objective, index: int 
     Raises:
         NonFiniteLoss: it is NaN or infinite.
     """
-    loss = float(objective(model, to_device(batch, model)))
+    loss = float(on_device(objective)(model, batch))
     if not math.isfinite(loss):
         raise NonFiniteLoss(
             f"the loss of calibration batch {index} is {loss}: check the samples of that batch, or compute in float32"
@@ -151,11 +137,11 @@ def check_image_matters(model: nn.Module, batch: Batch, objective: Objective) ->
     names = [n for n, v in batch.items() if n.startswith("pixel_values") and isinstance(v, torch.Tensor)]
     if not names:
         return
-    placed = to_device(batch, model)
-    loss = objective(model, placed)
+    fixed = on_device(objective)
+    loss = fixed(model, batch)
     for change in (torch.zeros_like, torch.neg):
-        other = {n: change(cast(torch.Tensor, v)) if n in names else v for n, v in placed.items()}
-        if not torch.equal(objective(model, other), loss):
+        other = {n: change(v) if n in names else v for n, v in batch.items()}
+        if not torch.equal(fixed(model, other), loss):
             return
     raise CalibrationError(
         "the loss does not react to the image: the text probably lacks the image placeholder tokens; check the "

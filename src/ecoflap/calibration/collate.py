@@ -1,0 +1,113 @@
+"""Chooses how samples become a batch for objectives that need more than a text and its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecoflap.calibration.answers import answers_by_decoder, encode_answers
+from ecoflap.calibration.classified import class_number, encode_classified, label_of, numbered
+from ecoflap.calibration.matching import with_negatives
+from ecoflap.calibration.objectives import objective_name
+from ecoflap.calibration.pairs import encode_pairs
+from ecoflap.calibration.prompts import image_processor_of, tokenizer_of
+from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.zero_shot import DEFAULT_TEMPLATES, fill, prompt_tensors
+from ecoflap.errors import CalibrationError
+
+Collate = Callable[[list[Sample], int], dict[str, Any]]  # (samples, number of the first one) -> tensors
+PAIRED = ("contrastive", "itm-itc")  # objectives that compare the samples of a batch with one another
+
+
+def collating_objective(name: str | None, model: nn.Module) -> str:
+    """The objective that decides what is in a batch: a user's own function gets what fits the model."""
+    return objective_name(None if name is not None and ":" in name else name, model)
+
+
+def objective_collator(
+    name: str,
+    samples: Sequence[Sample],
+    model: nn.Module,
+    processor: Any,
+    source: str,
+    *,
+    classes: Sequence[str] | None = None,
+    own_classes: Sequence[str] | None = None,
+    class_prompts: Sequence[str] | None = None,
+) -> Collate | None:
+    """What makes the batches of objective ``name``; None where they are those of a language model.
+
+    Args:
+        classes: names of the classes; by default ``own_classes``, or else the samples' distinct labels in their order
+            by name.
+        own_classes: names by which the data set itself numbers its classes.
+        class_prompts: templates with ``{}`` for the class name.
+
+    Raises:
+        CalibrationError: the samples lack pictures, texts or classes.
+        InvalidOption: a template without ``{}``.
+    """
+    if name == "classification":
+        return lambda part, start: encode_classified(part, model, processor, source)
+    if answers_by_decoder(model):
+        return lambda part, start: encode_answers(part, model, processor, source)
+    if name not in (*PAIRED, "zero-shot"):
+        return None
+    if image_processor_of(processor) is None or tokenizer_of(processor) is None:
+        raise CalibrationError(f"objective '{name}' needs a processor with both an image processor and a tokenizer")
+    if any(sample.image is None for sample in samples):
+        raise CalibrationError(f"{source} has no images, but objective '{name}' needs them: give an image column")
+    templates = tuple(class_prompts or DEFAULT_TEMPLATES)
+    if name == "zero-shot":
+        return _zero_shot(samples, model, processor, source, classes, own_classes, templates)
+    return lambda part, start: _paired(name, part, model, processor, source, templates[0])
+
+
+def _zero_shot(
+    samples: Sequence[Sample],
+    model: nn.Module,
+    processor: Any,
+    source: str,
+    classes: Sequence[str] | None,
+    own_classes: Sequence[str] | None,
+    templates: Sequence[str],
+) -> Collate:
+    labels = [label_of(sample) or "" for sample in samples]
+    if not all(labels):
+        raise CalibrationError(f"{source} has no class column, but objective 'zero-shot' needs one")
+    own = tuple(own_classes or sorted(set(labels)))
+    names = tuple(classes or own)
+    # Class names written for the prompts ("tench") may stand, by number, for the data set's own ("n01440764").
+    numbers = numbered(names) | (numbered(own) if len(own) == len(names) and own_classes else {})
+    prompts = prompt_tensors(names, templates, model, processor)
+    image_processor: Any = image_processor_of(processor)
+
+    def collate(part: list[Sample], start: int) -> dict[str, Any]:
+        encoded = dict(image_processor(images=[sample.image for sample in part], return_tensors="pt"))
+        chosen = [class_number(label_of(sample) or "", numbers, source, "given") for sample in part]
+        return {**encoded, **prompts, "labels": torch.tensor(chosen)}
+
+    return collate
+
+
+def _paired(
+    name: str, samples: Sequence[Sample], model: nn.Module, processor: Any, source: str, template: str
+) -> dict[str, Any]:
+    texts = [
+        sample.text if sample.text is not None else fill(template, sample.label) if sample.label is not None else None
+        for sample in samples
+    ]
+    known = [text for text in texts if text is not None]
+    if len(known) != len(texts):
+        raise CalibrationError(
+            f"{source} has no answers or captions, but {type(model).__name__} needs text for its loss"
+        )
+    encoded = encode_pairs(samples, known, model, processor)
+    if name == "itm-itc":
+        shown = [replace(sample, text=text) for sample, text in zip(samples, known, strict=True)]
+        return with_negatives(model, encoded, shown)
+    return encoded
