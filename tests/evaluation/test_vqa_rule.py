@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecoflap.evaluation.results import mean_and_stderr
-from ecoflap.evaluation.vqa_rule import exact_match, normalize, soft_accuracy
+from ecoflap.evaluation.vqa_rule import exact_match, normalize, plain_match, soft_accuracy
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,11 @@ def test_normalize(said: str, normal: str) -> None:
 def test_exact_match() -> None:
     assert exact_match("The Circle.", "circle") == 1.0
     assert exact_match("circles", "circle") == 0.0
+
+
+def test_plain_match() -> None:
+    assert plain_match(" Red Car\n", "red car") == 1.0
+    assert [plain_match(said, "red car") for said in ("the red car", "red car.", "red  car", "red")] == [0.0] * 4
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pairs
 import pico
 import pytest
 import torch
 
 from ecoflap.calibration import load_samples
-from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.calibration.prompts import Prompter
+from ecoflap.calibration.sample import Sample
+from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS
+from ecoflap.evaluation.generate import generate
 from ecoflap.progress import Silent
 
 QUESTIONS = ["what color is the circle", "what shape", "is there a big square on the left", "how many", "what is it"]
@@ -140,3 +144,40 @@ def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text('{"text": "a circle"}\n')
     with pytest.raises(CalibrationError, match="questions and with answers"):
         run(model, processor, tmp_path / "captions.jsonl")
+
+
+def test_rules(tmp_path: Path) -> None:
+    model, processor = pico.llava(chat=False)
+    said = [r["prediction"] for r in run(model, processor, questions_file(tmp_path, ["red"] * 5)).predictions]
+    truth = [f" {said[0].upper()} ", said[1] + "!", "the " + said[2], "wrong", said[4]]
+    data = questions_file(tmp_path, truth)
+    scores = {
+        rule: [r["score"] for r in run(model, processor, data, rule=rule).predictions]
+        for rule in ("auto", "normalised", "exact")
+    }
+    assert scores["exact"] == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert scores["auto"] == scores["normalised"] == [1.0, 1.0, 1.0, 0.0, 1.0]
+    with pytest.raises(CalibrationError, match="annotators"):
+        run(model, processor, data, rule="soft")
+    with pytest.raises(UnknownName, match="did you mean 'exact'"):
+        run(model, processor, data, rule="exakt")
+    # With annotators, the rule decides whether their agreement counts or the commonest answer alone.
+    data = questions_file(tmp_path, [[s, s, "x", "y"] for s in said], "answers")
+    assert run(model, processor, data).value == pytest.approx((2 * (1 / 3) + 2 * (2 / 3)) / 4)
+    exact = run(model, processor, data, rule="exact")
+    assert (exact.value, exact.settings["rule"]) == (1.0, "exact match, case aside")
+
+
+def test_blip_is_asked_the_bare_question(tmp_path: Path) -> None:
+    model, processor = pairs.blip("questions")
+    data = questions_file(tmp_path, ["red"] * 5)
+    result = run(model, processor, data, batch_size=5, new_tokens=4)
+    bare = generate(
+        model,
+        Prompter(model, processor),
+        [Sample((pico.picture(i),), question) for i, question in enumerate(QUESTIONS)],
+        new_tokens=4,
+    )
+    assert [r["prediction"] for r in result.predictions] == bare
+    other = run(model, processor, data, prompt_template="what is the {question} of the", new_tokens=4)
+    assert [r["prediction"] for r in other.predictions] != bare

@@ -1,8 +1,8 @@
-"""Greedy text of a generating model for a batch of samples, the prompt cut off."""
+"""Text that a generating model says to a batch of samples, greedily or by beam search, the prompt cut off."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,45 +12,113 @@ from torch import nn
 from ecoflap.calibration.models import is_encoder_decoder, to_device
 from ecoflap.calibration.prompts import Prompter, image_processor_of
 from ecoflap.calibration.sample import Sample
-from ecoflap.errors import CalibrationError
+from ecoflap.errors import CalibrationError, InvalidOption
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompter: Prompter, samples: Sequence[Sample], *, new_tokens: int, limit: int | None = None
+    model: nn.Module,
+    prompter: Prompter,
+    samples: Sequence[Sample],
+    *,
+    new_tokens: int,
+    limit: int | None = None,
+    beams: int = 1,
+    min_tokens: int = 0,
+    length_penalty: float = 1.0,
 ) -> list[str]:
-    """What ``model`` says to each sample's prompt and pictures, greedily.
+    """What ``model`` says to each sample's prompt and pictures.
 
     Args:
         prompter: for this model and its processor; pictures are left out for a model that cannot see.
         new_tokens: most tokens of an answer.
         limit: most tokens of a prompt, images included; None for no limit.
+        beams: width of the beam search; 1 is greedy.
+        min_tokens: fewest tokens of an answer.
+        length_penalty: exponent of the length that divides a beam's log-likelihood; below 0 prefers short answers.
 
     Raises:
+        InvalidOption: a number out of its range.
         CalibrationError: a prompt is longer than ``limit``.
     """
+    if new_tokens < 1 or beams < 1 or not 0 <= min_tokens <= new_tokens:
+        raise InvalidOption("beams and new tokens must be at least 1, and the fewest tokens between 0 and the most")
     if image_processor_of(prompter.processor) is None:
         samples = [replace(sample, images=()) for sample in samples]
     texts = [prompter.render(sample) for sample in samples]
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": beams}
+    options |= {"min_new_tokens": min_tokens} if min_tokens else {}
+    options |= {"length_penalty": length_penalty} if beams > 1 else {}
+    said = [""] * len(samples)
+    for rows in _padded_alike(model, prompter, texts):
+        inputs = _inputs(model, prompter, [texts[i] for i in rows], [samples[i] for i in rows], limit)
+        for row, text in zip(rows, _continue(model, prompter, inputs, options), strict=True):
+            said[row] = text
+    return said
+
+
+def hands_over(model: nn.Module) -> bool:
+    """Whether ``generate`` hands over to the model's own text decoder, with end and padding tokens of its own (BLIP).
+
+    These models have absolute positions and lose the mask of the prompt on the way, so that padding would change what
+    they say.
+    """
+    return callable(getattr(getattr(model, "text_decoder", None), "generate", None))
+
+
+def encodes_question(model: nn.Module) -> bool:
+    """Whether the prompt goes through a text encoder and is not continued (BLIP for questions)."""
+    return hands_over(model) and isinstance(getattr(model, "text_encoder", None), nn.Module)
+
+
+def _padded_alike(model: nn.Module, prompter: Prompter, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Rows that go through the model together: all, or those of one length where padding is not masked."""
+    if not hands_over(model):
+        yield list(range(len(texts)))
+        return
+    by_length: dict[int, list[int]] = {}
+    for row, text in enumerate(texts):
+        by_length.setdefault(len(prompter.token_ids(text)), []).append(row)
+    yield from by_length.values()
+
+
+def _inputs(
+    model: nn.Module, prompter: Prompter, texts: Sequence[str], samples: Sequence[Sample], limit: int | None
+) -> dict[str, Any]:
     # A decoder continues its prompt, so that must end where the answer begins: padding goes to the left.
     side = "right" if is_encoder_decoder(model) else "left"
     inputs = to_device(prompter.encode(texts, [sample.images for sample in samples], side), model)
-    ids = inputs["input_ids"]
-    if limit is not None and ids.shape[1] > limit:
-        raise CalibrationError(
-            f"a prompt has {ids.shape[1]} tokens, more than the sequence length of {limit}: raise it"
-        )
+    length = inputs["input_ids"].shape[1]
+    if limit is not None and length > limit:
+        raise CalibrationError(f"a prompt has {length} tokens, more than the sequence length of {limit}: raise it")
     inputs.pop("token_type_ids", None)
-    assert prompter.tokenizer is not None
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
-    settings, end = getattr(model, "generation_config", None), prompter.tokenizer.eos_token_id
+    return inputs
+
+
+def _continue(model: nn.Module, prompter: Prompter, inputs: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    ids, tokenizer = inputs["input_ids"].clone(), prompter.tokenizer  # BLIP writes into the ids it is given
+    assert tokenizer is not None
+    length = ids.shape[1]
+    if hands_over(model):
+        output = model.generate(**inputs, **options)  # type: ignore[operator]
+        if not encodes_question(
+            model
+        ):  # the decoder began with the prompt, its first token replaced, its last left out
+            output = output[:, length - 1 :]
+    else:
+        output = model.generate(**inputs, **options, **_end_tokens(model, tokenizer))  # type: ignore[operator]
+        if output.shape[1] >= length and torch.equal(output[:, :length], ids):  # decoders repeat the prompt
+            output = output[:, length:]
+    return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def _end_tokens(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """End and padding tokens where the model's generation config has none."""
+    options: dict[str, Any] = {}
+    settings, end = getattr(model, "generation_config", None), tokenizer.eos_token_id
     if getattr(settings, "eos_token_id", None) is None and end is not None:
         options["eos_token_id"] = end
-    pad = end if prompter.tokenizer.pad_token_id is None else prompter.tokenizer.pad_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad is not None:  # finished answers are filled up with a token that decoding drops
         options["pad_token_id"] = pad
-    output = model.generate(**inputs, **options)  # type: ignore[operator]
-    length = ids.shape[1]
-    if output.shape[1] >= length and torch.equal(output[:, :length], ids):  # decoders repeat the prompt
-        output = output[:, length:]
-    return [text.strip() for text in prompter.tokenizer.batch_decode(output, skip_special_tokens=True)]
+    return options

@@ -1,9 +1,8 @@
-"""Visual (or plain) question answering: greedy answers, compared with the truth by the VQA rule."""
+"""Visual (or plain) question answering: generated answers, compared with the truth by the rule of VQAv2 or of GQA."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,22 @@ from torch import nn
 
 from ecoflap.calibration.models import needs_image
 from ecoflap.calibration.prompts import Prompter
-from ecoflap.calibration.sources import Sample, SampleReader
+from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.sources import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.generate import generate
+from ecoflap.evaluation.common import common_settings, evaluating, in_chunks, open_data
+from ecoflap.evaluation.generate import encodes_question, generate
 from ecoflap.evaluation.results import TaskResult, mean_and_stderr
-from ecoflap.evaluation.vqa_rule import exact_match, soft_accuracy
-from ecoflap.progress import Progress, Silent
+from ecoflap.evaluation.vqa_rule import exact_match, plain_match, soft_accuracy
+from ecoflap.progress import Progress
+from ecoflap.registry import unknown
 
 MAX_NEW_TOKENS = 10  # of an answer, where the model's generation config does not say: the published VQA setting
+RULES = {
+    "soft": "vqa soft accuracy",
+    "normalised": "exact match after VQA normalisation",
+    "exact": "exact match, case aside",
+}
 
 
 @torch.no_grad()
@@ -35,80 +42,81 @@ def run(
     progress: Progress | None = None,
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
+    rule: str = "auto",
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    new_tokens: int | None = None,
 ) -> TaskResult:
-    """Accuracy (0..1) of the model's greedy answers.
-
-    With an ``answers`` column of several annotators it is VQAv2's soft accuracy, otherwise exact match after the same
-    normalisation. ``by_group`` has the accuracy of each question type if there is a column for it.
+    """Accuracy (0..1) of the model's answers; ``by_group`` has that of each question type if there is a column for it.
 
     Args:
         data: any source of :func:`ecoflap.calibration.load_samples` with questions and answers; None = the bundled set.
         samples: questions drawn with ``seed``; None for all.
         sequence_length: most tokens of a prompt, image included; None = no limit.
-        columns, prompt_template: as for calibration.
+        columns, prompt_template: as for calibration; a model with a text encoder for questions (BLIP) gets the
+            question alone if no template is given.
+        rule: ``soft``, VQAv2's accuracy over the annotators; ``normalised``, equality after VQAv2's normalisation;
+            ``exact``, equality of both in lower case without white space at the ends, as for GQA; ``auto``: ``soft``
+            where the data has a column of annotators' answers, else ``normalised``.
+        beams, length_penalty, new_tokens: as :func:`ecoflap.evaluation.generate.generate`; ``new_tokens`` is by
+            default the model's ``generation_config.max_new_tokens``, or 10.
 
     Raises:
         InvalidOption: the model cannot generate, or there is no processor.
+        UnknownName: no such rule.
         CalibrationError: the data has no questions or answers, or a prompt is too long.
     """
     if not callable(getattr(model, "generate", None)) or processor is None:
         raise InvalidOption("task 'vqa' needs a model that generates text, and its processor")
-    if batch_size < 1:
-        raise InvalidOption(f"the batch size must be at least 1, not {batch_size}")
-    reader = SampleReader(
+    if rule not in ("auto", *RULES):
+        raise unknown("rule", rule, ["auto", *RULES])
+    if prompt_template is None and encodes_question(model):
+        prompt_template = "{question}"
+    reader = open_data(
+        "vqa",
         _bundled() if data is None else data,
         samples=samples,
         seed=seed,
+        batch_size=batch_size,
         columns=columns,
         prompt_template=prompt_template,
     )
-    if not {"question", "prompt"} & reader.columns.keys() or not {"text", "answers"} & reader.columns.keys():
-        raise CalibrationError(f"{reader.source} needs columns with questions and with answers for task 'vqa'")
+    score, name = _rule(rule, reader)
     if needs_image(model) and "image" not in reader.columns:
         raise CalibrationError(f"{reader.source} has no images, but {type(model).__name__} needs images")
     prompter = Prompter(model, processor)
-    new_tokens = getattr(getattr(model, "generation_config", None), "max_new_tokens", None) or MAX_NEW_TOKENS
-    scores: list[float] = []
+    longest = new_tokens or getattr(getattr(model, "generation_config", None), "max_new_tokens", None) or MAX_NEW_TOKENS
+    decoding: dict[str, Any] = {"new_tokens": longest, "beams": beams, "length_penalty": length_penalty}
     predictions: list[dict[str, Any]] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with (progress or Silent()).stage("vqa", total=len(reader)) as task:
-            for part in _chunks(reader, batch_size):
-                answers = generate(model, prompter, [s for _, s in part], new_tokens=new_tokens, limit=sequence_length)
-                for (index, sample), answer in zip(part, answers, strict=True):
-                    score, truth = _score(sample, answer)
-                    scores.append(score)
-                    predictions.append(
-                        {
-                            "index": index,
-                            "question": sample.question,
-                            "prediction": answer,
-                            "truth": truth,
-                            "score": score,
-                        }
-                        | ({"kind": sample.kind} if sample.kind is not None else {})
-                    )
-                task.advance(len(part))
-    finally:
-        model.train(was_training)
-    value, stderr = mean_and_stderr(scores)
+    with evaluating(model):
+        for part in in_chunks(reader, batch_size, progress, "vqa"):
+            answers = generate(model, prompter, [sample for _, sample in part], limit=sequence_length, **decoding)
+            for (index, sample), answer in zip(part, answers, strict=True):
+                predictions.append({
+                    "index": index,
+                    "question": sample.question,
+                    "prediction": answer,
+                    "truth": _truth(sample),
+                    "score": score(sample, answer),
+                } | ({"kind": sample.kind} if sample.kind is not None else {}))  # fmt: skip
+    value, stderr = mean_and_stderr([record["score"] for record in predictions])
     groups: dict[str, list[float]] = {}
     for record in predictions:
         if "kind" in record:
             groups.setdefault(record["kind"], []).append(record["score"])
-    settings = {
-        "data": reader.source if data is not None else "the bundled test set",
-        "rule": "vqa soft accuracy" if "answers" in reader.columns else "exact match after VQA normalisation",
-        "prompt_template": prompt_template,
-        "max_new_tokens": new_tokens,
-        "samples": samples,
-        "seed": seed,
-        "batch_size": batch_size,
-        "skipped": reader.skipped,
-    }
+    settings = common_settings(
+        reader,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        rule=name,
+        prompt_template=prompt_template,
+        max_new_tokens=longest,
+        beams=beams,
+        length_penalty=length_penalty,
+    ) | ({"data": "the bundled test set"} if data is None else {})
     by_group = {kind: mean_and_stderr(group)[0] for kind, group in sorted(groups.items())} or None
-    return TaskResult("vqa", "accuracy", value, stderr, len(scores), settings, by_group, predictions)
+    return TaskResult("vqa", "accuracy", value, stderr, len(predictions), settings, by_group, predictions)
 
 
 def _bundled() -> Path:
@@ -117,13 +125,23 @@ def _bundled() -> Path:
     return Path(demo.test_path())
 
 
-def _chunks(reader: SampleReader, size: int) -> Iterator[list[tuple[int, Sample]]]:
-    samples = iter(reader)
-    while part := list(islice(samples, size)):
-        yield part
+def _truth(sample: Sample) -> str:
+    return sample.text or (sample.answers[0] if sample.answers else "")
 
 
-def _score(sample: Sample, answer: str) -> tuple[float, str]:
-    if sample.answers is not None:
-        return soft_accuracy(answer, sample.answers), sample.text or sample.answers[0]
-    return exact_match(answer, sample.text or ""), sample.text or ""
+def _rule(rule: str, reader: SampleReader) -> tuple[Callable[[Sample, str], float], str]:
+    """The function that scores an answer, and its name for the settings."""
+    has_answers = "answers" in reader.columns
+    if not {"question", "prompt"} & reader.columns.keys() or not ("text" in reader.columns or has_answers):
+        raise CalibrationError(f"{reader.source} needs columns with questions and with answers for task 'vqa'")
+    if rule == "auto":
+        rule = "soft" if has_answers else "normalised"
+    if rule == "soft":
+        if not has_answers:
+            raise CalibrationError(
+                f"{reader.source} has no column with the annotators' answers, which rule 'soft' needs: name it as "
+                "column answers, or use rule 'normalised'"
+            )
+        return lambda sample, said: soft_accuracy(said, sample.answers or ()), RULES[rule]
+    match = plain_match if rule == "exact" else exact_match
+    return lambda sample, said: match(said, _truth(sample)), RULES[rule]

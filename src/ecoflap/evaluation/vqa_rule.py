@@ -48,6 +48,11 @@ def exact_match(prediction: str, truth: str) -> float:
     return float(normalize(prediction) == normalize(truth))
 
 
+def plain_match(prediction: str, truth: str) -> float:
+    """1.0 if both are equal in lower case without white space at the ends (as GQA's answers are compared), else 0.0."""
+    return float(prediction.strip().lower() == truth.strip().lower())
+
+
 def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """min(1, matches / 3), averaged over all subsets that leave one annotator out (the VQAv2 rule).
 

@@ -1,0 +1,120 @@
+"""What all tasks share: opening the test data, reading it in chunks with progress, the model in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from ecoflap.calibration.prompts import image_processor_of
+from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.sources import SampleReader
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.progress import Progress, Silent
+
+Chunk = list[tuple[int, Sample]]  # (row of the source, sample)
+
+
+def open_data(
+    task: str,
+    data: str | Path | None,
+    *,
+    samples: int | None,
+    seed: int,
+    batch_size: int,
+    columns: Mapping[str, str] | None = None,
+    prompt_template: str | None = None,
+) -> SampleReader:
+    """The reader of a task's test data: ``samples`` drawn with ``seed``, or all in the order of the file.
+
+    Raises:
+        InvalidOption: no data, or a batch size below 1.
+        CalibrationError: as :func:`ecoflap.calibration.load_samples`.
+    """
+    check_batch_size(batch_size)
+    if data is None:
+        raise InvalidOption(f"task '{task}' needs data: give --test SOURCE")
+    return SampleReader(data, samples=samples, seed=seed, columns=columns, prompt_template=prompt_template)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises InvalidOption if it is below 1."""
+    if batch_size < 1:
+        raise InvalidOption(f"the batch size must be at least 1, not {batch_size}")
+
+
+def in_chunks(reader: SampleReader, size: int, progress: Progress | None, stage: str) -> Iterator[Chunk]:
+    """The reader's samples in lists of ``size`` (the last may be shorter), each counted once the caller is done."""
+    samples = iter(reader)
+    with (progress or Silent()).stage(stage, total=len(reader)) as task:
+        while part := list(islice(samples, size)):
+            yield part
+            task.advance(len(part))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for the time of the block, then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def pictures(part: Chunk, task: str, source: str) -> list[Image.Image]:
+    """The first picture of each sample.
+
+    Raises:
+        CalibrationError: a sample has none.
+    """
+    found = []
+    for index, sample in part:
+        if sample.image is None:
+            raise CalibrationError(f"{source} has no picture in row {index}: task '{task}' needs one with every sample")
+        found.append(sample.image)
+    return found
+
+
+def image_inputs(processor: Any, images: Sequence[Image.Image], task: str) -> dict[str, Any]:
+    """What the checkpoint's image processor makes of ``images``, as tensors with one row each.
+
+    Raises:
+        InvalidOption: the checkpoint has no image processor.
+    """
+    half = image_processor_of(processor)
+    if half is None:
+        raise InvalidOption(f"task '{task}' needs pictures, but the checkpoint has no image processor")
+    return dict(half(images=list(images), return_tensors="pt"))
+
+
+def common_settings(
+    reader: SampleReader, *, samples: int | None, seed: int, batch_size: int, **more: Any
+) -> dict[str, Any]:
+    """The settings that each result carries, with the task's own ones in front; asked for after the last sample."""
+    return {
+        "data": reader.source,
+        **more,
+        "samples": samples,
+        "seed": seed,
+        "batch_size": batch_size,
+        "skipped": reader.skipped,
+    }
+
+
+def captions_of(index: int, sample: Sample, task: str, source: str) -> list[str]:
+    """The captions of a sample's picture, at least one.
+
+    Raises:
+        CalibrationError: it has none.
+    """
+    found = [text for text in sample.captions or (sample.text,) if text]
+    if not found:
+        raise CalibrationError(f"{source} has no caption in row {index}: task '{task}' needs one with every picture")
+    return found
