@@ -28,10 +28,13 @@ class Outcome:
     err: str
 
     def refused(self, *words: str) -> str:
-        """The one line of a refusal: exit code 2, nothing printed, and each of ``words`` in it."""
+        """The one line of a refusal: exit code 2, nothing printed, and each of ``words`` in it.
+
+        A run that had begun has said before what it chose.
+        """
         assert self.code == 2, self
         assert self.out == ""
-        lines = self.err.splitlines()
+        lines = [line for line in self.err.splitlines() if not line.startswith(("calibration: ", "objective: "))]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("ecoflap: ")
         assert "Traceback" not in lines[0]

@@ -19,7 +19,7 @@ from console import TEXT, Command, command, prose, questions
 from rich.console import Console
 
 import ecoflap
-from ecoflap.recipe import Recipe
+from ecoflap.recipe import FILE_ONLY, Recipe, flag_of
 from ecoflap.terminal import Bars, Lines, messages, progress_on
 
 
@@ -59,8 +59,9 @@ def test_help(run: Command, monkeypatch: pytest.MonkeyPatch, width: int) -> None
 def test_help_says_every_option_once_under_a_heading(run: Command) -> None:
     text = run("prune", "--help").well().out
     for field in Recipe.model_fields:
-        if field != "model":
-            assert text.count(f"  --{field.replace('_', '-')} ") + text.count(f"  --{field.replace('_', '-')}\n") == 1
+        if field not in ("model", *FILE_ONLY):
+            flag = flag_of(field)
+            assert text.count(f"  {flag} ") + text.count(f"  {flag}\n") == 1
     for heading in ("Model", "Sparsity", "Importance (stage 1)", "Pruning (stage 2)", "Calibration", "Evaluation"):
         assert f"\n{heading}:\n" in text
     assert text.index("Calibration:") < text.index("Run and output:")
@@ -114,7 +115,7 @@ def test_prune_without_a_terminal(run: Command, made: SimpleNamespace) -> None:
     job = ("prune", made.blip2, "--calibration", made.questions, "--samples", 4, "--importance-samples", 2)
     outcome = run(*job, "--test", made.questions, "-o", "run").well()
     assert [line.partition(":")[0] for line in outcome.err.splitlines()] == [
-        "vqa, dense", "importance", "pruning", "vqa, pruned",
+        "calibration", "objective", "vqa, dense", "importance", "pruning", "vqa, pruned",
     ]  # fmt: skip
     for word in ("vqa accuracy", "sparsity, prunable weights", "language", "vision", "run/model", "run/report.html"):
         assert word in outcome.out

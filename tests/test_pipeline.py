@@ -15,8 +15,9 @@ from console import model_weights, prose, questions
 
 from ecoflap.errors import CalibrationError, OutputExists
 from ecoflap.evaluation import TaskResult
+from ecoflap.evaluations import tasks_of
 from ecoflap.pipeline import quality, run_recipe
-from ecoflap.prepare import check_importance_options, tasks_of
+from ecoflap.prepare import check_importance_options
 from ecoflap.recipe import Recipe
 from ecoflap.run import RunFailed, Stopped
 

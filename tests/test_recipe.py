@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.options import PANELS, with_recipe_options
-from ecoflap.recipe import Recipe
+from ecoflap.recipe import FILE_ONLY, Recipe
 from ecoflap.report.command import reproduce
 
 FULL: dict[str, Any] = {
@@ -42,8 +42,15 @@ FULL: dict[str, Any] = {
     "include": ("qformer",),
     "exclude": ("*.fc2.weight", "lm_head"),
     "towers": ("model.layers",),
-    "task": ("vqa", "perplexity"),
+    "image_folder": "data/the pictures",
+    "classes": ("classes.txt",),
+    "class_prompts": ("a photo of a {}.", "a drawing of a {}."),
+    "task": ("vqa", "perplexity", "lm_eval:arc_easy"),
+    "task_options": {"rule": "exact", "shots": 5, "ratio": 0.5, "fast": True},
     "test": "held out.txt",
+    "test_columns": {"question": "q 2"},
+    "test_prompt": "{question}!",
+    "test_image_folder": "pictures",
     "test_samples": 9,
     "seed": 11,
     "device": "cpu",
@@ -75,7 +82,7 @@ def test_yaml_and_back(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({**recipe.to_dict(), "versions": {"torch": "1"}, "fingerprint": "f"}), "utf-8")
     assert Recipe.load(path) == recipe
     assert Recipe.load(path, {"seed": 12}) == recipe.model_copy(update={"seed": 12})
-    assert set(FULL) | {"pattern", "allocation"} == set(Recipe.model_fields)
+    assert set(FULL) | {"pattern", "allocation", "evaluations"} == set(Recipe.model_fields)
 
 
 def test_the_command_line_and_back() -> None:
@@ -126,7 +133,7 @@ def test_any_recipe_survives_both_ways(values: dict[str, Any]) -> None:
 
 def test_every_field_is_an_option_under_one_heading() -> None:
     listed = [name for names in PANELS.values() for name in names]
-    assert sorted(listed) == sorted(set(Recipe.model_fields) - {"model"})
+    assert sorted(listed) == sorted(set(Recipe.model_fields) - {"model", *FILE_ONLY})
 
 
 def test_resolved() -> None:

@@ -58,7 +58,9 @@ Json = Annotated[bool, _flag("--json", text="Print the result as JSON, and nothi
 Overwrite = Annotated[bool, _flag("--overwrite", text="Replace the file that is there.")]
 MODEL_FIELDS = ("device", "dtype", "trust_remote_code")
 PART_FIELDS = ("include", "exclude", "towers")
-DATA_FIELDS = ("calibration", "columns", "prompt", "objective", "samples", "batch_size", "sequence_length", "seed")
+SOURCE_FIELDS = ("calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts")
+DATA_FIELDS = (*SOURCE_FIELDS, "samples", "batch_size", "sequence_length", "seed")
+TEST_FIELDS = ("task", "task_options", "test", "test_image_folder", "test_columns", "test_prompt", "test_samples")
 SHARE_FIELDS = ("sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity")
 SCORE_FIELDS = ("importance", "importance_options", "importance_samples")
 
@@ -70,6 +72,10 @@ def _file(text: str) -> Any:
 def _progress(quiet: bool) -> Progress:
     messages.quiet = quiet
     return Silent() if quiet else progress_on(standard_error())
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _print_json(data: Any) -> None:
@@ -107,7 +113,8 @@ def prune(
     from ecoflap.pipeline import run_recipe
     from ecoflap.report import summary_table
 
-    run = run_recipe(recipe, output, overwrite=overwrite, resume=resume, progress=progress)
+    say = None if quiet or as_json else _say
+    run = run_recipe(recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say)
     if as_json:
         _print_json({"run": str(run), **json.loads((run / METRICS).read_text("utf-8"))})
     elif not quiet:
@@ -116,7 +123,7 @@ def prune(
 
 
 @app.command(cls=Command, short_help="Towers, blocks and layers: what is prunable, what stays dense and why.")
-@with_recipe_options(*MODEL_FIELDS, *PART_FIELDS, "calibration", "columns", "prompt", "objective", "sequence_length")
+@with_recipe_options(*MODEL_FIELDS, *PART_FIELDS, *SOURCE_FIELDS, "sequence_length")
 def inspect(recipe: Recipe, as_json: Json = False) -> None:
     """Show towers, blocks and layers of MODEL: what is prunable, and what stays dense and why.
 
@@ -197,8 +204,11 @@ def allocate(
         typer.echo(f"allocation  {target}")
 
 
-@app.command(cls=Command, short_help="VQA accuracy, perplexity.")
-@with_recipe_options(*MODEL_FIELDS, "task", "test", "test_samples", "batch_size", "sequence_length", "seed")
+@app.command(cls=Command, short_help="VQA accuracy, CIDEr, recall, perplexity, ..., suites of lm-eval.")
+@with_recipe_options(
+    *MODEL_FIELDS, *TEST_FIELDS, "classes", "class_prompts", "batch_size", "sequence_length", "seed",
+    aliases={"test_samples": "--limit"},
+)  # fmt: skip
 def evaluate(
     recipe: Recipe,
     output: Annotated[Path | None, _file("Also write the results to this file.")] = None,
@@ -206,12 +216,15 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL on a task: vqa, perplexity.
+    """Measure MODEL on tasks, or on all evaluations of a recipe.
 
     Examples:
         ecoflap evaluate
-        ecoflap evaluate runs/first/model --test-samples 200 --json
+        ecoflap evaluate runs/first/model --limit 200 --json
         ecoflap evaluate path/to/llama --task perplexity --test held-out.txt --sequence-length 2048
+        ecoflap evaluate path/to/llama --task multiple-choice --test mmlu.jsonl --task-option shots=5
+        ecoflap evaluate path/to/llama --task lm_eval:hellaswag --batch-size 16
+        ecoflap evaluate runs/blip2/model --recipe recipes/blip2/blip2-flan-t5-xl.yaml --output metrics.json
     """
     from ecoflap.commands import evaluate_model, refuse_existing
 

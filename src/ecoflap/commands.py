@@ -80,12 +80,13 @@ def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: 
 
 
 def evaluate_model(recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Results of the recipe's tasks on its model, as in ``metrics.json``."""
+    """Results of the recipe's evaluations on its model, as in ``metrics.json``, by their names."""
+    from ecoflap.evaluations import check_evaluations, evaluate
     from ecoflap.pipeline import quality
-    from ecoflap.prepare import evaluate, load_checkpoint, tasks_of
+    from ecoflap.prepare import load_checkpoint
 
-    tasks = tasks_of(recipe)
-    if not tasks:
+    entries = check_evaluations(recipe)
+    if not entries:
         raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
     checkpoint = load_checkpoint(recipe)
-    return {task: quality(evaluate(checkpoint, task, recipe, progress)) for task in tasks}
+    return {entry.name: quality(evaluate(checkpoint, entry, recipe, progress)) for entry in entries}

@@ -6,14 +6,14 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ecoflap.errors import InvalidOption
-from ecoflap.recipe import OPTIONS, Recipe
+from ecoflap.recipe import OPTIONS, Recipe, flag_of
 
 # Which heading of --help an option stands under.
 PANELS: dict[str, tuple[str, ...]] = {
@@ -25,9 +25,12 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Importance (stage 1)": ("importance", "importance_options", "importance_samples"),
     "Pruning (stage 2)": ("criterion", "pattern", "compare", "offload_activations"),
     "Calibration": (
-        "calibration", "columns", "prompt", "objective", "samples", "batch_size", "sequence_length", "seed",
+        "calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts", "samples",
+        "batch_size", "sequence_length", "seed",
     ),
-    "Evaluation": ("task", "test", "test_samples"),
+    "Evaluation": (
+        "task", "task_options", "test", "test_image_folder", "test_columns", "test_prompt", "test_samples",
+    ),
 }  # fmt: skip
 OUTPUT = "Run and output"
 _METAVARS = {
@@ -36,12 +39,19 @@ _METAVARS = {
     "importance_options": "NAME=VALUE",
     "tower_sparsity": "TOWER=X",
     "columns": "ROLE=COLUMN",
+    "test_columns": "ROLE=COLUMN",
+    "task_options": "NAME=VALUE",
+    "image_folder": "DIR",
+    "test_image_folder": "DIR",
+    "classes": "FILE",
+    "class_prompts": "TEMPLATE|FILE",
     "allocation": "FILE",
     "criterion": "NAME",
     "pattern": "unstructured|N:M",
     "calibration": "SOURCE",
     "test": "SOURCE",
     "prompt": "TEMPLATE",
+    "test_prompt": "TEMPLATE",
     "objective": "NAME",
     "task": "NAME",
     "device": "NAME",
@@ -57,11 +67,11 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-def _option(name: str) -> inspect.Parameter:
+def _option(name: str, alias: str | None = None) -> inspect.Parameter:
     field = Recipe.model_fields[name]
     annotation = _without_none(field.annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     help_text = field.description or ""
     default = field.get_default(call_default_factory=True)
     # Numbers come as text, too: the recipe reads them, so that a fault has one wording wherever it is found.
@@ -78,7 +88,8 @@ def _option(name: str) -> inspect.Parameter:
         help_text = f"{help_text} Default: {default}."
     panel = next(title for title, names in PANELS.items() if name in names)
     # None means "not given", so that a recipe file's value stands; the default is therefore said in the help.
-    option = typer.Option(flag, help=help_text, metavar=metavar, show_default=False, rich_help_panel=panel)
+    flags = (flag,) if alias is None else (flag, alias)
+    option = typer.Option(*flags, help=help_text, metavar=metavar, show_default=False, rich_help_panel=panel)
     return _parameter(name, Annotated[kind, option])
 
 
@@ -86,7 +97,9 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def with_recipe_options(*names: str, model: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_recipe_options(
+    *names: str, model: bool = True, aliases: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options ``names`` (fields of the recipe; all but ``model`` if none is named).
 
     The command takes a :class:`Recipe` as its first argument, built from the options given, over those of the file
@@ -94,20 +107,21 @@ def with_recipe_options(*names: str, model: bool = True) -> Callable[[Callable[.
 
     Args:
         model: the command also has the argument MODEL and the option ``--recipe``.
+        aliases: field to a second name of its option.
     """
     chosen = [name for panel in PANELS.values() for name in panel if name in names or not names]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         parameters = [_parameter(name, annotation) for name, annotation in _MODEL] if model else []
-        parameters += [_option(name) for name in chosen]
+        parameters += [_option(name, (aliases or {}).get(name)) for name in chosen]
         parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 
         def wrapper(**values: Any) -> None:
-            recipe_file = values.pop("recipe", None)
+            recipe_files = values.pop("recipe", None)
             given = {name: values.pop(name) for name in ("model", *chosen) if name in values}
             changes = {name: _plain(name, value) for name, value in given.items() if value is not None and value != []}
-            recipe = Recipe.load(recipe_file, changes) if recipe_file else Recipe.parse(changes, OPTIONS)
+            recipe = Recipe.load(recipe_files, changes) if recipe_files else Recipe.parse(changes, OPTIONS)
             if ":" in (recipe.objective or "") and "" not in sys.path:
                 sys.path.append("")  # a user's own function lies in the folder where the command was given
             command(recipe, **values)
@@ -131,9 +145,12 @@ _MODEL = (
     (
         "recipe",
         Annotated[
-            Path | None,
+            list[Path] | None,
             typer.Option(
-                "--recipe", metavar="FILE", help="YAML with any of these options; options win.", rich_help_panel=OUTPUT
+                "--recipe",
+                metavar="FILE",
+                help="YAML with any of these options; options win. May be repeated: later files win.",
+                rich_help_panel=OUTPUT,
             ),
         ],
     ),
@@ -145,17 +162,16 @@ def _plain(name: str, value: Any) -> Any:
     annotation = _without_none(Recipe.model_fields[name].annotation)
     if typing.get_origin(annotation) is not dict:
         return value
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     text = typing.get_args(annotation)[1] is str
-    pairs = (_pair(flag, item) for item in value)
+    pairs = (_pair(flag, _METAVARS[name], item) for item in value)
     return {key: value if text else _number(value) for key, value in pairs}
 
 
-def _pair(flag: str, text: str) -> tuple[str, str]:
+def _pair(flag: str, wanted: str, text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals):
-        example = _METAVARS[flag[2:].replace("-", "_")]
-        raise InvalidOption(f"{flag} {text!r}: write {example}")
+        raise InvalidOption(f"{flag} {text!r}: write {wanted}")
     return key, value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ from ecoflap import run as files
 from ecoflap.allocation import Allocation
 from ecoflap.api import check_allocation, prune_to, read_allocation
 from ecoflap.evaluation import TaskResult
+from ecoflap.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.importance.scores import Importance
 from ecoflap.journal import BlockFiles, EstimateFile
 from ecoflap.network.checkpoint import fingerprint, save
-from ecoflap.prepare import Prepared, evaluate, measure, prepare, shared_out, tasks_of
+from ecoflap.prepare import Prepared, measure, prepare, shared_out
 from ecoflap.progress import Progress, Silent, Task
 from ecoflap.recipe import Recipe
 from ecoflap.report import write_report
@@ -60,10 +61,14 @@ def run_recipe(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Do all that ``recipe`` asks for, leaving every stage's file in ``output``.
 
     Interrupted at any moment, it goes on with ``resume=True`` and ends with the same files to the bit (times aside).
+
+    Args:
+        say: is told, a line each, what was chosen where the recipe left it open: columns of the data, objective.
 
     Returns:
         The run directory.
@@ -80,6 +85,9 @@ def run_recipe(
             run.finish()
             return run.path
         plan = prepare(recipe)
+        for line in plan.choices():
+            if say is not None:
+                say(line)
         run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
         with logging_to(run.path / files.LOG), explained(run):
             usages = [Usage(**row) for row in run.read(STAGES)] if run.has(STAGES) else []
@@ -90,10 +98,10 @@ def run_recipe(
 def _stages(job: _Job) -> None:
     run, plan = job.run, job.plan
     _log_start(job)
-    tasks = tasks_of(job.recipe)
-    dense = _evaluated(job, tasks, "dense")
+    entries = evaluations_of(job.recipe)
+    dense = _evaluated(job, entries, "dense")
     allocation, unreached = _prune(job, _allocation(job))
-    pruned = _evaluated(job, tasks, "pruned")
+    pruned = _evaluated(job, entries, "pruned")
     run.discard(files.REPORT)  # of an older state; a run with metrics and a page is complete
     run.write(files.METRICS, {
         "format": 1,
@@ -103,7 +111,7 @@ def _stages(job: _Job) -> None:
         "dense_weights": [{"name": u.name, "reason": u.reason, "weights": u.numel} for u in plan.anatomy.unprunable],
         "unreached": list(unreached),
         "stages": [usage.to_json() for usage in job.usages],
-        "calibration": calibration_record(plan.samples),
+        "calibration": calibration_record(plan.samples, plan.objective_name),
         "environment": environment(plan.checkpoint),
     })  # fmt: skip
     write_report(run.path)
@@ -116,12 +124,12 @@ def _log_start(job: _Job) -> None:
     _log.info("run %s in %s", "goes on" if job.run.resumed else "begins", job.run.path.absolute())
     _log.info("recipe: %s", recipe.model_dump(mode="json", exclude_defaults=True))
     _log.info("environment: %s", environment(job.plan.checkpoint))
+    for line in job.plan.choices():
+        _log.info("%s", line)
     for line in job.plan.checkpoint.warnings:
         _log.info("the checkpoint: %s", line)
     for tower in anatomy.towers:
         _log.info("tower %s (%s): %d blocks, %d weights", tower.name, tower.modality, len(tower.blocks), tower.numel)
-    if job.plan.samples is not None:
-        _log.info("calibration: %s, %d batches", job.plan.samples.source, len(job.plan.batches))
 
 
 def _allocation(job: _Job) -> Allocation:
@@ -179,15 +187,15 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
     return allocation, unreached
 
 
-def _evaluated(job: _Job, tasks: Sequence[str], when: str) -> dict[str, Any]:
-    """Results of all tasks, from the journal where an interrupted run has them."""
+def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> dict[str, Any]:
+    """Results of all evaluations by their names, from the journal where an interrupted run has them."""
     name = f"{files.JOURNAL}/{when}.json"
-    if not tasks:
+    if not entries:
         return {}
     if not job.run.has(name):
         progress = _Labelled(job.progress, when)
         with job.stage(f"evaluation, {when}"):
-            results = {task: quality(evaluate(job.plan.checkpoint, task, job.recipe, progress)) for task in tasks}
+            results = {e.name: quality(evaluate(job.plan.checkpoint, e, job.recipe, progress)) for e in entries}
         for task, result in results.items():
             _log.info("%s, %s: %s %s", task, when, result["metric"], result["value"])
         job.run.write(name, results)

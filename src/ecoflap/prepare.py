@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +13,17 @@ from ecoflap.allocation import Allocation
 from ecoflap.api import allocate, check_allocation, check_same_layers, flat, read_allocation
 from ecoflap.calibration.batches import make_batches
 from ecoflap.calibration.models import Batch
-from ecoflap.calibration.objectives import Objective, check_image_matters, check_loss, on_device, resolve
+from ecoflap.calibration.objectives import (
+    Objective,
+    check_image_matters,
+    check_loss,
+    objective_name,
+    on_device,
+    resolve,
+)
 from ecoflap.calibration.sources import SampleSet, load_samples
 from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
-from ecoflap.evaluation import TASKS, TaskResult
+from ecoflap.evaluations import check_evaluations, rehearse
 from ecoflap.importance.measure import EstimateJournal, first_samples, make_measure, measure_importance
 from ecoflap.importance.names import IMPORTANCES
 from ecoflap.importance.scores import Importance
@@ -25,13 +31,12 @@ from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.checkpoint import Checkpoint, load
 from ecoflap.network.parts import Anatomy
-from ecoflap.progress import Progress, Silent
+from ecoflap.progress import Progress
 from ecoflap.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
-TEXT_SUFFIXES = (".txt", ".text", ".md")
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -52,6 +57,7 @@ class Prepared:
     samples: SampleSet | None
     batches: Sequence[Batch]
     objective: Objective
+    objective_name: str
     importance: Importance | None = None
     allocation: Allocation | None = None
 
@@ -65,6 +71,19 @@ class Prepared:
         device = next(self.checkpoint.model.parameters()).device.type
         return {"calibration data": digest.hexdigest(), "device": device}
 
+    def choices(self) -> Iterator[str]:
+        """Lines that say what was chosen where the recipe left it open: columns of the data, and the objective."""
+        if self.samples is None:
+            return
+        found = self.samples.columns
+        line = f"calibration: {self.samples.source}, {len(self.batches)} batches"
+        if found:
+            line += "; " + ", ".join(f"{role} = {column}" for role, column in found.items())
+            line += "" if self.recipe.columns else " (guessed; --columns sets them)"
+        yield line
+        chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
+        yield f"objective: {self.objective_name}{chosen}"
+
 
 def load_checkpoint(recipe: Recipe) -> Checkpoint:
     """The recipe's model with its processor."""
@@ -74,15 +93,6 @@ def load_checkpoint(recipe: Recipe) -> Checkpoint:
 def is_measured(recipe: Recipe) -> bool:
     """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
     return recipe.allocation is None and recipe.importance in IMPORTANCES and recipe.importance != "uniform"
-
-
-def tasks_of(recipe: Recipe) -> tuple[str, ...]:
-    """What is evaluated: the recipe's tasks, else VQA on the embedded model, else what the test data fits."""
-    if recipe.task is not None:
-        return recipe.task
-    if recipe.test is not None:
-        return ("perplexity",) if Path(recipe.test).suffix in TEXT_SUFFIXES else ("vqa",)
-    return ("vqa",) if recipe.model is None else ()
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -96,11 +106,13 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     if is_measured(recipe):
         check_importance_options(recipe)
+    check_evaluations(recipe)
     given = None if recipe.allocation is None else read_allocation(recipe.allocation)
     scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
     checkpoint = load_checkpoint(recipe)
     samples, batches = _calibrate(recipe, checkpoint)
-    objective = resolve(recipe.objective, checkpoint.model)
+    name = objective_name(recipe.objective, checkpoint.model)
+    objective = resolve(name, checkpoint.model)
     anatomy = find_layers(recipe, checkpoint.model, batches, objective)
     if is_measured(recipe):
         first_samples(batches, recipe.importance_samples)
@@ -108,9 +120,8 @@ def prepare(recipe: Recipe) -> Prepared:
         check_same_layers(anatomy, scores)
     rehearsed = Importance.uniform(anatomy.layers) if recipe.importance == "uniform" else flat(anatomy)
     check_allocation(anatomy, given or shared_out(recipe, scores or rehearsed), recipe.pattern)
-    for task in tasks_of(recipe):
-        evaluate(checkpoint, task, recipe.model_copy(update={"test_samples": 1}), Silent())
-    return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, scores, given)
+    rehearse(checkpoint, recipe)
+    return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given)
 
 
 def check_importance_options(recipe: Recipe) -> None:
@@ -220,18 +231,3 @@ def measure(
         journal=journal,
         **dict[str, Any](recipe.importance_options),
     )
-
-
-def evaluate(checkpoint: Checkpoint, task: str, recipe: Recipe, progress: Progress) -> TaskResult:
-    """One task with the recipe's test data and settings."""
-    with torch.no_grad():
-        return TASKS.get(task)(
-            checkpoint.model,
-            checkpoint.processor,
-            data=recipe.test,
-            samples=recipe.test_samples,
-            batch_size=recipe.batch_size,
-            sequence_length=recipe.sequence_length,
-            seed=recipe.seed,
-            progress=progress,
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ecoflap.classes import is_file_entry
 from ecoflap.errors import EcoflapError, InvalidOption
+from ecoflap.evaluations import Evaluation
+from ecoflap.registry import unknown
 
+FILE_ONLY = ("evaluations",)  # fields that only a recipe file can say
+_FLAGS = {"task_options": "--task-option"}  # where it is not the field's name
 OPTIONS = "options"  # the source of a recipe that was given on the command line: messages name the flags
+
+
+def flag_of(field: str) -> str:
+    """The command line's name of a recipe's field."""
+    return _FLAGS.get(field, "--" + field.replace("_", "-"))
 
 
 class Recipe(BaseModel):
@@ -44,7 +55,18 @@ class Recipe(BaseModel):
     calibration: str | None = Field(None, description="Calibration data: file, folder or dataset id.")
     columns: dict[str, str] = Field(default_factory=dict, description="Columns of the data: image, question, answer...")
     prompt: str | None = Field(None, description="Template of the prompt, with {question}.")
-    objective: str | None = Field(None, description="The loss: lm, seq2seq, contrastive, ..., or module:function.")
+    objective: str | None = Field(
+        None,
+        description="The loss: lm, seq2seq, contrastive, classification, zero-shot, itm-itc, model, or your own "
+        "module:function; default: by the model's class.",
+    )
+    image_folder: str | None = Field(None, description="Where the pictures of an annotation file lie.")
+    classes: tuple[str, ...] | None = Field(
+        None, description="Class names of zero-shot classification: a text file with one a line, or the names."
+    )
+    class_prompts: tuple[str, ...] | None = Field(
+        None, description="Templates with {} for the class name, or a text file of them. Default: a photo of a {}."
+    )
     samples: int = Field(128, ge=1, description="Calibration samples of stage 2.")
     importance_samples: int = Field(32, ge=1, description="Calibration samples of stage 1: the first of the samples.")
     batch_size: int = Field(8, ge=1, description="Samples a forward.")
@@ -52,16 +74,29 @@ class Recipe(BaseModel):
     include: tuple[str, ...] = Field((), description="Layers or towers to prune that are dense by default.")
     exclude: tuple[str, ...] = Field((), description="Layers or towers to leave dense.")
     towers: tuple[str, ...] | None = Field(None, description="Paths of the module lists that are towers.")
-    task: tuple[str, ...] | None = Field(None, description="Tasks to evaluate before and after: vqa, perplexity.")
+    task: tuple[str, ...] | None = Field(
+        None,
+        description="Tasks to evaluate before and after: vqa, captioning, retrieval, zero-shot, image-classification, "
+        "knn, nlvr2, perplexity, multiple-choice, or lm_eval:NAME for a suite of lm-eval.",
+    )
+    task_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict, description="Options of the tasks: rule=exact, shots=5."
+    )
     test: str | None = Field(None, description="Test data of the task; left out: the bundled one.")
+    test_columns: dict[str, str] = Field(default_factory=dict, description="Columns of the test data.")
+    test_prompt: str | None = Field(None, description="Template of the test's prompt, with {question}.")
+    test_image_folder: str | None = Field(None, description="Where the pictures of the test data lie.")
     test_samples: int | None = Field(None, ge=1, description="Evaluate on so many samples only.")
+    evaluations: tuple[Evaluation, ...] | None = Field(
+        None, description="Several tests, in a recipe file alone: name, task, test, columns, ... of each."
+    )
     seed: int = Field(0, ge=0, description="Of sample choice and noise.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
     offload_activations: bool = Field(False, description="Keep block inputs in the computer's memory, not the GPU's.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
 
-    @field_validator("include", "exclude", "towers", "task", mode="before")
+    @field_validator("include", "exclude", "towers", "task", "classes", "class_prompts", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -84,13 +119,6 @@ class Recipe(BaseModel):
             raise InvalidOption(f"importance '{name}' is no JSON file: give the importance.json of a run")
         return IMPORTANCES.check(name)
 
-    @field_validator("task")
-    @classmethod
-    def _known_tasks(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        from ecoflap.evaluation import TASKS
-
-        return names if names is None else tuple(TASKS.check(name) for name in names)
-
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, pattern: str) -> str:
@@ -98,6 +126,27 @@ class Recipe(BaseModel):
 
         parse_pattern(pattern)
         return pattern
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> Recipe:
+        if self.evaluations is None:
+            if self.task is not None:
+                from ecoflap.evaluation import TASKS
+
+                for name in self.task:
+                    TASKS.check(name)
+            return self
+        names = [entry.name for entry in self.evaluations]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InvalidOption(f"evaluations: '{twice}' is there twice: give each a name of its own")
+        for field in ("test", "test_columns", "test_prompt", "test_image_folder"):
+            if getattr(self, field):
+                raise InvalidOption(f"{field} and evaluations are both given: say it in the entries of evaluations")
+        for name in self.task or ():
+            if name not in names:
+                raise unknown("evaluation of this recipe", name, names)
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -196,29 +245,62 @@ class Recipe(BaseModel):
             raise type(error)(f"{source}: {error}") from error
 
     @classmethod
-    def load(cls, path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
+    def load(cls, path: str | Path | Sequence[str | Path], changes: dict[str, Any] | None = None) -> Recipe:
         """Read YAML, with ``changes`` over it. A run's ``recipe.yaml`` is accepted as it is.
+
+        Args:
+            path: a file, or several: a field of a later one replaces the same field of those before.
+            changes: fields given otherwise, on the command line; they win.
+
+        Files of class names and class prompts are looked for in the current folder, then beside the recipe.
 
         Raises:
             InvalidOption: unreadable, no mapping, an unknown field, or a value out of range.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InvalidOption(f"can't read the recipe {path}: {' '.join(str(error).split())}") from error
-        if not isinstance(data, dict):
-            raise InvalidOption(f"recipe {path}: lines of 'field: value' are expected, such as 'sparsity: 0.5'")
-        for added in ("versions", "fingerprint"):  # what a run writes beside the recipe
-            data.pop(added, None)
-        cls.parse(data, f"recipe {path}")  # so that a fault is looked for where it is
-        return cls.parse({**data, **(changes or {})}, OPTIONS if changes else f"recipe {path}")
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        data: dict[str, Any] = {}
+        for file in paths:
+            found = _read(Path(file))
+            data |= found
+            # A fault is looked for where it is; a file that only adds to others may not stand alone.
+            cls.parse(data if len(paths) > 1 else found, f"recipe {file}")
+        if not changes:
+            return cls.parse(data, " + ".join(f"recipe {file}" for file in paths))
+        return cls.parse({**data, **changes}, OPTIONS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidOption(f"can't read the recipe {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InvalidOption(f"recipe {path}: lines of 'field: value' are expected, such as 'sparsity: 0.5'")
+    for added in ("versions", "fingerprint"):  # what a run writes beside the recipe
+        data.pop(added, None)
+    entries = data.get("evaluations")
+    for holder in (data, *(entries if isinstance(entries, list) else ())):
+        if isinstance(holder, dict):
+            _look_beside(holder, path.parent)
+    return data
+
+
+def _look_beside(holder: dict[str, Any], folder: Path) -> None:
+    """Files that come with a recipe are given relative to it."""
+    for field in ("classes", "class_prompts"):
+        value = holder.get(field)
+        entries = [value] if isinstance(value, str) else value
+        if not (isinstance(entries, list) and is_file_entry(entries, prompts=field == "class_prompts")):
+            continue
+        if not Path(entries[0]).exists() and (folder / entries[0]).is_file():
+            holder[field] = str(folder / entries[0])
 
 
 def _complaint(error: ValidationError, source: str) -> str:
     """The first thing that is wrong, as one line: which field, its value, what it should be."""
     first = error.errors()[0]
     field, *inner = (str(part) for part in first["loc"])
-    name = "--" + field.replace("_", "-") if source == OPTIONS else f"{source}: {field}"
+    name = flag_of(field) if source == OPTIONS else f"{source}: {field}"
     where = " ".join((name, *inner))
     if first["type"] in ("float_parsing", "int_parsing", "float_type", "int_type", "int_from_float"):
         wanted = "a whole number" if first["type"].startswith("int") else "a number"

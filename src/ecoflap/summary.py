@@ -48,11 +48,13 @@ def environment(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def calibration_record(sample_set: SampleSet | None) -> dict[str, Any] | None:
+def calibration_record(sample_set: SampleSet | None, objective: str) -> dict[str, Any] | None:
+    """Which samples were drawn from where, and the name of the loss that was taken on them."""
     if sample_set is None:
         return None
     return {
         "source": sample_set.source,
+        "objective": objective,
         "columns": sample_set.columns,
         "skipped": sample_set.skipped,
         "indices": list(sample_set.indices),

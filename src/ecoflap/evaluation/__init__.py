@@ -1,4 +1,4 @@
-"""Quality of a model on a task: accuracy, perplexity."""
+"""Quality of a model on a task: accuracy, captions, retrieval, classification, perplexity."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ecoflap.evaluation.results import TaskResult
+from ecoflap.evaluation.results import Measured, TaskResult
 from ecoflap.progress import Progress
-from ecoflap.registry import Registry
+from ecoflap.registry import Registry, unknown
+
+SUITES = "lm_eval:"  # what the name of a suite of the lm-eval package begins with
 
 
 class Task(Protocol):
-    """One task: a function from model, processor and data to a result with its standard error."""
+    """One task: a function from model, processor and data to a result with its standard error.
+
+    Beside these, a task may take ``columns``, ``prompt_template`` and options of its own, all by keyword and with
+    defaults.
+    """
 
     def __call__(
         self,
@@ -29,12 +35,37 @@ class Task(Protocol):
     ) -> TaskResult: ...
 
 
-TASKS: Registry[Task] = Registry(
+class _Tasks(Registry[Task]):
+    """Our own tasks, and any suite of lm-eval as ``lm_eval:NAME``."""
+
+    def check(self, name: str) -> str:
+        if name.startswith(SUITES) and name != SUITES:
+            return name
+        if name not in self:
+            raise unknown(self.kind, name, [*self.names(), SUITES + "NAME"])
+        return name
+
+    def get(self, name: str) -> Task:
+        if not name.startswith(SUITES):
+            return super().get(name)
+        from ecoflap.evaluation.lm_eval import suite
+
+        return suite(self.check(name).removeprefix(SUITES))
+
+
+TASKS = _Tasks(
     "task",
     {
         "vqa": "ecoflap.evaluation.vqa:run",
+        "captioning": "ecoflap.evaluation.captioning:run",
+        "retrieval": "ecoflap.evaluation.retrieval:run",
+        "zero-shot": "ecoflap.evaluation.zero_shot:run",
+        "image-classification": "ecoflap.evaluation.image_classification:run",
+        "knn": "ecoflap.evaluation.knn:run",
+        "nlvr2": "ecoflap.evaluation.nlvr2:run",
         "perplexity": "ecoflap.evaluation.perplexity:run",
+        "multiple-choice": "ecoflap.evaluation.multiple_choice:run",
     },
 )
 
-__all__ = ["TASKS", "Task", "TaskResult"]
+__all__ = ["TASKS", "Measured", "Task", "TaskResult"]

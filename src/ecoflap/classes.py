@@ -1,0 +1,62 @@
+"""Class names and their prompt templates: as they stand, or from a text file with one a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ecoflap.errors import InvalidOption
+
+
+def class_names(entries: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of the classes, in the order of their numbers; None where the data set's own are to be used.
+
+    Args:
+        entries: at least two names, or one path of a text file with a name a line (blank lines don't count).
+            A name may come twice, as in the list published for ImageNet: classes are told apart by their number.
+
+    Raises:
+        InvalidOption: the file can't be read or holds less than two names.
+    """
+    if not entries:
+        return None
+    names = _lines(entries[0], "classes") if len(entries) == 1 else tuple(entries)
+    source = f"classes {entries[0]}" if len(entries) == 1 else "classes"
+    if len(names) < 2:
+        raise InvalidOption(f"{source}: at least two class names are needed, one a line")
+    return names
+
+
+def class_templates(entries: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Prompt templates, each with ``{}`` where the class name goes; None for the default of the task.
+
+    Args:
+        entries: templates, or one path of a text file with a template a line.
+
+    Raises:
+        InvalidOption: the file can't be read or is empty, or a template has not exactly one ``{}``.
+    """
+    if not entries:
+        return None
+    from_file = len(entries) == 1 and "{}" not in entries[0]
+    templates = _lines(entries[0], "class_prompts") if from_file else tuple(entries)
+    if not templates:
+        raise InvalidOption(f"class_prompts {entries[0]}: the file is empty; a template a line is expected")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise InvalidOption(f"class prompt {template!r}: one {{}} is needed where the class name goes")
+    return templates
+
+
+def is_file_entry(entries: Sequence[str] | None, *, prompts: bool) -> bool:
+    """Whether ``entries`` (of ``classes``, or with ``prompts`` of ``class_prompts``) name a file."""
+    return bool(entries) and len(entries or ()) == 1 and not (prompts and "{}" in (entries or ("",))[0])
+
+
+def _lines(path: str, what: str) -> tuple[str, ...]:
+    try:
+        text = Path(path).expanduser().read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InvalidOption(f"{what}: can't read the file '{path}' ({reason}): give a text file, one a line") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
