@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ecoflap import measure_importance
 from ecoflap.calibration.objectives import default_objective
-from ecoflap.errors import UnknownName
+from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.importance.scores import Importance
 from ecoflap.network.cache import cache_disabled
 
@@ -46,6 +46,34 @@ def test_each_variant_is_its_formula(name: str, variant: str) -> None:
         assert score.n == len(batches)
 
 
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_recomputing_changes_no_bit(name: str) -> None:
+    family = FAMILIES[name]
+    model, batches = family.build(), family.batches(4, 2, padding=True)
+    kept = measure_importance(model, batches, "first-order", variant="norm", recompute=False)
+    again = measure_importance(model, batches, "first-order", variant="norm", recompute=True)
+    assert again.scores == kept.scores
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_recomputing_keeps_only_the_inputs_of_blocks() -> None:
+    """Bytes that autograd saves: grow by one input a block, not by a block's activations."""
+    family = FAMILIES["llama"]
+    saved: dict[bool, int] = {}
+    for recompute in (False, True):
+        count = 0
+
+        def note(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            measure_importance(family.build(), family.batches(2, 2), "first-order", recompute=recompute)
+        saved[recompute] = count
+    assert saved[True] < 0.5 * saved[False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flags_and_gradients_of_the_user_survive(dtype: torch.dtype) -> None:
     family = FAMILIES["llama"]
@@ -67,6 +95,31 @@ def test_a_layer_without_gradient_scores_zero() -> None:
     scores = measure_importance(family.build(), family.batches(2, 2), "first-order").scores
     zero = {name for name, score in scores.items() if score.score == 0}
     assert zero == {name for name in scores if name.startswith("model.vision_tower.encoder.layers.2.")}
+
+
+def test_gradient_norm_is_the_variant_norm() -> None:
+    family = FAMILIES["blip2_t5"]
+    model, batches = family.build(), family.batches(4, 2)
+    norm = measure_importance(model, batches, "gradient-norm")
+    assert norm.scores == measure_importance(model, batches, "first-order", variant="norm").scores
+    assert norm.settings["recompute"] is True
+
+
+class _Rounded(torch.autograd.Function):
+    """Stands for an operator of a quantised model: it has a forward alone."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.round()
+
+
+@pytest.mark.parametrize("rounded", [_Rounded.apply, lambda loss: loss.detach()])
+def test_a_model_without_gradients_is_told_of_the_zeroth_order(rounded: Callable[[Tensor], Tensor]) -> None:
+    family = FAMILIES["llama"]
+    with pytest.raises(InvalidOption, match="zeroth-order"):
+        measure_importance(
+            family.build(), family.batches(2, 2), "gradient-norm", loss=lambda m, b: rounded(m(**b).loss)
+        )
 
 
 def test_unknown_variant() -> None:

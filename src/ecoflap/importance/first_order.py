@@ -1,4 +1,4 @@
-"""First-order importance: one backward pass a batch, each weight's gradient reduced to one number and freed at once."""
+"""Gradient importance: one backward pass a batch, each weight's gradient reduced to one number and freed at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ecoflap.errors import InvalidOption
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.network.perturb import gradients_set_aside
+from ecoflap.network.recompute import recomputing
 from ecoflap.registry import unknown
 
 
@@ -55,14 +57,17 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class FirstOrder:
     """Elementwise gradient scores, summed per matrix (Sung et al. 2024, section 3.2 and its comparison of measures).
 
-    Gradients are taken of each batch's mean loss. No gradient outlives its hook, so that the memory above a forward is
-    the graph and one matrix.
+    Gradients are taken of each batch's mean loss. No gradient outlives its hook, and only one block's graph exists at a
+    time, so that the memory above a forward's is the inputs of the blocks, one block's activations and one matrix.
 
     Attributes:
         variant: one of :data:`VARIANTS`.
+        recompute: compute each block again in the backward pass instead of keeping its activations: one more forward a
+            batch, same scores.
     """
 
     variant: str = "weight-gradient"
+    recompute: bool = True
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -72,7 +77,11 @@ class FirstOrder:
         return len(context.layers) * len(context.batches)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
-        """One value a (layer, batch); 0 for a layer that the loss does not depend on."""
+        """One value a (layer, batch); 0 for a layer that the loss does not depend on.
+
+        Raises:
+            InvalidOption: the model can't be differentiated.
+        """
         reduce = VARIANTS[self.variant]
         weights = {layer.name: context.model.get_parameter(layer.name) for layer in context.layers}
         for index in range(len(context.batches)):
@@ -88,12 +97,29 @@ class FirstOrder:
 
                 return hook
 
-            with torch.enable_grad(), gradients_set_aside(context.model), ExitStack() as hooks:
+            blocks = context.blocks if self.recompute else ()
+            with (
+                torch.enable_grad(),
+                gradients_set_aside(context.model),
+                recomputing(context.model, blocks),
+                ExitStack() as hooks,
+            ):
                 context.model.requires_grad_(False)
                 for name, weight in weights.items():
                     weight.requires_grad_(True)
                     hooks.callback(weight.register_post_accumulate_grad_hook(keep(name)).remove)  # type: ignore[no-untyped-call]
-                context.loss_tensor(index).backward()  # type: ignore[no-untyped-call]
+                _backward(context, index)
             for name, value in values.items():
                 if (name, index, 0) not in context.done:
                     yield Estimate(name, index, 0, value)
+
+
+def _backward(context: ProbeContext, index: int) -> None:
+    advice = "gradients can't be taken; --importance zeroth-order needs none"
+    loss = context.loss_tensor(index)
+    if not loss.requires_grad:
+        raise InvalidOption(f"the loss of {type(context.model).__name__} has no graph: {advice}")
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except NotImplementedError as error:
+        raise InvalidOption(f"{type(context.model).__name__}: {str(error).splitlines()[0]}: {advice}") from error

@@ -14,6 +14,7 @@ IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
     "importance",
     {
         "zeroth-order": "ecoflap.importance.zeroth_order:ZerothOrder",
+        "gradient-norm": "ecoflap.importance.gradient_norm:GradientNorm",
         "first-order": "ecoflap.importance.first_order:FirstOrder",
         "uniform": "ecoflap.importance.uniform:Uniform",
     },

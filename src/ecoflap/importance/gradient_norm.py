@@ -1,0 +1,31 @@
+"""The norm of each matrix's loss gradient, exactly: what the zeroth order estimates, by one backward pass a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ecoflap.importance.first_order import FirstOrder
+from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.scores import Estimate
+
+
+@dataclass(frozen=True)
+class GradientNorm:
+    """√(2/π)·‖∇L‖₂ of each matrix, the mean of the zeroth-order estimate (Sung et al. 2024, section 3.2) without noise.
+
+    Attributes:
+        recompute: as in :class:`~ecoflap.importance.first_order.FirstOrder`.
+    """
+
+    recompute: bool = True
+
+    def steps(self, context: ProbeContext) -> int:
+        return self._first_order().steps(context)
+
+    def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
+        """One value a (layer, batch); 0 for a layer that the loss does not depend on."""
+        return self._first_order().estimates(context)
+
+    def _first_order(self) -> FirstOrder:
+        return FirstOrder(variant="norm", recompute=self.recompute)
