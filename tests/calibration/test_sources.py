@@ -115,7 +115,7 @@ def test_seed_draws_a_permutation_and_all_is_in_order(tmp_path: Path) -> None:
             {"image": "Image_Path", "question": "Question", "text": "Answer"},
         ),
         ({"instruction": "i", "response": "r"}, {"prompt": "instruction", "text": "response"}),
-        ({"image": "x", "label": 3}, {"image": "image", "text": "label"}),
+        ({"image": "x", "label": 3}, {"image": "image", "label": "label"}),
         ({"text": "context", "question": "q", "answer": "a"}, {"question": "question", "text": "answer"}),
         (
             {"question": "q", "answers": ["a"], "question_type": "t"},
@@ -288,15 +288,15 @@ def test_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_parquet_reads_wanted_row_groups_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.table({"question": [f"q{i}" for i in range(1000)], "answer": ["a"] * 1000, "heavy": ["x" * 100] * 1000})
     pq.write_table(table, tmp_path / "big.parquet", row_group_size=10)
-    read: list[tuple[int, list[str]]] = []
-    original = pq.ParquetFile.read_row_group
+    read: list[tuple[list[int], list[str]]] = []
+    original = pq.ParquetFile.iter_batches
 
-    def spy(self: Any, group: int, columns: list[str]) -> Any:
-        read.append((group, columns))
-        return original(self, group, columns=columns)
+    def spy(self: Any, batch_size: int, row_groups: list[int], columns: list[str]) -> Any:
+        read.append((row_groups, columns))
+        return original(self, batch_size=batch_size, row_groups=row_groups, columns=columns)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
     drawn = load_samples(tmp_path / "big.parquet", samples=20, seed=0)
     assert [s.question for s in drawn.samples] == [f"q{i}" for i in drawn.indices]
-    assert sorted(group for group, _ in read) == sorted({index // 10 for index in drawn.indices})  # each once
+    assert [groups for groups, _ in read] == [[g] for g in sorted({index // 10 for index in drawn.indices})]  # once
     assert all(columns == ["question", "answer"] for _, columns in read)

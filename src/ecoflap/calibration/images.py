@@ -1,61 +1,131 @@
-"""Decodes the pictures of a data set from whatever a row holds: PIL image, bytes, or a path beside the data file."""
+"""Decodes the pictures of a data set from whatever a row holds: an image, bytes, base64, the path of a local file."""
 
 from __future__ import annotations
 
+import base64
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF tag; cameras store turned pictures, and datasets' own decoder turns them back too
+LONGEST_PATH = 1024  # a longer text in an image column is the picture itself in base64
+# Folders that published data sets keep their pictures in, beside the annotation file or beside its folder.
+USUAL_FOLDERS = (
+    "images", "image", "imgs", "img", "Images", "JPEGImages", "train2014", "val2014", "test2014", "test2015",
+    "train2017", "val2017", "test2017", "images/train2014", "images/val2014", "images/test2015", "images/train2017",
+    "images/val2017", "flickr30k-images", "flickr30k_images", "Flickr8k_Dataset", "train", "val", "dev", "test",
+    "test1", "test2", "images/train", "images/val", "images/dev", "images/test", "images/test1", "images/test2",
+    "coco", "coco/images",
+)  # fmt: skip
+COCO_2014 = re.compile(r"COCO_(?:train|val|test)201\d_(\d{12}\.jpg)")  # the same picture's name since 2017
 
 
 class BrokenSample(Exception):
     """One row cannot be used; the message says why. Counted and skipped by the reader, never shown alone."""
 
 
-def decode(value: Any, folder: Path | None) -> Image.Image:
-    """The picture of one row in RGB.
+class ImageFinder:
+    """Finds the file of a picture that a data file names.
+
+    A relative name is looked for in ``image_folder`` when there is one, else beside the data file; then in the usual
+    folders under it, and in those beside the data file's own folder (COCO keeps ``annotations/`` next to
+    ``train2017/``); then under its last part alone.
 
     Args:
-        value: a PIL image, ``bytes``, a path, or the ``{"bytes", "path"}`` record of a ``datasets`` image column.
-        folder: where relative paths start (the data file's folder); None where there is none.
+        folder: the data file's folder; None where there is none (a hub data set).
+        image_folder: where the pictures lie, when the user says it.
+    """
+
+    def __init__(self, folder: Path | None, image_folder: Path | None = None) -> None:
+        self._bases: list[Path] = []
+        if image_folder is not None:
+            self._bases = [image_folder, *(image_folder / name for name in USUAL_FOLDERS)]
+        elif folder is not None:
+            self._bases = [folder, *(base / name for base in (folder, folder.parent) for name in USUAL_FOLDERS)]
+        self._last: tuple[Path, int] | None = None  # what found the last one is tried first
+
+    def find(self, name: str) -> Path:
+        """The file's path.
+
+        Raises:
+            BrokenSample: there is no such file, or the name is an address on the network (never fetched).
+        """
+        if "://" in name or name.startswith(("//", "\\\\")):
+            raise BrokenSample("the image is an address on the network, and those are not fetched")
+        path = Path(name).expanduser()
+        if path.is_absolute() or not self._bases:
+            if path.is_file():
+                return path
+            raise BrokenSample(f"no image file '{name}'")
+        variants = list(self._variants(name))
+        if self._last is not None:
+            base, number = self._last
+            if number < len(variants) and (found := base / variants[number]).is_file():
+                return found
+        for number, variant in enumerate(variants):
+            for base in self._bases:
+                if (found := base / variant).is_file():
+                    self._last = base, number
+                    return found
+        raise BrokenSample(f"no image file '{self._bases[0] / name}'")
+
+    @staticmethod
+    def _variants(name: str) -> Iterator[str]:
+        yield name
+        last = Path(name).name
+        yield last
+        if renamed := COCO_2014.fullmatch(last):
+            yield renamed.group(1)
+
+
+def decode(value: Any, finder: ImageFinder) -> tuple[Image.Image, ...]:
+    """The pictures of one row in RGB.
+
+    Args:
+        value: a PIL image, ``bytes``, a path, base64, a ``data:`` address, the ``{"bytes", "path"}`` record of a
+            ``datasets`` image column, or a list of these.
+        finder: knows where relative paths start.
 
     Raises:
         BrokenSample: missing, not a picture, or an address on the network (never fetched).
     """
+    if isinstance(value, (list, tuple)):
+        return tuple(image for entry in value for image in decode(entry, finder))
     if value is None or value == "":
         raise BrokenSample("the image is missing")
     try:
-        return _rgb(_open(value, folder))
+        return (_rgb(_open(value, finder)),)
     except BrokenSample:
         raise
-    except FileNotFoundError as error:
-        raise BrokenSample(f"no image file '{error.filename}'") from None
     except Exception as error:  # Pillow's decoders raise many unrelated types on broken bytes
         raise BrokenSample(f"unreadable image ({type(error).__name__})") from error
 
 
-def _open(value: Any, folder: Path | None) -> Image.Image:
+def _open(value: Any, finder: ImageFinder) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(bytes(value)))
     if isinstance(value, dict):
-        return _open(value["bytes"], folder) if value.get("bytes") else _open(value.get("path") or "", folder)
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        return _open(value[0], folder)
-    if isinstance(value, (str, Path)) and str(value):
-        if "://" in str(value):
-            raise BrokenSample("the image is an address on the network, and those are not fetched")
-        path = Path(value).expanduser()
-        return Image.open(path if path.is_absolute() or folder is None else folder / path)
+        held = next((value[key] for key in ("bytes", "path", "image", "url") if value.get(key)), None)
+        if held is None:
+            raise BrokenSample("the image is missing")
+        return _open(held, finder)
+    if isinstance(value, (str, Path)):
+        name = str(value)
+        if name.startswith("data:") or len(name) > LONGEST_PATH:
+            text = name.partition(",")[2] if name.startswith("data:") else name
+            return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+        return Image.open(finder.find(name.removeprefix("file://")))
     raise BrokenSample(f"an image column holds {type(value).__name__}, not an image, bytes or a path")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.getexif().get(ORIENTATION):
         image = ImageOps.exif_transpose(image)
-    converted = image.convert("RGB")  # decodes in full, so that a truncated file fails here and not in a batch
-    return converted
+    return image.convert("RGB")  # decodes in full, so that a truncated file fails here and not in a batch

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ecoflap.calibration.columns import guess_columns
-from ecoflap.calibration.images import BrokenSample, decode
+from ecoflap.calibration.columns import guess_columns, parts
+from ecoflap.calibration.formats.addresses import refuse_addresses
+from ecoflap.calibration.images import BrokenSample, ImageFinder
 from ecoflap.calibration.locate import HubStream, TextFiles, open_source
+from ecoflap.calibration.rows import RowReader, check_template
 from ecoflap.calibration.sample import Sample
-from ecoflap.calibration.tables import Row
+from ecoflap.calibration.tables import Row, Taken
 from ecoflap.errors import CalibrationError
 
 __all__ = ["Sample", "SampleReader", "SampleSet", "load_samples"]
 
-DEFAULT_TEMPLATE = "Question: {question} Short answer:"  # published for BLIP-2 on VQAv2
 BROKEN_LIMIT = 0.05  # more broken samples than this stop the run: the file, not a sample, is at fault then
 CHARACTERS_PER_WINDOW = 65_536  # documents of a text data set read for each window that is asked for
 
@@ -30,7 +29,8 @@ class SampleSet:
 
     ``indices`` are rows of the source; ``skipped`` counts broken rows on the way; ``columns`` maps roles to columns.
     ``windows`` is set for plain text alone: the samples are documents then, and that many windows of the
-    sequence length are to be cut from them (-1: as many as there are).
+    sequence length are to be cut from them (-1: as many as there are). ``classes`` are the names of all classes of the
+    data set in the order of their numbers, where it says them: folder names, or the names of a class column.
     """
 
     samples: tuple[Sample, ...]
@@ -39,12 +39,19 @@ class SampleSet:
     source: str
     columns: dict[str, str]
     windows: int | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line for people: what was drawn from where, by which columns."""
+        return _summary(len(self.samples), self.source, self.columns, self.skipped)
 
 
 class SampleReader:
     """Iterates (index, :class:`Sample`) of a source, in the seeded order, one sample in memory at a time.
 
-    ``skipped`` and ``columns`` are up to date while iterating. Parameters and errors as :func:`load_samples`.
+    ``skipped`` and ``columns`` are up to date while iterating; ``classes`` as in :class:`SampleSet`. Parameters and
+    errors as :func:`load_samples`.
     """
 
     def __init__(
@@ -55,38 +62,50 @@ class SampleReader:
         seed: int,
         columns: Mapping[str, str] | None = None,
         prompt_template: str | None = None,
+        image_folder: str | Path | None = None,
     ) -> None:
         if samples is not None and samples < 1:
             raise CalibrationError(f"samples must be at least 1, not {samples}")
         if prompt_template is not None:
-            _check_template(prompt_template)
+            check_template(prompt_template)
         self._table = open_source(_bundled() if source is None else source)
         self.source = "the bundled samples" if source is None else str(source)
-        self.is_text = isinstance(self._table, TextFiles)
-        self.columns = (
-            {} if isinstance(self._table, TextFiles) else guess_columns(self._table.columns, columns, self.source)
-        )
+        self.columns: dict[str, str] = {}
+        self.classes: tuple[str, ...] | None = None
+        if not isinstance(self._table, TextFiles):
+            if not columns:
+                refuse_addresses(self._table.columns, self.source)
+            self.columns = guess_columns(self._table.columns, columns, self.source)
+            finder = ImageFinder(self._table.folder, _image_folder(image_folder))
+            self._read = RowReader(self.columns, self._table.columns, self._table.class_names, finder, prompt_template)
+            self.classes = self._read.classes
         # Text alone in a table: rows are documents to be packed, like a text file.
-        self.is_text = self.is_text or not ({"image", "question", "prompt"} & self.columns.keys())
+        self.is_text = not ({"image", "question", "prompt", "messages"} & self.columns.keys())
         self.skipped = 0
-        self._samples, self._seed, self._template = samples, seed, prompt_template
+        self._samples, self._seed = samples, seed
+
+    @property
+    def summary(self) -> str:
+        """One line for people: from where the samples come, by which columns."""
+        return _summary(None, self.source, self.columns, self.skipped)
 
     def __len__(self) -> int:
         """Samples that an iteration will give at most."""
         if isinstance(self._table, TextFiles):
-            return len(self._table.documents)
+            return len(self._table)
         if isinstance(self._table, HubStream):
             return self._samples or 0
         return len(self._table) if self._samples is None else min(self._samples, len(self._table))
 
     def __iter__(self) -> Iterator[tuple[int, Sample]]:
         if isinstance(self._table, TextFiles):
-            yield from ((i, Sample(text=text)) for i, text in enumerate(self._table.documents) if text.strip())
+            drawn = self._table.draw(self._samples, self._seed)
+            yield from ((number, Sample(text=text)) for number, text in drawn if text.strip())
             return
         self.skipped, good, characters = 0, 0, 0
         for index, row in self._rows():
             try:
-                sample = self._sample(row)
+                sample = self._read(row)
             except BrokenSample as error:
                 self._skip(index, error)
                 continue
@@ -98,7 +117,8 @@ class SampleReader:
             ):
                 break
         if good == 0:
-            raise CalibrationError(f"{self.source} holds no usable sample")
+            reason = f" (the first broken one is {self._reason})" if self.skipped else ""
+            raise CalibrationError(f"{self.source} holds no usable sample{reason}")
         if self.skipped > BROKEN_LIMIT * (good + self.skipped):
             raise CalibrationError(
                 f"{self.source}: {self.skipped} of {good + self.skipped} samples are broken ({self._reason}), more "
@@ -111,7 +131,7 @@ class SampleReader:
                 "of samples or give more data"
             )
 
-    def _rows(self) -> Iterator[tuple[int, Row]]:
+    def _rows(self) -> Iterator[tuple[int, Row | BrokenSample]]:
         """(index, row): a seeded permutation when a number of samples is asked for, the file's order otherwise."""
         table = self._table
         assert not isinstance(table, TextFiles)
@@ -119,15 +139,22 @@ class SampleReader:
             yield from table.draw(None if self._samples is None else self._seed)
             return
         if self._samples is None:
-            order = list(range(len(table)))
+            order = torch.arange(len(table))
         else:
-            generator = torch.Generator().manual_seed(self._seed)
-            order = torch.randperm(len(table), generator=generator).tolist()
-        wanted = list(dict.fromkeys(self.columns.values()))
-        step = 64 if self._samples is None else max(self._samples, 16)  # rows of one parquet row group are read at once
-        for start in range(0, len(order), step):
-            chunk = order[start : start + step]
-            yield from zip(chunk, table.take(chunk, wanted), strict=True)
+            order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self._seed))
+        wanted = list(dict.fromkeys(name for entry in self.columns.values() for name in parts(entry, table.columns)))
+        for chunk in torch.split(order, self._step(getattr(table, "row_bytes", None))):
+            numbers = [int(number) for number in chunk]
+            rows: Taken = table.take(numbers, wanted)
+            yield from zip(numbers, rows, strict=True)
+
+    def _step(self, row_bytes: int | None) -> int:
+        """Rows that are taken at once: rows of one parquet row group, or of one pass over a file, are read together."""
+        if self._samples is None:
+            return 64 if row_bytes is None else 65_536
+        if row_bytes is not None and self.is_text:
+            return 2 * self._samples * CHARACTERS_PER_WINDOW // max(row_bytes, 1) + self._samples
+        return max(self._samples, 16)
 
     def _skip(self, index: int, error: BrokenSample) -> None:
         if self.skipped == 0:
@@ -139,25 +166,6 @@ class SampleReader:
                 f"{self.source}: more than {BROKEN_LIMIT:.0%} of the samples are broken, the first is {self._reason}"
             )
 
-    def _sample(self, row: Row) -> Sample:
-        columns = self.columns
-        folder = getattr(self._table, "folder", None)
-        images = (decode(row.get(columns["image"]), folder),) if "image" in columns else ()
-        answers = _answers(row.get(columns["answers"])) if "answers" in columns else None
-        text = _text(row.get(columns["text"]), columns["text"]) if "text" in columns else None
-        if text is None and answers is not None:
-            text = Counter(answers).most_common(1)[0][0]
-        question = prompt = None
-        if "question" in columns:
-            question = _text(row.get(columns["question"]), columns["question"])
-            prompt = (self._template or DEFAULT_TEMPLATE).format(question=question)
-        elif "prompt" in columns:
-            question = prompt = _text(row.get(columns["prompt"]), columns["prompt"])
-            if self._template is not None:
-                prompt = self._template.format(question=question)
-        kind = row.get(columns["kind"]) if "kind" in columns else None
-        return Sample(images, prompt, text, question, answers, None if kind is None else str(kind))
-
 
 def load_samples(
     source: str | Path | None,
@@ -166,22 +174,33 @@ def load_samples(
     seed: int,
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
+    image_folder: str | Path | None = None,
 ) -> SampleSet:
     """Draw ``samples`` samples of ``source`` by a seeded permutation.
 
     Args:
-        source: None for the bundled calibration set; a text, parquet, JSONL, JSON, CSV file; a folder of them, saved by
-            ``datasets``, or of images with ``metadata.jsonl``; a hub data set id, optionally ``id:split``.
+        source: None for the bundled calibration set; a file or folder in any format of
+            :mod:`ecoflap.calibration.formats`, optionally with a split after a colon;
+            a brace pattern of tars; the id of a hub data set.
         samples: how many; None for all, in the order of the file.
         seed: of the permutation.
         columns: role to column name, over the guess (see :func:`ecoflap.calibration.columns.guess_columns`).
         prompt_template: with ``{question}``; default "Question: {question} Short answer:" for a question column, and
             the text as it is for a prompt column.
+        image_folder: where the pictures lie that the data names by relative paths; by default beside the data, or in
+            one of the usual folders there.
 
     Raises:
         CalibrationError: nothing there, unreadable, too few samples, missing columns, over 5 % broken.
     """
-    reader = SampleReader(source, samples=samples, seed=seed, columns=columns, prompt_template=prompt_template)
+    reader = SampleReader(
+        source,
+        samples=samples,
+        seed=seed,
+        columns=columns,
+        prompt_template=prompt_template,
+        image_folder=image_folder,
+    )
     drawn = list(reader)
     windows = (samples if samples is not None else -1) if reader.is_text else None
     return SampleSet(
@@ -191,42 +210,27 @@ def load_samples(
         source=reader.source,
         columns=dict(reader.columns),
         windows=windows,
+        classes=reader.classes,
     )
+
+
+def _summary(count: int | None, source: str, columns: Mapping[str, str], skipped: int) -> str:
+    roles = ", ".join(f"{role}={column}" for role, column in columns.items())
+    said = source if count is None else f"{count} samples of {source}"
+    said += f": {roles}" if roles else ""
+    return f"{said}; {skipped} broken skipped" if skipped else said
+
+
+def _image_folder(folder: str | Path | None) -> Path | None:
+    if folder is None:
+        return None
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise CalibrationError(f"the image folder {path} is not there")
+    return path
 
 
 def _bundled() -> Path:
     from ecoflap import demo  # imported late: only runs on the embedded model need it
 
     return Path(demo.calibration_path())
-
-
-def _check_template(template: str) -> None:
-    try:
-        if template.format(question="\0").count("\0") >= 1:
-            return
-    except (KeyError, IndexError, ValueError):
-        pass
-    raise CalibrationError(f"the prompt template {template!r} must contain {{question}} and no other field")
-
-
-def _text(value: Any, column: str) -> str:
-    if isinstance(value, dict) and isinstance(value.get("answer"), str):
-        value = value["answer"]
-    if isinstance(value, (list, tuple)):  # several captions of one image: the first, so that nothing depends on chance
-        value = next((entry for entry in value if isinstance(entry, str) and entry.strip()), None)
-    if isinstance(value, (bool, int)):
-        value = str(int(value)) if isinstance(value, bool) else str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise BrokenSample(f"column '{column}' is empty or not a text")
-    return value
-
-
-def _answers(value: Any) -> tuple[str, ...]:
-    """The annotators' answers: a list of strings, or of ``{"answer": ...}`` records as in VQAv2's files."""
-    entries = value if isinstance(value, (list, tuple)) else [value]
-    found = tuple(
-        str(entry["answer"] if isinstance(entry, dict) else entry) for entry in entries if entry not in (None, "")
-    )
-    if not found:
-        raise BrokenSample("there are no answers")
-    return found

@@ -1,0 +1,133 @@
+"""What a folder of data is: saved by ``datasets``, a published data set, shards of one format, texts, or images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from ecoflap.calibration.formats import ACCEPTED, DATA_SUFFIXES, PUBLISHED, Opened, open_file
+from ecoflap.calibration.formats.compression import COMPRESSED
+from ecoflap.calibration.formats.image_folder import open_images
+from ecoflap.calibration.formats.place import Place, no_splits, of_split
+from ecoflap.calibration.formats.saved import open_saved
+from ecoflap.calibration.formats.text import SUFFIXES as TEXT_SUFFIXES
+from ecoflap.calibration.formats.text import TextFiles
+from ecoflap.calibration.formats.webdataset import open_tars
+from ecoflap.calibration.images import SUFFIXES as IMAGE_SUFFIXES
+from ecoflap.calibration.tables import JoinedTable, ParquetTable, Table
+from ecoflap.errors import CalibrationError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
+FLICKR = ("results.csv", "results_*.token", "Flickr8k.token.txt", "captions.txt")
+LOOKED_AT = 1000  # files of a folder by which it is told whether it holds images
+
+
+def open_folder(place: Place) -> Opened:
+    """Open a folder of data.
+
+    Raises:
+        CalibrationError: there is nothing in it that is understood, or the asked split is not there.
+    """
+    for attempt in (open_saved, _metadata, _published, _shards, _images, _data, _texts, open_images):
+        if (opened := attempt(place)) is not None:
+            return opened
+    raise CalibrationError(
+        f"folder {place.path} holds no data that is understood: {ACCEPTED}, or one saved by `datasets`"
+    )
+
+
+def _metadata(place: Place) -> Opened | None:
+    """The image folder of ``datasets``: a table that names the images, beside them or in each split's folder."""
+    for folder in (place.path, place.path / (place.split or "train")):
+        file = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+        if file is not None:
+            return open_file(Place(file, place.source, place.split if folder == place.path else None))
+    return None
+
+
+def _published(place: Place) -> Opened | None:
+    """Annotation files of published data sets, by their names; their structure is looked at when they are opened."""
+    for folder in (place.path, place.path / "annotations"):
+        for published in PUBLISHED:
+            files = sorted({file for pattern in published.patterns for file in folder.glob(pattern)})
+            if files:
+                named = any(place.split in file.stem for file in files) if place.split else True
+                if len(files) == 1 and not named:  # the split is inside
+                    return open_file(place.at(files[0]))
+                return open_file(Place(of_split(files, place, f"{published.name} files"), place.source))
+        found = next((file for pattern in FLICKR for file in sorted(folder.glob(pattern))), None)
+        if found is not None:
+            return open_file(place.at(found))
+    return None
+
+
+def _shards(place: Place) -> Opened | None:
+    for folder in (place.path, place.path / (place.split or "train")):
+        files = _files(folder, (".tar",)) if folder.is_dir() else []
+        if files:
+            return open_tars(_of_split(files, place) if folder == place.path else files, place.source)
+    return None
+
+
+def _images(place: Place) -> Opened | None:
+    """Images in the folder itself, so that texts beside them are captions."""
+    names = (file.name.lower() for file in islice(place.path.iterdir(), LOOKED_AT))
+    return open_images(place) if any(name.endswith(IMAGE_SUFFIXES) for name in names) else None
+
+
+def _data(place: Place) -> Opened | None:
+    """Files of one data format, in the folder or in its ``data`` folder, as repositories on the hub have them."""
+    for folder in (place.path, place.path / "data"):
+        for suffix in DATA_SUFFIXES if folder.is_dir() else ():
+            files = _files(folder, (suffix,))
+            if suffix in COMPRESSED:
+                files = [file for file in files if file.with_suffix("").suffix not in TEXT_SUFFIXES]
+            files = _of_split(files, place)
+            if suffix == ".parquet" and files:
+                return ParquetTable(files, place.source)
+            if files:
+                return _joined([open_file(Place(file, place.source)) for file in files], place.source)
+    return None
+
+
+def _joined(tables: Sequence[Opened], source: str) -> Opened:
+    if len(tables) == 1:
+        return tables[0]
+    rows: list[Table] = [table for table in tables if not isinstance(table, TextFiles)]
+    return JoinedTable(rows, source)
+
+
+def _texts(place: Place) -> Opened | None:
+    """Text files, also in sub-folders, unless there are images in these."""
+    suffixes = (*TEXT_SUFFIXES[:2], *TEXT_SUFFIXES[3:], *(f"{t}{c}" for t in TEXT_SUFFIXES for c in COMPRESSED))
+    files = _files(place.path, suffixes)
+    if not files:
+        below = [file for file in islice(place.path.rglob("*"), LOOKED_AT) if file.is_file()]
+        if any(file.name.lower().endswith(IMAGE_SUFFIXES) for file in below):
+            return None
+        files = sorted(f for f in place.path.rglob("*") if f.is_file() and f.name.lower().endswith(suffixes))
+    if not files:
+        return None
+    no_splits(place)
+    return TextFiles(files, place.source)
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.name.lower().endswith(suffixes) and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def _of_split(files: Sequence[Path], place: Place) -> list[Path]:
+    """Files named after the asked split; by default those named "train" where the names tell splits apart."""
+    wanted = [file for file in files if file.name.startswith(place.split or "train")]
+    if place.split is None:
+        others = [file for file in files if file.name.startswith(("test", "val", "dev"))]
+        return wanted if wanted and others else list(files)
+    if files and not wanted:
+        names = ", ".join(file.name for file in files[:5])
+        raise CalibrationError(f"{place.source}: no file is named after the split '{place.split}': there is {names}")
+    return wanted

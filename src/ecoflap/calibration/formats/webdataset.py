@@ -1,0 +1,164 @@
+"""Webdataset tars: members are indexed once from their headers, a drawn sample is read where it lies in the tar."""
+
+from __future__ import annotations
+
+import bisect
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ecoflap.calibration.formats.json_file import columns_of, parsed
+from ecoflap.calibration.images import SUFFIXES, BrokenSample
+from ecoflap.calibration.tables import ClassNames, Row, Taken
+from ecoflap.errors import CalibrationError
+
+BRACES = re.compile(r"\{([^{}]*)\}")
+BLOCK = 512  # bytes of a tar header
+TEXTS = ("txt", "text", "caption", "cap", "transcript", "cls", "cls2", "class", "id", "question", "answer", "prompt")
+PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
+
+
+def expand(pattern: str) -> list[str]:
+    """Names of a brace pattern: ``{000..012}`` counts with its zeros, ``{a,b}`` lists; several multiply."""
+    match = BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    inner = match[1]
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+        width = len(bounds[1]) if bounds[1].startswith("0") else 0
+        options = [str(number).zfill(width) for number in range(int(bounds[1]), int(bounds[2]) + 1)]
+    else:
+        options = inner.split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for option in options for name in expand(before + option + after)]
+
+
+class TarTable:
+    """Samples of one or several tars: the members whose names are alike up to the first dot.
+
+    The columns are what follows that dot (``jpg``, ``txt``, ``cls``), and the keys of ``json`` members.
+    """
+
+    folder: Path | None = None
+
+    def __init__(self, files: Sequence[Path], source: str) -> None:
+        self.source, self._files = source, list(files)
+        self.class_names: ClassNames = {}
+        self._extensions: list[str] = []
+        self._first, self._extension = array("Q"), array("H")  # first member of a sample; kind of a member
+        self._offset, self._size = array("Q"), array("Q")
+        self._starts = [0]  # first sample of each tar
+        for file in self._files:
+            self._index(file)
+            self._starts.append(len(self._first))
+        self._first.append(len(self._offset))
+        self.columns = [extension for extension in self._extensions if extension != "json"]
+        if "json" in self._extensions:
+            known = set(self.columns)
+            rows = (row for row in self._members(range(min(len(self), 20)), {"json"}))
+            self.columns += [key for key in columns_of(self._only_json(rows), source) if key not in known]
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def take(self, indices: Sequence[int], columns: Sequence[str]) -> Taken:
+        wanted = set(columns)
+        if wanted - set(self._extensions):
+            wanted.add("json")
+        for row in self._members(indices, wanted):
+            held = row.pop("json", None)
+            if isinstance(held, BrokenSample):
+                yield held
+            else:
+                yield {**(held or {}), **row}
+
+    def _members(self, indices: Sequence[int], wanted: set[str]) -> Iterator[Row]:
+        for index in indices:
+            file = self._files[bisect.bisect_right(self._starts, index) - 1]
+            with file.open("rb") as stream:
+                row: Row = {}
+                for member in range(self._first[index], self._first[index + 1]):
+                    extension = self._extensions[self._extension[member]]
+                    if extension in wanted:
+                        stream.seek(self._offset[member])
+                        row[extension] = _value(extension, stream.read(self._size[member]), index)
+                yield row
+
+    @staticmethod
+    def _only_json(rows: Iterator[Row]) -> Iterator[Row | BrokenSample]:
+        return (row.get("json") or {} for row in rows)
+
+    def _index(self, file: Path) -> None:
+        groups: dict[str, list[tuple[int, int, int]]] = {}  # members by name; they are usually, not always, neighbours
+        for name, offset, size in _headers(file, self.source):
+            path = PurePosixPath(name)
+            stem, _, extension = path.name.partition(".")
+            if not stem or not extension:
+                continue
+            extension = extension.lower()
+            if extension not in self._extensions:
+                self._extensions.append(extension)
+            groups.setdefault(str(path.with_name(stem)), []).append((self._extensions.index(extension), offset, size))
+        for members in groups.values():
+            self._first.append(len(self._offset))
+            for extension_number, offset, size in members:
+                self._extension.append(extension_number)
+                self._offset.append(offset)
+                self._size.append(size)
+
+
+def _headers(file: Path, source: str) -> Iterator[tuple[str, int, int]]:
+    """(name, offset of the data, size) of the files in a tar; only headers are read."""
+    damaged = CalibrationError(f"{source}: {file.name} is not a whole tar file: copy or download it again")
+    length = file.stat().st_size
+    with file.open("rb") as stream:
+        if stream.read(2) == b"\x1f\x8b":
+            raise CalibrationError(
+                f"{source}: {file.name} is compressed, so samples cannot be drawn from it: gunzip it"
+            )
+        stream.seek(0)
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it remembers every member it has seen
+                    if member.offset_data + member.size > length:
+                        raise damaged
+                    if member.isreg():
+                        yield member.name, member.offset_data, member.size
+                end = tar.offset
+        except tarfile.TarError:
+            raise damaged from None
+        stream.seek(end)
+        if stream.read(BLOCK).strip(b"\0"):  # tarfile takes a header it can't read for the end
+            raise damaged
+
+
+def _value(extension: str, data: bytes, index: int) -> Any:
+    if extension == "json":
+        return parsed(data, index)
+    last = extension.rpartition(".")[2]
+    if last in PICTURES:
+        return data
+    if last in TEXTS:
+        return data.decode("utf-8", errors="replace").strip()
+    return data
+
+
+def open_tars(files: Sequence[Path], source: str) -> TarTable:
+    """The samples of ``files``.
+
+    Raises:
+        CalibrationError: one is not there, is damaged or compressed.
+    """
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise CalibrationError(
+            f"{source}: {len(missing)} of {len(files)} tars are not there, the first is {missing[0]}"
+        )
+    table = TarTable(files, source)
+    if len(table) == 0:
+        raise CalibrationError(f"{source} is empty: it holds no samples")
+    return table

@@ -1,0 +1,161 @@
+"""One row of a data set to a sample: which column says what, pictures decoded, classes named, choices resolved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ecoflap.calibration.chat import read_chat
+from ecoflap.calibration.choices import read_choices
+from ecoflap.calibration.columns import parts
+from ecoflap.calibration.images import BrokenSample, ImageFinder, decode
+from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.tables import ClassNames, Row
+from ecoflap.errors import CalibrationError
+
+DEFAULT_TEMPLATE = "Question: {question} Short answer:"  # published for BLIP-2 on VQAv2
+
+
+class RowReader:
+    """Makes samples of rows.
+
+    Args:
+        columns: role to column, as :func:`ecoflap.calibration.columns.guess_columns` gives it.
+        available: columns of the table.
+        class_names: names of classes by column, for columns that hold their numbers.
+        finder: finds the pictures that rows name.
+        template: with ``{question}``; None for the default.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, str],
+        available: Sequence[str],
+        class_names: ClassNames,
+        finder: ImageFinder,
+        template: str | None,
+    ) -> None:
+        self._columns, self._available, self._names = columns, available, class_names
+        self._finder, self._template = finder, template
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of all classes that the data set says it has, in the order of their numbers."""
+        names = self._names.get(self._columns.get("label", ""))
+        return None if names is None else tuple(names)
+
+    def __call__(self, row: Row | BrokenSample) -> Sample:
+        """The sample of ``row``; raises BrokenSample if it cannot be used."""
+        if isinstance(row, BrokenSample):
+            raise row
+        columns = self._columns
+        kind, group = (self._plain(row, role) for role in ("kind", "group"))
+        label = self._label(row)
+        if "messages" in columns:
+            chat = read_chat(row.get(columns["messages"]), self._value(row, "image"))
+            images = decode(chat.images, self._finder)
+            return Sample(
+                images,
+                chat.prompt,
+                chat.text,
+                chat.question,
+                kind=kind,
+                label=label,
+                messages=chat.messages,
+                group=group,
+            )
+        images = decode(self._value(row, "image"), self._finder) if "image" in columns else ()
+        if "image" in columns and not images:
+            raise BrokenSample("the image is missing")
+        answers = _answers(row.get(columns["answers"])) if "answers" in columns else None
+        question, prompt = self._question(row)
+        choices = read_choices(self._value(row, "choices")) if "choices" in columns else None
+        captions: tuple[str, ...] | None = None
+        if choices is not None and "text" in columns:
+            first = parts(columns["choices"], self._available)[0]
+            text = choices.right(row.get(columns["text"]), first)
+        elif "text" in columns:
+            value = self._named(row.get(columns["text"]), columns["text"])
+            text = _text(value, columns["text"])
+            if isinstance(value, (list, tuple)) and images and question is None:
+                captions = tuple(entry for entry in value if isinstance(entry, str) and entry.strip())
+        elif answers is not None:
+            text = Counter(answers).most_common(1)[0][0]
+        else:
+            text = label
+            if "label" in columns and label is None:
+                raise BrokenSample(f"column '{columns['label']}' has no label")
+        options = None if choices is None else choices.texts
+        return Sample(images, prompt, text, question, answers, kind, captions, label, options, None, group)
+
+    def _question(self, row: Row) -> tuple[str | None, str | None]:
+        """Question, and the prompt that the template makes of it."""
+        columns = self._columns
+        if "question" in columns:
+            question = _text(row.get(columns["question"]), columns["question"])
+            context = row.get(columns["context"]) if "context" in columns else None
+            if isinstance(context, str) and context.strip():
+                question = f"{context.strip()}\n{question}"
+            return question, (self._template or DEFAULT_TEMPLATE).format(question=question)
+        if "prompt" in columns:
+            question = _text(row.get(columns["prompt"]), columns["prompt"])
+            return question, question if self._template is None else self._template.format(question=question)
+        return None, None
+
+    def _value(self, row: Row, role: str) -> Any:
+        """What the row holds for a role; a list if it is spread over several columns."""
+        if role not in self._columns:
+            return None
+        names = parts(self._columns[role], self._available)
+        return row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
+
+    def _plain(self, row: Row, role: str) -> str | None:
+        value = self._value(row, role)
+        return None if value is None else str(value)
+
+    def _label(self, row: Row) -> str | None:
+        value = self._named(self._value(row, "label"), self._columns.get("label", ""))
+        return None if value in (None, "", -1) else str(value)
+
+    def _named(self, value: Any, column: str) -> Any:
+        """A class number by its name, where the data set says it; -1 means that the class is kept secret."""
+        names = self._names.get(column)
+        if names is None or not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if value >= len(names):
+            raise BrokenSample(f"column '{column}' has class {value} of {len(names)}")
+        return names[value] if value >= 0 else None
+
+
+def check_template(template: str) -> None:
+    """Raises CalibrationError unless ``template`` has ``{question}`` and no other field."""
+    try:
+        if template.format(question="\0").count("\0") >= 1:
+            return
+    except (KeyError, IndexError, ValueError):
+        pass
+    raise CalibrationError(f"the prompt template {template!r} must contain {{question}} and no other field")
+
+
+def _text(value: Any, column: str) -> str:
+    if isinstance(value, dict) and isinstance(value.get("answer"), str):
+        value = value["answer"]
+    if isinstance(value, (list, tuple)):  # several captions of one image: the first, so that nothing depends on chance
+        value = next((entry for entry in value if isinstance(entry, str) and entry.strip()), None)
+    if isinstance(value, (bool, int)):
+        value = str(int(value)) if isinstance(value, bool) else str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise BrokenSample(f"column '{column}' is empty or not a text")
+    return value
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    """The annotators' answers: a list of strings, or of ``{"answer": ...}`` records as in VQAv2's files."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    found = tuple(
+        str(entry["answer"] if isinstance(entry, dict) else entry) for entry in entries if entry not in (None, "")
+    )
+    if not found:
+        raise BrokenSample("there are no answers")
+    return found
