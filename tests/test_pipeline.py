@@ -13,7 +13,7 @@ import pytest
 import torch
 from console import model_weights, prose, questions
 
-from ecoflap.errors import CalibrationError, OutputExists
+from ecoflap.errors import CalibrationError, InvalidOption, OutputExists
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluations import tasks_of
 from ecoflap.pipeline import quality, run_recipe
@@ -165,3 +165,9 @@ def test_importance_options_of_the_right_kind() -> None:
     for options in ({"epsilon": 1}, {"epsilon": 0.5, "draws": 2, "replay": False}, {}):
         check_importance_options(Recipe(importance_options=options))
     check_importance_options(Recipe(importance="first-order", importance_options={"variant": "norm"}))
+
+
+def test_probes_of_blocks_say_nothing_of_single_layers() -> None:
+    check_importance_options(Recipe(importance_options={"probe": "block"}))
+    with pytest.raises(InvalidOption, match="granularity"):
+        check_importance_options(Recipe(importance_options={"probe": "block"}, granularity="layer"))

@@ -133,6 +133,8 @@ def check_importance_options(recipe: Recipe) -> None:
         if not isinstance(value, wanted) or (isinstance(value, bool) and kinds.get(name) in ("int", "float")):
             raise InvalidOption(f"importance option {name}={value}: it must be {_described(kinds[name])}")
     make_measure(recipe.importance, dict[str, Any](recipe.importance_options))
+    if recipe.importance_options.get("probe") == "block" and recipe.granularity == "layer":
+        raise InvalidOption("probe=block measures whole blocks: take granularity block or tower, or probe=matrix")
 
 
 def _described(kind: str) -> str:

@@ -82,6 +82,44 @@ def test_the_score_estimates_the_gradient_norm_within_its_standard_error() -> No
         assert score.stderr == pytest.approx(math.sqrt(math.pi / 2 - 1) * expected / math.sqrt(300), rel=0.25)
 
 
+@pytest.mark.parametrize("name", ["blip2_t5", "clip", "gpt2"])
+def test_a_block_probe_projects_the_gradient_of_the_whole_block(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build().eval().double()
+    (batch,) = [to_device(batch, model) for batch in family.batches(2, 2)]
+    journal = Journal()
+    with cache_disabled(model):
+        found = measure_importance(model, [batch], epsilon=3e-4, probe="block", journal=journal)
+    values = {estimate.layer: estimate.value for estimate in journal.kept}
+    assert list(values) == [layer.name for layer in found.layers]
+    exact = gradients(model, batch, list(values))
+    blocks: dict[str, list[Any]] = {}
+    for layer in found.layers:
+        blocks.setdefault(layer.block, []).append(layer)
+    for layers in blocks.values():
+        expected = 0.0
+        for layer in layers:
+            gradient = exact[layer.name]
+            if gradient is not None:
+                z = noise(gradient.shape, gradient.device, seed=0, layer=layer.name, batch=0, draw=0)
+                expected += float((gradient * z).sum())
+        assert sum(values[layer.name] for layer in layers) == pytest.approx(expected, rel=0.02, abs=1e-4)
+        parts = {round(values[layer.name] / layer.numel, 12) for layer in layers}
+        assert len(parts) == 1  # shared out by the number of weights
+
+
+def test_block_probes_go_on_in_the_middle_of_a_block() -> None:
+    family = FAMILIES["t5"]
+    model, batches = family.build(), family.batches(4, 2)
+    whole = measure_importance(model, batches, probe="block").scores
+    journal = Journal(stop_after=10)
+    with pytest.raises(KeyboardInterrupt):
+        measure_importance(model, batches, probe="block", journal=journal)
+    journal.stop_after = None
+    assert measure_importance(model, batches, probe="block", journal=journal).scores == whole
+    assert len(journal.kept) == len({(e.layer, e.batch, e.draw) for e in journal.kept})
+
+
 @pytest.mark.parametrize("name", ["blip2_t5", "llava", "gpt2"])
 def test_replay_changes_no_bit(name: str) -> None:
     family = FAMILIES[name]

@@ -201,19 +201,25 @@ class RunData:
         }
 
     def blocks(self) -> list[BlockRow]:
-        """The blocks in the order of the allocation; the standard error adds those of the layers in quadrature."""
+        """The blocks in the order of the allocation, with the standard errors of their summed scores.
+
+        Errors of layers that were probed each on their own add in quadrature; those of one probe of the whole block
+        share its noise, and add as they are.
+        """
         if not self.allocation:
             return []
         groups: dict[tuple[str, str], list[LayerAllocation]] = {}
         for layer in self.allocation.layers:
             groups.setdefault((layer.tower, layer.block), []).append(layer)
         scores = self.scores
+        together = self.importance is not None and self.importance.settings.get("probe") == "block"
         rows = []
         for (tower, block), layers in groups.items():
             weights = sum(layer.weights for layer in layers)
             achieved = [layer.achieved * layer.weights for layer in layers if layer.achieved is not None]
             known = [scores[layer.name] for layer in layers if layer.name in scores]
             errors = [score.stderr for score in known if score.stderr is not None]
+            error = sum(errors) if together else sqrt(sum(e * e for e in errors))
             rows.append(
                 BlockRow(
                     name=block,
@@ -223,7 +229,7 @@ class RunData:
                     target=sum(layer.zeros for layer in layers) / weights,
                     achieved=min(sum(achieved) / weights, 1.0) if len(achieved) == len(layers) else None,
                     score=sum(score.score for score in known) if len(known) == len(layers) else None,
-                    stderr=sqrt(sum(e * e for e in errors)) if len(errors) == len(layers) else None,
+                    stderr=error if len(errors) == len(layers) else None,
                 )
             )
         return rows
