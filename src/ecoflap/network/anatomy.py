@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from ecoflap.errors import AnatomyError
+from ecoflap.network.dense import makes_positions, quantised, reason_for
+from ecoflap.network.experts import Experts, expert_groups
 from ecoflap.network.lists import BlockList, block_lists
 from ecoflap.network.modality import modality_of
 from ecoflap.network.parts import Anatomy, Block, Layer, Tower, Unprunable
@@ -41,7 +43,9 @@ def discover(
     lists = block_lists(model, None)
     traced: Trace | None = None
     if batch is not None:
-        traced = trace(model, batch, {path for found in lists for path in found.elements}, run)
+        elements = [path for found in lists for path in found.elements]
+        inner = [path for group in expert_groups(model, elements) for path in group.elements]
+        traced = trace(model, batch, {*elements, *inner}, run)
         lists = block_lists(model, traced)
     if towers is not None:
         lists = [found for found in lists if _matches(found.path, towers)]
@@ -49,7 +53,9 @@ def discover(
             raise AnatomyError(
                 f"towers={list(towers)}: no list of blocks has such a path; 'ecoflap inspect' shows them"
             )
-    reader = _Reader(model, traced, include, exclude)
+    blocks = [path for found in lists for path in found.elements]
+    experts = Experts(expert_groups(model, blocks, traced), traced)
+    reader = _Reader(model, traced, experts, include, exclude)
     found_towers = [reader.tower(found) for found in lists]
     for pattern in (*include, *exclude):
         if pattern not in reader.used_patterns:
@@ -58,14 +64,24 @@ def discover(
         towers=tuple(tower for tower in found_towers if tower.numel),
         unprunable=tuple(reader.unprunable),
         replayable=tuple(path for found in lists for path in found.elements),
-        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()) + reader.packed_away,
         traced=traced is not None,
     )
     if not anatomy.towers:
-        reasons = sorted({entry.reason for entry in anatomy.unprunable})
-        why = f" ({'; '.join(reasons)})" if reasons else ": no list of repeated blocks with linear layers"
-        raise AnatomyError(f"nothing to prune in {type(model).__name__}{why}")
+        raise AnatomyError(f"nothing to prune in {type(model).__name__}{_why_nothing(model, anatomy)}")
     return anatomy
+
+
+def _why_nothing(model: nn.Module, anatomy: Anatomy) -> str:
+    if anatomy.unprunable:
+        return f" ({'; '.join(sorted({entry.reason for entry in anatomy.unprunable}))})"
+    stray = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    if not stray:
+        return ": no list of repeated blocks with linear layers"
+    return (
+        f": its {stray:,} weights in linear layers lie outside of any nn.ModuleList or nn.Sequential of blocks that "
+        "feed one another, and only such blocks are pruned; put the repeated blocks into one"
+    )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> str | None:
@@ -79,8 +95,16 @@ def _matches(name: str, patterns: Iterable[str]) -> str | None:
 class _Reader:
     """Reads layers out of blocks, keeping track of shared weights and of what stays dense."""
 
-    def __init__(self, model: nn.Module, traced: Trace | None, include: Sequence[str], exclude: Sequence[str]) -> None:
-        self.model, self.traced, self.include, self.exclude = model, traced, include, exclude
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Trace | None,
+        experts: Experts,
+        include: Sequence[str],
+        exclude: Sequence[str],
+    ) -> None:
+        self.model, self.traced, self.experts, self.include, self.exclude = model, traced, experts, include, exclude
+        self.packed_away = 0  # weights of quantised layers beyond the entries that their parameters have
         self.unprunable: list[Unprunable] = []
         self.used_patterns: set[str] = set()
         self.names: dict[int, list[str]] = {}
@@ -105,6 +129,12 @@ class _Reader:
                 prefix_done.append(path)
                 self._dense(path, "packed nn.MultiheadAttention", sum(p.numel() for p in module.parameters()))
                 continue
+            packed = quantised(module)
+            if packed is not None:
+                prefix_done.append(path)
+                self._dense(f"{path}.weight", *packed)
+                self.packed_away += packed[1] - sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+                continue
             is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
             for name, parameter in module.named_parameters(recurse=False):
                 full = f"{path}.{name}"
@@ -112,7 +142,7 @@ class _Reader:
                     continue
                 if not (is_linear and name == "weight" and parameter.dim() == 2):
                     if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
-                        self._dense(full, f"{parameter.dim()}-D weight of {type(module).__name__}", parameter.numel())
+                        self._dense(full, reason_for(name, parameter, module), parameter.numel())
                     continue
                 self.seen.add(id(parameter))
                 reason = self._reason_to_skip(full, path, tower, modality, parameter)
@@ -130,6 +160,7 @@ class _Reader:
                     shape=(columns, rows) if transposed else (rows, columns),
                     transposed=transposed,
                     aliases=tuple(other for other in self.names[id(parameter)] if other != full),
+                    expert=self.experts.of(path),
                 )
 
     def _reason_to_skip(self, name: str, module: str, tower: str, modality: str, weight: nn.Parameter) -> str | None:
@@ -138,16 +169,25 @@ class _Reader:
         self.used_patterns.update(pattern for pattern in (included, excluded) if pattern)
         if excluded:
             return "excluded"
-        if not weight.is_floating_point():
-            return f"quantised ({str(weight.dtype).removeprefix('torch.')})"
         for other in self.names[id(weight)]:
             if isinstance(self.model.get_submodule(other.rpartition(".")[0]), nn.Embedding):
                 return f"shared with the embedding {other}"
-        if self.traced is not None and module not in self.traced.calls:
-            return "not reached by the traced forward"
+        if self.traced is not None and module not in self.traced.calls and not self.experts.running(module):
+            return self._unseen(module, self.traced)
+        if makes_positions(module) and not included:
+            return "makes position biases, dense by default (--include)"
+        if self.experts.routed_by(module, weight.shape[0]) and not included:
+            return "router of experts, dense by default (--include)"
         if modality == "bridge" and not included:
             return "bridge between towers, dense by default (--include)"
         return None
+
+    def _unseen(self, module: str, traced: Trace) -> str:
+        parent = module.rpartition(".")[0]
+        if parent in traced.calls and not isinstance(self.model.get_submodule(parent), nn.ModuleList | nn.ModuleDict):
+            kind = type(self.model.get_submodule(parent)).__name__
+            return f"not reached by the traced forward ({kind} never called it: unused, or it reads the weight itself)"
+        return "not reached by the traced forward"
 
     def _dense(self, name: str, reason: str, numel: int) -> None:
         self.unprunable.append(Unprunable(name, reason, numel))

@@ -16,6 +16,7 @@ class Layer:
         shape: (output, input) features, also for ``Conv1D``, whose stored weight is transposed.
         transposed: the stored weight is (input, output).
         aliases: other parameter names of the same tensor inside the blocks (shared weights).
+        expert: path of the expert of a mixture that holds it, which sees a part of the tokens alone; "" for the rest.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Layer:
     shape: tuple[int, int]
     transposed: bool = False
     aliases: tuple[str, ...] = ()
+    expert: str = ""
 
     @property
     def numel(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ecoflap.calibration.padding import TokenMasks
 from ecoflap.network.drive import BlockCall
 from ecoflap.network.parts import Block, Layer
 from ecoflap.network.trace import tensors_in
+from ecoflap.pruning.routed import RoutedTokens
 from ecoflap.pruning.statistics import InputStatistics
 
 
@@ -22,7 +24,9 @@ class InputsDiverged(Exception):
 class Gatherer:
     """Context in which the block's layers feed their statistics.
 
-    Layers that receive the very same tensor (q, k, v) share one accumulator, filled once.
+    Layers that receive the very same tensor (q, k, v) share one accumulator, filled once. An expert of a mixture sees a
+    part of the tokens, in an order of the router's making; which of them are real is found by comparing its input with
+    the mixture's. Where the mixture scales its tokens before they are routed, all that reach an expert are counted.
 
     Args:
         model: owner of the block.
@@ -52,23 +56,54 @@ class Gatherer:
         self._fed: list[tuple[Tensor, str]] = []
         self._others: list[Tensor] = []
         self._batch = 0
+        self._routed: dict[str, list[RoutedTokens]] = {}  # by mixture, of this call of the block
+        self._in_expert: dict[str, Tensor | None] = {}  # by expert, the real ones among its tokens in this call of it
         self._hooks = ExitStack()
 
     def __enter__(self) -> Gatherer:
         for layer in self._block.layers:
             module = self._model.get_submodule(layer.module)
             self._hooks.callback(module.register_forward_pre_hook(self._hook(layer)).remove)
+        if self._sequence is not None:
+            self._watch_experts({layer.expert for layer in self._block.layers if layer.expert})
         return self
+
+    def _watch_experts(self, experts: set[str]) -> None:
+        """Note what enters each mixture (the list of experts, if it has a forward, and its owner) and each expert."""
+        mixtures = {expert.rpartition(".")[0] for expert in experts}
+        for path in mixtures:
+            for watched in (path.rpartition(".")[0], path):
+                note = partial(self._note_mixture, path)
+                self._hooks.callback(self._model.get_submodule(watched).register_forward_pre_hook(note, with_kwargs=True).remove)
+        for path in sorted(experts):
+            note = partial(self._note_expert, path)
+            self._hooks.callback(self._model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True).remove)
+
+    def _note_mixture(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for x in tensors_in((args, kwargs))[:1]:
+            real = self._keep(x)
+            if real is not None:
+                self._routed.setdefault(path, []).append(RoutedTokens(x, real))
+
+    def _note_expert(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._in_expert[path] = None
+        for x in tensors_in((args, kwargs))[:1]:
+            found = (tokens.real_among(x) for tokens in self._routed.get(path.rpartition(".")[0], ()))
+            self._in_expert[path] = next((real for real in found if real is not None), None)
 
     def __exit__(self, *exception: object) -> None:
         self._hooks.close()
         self._fed.clear()
         self._others.clear()
+        self._routed.clear()
+        self._in_expert.clear()
 
     def before(self, call: BlockCall) -> None:
         """A new call of the block begins."""
         self._batch = call.batch
         self._fed.clear()
+        self._routed.clear()
+        self._in_expert.clear()
         # Whatever tensor comes beside the hidden states belongs to another sequence (an encoder's output).
         self._others = tensors_in((call.args, call.kwargs))[1:]
 
@@ -102,13 +137,16 @@ class Gatherer:
             self._of[name] = self._make(layer.shape[1])
         elif owner != name:
             raise InputsDiverged(name)
-        self._of[owner].update(x, self._keep(x))
+        self._of[owner].update(x, self._keep(x, layer.expert))
         self._fed.append((x, owner))
 
-    def _keep(self, x: Tensor) -> Tensor | None:
+    def _keep(self, x: Tensor, expert: str = "") -> Tensor | None:
         """The mask of real tokens that fits ``x`` (batch, tokens, features), also flattened; None if all are real."""
         if self._sequence is None:
             return None
+        routed = self._in_expert.get(expert)
+        if routed is not None and routed.numel() == x.shape[:-1].numel():
+            return routed
         masks = self._masks[self._batch]
         foreign = any(x is other for other in self._others)
         wanted = "encoder" if foreign else self._sequence
