@@ -69,8 +69,7 @@ def blip(task: str) -> tuple[Any, BlipProcessor]:
         "captions": BlipForConditionalGeneration,
         "retrieval": BlipForImageTextRetrieval,
     }
-    decodes = task != "retrieval"
-    text = _text(encoder_hidden_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, is_decoder=decodes)
+    text = _text(encoder_hidden_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     config = BlipConfig(text_config=text, vision_config=_images(), image_text_hidden_size=8)
     return scramble(classes[task](config)), BlipProcessor(BlipImageProcessorPil(size=SIZE), words())
 

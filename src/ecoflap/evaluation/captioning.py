@@ -14,9 +14,10 @@ from ecoflap.calibration.prompts import Prompter, image_processor_of
 from ecoflap.calibration.sample import Sample
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import caption_scores
-from ecoflap.evaluation.common import captions_of, common_settings, evaluating, in_chunks, open_data, pictures
+from ecoflap.evaluation.common import captions_of, common_settings, in_chunks, open_data, pictures
 from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.results import TaskResult, measured
+from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress
 
 MAX_NEW_TOKENS = 30  # of a caption: the published setting for NoCaps
@@ -44,6 +45,7 @@ def run(
     seed: int = 0,
     progress: Progress | None = None,
     columns: Mapping[str, str] | None = None,
+    image_folder: str | Path | None = None,
     prompt: str | None = None,
     beams: int = 1,
     length_penalty: float = 1.0,
@@ -76,7 +78,15 @@ def run(
     names = caption_scores.wanted(metrics)
     if not callable(getattr(model, "generate", None)) or image_processor_of(processor) is None:
         raise InvalidOption("task 'captioning' needs a model that generates text from pictures, and its processor")
-    reader = open_data("captioning", data, samples=samples, seed=seed, batch_size=batch_size, columns=columns)
+    reader = open_data(
+        "captioning",
+        data,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        columns=columns,
+        image_folder=image_folder,
+    )
     caption_scores.check(names, tokenizer)
     prompter = Prompter(model, processor)
     decoding: dict[str, Any] = {

@@ -1,20 +1,19 @@
-"""What all tasks share: opening the test data, reading it in chunks with progress, the model in evaluation mode."""
+"""What all tasks share: opening the test data, reading it in chunks with progress, pictures to tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
-from torch import nn
 
 from ecoflap.calibration.prompts import image_processor_of
 from ecoflap.calibration.sample import Sample
 from ecoflap.calibration.sources import SampleReader
-from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.progress import Progress, Silent
 
 Chunk = list[tuple[int, Sample]]  # (row of the source, sample)
@@ -29,6 +28,7 @@ def open_data(
     batch_size: int,
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
+    image_folder: str | Path | None = None,
 ) -> SampleReader:
     """The reader of a task's test data: ``samples`` drawn with ``seed``, or all in the order of the file.
 
@@ -39,7 +39,14 @@ def open_data(
     check_batch_size(batch_size)
     if data is None:
         raise InvalidOption(f"task '{task}' needs data: give --test SOURCE")
-    return SampleReader(data, samples=samples, seed=seed, columns=columns, prompt_template=prompt_template)
+    return SampleReader(
+        data,
+        samples=samples,
+        seed=seed,
+        columns=columns,
+        prompt_template=prompt_template,
+        image_folder=image_folder,
+    )
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -55,17 +62,6 @@ def in_chunks(reader: SampleReader, size: int, progress: Progress | None, stage:
         while part := list(islice(samples, size)):
             yield part
             task.advance(len(part))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for the time of the block, then as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def pictures(part: Chunk, task: str, source: str) -> list[Image.Image]:
@@ -118,3 +114,9 @@ def captions_of(index: int, sample: Sample, task: str, source: str) -> list[str]
     if not found:
         raise CalibrationError(f"{source} has no caption in row {index}: task '{task}' needs one with every picture")
     return found
+
+
+def check_finite(values: torch.Tensor, what: str, source: str) -> None:
+    """Raises NonFiniteLoss if any of ``values`` is NaN or infinite: ranks of such would be good by accident."""
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteLoss(f"{what} of {source} is not finite: the model is broken, or needs float32")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecoflap.calibration.answers import answers_by_decoder
 from ecoflap.calibration.models import is_encoder_decoder, to_device
 from ecoflap.calibration.prompts import Prompter, image_processor_of
 from ecoflap.calibration.sample import Sample
@@ -66,11 +67,6 @@ def hands_over(model: nn.Module) -> bool:
     return callable(getattr(getattr(model, "text_decoder", None), "generate", None))
 
 
-def encodes_question(model: nn.Module) -> bool:
-    """Whether the prompt goes through a text encoder and is not continued (BLIP for questions)."""
-    return hands_over(model) and isinstance(getattr(model, "text_encoder", None), nn.Module)
-
-
 def _padded_alike(model: nn.Module, prompter: Prompter, texts: Sequence[str]) -> Iterator[list[int]]:
     """Rows that go through the model together: all, or those of one length where padding is not masked."""
     if not hands_over(model):
@@ -101,9 +97,8 @@ def _continue(model: nn.Module, prompter: Prompter, inputs: dict[str, Any], opti
     length = ids.shape[1]
     if hands_over(model):
         output = model.generate(**inputs, **options)  # type: ignore[operator]
-        if not encodes_question(
-            model
-        ):  # the decoder began with the prompt, its first token replaced, its last left out
+        # The decoder began with the prompt, the first token replaced and the last left out; one that answers did not.
+        if not answers_by_decoder(model):
             output = output[:, length - 1 :]
     else:
         output = model.generate(**inputs, **options, **_end_tokens(model, tokenizer))  # type: ignore[operator]

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecoflap.calibration.answers import answers_by_decoder
 from ecoflap.calibration.models import needs_image
 from ecoflap.calibration.prompts import Prompter
 from ecoflap.calibration.sample import Sample
 from ecoflap.calibration.sources import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.common import common_settings, evaluating, in_chunks, open_data
-from ecoflap.evaluation.generate import encodes_question, generate
+from ecoflap.evaluation.common import common_settings, in_chunks, open_data
+from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.results import TaskResult, mean_and_stderr
 from ecoflap.evaluation.vqa_rule import exact_match, plain_match, soft_accuracy
+from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress
 from ecoflap.registry import unknown
 
@@ -42,6 +44,7 @@ def run(
     progress: Progress | None = None,
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
+    image_folder: str | Path | None = None,
     rule: str = "auto",
     beams: int = 1,
     length_penalty: float = 1.0,
@@ -53,8 +56,8 @@ def run(
         data: any source of :func:`ecoflap.calibration.load_samples` with questions and answers; None = the bundled set.
         samples: questions drawn with ``seed``; None for all.
         sequence_length: most tokens of a prompt, image included; None = no limit.
-        columns, prompt_template: as for calibration; a model with a text encoder for questions (BLIP) gets the
-            question alone if no template is given.
+        columns, prompt_template, image_folder: as for calibration; without a template, a model with a text encoder for
+            questions (BLIP) gets the question alone.
         rule: ``soft``, VQAv2's accuracy over the annotators; ``normalised``, equality after VQAv2's normalisation;
             ``exact``, equality of both in lower case without white space at the ends, as for GQA; ``auto``: ``soft``
             where the data has a column of annotators' answers, else ``normalised``.
@@ -70,7 +73,7 @@ def run(
         raise InvalidOption("task 'vqa' needs a model that generates text, and its processor")
     if rule not in ("auto", *RULES):
         raise unknown("rule", rule, ["auto", *RULES])
-    if prompt_template is None and encodes_question(model):
+    if prompt_template is None and answers_by_decoder(model):
         prompt_template = "{question}"
     reader = open_data(
         "vqa",
@@ -80,6 +83,7 @@ def run(
         batch_size=batch_size,
         columns=columns,
         prompt_template=prompt_template,
+        image_folder=image_folder,
     )
     score, name = _rule(rule, reader)
     if needs_image(model) and "image" not in reader.columns:

@@ -1,0 +1,184 @@
+"""Retrieval: captions of a picture (TR), the picture of a caption (IR) among all of the test set; recall at 1, 5, 10.
+
+By the cosine of embeddings, as CLIP and SigLIP do it; for models with a matching head the best ``rerank`` candidates
+are read together with the query and sorted anew by matching logit plus cosine, as published for BLIP (Li et al., 2022)
+and BLIP-2 (Li et al., 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.errors import InvalidOption
+from ecoflap.evaluation.common import captions_of, check_finite, common_settings, in_chunks, open_data, pictures
+from ecoflap.evaluation.embeddings import Matcher, embedder_of, similarity
+from ecoflap.evaluation.recall import Queries, rank_queries
+from ecoflap.evaluation.results import TaskResult, measured
+from ecoflap.network.trace import evaluating
+from ecoflap.progress import Progress, Silent
+
+DEPTHS = (1, 5, 10)
+
+
+@dataclass
+class _Gallery:
+    """All pictures and captions; ``owners[t]`` is the picture of caption ``t``, ``rows[p]`` the source's row of picture
+    ``p``."""
+
+    rows: list[int] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    processor: Any,
+    *,
+    data: str | Path | None,
+    samples: int | None,
+    batch_size: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    columns: Mapping[str, str] | None = None,
+    image_folder: str | Path | None = None,
+    rerank: int = 0,
+) -> TaskResult:
+    """Share of pictures with one of their captions among the first k (TR@k), of captions with their picture (IR@k).
+
+    A wrong candidate that scores as high as the right one counts as before it. Standard errors are binomial over the
+    queries. ``n`` counts pictures.
+
+    Args:
+        data: pictures with captions: several a row, or rows that share a picture by their group column.
+        samples: rows drawn with ``seed``; None for all. Recall depends on the number of candidates.
+        sequence_length: has no effect; captions are cut to what the text tower takes.
+        rerank: how many of the best candidates a model with a matching head reads (256 published for COCO, 128 for
+            Flickr30k); 0 for none.
+
+    Raises:
+        InvalidOption: the model does not compare pictures with texts, or has no matching head to re-rank with.
+        CalibrationError: no pictures, or no captions.
+        NonFiniteLoss: an embedding is NaN or infinite.
+    """
+    embedder = embedder_of(model, processor, "retrieval")
+    if rerank < 0:
+        raise InvalidOption(f"rerank must be at least 0, not {rerank}")
+    if isinstance(embedder, Matcher):
+        embedder.keep = rerank > 0
+    elif rerank:
+        raise InvalidOption(f"rerank needs a model with a matching head, and {type(model).__name__} has none")
+    reader = open_data(
+        "retrieval",
+        data,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        columns=columns,
+        image_folder=image_folder,
+    )
+    gallery, places = _Gallery(), dict[str, int]()
+    with evaluating(model):
+        for part in in_chunks(reader, batch_size, progress, "retrieval, pictures"):
+            images = pictures(part, "retrieval", reader.source)
+            fresh = []
+            for (index, sample), image in zip(part, images, strict=True):
+                key = f"row {index}" if sample.group is None else f"group {sample.group}"
+                if key not in places:
+                    places[key] = len(gallery.rows)
+                    gallery.rows.append(index)
+                    fresh.append(image)
+                captions = captions_of(index, sample, "retrieval", reader.source)
+                gallery.captions += captions
+                gallery.owners += [places[key]] * len(captions)
+            if fresh:
+                gallery.seen.append(embedder.pictures(fresh))
+        read = []
+        with (progress or Silent()).stage("retrieval, captions", total=len(gallery.captions)) as task:
+            for start in range(0, len(gallery.captions), batch_size):
+                batch = gallery.captions[start : start + batch_size]
+                read.append(embedder.texts(batch))
+                task.advance(len(batch))
+        seen, texts = torch.cat(gallery.seen), torch.cat(read)
+        check_finite(seen, "the embedding of a picture", reader.source)
+        check_finite(texts, "the embedding of a caption", reader.source)
+
+        def match(pairs: list[tuple[int, int]]) -> Tensor:
+            assert isinstance(embedder, Matcher)
+            parts = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+            scores = torch.cat(
+                [embedder.match([p for p, _ in part], [gallery.captions[t] for _, t in part]) for part in parts]
+            )
+            check_finite(scores, "a matching score", reader.source)
+            return scores
+
+        hits = _ranks(gallery, seen, texts, match, rerank, progress)
+    values = {
+        f"{way}@{depth}": measured([float(r < depth) for r in of_way])
+        for way, of_way in hits.items()
+        for depth in DEPTHS
+    }
+    best = [gallery.captions[int(similarity(row[None], texts)[0].argmax())] for row in seen]
+    own: list[list[str]] = [[] for _ in gallery.rows]
+    for owner, caption in zip(gallery.owners, gallery.captions, strict=True):
+        own[owner].append(caption)
+    predictions = [
+        {"index": index, "prediction": said, "truth": truth, "score": float(rank < 1)}
+        for index, said, truth, rank in zip(gallery.rows, best, own, hits["TR"], strict=True)
+    ]
+    settings = common_settings(
+        reader,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        rerank=rerank,
+        pictures=len(gallery.rows),
+        captions=len(gallery.captions),
+    )
+    first = values.pop("TR@1")
+    return TaskResult(
+        "retrieval",
+        "TR@1",
+        first.value,
+        first.stderr,
+        len(gallery.rows),
+        settings,
+        predictions=predictions,
+        others=values,
+    )
+
+
+def _ranks(
+    gallery: _Gallery,
+    seen: Tensor,
+    texts: Tensor,
+    match: Callable[[list[tuple[int, int]]], Tensor],
+    rerank: int,
+    progress: Progress | None,
+) -> dict[str, list[int]]:
+    """Rank of the best right candidate of each query, 0 = first, for captions of pictures and pictures of captions."""
+    owners, places = torch.tensor(gallery.owners), torch.arange(len(seen))
+    ways = {
+        "TR": Queries(
+            count=len(seen),
+            scores=lambda rows: similarity(seen[rows], texts),
+            right=lambda rows: places[rows, None] == owners[None],
+            match=lambda picture, captions: match([(picture, caption) for caption in captions]),
+        ),
+        "IR": Queries(
+            count=len(texts),
+            scores=lambda rows: similarity(seen, texts[rows]).t(),
+            right=lambda rows: owners[rows, None] == places[None],
+            match=lambda caption, pictures: match([(picture, caption) for picture in pictures]),
+        ),
+    }
+    with (progress or Silent()).stage("retrieval, ranks", total=len(seen) + len(texts)) as task:
+        return {way: rank_queries(queries, rerank, task) for way, queries in ways.items()}
