@@ -43,4 +43,4 @@ def reason_for(name: str, parameter: Tensor, module: nn.Module) -> str:
         return f"router of experts ({kind})"
     if parameter.dim() == 3 and "expert" in kind.lower():
         return f"fused 3-D expert weights of {kind}"
-    return f"{parameter.dim()}-D weight of {kind}, which is no linear layer"
+    return f"{parameter.dim()}-D weight of {kind}"

@@ -13,6 +13,7 @@ from ecoflap.calibration.padding import TokenMasks
 from ecoflap.network.drive import BlockCall
 from ecoflap.network.parts import Block, Layer
 from ecoflap.network.trace import tensors_in
+from ecoflap.pruning.own_mask import OwnMasks, own_masks
 from ecoflap.pruning.routed import RoutedTokens
 from ecoflap.pruning.statistics import InputStatistics
 
@@ -24,7 +25,8 @@ class InputsDiverged(Exception):
 class Gatherer:
     """Context in which the block's layers feed their statistics.
 
-    Layers that receive the very same tensor (q, k, v) share one accumulator, filled once. An expert of a mixture sees a
+    Layers that receive the very same tensor (q, k, v) share one accumulator, filled once. What is padding, the masks that
+    the block itself got say; where they don't, those of the batch. An expert of a mixture sees a
     part of the tokens, in an order of the router's making; which of them are real is found by comparing its input with
     the mixture's. Where the mixture scales its tokens before they are routed, all that reach an expert are counted.
 
@@ -55,6 +57,7 @@ class Gatherer:
         self._calls: dict[str, int] = {}
         self._fed: list[tuple[Tensor, str]] = []
         self._others: list[Tensor] = []
+        self._own = OwnMasks(None, None, False, 0)
         self._batch = 0
         self._routed: dict[str, list[RoutedTokens]] = {}  # by mixture, of this call of the block
         self._in_expert: dict[str, Tensor | None] = {}  # by expert, the real ones among its tokens in this call of it
@@ -73,11 +76,13 @@ class Gatherer:
         mixtures = {expert.rpartition(".")[0] for expert in experts}
         for path in mixtures:
             for watched in (path.rpartition(".")[0], path):
-                note = partial(self._note_mixture, path)
-                self._hooks.callback(self._model.get_submodule(watched).register_forward_pre_hook(note, with_kwargs=True).remove)
+                self._watch(watched, partial(self._note_mixture, path))
         for path in sorted(experts):
-            note = partial(self._note_expert, path)
-            self._hooks.callback(self._model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True).remove)
+            self._watch(path, partial(self._note_expert, path))
+
+    def _watch(self, path: str, note: Callable[..., None]) -> None:
+        handle = self._model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+        self._hooks.callback(handle.remove)
 
     def _note_mixture(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         for x in tensors_in((args, kwargs))[:1]:
@@ -106,6 +111,7 @@ class Gatherer:
         self._in_expert.clear()
         # Whatever tensor comes beside the hidden states belongs to another sequence (an encoder's output).
         self._others = tensors_in((call.args, call.kwargs))[1:]
+        self._own = own_masks(self._model.get_submodule(self._block.name), call.args, call.kwargs)
 
     def check(self) -> None:
         """Raises InputsDiverged if layers that share an accumulator were called a different number of times."""
@@ -137,20 +143,27 @@ class Gatherer:
             self._of[name] = self._make(layer.shape[1])
         elif owner != name:
             raise InputsDiverged(name)
-        self._of[owner].update(x, self._keep(x, layer.expert))
+        self._of[owner].update(x, self._keep(x, layer))
         self._fed.append((x, owner))
 
-    def _keep(self, x: Tensor, expert: str = "") -> Tensor | None:
+    def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:
         """The mask of real tokens that fits ``x`` (batch, tokens, features), also flattened; None if all are real."""
-        if self._sequence is None:
-            return None
-        routed = self._in_expert.get(expert)
+        routed = self._in_expert.get(layer.expert) if layer is not None else None
         if routed is not None and routed.numel() == x.shape[:-1].numel():
             return routed
-        masks = self._masks[self._batch]
         foreign = any(x is other for other in self._others)
+        if foreign and self._own.attends:
+            return _fitting(self._own.others, x)
+        own = None if foreign else self._own.of(x, layer.module if layer is not None else "")
+        if own is not None or self._sequence is None:
+            return own
+        masks = self._masks[self._batch]
         wanted = "encoder" if foreign else self._sequence
-        mask = masks.decoder if wanted == "decoder" else masks.encoder
-        if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
-            return None
-        return mask.reshape(x.shape[:-1]).to(x.device)
+        return _fitting(masks.decoder if wanted == "decoder" else masks.encoder, x)
+
+
+def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """``mask`` (batch, tokens) in the leading shape of ``x``; None if it is of another sequence."""
+    if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        return None
+    return mask.reshape(x.shape[:-1]).to(x.device)
