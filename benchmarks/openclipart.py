@@ -21,7 +21,7 @@ def write(png: Path, svg: Path, made: Path) -> None:
     """Write ``train/CATEGORY/NAME.png``, ``test/CATEGORY/NAME.png`` and ``titles-train.jsonl``, ``titles-test.jsonl``.
 
     The category is the top folder that the library files a picture under; title and keywords come from the SVG of the
-    same name. Of pictures that look the same, the first is kept. Lines of the titles: file, title, keywords, label.
+    same name. Of pictures that look the same, the first is kept. The titles have file_name, title, keywords, label.
     """
     seen: set[str] = set()
     titles: dict[str, list[dict[str, object]]] = {"train": [], "test": []}
@@ -44,7 +44,7 @@ def write(png: Path, svg: Path, made: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         picture.save(target)
         title, keywords = _described(svg / relative.with_suffix(".svg"))
-        row = {"file": f"{split}/{category}/{name}", "title": title, "keywords": keywords, "label": category}
+        row = {"file_name": f"{split}/{category}/{name}", "title": title, "keywords": keywords, "label": category}
         titles[split].append(row)
     for split, rows in titles.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
