@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def decode(value: Any, finder: ImageFinder) -> tuple[Image.Image, ...]:
     if value is None or value == "":
         raise BrokenSample("the image is missing")
     try:
-        return (_rgb(_open(value, finder)),)
+        with warnings.catch_warnings():  # Pillow's remarks on large or oddly made files are not for users
+            warnings.simplefilter("ignore")
+            return (_rgb(_open(value, finder)),)
     except BrokenSample:
         raise
     except Exception as error:  # Pillow's decoders raise many unrelated types on broken bytes

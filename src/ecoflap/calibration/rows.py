@@ -75,10 +75,13 @@ class RowReader:
         if choices is not None and "text" in columns:
             first = parts(columns["choices"], self._available)[0]
             text = choices.right(row.get(columns["text"]), first)
-        elif "text" in columns:
+        elif "text" in columns and not (answers and row.get(columns["text"]) in (None, "")):
             value = self._named(row.get(columns["text"]), columns["text"])
             text = _text(value, columns["text"])
-            if isinstance(value, (list, tuple)) and images and question is None:
+            if isinstance(value, (list, tuple)) and len(value) > 1 and question is not None and answers is None:
+                answers = _answers(value)
+                text = Counter(answers).most_common(1)[0][0]
+            elif isinstance(value, (list, tuple)) and images and question is None:
                 captions = tuple(entry for entry in value if isinstance(entry, str) and entry.strip())
         elif answers is not None:
             text = Counter(answers).most_common(1)[0][0]

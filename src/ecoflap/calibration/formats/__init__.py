@@ -11,7 +11,7 @@ from ecoflap.calibration.formats.compression import COMPRESSED
 from ecoflap.calibration.formats.csv_file import CsvTable
 from ecoflap.calibration.formats.json_file import JsonDocument, ObjectTable
 from ecoflap.calibration.formats.json_lines import CompressedLinesTable, JsonLinesTable
-from ecoflap.calibration.formats.place import Place, no_splits
+from ecoflap.calibration.formats.place import Place, head, no_splits
 from ecoflap.calibration.formats.text import SUFFIXES as TEXT_SUFFIXES
 from ecoflap.calibration.formats.text import TextFiles
 from ecoflap.calibration.formats.webdataset import open_tars
@@ -111,7 +111,7 @@ def _open_json(place: Place) -> Table:
             f"{place.source} holds several lists ({', '.join(document.lists)}), and is of no format that is known: "
             "give a file with one list of objects, one a sample"
         )
-    if document.kind == "object" and not len(document.members):  # one line of JSON lines
+    if document.kind == "object" and b"\n" not in head(place.path).strip():  # JSON lines with a single line
         return _adapted(JsonLinesTable(place.path, place.source))
     raise CalibrationError(f"{place.source} must hold a list of objects, one a sample")
 

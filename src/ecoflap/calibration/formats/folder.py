@@ -42,7 +42,7 @@ def _metadata(place: Place) -> Opened | None:
     for folder in (place.path, place.path / (place.split or "train")):
         file = next((folder / name for name in METADATA if (folder / name).is_file()), None)
         if file is not None:
-            return open_file(Place(file, place.source, place.split if folder == place.path else None))
+            return open_file(place.at(file) if folder == place.path else Place(file, str(file)))
     return None
 
 
@@ -55,7 +55,8 @@ def _published(place: Place) -> Opened | None:
                 named = any(place.split in file.stem for file in files) if place.split else True
                 if len(files) == 1 and not named:  # the split is inside
                     return open_file(place.at(files[0]))
-                return open_file(Place(of_split(files, place, f"{published.name} files"), place.source))
+                file = of_split(files, place, f"{published.name} files")
+                return open_file(Place(file, str(file)))
         found = next((file for pattern in FLICKR for file in sorted(folder.glob(pattern))), None)
         if found is not None:
             return open_file(place.at(found))
@@ -87,7 +88,7 @@ def _data(place: Place) -> Opened | None:
             if suffix == ".parquet" and files:
                 return ParquetTable(files, place.source)
             if files:
-                return _joined([open_file(Place(file, place.source)) for file in files], place.source)
+                return _joined([open_file(Place(file, str(file))) for file in files], place.source)
     return None
 
 

@@ -13,6 +13,7 @@ from ecoflap.calibration.tables import ClassNames, Row, Table, Taken
 from ecoflap.errors import CalibrationError
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
+FEW = 5  # folders that may lie beside the only one with images in it
 DEEPEST = 4  # folders that are looked into below the one that is given
 
 
@@ -69,8 +70,8 @@ def open_images(place: Place) -> Table | None:
     """
     path = place.path
     here, below = _listing(path)
-    while not here and len(below) == 1 and below[0].name not in SPLITS:  # 101_ObjectCategories/, ILSVRC/Data/CLS-LOC/
-        path = below[0]
+    while not here and (only := _only(below)) is not None:  # 101_ObjectCategories/, ILSVRC/Data/CLS-LOC/
+        path = only
         here, below = _listing(path)
     splits = [folder for folder in below if folder.name.lower() in SPLITS]
     if splits and not here and all(_holds_images(folder) for folder in splits):
@@ -97,6 +98,14 @@ def _classes(path: Path, folders: Sequence[Path], source: str) -> Table | None:
     images = [f"{name}/{image}" for name in names for image in found[name]]
     numbers = [number for number, name in enumerate(names) for _ in found[name]]
     return ImageFiles(images, path, source, numbers, imagenet.readable(path, names))
+
+
+def _only(folders: Sequence[Path]) -> Path | None:
+    """The one of a few folders that holds images, if it is not a split."""
+    if len(folders) > FEW:
+        return None
+    holding = [folder for folder in folders if _holds_images(folder)]
+    return holding[0] if len(holding) == 1 and holding[0].name.lower() not in SPLITS else None
 
 
 def _split(folders: Sequence[Path], place: Place) -> Path:

@@ -75,52 +75,53 @@ class JsonDocument:
             self._scan(data)
 
     def _scan(self, data: mmap.mmap) -> None:
-        depth, key, start, last = 0, "", 0, 0
-        nested = 1  # depth of the lists whose objects are indexed: the document itself, or a value of it
-        current: Objects | None = None
+        depth, key, start, member, last = 0, "", 0, 0, 0
+        nested = 1  # depth of the objects that are indexed: in the document itself, or in a list of it
+        current: Objects | None = None  # the list that is gone through
         for match in TOKEN.finditer(data):
             token = data[match.start()]
-            if token == 0x22:  # a string
+            if token == ord('"'):
                 if depth == 1 and self.kind == "object":
                     text = _string(match.group())
                     if data[match.end() : match.end() + 16].lstrip()[:1] == b":":
                         key = text
                     else:
                         self.texts[key] = text
-            elif token in (0x7B, 0x5B):  # { [
+            elif token in b"{[":
                 if depth == 0 and self.kind:
                     self.kind = "lines"
                     return
                 if depth == 0:
-                    self.kind = "object" if token == 0x7B else "list"
-                    nested = 2 if token == 0x7B else 1
-                if token == 0x5B and depth == nested - 1:
+                    self.kind, nested = ("object", 2) if token == ord("{") else ("list", 1)
+                if token == ord("[") and depth == nested - 1:
                     current, last = Objects(self.file, self.source), match.end()
-                if token == 0x7B and depth in (1, 2):
-                    if (
-                        depth == nested
-                        and current is not None
-                        and data[last : match.start()].strip() not in (b"", b",")
-                    ):
-                        raise CalibrationError(f"{self.source} must hold a list of objects, one a sample")
-                    if depth == nested or (nested == 2 and depth == 1):
-                        start = match.start()
+                elif token == ord("{") and depth == nested and current is not None:
+                    self._check_gap(data[last : match.start()])
+                    start = match.start()
+                elif token == ord("{") and depth == 1:
+                    member = match.start()
                 depth += 1
             else:
                 depth -= 1
-                if token == 0x7D and depth == nested and current is not None:
+                if token == ord("}") and depth == nested and current is not None:
                     current.add(start, match.end())
                     last = match.end()
-                elif token == 0x7D and depth == 1 and nested == 2:
-                    self.members.add(start, match.end(), key)
-                elif token == 0x5D and depth == nested - 1 and current is not None:
+                elif token == ord("}") and depth == 1:
+                    self.members.add(member, match.end(), key)
+                elif token == ord("]") and depth == nested - 1 and current is not None:
                     if len(current):
+                        self._check_gap(data[last : match.start()])
                         self.lists[key] = current
                     current = None
-        if depth != 0 or not self.kind:
-            end = "it ends too early" if self.kind else "it has neither a list nor an object"
-            kind = "is not valid JSON" if self.kind else "must hold a list of objects"
-            raise CalibrationError(f"{self.source} {kind}: {end}")
+        if not self.kind:
+            raise CalibrationError(f"{self.source} must hold a list of objects: it has neither a list nor an object")
+        if depth != 0:
+            raise CalibrationError(f"{self.source} is not valid JSON: it ends too early")
+
+    def _check_gap(self, between: bytes) -> None:
+        """What stands between two objects of a list is a comma, or there is something else in the list."""
+        if between.strip() not in (b"", b","):
+            raise CalibrationError(f"{self.source} must hold a list of objects, one a sample")
 
 
 class ObjectTable:

@@ -25,8 +25,8 @@ class Place:
     split: str | None = None
 
     def at(self, path: Path) -> Place:
-        """The same, further down."""
-        return Place(path, self.source, self.split)
+        """A file in this folder, of the same split; messages are about that file."""
+        return Place(path, str(path), self.split)
 
 
 def head(file: Path, size: int = HEAD_BYTES) -> bytes:
