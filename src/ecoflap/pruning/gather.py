@@ -25,10 +25,10 @@ class InputsDiverged(Exception):
 class Gatherer:
     """Context in which the block's layers feed their statistics.
 
-    Layers that receive the very same tensor (q, k, v) share one accumulator, filled once. What is padding, the masks that
-    the block itself got say; where they don't, those of the batch. An expert of a mixture sees a
-    part of the tokens, in an order of the router's making; which of them are real is found by comparing its input with
-    the mixture's. Where the mixture scales its tokens before they are routed, all that reach an expert are counted.
+    Layers that receive the very same tensor (q, k, v) share one accumulator, filled once. What is padding, the masks
+    that the block itself got say; where they don't, those of the batch. An expert of a mixture sees a part of the
+    tokens, in an order of the router's making; which of them are real is found by comparing its input with the
+    mixture's. Where the mixture scales its tokens before they are routed, all that reach an expert are counted.
 
     Args:
         model: owner of the block.
