@@ -1,0 +1,108 @@
+"""Gradient norms against the zeroth order: time and memory of each way of measuring the same thing, in one run.
+
+    python benchmarks/gradients.py [embedded | FOLDER --calibration TEXT --sequence-length 128] [--layers 8]
+
+Each way runs in a process of its own on the same batches, one after the other. The zeroth order measures a few layers
+evenly spread, and its time is scaled to all of them; a plain loop takes two forwards a (layer, batch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from replay import spread
+
+from ecoflap import Recipe, measure_importance
+from ecoflap.calibration.objectives import on_device, resolve
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.checkpoint import load
+from ecoflap.prepare import calibration_batches
+from ecoflap.resources import Usage, measured
+
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "forward only": ("", {}),
+    "zeroth order, plain loop": ("zeroth-order", {"replay": False}),
+    "zeroth order, replay": ("zeroth-order", {}),
+    "zeroth order, replay, block probes": ("zeroth-order", {"probe": "block"}),
+    "gradient norm": ("gradient-norm", {}),
+    "gradient norm, graph kept": ("gradient-norm", {"recompute": False}),
+    "weight-gradient": ("first-order", {"variant": "weight-gradient"}),
+    "Fisher": ("first-order", {"variant": "fisher"}),
+}
+
+
+def one(way: str, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds for all layers, and bytes above those of the loaded model."""
+    values: dict[str, Any] = {
+        "model": None if options.model == "embedded" else options.model,
+        "calibration": options.calibration,
+        "sequence_length": options.sequence_length,
+        "samples": options.batches * options.batch_size,
+        "batch_size": options.batch_size,
+    }
+    recipe = Recipe.parse({name: value for name, value in values.items() if value is not None})
+    model = (checkpoint := load(recipe.model, dtype="float32")).model
+    _, batches = calibration_batches(recipe, checkpoint)
+    objective = resolve(None, model)
+    name, settings = WAYS[way]
+    with cache_disabled(model):
+        anatomy = discover(model, batches[0], run=on_device(objective))
+    few = spread(anatomy, options.layers) if name == "zeroth-order" and settings.get("probe") != "block" else anatomy
+    usages: list[Usage] = []
+    with measured(way, []):  # the first look at the memory settles
+        time.sleep(0.1)
+    base: list[Usage] = []
+    with measured("nothing", base):
+        time.sleep(0.1)
+    with measured(way, usages):
+        if name:
+            measure_importance(model, batches, name, anatomy=few, loss=objective, **settings)
+        else:
+            with cache_disabled(model), torch.no_grad():
+                for batch in batches:
+                    on_device(objective)(model, batch)
+    return {
+        "seconds": usages[0].seconds * len(anatomy.layers) / len(few.layers),
+        "bytes": usages[0].peak_memory_bytes - base[0].peak_memory_bytes,
+        "model": 4.0 * anatomy.total_parameters,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="embedded")
+    parser.add_argument("--calibration")
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=8, help="how many layers the zeroth order measures")
+    parser.add_argument("--only", choices=list(WAYS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(one(options.only, options)))
+        return
+    results: dict[str, dict[str, float]] = {}
+    for way in WAYS:
+        command = [sys.executable, *sys.argv, "--only", way]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{way}: {done.stderr.strip().splitlines()[-1]}")
+        results[way] = json.loads(done.stdout.strip().splitlines()[-1])
+    plain, forward = results["zeroth order, plain loop"], results["forward only"]
+    print("| way | time, all layers | plain loop takes | peak above the model | peak, model included, to a forward's |")
+    print("|---|---|---|---|---|")
+    for way, found in results.items():
+        ratio = (found["model"] + found["bytes"]) / (found["model"] + forward["bytes"])
+        faster = "" if way == "forward only" else f"{plain['seconds'] / found['seconds']:.1f} ×"
+        print(f"| {way} | {found['seconds']:.1f} s | {faster} | {found['bytes'] / 2**20:.0f} MiB | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
