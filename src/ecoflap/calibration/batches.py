@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ecoflap.calibration.answers import with_own_start
 from ecoflap.calibration.classified import encode_classified
 from ecoflap.calibration.collate import PAIRED, Collate, collating_objective, objective_collator
-from ecoflap.calibration.models import Batch, batch_size_of, is_dual_tower, is_encoder_decoder, needs_image
+from ecoflap.calibration.models import (
+    Batch,
+    batch_size_of,
+    is_dual_tower,
+    is_encoder_decoder,
+    needs_image,
+    takes_images,
+)
 from ecoflap.calibration.packing import draw_windows, tokenize_corpus, window_length
-from ecoflap.calibration.padding import IGNORED
 from ecoflap.calibration.prompts import Prompter, image_processor_of, tokenizer_of
 from ecoflap.calibration.sample import Sample
 from ecoflap.calibration.sources import SampleSet
+from ecoflap.calibration.targets import encode_continued, encode_targets
 from ecoflap.errors import CalibrationError
 
 __all__ = ["Batch", "batch_size_of", "make_batches"]
@@ -93,6 +98,11 @@ def _collator(
     has_images = samples[0].image is not None
     if sees and not has_images and (needs_image(model) or is_dual_tower(model) or tokenizer_of(processor) is None):
         raise CalibrationError(f"{source} has no images, but {type(model).__name__} needs them: give an image column")
+    if not sees and has_images and takes_images(model):
+        raise CalibrationError(
+            f"{type(model).__name__} takes images, but its checkpoint gave only a tokenizer, so those of {source} cannot "
+            "be used: its processor is missing, or needs a package that is not installed"
+        )
     if not sees:  # a text model on image data: the text is still usable
         samples = [replace(sample, images=()) for sample in samples]
     if tokenizer_of(processor) is None:
@@ -106,8 +116,8 @@ def _collator(
     def collate(part: list[Sample], start: int) -> dict[str, Any]:
         shown = part if sees else _blind(part)
         if is_encoder_decoder(model):
-            return _limited(_encoder_decoder(shown, prompter, start, seed), length, source)
-        encoded = _decoder_only(shown, prompter, start, seed)
+            return _limited(encode_targets(shown, prompter, start, seed), length, source)
+        encoded = encode_continued(shown, prompter)
         encoded["input_ids"] = with_own_start(encoded["input_ids"], model, prompter.tokenizer)
         return _limited(encoded, length, source)
 
@@ -133,62 +143,6 @@ def _packed(
         ids = ids.contiguous()
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels.clone()})
     return batches
-
-
-def _encoder_decoder(samples: list[Sample], prompter: Prompter, start: int, seed: int) -> dict[str, Any]:
-    pairs = [_prefix_suffix(sample, seed, start + i) for i, sample in enumerate(samples)]
-    texts = [
-        prompter.render(replace(sample, prompt=prefix)) for sample, (prefix, _) in zip(samples, pairs, strict=True)
-    ]
-    encoded = prompter.encode(texts, [sample.images for sample in samples])
-    assert prompter.tokenizer is not None
-    targets = [prompter.tokenizer(text_target=suffix, verbose=False)["input_ids"] for _, suffix in pairs]
-    encoded["labels"] = pad_sequence([torch.tensor(t) for t in targets], batch_first=True, padding_value=IGNORED)
-    return encoded
-
-
-def _prefix_suffix(sample: Sample, seed: int, position: int) -> tuple[str, str]:
-    """Prompt and answer; a caption alone is cut at a word drawn by (seed, position), as the paper does."""
-    text = (sample.text or "").strip()
-    if sample.prompt is not None:
-        return sample.prompt, text
-    words = text.split()
-    if len(words) < 2:
-        return "", text
-    cut = random.Random(f"{seed}/{position}").randint(1, len(words) - 1)
-    return " ".join(words[:cut]), " ".join(words[cut:])
-
-
-def _decoder_only(samples: list[Sample], prompter: Prompter, start: int, seed: int) -> dict[str, Any]:
-    tokenizer = prompter.tokenizer
-    assert tokenizer is not None
-    texts, tails = [], []
-    for sample in samples:
-        prompt, answer = prompter.render(sample), (sample.text or "").strip()
-        joined = prompt + ("" if not prompt or prompt[-1].isspace() else " ") + answer
-        ids = prompter.token_ids(joined)
-        if tokenizer.eos_token and ids[-1] != tokenizer.eos_token_id:  # the end of the answer is part of the loss
-            joined += tokenizer.eos_token
-            ids = prompter.token_ids(joined)
-        before = prompter.token_ids(prompt)
-        same = next(
-            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
-        )
-        texts.append(joined)
-        tails.append(ids[same:])
-    encoded = prompter.encode(texts, [sample.images for sample in samples])
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    labels = torch.full_like(ids, IGNORED)
-    for row, tail in enumerate(tails):
-        end = int(mask[row].nonzero()[-1]) + 1
-        # Images only lengthen the prompt: counted from the end, the answer is where the tokenizer alone puts it.
-        if ids[row, end - len(tail) : end].tolist() != tail:
-            raise CalibrationError(
-                "the processor changes the answer's tokens, so the prompt cannot be masked in the loss"
-            )
-        labels[row, end - len(tail) : end] = torch.tensor(tail)
-    encoded["labels"] = labels
-    return encoded
 
 
 def _limited(encoded: dict[str, Any], length: int | None, source: str) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def needs_image(model: nn.Module) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
+def takes_images(model: nn.Module) -> bool:
+    """Whether ``forward`` has an argument for pictures."""
+    return any(name.startswith("pixel_values") for name in parameters_of(model))
+
+
 def can_take(model: nn.Module, argument: str) -> bool:
     """Whether ``forward`` has ``argument``, by name or as one of a generating model's pass-through arguments."""
     parameters = parameters_of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,11 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ecoflap.calibration.models import image_token_id
+from ecoflap.calibration.chats import answer_turn, plain_prompt, turns_of
+from ecoflap.calibration.models import image_token_id, parameters_of
 from ecoflap.calibration.sample import Sample
 from ecoflap.errors import CalibrationError
+from ecoflap.network.quiet import quiet
 
 
 def tokenizer_of(processor: Any) -> Any | None:
@@ -48,11 +51,24 @@ def padding_token(tokenizer: Any) -> Iterator[None]:
         tokenizer.pad_token = None
 
 
+@contextmanager
+def padded_on(tokenizer: Any, side: str) -> Iterator[None]:
+    """Pads on ``side`` for the time of a call, also where a processor looks at its tokenizer alone (Kosmos-2)."""
+    before = getattr(tokenizer, "padding_side", None)
+    if before is not None:
+        tokenizer.padding_side = side
+    try:
+        yield
+    finally:
+        if before is not None:
+            tokenizer.padding_side = before
+
+
 class Prompter:
     """Renders prompts for one model and processor, and encodes them together with the images.
 
     How images are announced in the text is found out once, on the first sample: by the chat template where
-    there is one, by the processor itself (BLIP-2), or by the placeholder in front of the prompt (LLaVA).
+    there is one, by the processor itself (BLIP-2, PaliGemma), or by the placeholder in front of the prompt (LLaVA).
 
     Raises:
         CalibrationError: the processor puts in another number of placeholders than the model has image queries.
@@ -63,22 +79,23 @@ class Prompter:
         self.tokenizer = tokenizer_of(processor)
         self._model = model
         self._chat = bool(getattr(processor, "chat_template", None))
+        self._parts = processor is not self.tokenizer  # a processor's template wants parts, a tokenizer's a string
         self._placeholder: str | None = None  # of the first image, None until it is known
 
     @property
     def is_chat(self) -> bool:
         return self._chat
 
+    @property
+    def takes_suffix(self) -> bool:
+        """Whether the processor wants the answer apart from the prompt, to let the model see the prompt whole."""
+        return self._parts and not self._chat and "suffix" in inspect.signature(self.processor.__call__).parameters
+
     def render(self, sample: Sample) -> str:
         """The text before the answer."""
-        prompt = sample.prompt or ""
         if self._chat:
-            content: Any = prompt
-            if self.processor is not self.tokenizer:  # a processor's template wants parts, a tokenizer's a string
-                content = [{"type": "image"} for _ in sample.images]
-                content += [{"type": "text", "text": prompt}] if prompt else []
-            turns = [{"role": "user", "content": content}]
-            return str(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+            return self._template(turns_of(sample, parts=self._parts), add_generation_prompt=True)
+        prompt = plain_prompt(sample)
         if not sample.images:
             return prompt
         if self._placeholder is None:
@@ -86,6 +103,26 @@ class Prompter:
         if self._placeholder and self._placeholder not in prompt:
             return f"{self._placeholder * len(sample.images)}\n{prompt}"
         return prompt
+
+    def render_answered(self, sample: Sample) -> str:
+        """The same text, the answer ``sample.text`` and its end: the template's own, else the end token."""
+        prompt, answer = self.render(sample), (sample.text or "").strip()
+        joined = prompt + ("" if not prompt or prompt[-1].isspace() else " ") + answer
+        if self._chat:
+            turns = [*turns_of(sample, parts=self._parts), answer_turn(answer, parts=self._parts)]
+            whole = self._template(turns).rstrip()
+            if whole.startswith(prompt.rstrip()) and whole[len(prompt.rstrip()) :].lstrip().startswith(answer):
+                joined = whole  # else the template does not know what an assistant says
+        end = getattr(self.tokenizer, "eos_token", None)
+        closed = not joined.endswith(answer)  # a template may close the turn with a token of its own
+        return joined if closed or not end or self._ends(joined) else joined + str(end)
+
+    def _template(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        return str(self.processor.apply_chat_template(turns, tokenize=False, **options))
+
+    def _ends(self, text: str) -> bool:
+        assert self.tokenizer is not None
+        return bool(self.token_ids(text)[-1:] == [self.tokenizer.eos_token_id])
 
     def _find_placeholder(self, prompt: str, image: Image.Image) -> str:
         """What must stand in front of the prompt so that the image is seen: "" where the processor sees to it."""
@@ -113,20 +150,34 @@ class Prompter:
         )
 
     def encode(
-        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], side: str = "right"
+        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], side: str = "right", **more: Any
     ) -> dict[str, Any]:
-        """Tensors for rendered ``texts`` and the images of each, padded on ``side`` to the longest of the batch."""
-        options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt"}
+        """Tensors for rendered ``texts`` and the images of each, padded on ``side`` to the longest of the batch.
+
+        Args:
+            more: passed on to the processor.
+        """
+        options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt", **more}
         bos = getattr(self.tokenizer, "bos_token", None)
         if self._chat and bos and all(text.startswith(bos) for text in texts):
             options["add_special_tokens"] = False  # the template has put it there
-        with padding_token(self.tokenizer):
+        with padding_token(self.tokenizer), padded_on(self.tokenizer, side), quiet():
             if any(images):
-                encoded = self.processor(images=[list(each) for each in images], text=list(texts), **options)
+                encoded = dict(self.processor(images=[list(each) for each in images], text=list(texts), **options))
             else:
                 assert self.tokenizer is not None
-                encoded = self.tokenizer(list(texts), **options)
-        return dict(encoded)
+                encoded = dict(self.tokenizer(list(texts), **options))
+        if "suffix" not in more:
+            encoded.pop("labels", None)  # a processor's own, where nothing was said
+        if "token_type_ids" not in parameters_of(self._model):
+            encoded.pop("token_type_ids", None)
+        return encoded
+
+    def encode_suffixes(
+        self, prompts: Sequence[str], answers: Sequence[str], images: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, Any]:
+        """As :meth:`encode` with the answers apart, and ``labels`` that are -100 but on the answers and their ends."""
+        return self.encode(prompts, images, suffix=list(answers))
 
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a rendered text without its image, with the special tokens that :meth:`encode` adds."""

@@ -30,8 +30,9 @@ def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
     """Stacks of blocks in ``model``, in the order of their first call (of definition without a trace).
 
     A ``ModuleList`` or ``Sequential`` whose elements hold matrices is a stack if, in the traced forward, each element
-    passes a tensor on to the next one. Experts and deep-stack mergers, which stand side by side, are not. A stack whose
-    elements are themselves of one class and made of stacks of like blocks (the stages of a Swin) gives way to those.
+    passes something on to the next one, as it is or changed on the way. Experts and deep-stack mergers, which stand
+    side by side, are not. A stack whose elements are themselves stacks of blocks, or of one class and made of stacks of
+    like blocks (the stages of a Swin), gives way to those.
     """
     found: list[BlockList] = []
     for path, module in model.named_modules():
@@ -58,9 +59,11 @@ def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
 
 
 def _is_stages(model: nn.Module, elements: list[str]) -> bool:
-    """Every element contains a list of like blocks under the name ``blocks`` or ``layers`` that holds most of it."""
+    """Every element is a list of blocks, or contains a list of like blocks that holds most of it."""
     for element in elements:
         stage = model.get_submodule(element)
+        if isinstance(stage, nn.ModuleList):
+            continue  # a list of lists: its parent calls the blocks themselves
         inner = [
             child
             for child in stage.children()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Batch = Mapping[str, Any]
 Run = Callable[[nn.Module, Any], Any]
@@ -37,6 +39,35 @@ def plain_forward(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
+class _Origins(TorchFunctionMode):
+    """Follows tensors through every operation: from which watched modules, not going through another, each comes.
+
+    A parent may work on what it passes from block to block (Qwen3-VL adds picture features to it), in place or not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: Any = WeakTensorKeyDictionary()  # keeps no activation alive
+
+    def of(self, tensors: Sequence[Tensor]) -> frozenset[str]:
+        """The paths that any of ``tensors`` comes from."""
+        return frozenset().union(*(self._known[tensor] for tensor in tensors if tensor in self._known))
+
+    def set(self, tensors: Sequence[Tensor], origins: frozenset[str]) -> None:
+        for tensor in tensors:
+            self._known[tensor] = origins
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = tensors_in((args, kwargs))
+        if origins := self.of(given):
+            self.set(tensors_in(result), origins)
+            name = getattr(func, "__name__", "")
+            if given and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))):
+                self.set(given[:1], origins)  # written in place
+        return result
+
+
 @dataclass
 class Trace:
     """What one forward did.
@@ -45,7 +76,8 @@ class Trace:
         ranks: path of each called module to the rank of its first call.
         drivers: for each called module, the path of the innermost module in whose forward it was (first) called.
         calls: number of calls of each module.
-        chained: pairs ``(a, b)`` such that a tensor returned by watched module ``a`` was passed to watched ``b``.
+        chained: pairs ``(a, b)`` such that what watched module ``a`` returned, or what the modules around it made of
+            that, was passed to watched ``b``.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -64,13 +96,12 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
     Args:
         model: any module; its mode and hooks are as before afterwards.
         batch: what ``run`` takes.
-        watched: paths whose tensors are compared to find chains; these are kept alive for the length of the forward.
+        watched: paths between which tensors are followed to find chains.
         run: how to run the model on the batch, by default ``model(**batch)``.
     """
     result = Trace()
     stack: list[str] = []
-    producers: dict[int, str] = {}
-    alive: list[Tensor] = []  # so that no id() is used twice
+    origins = _Origins()
 
     def before(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -80,9 +111,7 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
             result.calls[path] = result.calls.get(path, 0) + 1
             stack.append(path)
             if path in watched:
-                for tensor in tensors_in((args, kwargs)):
-                    if id(tensor) in producers:
-                        result.chained.add((producers[id(tensor)], path))
+                result.chained.update((origin, path) for origin in origins.of(tensors_in((args, kwargs))))
 
         return hook
 
@@ -90,13 +119,11 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             stack.pop()
             if path in watched:
-                for tensor in tensors_in(output):
-                    producers[id(tensor)] = path
-                    alive.append(tensor)
+                origins.set(tensors_in(output), frozenset({path}))
 
         return hook
 
-    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+    with ExitStack() as hooks, evaluating(model), torch.no_grad(), origins:
         for path, module in model.named_modules():
             hooks.callback(module.register_forward_pre_hook(before(path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(after(path)).remove)
