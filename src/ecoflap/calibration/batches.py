@@ -100,8 +100,8 @@ def _collator(
         raise CalibrationError(f"{source} has no images, but {type(model).__name__} needs them: give an image column")
     if not sees and has_images and takes_images(model):
         raise CalibrationError(
-            f"{type(model).__name__} takes images, but its checkpoint gave only a tokenizer, so those of {source} cannot "
-            "be used: its processor is missing, or needs a package that is not installed"
+            f"{type(model).__name__} takes images, but its checkpoint gave only a tokenizer, so those of {source} "
+            "cannot be used: its processor is missing, or needs a package that is not installed"
         )
     if not sees:  # a text model on image data: the text is still usable
         samples = [replace(sample, images=()) for sample in samples]
