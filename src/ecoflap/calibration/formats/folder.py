@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from ecoflap.calibration.formats import ACCEPTED, DATA_SUFFIXES, PUBLISHED, Opened, open_file
+from ecoflap.calibration.formats import ACCEPTED, DATA_SUFFIXES, PUBLISHED, Opened, imagenet, open_file
 from ecoflap.calibration.formats.compression import COMPRESSED
-from ecoflap.calibration.formats.image_folder import open_images
+from ecoflap.calibration.formats.image_folder import holds_images, open_images
 from ecoflap.calibration.formats.place import Place, no_splits, of_split
 from ecoflap.calibration.formats.saved import open_saved
 from ecoflap.calibration.formats.text import SUFFIXES as TEXT_SUFFIXES
@@ -72,9 +72,11 @@ def _shards(place: Place) -> Opened | None:
 
 
 def _images(place: Place) -> Opened | None:
-    """Images in the folder itself, so that texts beside them are captions."""
-    names = (file.name.lower() for file in islice(place.path.iterdir(), LOOKED_AT))
-    return open_images(place) if any(name.endswith(IMAGE_SUFFIXES) for name in names) else None
+    """Images in the folder itself, or ImageNet's lists of them: texts beside them are captions."""
+    names = [file.name for file in islice(place.path.iterdir(), LOOKED_AT)]
+    lists = (*imagenet.MAPPINGS, *imagenet.SOLUTIONS)
+    found = any(name in lists or name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+    return open_images(place) if found else None
 
 
 def _data(place: Place) -> Opened | None:
@@ -100,14 +102,12 @@ def _joined(tables: Sequence[Opened], source: str) -> Opened:
 
 
 def _texts(place: Place) -> Opened | None:
-    """Text files, also in sub-folders, unless there are images in these."""
+    """Text files, or those in sub-folders; not a class folder's README."""
     suffixes = (*TEXT_SUFFIXES[:2], *TEXT_SUFFIXES[3:], *(f"{t}{c}" for t in TEXT_SUFFIXES for c in COMPRESSED))
+    if holds_images(place.path):
+        return None
     files = _files(place.path, suffixes)
-    if not files:
-        below = [file for file in islice(place.path.rglob("*"), LOOKED_AT) if file.is_file()]
-        if any(file.name.lower().endswith(IMAGE_SUFFIXES) for file in below):
-            return None
-        files = sorted(f for f in place.path.rglob("*") if f.is_file() and f.name.lower().endswith(suffixes))
+    files = files or sorted(f for f in place.path.rglob("*") if f.name.lower().endswith(suffixes) and f.is_file())
     if not files:
         return None
     no_splits(place)

@@ -70,11 +70,13 @@ def open_images(place: Place) -> Table | None:
     """
     path = place.path
     here, below = _listing(path)
-    while not here and (only := _only(below)) is not None:  # 101_ObjectCategories/, ILSVRC/Data/CLS-LOC/
+    while (
+        not any(map(_is_image, here)) and (only := _only(below)) is not None
+    ):  # 101_ObjectCategories/
         path = only
         here, below = _listing(path)
     splits = [folder for folder in below if folder.name.lower() in SPLITS]
-    if splits and not here and all(_holds_images(folder) for folder in splits):
+    if splits and not any(map(_is_image, here)) and all(holds_images(folder) for folder in splits):
         path = _split(splits, place)
         here, below = _listing(path)
     else:
@@ -104,7 +106,7 @@ def _only(folders: Sequence[Path]) -> Path | None:
     """The one of a few folders that holds images, if it is not a split."""
     if len(folders) > FEW:
         return None
-    holding = [folder for folder in folders if _holds_images(folder)]
+    holding = [folder for folder in folders if holds_images(folder)]
     return holding[0] if len(holding) == 1 and holding[0].name.lower() not in SPLITS else None
 
 
@@ -130,9 +132,10 @@ def _captioned(path: Path, folders: Iterable[Path]) -> bool:
     return False
 
 
-def _holds_images(folder: Path, depth: int = DEEPEST) -> bool:
+def holds_images(folder: Path, depth: int = DEEPEST) -> bool:
+    """Whether there are images in ``folder`` or a few levels below."""
     names, below = _listing(folder)
-    return any(map(_is_image, names)) or (depth > 0 and any(_holds_images(f, depth - 1) for f in below))
+    return any(map(_is_image, names)) or (depth > 0 and any(holds_images(f, depth - 1) for f in below))
 
 
 def _all_images(folder: Path, depth: int = DEEPEST) -> list[str]:

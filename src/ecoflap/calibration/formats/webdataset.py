@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import bisect
 import re
-import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ecoflap.calibration.formats.json_file import columns_of, parsed
+from ecoflap.calibration.formats.tar import headers
 from ecoflap.calibration.images import SUFFIXES, BrokenSample
 from ecoflap.calibration.tables import ClassNames, Row, Taken
 from ecoflap.errors import CalibrationError
 
 BRACES = re.compile(r"\{([^{}]*)\}")
-BLOCK = 512  # bytes of a tar header
 TEXTS = ("txt", "text", "caption", "cap", "transcript", "cls", "cls2", "class", "id", "question", "answer", "prompt")
 PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
 
@@ -92,48 +93,29 @@ class TarTable:
         return (row.get("json") or {} for row in rows)
 
     def _index(self, file: Path) -> None:
-        groups: dict[str, list[tuple[int, int, int]]] = {}  # members by name; they are usually, not always, neighbours
-        for name, offset, size in _headers(file, self.source):
-            path = PurePosixPath(name)
-            stem, _, extension = path.name.partition(".")
+        """Adds the members of one tar, ordered by sample; those of one sample are usually, not always, neighbours."""
+        samples: dict[str, int] = {}
+        owner, kind, offsets, sizes = array("Q"), array("H"), array("Q"), array("Q")
+        for name, offset, size in headers(file, self.source):
+            path, slash, last = name.rpartition("/")
+            stem, _, extension = last.partition(".")
             if not stem or not extension:
                 continue
             extension = extension.lower()
             if extension not in self._extensions:
                 self._extensions.append(extension)
-            groups.setdefault(str(path.with_name(stem)), []).append((self._extensions.index(extension), offset, size))
-        for members in groups.values():
-            self._first.append(len(self._offset))
-            for extension_number, offset, size in members:
-                self._extension.append(extension_number)
-                self._offset.append(offset)
-                self._size.append(size)
-
-
-def _headers(file: Path, source: str) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of the data, size) of the files in a tar; only headers are read."""
-    damaged = CalibrationError(f"{source}: {file.name} is not a whole tar file: copy or download it again")
-    length = file.stat().st_size
-    with file.open("rb") as stream:
-        if stream.read(2) == b"\x1f\x8b":
-            raise CalibrationError(
-                f"{source}: {file.name} is compressed, so samples cannot be drawn from it: gunzip it"
-            )
-        stream.seek(0)
-        try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it remembers every member it has seen
-                    if member.offset_data + member.size > length:
-                        raise damaged
-                    if member.isreg():
-                        yield member.name, member.offset_data, member.size
-                end = tar.offset
-        except tarfile.TarError:
-            raise damaged from None
-        stream.seek(end)
-        if stream.read(BLOCK).strip(b"\0"):  # tarfile takes a header it can't read for the end
-            raise damaged
+            owner.append(samples.setdefault(path + slash + stem, len(samples)))
+            kind.append(self._extensions.index(extension))
+            offsets.append(offset)
+            sizes.append(size)
+        before = -1
+        for member in np.argsort(np.frombuffer(owner, dtype=np.uint64), kind="stable") if owner else ():
+            if owner[member] != before:
+                before = owner[member]
+                self._first.append(len(self._offset))
+            self._extension.append(kind[member])
+            self._offset.append(offsets[member])
+            self._size.append(sizes[member])
 
 
 def _value(extension: str, data: bytes, index: int) -> Any:
