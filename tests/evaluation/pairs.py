@@ -93,14 +93,14 @@ def siglip() -> tuple[Any, SiglipProcessor]:
     return scramble(model), SiglipProcessor(SiglipImageProcessorPil(size=SIZE), words(first=False))
 
 
-def vilt() -> tuple[Any, ViltProcessor]:
+def vilt(seed: int = 0) -> tuple[Any, ViltProcessor]:
     config = ViltConfig(
         **_small(vocab_size=len(VOCABULARY), max_position_embeddings=16, image_size=32, patch_size=16),
         num_images=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         id2label={0: "False", 1: "True"}, label2id={"False": 0, "True": 1}, modality_type_vocab_size=3,
     )  # fmt: skip
     images = ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=16)
-    return scramble(ViltForImagesAndTextClassification(config)), ViltProcessor(images, words())
+    return scramble(ViltForImagesAndTextClassification(config), seed), ViltProcessor(images, words())
 
 
 def picture_file(folder: Path, number: int) -> str:

@@ -1,0 +1,84 @@
+"""Image classification: top-1 and top-5 accuracy of a model with a classification head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecoflap.calibration.classified import numbered
+from ecoflap.calibration.models import parameters_of, to_device
+from ecoflap.errors import InvalidOption
+from ecoflap.evaluation.classes import TopClasses, labels_of
+from ecoflap.evaluation.common import common_settings, image_inputs, in_chunks, open_data, pictures
+from ecoflap.evaluation.results import TaskResult
+from ecoflap.network.trace import evaluating
+from ecoflap.progress import Progress
+
+TASK = "image-classification"
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    processor: Any,
+    *,
+    data: str | Path | None,
+    samples: int | None,
+    batch_size: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    columns: Mapping[str, str] | None = None,
+    image_folder: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> TaskResult:
+    """Accuracy of the class with the highest logit, and of the five highest.
+
+    A label is one of the model's classes by its name (``config.label2id``) or number. Where the data set names as many
+    classes as the model has, but none alike, its order counts; ``settings["labels"]`` says "by order" then.
+
+    Args:
+        data: pictures with a class each.
+        samples: pictures drawn with ``seed``; None for all.
+        sequence_length: has no effect.
+        classes: the data's labels in the order of the model's classes, over its own names.
+
+    Raises:
+        InvalidOption: the model has no classes, or ``classes`` are not as many as it has.
+        CalibrationError: no pictures, or a label that is none of the model's classes.
+        NonFiniteLoss: a logit is NaN or infinite.
+    """
+    names = model_classes(model)
+    if not names or "pixel_values" not in parameters_of(model) or "input_ids" in parameters_of(model):
+        raise InvalidOption(f"task '{TASK}' needs a model that classifies pictures, not {type(model).__name__}")
+    if classes is not None and len(classes) != len(names):
+        raise InvalidOption(f"{len(classes)} classes are given, but {type(model).__name__} has {len(names)}")
+    reader = open_data(
+        TASK, data, samples=samples, seed=seed, batch_size=batch_size, columns=columns, image_folder=image_folder
+    )
+    numbers, how = numbered(names), "by name"
+    own = reader.classes or ()
+    if classes is not None:
+        numbers, how = numbered(classes), "as given"
+    elif len(own) == len(names) and not numbers.keys() & numbered(own).keys():
+        numbers, how = numbered(own), "by order"
+    found = TopClasses(TASK, names, reader.source)
+    with evaluating(model):
+        for part in in_chunks(reader, batch_size, progress, TASK):
+            labels = labels_of(part, numbers, TASK, reader.source, "model's")
+            inputs = image_inputs(processor, pictures(part, TASK, reader.source), TASK)
+            logits = model(**to_device(inputs, model)).logits
+            found.add([index for index, _ in part], logits.float().cpu(), labels)
+    return found.result(common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, labels=how))
+
+
+def model_classes(model: nn.Module) -> tuple[str, ...]:
+    """Names of a classifier's classes by their number; empty for a model without a head."""
+    if "Classification" not in type(model).__name__:
+        return ()
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return tuple(str(names[number]) for number in sorted(names))

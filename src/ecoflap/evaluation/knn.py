@@ -1,0 +1,151 @@
+"""Weighted nearest neighbours: how well the features of a vision backbone without a head tell classes apart.
+
+Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, with the
+setting of Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: each of the k
+nearest training pictures votes for its class with weight exp(cosine / 0.07).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ecoflap.calibration.models import parameters_of, to_device
+from ecoflap.errors import InvalidOption
+from ecoflap.evaluation.classes import TopClasses, check_classes, label_names
+from ecoflap.evaluation.common import Chunk, check_finite, common_settings, image_inputs, in_chunks, open_data, pictures
+from ecoflap.evaluation.embeddings import embedder_of
+from ecoflap.evaluation.results import TaskResult
+from ecoflap.network.trace import evaluating
+from ecoflap.progress import Progress
+from ecoflap.registry import unknown
+
+POOLS = ("cls", "mean")
+Embed = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> [B, D], rows of length 1, fp32 on the CPU
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    processor: Any,
+    *,
+    data: str | Path | None,
+    samples: int | None,
+    batch_size: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    columns: Mapping[str, str] | None = None,
+    image_folder: str | Path | None = None,
+    train: str | None = None,
+    train_samples: int | None = None,
+    k: int = 20,
+    temperature: float = 0.07,
+    layer: int | None = None,
+    pool: str = "cls",
+) -> TaskResult:
+    """Top-1 and top-5 accuracy of pictures among labelled ones.
+
+    Args:
+        data: test pictures with a class each.
+        samples: test pictures drawn with ``seed``; None for all.
+        sequence_length: has no effect.
+        columns, image_folder: of both data sets.
+        train: the labelled pictures that vote; any source, as ``data``.
+        train_samples: how many of them, drawn with ``seed``; None for all.
+        k: neighbours that vote.
+        temperature: of the weights exp(cosine / temperature).
+        layer: which of the hidden states (0 the embeddings, -1 the last block's); None for the model's last one,
+            normalised. Two-tower models give their picture embedding.
+        pool: ``cls``, the first token; ``mean``, the mean over all tokens (or places of a feature map).
+
+    Raises:
+        InvalidOption: no training pictures, a number out of its range, no such layer.
+        UnknownName: no such pool.
+        CalibrationError: no pictures or labels.
+        NonFiniteLoss: a feature is NaN or infinite.
+    """
+    if not train:
+        raise InvalidOption("task 'knn' needs labelled pictures that vote: give --task-option train=SOURCE")
+    if k < 1 or temperature <= 0:
+        raise InvalidOption(f"k must be at least 1 and the temperature above 0, not {k} and {temperature}")
+    if pool not in POOLS:
+        raise unknown("pool", pool, list(POOLS))
+    embed = _embedding(model, processor, layer, pool)
+    options: dict[str, Any] = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "columns": columns,
+        "image_folder": image_folder,
+    }
+    reader = open_data("knn", data, samples=samples, **options)
+    voters = open_data("knn", train, samples=train_samples, **options)
+    names: list[str] = []  # as they come; a class that no training picture has can only be missed
+    numbers: dict[str, int] = {}
+
+    def classes_of(part: Chunk, source: str) -> Tensor:
+        for label in label_names(part, "knn", source):
+            if numbers.setdefault(label.lower(), len(names)) == len(names):
+                names.append(label)
+        return torch.tensor([numbers[label.lower()] for label in label_names(part, "knn", source)])
+
+    found = TopClasses("knn", names, reader.source)
+    known, classes = [], []
+    with evaluating(model):
+        for part in in_chunks(voters, batch_size, progress, "knn, training pictures"):
+            classes.append(classes_of(part, voters.source))
+            known.append(embed(pictures(part, "knn", voters.source)))
+        features, votes = torch.cat(known), torch.cat(classes)
+        check_finite(features, "a feature", voters.source)
+        check_classes(names, "knn", voters.source)
+        for part in in_chunks(reader, batch_size, progress, "knn"):
+            labels = classes_of(part, reader.source)
+            seen = embed(pictures(part, "knn", reader.source))
+            check_finite(seen, "a feature", reader.source)
+            scores = weighted_votes(seen @ features.t(), votes, len(names), k, temperature)
+            found.add([index for index, _ in part], scores, labels)
+    settings = {"train": voters.source, "train_samples": train_samples, "k": k, "temperature": temperature}
+    more: dict[str, Any] = {"voters": len(votes), "layer": layer, "pool": pool}
+    return found.result(common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, **settings, **more))
+
+
+def weighted_votes(cosines: Tensor, classes: Tensor, count: int, k: int, temperature: float) -> Tensor:
+    """Votes for each class ``[B, C]`` from cosines ``[B, N]`` with N pictures of ``classes`` ``[N]``.
+
+    Weights are divided by that of the nearest picture, which changes no order and overflows at no temperature.
+    """
+    near = cosines.topk(min(k, cosines.shape[1]), dim=1)
+    weights = ((near.values - near.values[:, :1]) / temperature).exp()
+    votes = torch.zeros(len(cosines), count)
+    return votes.scatter_add_(1, classes[near.indices], weights)
+
+
+def _embedding(model: nn.Module, processor: Any, layer: int | None, pool: str) -> Embed:
+    parameters = parameters_of(model)
+    if "pixel_values" in parameters and "input_ids" not in parameters:
+        return partial(_hidden, model, processor, layer, pool)
+    if layer is not None:
+        raise InvalidOption(f"{type(model).__name__} is no vision backbone: its picture embedding has no layers")
+    return embedder_of(model, processor, "knn").pictures
+
+
+def _hidden(model: nn.Module, processor: Any, layer: int | None, pool: str, images: Sequence[Image.Image]) -> Tensor:
+    output = model(**to_device(image_inputs(processor, images, "knn"), model), output_hidden_states=True)
+    states = output.hidden_states
+    state = getattr(output, "last_hidden_state", None)
+    if layer is not None or state is None:
+        chosen = -1 if layer is None else layer
+        if not -len(states) <= chosen < len(states):
+            raise InvalidOption(f"there is no layer {layer}: {type(model).__name__} has 0 to {len(states) - 1}")
+        state = states[chosen]
+    if state.ndim == 4:  # a feature map, channels first
+        state = state.flatten(2).transpose(1, 2)
+    pooled = state[:, 0] if pool == "cls" else state.float().mean(dim=1)
+    return normalize(pooled.float(), dim=-1).cpu()

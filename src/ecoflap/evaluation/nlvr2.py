@@ -1,0 +1,148 @@
+"""NLVR2: is a sentence about two pictures true? By a classifier of two pictures, or by a model that answers.
+
+Source: Suhr et al., "A Corpus for Reasoning About Natural Language Grounded in Photographs", ACL 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecoflap.calibration.classified import encode_classified, sentence_of
+from ecoflap.calibration.models import parameters_of, to_device
+from ecoflap.calibration.sample import Sample
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.evaluation.answers import answer_likelihoods
+from ecoflap.evaluation.common import Chunk, check_finite, common_settings, in_chunks, open_data
+from ecoflap.evaluation.results import TaskResult, measured
+from ecoflap.network.trace import evaluating
+from ecoflap.progress import Progress
+
+TEMPLATE = 'Look at the two images. Is this statement true or false? "{question}" Answer:'
+ANSWERS = ("false", "true")  # by their number in published NLVR2 checkpoints
+_TRUTH = {"true": 1, "yes": 1, "1": 1, "false": 0, "no": 0, "0": 0}
+Score = Callable[[list[Sample]], torch.Tensor]  # samples -> scores [B, 2] of false and true
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    processor: Any,
+    *,
+    data: str | Path | None,
+    samples: int | None,
+    batch_size: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    columns: Mapping[str, str] | None = None,
+    prompt_template: str | None = None,
+    image_folder: str | Path | None = None,
+) -> TaskResult:
+    """Share of sentences whose truth is told right.
+
+    A classifier (ViLT for NLVR2) decides by its logits. A generating model decides by which of the answers "True" and
+    "False" has the higher log-likelihood, its end token included; equal ones count as wrong.
+
+    Args:
+        data: two pictures, a sentence and a label (true or false) each.
+        samples: sentences drawn with ``seed``; None for all.
+        sequence_length: most tokens of a prompt with its answer; None for no limit. Classifiers cut their sentences.
+        prompt_template: for a generating model, with ``{question}`` for the sentence.
+
+    Raises:
+        InvalidOption: the model takes no two pictures, neither as a classifier nor in a prompt.
+        CalibrationError: a sample has no two pictures, no sentence, or another label than true or false.
+        NonFiniteLoss: a score is NaN or infinite.
+    """
+    template = TEMPLATE if prompt_template is None else prompt_template
+    reader = open_data(
+        "nlvr2",
+        data,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        columns=columns,
+        prompt_template=template,
+        image_folder=image_folder,
+    )
+    score, how = _scores(model, processor, reader.source, template, sequence_length)
+    predictions: list[dict[str, Any]] = []
+    with evaluating(model):
+        for part in in_chunks(reader, batch_size, progress, "nlvr2"):
+            truths = [_truth(index, sample, reader.source) for index, sample in part]
+            _check_pictures(part, reader.source)
+            scores = score([sample for _, sample in part])
+            check_finite(scores, "the score of an answer", reader.source)
+            for (index, sample), truth, (false, true) in zip(part, truths, scores.tolist(), strict=True):
+                right = true > false if truth else false > true
+                predictions.append({
+                    "index": index,
+                    "question": sentence_of(sample),
+                    "prediction": ANSWERS[true > false],
+                    "truth": ANSWERS[truth],
+                    "score": float(right),
+                })  # fmt: skip
+    found = measured([record["score"] for record in predictions])
+    settings = common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, answers=how)
+    settings |= {} if how == "classifier" else {"prompt_template": template}
+    return TaskResult(
+        "nlvr2", "accuracy", found.value, found.stderr, len(predictions), settings, predictions=predictions
+    )
+
+
+def _scores(model: nn.Module, processor: Any, source: str, template: str, length: int | None) -> tuple[Score, str]:
+    """What scores both answers, and its name for the settings."""
+    parameters = parameters_of(model)
+    pictures = getattr(getattr(model, "config", None), "num_images", None)
+    if "Classification" in type(model).__name__ and pictures == 2 and "pixel_values" in parameters:
+        return partial(_classified, model, processor, source), "classifier"
+    if callable(getattr(model, "generate", None)) and processor is not None and "pixel_values" in parameters:
+        return partial(_answered, model, processor, source, template, length), "log-likelihood"
+    raise InvalidOption(
+        "task 'nlvr2' needs a classifier of two pictures or a model that answers about them, "
+        f"not {type(model).__name__}"
+    )
+
+
+def _classified(model: nn.Module, processor: Any, source: str, samples: list[Sample]) -> torch.Tensor:
+    names = {str(name).lower(): int(number) for name, number in model.config.label2id.items()}  # type: ignore[union-attr, operator]
+    true = names.get("true", names.get("yes", 1))
+    numbered = [replace(sample, label=str(true)) for sample in samples]  # the logits don't depend on the label
+    inputs = encode_classified(numbered, model, processor, source)
+    inputs.pop("labels")
+    logits = model(**to_device(inputs, model)).logits.float().cpu()
+    return torch.stack([logits[:, 1 - true], logits[:, true]], dim=1)
+
+
+def _answered(
+    model: nn.Module, processor: Any, source: str, template: str, length: int | None, samples: list[Sample]
+) -> torch.Tensor:
+    asked = []
+    for sample in samples:
+        prompt = template.replace("{question}", sentence_of(sample) or "")
+        plain = replace(sample, prompt=prompt, question=None, messages=None, captions=None, label=None)
+        asked += [replace(plain, text=answer.capitalize()) for answer in ANSWERS]
+    return answer_likelihoods(model, processor, asked, source, length).view(-1, len(ANSWERS))
+
+
+def _truth(index: int, sample: Sample, source: str) -> int:
+    label = (sample.label if sample.label is not None else sample.text or "").strip().lower()
+    if label not in _TRUTH:
+        raise CalibrationError(f"{source}: the label '{label}' in row {index} is neither true nor false")
+    return _TRUTH[label]
+
+
+def _check_pictures(part: Chunk, source: str) -> None:
+    for index, sample in part:
+        if len(sample.images) != 2 or not sentence_of(sample):
+            found = f"{len(sample.images)} pictures" + ("" if sentence_of(sample) else " and no sentence")
+            raise CalibrationError(
+                f"{source}: row {index} has {found}: task 'nlvr2' needs two pictures and a sentence with every row"
+            )

@@ -1,0 +1,100 @@
+"""Zero-shot classification: a picture belongs to the class whose prompts, averaged, are nearest to it.
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), 2021, section
+3.1: the embedding of a class is the mean of its normalised prompts, normalised again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ecoflap.calibration.zero_shot import DEFAULT_TEMPLATES, fill
+from ecoflap.evaluation.classes import TopClasses, check_classes, labels_of, numbers_of, own_classes
+from ecoflap.evaluation.common import check_finite, common_settings, in_chunks, open_data, pictures
+from ecoflap.evaluation.embeddings import Matcher, TwoTowers, embedder_of, similarity
+from ecoflap.evaluation.results import TaskResult
+from ecoflap.network.trace import evaluating
+from ecoflap.progress import Progress, Silent
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    processor: Any,
+    *,
+    data: str | Path | None,
+    samples: int | None,
+    batch_size: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    columns: Mapping[str, str] | None = None,
+    image_folder: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    class_prompts: Sequence[str] | None = None,
+) -> TaskResult:
+    """Top-1 and top-5 accuracy of CLIP, SigLIP, or a retrieval model's embeddings (BLIP, BLIP-2).
+
+    Args:
+        data: pictures with a class each.
+        samples: pictures drawn with ``seed``; None for all.
+        sequence_length: has no effect; prompts are cut to what the text tower takes.
+        classes: names for the prompts, in the order of the data set's own classes or equal to its labels; None for the
+            data set's own: its folders, the names of its class column, or the distinct labels of all rows, sorted.
+        class_prompts: templates with ``{}`` for the name; default "a photo of a {}."
+
+    Raises:
+        InvalidOption: the model does not compare pictures with texts, a template without ``{}``, less than 2 classes.
+        CalibrationError: no pictures, or a label that is none of the classes.
+        NonFiniteLoss: an embedding is NaN or infinite.
+    """
+    embedder = embedder_of(model, processor, "zero-shot")
+    reader = open_data(
+        "zero-shot",
+        data,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        columns=columns,
+        image_folder=image_folder,
+    )
+    assert data is not None
+    own = (reader.classes or ()) if classes else own_classes(reader, data)
+    names, templates = tuple(classes or own), tuple(class_prompts or DEFAULT_TEMPLATES)
+    check_classes(names, "zero-shot", reader.source)
+    numbers = numbers_of(names, own)
+    found = TopClasses("zero-shot", names, reader.source)
+    with evaluating(model):
+        prompts = class_embeddings(embedder, names, templates, batch_size, progress)
+        check_finite(prompts, "the embedding of a class", reader.source)
+        for part in in_chunks(reader, batch_size, progress, "zero-shot"):
+            labels = labels_of(part, numbers, "zero-shot", reader.source)
+            seen = embedder.pictures(pictures(part, "zero-shot", reader.source))
+            found.add([index for index, _ in part], similarity(seen, prompts), labels)
+    return found.result(
+        common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, class_prompts=list(templates))
+    )
+
+
+def class_embeddings(
+    embedder: TwoTowers | Matcher,
+    names: Sequence[str],
+    templates: Sequence[str],
+    batch_size: int,
+    progress: Progress | None,
+) -> Tensor:
+    """One normalised row a class, ``[C, D]``: the mean of its normalised prompts."""
+    prompts = [fill(template, name) for name in names for template in templates]
+    rows = []
+    with (progress or Silent()).stage("zero-shot, prompts", total=len(prompts)) as task:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            rows.append(embedder.texts(batch))
+            task.advance(len(batch))
+    return normalize(torch.cat(rows).view(len(names), len(templates), -1).mean(dim=1), dim=-1)
