@@ -82,7 +82,10 @@ def some_layers(anatomy: Anatomy) -> list[Layer]:
 
 def bits(model: nn.Module) -> dict[str, bytes]:
     """Every entry of the state dict as bytes."""
-    return {n: t.detach().contiguous().view(torch.uint8).numpy().tobytes() for n, t in model.state_dict().items()}
+    return {
+        n: t.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        for n, t in model.state_dict().items()
+    }
 
 
 def differences(one: Any, other: Any) -> str | None:
