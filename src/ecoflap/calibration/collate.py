@@ -16,6 +16,7 @@ from ecoflap.calibration.objectives import objective_name
 from ecoflap.calibration.pairs import encode_pairs
 from ecoflap.calibration.prompts import image_processor_of, tokenizer_of
 from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.supervised_contrastive import encode_labelled
 from ecoflap.calibration.zero_shot import DEFAULT_TEMPLATES, fill, prompt_tensors
 from ecoflap.errors import CalibrationError
 
@@ -53,6 +54,9 @@ def objective_collator(
     """
     if name == "classification":
         return lambda part, start: encode_classified(part, model, processor, source)
+    if name == "supervised-contrastive":
+        given = classes or own_classes or sorted({label for label in map(label_of, samples) if label is not None})
+        return lambda part, start: encode_labelled(part, model, processor, source, given)
     if answers_by_decoder(model):
         return lambda part, start: encode_answers(part, model, processor, source)
     if name not in (*PAIRED, "zero-shot"):

@@ -8,11 +8,12 @@ from importlib import import_module
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ecoflap.calibration.answers import answers_by_decoder
 from ecoflap.calibration.losses import model_loss_without_cache, scalar_loss
 from ecoflap.calibration.matching import matching_argument
-from ecoflap.calibration.models import Batch, is_dual_tower, is_encoder_decoder, to_device
+from ecoflap.calibration.models import Batch, is_dual_tower, is_encoder_decoder, parameters_of, to_device
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.registry import Registry
 
@@ -27,6 +28,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "zero-shot": "ecoflap.calibration.zero_shot:zero_shot",
         "itm-itc": "ecoflap.calibration.matching:itm_itc",
         "classification": "ecoflap.calibration.losses:classification",
+        "supervised-contrastive": "ecoflap.calibration.supervised_contrastive:supervised_contrastive",
         "model": "ecoflap.calibration.losses:model_loss",
     },
 )
@@ -50,6 +52,8 @@ def objective_name(name: str | None, model: nn.Module) -> str:
         return "seq2seq"
     if callable(getattr(model, "can_generate", None)) and model.can_generate():  # type: ignore[operator]
         return "lm"
+    if isinstance(model, PreTrainedModel) and "labels" not in parameters_of(model):
+        return "supervised-contrastive"  # a backbone: its forward has no loss of its own
     return "model"
 
 
@@ -139,8 +143,8 @@ def check_image_matters(model: nn.Module, batch: Batch, objective: Objective) ->
         return
     fixed = on_device(objective)
     loss = fixed(model, batch)
-    for change in (torch.zeros_like, torch.neg):
-        other = {n: change(v) if n in names else v for n, v in batch.items()}
+    for factor in (-1.0, 0.5):  # zeros stay zeros: some models take an all-zero picture for padding, and drop it
+        other = {n: v * factor if n in names else v for n, v in batch.items()}
         if not torch.equal(fixed(model, other), loss):
             return
     raise CalibrationError(
