@@ -102,7 +102,7 @@ def test_csv_is_read_as_the_standard_library_reads_it(rows: list[list[str]], end
     writer = csv.writer(stream, lineterminator=end, quoting=csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL)
     if (
         not all_quoted
-    ):  # Python leaves a lone carriage return bare, which is a line's end to some and an error to others
+    ):  # Python leaves a lone carriage return bare, which readers disagree about
         rows = [[field.replace("\r", "") for field in row] for row in rows]
     writer.writerow(["first", "second"])
     writer.writerows(rows)
