@@ -146,12 +146,15 @@ def check_evaluations(recipe: Recipe) -> tuple[Evaluation, ...]:
     tasks = ", ".join(f"'{task}'" for task in dict.fromkeys(entry.task for entry in entries))
     for name in recipe.task_options:
         if name not in known:
-            raise InvalidOption(_unknown_option(name, list(known), f"task {tasks}" if entries else "no task"))
+            if not entries:
+                raise InvalidOption(f"task option {name} is given, but nothing is evaluated: give --task too")
+            raise InvalidOption(_unknown_option(name, list(known), f"task {tasks}"))
     class_names(recipe.classes), class_templates(recipe.class_prompts)
     if recipe.evaluations is None:
         for field, argument in _TEST_FIELDS.items():
             if getattr(recipe, field) and not any(argument in _parameters(entry.task) for entry in entries):
-                raise InvalidOption(f"{field} is given, but {f'task {tasks}' if entries else 'no task'} takes it")
+                taker = f"task {tasks} does not take it" if entries else "nothing is evaluated: give --task too"
+                raise InvalidOption(f"{field} is given, but {taker}")
     for entry in entries:
         _check_entry(entry, recipe)
     return entries

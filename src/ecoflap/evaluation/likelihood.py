@@ -1,0 +1,140 @@
+"""Log-likelihood of given continuations of a text, for decoders and encoder-decoders, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecoflap.calibration.models import can_take, is_encoder_decoder, max_length, parameters_of, to_device
+from ecoflap.calibration.prompts import tokenizer_of
+from ecoflap.errors import NonFiniteLoss
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to score: tokens of the context and of the continuation, both without padding."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.continuation)
+
+
+class Scorer:
+    """Scores continuations with one model and its tokenizer.
+
+    A decoder reads context and continuation as one sequence; an encoder-decoder reads the context in its encoder and
+    the continuation in its decoder. Special tokens are the tokenizer's own, once around the context.
+
+    Args:
+        limit: most tokens of a sequence; None for the number of positions that the model has.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, limit: int | None = None) -> None:
+        self._model, self._tokenizer = model, tokenizer_of(processor)
+        self._seq2seq = is_encoder_decoder(model)
+        self.limit = limit or max_length(model)
+
+    def encode(self, context: str, continuation: str) -> Request:
+        """Tokens of both texts, cut where they differ from the context's own.
+
+        A decoder's are those of the joined text, so that a word at the seam is split as in running text; blanks at the
+        end of the context count to the continuation, because most tokenizers glue a blank to the word after it.
+        """
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        if self._seq2seq:
+            return Request(tuple(self._ids(kept)), tuple(self._ids(continuation, special=False)))
+        before, whole = self._ids(kept), self._ids(kept + continuation)
+        end = getattr(self._tokenizer, "eos_token_id", None)
+        if len(before) > 1 and before[-1] == end:  # a tokenizer that closes each text: the continuation stays open
+            before = before[:-1]
+            whole = whole[:-1] if whole[-1] == end else whole
+        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        same = min(max(same, 1), len(whole) - 1)  # a first token has nothing to be predicted from
+        return Request(tuple(whole[:same]), tuple(whole[same:]))
+
+    def fits(self, request: Request) -> bool:
+        """Whether the request is within the limit."""
+        longest = max(len(request.context), len(request.continuation)) if self._seq2seq else len(request) - 1
+        return self.limit is None or longest <= self.limit
+
+    def _ids(self, text: str, special: bool = True) -> list[int]:
+        assert self._tokenizer is not None
+        return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[Request], batch_size: int) -> list[float]:
+        """Σ log p(token | all before it) of each continuation, natural logarithm, in fp32 from the model's logits.
+
+        Continuations that differ only in their last token (the letters of a question) share one row of a batch.
+
+        Args:
+            batch_size: rows of a forward.
+
+        Raises:
+            NonFiniteLoss: a logit is NaN.
+        """
+        rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for number, request in enumerate(requests):
+            rows.setdefault((request.context, request.continuation[:-1]), []).append(number)
+        ordered = sorted(rows, key=lambda row: -len(row[0]) - len(row[1]))  # rows of like length pad little
+        scores = [0.0] * len(requests)
+        for start in range(0, len(ordered), batch_size):
+            part = ordered[start : start + batch_size]
+            for row, logs in zip(part, self._log_probabilities(part), strict=True):
+                for number in rows[row]:
+                    tokens = torch.tensor(requests[number].continuation, device=logs.device)
+                    scores[number] = float(logs.gather(1, tokens[:, None]).sum())
+                    if scores[number] != scores[number]:
+                        raise NonFiniteLoss(
+                            "the log-likelihood of a continuation is NaN: the model is broken, or needs float32"
+                        )
+        return scores
+
+    def _log_probabilities(self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[torch.Tensor]:
+        """For each row the log-probabilities ``[len(continuation), vocabulary]`` of its next tokens."""
+        extra: dict[str, Any] = {"use_cache": False} if can_take(self._model, "use_cache") else {}
+        if self._seq2seq:
+            inputs = _padded([context for context, _ in rows])
+            begin = _decoder_start(self._model)
+            extra["decoder_input_ids"] = _padded([(begin, *told) for _, told in rows])["input_ids"]
+            spans = [(0, len(told) + 1) for _, told in rows]
+        else:
+            inputs = _padded([context + told for context, told in rows])
+            spans = [(len(context) - 1, len(context) + len(told)) for context, told in rows]
+        first = 0
+        if not self._seq2seq and "logits_to_keep" in parameters_of(self._model):
+            first = min(start for start, _ in spans)  # logits of a long prompt would fill the memory for nothing
+            extra["logits_to_keep"] = inputs["input_ids"].shape[1] - first
+        logits = self._model(**to_device({**inputs, **extra}, self._model)).logits
+        return [
+            torch.log_softmax(row[start - first : end - first].float(), dim=-1)
+            for row, (start, end) in zip(logits, spans, strict=True)
+        ]
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Rows filled up on the right, where neither positions nor a causal model's earlier tokens feel it."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _decoder_start(model: nn.Module) -> int:
+    """The token that an encoder-decoder's decoder begins with."""
+    config: Any = model.config
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return 0

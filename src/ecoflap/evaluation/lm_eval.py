@@ -1,0 +1,214 @@
+"""Suites of the lm-eval package as tasks: ``lm_eval:NAME`` runs its task or group NAME on the model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ecoflap.calibration.prompts import padding_token, tokenizer_of
+from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency
+from ecoflap.evaluation.results import Measured, TaskResult
+from ecoflap.progress import Progress, Silent
+from ecoflap.registry import unknown
+
+PREFIX = "lm_eval:"
+_NAMES = {"acc": "accuracy"}  # lm-eval's name of a metric to ours
+
+
+def suite(name: str) -> Any:
+    """The task ``lm_eval:NAME`` as a function of model and processor, like those of our own tasks."""
+
+    def run(
+        model: nn.Module,
+        processor: Any,
+        *,
+        data: str | Path | None = None,
+        samples: int | None = None,
+        batch_size: int = 8,
+        sequence_length: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        num_fewshot: int | None = None,
+        include_path: str | None = None,
+        apply_chat_template: bool = False,
+    ) -> TaskResult:
+        """What lm-eval measures; its first metric is the result, all further ones are ``others``.
+
+        Args:
+            data: not used: a suite has its own data.
+            samples: the first so many questions of each task; None for all.
+            sequence_length: most tokens of a sequence; lm-eval cuts longer ones on the left. Default the model's.
+            seed: of the choice of examples.
+            num_fewshot: examples before each question; default what the suite says.
+            include_path: a folder with task files (YAML) of your own; looked at before lm-eval's.
+            apply_chat_template: ask in the model's chat format.
+
+        Raises:
+            MissingDependency: lm-eval is not installed.
+            UnknownName: it has no such task.
+            CalibrationError: the suite's data can't be had.
+            InvalidOption: the model can't take the suite.
+        """
+        tokenizer = tokenizer_of(processor)
+        if tokenizer is None or not callable(getattr(model, "generate", None)):
+            raise InvalidOption(f"{PREFIX}{name} needs a language model with a tokenizer, not {type(model).__name__}")
+        with _library(), _generators_kept():
+            from ecoflap.evaluation.lm_eval_model import Screen, judged
+
+            screen = Screen(PREFIX + name, progress or Silent())
+            was_training = model.training
+            model.eval()
+            try:
+                with screen.silenced(), padding_token(tokenizer):
+                    manager = _find(name, include_path)
+                    judge = judged(model, processor, batch_size=batch_size, length=sequence_length, screen=screen)
+                    found = _evaluate(
+                        judge, name, manager, num_fewshot=num_fewshot, limit=samples, seed=seed,
+                        chat=apply_chat_template,
+                    )  # fmt: skip
+            finally:
+                model.train(was_training)
+        settings = {
+            "suite": name,
+            "lm_eval": importlib.metadata.version("lm_eval"),
+            "version": found.get("versions", {}).get(name),
+            "num_fewshot": found.get("n-shot", {}).get(name, num_fewshot),
+            "chat_template": apply_chat_template,
+            "samples": samples,
+            "seed": seed,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+        }
+        return result_of(name, found, settings)
+
+    return run
+
+
+@contextlib.contextmanager
+def _library() -> Iterator[None]:
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            f"tasks {PREFIX}NAME need the package lm-eval ({error}): pip install 'ecoflap[lm-eval]'"
+        ) from error
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """lm-eval seeds the global generators; afterwards they are as they were."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+@lru_cache(maxsize=4)
+def _manager(include_path: str | None, defaults: bool) -> Any:
+    """lm-eval's index of tasks; reading its 14,000 files takes seconds, so that it is kept."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=defaults)
+
+
+def _find(name: str, include_path: str | None) -> Any:
+    """The index of tasks that has ``name``, the user's own alone if it can."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InvalidOption(f"task option include_path={include_path}: there is no such folder")
+    manager = None
+    if include_path is not None:
+        manager = _manager(include_path, False)
+    if manager is None or name not in manager.all_tasks:
+        manager = _manager(include_path, True)
+    if name not in manager.all_tasks:
+        error = unknown("task of lm-eval", name, list(manager.all_tasks))
+        short = str(error).partition("choose from")[0]
+        raise type(error)(f"{short}'lm-eval ls tasks' lists them all")
+    return manager
+
+
+def _evaluate(
+    judge: Any, name: str, manager: Any, *, num_fewshot: int | None, limit: int | None, seed: int, chat: bool
+) -> Mapping[str, Any]:
+    from lm_eval import simple_evaluate
+
+    try:
+        found: Mapping[str, Any] = simple_evaluate(
+            judge, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
+            apply_chat_template=chat, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )  # fmt: skip
+    except OSError as error:  # what datasets raises for a hub out of reach, and for a missing file
+        raise CalibrationError(
+            f"the data of {PREFIX}{name} can't be had ({type(error).__name__}: {_line(error)}): it comes from the hub; "
+            "fetch it once where there is a connection, or give task files of your own by include_path"
+        ) from error
+    except (NotImplementedError, ValueError, TypeError, AssertionError) as error:
+        raise InvalidOption(f"lm-eval can't run {PREFIX}{name} on this model: {_line(error)}") from error
+    return found
+
+
+def result_of(name: str, found: Mapping[str, Any], settings: dict[str, Any]) -> TaskResult:
+    """lm-eval's result as ours: the first metric, its standard error, all others; groups by their members.
+
+    Raises:
+        CalibrationError: it has no number.
+    """
+    row = found["results"].get(name) or found.get("groups", {}).get(name) or {}
+    metrics = _metrics(row)
+    members = [member for member in found.get("group_subtasks", {}).get(name, []) if member != name]
+    by_group = {}
+    for member in members:
+        inner = _metrics(found["results"].get(member, {}))
+        if inner:
+            by_group[member] = next(iter(inner.values())).value
+    if not metrics and by_group:  # a group that says nothing itself: the mean of its members
+        metrics = {"mean": Measured(sum(by_group.values()) / len(by_group))}
+    if not metrics:
+        raise CalibrationError(f"{PREFIX}{name} gave no number: choose one of its members")
+    counts = found.get("n-samples", {})
+    leaves = [name] if name in counts else list(counts)
+    first, *rest = metrics.items()
+    return TaskResult(
+        PREFIX + name, first[0], first[1].value, first[1].stderr,
+        sum(int(counts[leaf]["effective"]) for leaf in leaves),
+        settings, by_group or None, None, dict(rest),
+    )  # fmt: skip
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, Measured]:
+    """``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` as ``{"accuracy": Measured(0.5, 0.1)}``."""
+    found: dict[str, Measured] = {}
+    for key, value in row.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = row.get(f"{metric}_stderr,{kind}")
+        name = _NAMES.get(metric, metric) + ("" if kind == "none" else f" ({kind})")
+        found[name] = Measured(float(value), float(error) if isinstance(error, int | float) else None)
+    return found
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -1,0 +1,218 @@
+"""Suites of lm-eval: our multiple choice judged by lm-eval on the same questions, its results as ours, its refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import choices
+import numpy as np
+import pico
+import pytest
+import torch
+import yaml
+
+from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency, UnknownName
+from ecoflap.evaluation import TASKS
+from ecoflap.evaluation.lm_eval import result_of
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'ecoflap[lm-eval]'")
+
+DESCRIPTION = "The following are multiple choice questions (with answers) about anatomy.\n\n"
+LETTERED = "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
+
+
+def task_file(folder: Path, name: str, data: Path, dev: Path, **fields: Any) -> None:
+    """A task of lm-eval's own format on local files."""
+    folder.mkdir(exist_ok=True)
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data), "dev": str(dev)}},
+        "test_split": "test",
+        "fewshot_split": "dev",
+        "fewshot_config": {"sampler": "first_n"},
+        "output_type": "multiple_choice",
+        "doc_to_target": "answer",
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
+        "metadata": {"version": 7},
+        **fields,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config), "utf-8")
+
+
+def suite(name: str, model: Any, processor: Any, folder: Path, **options: Any) -> Any:
+    return TASKS.get(f"lm_eval:{name}")(
+        model, processor, data=None, samples=None, batch_size=3, include_path=str(folder), **options
+    )
+
+
+def their_loglikelihoods(name: str, model: Any, folder: Path, shots: int) -> list[list[float]]:
+    """What lm-eval gives each choice, question by question, asked without any code of ours."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
+    judge = HFLM(pretrained=model, tokenizer=choices.tokenizer(), backend=backend, batch_size=2)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = simple_evaluate(judge, tasks=[name], num_fewshot=shots, task_manager=manager, bootstrap_iters=0)
+    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    return [[float(pair[0][0]) for pair in sample["resps"]] for sample in samples]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Path, Path]:
+    """Questions on one subject, as lm-eval's tasks of MMLU have them."""
+    files = []
+    for number, name in enumerate(("test", "dev")):
+        path = choices.questions(tmp_path / f"{name}.jsonl", count=10, seed=number)
+        rows = [{**row, "subject": "anatomy"} for row in choices.read(path)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        files.append(path)
+    return files[0], files[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("shots", [0, 3])
+def test_our_letters_are_theirs(kind: str, shots: int, data: tuple[Path, Path], tmp_path: Path) -> None:
+    model = getattr(choices, kind)(seed=1)
+    task_file(
+        tmp_path / "tasks", "letters", *data,
+        description=DESCRIPTION, doc_to_text=LETTERED, doc_to_choice=["A", "B", "C", "D"],
+    )  # fmt: skip
+    ours = TASKS.get("multiple-choice")(
+        model, choices.tokenizer(), data=data[0], samples=None, batch_size=4, shots=shots, shots_source=str(data[1])
+    )
+    theirs = suite("letters", model, choices.tokenizer(), tmp_path / "tasks", num_fewshot=shots)
+    assert (ours.value, ours.n) == (theirs.value, theirs.n)
+    assert ours.stderr == pytest.approx(theirs.stderr, rel=1e-6)
+    expected = their_loglikelihoods("letters", model, tmp_path / "tasks", shots)
+    for record, row in zip(ours.predictions, expected, strict=True):
+        assert record["loglikelihoods"] == pytest.approx(row, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_our_texts_are_theirs(kind: str, data: tuple[Path, Path], tmp_path: Path) -> None:
+    model = getattr(choices, kind)(seed=2)
+    template = "Question: {{question}}\nAnswer:"
+    task_file(tmp_path / "tasks", "texts", *data, doc_to_text=template, doc_to_choice="choices")
+    ours = TASKS.get("multiple-choice")(
+        model, choices.tokenizer(), data=data[0], samples=None, batch_size=4, style="text"
+    )
+    theirs = suite("texts", model, choices.tokenizer(), tmp_path / "tasks")
+    assert (theirs.task, theirs.metric) == ("lm_eval:texts", "accuracy")
+    assert ours.value == theirs.value
+    assert ours.others["acc_norm"].value == theirs.others["acc_norm"].value
+    assert ours.others["acc_norm"].stderr == pytest.approx(theirs.others["acc_norm"].stderr, rel=1e-6)
+    for record, row in zip(ours.predictions, their_loglikelihoods("texts", model, tmp_path / "tasks", 0), strict=True):
+        assert record["loglikelihoods"] == pytest.approx(row, abs=1e-4)
+    assert theirs.settings["version"] == 7
+    assert theirs.settings["num_fewshot"] == 0
+
+
+class Recorder:
+    """Progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int]] = []
+        self.steps = 0
+
+    def stage(self, name: str, total: int, done: int = 0) -> Any:
+        self.stages.append((name, total))
+        return self
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def advance(self, steps: int = 1, detail: str = "") -> None:
+        self.steps += steps
+
+
+def test_a_run_is_quiet_counted_and_leaves_the_generators_alone(
+    data: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    task_file(tmp_path / "tasks", "texts", *data, doc_to_text="{{question}}", doc_to_choice="choices")
+    model, seen = choices.llama().train(), Recorder()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    result = TASKS.get("lm_eval:texts")(
+        model, choices.tokenizer(), data=None, samples=4, batch_size=2, include_path=str(tmp_path / "tasks"),
+        progress=seen,
+    )  # fmt: skip
+    assert result.n == 4
+    assert seen.stages == [("lm_eval:texts", 16)]
+    assert seen.steps == 16
+    assert model.training
+    assert capfd.readouterr().err == ""
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.random.get_rng_state(), states[2])
+
+
+def test_a_vision_language_model_answers_texts(data: tuple[Path, Path], tmp_path: Path) -> None:
+    model, processor = pico.llava(chat=False)
+    task_file(tmp_path / "tasks", "texts", *data, doc_to_text="{{question}}", doc_to_choice="choices")
+    found = suite("texts", model, processor, tmp_path / "tasks")
+    assert found.n == 10
+    assert found.value in [i / 10 for i in range(11)]
+
+
+def test_a_group_has_its_members() -> None:
+    found = {
+        "results": {
+            "group": {"alias": "group", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,strict": 0.25},
+            "one": {"acc,none": 0.25, "acc_stderr,none": "N/A"},
+            "two": {"acc,none": 0.75},
+        },
+        "group_subtasks": {"group": ["one", "two"]},
+        "n-samples": {"one": {"effective": 4}, "two": {"effective": 6}},
+    }
+    result = result_of("group", found, {})
+    assert (result.metric, result.value, result.stderr, result.n) == ("accuracy", 0.5, 0.1, 10)
+    assert result.by_group == {"one": 0.25, "two": 0.75}
+    assert {name: each.value for name, each in result.others.items()} == {"f1 (strict)": 0.25}
+    del found["results"]["group"]
+    assert result_of("group", found, {}).value == pytest.approx(0.5)
+    with pytest.raises(CalibrationError, match="no number"):
+        result_of("other", {"results": {}}, {})
+
+
+def test_refusals(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, words = choices.llama(), choices.tokenizer()
+    folder = tmp_path / "tasks"
+    task_file(folder, "texts", *data, doc_to_text="{{question}}", doc_to_choice="choices")
+    task_file(folder, "gone", tmp_path / "gone.jsonl", data[1], doc_to_text="{{question}}", doc_to_choice="choices")
+    task_file(
+        folder, "hub", *data, doc_to_text="{{question}}", doc_to_choice="choices",
+        dataset_path="somebody/questions", dataset_kwargs={},
+    )  # fmt: skip
+    for name in ("gone", "hub"):
+        with pytest.raises(CalibrationError, match=f"the data of lm_eval:{name} can't be had"):
+            suite(name, model, words, folder)
+    with pytest.raises(InvalidOption, match="there is no such folder"):
+        suite("texts", model, words, tmp_path / "nowhere")
+    clip, processor = pico.clip()
+    with pytest.raises(InvalidOption, match="needs a language model"):
+        suite("texts", clip, processor, folder)
+    import lm_eval.tasks
+
+    known = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(  # the index of lm-eval's 14,000 own tasks takes seconds to read
+        lm_eval.tasks, "TaskManager", lambda include_path, include_defaults: known(None, include_path, False)
+    )
+    from ecoflap.evaluation import lm_eval as ours
+
+    ours._manager.cache_clear()
+    with pytest.raises(UnknownName, match="did you mean 'texts'"):
+        suite("text", model, words, folder)
+    ours._manager.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.models.huggingface", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'ecoflap\[lm-eval\]'"):
+        suite("texts", model, words, folder)
