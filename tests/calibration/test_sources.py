@@ -122,6 +122,14 @@ def test_seed_draws_a_permutation_and_all_is_in_order(tmp_path: Path) -> None:
             {"question": "question", "answers": "answers", "kind": "question_type"},
         ),
         ({"text": "plain"}, {"text": "text"}),
+        ({"images": ["x"], "messages": [{}], "text": "t"}, {"messages": "messages", "image": "images"}),
+        (
+            {"image": "x", "caption": "c", "category": "k", "image_id": 1, "type": "t"},
+            {"image": "image", "text": "caption", "label": "category", "kind": "type", "group": "image_id"},
+        ),
+        ({"question": "q", "label": 1, "subject": "s"}, {"question": "question", "text": "label", "kind": "subject"}),
+        ({"input": "i", "context": "c", "output": "o"}, {"prompt": "input", "context": "context", "text": "output"}),
+        ({"context": "c", "text": "t"}, {"text": "text"}),
     ],
 )
 def test_columns_are_guessed(record: dict[str, Any], roles: dict[str, str], tmp_path: Path) -> None:
@@ -137,6 +145,36 @@ def test_columns_can_be_chosen(tmp_path: Path) -> None:
         load_samples(file, samples=1, seed=0, columns={"questoin": "q2"})
     with pytest.raises(CalibrationError, match=r"no column 'q3'.*q1, q2"):
         load_samples(file, samples=1, seed=0, columns={"question": "q3"})
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_class_numbers_get_their_names(form: str, tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    columns = {"image": [{"bytes": png(i)} for i in range(40)], "label": [i % 2 for i in range(39)] + [-1]}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    target = tmp_path / ("data.parquet" if form == "parquet" else "data")
+    dataset.to_parquet(str(target)) if form == "parquet" else dataset.save_to_disk(str(target))
+    drawn = load_samples(target, samples=None, seed=0)
+    assert drawn.classes == ("cat", "dog")
+    assert [sample.label for sample in drawn.samples] == [("cat", "dog")[i % 2] for i in range(39)]
+    assert drawn.samples[1].text == "dog"
+    assert drawn.skipped == 1  # -1 is how a test set keeps its classes secret
+
+
+def test_lists_of_images_stay_encoded_until_drawn(tmp_path: Path) -> None:
+    features = datasets.Features({"images": [datasets.Image()], "question": datasets.Value("string")})
+    rows = {"images": [[{"bytes": png(1)}, {"bytes": png(2)}]], "question": ["q"]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "d"))
+    sample = load_samples(tmp_path / "d", samples=1, seed=0).samples[0]
+    assert [image.tobytes() for image in sample.images] == [pico.picture(n).tobytes() for n in (1, 2)]
+
+
+def test_summary_names_the_columns(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": ""}, *rows(30)])
+    drawn = load_samples(file, samples=None, seed=0)
+    assert drawn.summary == f"30 samples of {file}: question=question, text=answer, kind=kind; 1 broken skipped"
+    reader = SampleReader(file, samples=1, seed=0, columns={"kind": ""})
+    assert reader.summary == f"{file}: question=question, text=answer"
 
 
 def test_prompts(tmp_path: Path) -> None:
@@ -252,37 +290,6 @@ def test_too_few_samples_says_how_many(tmp_path: Path) -> None:
         load_samples(file, samples=6, seed=0)
     with pytest.raises(CalibrationError, match="at least 1"):
         load_samples(file, samples=0, seed=0)
-
-
-def test_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hub here: what `datasets` would stream from it is made from local samples, through its own classes."""
-    saved = datasets.load_from_disk(str(make("saved", tmp_path)))
-    asked: list[tuple[str, bool]] = []
-
-    def load(identifier: str, *, streaming: bool) -> Any:
-        asked.append((identifier, streaming))
-        return datasets.IterableDatasetDict(
-            {"train": saved.to_iterable_dataset(), "test": saved.select([9]).to_iterable_dataset()}
-        )
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    drawn = load_samples("owner/name", samples=4, seed=1)
-    assert asked == [("owner/name", True)]
-    assert drawn.indices == load_samples("owner/name", samples=4, seed=1).indices
-    for index, sample in zip(drawn.indices, drawn.samples, strict=True):
-        assert sample.question == f"what is {index}"
-        assert sample.image is not None
-        assert sample.image.tobytes() == pico.picture(index).tobytes()
-    assert load_samples("owner/name:test", samples=None, seed=1).samples[0].question == "what is 9"
-    with pytest.raises(CalibrationError, match="no split 'val': it has train, test"):
-        load_samples("owner/name:val", samples=1, seed=1)
-
-    def refuse(identifier: str, *, streaming: bool) -> Any:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(CalibrationError, match=r"'owner/name' is no local file or folder.*ConnectionError"):
-        load_samples("owner/name", samples=1, seed=1)
 
 
 def test_parquet_reads_wanted_row_groups_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from ecoflap.errors import CalibrationError
 # :split, :config:split
 ADDRESS = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}|[A-Za-z0-9][\w.-]{0,95}(?=[:@]))"
-    r"(/(?P<config>[\w.+-]+))?(@(?P<revision>[\w./+-]+))?(?P<rest>(:[\w.+\[\]%-]+){0,2})"
+    r"(/(?P<config>[\w.+-]+))?(@(?P<revision>[\w./+-]+))?(?P<rest>(:[\w.+-]+){0,2})"
 )
 SHUFFLED = 10_000  # rows of a stream among which the seed chooses
 SHUFFLED_IMAGES = 1_000  # the same where rows hold pictures, all of which have to be downloaded
@@ -62,7 +62,7 @@ class HubStream:
         self._stream, self.class_names = undecoded(splits[split])
         first = self._stream.features or next(iter(self._stream))
         self.columns: list[str] = list(first)
-        self._buffer = SHUFFLED_IMAGES if "Image(" in str(self._stream.features) else SHUFFLED
+        self.buffer = SHUFFLED_IMAGES if "Image(" in str(self._stream.features) else SHUFFLED
 
     def _open(self, address: Address) -> tuple[Any, str | None]:
         """The streams by split, and the split that is asked for."""
@@ -104,5 +104,5 @@ class HubStream:
         """(position in the stream, row), shuffled by ``seed``; in order when it is None."""
         numbered: Any = self._stream.map(lambda row, i: {**row, "__index__": i}, with_indices=True)
         if seed is not None:
-            numbered = numbered.shuffle(seed=seed, buffer_size=self._buffer)
+            numbered = numbered.shuffle(seed=seed, buffer_size=self.buffer)
         return ((int(row.pop("__index__")), row) for row in numbered)

@@ -70,9 +70,7 @@ def open_images(place: Place) -> Table | None:
     """
     path = place.path
     here, below = _listing(path)
-    while (
-        not any(map(_is_image, here)) and (only := _only(below)) is not None
-    ):  # 101_ObjectCategories/
+    while not any(map(_is_image, here)) and (only := _only(below)) is not None:  # 101_ObjectCategories/
         path = only
         here, below = _listing(path)
     splits = [folder for folder in below if folder.name.lower() in SPLITS]
