@@ -22,6 +22,7 @@ from ecoflap.calibration.objectives import (
     resolve,
 )
 from ecoflap.calibration.sources import SampleSet, load_samples
+from ecoflap.classes import class_names, class_templates
 from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
 from ecoflap.evaluations import check_evaluations, rehearse
 from ecoflap.importance.measure import EstimateJournal, first_samples, make_measure, measure_importance
@@ -75,12 +76,8 @@ class Prepared:
         """Lines that say what was chosen where the recipe left it open: columns of the data, and the objective."""
         if self.samples is None:
             return
-        found = self.samples.columns
-        line = f"calibration: {self.samples.source}, {len(self.batches)} batches"
-        if found:
-            line += "; " + ", ".join(f"{role} = {column}" for role, column in found.items())
-            line += "" if self.recipe.columns else " (guessed; --columns sets them)"
-        yield line
+        guessed = self.samples.columns and not self.recipe.columns
+        yield f"calibration: {self.samples.summary}{' (guessed; --columns sets them)' if guessed else ''}"
         chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
         yield f"objective: {self.objective_name}{chosen}"
 
@@ -154,6 +151,7 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
         seed=recipe.seed,
         columns=recipe.columns,
         prompt_template=recipe.prompt,
+        image_folder=recipe.image_folder,
     )
     batches = make_batches(
         sample_set,
@@ -162,6 +160,9 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
         batch_size=recipe.batch_size,
         sequence_length=recipe.sequence_length,
         seed=recipe.seed,
+        objective=recipe.objective,
+        classes=class_names(recipe.classes),
+        class_prompts=class_templates(recipe.class_prompts),
     )
     return sample_set, batches
 

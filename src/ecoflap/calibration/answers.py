@@ -1,4 +1,4 @@
-"""Questions and answers for a generating model of text encoder and text decoder under one plain configuration."""
+"""What the BLIP line needs beside the usual: answers for its own decoder, start tokens, the Q-Former's instruction."""
 
 from __future__ import annotations
 
@@ -89,3 +89,20 @@ def with_own_start(ids: torch.Tensor, model: nn.Module, tokenizer: Any) -> torch
     if not isinstance(start, int) or cls is None or start == cls or not bool((ids[:, 0] == cls).all()):
         return ids
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, 1:]], dim=1)
+
+
+def with_instruction_alone(encoded: dict[str, Any], prompts: Sequence[str], processor: Any) -> dict[str, Any]:
+    """The batch with the prompts alone, not the answers behind them, as what an instructed Q-Former reads.
+
+    InstructBLIP's processor gives its Q-Former the language model's whole text, by a tokenizer of its own; a decoder's
+    text ends in the answer, which the pictures' features must not know.
+    """
+    tokenizer = getattr(processor, "qformer_tokenizer", None)
+    if tokenizer is None or "qformer_input_ids" not in encoded:
+        return encoded
+    read = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+    return {
+        **encoded,
+        "qformer_input_ids": read["input_ids"],
+        "qformer_attention_mask": read["attention_mask"],
+    }

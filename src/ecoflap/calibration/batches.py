@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoflap.calibration.answers import with_own_start
+from ecoflap.calibration.answers import with_instruction_alone, with_own_start
 from ecoflap.calibration.classified import encode_classified
 from ecoflap.calibration.collate import PAIRED, Collate, collating_objective, objective_collator
 from ecoflap.calibration.models import (
@@ -119,7 +119,8 @@ def _collator(
             return _limited(encode_targets(shown, prompter, start, seed), length, source)
         encoded = encode_continued(shown, prompter)
         encoded["input_ids"] = with_own_start(encoded["input_ids"], model, prompter.tokenizer)
-        return _limited(encoded, length, source)
+        prompts = [prompter.render(sample) for sample in shown]
+        return _limited(with_instruction_alone(encoded, prompts, processor), length, source)
 
     return collate
 

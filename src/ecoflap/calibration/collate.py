@@ -101,10 +101,7 @@ def _zero_shot(
 def _paired(
     name: str, samples: Sequence[Sample], model: nn.Module, processor: Any, source: str, template: str
 ) -> dict[str, Any]:
-    texts = [
-        sample.text if sample.text is not None else fill(template, sample.label) if sample.label is not None else None
-        for sample in samples
-    ]
+    texts = [_text_of(sample, template) for sample in samples]
     known = [text for text in texts if text is not None]
     if len(known) != len(texts):
         raise CalibrationError(
@@ -115,3 +112,10 @@ def _paired(
         shown = [replace(sample, text=text) for sample, text in zip(samples, known, strict=True)]
         return with_negatives(model, encoded, shown)
     return encoded
+
+
+def _text_of(sample: Sample, template: str) -> str | None:
+    """The caption, or the prompt of the class where the samples have no other text."""
+    if sample.label is not None and sample.text in (None, sample.label):
+        return fill(template, sample.label)
+    return sample.text
