@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,3 +124,15 @@ def test_neither_zeros_nor_sparsity() -> None:
     del data["layers"][0]["zeros"], data["layers"][0]["sparsity"]
     with pytest.raises(InvalidOption, match="give 'zeros' or 'sparsity'"):
         Allocation.from_json(data)
+
+
+def test_the_share_of_the_whole_model_where_it_is_known() -> None:
+    allocation = allocate([LayerSize("a", "t", "b", 100, 1.0), LayerSize("c", "t", "d", 200, 1.0)], sparsity=0.5)
+    assert "model_sparsity" not in allocation.to_json()
+    known = replace(allocation, model_parameters=600)
+    data = json.loads(json.dumps(known.to_json()))
+    assert data["model_sparsity"] == 0.25
+    assert Allocation.from_json(data) == known
+    for wrong in (299, "600", 1.5):
+        with pytest.raises(InvalidOption, match="model_parameters"):
+            Allocation.from_json({**data, "model_parameters": wrong})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -56,7 +56,10 @@ class LayerAllocation:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Zeros for every layer, in the order of the layers given, with the options that led to them."""
+    """Zeros for every layer, in the order of the layers given, with the options that led to them.
+
+    ``model_parameters`` counts all parameters of the model, prunable or not, where it is known.
+    """
 
     sparsity: float
     max_sparsity: float
@@ -64,6 +67,7 @@ class Allocation:
     aggregate: str
     pattern: str
     layers: tuple[LayerAllocation, ...]
+    model_parameters: int | None = None
 
     @property
     def total_weights(self) -> int:
@@ -72,6 +76,11 @@ class Allocation:
     @property
     def zeros(self) -> int:
         return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def model_sparsity(self) -> float | None:
+        """Zeros as a fraction of all parameters of the model; None where their number is not known."""
+        return self.zeros / self.model_parameters if self.model_parameters else None
 
     def __getitem__(self, name: str) -> LayerAllocation:
         """The allocation of the layer called ``name``. Raises UnknownName with the nearest name."""
@@ -91,8 +100,11 @@ class Allocation:
             {**vars(layer), "shape": layer.shape and list(layer.shape), "sparsity": layer.sparsity}
             for layer in self.layers
         ]
-        totals = {"total_weights": self.total_weights, "zeros": self.zeros}
-        return {"format": 1, **totals, **vars(self), "layers": layers}
+        totals: dict[str, Any] = {"total_weights": self.total_weights, "zeros": self.zeros}
+        if self.model_parameters is not None:
+            totals["model_sparsity"] = self.model_sparsity
+        fields = {name: value for name, value in vars(self).items() if value is not None}
+        return {"format": 1, **totals, **fields, "layers": layers}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Allocation:
@@ -116,6 +128,7 @@ class Allocation:
             aggregate=_choice("aggregate", _field(data, "aggregate", str, "allocation"), AGGREGATES),
             pattern=_field(data, "pattern", str, "allocation"),
             layers=layers,
+            model_parameters=_model_parameters(data, layers),
         )
         declared = data.get("total_weights", allocation.total_weights)
         if declared != allocation.total_weights:
@@ -131,6 +144,13 @@ class Allocation:
                     f"zeros of {layer.weights} (or 0 to leave the layer dense), not {layer.zeros}"
                 )
         return allocation
+
+
+def _model_parameters(data: Mapping[str, Any], layers: Iterable[LayerAllocation]) -> int | None:
+    count = data.get("model_parameters")
+    if count is not None and (not isinstance(count, int) or count < sum(layer.weights for layer in layers)):
+        raise InvalidOption(f"allocation: model_parameters is {count!r}, not a count of at least that of the layers")
+    return count
 
 
 def allocate(

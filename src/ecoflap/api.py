@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ def allocate(
 
     The importance ``uniform`` gives every layer the same sparsity.
     """
-    return allocate_sizes(
+    allocation = allocate_sizes(
         [_size(layer, importance.scores[layer.name].score) for layer in importance.layers],
         sparsity=sparsity,
         max_sparsity=max_sparsity,
@@ -76,6 +76,8 @@ def allocate(
         uniform=importance.method == "uniform",
         pattern=pattern,
     )
+    parameters = importance.settings.get("model_parameters")
+    return replace(allocation, model_parameters=parameters) if isinstance(parameters, int) else allocation
 
 
 def _size(layer: Layer, score: float) -> LayerSize:
@@ -160,7 +162,7 @@ def prune(
     scores: Importance | None = None
     if allocation is None:
         if importance == "uniform":
-            scores = Importance.uniform(anatomy.layers)
+            scores = Importance.uniform(anatomy.layers, anatomy.total_parameters)
         elif isinstance(importance, Importance):
             check_same_layers(anatomy, importance)
             scores = importance

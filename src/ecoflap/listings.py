@@ -48,6 +48,9 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
     share = _percent(anatomy.prunable_parameters / total)
     blocks = str(len(anatomy.blocks))
     _row(towers, "all", "", blocks, str(len(anatomy.layers)), f"{anatomy.prunable_parameters:,}", share)
+    half = _percent(0.5 * anatomy.prunable_parameters / total)
+    towers.caption = Text(f"sparsity 50.0 % of the prunable weights is {half} of the whole model", justify="left")
+    towers.caption_justify = "left"
     yield towers
 
     kinds = _table("layers", "in each block of the tower", "shape", "matrices", "weights")
@@ -68,6 +71,9 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
         for reason, entries in reasons.items():
             size = sum(numel for _, numel in entries)
             _row(dense, reason, f"{size:,}", _percent(size / total), entries[0][0])
+        dense.add_section()
+        size = sum(entry.numel for entry in anatomy.unprunable)
+        _row(dense, "all", f"{size:,}", _percent(size / total), "")
         yield dense
 
 
@@ -76,6 +82,8 @@ def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
     return {
         "total_parameters": anatomy.total_parameters,
         "prunable_parameters": anatomy.prunable_parameters,
+        "prunable_share": anatomy.prunable_parameters / anatomy.total_parameters,
+        "dense_parameters": sum(entry.numel for entry in anatomy.unprunable),
         "traced": anatomy.traced,
         "towers": [
             {
@@ -111,7 +119,10 @@ def allocation_table(allocation: Allocation) -> Table:
         _row(table, tower, f"{weights:,}", f"{zeros:,}", _percent(zeros / weights), low, high)
     table.add_section()
     total, zeros = allocation.total_weights, allocation.zeros
-    _row(table, "all", f"{total:,}", f"{zeros:,}", _percent(zeros / total), "", "")
+    _row(table, "all prunable weights", f"{total:,}", f"{zeros:,}", _percent(zeros / total), "", "")
+    if allocation.model_parameters and allocation.model_sparsity is not None:
+        share = _percent(allocation.model_sparsity)
+        _row(table, "the whole model", f"{allocation.model_parameters:,}", f"{zeros:,}", share, "", "")
     return table
 
 

@@ -148,7 +148,7 @@ def _importance(job: _Job) -> Importance:
     if plan.importance is not None:
         importance = plan.importance
     elif recipe.importance == "uniform":
-        importance = Importance.uniform(plan.anatomy.layers)
+        importance = Importance.uniform(plan.anatomy.layers, plan.anatomy.total_parameters)
     else:
         journal = EstimateFile(run.path / files.JOURNAL / "importance.jsonl")
         try:

@@ -30,6 +30,8 @@ def sparsity_summary(anatomy: Anatomy, allocation: Allocation) -> dict[str, Any]
     return {
         "prunable": total / anatomy.prunable_parameters,
         "model": total / anatomy.total_parameters,
+        "prunable_parameters": anatomy.prunable_parameters,
+        "model_parameters": anatomy.total_parameters,
         "towers": towers,
     }
 

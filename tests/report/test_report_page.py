@@ -225,8 +225,9 @@ def test_what_stayed_dense_and_what_was_not_reached(tmp_path, page):
         {"name": "a.norm.weight", "reason": "norm", "weights": 20},
         {"name": "b.norm.weight", "reason": "norm", "weights": 30},
     ]
+    more["sparsity"] = more["sparsity"] | {"model_parameters": 10_000}
     text = " ".join(Page(read(write_report(write_run(tmp_path, metrics=more)))).text["layers"].split())
-    assert "Reason Tensors Weights embedding 1 3 000 norm 2 50" in text
+    assert "Reason Tensors Weights Of the model embedding 1 3 000 30.0 % norm 2 50 0.5 %" in text
     assert "pruned by magnitude: tower.3.wo.weight." in text
 
 

@@ -146,6 +146,7 @@ def measure_importance(
             "seed": seed,
             "batches": len(batches),
             "samples": sum(batch_size_of(batch) for batch in batches),
+            "model_parameters": anatomy.total_parameters,
         },
         layers=anatomy.layers,
         scores={layer.name: summarise(values[layer.name]) for layer in anatomy.layers},

@@ -70,10 +70,11 @@ class Importance:
         return {"format": 1, "method": self.method, "settings": dict(self.settings), "layers": rows}
 
     @classmethod
-    def uniform(cls, layers: Iterable[Layer]) -> Importance:
-        """No scores: every layer gets the same sparsity."""
+    def uniform(cls, layers: Iterable[Layer], model_parameters: int | None = None) -> Importance:
+        """No scores: every layer gets the same sparsity. ``model_parameters`` counts all those of the model."""
         layers = tuple(layers)
-        return cls("uniform", {}, layers, {layer.name: Score(0.0, 0.0, 0) for layer in layers})
+        settings = {} if model_parameters is None else {"model_parameters": model_parameters}
+        return cls("uniform", settings, layers, {layer.name: Score(0.0, 0.0, 0) for layer in layers})
 
     @classmethod
     def from_json(cls, data: Any, source: str = "importance.json") -> Importance:

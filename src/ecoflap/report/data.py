@@ -103,6 +103,8 @@ class Sparsity(_File):
 
     prunable: Fraction | None = None
     model: Fraction | None = None
+    prunable_parameters: Count | None = None
+    model_parameters: Count | None = None
     towers: dict[str, TowerSparsity] = {}
 
 
@@ -133,6 +135,16 @@ class Metrics(_File):
     unreached: list[str] = []
     stages: list[Stage] = []
     environment: dict[str, Any] = {}
+
+    def dense_by_reason(self) -> dict[str, tuple[int, int, float | None]]:
+        """Reason for staying dense → (tensors, weights in them, their share of the model), the largest first."""
+        totals: dict[str, tuple[int, int]] = {}
+        for entry in self.dense_weights:
+            count, weights = totals.get(entry.reason, (0, 0))
+            totals[entry.reason] = (count + 1, weights + entry.weights)
+        whole = self.sparsity.model_parameters
+        ordered = sorted(totals.items(), key=lambda item: -item[1][1])
+        return {reason: (count, size, size / whole if whole else None) for reason, (count, size) in ordered}
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def render(run: RunData) -> str:
         tasks=list(_tasks(metrics)),
         options=list(_options(recipe)),
         records=list(_records("", _environment(recipe, metrics))),
-        dense=_dense(metrics),
+        dense=metrics.dense_by_reason(),
         command=command.reproduce(recipe) if recipe else None,
         seconds=sum(seconds) if seconds else None,
         slowest=max(seconds, default=0.0) or 1.0,
@@ -249,15 +249,6 @@ def _environment(recipe: Mapping[str, Any], metrics: Metrics) -> dict[str, Any]:
     """Where the run was made: from the metrics, else the versions that the recipe notes; and the fingerprint."""
     found = dict(metrics.environment) or {"versions": recipe.get("versions") or {}}
     return found | ({"fingerprint": recipe["fingerprint"]} if recipe.get("fingerprint") else {})
-
-
-def _dense(metrics: Metrics) -> dict[str, tuple[int, int]]:
-    """Reason for staying dense → (number of parameters, weights in them), the largest first."""
-    totals: dict[str, tuple[int, int]] = {}
-    for entry in metrics.dense_weights:
-        count, weights = totals.get(entry.reason, (0, 0))
-        totals[entry.reason] = (count + 1, weights + entry.weights)
-    return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
 
 
 def _records(prefix: str, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

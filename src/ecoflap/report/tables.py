@@ -11,6 +11,8 @@ from rich.text import Text
 from ecoflap.report import formats
 from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
 
+NAMED = 8  # layers without tokens that the terminal lists; the rest are in metrics.json and on the page
+
 
 def summary_table(run: RunData | Path | str) -> Table:
     """Dense against pruned quality, sparsity per tower, time and memory per stage.
@@ -55,6 +57,18 @@ def summary_table(run: RunData | Path | str) -> Table:
     _row(table, "sparsity, whole model", "", formats.percent(metrics.sparsity.model))
     for name, tower in data.tower_sparsity().items():
         _row(table, f"  {tower.modality}: {name}", "", formats.percent(tower.sparsity))
+    left = metrics.dense_by_reason()
+    if left:
+        shares = [share for _, _, share in left.values() if share is not None]
+        _row(table, "left dense inside blocks, of the model", "", formats.percent(sum(shares) if shares else None))
+        for reason, (_, size, share) in left.items():
+            _row(table, f"  {reason}", "", formats.percent(share), f"{size:,} weights")
+    if metrics.unreached:
+        _row(table, "by magnitude, since no token reached it", "", f"{len(metrics.unreached)} layers")
+        for layer in metrics.unreached[:NAMED]:
+            _row(table, f"  {layer}")
+        if len(metrics.unreached) > NAMED:
+            _row(table, "  … all in metrics.json")
 
     table.add_section()
     for stage in metrics.stages:

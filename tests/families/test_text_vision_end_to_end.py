@@ -1,0 +1,85 @@
+"""From a folder to a run to plain ``from_pretrained``: the saved model answers bit for bit as it did in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from console import prose
+from families import moe, text, vision
+from families.family import Family
+from families.matrix import differences
+from PIL import Image
+from torch import Tensor, nn
+
+from ecoflap import pipeline
+from ecoflap.network.trace import tensors_in
+from ecoflap.recipe import Recipe
+
+FAMILIES = {f.name: f for f in (*text.FAMILIES, *vision.FAMILIES, *moe.FAMILIES) if f.processor is not None}
+VISION = {family.name for family in vision.FAMILIES}
+
+
+def pictures(folder: Path) -> Path:
+    """Six pictures with a class each, as JSON lines."""
+    rows = []
+    for number in range(6):
+        color = tuple(int(value) for value in torch.randint(256, (3,)))
+        Image.new("RGB", (20, 16), color).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "label": str(number % 5)})
+    path = folder / "pictures.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    inputs = {name: value for name, value in batch.items() if name != "labels" or "pixel_values" not in batch}
+    with torch.no_grad():
+        return tensors_in(model.eval()(**inputs))
+
+
+def write(family: Family, folder: Path, change: Any = None) -> Path:
+    model = family.build(seed=0)
+    if change is not None:
+        change(model)
+    model.save_pretrained(folder)
+    assert family.processor is not None
+    family.processor().save_pretrained(folder)
+    return folder
+
+
+def run(family: Family, model: Path, folder: Path, **options: Any) -> Path:
+    data = pictures(folder) if family.name in VISION else prose(folder / "prose.txt")
+    recipe = Recipe(
+        model=str(model), calibration=str(data), samples=4, importance_samples=2, batch_size=2, sequence_length=16,
+        objective=family.objective, **options,
+    )  # fmt: skip
+    return pipeline.run_recipe(recipe, folder / "run")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_saved_is_what_was_pruned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, in_memory = FAMILIES[name], []
+    batch = family.batches(2, 2, padding=True)[0]
+    save = pipeline.save
+
+    def saving(checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        in_memory.append(outputs(checkpoint.model, batch))
+        return save(checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "save", saving)
+    path = run(family, write(family, tmp_path / "model"), tmp_path)
+    loaded = type(family.build()).from_pretrained(path / "model")
+    assert differences(outputs(loaded, batch), in_memory[0]) is None
+    allocation = json.loads((path / "allocation.json").read_text("utf-8"))
+    for row in allocation["layers"]:
+        assert int((loaded.get_parameter(row["name"]) == 0).sum()) == row["zeros"], row["name"]
+    total = sum(row["weights"] for row in allocation["layers"])
+    assert allocation["zeros"] == round(0.5 * total)
+    sparsity = json.loads((path / "metrics.json").read_text("utf-8"))["sparsity"]
+    assert sparsity["model_parameters"] == sum(p.numel() for p in loaded.parameters())
+    assert sparsity["model"] == allocation["zeros"] / sparsity["model_parameters"]
+    assert allocation["model_sparsity"] == sparsity["model"]
