@@ -27,16 +27,17 @@ class Expert(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Every token goes to the ``CHOSEN`` experts that its router likes best; experts see their tokens alone."""
+    """Every token goes to the ``chosen`` experts that its router likes best; experts see their tokens alone."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, chosen: int = CHOSEN) -> None:
         super().__init__()
+        self.chosen = chosen
         self.gate = nn.Linear(width, EXPERTS, bias=False)
         self.experts = nn.ModuleList(Expert(width, inner) for _ in range(EXPERTS))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        shares, chosen = self.gate(flat).softmax(-1).topk(CHOSEN, dim=-1)
+        shares, chosen = self.gate(flat).softmax(-1).topk(self.chosen, dim=-1)
         out = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
             tokens, place = torch.where(chosen == number)

@@ -1,0 +1,82 @@
+"""Experts: padding that is routed to them does not count, and one without tokens is pruned by magnitude, and named."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import picos
+import pytest
+import torch
+from families.matrix import allocation_of
+from families.moe import Mixture, mixture_of_modules
+from torch import nn
+
+from ecoflap import api
+from ecoflap.network.anatomy import discover
+from ecoflap.pruning.magnitude import Magnitude
+from ecoflap.pruning.patterns import parse_pattern, with_default
+from ecoflap.pruning.routed import RoutedTokens, row_hashes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_copied_rows_are_found_again_whatever_their_order(dtype: torch.dtype) -> None:
+    tokens = torch.randn(3, 50, 7).to(dtype)
+    real = torch.rand(3, 50) < 0.6
+    order = torch.randperm(150)[:90]
+    found = RoutedTokens(tokens, real).real_among(tokens.reshape(-1, 7)[order])
+    assert found is not None
+    assert torch.equal(found, real.reshape(-1)[order])
+    assert len(row_hashes(tokens.reshape(-1, 7)).unique()) == len(tokens.reshape(-1, 7).unique(dim=0))
+    changed = tokens.reshape(-1, 7)[order].clone()
+    changed[3, 2] += 1
+    assert RoutedTokens(tokens, real).real_among(changed) is None
+
+
+def one_by_one(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same samples without their padding."""
+    alone = []
+    for batch in batches:
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            alone.append({key: value[row : row + 1, mask] for key, value in batch.items()})
+    return alone
+
+
+def pruned(model: nn.Module, batches: list[dict[str, Any]], criterion: str) -> tuple[nn.Module, Any, tuple[str, ...]]:
+    model = copy.deepcopy(model)
+    anatomy = discover(model, batches[0])
+    result = api.prune_to(
+        model, anatomy, allocation_of(anatomy), batches, criterion=criterion, pattern="unstructured", compare="row"
+    )
+    return model, anatomy, result[1]
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_padding_that_is_routed_to_experts_does_not_count(criterion: str) -> None:
+    padded = picos.FAMILIES["llama"].batches(8, 4, padding=True)
+    assert any((batch["attention_mask"] == 0).any() for batch in padded)
+    model = mixture_of_modules()
+    first, anatomy, _ = pruned(model, padded, criterion)
+    second, _, _ = pruned(model, one_by_one(padded), criterion)
+    differing = {
+        layer.name: int(((first.get_parameter(layer.name) == 0) != (second.get_parameter(layer.name) == 0)).sum())
+        for layer in anatomy.layers
+    }
+    assert sum(differing.values()) <= (4 if criterion == "sparsegpt" else 0)  # a swap of two near-equal scores
+
+
+def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named() -> None:
+    model = mixture_of_modules()
+    mixture = Mixture(32, 16, chosen=1)
+    mixture.load_state_dict(model.model.layers[1].mlp.state_dict())
+    model.model.layers[1].mlp = mixture
+    with torch.no_grad():  # one of the first two has the largest logit, whatever the token
+        mixture.gate.weight[1:] = mixture.gate.weight[0] * torch.tensor([[-1.0], [0.5], [0.0]])
+    after, anatomy, unreached = pruned(model, picos.FAMILIES["llama"].batches(8, 4, padding=True), "wanda")
+    idle = {layer.name for layer in anatomy.layers if layer.expert.endswith(("experts.2", "experts.3"))}
+    assert set(unreached) == idle
+    assert len(idle) == 6
+    allocation, pattern = allocation_of(anatomy), with_default(parse_pattern("unstructured", "row"), "row")
+    for name in idle:
+        expected = Magnitude()(model.get_parameter(name), None, allocation[name].zeros, pattern)
+        assert torch.equal(after.get_parameter(name), expected.weight)
