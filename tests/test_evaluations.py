@@ -40,7 +40,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_options_are_what_the_function_takes_beside_the_usual(task: str) -> None:
     assert list(options_of(task)) == ["rule", "shots", "ratio", "fast"]
-    for name in ("vqa", "perplexity"):
+    for name in TASKS:
         assert "progress" not in options_of(name)
 
 
@@ -162,7 +162,7 @@ def test_what_was_chosen_is_printed(run: Command, tmp_path: Path) -> None:
     data = questions(tmp_path / "vqa")
     job = ("prune", model, "--calibration", data, "--samples", 4, "--criterion", "magnitude", "--importance", "uniform")
     said = run(*job, "-o", "a").well().err
-    for words in ("calibration: ", "image = image", "question = question", "(guessed"):
+    for words in ("calibration: 4 samples of ", "image=image", "question=question", "(guessed"):
         assert words in said
     assert "objective: seq2seq (by the model's class" in said
     told = run(*job, "--columns", "answer=answer", "--objective", "seq2seq", "-o", "b").well().err
