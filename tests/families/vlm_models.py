@@ -75,11 +75,11 @@ def llava() -> Parts:
 
 
 def llava_next() -> Parts:
-    words = tokenizer(["<image>"], begin=True)
+    words = tokenizer(["<image>", "[INST]", "[/INST]"], begin=True)
     pictures = LlavaNextImageProcessorPil(size={"shortest_edge": 16}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
     processor = hf.LlavaNextProcessor(
         pictures, words, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=chat("[INST] ", "", "", "<image>\n").replace("[INST] ", "[INST] "),
+        chat_template=chat("[INST] ", "[/INST] ", "</s>", "<image>\n"),
     )  # fmt: skip
     config = hf.LlavaNextConfig(
         vision_config=vision("clip_vision_model"), text_config=text(words, "mistral"), vision_feature_layer=-2,

@@ -62,7 +62,7 @@ def chat(user: str, assistant: str, close: str, image: str, begin: str = "", tur
         user, assistant: what opens a turn; ``close`` ends it; ``image`` announces a picture.
         begin: stands before everything; ``turn`` before every turn.
     """
-    return (
+    template = (
         f"{begin}{{% for message in messages %}}{turn}"
         f"{{% if message['role'] == 'assistant' %}}{assistant}{{% else %}}{user}{{% endif %}}"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -71,6 +71,7 @@ def chat(user: str, assistant: str, close: str, image: str, begin: str = "", tur
         f"{{% endfor %}}{{% endif %}}{close}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{turn}{assistant}{{% endif %}}"
     )
+    return template.replace("\n", "{{ '\\n' }}")  # a bare line break behind a block is lost
 
 
 def picture(number: int, width: int, height: int) -> Image.Image:

@@ -53,8 +53,12 @@ def padding_token(tokenizer: Any) -> Iterator[None]:
 
 @contextmanager
 def padded_on(tokenizer: Any, side: str) -> Iterator[None]:
-    """Pads on ``side`` for the time of a call, also where a processor looks at its tokenizer alone (Kosmos-2)."""
-    before = getattr(tokenizer, "padding_side", None)
+    """Pads on ``side`` for the time of a call, also where a processor looks at its tokenizer alone (Kosmos-2).
+
+    A fast tokenizer notes in itself how it padded last, and would save that: it is as before afterwards.
+    """
+    before, backend = getattr(tokenizer, "padding_side", None), getattr(tokenizer, "_tokenizer", None)
+    padding = getattr(backend, "padding", None)
     if before is not None:
         tokenizer.padding_side = side
     try:
@@ -62,6 +66,8 @@ def padded_on(tokenizer: Any, side: str) -> Iterator[None]:
     finally:
         if before is not None:
             tokenizer.padding_side = before
+        if backend is not None and padding is None and getattr(backend, "padding", None) is not None:
+            backend.no_padding()
 
 
 class Prompter:

@@ -87,7 +87,6 @@ def _inputs(
     length = inputs["input_ids"].shape[1]
     if limit is not None and length > limit:
         raise CalibrationError(f"a prompt has {length} tokens, more than the sequence length of {limit}: raise it")
-    inputs.pop("token_type_ids", None)
     return inputs
 
 

@@ -20,6 +20,7 @@ from ecoflap.network.files import Files, first_line, locate
 from ecoflap.network.fingerprint import fingerprint
 from ecoflap.network.quiet import quiet
 from ecoflap.network.save import save
+from ecoflap.network.videoless import load_without_video
 
 __all__ = ["Checkpoint", "fingerprint", "load", "model_dtype", "save"]
 
@@ -239,10 +240,22 @@ def _load_processor(files: Files, trust_remote_code: bool) -> tuple[Any | None, 
         kinds = ("AutoTokenizer",)
     elif not any((files.folder / name).is_file() for name in _PROCESSOR_FILES):
         return None, []
-    reasons = []
+    reasons: list[str] = []
     for kind in kinds:
         try:
-            return getattr(transformers, kind).from_pretrained(files.folder, **options), []
+            found = getattr(transformers, kind).from_pretrained(files.folder, **options)
         except Exception as error:  # tells only that this kind is not what the folder holds
             reasons.append(first_line(error))
+            if kind == "AutoProcessor" and (found := _without_video(files.folder, options)) is not None:
+                return found, [f"the processor in '{files.folder}' reads no videos here ({reasons[0]}); images it does"]
+            continue
+        return found, [f"only a {kind[4:].lower()} could be loaded: {reason}" for reason in reasons[:1]]
     return None, [f"the processor in '{files.folder}' cannot be loaded ({reasons[0]}): texts and images need one"]
+
+
+def _without_video(folder: Path, options: dict[str, Any]) -> Any | None:
+    """The processor without its video half; None where it has none, or that is not what failed."""
+    try:
+        return load_without_video(folder, options)
+    except Exception:  # the first reason is the one that is told
+        return None
