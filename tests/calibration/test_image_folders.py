@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import made
+import pico
 import pytest
 
-from ecoflap.calibration import load_samples
+from ecoflap.calibration import load_samples, make_batches
 from ecoflap.errors import CalibrationError
 
 
@@ -131,3 +132,15 @@ def test_metadata_of_a_split(tmp_path: Path) -> None:
         made.write_lines(tmp_path / split / "metadata.jsonl", [{"file_name": "a.png", "text": split}])
     assert load_samples(tmp_path, samples=1, seed=0).samples[0].text == "train"
     assert load_samples(f"{tmp_path}:test", samples=1, seed=0).samples[0].text == "test"
+
+
+def test_a_classifier_with_other_names_goes_by_the_order_of_the_folders(tmp_path: Path) -> None:
+    made.pictures(tmp_path, ["ant/1.png", "bee/2.png", "bee/3.png"])
+    drawn = load_samples(tmp_path, samples=None, seed=0)
+    for names, numbers in ((["LABEL_0", "LABEL_1"], [0, 1, 1]), (["Bee", "ant"], [1, 0, 0])):
+        model, processor = pico.vit(names)
+        (batch,) = make_batches(drawn, model, processor, batch_size=4)
+        assert batch["labels"].tolist() == numbers
+    model, processor = pico.vit(["LABEL_0", "LABEL_1", "LABEL_2"])
+    with pytest.raises(CalibrationError, match="label 'ant' is none of the model's 3 classes"):
+        make_batches(drawn, model, processor, batch_size=4)

@@ -100,9 +100,7 @@ FIELD = st.text(alphabet="ab\",;\n\r\t é|'", max_size=8)
 def test_csv_is_read_as_the_standard_library_reads_it(rows: list[list[str]], end: str, all_quoted: bool) -> None:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator=end, quoting=csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL)
-    if (
-        not all_quoted
-    ):  # Python leaves a lone carriage return bare, which readers disagree about
+    if not all_quoted:  # Python leaves a lone carriage return bare, which readers disagree about
         rows = [[field.replace("\r", "") for field in row] for row in rows]
     writer.writerow(["first", "second"])
     writer.writerows(rows)

@@ -51,12 +51,15 @@ def sentence_of(sample: Sample) -> str | None:
     return next((text for text in (sample.question, sample.prompt, sample.text) if text is not None), None)
 
 
-def encode_classified(samples: Sequence[Sample], model: nn.Module, processor: Any, source: str) -> dict[str, Any]:
+def encode_classified(
+    samples: Sequence[Sample], model: nn.Module, processor: Any, source: str, own_classes: Sequence[str] | None = None
+) -> dict[str, Any]:
     """A batch of a classifier.
 
     Which inputs it has follows from the forward's arguments and the processor: ``pixel_values`` ``[B, ...]`` of a
     picture, ``[B, N, ...]`` of N pictures (NLVR2), ``input_ids`` of a text, or both; ``labels`` ``[B]`` are class
-    numbers, left out where the samples have no class.
+    numbers, left out where the samples have no class. Where the data names as many classes as the model,
+    but none alike ("LABEL_0"), the order of ``own_classes`` counts.
 
     Raises:
         CalibrationError: a sample lacks a picture or text, or its label is none of the model's classes.
@@ -72,6 +75,9 @@ def encode_classified(samples: Sequence[Sample], model: nn.Module, processor: An
     if any(label is not None for label in labels):
         names = getattr(getattr(model, "config", None), "label2id", None) or {}
         numbers = {str(name).lower(): int(number) for name, number in names.items()}
+        own = numbered(own_classes or ())
+        if len(own_classes or ()) == len(numbers) and not own.keys() & numbers.keys():
+            numbers = own
         encoded["labels"] = torch.tensor([class_number(label or "", numbers, source) for label in labels])
     elif reads:
         raise CalibrationError(f"{source} has no class column, but {type(model).__name__} needs a class for its loss")

@@ -53,7 +53,7 @@ def objective_collator(
         InvalidOption: a template without ``{}``.
     """
     if name == "classification":
-        return lambda part, start: encode_classified(part, model, processor, source)
+        return lambda part, start: encode_classified(part, model, processor, source, own_classes)
     if name == "supervised-contrastive":
         given = classes or own_classes or sorted({label for label in map(label_of, samples) if label is not None})
         return lambda part, start: encode_labelled(part, model, processor, source, given)
