@@ -20,7 +20,7 @@ from ecoflap.evaluation.results import TaskResult, measured
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress
 
-MAX_NEW_TOKENS = 30  # of a caption: the published setting for NoCaps
+MAX_NEW_TOKENS = 30  # of a caption: BLIP-2's published setting for COCO
 CHAT_PROMPT = "Describe the image in one short sentence."  # a chat has to be asked; other models just begin
 
 
