@@ -222,8 +222,8 @@ def test_many_broken_samples_stop(break_it: str, tmp_path: Path) -> None:
             load_samples(file, samples=samples, seed=0)
 
 
-def test_many_empty_documents_stop(tmp_path: Path) -> None:
-    records = [{"text": "" if i % 10 == 0 else f"doc {i}"} for i in range(40)]
+def test_many_missing_documents_stop(tmp_path: Path) -> None:
+    records = [{"text": None if i % 10 == 0 else f"doc {i}"} for i in range(40)]
     with pytest.raises(CalibrationError, match=r"4 of 40 samples are broken \(row \d+: column 'text' is empty"):
         load_samples(write_jsonl(tmp_path / "a.jsonl", records), samples=3, seed=0)
     del records[10:]

@@ -1,8 +1,10 @@
+import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+import choices
 import pico
 import pytest
 import torch
@@ -63,6 +65,20 @@ def test_samples_are_the_first_windows(tmp_path: Path) -> None:
     one = run(model, words, data, samples=1)
     assert one.stderr is None
     assert one.n == 15
+
+
+def test_rows_of_a_table_are_joined_by_a_blank_line(tmp_path: Path) -> None:
+    """WikiText: a row a paragraph, and rows without text around headings, which count as blank lines."""
+    rows = ["circle red\nblue", "", " \n", "a square with a circle", "two left"]
+    table = tmp_path / "wiki.jsonl"
+    table.write_text("".join(json.dumps({"page": row, "title": "red"}) + "\n" for row in rows))
+    joined = tmp_path / "joined.txt"
+    joined.write_text("\n\n".join(rows))
+    words, model = choices.tokenizer(), choices.llama()  # bytes: a blank line is seen
+    means = window_means(model, words, joined, 4)
+    result = run(model, words, table, sequence_length=4, columns={"text": "page"})
+    assert result.settings["windows"] == len(means) > 2
+    assert result.value == pytest.approx(math.exp(statistics.fmean(means)), rel=1e-5)
 
 
 def test_low_precision_and_vision_language_models(tmp_path: Path) -> None:

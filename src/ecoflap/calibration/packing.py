@@ -34,7 +34,7 @@ def window_length(model: nn.Module, tokenizer: Any, asked: int | None) -> int:
 
 def tokenize_corpus(sample_set: SampleSet, tokenizer: Any) -> torch.Tensor:
     """All documents, joined by a blank line and tokenised as one text, special tokens once: ``[tokens]``."""
-    text = "\n\n".join(sample.text for sample in sample_set.samples if sample.text)
+    text = "\n\n".join(sample.text for sample in sample_set.samples if sample.text is not None)
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 

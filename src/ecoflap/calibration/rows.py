@@ -38,6 +38,7 @@ class RowReader:
     ) -> None:
         self._columns, self._available, self._names = columns, available, class_names
         self._finder, self._template = finder, template
+        self._only_text = not ({"image", "question", "prompt", "messages"} & columns.keys())
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -77,7 +78,9 @@ class RowReader:
             text = choices.right(row.get(columns["text"]), first)
         elif "text" in columns and not (answers and row.get(columns["text"]) in (None, "")):
             value = self._named(row.get(columns["text"]), columns["text"])
-            text = _text(value, columns["text"])
+            # Of plain text, a blank row is a blank line: WikiText has one around each heading.
+            blank = self._only_text and isinstance(value, str) and not value.strip()
+            text = value if blank else _text(value, columns["text"])
             if isinstance(value, (list, tuple)) and len(value) > 1 and question is not None and answers is None:
                 answers = _answers(value)
                 text = Counter(answers).most_common(1)[0][0]

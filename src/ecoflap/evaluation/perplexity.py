@@ -7,6 +7,7 @@ own, its first token aside. Source: the setting of GPTQ (Frantar et al., 2022), 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> TaskResult:
     """exp(mean negative log-likelihood of a token); every window weighs the same.
 
@@ -46,6 +48,7 @@ def run(
         data: a text file, a folder of them, or a data set with a text column.
         samples: the first so many windows; None for all. ``seed`` has no effect.
         sequence_length: tokens in a window; default the model's longest up to 2,048.
+        columns: which column of a table is the ``text``; default guessed.
 
     Raises:
         InvalidOption: no data, or the model is no causal language model with a tokenizer.
@@ -62,7 +65,7 @@ def run(
     if batch_size < 1 or (samples is not None and samples < 1):
         raise InvalidOption("the batch size and the number of samples must be at least 1")
     length = window_length(model, tokenizer, sequence_length)
-    corpus = load_samples(data, samples=None, seed=seed)
+    corpus = load_samples(data, samples=None, seed=seed, columns=columns)
     if corpus.windows is None:
         raise CalibrationError(f"{data} is not plain text: task 'perplexity' needs a text file or a text column alone")
     tokens = tokenize_corpus(corpus, tokenizer)
