@@ -29,7 +29,7 @@ VISION = {
     "image_size": picos.IMAGE, "patch_size": picos.PATCH,
 }  # fmt: skip
 TOWERS = (("vision", 3), ("language", 2))
-MOST_PATCHES = 6
+MOST_PATCHES, PATCH = 6, 16  # SigLIP2's processor insists on patches of 16
 
 
 def _build(name: str, text: dict[str, Any], vision: dict[str, Any], extra: dict[str, Any], seed: int = 0) -> nn.Module:
@@ -54,7 +54,7 @@ def _pair(generator: torch.Generator, padding: bool) -> dict[str, Tensor]:
 def _patches(generator: torch.Generator, padding: bool) -> dict[str, Tensor]:
     """The same with the picture as a row of patches, of another shape and padded to the longest."""
     rows, columns = ((1, 3), (2, 2))[int(torch.randint(2, (1,), generator=generator))] if padding else (2, 3)
-    patches = torch.randn(MOST_PATCHES, 3 * picos.PATCH**2, generator=generator)
+    patches = torch.randn(MOST_PATCHES, 3 * PATCH**2, generator=generator)
     real = (torch.arange(MOST_PATCHES) < rows * columns).long()
     return {
         **_pair(generator, padding),
@@ -107,10 +107,10 @@ FAMILIES: tuple[Family, ...] = (
     _family(
         "siglip2", "Siglip2",
         lambda: transformers.Siglip2Processor(
-            Siglip2ImageProcessorPil(patch_size=picos.PATCH, max_num_patches=MOST_PATCHES),
+            Siglip2ImageProcessorPil(patch_size=PATCH),
             text_tokenizer(end=True, longest=16),
         ),
-        text={"projection_size": 24}, vision={"num_patches": 9}, sample=_patches,
+        text={"projection_size": 24}, vision={"num_patches": 9, "patch_size": PATCH}, sample=_patches,
     ),
     _family(
         "altclip", "AltCLIP", lambda: transformers.AltCLIPProcessor(_clip_images(), bert_tokenizer()),

@@ -88,10 +88,9 @@ def _zero_shot(
     # Class names written for the prompts ("tench") may stand, by number, for the data set's own ("n01440764").
     numbers = numbered(names) | (numbered(own) if len(own) == len(names) and own_classes else {})
     prompts = prompt_tensors(names, templates, model, processor)
-    image_processor: Any = image_processor_of(processor)
 
     def collate(part: list[Sample], start: int) -> dict[str, Any]:
-        encoded = dict(image_processor(images=[sample.image for sample in part], return_tensors="pt"))
+        encoded = dict(processor(images=[sample.image for sample in part], return_tensors="pt"))
         chosen = [class_number(label_of(sample) or "", numbers, source, "given") for sample in part]
         return {**encoded, **prompts, "labels": torch.tensor(chosen)}
 

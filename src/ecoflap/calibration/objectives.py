@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import torch
@@ -102,16 +103,25 @@ def on_device(objective: Objective) -> Objective:
 
     def fixed(model: nn.Module, batch: Batch) -> torch.Tensor:
         placed = to_device(batch, model)
-        with torch.random.fork_rng(devices=_gpus(model)):
-            torch.manual_seed(0)
+        with _randomness_fixed(model):
             return objective(model, placed)
 
     return fixed
 
 
-def _gpus(model: nn.Module) -> list[int]:
-    """Numbers of the CUDA devices that hold the model."""
-    return sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+@contextmanager
+def _randomness_fixed(model: nn.Module) -> Iterator[None]:
+    """The generators of the CPU and of the model's GPUs begin anew inside, and go on where they were at exit."""
+    gpus = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+    generators = [torch.default_generator, *(torch.cuda.default_generators[gpu] for gpu in gpus)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(0)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 @torch.no_grad()

@@ -41,12 +41,12 @@ def text_options(model: nn.Module, processor: Any) -> dict[str, Any]:
     tokenizer makes no attention mask, or the model has the bias of the sigmoid loss.
     """
     tokenizer = tokenizer_of(processor)
-    own = getattr(processor, "text_kwargs", None) or {}
-    if "padding" in own:
-        return {}  # the processor pads and cuts as its model has learnt it
     known = int(getattr(tokenizer, "model_max_length", 0) or 0)
     limits = [n for n in (max_length(model), known if 0 < known < 10**6 else None) if n]  # 1e30 says "no limit"
     limit = min(limits, default=None)
+    own = getattr(processor, "text_kwargs", None) or {}
+    if "padding" in own:  # the processor pads and cuts as its model has learnt it
+        return {} if limit is None or own.get("max_length", limit) <= limit else {"max_length": limit}
     fixed = "attention_mask" not in getattr(tokenizer, "model_input_names", ("attention_mask",))
     fixed = fixed or isinstance(getattr(model, "logit_bias", None), torch.Tensor)
     padding: bool | str = "max_length" if fixed and limit is not None else True
