@@ -10,6 +10,7 @@ from typing import Any
 import picos
 import torch
 from families import vlm_models as models
+from families import vlm_more as more
 from families.family import Batches, Family
 from families.vlm_words import picture
 from torch import nn
@@ -69,4 +70,9 @@ FAMILIES: tuple[Family, ...] = (
     _family(models.mllama, [("vision", 2), ("vision", 1), ("language", 3)]),
     _family(models.florence2, [("vision", 1), ("vision", 2), _SAY, _SAY]),  # two stages
     _family(models.kosmos2, [_SEE, _SAY]),
+    _family(more.idefics2, [_SEE, _SAY]),
+    Family("mistral3", partial(build, more.mistral3), more.mistral3_batches, (_SEE, _SAY)),
+    _family(more.glm4v, [_SEE, _SAY]),
+    _family(more.aya_vision, [_SEE, _SAY]),
+    _family(more.ovis2, [_SEE, _SAY]),
 )

@@ -122,7 +122,18 @@ def _collator(
         prompts = [prompter.render(sample) for sample in shown]
         return _limited(with_instruction_alone(encoded, prompts, processor), length, source)
 
-    return collate
+    def told(part: list[Sample], start: int) -> dict[str, Any]:
+        try:
+            return collate(part, start)
+        except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:  # what processors refuse with
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            last = start + len(part) - 1
+            raise CalibrationError(
+                f"{source}: the checkpoint's processor can't take samples {start} to {last} ({reason}): check their "
+                "images and texts"
+            ) from error
+
+    return told
 
 
 def _blind(samples: Sequence[Sample]) -> list[Sample]:

@@ -58,7 +58,7 @@ def encode_continued(samples: Sequence[Sample], prompter: Prompter) -> dict[str,
         CalibrationError: the processor changes the answer, so that it is not found again.
     """
     images = [sample.images for sample in samples]
-    if prompter.takes_suffix:
+    if prompter.takes_suffix and any(images):
         prompts = [prompter.render(sample) for sample in samples]
         return prompter.encode_suffixes(prompts, [(sample.text or "").strip() for sample in samples], images)
     texts, tails = [], []
