@@ -28,6 +28,40 @@ def _build(name: str, config: dict[str, Any], head: str, seed: int = 0) -> nn.Mo
     return picos.scramble(getattr(transformers, f"{name}{head}")(configuration), seed)
 
 
+class EvaBlock(nn.Module):
+    """As EVA and BEiT in timm: qkv's bias has no part for k, so the block multiplies by its weight itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.spare = nn.Linear(width, width)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q, k, v = nn.functional.linear(torch.tanh(x), weight=self.qkv.weight, bias=bias).chunk(3, dim=-1)
+        return x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+class Eva(nn.Module):
+    """Two such blocks; the loss is the size of what comes out."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(EvaBlock(width) for _ in range(2))
+
+    def forward(self, x: Tensor, output_hidden_states: bool = False) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def _eva_batches(n: int = 4, batch_size: int = 2, padding: bool = False, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"x": torch.randn(batch_size, 5, 8, generator=generator)} for _ in range(n // batch_size)]
+
+
 def feature_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """A loss for a backbone without a head: cross-entropy with the first features as logits."""
     features = model(pixel_values=batch["pixel_values"]).pooler_output
@@ -68,4 +102,5 @@ FAMILIES: tuple[Family, ...] = (
     _family("dinov3", "DINOv3ViT", {**SHAPE, "num_register_tokens": 2}, head="Model"),
     _family("swin", "Swin", SWIN, (2, 2)),
     _family("swinv2", "Swinv2", SWIN, (2, 2)),
+    Family("eva_block", lambda seed=0: picos.scramble(Eva(), seed), _eva_batches, (("language", 2),)),
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from families.moe import GROUPED, mixture_of_modules
-from families.vision import SWIN
+from families.vision import SWIN, Eva
 from torch import Tensor, nn
 
 from ecoflap import inspect
@@ -146,3 +146,10 @@ class Unlisted(nn.Module):
 def test_blocks_outside_of_lists_are_refused_with_the_way_out(batch: Any) -> None:
     with pytest.raises(AnatomyError, match=r"its 64 weights in linear layers lie outside of any nn\.ModuleList"):
         inspect(Unlisted(), batch)
+
+
+def test_a_weight_that_its_parent_multiplies_by_itself_is_a_layer() -> None:
+    model = Eva()
+    anatomy = inspect(model, {"x": torch.randn(2, 5, 8)})
+    assert {layer.name.split(".")[-2]: layer.uncalled for layer in anatomy.layers} == {"qkv": True, "proj": False}
+    assert [entry.name.split(".")[-2] for entry in anatomy.unprunable] == ["spare", "spare"]

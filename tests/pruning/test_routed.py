@@ -10,13 +10,16 @@ import pytest
 import torch
 from families.matrix import allocation_of
 from families.moe import Mixture, mixture_of_modules
+from families.vision import Eva
 from torch import nn
 
 from ecoflap import api
 from ecoflap.network.anatomy import discover
+from ecoflap.pruning.criteria import CRITERIA
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.patterns import parse_pattern, with_default
 from ecoflap.pruning.routed import RoutedTokens, row_hashes
+from ecoflap.pruning.statistics import InputGram, InputNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -80,3 +83,17 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named() -> None:
     for name in idle:
         expected = Magnitude()(model.get_parameter(name), None, allocation[name].zeros, pattern)
         assert torch.equal(after.get_parameter(name), expected.weight)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_a_layer_that_is_never_called_has_the_statistics_of_its_inputs(criterion: str) -> None:
+    model, batches = Eva(), [{"x": torch.randn(4, 5, 8)} for _ in range(2)]
+    after, anatomy, unreached = pruned(model, batches, criterion)
+    assert not unreached
+    layer = anatomy.layer("blocks.0.qkv.weight")
+    statistics = {"norm": InputNorm, "gram": InputGram}[(rule := CRITERIA.get(criterion)()).statistics](8)
+    for batch in batches:
+        statistics.update(torch.tanh(batch["x"]))
+    zeros, pattern = allocation_of(anatomy)[layer.name].zeros, with_default(parse_pattern("unstructured", "row"), "row")
+    expected = rule(model.get_parameter(layer.name), statistics, zeros, pattern)
+    assert torch.equal(after.get_parameter(layer.name), expected.weight)

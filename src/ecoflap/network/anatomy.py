@@ -161,6 +161,7 @@ class _Reader:
                     transposed=transposed,
                     aliases=tuple(other for other in self.names[id(parameter)] if other != full),
                     expert=self.experts.of(path),
+                    uncalled=self._uncalled(path, parameter),
                 )
 
     def _reason_to_skip(self, name: str, module: str, tower: str, modality: str, weight: nn.Parameter) -> str | None:
@@ -172,7 +173,8 @@ class _Reader:
         for other in self.names[id(weight)]:
             if isinstance(self.model.get_submodule(other.rpartition(".")[0]), nn.Embedding):
                 return f"shared with the embedding {other}"
-        if self.traced is not None and module not in self.traced.calls and not self.experts.running(module):
+        running = self.experts.running(module) or self._uncalled(module, weight)
+        if self.traced is not None and module not in self.traced.calls and not running:
             return self._unseen(module, self.traced)
         if makes_positions(module) and not included:
             return "makes position biases, dense by default (--include)"
@@ -181,6 +183,10 @@ class _Reader:
         if modality == "bridge" and not included:
             return "bridge between towers, dense by default (--include)"
         return None
+
+    def _uncalled(self, module: str, weight: nn.Parameter) -> bool:
+        traced = self.traced
+        return traced is not None and module not in traced.calls and id(weight) in traced.multiplied
 
     def _unseen(self, module: str, traced: Trace) -> str:
         parent = module.rpartition(".")[0]

@@ -7,7 +7,10 @@ from typing import Any
 # First match wins, so the bridges (which often have "vision" or "text" further up in their path) come first.
 WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("bridge", ("qformer", "resampler", "perceiver", "connector", "projector", "abstractor", "merger", "aligner")),
-    ("vision", ("vision", "visual", "image", "vit", "deit", "beit", "dinov2", "dinov3", "swin", "patch", "pixel")),
+    (
+        "vision",
+        ("vision", "visual", "image", "vit", "deit", "beit", "dinov2", "dinov3", "swin", "timm", "patch", "pixel"),
+    ),
     ("audio", ("audio", "speech", "wav2vec")),
     ("language", ("text", "language", "lm", "decoder", "llm", "transformer", "bert", "gpt")),
 )

@@ -16,6 +16,7 @@ class Layer:
         shape: (output, input) features, also for ``Conv1D``, whose stored weight is transposed.
         transposed: the stored weight is (input, output).
         aliases: other parameter names of the same tensor inside the blocks (shared weights).
+        uncalled: its module is never called: the parent multiplies by the weight itself (EVA's and BEiT's qkv).
         expert: path of the expert of a mixture that holds it, which sees a part of the tokens alone; "" for the rest.
     """
 
@@ -28,6 +29,7 @@ class Layer:
     transposed: bool = False
     aliases: tuple[str, ...] = ()
     expert: str = ""
+    uncalled: bool = False
 
     @property
     def numel(self) -> int:

@@ -39,6 +39,14 @@ def plain_forward(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
+def linear_weight(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """The weight, if this call of a torch function is ``torch.nn.functional.linear``."""
+    if func is not nn.functional.linear:
+        return None
+    weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+    return weight if isinstance(weight, Tensor) else None
+
+
 class _Origins(TorchFunctionMode):
     """Follows tensors through every operation: from which watched modules, not going through another, each comes.
 
@@ -48,6 +56,7 @@ class _Origins(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._known: Any = WeakTensorKeyDictionary()  # keeps no activation alive
+        self.multiplied: set[int] = set()  # ids of what was the weight of a functional linear map
 
     def of(self, tensors: Sequence[Tensor]) -> frozenset[str]:
         """The paths that any of ``tensors`` comes from."""
@@ -59,6 +68,8 @@ class _Origins(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if (weight := linear_weight(func, args, kwargs)) is not None:
+            self.multiplied.add(id(weight))
         given = tensors_in((args, kwargs))
         if origins := self.of(given):
             self.set(tensors_in(result), origins)
@@ -78,12 +89,14 @@ class Trace:
         calls: number of calls of each module.
         chained: pairs ``(a, b)`` such that what watched module ``a`` returned, or what the modules around it made of
             that, was passed to watched ``b``.
+        multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, by their module or not.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
     drivers: dict[str, str] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     chained: set[tuple[str, str]] = field(default_factory=set)
+    multiplied: set[int] = field(default_factory=set)
 
     def position(self, path: str) -> int:
         """Rank of the first call of ``path``; modules never called come last."""
@@ -128,4 +141,5 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
             hooks.callback(module.register_forward_pre_hook(before(path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(after(path)).remove)
         run(model, batch)
+    result.multiplied = origins.multiplied
     return result

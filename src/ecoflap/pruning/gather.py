@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ecoflap.calibration.padding import TokenMasks
 from ecoflap.network.drive import BlockCall
 from ecoflap.network.parts import Block, Layer
-from ecoflap.network.trace import tensors_in
+from ecoflap.network.trace import linear_weight, tensors_in
 from ecoflap.pruning.own_mask import OwnMasks, own_masks
 from ecoflap.pruning.routed import RoutedTokens
 from ecoflap.pruning.statistics import InputStatistics
@@ -20,6 +21,20 @@ from ecoflap.pruning.statistics import InputStatistics
 
 class InputsDiverged(Exception):
     """Two layers that had one input in an earlier call have different ones now: gather again without sharing."""
+
+
+class _FunctionalInputs(TorchFunctionMode):
+    """Sees what is multiplied by weights whose module is never called."""
+
+    def __init__(self, layers: Mapping[int, Layer], feed: Callable[[Layer, Tensor], None]) -> None:
+        super().__init__()
+        self._layers, self._feed = layers, feed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        layer = self._layers.get(id(linear_weight(func, args, kwargs)))
+        if layer is not None:
+            self._feed(layer, args[0] if args else kwargs["input"])
+        return func(*args, **(kwargs or {}))
 
 
 class Gatherer:
@@ -64,9 +79,14 @@ class Gatherer:
         self._hooks = ExitStack()
 
     def __enter__(self) -> Gatherer:
+        functional: dict[int, Layer] = {}
         for layer in self._block.layers:
+            if layer.uncalled:
+                functional[id(self._model.get_parameter(layer.name))] = layer
             module = self._model.get_submodule(layer.module)
             self._hooks.callback(module.register_forward_pre_hook(self._hook(layer)).remove)
+        if functional:
+            self._hooks.enter_context(_FunctionalInputs(functional, self._feed))
         if self._sequence is not None:
             self._watch_experts({layer.expert for layer in self._block.layers if layer.expert})
         return self
