@@ -4,6 +4,7 @@ from typing import Any
 
 import pairs
 import pico
+import picos
 import pytest
 import torch
 from picos import scramble
@@ -125,5 +126,35 @@ def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="mean"):
         run(model, tmp_path, pool="maen")
     model, processor = pico.clip()
-    with pytest.raises(InvalidOption, match="no vision backbone"):
+    with pytest.raises(InvalidOption, match="no backbone of one tower"):
         run(model, tmp_path, processor, layer=-2)
+
+
+def test_texts_vote_by_the_mean_of_their_real_tokens(tmp_path: Path) -> None:
+    model, words = picos.bert().bert, picos.tokenizer()
+    texts = [
+        "red circle",
+        "a blue circle is left",
+        "the small star",
+        "a star",
+        "large square and square",
+        "square",
+        "no",
+    ]
+    labels = ["circle", "circle", "star", "star", "square", "square", "circle"]
+    rows = [{"question": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    train = pairs.write_rows(tmp_path, rows[:5], "train.jsonl")
+    test = pairs.write_rows(tmp_path, rows[5:], "test.jsonl")
+    result = TASKS.get("knn")(model, words, data=test, samples=None, batch_size=2, train=str(train), k=1)
+
+    @torch.no_grad()
+    def alone(text: str) -> list[float]:
+        return model(**words(text, return_tensors="pt")).last_hidden_state[0].mean(0).tolist()
+
+    known = [alone(text) for text in texts[:5]]
+    hits = 0
+    for text, label in zip(texts[5:], labels[5:], strict=True):
+        near = max(range(5), key=lambda i: cosine(alone(text), known[i]))
+        hits += labels[near] == label
+    assert result.value == hits / 2
+    assert result.settings["pool"] == "mean"

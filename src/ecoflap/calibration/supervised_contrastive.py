@@ -58,14 +58,18 @@ def pooled(output: Any, inputs: Batch) -> Tensor:
     or the mean over its places."""
     state: Tensor = output.last_hidden_state
     if "input_ids" in inputs:
-        mask = inputs.get("attention_mask")
-        kept = torch.ones(state.shape[:2], device=state.device) if mask is None else mask
-        weights = kept.to(state.dtype)[..., None]
-        return (state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return mean_over_tokens(state, inputs.get("attention_mask"))
     own = getattr(output, "pooler_output", None)
     if isinstance(own, Tensor):
         return own.flatten(1)
     return state.flatten(2).mean(dim=2) if state.ndim == 4 else state.mean(dim=1)
+
+
+def mean_over_tokens(state: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean ``[B, D]`` of ``state`` ``[B, T, D]`` over the real tokens, those with ``mask`` ``[B, T]`` 1 (None: all)."""
+    kept = torch.ones(state.shape[:2], device=state.device) if mask is None else mask
+    weights = kept.to(state.dtype)[..., None]
+    return (state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def encode_labelled(

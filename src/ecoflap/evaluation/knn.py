@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours: how well the features of a vision backbone without a head tell classes apart.
+"""Weighted nearest neighbours: how well the features of a backbone without a head tell classes apart.
 
 Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, with the
 setting of Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: each of the k
@@ -7,18 +7,21 @@ nearest training pictures votes for its class with weight exp(cosine / 0.07).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ecoflap.calibration.models import parameters_of, to_device
-from ecoflap.errors import InvalidOption
+from ecoflap.calibration.classified import sentence_of
+from ecoflap.calibration.models import parameters_of, takes_images, to_device
+from ecoflap.calibration.pairs import encode_texts
+from ecoflap.calibration.prompts import tokenizer_of
+from ecoflap.calibration.supervised_contrastive import mean_over_tokens
+from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.classes import TopClasses, check_classes, label_names
 from ecoflap.evaluation.common import Chunk, check_finite, common_settings, image_inputs, in_chunks, open_data, pictures
 from ecoflap.evaluation.embeddings import embedder_of
@@ -28,7 +31,7 @@ from ecoflap.progress import Progress
 from ecoflap.registry import unknown
 
 POOLS = ("cls", "mean")
-Embed = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> [B, D], rows of length 1, fp32 on the CPU
+Embed = Callable[[Chunk, str], Tensor]  # samples and their source -> [B, D], rows of length 1, fp32 on the CPU
 
 
 @torch.no_grad()
@@ -49,22 +52,23 @@ def run(
     k: int = 20,
     temperature: float = 0.07,
     layer: int | None = None,
-    pool: str = "cls",
+    pool: str | None = None,
 ) -> TaskResult:
-    """Top-1 and top-5 accuracy of pictures among labelled ones.
+    """Top-1 and top-5 accuracy of pictures among labelled ones, or of texts for a model that reads.
 
     Args:
-        data: test pictures with a class each.
-        samples: test pictures drawn with ``seed``; None for all.
+        data: test pictures or texts with a class each.
+        samples: how many of them, drawn with ``seed``; None for all.
         sequence_length: has no effect.
         columns, image_folder: of both data sets.
-        train: the labelled pictures that vote; any source, as ``data``.
+        train: the labelled samples that vote; any source, as ``data``.
         train_samples: how many of them, drawn with ``seed``; None for all.
         k: neighbours that vote.
         temperature: of the weights exp(cosine / temperature).
         layer: which of the hidden states (0 the embeddings, -1 the last block's); None for the model's last one,
             normalised. Two-tower models give their picture embedding.
-        pool: ``cls``, the first token; ``mean``, the mean over all tokens (or places of a feature map).
+        pool: ``cls``, the first token; ``mean``, the mean over all tokens (or places of a feature map); default ``cls``
+            of pictures and ``mean`` of texts.
 
     Raises:
         InvalidOption: no training pictures, a number out of its range, no such layer.
@@ -73,11 +77,12 @@ def run(
         NonFiniteLoss: a feature is NaN or infinite.
     """
     if not train:
-        raise InvalidOption("task 'knn' needs labelled pictures that vote: give --task-option train=SOURCE")
+        raise InvalidOption("task 'knn' needs labelled samples that vote: give --task-option train=SOURCE")
     if k < 1 or temperature <= 0:
         raise InvalidOption(f"k must be at least 1 and the temperature above 0, not {k} and {temperature}")
-    if pool not in POOLS:
+    if pool is not None and pool not in POOLS:
         raise unknown("pool", pool, list(POOLS))
+    pool = pool or ("cls" if takes_images(model) else "mean")
     embed = _embedding(model, processor, layer, pool)
     options: dict[str, Any] = {
         "seed": seed,
@@ -99,15 +104,15 @@ def run(
     found = TopClasses("knn", names, reader.source)
     known, classes = [], []
     with evaluating(model):
-        for part in in_chunks(voters, batch_size, progress, "knn, training pictures"):
+        for part in in_chunks(voters, batch_size, progress, "knn, training samples"):
             classes.append(classes_of(part, voters.source))
-            known.append(embed(pictures(part, "knn", voters.source)))
+            known.append(embed(part, voters.source))
         features, votes = torch.cat(known), torch.cat(classes)
         check_finite(features, "a feature", voters.source)
         check_classes(names, "knn", voters.source)
         for part in in_chunks(reader, batch_size, progress, "knn"):
             labels = classes_of(part, reader.source)
-            seen = embed(pictures(part, "knn", reader.source))
+            seen = embed(part, reader.source)
             check_finite(seen, "a feature", reader.source)
             scores = weighted_votes(seen @ features.t(), votes, len(names), k, temperature)
             found.add([index for index, _ in part], scores, labels)
@@ -130,22 +135,42 @@ def weighted_votes(cosines: Tensor, classes: Tensor, count: int, k: int, tempera
 def _embedding(model: nn.Module, processor: Any, layer: int | None, pool: str) -> Embed:
     parameters = parameters_of(model)
     if "pixel_values" in parameters and "input_ids" not in parameters:
-        return partial(_hidden, model, processor, layer, pool)
+        return partial(_pictures, model, processor, layer, pool)
+    if "input_ids" in parameters and not takes_images(model):
+        return partial(_texts, model, processor, layer, pool)
     if layer is not None:
-        raise InvalidOption(f"{type(model).__name__} is no vision backbone: its picture embedding has no layers")
-    return embedder_of(model, processor, "knn").pictures
+        raise InvalidOption(f"{type(model).__name__} is no backbone of one tower: its picture embedding has no layers")
+    embed = embedder_of(model, processor, "knn").pictures
+    return lambda part, source: embed(pictures(part, "knn", source))
 
 
-def _hidden(model: nn.Module, processor: Any, layer: int | None, pool: str, images: Sequence[Image.Image]) -> Tensor:
-    output = model(**to_device(image_inputs(processor, images, "knn"), model), output_hidden_states=True)
-    states = output.hidden_states
-    state = getattr(output, "last_hidden_state", None)
-    if layer is not None or state is None:
-        chosen = -1 if layer is None else layer
-        if not -len(states) <= chosen < len(states):
-            raise InvalidOption(f"there is no layer {layer}: {type(model).__name__} has 0 to {len(states) - 1}")
-        state = states[chosen]
+def _pictures(model: nn.Module, processor: Any, layer: int | None, pool: str, part: Chunk, source: str) -> Tensor:
+    images = pictures(part, "knn", source)
+    state = _state(model, layer, to_device(image_inputs(processor, images, "knn"), model))
     if state.ndim == 4:  # a feature map, channels first
         state = state.flatten(2).transpose(1, 2)
-    pooled = state[:, 0] if pool == "cls" else state.float().mean(dim=1)
-    return normalize(pooled.float(), dim=-1).cpu()
+    return normalize((state[:, 0] if pool == "cls" else state.float().mean(dim=1)).float(), dim=-1).cpu()
+
+
+def _texts(model: nn.Module, processor: Any, layer: int | None, pool: str, part: Chunk, source: str) -> Tensor:
+    texts = [sentence_of(sample) for _, sample in part]
+    known = [text for text in texts if text is not None]
+    if len(known) != len(texts) or tokenizer_of(processor) is None:
+        raise CalibrationError(f"{source}: {type(model).__name__} needs a tokenizer, and samples with a text")
+    inputs = to_device(encode_texts(known, model, processor), model)
+    state = _state(model, layer, inputs).float()
+    vector = state[:, 0] if pool == "cls" else mean_over_tokens(state, inputs.get("attention_mask"))
+    return normalize(vector, dim=-1).cpu()
+
+
+def _state(model: nn.Module, layer: int | None, inputs: dict[str, Any]) -> Tensor:
+    """The hidden state number ``layer``; None for the model's last one, normalised where it does that."""
+    output = model(**inputs, output_hidden_states=True)
+    states, state = output.hidden_states, getattr(output, "last_hidden_state", None)
+    if layer is None and isinstance(state, Tensor):
+        return state
+    chosen = -1 if layer is None else layer
+    if not -len(states) <= chosen < len(states):
+        raise InvalidOption(f"there is no layer {layer}: {type(model).__name__} has 0 to {len(states) - 1}")
+    found: Tensor = states[chosen]
+    return found
