@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+from families import blip, dual, moe, text, vision, vlm
 from families.family import Batches, Family
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -21,12 +20,8 @@ from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy, Layer
 
-KINDS = ("text", "vision", "moe", "vlm", "dual", "blip")
 FAMILIES: dict[str, Family] = {
-    family.name: family
-    for kind in KINDS
-    if find_spec(f"families.{kind}")
-    for family in import_module(f"families.{kind}").FAMILIES
+    family.name: family for kind in (text, vision, moe, vlm, dual, blip) for family in kind.FAMILIES
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,3 +209,8 @@ def test_another_allocation_gives_other_masks(name: str) -> None:
     changed = sum(not torch.equal(a, b) for a, b in zip(*masks, strict=True))
     assert changed > len(anatomy.layers) / 2
     assert sum(int(m.sum()) for m in masks[0]) == sum(int(m.sum()) for m in masks[1])
+
+
+def test_the_documentation_lists_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text("utf-8")
+    assert [name for name in FAMILIES if f"`{name}`" not in page] == []

@@ -11,6 +11,7 @@ import transformers
 from families.family import Family
 from torch import Tensor, nn
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.utils import is_timm_available
 
 SHAPE = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -92,6 +93,37 @@ def _family(
     )  # fmt: skip
 
 
+def _timm(name: str, architecture: str, arguments: dict[str, Any], blocks: tuple[int, ...] = (3,)) -> Family:
+    """A model of timm's in transformers' wrapper."""
+
+    def build(seed: int = 0) -> nn.Module:
+        config = transformers.TimmWrapperConfig(
+            architecture=architecture, model_args=arguments, num_labels=picos.CLASSES
+        )  # fmt: skip
+        return picos.scramble(transformers.TimmWrapperForImageClassification(config), seed)
+
+    return Family(name, build, partial(_batches, arguments["img_size"]), tuple(("vision", n) for n in blocks))
+
+
+def _timm_works() -> bool:
+    """timm needs torchvision, and that a build for the very torch that is installed."""
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return is_timm_available()
+
+
+TIMM_SHAPE = {"img_size": picos.IMAGE, "patch_size": picos.PATCH, "embed_dim": 24, "depth": 3, "num_heads": 2}
+TIMM_SWIN = {
+    "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2),
+}  # fmt: skip
+TIMM = (
+    _timm("timm_eva02", "eva02_tiny_patch14_224", {**TIMM_SHAPE, "mlp_ratio": 2.0}),
+    _timm("timm_vit", "vit_tiny_patch16_224", TIMM_SHAPE),
+    _timm("timm_swin", "swin_tiny_patch4_window7_224", TIMM_SWIN, (2, 2)),
+)
+
 FAMILIES: tuple[Family, ...] = (
     _family("vit", "ViT", SHAPE),
     _family("deit", "DeiT", SHAPE),
@@ -103,4 +135,5 @@ FAMILIES: tuple[Family, ...] = (
     _family("swin", "Swin", SWIN, (2, 2)),
     _family("swinv2", "Swinv2", SWIN, (2, 2)),
     Family("eva_block", lambda seed=0: picos.scramble(Eva(), seed), _eva_batches, (("language", 2),)),
+    *(TIMM if _timm_works() else ()),
 )
