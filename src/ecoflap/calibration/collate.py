@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +68,9 @@ def objective_collator(
     templates = tuple(class_prompts or DEFAULT_TEMPLATES)
     if name == "zero-shot":
         return _zero_shot(samples, model, processor, source, classes, own_classes, templates)
-    return lambda part, start: _paired(name, part, model, processor, source, templates[0])
+    alike = classes is not None and own_classes is not None and len(classes) == len(own_classes)
+    names = dict(zip(own_classes or (), classes or (), strict=True)) if alike else {}
+    return lambda part, start: _paired(name, part, model, processor, source, templates[0], names)
 
 
 def _zero_shot(
@@ -98,9 +100,15 @@ def _zero_shot(
 
 
 def _paired(
-    name: str, samples: Sequence[Sample], model: nn.Module, processor: Any, source: str, template: str
+    name: str,
+    samples: Sequence[Sample],
+    model: nn.Module,
+    processor: Any,
+    source: str,
+    template: str,
+    names: Mapping[str, str],
 ) -> dict[str, Any]:
-    texts = [_text_of(sample, template) for sample in samples]
+    texts = [_text_of(sample, template, names) for sample in samples]
     known = [text for text in texts if text is not None]
     if len(known) != len(texts):
         raise CalibrationError(
@@ -113,8 +121,11 @@ def _paired(
     return encoded
 
 
-def _text_of(sample: Sample, template: str) -> str | None:
-    """The caption, or the prompt of the class where the samples have no other text."""
+def _text_of(sample: Sample, template: str, names: Mapping[str, str]) -> str | None:
+    """The caption, or the prompt of the class where the samples have no other text.
+
+    ``names`` are names written for prompts ("tench") of the data set's own classes ("n01440764").
+    """
     if sample.label is not None and sample.text in (None, sample.label):
-        return fill(template, sample.label)
+        return fill(template, names.get(sample.label, sample.label))
     return sample.text
