@@ -13,8 +13,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecoflap.calibration.objectives import OBJECTIVES
 from ecoflap.errors import InvalidOption, UnknownName
+from ecoflap.evaluation import TASKS
+from ecoflap.importance.names import IMPORTANCES
 from ecoflap.options import PANELS, with_recipe_options
+from ecoflap.pruning.criteria import CRITERIA
 from ecoflap.recipe import FILE_ONLY, Recipe
 from ecoflap.report.command import reproduce
 
@@ -196,3 +200,13 @@ def test_an_allocation_says_the_sparsity(tmp_path: Path) -> None:
     assert Recipe.parse(resolved.to_dict()).resolved() == resolved
     with pytest.raises(InvalidOption, match=r"makes a sparsity of 0.425, not 0.5"):
         Recipe(allocation=str(path), sparsity=0.5).resolved()
+
+
+def test_help_names_all_that_is_registered() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text("utf-8")
+    for field, table in (
+        ("objective", OBJECTIVES), ("task", TASKS), ("importance", IMPORTANCES), ("criterion", CRITERIA),
+    ):  # fmt: skip
+        said = Recipe.model_fields[field].description or ""
+        line = next(line for line in text.splitlines() if line.startswith(f"| `--{field}` |"))
+        assert [name for name in table if name not in said or name not in line] == []

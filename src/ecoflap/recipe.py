@@ -35,7 +35,8 @@ class Recipe(BaseModel):
     max_sparsity: float | None = Field(None, ge=0.0, le=1.0, description="Cap of a group; default: sparsity + 0.1.")
     min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
     importance: str = Field(
-        "zeroth-order", description="zeroth-order, first-order, uniform, or a file: the importance.json of a run."
+        "zeroth-order",
+        description="zeroth-order, gradient-norm, first-order, uniform, or a file: the importance.json of a run."
     )
     importance_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict, description="Options of the importance: epsilon, draws, replay; variant."
@@ -57,8 +58,8 @@ class Recipe(BaseModel):
     prompt: str | None = Field(None, description="Template of the prompt, with {question}.")
     objective: str | None = Field(
         None,
-        description="The loss: lm, seq2seq, contrastive, classification, zero-shot, itm-itc, model, or your own "
-        "module:function; default: by the model's class.",
+        description="The loss: lm, seq2seq, contrastive, zero-shot, itm-itc, classification, supervised-contrastive, "
+        "model, or your own module:function; default: by the model's class.",
     )
     image_folder: str | None = Field(None, description="Where the pictures of an annotation file lie.")
     classes: tuple[str, ...] | None = Field(

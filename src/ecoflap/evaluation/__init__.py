@@ -50,7 +50,8 @@ class _Tasks(Registry[Task]):
             return super().get(name)
         from ecoflap.evaluation.lm_eval import suite
 
-        return suite(self.check(name).removeprefix(SUITES))
+        found: Task = suite(self.check(name).removeprefix(SUITES))
+        return found
 
 
 TASKS = _Tasks(
