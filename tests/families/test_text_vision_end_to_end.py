@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from families import moe, text, vision
 from families.family import Family
 from families.matrix import differences
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from ecoflap import pipeline
+from ecoflap import run as files
 from ecoflap.network.trace import tensors_in
 from ecoflap.recipe import Recipe
+from ecoflap.report import summary_table
 
 FAMILIES = {f.name: f for f in (*text.FAMILIES, *vision.FAMILIES, *moe.FAMILIES) if f.processor is not None}
 VISION = {family.name for family in vision.FAMILIES}
@@ -51,7 +55,7 @@ def write(family: Family, folder: Path, change: Any = None) -> Path:
     return folder
 
 
-def run(family: Family, model: Path, folder: Path, **options: Any) -> Path:
+def run_of(family: Family, model: Path, folder: Path, **options: Any) -> Path:
     data = pictures(folder) if family.name in VISION else prose(folder / "prose.txt")
     recipe = Recipe(
         model=str(model), calibration=str(data), samples=4, importance_samples=2, batch_size=2, sequence_length=16,
@@ -71,7 +75,7 @@ def test_what_is_saved_is_what_was_pruned(name: str, tmp_path: Path, monkeypatch
         return save(checkpoint, *args, **kwargs)
 
     monkeypatch.setattr(pipeline, "save", saving)
-    path = run(family, write(family, tmp_path / "model"), tmp_path)
+    path = run_of(family, write(family, tmp_path / "model"), tmp_path)
     loaded = type(family.build()).from_pretrained(path / "model")
     assert differences(outputs(loaded, batch), in_memory[0]) is None
     allocation = json.loads((path / "allocation.json").read_text("utf-8"))
@@ -83,3 +87,46 @@ def test_what_is_saved_is_what_was_pruned(name: str, tmp_path: Path, monkeypatch
     assert sparsity["model_parameters"] == sum(p.numel() for p in loaded.parameters())
     assert sparsity["model"] == allocation["zeros"] / sparsity["model_parameters"]
     assert allocation["model_sparsity"] == sparsity["model"]
+
+
+def summary(path: Path) -> str:
+    """What the run prints at its end."""
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(summary_table(path))
+    return console.export_text()
+
+
+def test_experts_without_tokens_are_named_in_log_metrics_and_summary(tmp_path: Path) -> None:
+    def two_of_four(model: nn.Module) -> None:
+        """One of the first two experts has the largest logit, whatever the token."""
+        for name, weight in model.named_parameters():
+            if name.endswith("router.classifier.weight"):
+                weight.data[1:] = weight.data[0] * torch.tensor([[-1.0], [0.5], [0.0]])
+
+    family = FAMILIES["switch_transformers"]
+    path = run_of(family, write(family, tmp_path / "model", two_of_four), tmp_path, importance="uniform")
+    metrics = json.loads((path / "metrics.json").read_text("utf-8"))
+    assert len(metrics["unreached"]) >= 2 * 2 * 2  # experts 2 and 3, wi and wo, of encoder and decoder
+    idle = {"expert_2", "expert_3"}
+    assert idle <= {name.split(".")[-3] for name in metrics["unreached"]}
+    log = (path / files.LOG).read_text("utf-8")
+    for name in metrics["unreached"]:
+        assert f"{name} was reached by no calibration token: pruned by magnitude" in log
+    text = summary(path)
+    assert f"{len(metrics['unreached'])} layers" in text
+    assert metrics["unreached"][0] in text
+
+
+def test_stacked_experts_are_named_with_their_share_of_the_model(tmp_path: Path) -> None:
+    family = FAMILIES["mixtral"]
+    path = run_of(family, write(family, tmp_path / "model"), tmp_path, importance="uniform")
+    metrics = json.loads((path / "metrics.json").read_text("utf-8"))
+    model = family.build()
+    stacked = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3}
+    reason = "fused 3-D expert weights of MixtralExperts"
+    named = {entry["name"]: entry["weights"] for entry in metrics["dense_weights"] if entry["reason"] == reason}
+    assert named == stacked
+    share = sum(stacked.values()) / sum(p.numel() for p in model.parameters())
+    line = next(line for line in summary(path).splitlines() if reason in line)
+    assert f"{100 * share:.1f} %" in line
+    assert f"{sum(stacked.values()):,} weights" in line
