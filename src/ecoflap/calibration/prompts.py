@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ecoflap.calibration.chats import answer_turn, plain_prompt, turns_of
 from ecoflap.calibration.models import image_token_id, parameters_of
 from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.turns import answer_turn, plain_prompt, turns_of
 from ecoflap.errors import CalibrationError
 from ecoflap.network.quiet import quiet
 
