@@ -137,8 +137,9 @@ class Recorder:
 
 
 def test_a_run_is_quiet_counted_and_leaves_the_generators_alone(
-    data: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    data: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # no git repository
     task_file(tmp_path / "tasks", "texts", *data, doc_to_text="{{question}}", doc_to_choice="choices")
     model, seen = choices.llama().train(), Recorder()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -153,12 +154,15 @@ def _evaluate(
 ) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
 
+    # It asks git for the commit of the current folder, and git complains on the terminal where there is none.
+    no_git = patch("lm_eval.evaluator.get_git_commit_hash", lambda: None, create=True)
     try:
-        found: Mapping[str, Any] = simple_evaluate(
-            judge, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
-            apply_chat_template=chat, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )  # fmt: skip
+        with no_git:
+            found: Mapping[str, Any] = simple_evaluate(
+                judge, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
+                apply_chat_template=chat, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )  # fmt: skip
     except OSError as error:  # what datasets raises for a hub out of reach, and for a missing file
         raise CalibrationError(
             f"the data of {PREFIX}{name} can't be had ({type(error).__name__}: {_line(error)}): it comes from the hub; "
