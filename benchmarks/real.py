@@ -47,11 +47,11 @@ class Bench:
         calibration = ("--calibration", str(prose / "prose-train.txt"), "--sequence-length", "512", "--samples", "32")
         perplexity = ("perplexity", "--test", str(prose / "prose-test.txt"), "--sequence-length", "512")
         piqa = ("multiple-choice", "--test", str(questions / "PIQA/validation.jsonl"), "--task-option", "style=text")
-        mmlu = ("multiple-choice", "--test", str(questions / "MMLU/test.jsonl"), "--task-option", "shots=5")
+        mmlu = ("multiple-choice", "--test", str(questions / "MMLU/test.jsonl"), "--task-option", "style=text")
         return self.asset("smollm2") / "safetensors", calibration, {
             "perplexity": (*perplexity, *self.limited(100)),
             "PIQA": (*piqa, *self.limited(1000), "--batch-size", "16"),
-            "MMLU, 5 shots": (*mmlu, *self.limited(200), "--batch-size", "4"),
+            "MMLU": (*mmlu, *self.limited(500), "--batch-size", "16"),
         }  # fmt: skip
 
     def dinov2(self) -> tuple[Path, tuple[str, ...], dict[str, tuple[str, ...]]]:
