@@ -51,7 +51,7 @@ class Bench:
         return self.asset("smollm2") / "safetensors", calibration, {
             "perplexity": (*perplexity, *self.limited(100)),
             "PIQA": (*piqa, *self.limited(1000), "--batch-size", "16"),
-            "MMLU": (*mmlu, *self.limited(500), "--batch-size", "16"),
+            "MMLU": (*mmlu, *self.limited(200), "--batch-size", "16"),
         }  # fmt: skip
 
     def dinov2(self) -> tuple[Path, tuple[str, ...], dict[str, tuple[str, ...]]]:
