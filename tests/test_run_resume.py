@@ -83,7 +83,8 @@ def test_a_crash_in_stage_1(
         patch.setattr(zeroth_order.ZerothOrder, "_projection", _failing(probe, at, _Crash("lightning")))
         outcome = prune()
     assert outcome.code == 1
-    assert len(outcome.err.splitlines()) == 2  # the dense evaluation's line of progress, and what happened
+    # What was chosen (calibration, objective), the dense evaluation's line of progress, and what happened.
+    assert len(outcome.err.splitlines()) == 4
     assert "lightning" in outcome.err
     assert "--resume" in outcome.err
     assert "_Crash: lightning" in (tmp_path / "run" / "log.txt").read_text("utf-8")
@@ -322,7 +323,9 @@ def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Path]) -> Non
         _, err = process.communicate()
         assert process.returncode == code
         if code > 0:
-            assert err == "ecoflap: stopped; the same command with --resume goes on from here\n"
+            *chosen, last = err.splitlines()
+            assert last == "ecoflap: stopped; the same command with --resume goes on from here"
+            assert [line.split(":")[0] for line in chosen] == ["calibration", "objective"]
             assert journal.read_bytes().endswith(b"\n")
     process = _start(job, folder, "-o", "killed", "--resume", "--quiet")
     _, err = process.communicate()
