@@ -59,14 +59,12 @@ class Bench:
 
         folder, art = self.runs / "dense", self.asset("openclipart")
         if not folder.exists():
-            dinov2.build(self.asset("dinov2") / "vit_s_focus.onnx").save_pretrained(folder)
-            dinov2.image_processor(224).save_pretrained(folder)
-        knn = ("knn", "--test", str(art / "test"), "--task-option", f"train={art / 'train'}")
+            dinov2.build(self.asset("dinov2") / "vit_s_focus.onnx").bfloat16().save_pretrained(folder)
+            dinov2.image_processor(112).save_pretrained(folder)
+        voters = ("--task-option", f"train={art / 'train'}", "--task-option", "train_samples=2000")
+        knn = ("knn", "--test", str(art / "test"), *voters, *self.limited(1000), "--batch-size", "32")
         calibration = ("--calibration", str(art / "train"), "--batch-size", "32")
-        return folder, calibration, {
-            "k-NN, last layer": (*knn, *self.limited(2000), "--batch-size", "32"),
-            "k-NN, layer -4": (*knn, "--task-option", "layer=-4", *self.limited(2000), "--batch-size", "32"),
-        }  # fmt: skip
+        return folder, calibration, {"k-NN": knn}
 
     def minilm(self) -> tuple[Path, tuple[str, ...], dict[str, tuple[str, ...]]]:
         art = self.asset("openclipart")
