@@ -12,6 +12,7 @@ import torch
 from ecoflap.allocation import Allocation
 from ecoflap.api import allocate, check_allocation, check_same_layers, flat, read_allocation
 from ecoflap.calibration.batches import make_batches
+from ecoflap.calibration.collate import collating_objective, unpacked
 from ecoflap.calibration.models import Batch
 from ecoflap.calibration.objectives import (
     Objective,
@@ -153,6 +154,8 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
         prompt_template=recipe.prompt,
         image_folder=recipe.image_folder,
     )
+    wanted = collating_objective(recipe.objective, checkpoint.model)
+    sample_set = unpacked(sample_set, wanted, checkpoint.processor)  # as make_batches does: for the record
     batches = make_batches(
         sample_set,
         checkpoint.model,

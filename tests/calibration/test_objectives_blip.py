@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import picos
@@ -14,7 +16,7 @@ from families.words import START, bert_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ecoflap.calibration import Sample, SampleSet, make_batches, objective_name, resolve
+from ecoflap.calibration import Sample, SampleSet, load_samples, make_batches, objective_name, resolve
 from ecoflap.calibration.objectives import check_image_matters, on_device
 from ecoflap.errors import CalibrationError
 
@@ -89,7 +91,10 @@ def _logits(model: nn.Module, processor: Any, sample: Sample) -> torch.Tensor:
 def test_refusals_of_classification() -> None:
     model, processor = made("vilt_nlvr2")
     one = Sample((picture(0, 16, 16),), None, "a circle", label="True")
-    with pytest.raises(CalibrationError, match="has 1 images, but ViltForImagesAndTextClassification needs 2"):
+    with pytest.raises(
+        CalibrationError,
+        match="needs 2 images with every sample, but one of",
+    ):
         batch_of(model, processor, one)
     with pytest.raises(CalibrationError, match="no class column, but Vilt"):
         batch_of(model, processor, pair(0, "a circle", None))
@@ -111,6 +116,24 @@ def test_a_classifier_of_texts() -> None:
         assert float(resolve(None, model)(model, batch)) == pytest.approx(
             float(cross_entropy(torch.stack(logits), batch["labels"])), rel=1e-4
         )
+
+
+def test_a_classifier_reads_the_rows_of_a_table(tmp_path: Path) -> None:
+    model = picos.scramble(transformers.BertForSequenceClassification(picos.bert().config))
+    file = tmp_path / "texts.jsonl"
+    texts = ["a red circle", "how many", "blue", "no star there", "left of the square"]
+    file.write_text("".join(json.dumps({"text": text, "label": n % 2}) + "\n" for n, text in enumerate(texts)), "utf-8")
+    drawn = load_samples(file, samples=4, seed=3)
+    batches = make_batches(drawn, model, bert_tokenizer(), batch_size=3)
+    assert [len(batch["labels"]) for batch in batches] == [3, 1]
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [index % 2 for index in drawn.indices[:4]]
+    alone = bert_tokenizer()(texts[drawn.indices[0]])["input_ids"]
+    assert batches[0]["input_ids"][0, : len(alone)].tolist() == alone
+    with pytest.raises(CalibrationError, match="holds 5 usable samples, 6 were asked for"):
+        make_batches(load_samples(file, samples=6, seed=0), model, bert_tokenizer(), batch_size=3)
+    file.write_text('{"text": "a red circle"}\n', "utf-8")
+    with pytest.raises(CalibrationError, match="no class column, but Bert"):
+        make_batches(load_samples(file, samples=4, seed=0), model, bert_tokenizer(), batch_size=3)
 
 
 def test_answers_of_blip() -> None:

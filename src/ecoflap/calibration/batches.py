@@ -11,7 +11,7 @@ from torch import nn
 
 from ecoflap.calibration.answers import with_instruction_alone, with_own_start
 from ecoflap.calibration.classified import encode_classified
-from ecoflap.calibration.collate import PAIRED, Collate, collating_objective, objective_collator
+from ecoflap.calibration.collate import PAIRED, Collate, collating_objective, objective_collator, unpacked
 from ecoflap.calibration.models import (
     Batch,
     batch_size_of,
@@ -46,8 +46,8 @@ def make_batches(
 
     Which keys a batch has follows from the objective, the model and the processor:
 
-    - plain text: ``input_ids``, ``attention_mask``, ``labels`` ``[B, sequence_length]``, packed; for an encoder-decoder
-      the first half of each window is the prefix and the second half the target.
+    - plain text, packed: ``input_ids``, ``attention_mask``, ``labels`` ``[B, sequence_length]``; for an encoder-decoder
+      the first half of each window is the prefix and the second half the target. Classifiers of texts get rows.
     - prompt or image with an answer or caption, decoder only: prompt and answer in ``input_ids``; ``labels`` are -100
       on prompt, image and padding.
     - the same, encoder-decoder: the prompt (or the caption's prefix, cut at a seeded word) in ``input_ids``, the target
@@ -72,12 +72,13 @@ def make_batches(
         raise CalibrationError(f"the batch size must be at least 1, not {batch_size}")
     if processor is None:
         raise CalibrationError("the checkpoint has no processor or tokenizer, so samples cannot be turned into batches")
+    name = collating_objective(objective, model)
+    sample_set = unpacked(sample_set, name, processor)
     if sample_set.windows is not None:
         return _packed(sample_set, model, processor, batch_size, sequence_length, seed)
     samples = list(sample_set.samples)
     if not samples:
         raise CalibrationError(f"{sample_set.source} gave no samples")
-    name = collating_objective(objective, model)
     own_classes = getattr(sample_set, "classes", None)
     collate = objective_collator(
         name, samples, model, processor, sample_set.source,

@@ -30,7 +30,12 @@ def class_number(label: str, classes: Mapping[str, int], source: str, whose: str
         return classes[key]
     if key.isdigit() and (not classes or int(key) <= max(classes.values())):
         return int(key)
-    raise CalibrationError(f"{source}: label '{label}' is none of the {whose} {len(classes)} classes")
+    shown = label if len(label) <= 40 else f"{label[:40]}..."
+    few = ", ".join(list(classes)[:5]) + (", ..." if len(classes) > 5 else "")
+    raise CalibrationError(
+        f"{source}: label '{shown}' is none of the {whose} {len(classes)} classes ({few or 'unnamed'}): is it the "
+        "column of classes?"
+    )
 
 
 def numbered(names: Sequence[str]) -> dict[str, int]:
@@ -91,7 +96,8 @@ def _pictures(samples: Sequence[Sample], model: nn.Module, processor: Any, sourc
     for sample in samples:
         if len(sample.images) < count or (several and len(sample.images) != count):
             raise CalibrationError(
-                f"{source}: a sample has {len(sample.images)} images, but {type(model).__name__} needs {count}"
+                f"{type(model).__name__} needs {count} image{'s' if count > 1 else ''} with every sample, but one of "
+                f"{source} has {len(sample.images)}"
             )
     pictures = [picture for sample in samples for picture in sample.images[:count]]
     image_processor: Any = image_processor_of(processor)

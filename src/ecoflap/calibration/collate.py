@@ -16,17 +16,28 @@ from ecoflap.calibration.objectives import objective_name
 from ecoflap.calibration.pairs import encode_pairs
 from ecoflap.calibration.prompts import image_processor_of, tokenizer_of
 from ecoflap.calibration.sample import Sample
+from ecoflap.calibration.sources import SampleSet
 from ecoflap.calibration.supervised_contrastive import encode_labelled
 from ecoflap.calibration.zero_shot import DEFAULT_TEMPLATES, fill, prompt_tensors
 from ecoflap.errors import CalibrationError
 
 Collate = Callable[[list[Sample], int], dict[str, Any]]  # (samples, number of the first one) -> tensors
+BY_ROW = ("classification", "supervised-contrastive")  # of texts too they take one row a sample, with its class
 PAIRED = ("contrastive", "itm-itc")  # objectives that compare the samples of a batch with one another
 
 
 def collating_objective(name: str | None, model: nn.Module) -> str:
     """The objective that decides what is in a batch: a user's own function gets what fits the model."""
     return objective_name(None if name is not None and ":" in name else name, model)
+
+
+def unpacked(sample_set: SampleSet, name: str, processor: Any) -> SampleSet:
+    """The samples for objective ``name``: texts are packed into windows, but not for classifiers of texts.
+
+    Raises:
+        CalibrationError: there are fewer rows than samples were asked for.
+    """
+    return sample_set.by_row() if name in BY_ROW and tokenizer_of(processor) is not None else sample_set
 
 
 def objective_collator(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,27 @@ class SampleSet:
     @property
     def summary(self) -> str:
         """One line for people: what was drawn from where, by which columns."""
-        return _summary(len(self.samples), self.source, self.columns, self.skipped)
+        if self.windows is None:
+            count = f"{len(self.samples)} sample{'' if len(self.samples) == 1 else 's'} of "
+        else:
+            count = f"{'all' if self.windows < 0 else self.windows} windows of the text of "
+        return _summary(count, self.source, self.columns, self.skipped)
+
+    def by_row(self) -> SampleSet:
+        """The same without packing: each row of a table of texts is a sample of its own, as classifiers want it.
+
+        Raises:
+            CalibrationError: there are fewer rows than samples were asked for.
+        """
+        if self.windows is None:
+            return self
+        count = len(self.samples) if self.windows < 0 else self.windows
+        if "label" in self.columns and len(self.samples) < count:
+            raise CalibrationError(
+                f"{self.source} holds {len(self.samples)} usable samples, {count} were asked for: lower the number of "
+                "samples or give more data"
+            )
+        return replace(self, samples=self.samples[:count], indices=self.indices[:count], windows=None)
 
 
 class SampleReader:
@@ -87,7 +107,7 @@ class SampleReader:
     @property
     def summary(self) -> str:
         """One line for people: from where the samples come, by which columns."""
-        return _summary(None, self.source, self.columns, self.skipped)
+        return _summary("", self.source, self.columns, self.skipped)
 
     def __len__(self) -> int:
         """Samples that an iteration will give at most."""
@@ -214,9 +234,9 @@ def load_samples(
     )
 
 
-def _summary(count: int | None, source: str, columns: Mapping[str, str], skipped: int) -> str:
+def _summary(count: str, source: str, columns: Mapping[str, str], skipped: int) -> str:
     roles = ", ".join(f"{role}={column}" for role, column in columns.items())
-    said = source if count is None else f"{count} samples of {source}"
+    said = count + source
     said += f": {roles}" if roles else ""
     return f"{said}; {skipped} broken skipped" if skipped else said
 
