@@ -181,3 +181,17 @@ def test_blip_is_asked_the_bare_question(tmp_path: Path) -> None:
     assert [r["prediction"] for r in result.predictions] == bare
     other = run(model, processor, data, prompt_template="what is the {question} of the", new_tokens=4)
     assert [r["prediction"] for r in other.predictions] != bare
+
+
+def test_a_chat_is_asked_as_it_stands(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "what shape"}, {"role": "assistant", "content": "star"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(2)), "utf-8")
+    model, words = text_only()
+    result = run(model, words, file)
+    assert [(one["question"], one["truth"]) for one in result.predictions] == [("what shape", "star")] * 2
+    (sample, _) = load_samples(file, samples=None, seed=0).samples
+    said = generate(model, Prompter(model, words), [sample], new_tokens=10)
+    assert [one["prediction"] for one in result.predictions] == said * 2
+    with pytest.raises(CalibrationError, match="has no picture in row 0"):
+        run(*pico.blip2(), file)

@@ -15,7 +15,7 @@ from ecoflap.calibration.prompts import Prompter
 from ecoflap.calibration.sample import Sample
 from ecoflap.calibration.sources import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.common import common_settings, in_chunks, open_data
+from ecoflap.evaluation.common import common_settings, in_chunks, open_data, pictures
 from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.results import TaskResult, mean_and_stderr
 from ecoflap.evaluation.vqa_rule import exact_match, plain_match, soft_accuracy
@@ -86,7 +86,8 @@ def run(
         image_folder=image_folder,
     )
     score, name = _rule(rule, reader)
-    if needs_image(model) and "image" not in reader.columns:
+    must_see = needs_image(model)
+    if must_see and not {"image", "messages"} & reader.columns.keys():
         raise CalibrationError(f"{reader.source} has no images, but {type(model).__name__} needs images")
     prompter = Prompter(model, processor)
     longest = new_tokens or getattr(getattr(model, "generation_config", None), "max_new_tokens", None) or MAX_NEW_TOKENS
@@ -94,6 +95,8 @@ def run(
     predictions: list[dict[str, Any]] = []
     with evaluating(model):
         for part in in_chunks(reader, batch_size, progress, "vqa"):
+            if must_see:
+                pictures(part, "vqa", reader.source)
             answers = generate(model, prompter, [sample for _, sample in part], limit=sequence_length, **decoding)
             for (index, sample), answer in zip(part, answers, strict=True):
                 predictions.append({
@@ -136,7 +139,8 @@ def _truth(sample: Sample) -> str:
 def _rule(rule: str, reader: SampleReader) -> tuple[Callable[[Sample, str], float], str]:
     """The function that scores an answer, and its name for the settings."""
     has_answers = "answers" in reader.columns
-    if not {"question", "prompt"} & reader.columns.keys() or not ("text" in reader.columns or has_answers):
+    asks = bool({"question", "prompt"} & reader.columns.keys())
+    if not ("messages" in reader.columns or (asks and ("text" in reader.columns or has_answers))):  # a chat has both
         raise CalibrationError(f"{reader.source} needs columns with questions and with answers for task 'vqa'")
     if rule == "auto":
         rule = "soft" if has_answers else "normalised"
