@@ -6,6 +6,7 @@ from typing import Any
 
 import choices
 import pico
+import picos
 import pytest
 import torch
 
@@ -111,6 +112,7 @@ def test_errors(tmp_path: Path) -> None:
         (model, words, None, {}, InvalidOption, "needs a text"),
         (pico.t5(len(words)), words, data, {}, InvalidOption, "causal"),
         (pico.vit(["a"])[0], pico.vit(["a"])[1], data, {}, InvalidOption, "causal"),
+        (picos.bert(), words, data, {}, InvalidOption, "causal language model with a tokenizer, not BertForMaskedLM"),
         (model, words, data, {"sequence_length": 65}, CalibrationError, "64 positions"),
         (model, words, prose(tmp_path, 10), {}, CalibrationError, "has 10 tokens, less than one window of 16"),
         (model, words, table, {}, CalibrationError, "not plain text"),

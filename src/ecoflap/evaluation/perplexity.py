@@ -58,7 +58,8 @@ def run(
     tokenizer = tokenizer_of(processor)
     if data is None:
         raise InvalidOption("task 'perplexity' needs a text: give a file as data")
-    if tokenizer is None or is_encoder_decoder(model):
+    generates = getattr(model, "can_generate", None)  # a plain module has none
+    if tokenizer is None or is_encoder_decoder(model) or (callable(generates) and not generates()):
         raise InvalidOption(
             f"task 'perplexity' needs a causal language model with a tokenizer, not {type(model).__name__}"
         )
