@@ -59,6 +59,8 @@ def test_significant(value, digits, text):
 def test_metric_value():
     assert formats.metric_value("accuracy", 0.95, 0.0094) == "95.0 % ± 0.9"
     assert formats.metric_value("accuracy", 0.95) == "95.0 %"
+    assert formats.metric_value("macro_accuracy", 0.25, 0.083) == "25.0 % ± 8.3"
+    assert formats.metric_change("macro_accuracy", 0.25, 0.5) == "+25.0 points"
     assert formats.metric_value("perplexity", 26.743, 0.412) == "26.74 ± 0.41"
     assert formats.metric_value("perplexity", None) == "not measured"
 

@@ -7,7 +7,7 @@ import re
 
 MISSING = "not measured"
 # Shares of samples, shown in per cent. lm-eval names a metric "acc,none": what follows the comma is a filter.
-_SHARES = re.compile(r"(.* )?(accuracy|exact_match|acc|acc_norm|em|f1|recall)(,.*)?|(TR|IR|top|recall)[@-]?\d+")
+_SHARES = re.compile(r"(.*[ _])?(accuracy|exact_match|acc|acc_norm|em|f1|recall)(,.*)?|(TR|IR|top|recall)[@-]?\d+")
 _HUNDREDS = {"CIDEr", "SPICE"}  # by custom shown times 100, without a unit
 
 
