@@ -132,6 +132,27 @@ def test_every_evaluation_that_cannot_work_is_named(tmp_path: Path) -> None:
     rehearse(checkpoint, Recipe.parse({"model": "m", "evaluations": entries[:1]}))
 
 
+def broken(model: Any, processor: Any, *, data: Any) -> TaskResult:
+    raise IndexError("list index\nout of range")
+
+
+def test_a_model_that_fails_in_the_rehearsal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(TASKS._entries, "broken", f"{__name__}:broken")
+    checkpoint = load(str(picos.write_checkpoint("llama", tmp_path / "llama")))
+    message = r"task 'broken' can't work on LlamaForCausalLM with x.txt \(IndexError: list index out of range\)"
+    with pytest.raises(InvalidOption, match=message):
+        rehearse(checkpoint, Recipe.parse({"model": "m", "task": "broken", "test": "x.txt"}))
+
+
+def test_a_task_that_was_not_named_is_said_to_be_a_guess(run: Command, tmp_path: Path) -> None:
+    model, text = picos.write_checkpoint("vit", tmp_path / "vit"), tmp_path / "texts"
+    text.mkdir()
+    prose(text / "a.txt")
+    run("evaluate", model, "--test", text).refused("task 'perplexity'", "no task is named", "--task")
+    named = run("evaluate", model, "--test", text, "--task", "perplexity").refused("task 'perplexity'")
+    assert "no task" not in named
+
+
 def test_recipes_over_each_other(run: Command, tmp_path: Path) -> None:
     model = picos.write_checkpoint("blip2_t5", tmp_path / "blip2")
     data = questions(tmp_path / "vqa")
@@ -186,7 +207,7 @@ def test_class_names_and_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "one.txt").write_text("alone\n", "utf-8")
     with pytest.raises(InvalidOption, match="at least two class names"):
         class_names(("one.txt",))
-    for bad in (("a", "b {}"), ("{} {}",)):
+    for bad in (("a", "b {}"), ("{} {}",), ("a photo of it",)):
         with pytest.raises(InvalidOption, match=r"one \{\} is needed"):
             class_templates(bad)
 

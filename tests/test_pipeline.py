@@ -157,6 +157,9 @@ def test_what_is_evaluated() -> None:
     assert tasks_of(Recipe()) == ("vqa",)
     assert tasks_of(Recipe(model="m")) == ()
     assert tasks_of(Recipe(model="m", test="a.txt")) == ("perplexity",)
+    assert tasks_of(Recipe(model="m", test="wiki.test.raw")) == ("perplexity",)
+    assert tasks_of(Recipe(model="m", test="a.txt.gz")) == ("perplexity",)
+    assert tasks_of(Recipe(model="m", test="a.jsonl.gz")) == ("vqa",)
     assert tasks_of(Recipe(model="m", test="a.jsonl")) == ("vqa",)
     assert tasks_of(Recipe(model="m", test="a.jsonl", task=("perplexity",))) == ("perplexity",)
 

@@ -39,6 +39,8 @@ def class_templates(entries: Sequence[str] | None) -> tuple[str, ...] | None:
     if not entries:
         return None
     from_file = len(entries) == 1 and "{}" not in entries[0]
+    if from_file and " " in entries[0].strip() and not Path(entries[0]).expanduser().exists():
+        raise InvalidOption(f"class prompt {entries[0]!r}: one {{}} is needed where the class name goes")
     templates = _lines(entries[0], "class_prompts") if from_file else tuple(entries)
     if not templates:
         raise InvalidOption(f"class_prompts {entries[0]}: the file is empty; a template a line is expected")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ecoflap.classes import class_names, class_templates
-from ecoflap.errors import EcoflapError, InvalidOption
+from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
 from ecoflap.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ecoflap.network.checkpoint import Checkpoint
     from ecoflap.recipe import Recipe
 
-TEXT_SUFFIXES = (".txt", ".text", ".md")
 # What every task may be given; whatever else a task's function takes by keyword is one of its options.
 COMMON = frozenset((
     "data", "samples", "batch_size", "sequence_length", "seed", "progress", "columns", "prompt_template",
@@ -75,8 +74,23 @@ def tasks_of(recipe: Recipe) -> tuple[str, ...]:
     if recipe.task is not None:
         return recipe.task
     if recipe.test is not None:
-        return ("perplexity",) if Path(recipe.test).suffix in TEXT_SUFFIXES else ("vqa",)
+        return ("perplexity",) if _is_text(recipe.test) else ("vqa",)
     return ("vqa",) if recipe.model is None else ()
+
+
+def _is_text(source: str) -> bool:
+    """Whether a source is plain text: a file by its name, a folder by what is in it."""
+    from ecoflap.calibration.formats.compression import COMPRESSED
+    from ecoflap.calibration.formats.text import SUFFIXES
+    from ecoflap.calibration.locate import TextFiles, open_source
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        try:
+            return isinstance(open_source(source), TextFiles)
+        except CalibrationError:  # told when the task opens it
+            return False
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower() in SUFFIXES
 
 
 def evaluations_of(recipe: Recipe) -> tuple[Evaluation, ...]:
@@ -214,9 +228,24 @@ def rehearse(checkpoint: Checkpoint, recipe: Recipe) -> None:
             evaluate(checkpoint, entry.model_copy(update={"samples": 1}), recipe, Silent())
         except EcoflapError as error:
             failures.append(error if recipe.evaluations is None else type(error)(f"evaluation '{entry.name}': {error}"))
+        except _UNFIT as error:
+            failures.append(_unfit(error, entry, checkpoint))
     if failures:
         more = "" if len(failures) == 1 else f"{len(failures)} of {len(entries)} evaluations can't run. "
         raise type(failures[0])(more + "; ".join(map(str, failures))) from failures[0]
+
+
+# What models and processors raise on inputs that are not for them.
+_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _unfit(error: Exception, entry: Evaluation, checkpoint: Checkpoint) -> EcoflapError:
+    told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    model, data = type(checkpoint.model).__name__, entry.test or "its data"
+    return InvalidOption(
+        f"task '{entry.task}' can't work on {model} with {data} ({told}): "
+        "choose another --task or --test; 'ecoflap evaluate' shows the traceback"
+    )
 
 
 def evaluate(checkpoint: Checkpoint, entry: Evaluation, recipe: Recipe, progress: Progress) -> TaskResult:
@@ -243,5 +272,10 @@ def evaluate(checkpoint: Checkpoint, entry: Evaluation, recipe: Recipe, progress
     options = {name: _typed(name, value, parameters[name], "") for name, value in entry.options.items()}
     with torch.no_grad():
         task: Any = TASKS.get(entry.task)
-        result: TaskResult = task(checkpoint.model, checkpoint.processor, **values, **options)
+        try:
+            result: TaskResult = task(checkpoint.model, checkpoint.processor, **values, **options)
+        except (CalibrationError, InvalidOption) as error:
+            if recipe.evaluations is not None or recipe.task is not None or recipe.test is None:
+                raise
+            raise type(error)(f"{error} (no task is named, so '{entry.task}' was tried: --task NAME)") from error
     return result
