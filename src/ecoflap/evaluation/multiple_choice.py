@@ -141,9 +141,10 @@ def _speaks(model: nn.Module) -> bool:
 
 def _check(reader: SampleReader) -> None:
     if "choices" not in reader.columns or "text" not in reader.columns:
+        found = ", ".join(f"{role}={column}" for role, column in reader.columns.items()) or "plain text"
         raise CalibrationError(
             f"{reader.source} needs columns with a question, its choices and the right one for task '{TASK}': it was "
-            f"read as {', '.join(f'{role}={column}' for role, column in reader.columns.items())}; set them with columns"
+            f"read as {found}; set them with columns"
         )
 
 

@@ -247,7 +247,8 @@ def _load_processor(files: Files, trust_remote_code: bool) -> tuple[Any | None, 
         except Exception as error:  # tells only that this kind is not what the folder holds
             reasons.append(first_line(error))
             if kind == "AutoProcessor" and (found := _without_video(files.folder, options)) is not None:
-                return found, [f"the processor in '{files.folder}' reads no videos here ({reasons[0]}); images it does"]
+                why = reasons[0].partition(". ")[0]  # what follows says how to install, and goes on in the next line
+                return found, [f"the processor in '{files.folder}' reads no videos here ({why}); images it does"]
             continue
         return found, [f"only a {kind[4:].lower()} could be loaded: {reason}" for reason in reasons[:1]]
     return None, [f"the processor in '{files.folder}' cannot be loaded ({reasons[0]}): texts and images need one"]
