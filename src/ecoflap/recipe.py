@@ -36,7 +36,7 @@ class Recipe(BaseModel):
     min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
     importance: str = Field(
         "zeroth-order",
-        description="zeroth-order, gradient-norm, first-order, uniform, or a file: the importance.json of a run."
+        description="zeroth-order, gradient-norm, first-order, uniform, or a file: the importance.json of a run.",
     )
     importance_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict, description="Options of the importance: epsilon, draws, replay; variant."
