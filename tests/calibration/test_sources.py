@@ -175,6 +175,10 @@ def test_summary_names_the_columns(tmp_path: Path) -> None:
     assert drawn.summary == f"30 samples of {file}: question=question, text=answer, kind=kind; 1 broken skipped"
     reader = SampleReader(file, samples=1, seed=0, columns={"kind": ""})
     assert reader.summary == f"{file}: question=question, text=answer"
+    (tmp_path / "a.txt").write_text("what shape", "utf-8")
+    for count, said in ((5, "5"), (None, "all")):
+        text = load_samples(tmp_path / "a.txt", samples=count, seed=0)
+        assert text.summary == f"{said} windows of the text of {tmp_path / 'a.txt'}"
 
 
 def test_prompts(tmp_path: Path) -> None:
