@@ -12,6 +12,8 @@ import pytest
 import torch
 from console import TEXT, Command, command, poisoned_llama, prose, questions
 
+from ecoflap.cli import main
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
@@ -263,3 +265,22 @@ def test_evaluate_without_a_task_and_inspect_of_nothing(run: Command, made: Simp
     run("evaluate", made.blip2, "--task", "perplexity", "--test", made.prose).refused("perplexity", "Blip2")
     run("inspect", "nowhere/at/all").refused("nowhere/at/all")
     run("inspect", made.llama, "--calibration", "nowhere.txt").refused("nowhere.txt")
+
+
+def test_what_nobody_foresaw_is_one_line_unless_asked_for(
+    run: Command, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ecoflap import commands
+
+    def breaks(*_: object) -> None:
+        raise ZeroDivisionError("the moon is full")
+
+    monkeypatch.setattr(commands, "evaluate_model", breaks)
+    outcome = run("evaluate", made.llama, "--task", "perplexity", "--test", made.prose)
+    assert outcome.code == 1
+    assert len(outcome.err.splitlines()) == 1
+    assert "ZeroDivisionError: the moon is full" in outcome.err
+    assert "ECOFLAP_TRACEBACK=1" in outcome.err
+    monkeypatch.setenv("ECOFLAP_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main()

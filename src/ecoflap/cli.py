@@ -273,6 +273,9 @@ def _no_command(
         typer.echo(context.get_help())
 
 
+TRACEBACK = "ECOFLAP_TRACEBACK"  # environment variable: let what nobody foresaw end in Python's own traceback
+
+
 def main() -> NoReturn:
     """Run the command line: exit code 0, 1 (failed), 2 (bad input), 130 or 143 (stopped)."""
     # On cores that are shared, threads that spin while they wait for each other slow small models down 50-fold. Read
@@ -296,9 +299,12 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
         sys.exit(1)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer raises for a wrong command line
+        if hasattr(error, "format_message"):  # what typer raises for a wrong command line
+            _fail(error.format_message(), 2)
+        if os.environ.get(TRACEBACK):
             raise
-        _fail(error.format_message(), 2)
+        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _fail(f"unexpected failure: {told} ({TRACEBACK}=1 shows where)", 1)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
