@@ -17,9 +17,10 @@ from typing import Any
 
 from ecoflap import Importance, Recipe, measure_importance, prune
 from ecoflap.calibration.objectives import resolve
+from ecoflap.evaluations import evaluate, evaluations_of
 from ecoflap.files import write_json
 from ecoflap.network.checkpoint import load
-from ecoflap.prepare import calibration_batches, evaluate
+from ecoflap.prepare import calibration_batches
 from ecoflap.progress import Silent
 
 
@@ -49,8 +50,10 @@ def main() -> None:
                     _, batches = calibration_batches(recipe, checkpoint)
                     objective = resolve(None, checkpoint.model)
                     if importance not in scores:
+                        name, _, option = importance.partition(":")  # "zeroth-order:probe=block"
+                        chosen = dict([option.split("=")]) if option else {}
                         scores[importance] = measure_importance(
-                            checkpoint.model, batches, importance, samples=32, seed=seed, loss=objective
+                            checkpoint.model, batches, name, samples=32, seed=seed, loss=objective, **chosen
                         )
                     begin = time.perf_counter()
                     prune(
@@ -58,7 +61,8 @@ def main() -> None:
                         loss=objective, seed=seed,
                     )  # fmt: skip
                     seconds = time.perf_counter() - begin
-                    result = evaluate(checkpoint, "vqa", recipe, Silent())
+                    (entry,) = evaluations_of(recipe)
+                    result = evaluate(checkpoint, entry, recipe, Silent())
                     done[cell] = {"accuracy": result.value, "groups": result.by_group, "seconds": seconds}
                     write_json(options.output, done)
                     print(cell, f"{100 * result.value:.1f}", f"{seconds:.1f} s", flush=True)
