@@ -49,7 +49,8 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
     blocks = str(len(anatomy.blocks))
     _row(towers, "all", "", blocks, str(len(anatomy.layers)), f"{anatomy.prunable_parameters:,}", share)
     half = _percent(0.5 * anatomy.prunable_parameters / total)
-    towers.caption = Text(f"sparsity 50.0 % of the prunable weights is {half} of the whole model", justify="left")
+    caption = f"sparsity 50.0 % of the prunable weights is {half} of the whole model\n"
+    towers.caption = Text(caption, justify="left")
     towers.caption_justify = "left"
     yield towers
 
