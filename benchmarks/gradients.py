@@ -16,14 +16,11 @@ import time
 from typing import Any
 
 import torch
-from replay import spread
+from replay import prepared, spread
 
-from ecoflap import Recipe, measure_importance
-from ecoflap.calibration.objectives import on_device, resolve
-from ecoflap.network.anatomy import discover
+from ecoflap import measure_importance
+from ecoflap.calibration.objectives import on_device
 from ecoflap.network.cache import cache_disabled
-from ecoflap.network.checkpoint import load
-from ecoflap.prepare import calibration_batches
 from ecoflap.resources import Usage, measured
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,20 +37,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def one(way: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds for all layers, and bytes above those of the loaded model."""
-    values: dict[str, Any] = {
-        "model": None if options.model == "embedded" else options.model,
-        "calibration": options.calibration,
-        "sequence_length": options.sequence_length,
-        "samples": options.batches * options.batch_size,
-        "batch_size": options.batch_size,
-    }
-    recipe = Recipe.parse({name: value for name, value in values.items() if value is not None})
-    model = (checkpoint := load(recipe.model, dtype="float32")).model
-    _, batches = calibration_batches(recipe, checkpoint)
-    objective = resolve(None, model)
+    model, batches, objective, anatomy = prepared(options)
     name, settings = WAYS[way]
-    with cache_disabled(model):
-        anatomy = discover(model, batches[0], run=on_device(objective))
     few = spread(anatomy, options.layers) if name == "zeroth-order" and settings.get("probe") != "block" else anatomy
     usages: list[Usage] = []
     with measured(way, []):  # the first look at the memory settles

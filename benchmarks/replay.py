@@ -15,9 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ecoflap import Recipe, measure_importance
-from ecoflap.calibration.objectives import on_device, resolve
+from ecoflap.calibration.models import Batch
+from ecoflap.calibration.objectives import Objective, on_device, resolve
 from ecoflap.importance.scores import Estimate
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
@@ -53,15 +55,8 @@ def spread(anatomy: Anatomy, count: int) -> Anatomy:
     return replace(anatomy, towers=towers)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="embedded")
-    parser.add_argument("--calibration")
-    parser.add_argument("--sequence-length", type=int)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=24, help="how many layers are measured; 0 for all")
-    options = parser.parse_args()
+def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Objective, Anatomy]:
+    """Model in fp32, calibration batches, loss and anatomy that the command line asks for."""
     values: dict[str, Any] = {
         "model": None if options.model == "embedded" else options.model,
         "calibration": options.calibration,
@@ -71,11 +66,23 @@ def main() -> None:
     }
     recipe = Recipe.parse({name: value for name, value in values.items() if value is not None})
     checkpoint = load(recipe.model, dtype="float32")
-    model = checkpoint.model
     _, batches = calibration_batches(recipe, checkpoint)
-    objective = resolve(None, model)
-    with cache_disabled(model):
-        anatomy = discover(model, batches[0], run=on_device(objective))
+    objective = resolve(None, checkpoint.model)
+    with cache_disabled(checkpoint.model):
+        anatomy = discover(checkpoint.model, batches[0], run=on_device(objective))
+    return checkpoint.model, batches, objective, anatomy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="embedded")
+    parser.add_argument("--calibration")
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=24, help="how many layers are measured; 0 for all")
+    options = parser.parse_args()
+    model, batches, objective, anatomy = prepared(options)
     chosen = spread(anatomy, options.layers) if options.layers else anatomy
 
     seconds = {True: 0.0, False: 0.0}
@@ -97,7 +104,7 @@ def main() -> None:
     probes = len(kept[True].rows)
     print(f"{type(model).__name__}, {anatomy.total_parameters:,} parameters, {torch.get_num_threads()} threads")
     print(
-        f"{len(chosen.layers)} of {len(anatomy.layers)} layers, {len(batches)} batches of {recipe.batch_size}: "
+        f"{len(chosen.layers)} of {len(anatomy.layers)} layers, {len(batches)} batches of {options.batch_size}: "
         f"{probes} probes"
     )
     print(f"plain   {seconds[False]:8.1f} s   {seconds[False] / probes:.3f} s a probe")
