@@ -12,7 +12,7 @@ from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.patterns import NofM, Pattern, Unstructured
 from ecoflap.pruning.sparsegpt import SparseGPT
-from ecoflap.pruning.statistics import InputGram, InputNorm
+from ecoflap.statistics.inputs import InputGram, InputNorm
 
 ROW, MATRIX = Unstructured("row"), Unstructured("matrix")
 

@@ -19,10 +19,10 @@ from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy, Layer
 from ecoflap.network.trace import evaluating
 from ecoflap.pruning.criteria import CRITERIA
-from ecoflap.pruning.gather import Gatherer
 from ecoflap.pruning.patterns import parse_pattern, with_default
-from ecoflap.pruning.statistics import InputGram, InputNorm
 from ecoflap.pruning.walk import PrunedBlock, walk
+from ecoflap.statistics.gather import Gatherer
+from ecoflap.statistics.inputs import InputGram, InputNorm
 
 
 def anatomy_of(model: nn.Module, batch: Any) -> Anatomy:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.pruning.patterns import NofM, Pattern, Unstructured
-from ecoflap.pruning.statistics import InputGram, InputNorm
 from ecoflap.pruning.wanda import Wanda
+from ecoflap.statistics.inputs import InputGram, InputNorm
 
 
 def case(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, InputNorm]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ecoflap.errors import CalibrationError, NonFiniteLoss
 from ecoflap.pruning.patterns import Compare, Pattern
-from ecoflap.pruning.statistics import InputStatistics
 from ecoflap.registry import Registry
+from ecoflap.statistics.inputs import InputStatistics
 
 Needs = Literal["none", "norm", "gram"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ecoflap.pruning.criteria import Pruned, zero_out
 from ecoflap.pruning.patterns import Pattern, lowest_mask, with_default
-from ecoflap.pruning.statistics import InputStatistics
+from ecoflap.statistics.inputs import InputStatistics
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ecoflap.pruning.patterns import (
     row_quotas,
     with_default,
 )
-from ecoflap.pruning.statistics import InputGram, InputStatistics
+from ecoflap.statistics.inputs import InputGram, InputStatistics
 
 # Inside a slab, single columns update only the next few; the rest of the slab follows by one matmul.
 _STRIP = 32

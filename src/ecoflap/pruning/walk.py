@@ -18,10 +18,10 @@ from ecoflap.network.parts import Anatomy, Block, Layer, Tower
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent, Task
 from ecoflap.pruning.criteria import Criterion
-from ecoflap.pruning.gather import Gatherer, InputsDiverged
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.patterns import Pattern
-from ecoflap.pruning.statistics import STATISTICS, InputStatistics
+from ecoflap.statistics.gather import Gatherer, InputsDiverged
+from ecoflap.statistics.inputs import STATISTICS, InputStatistics
 
 
 @dataclass(frozen=True)

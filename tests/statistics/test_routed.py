@@ -18,8 +18,8 @@ from ecoflap.network.anatomy import discover
 from ecoflap.pruning.criteria import CRITERIA
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.patterns import parse_pattern, with_default
-from ecoflap.pruning.routed import RoutedTokens, row_hashes
-from ecoflap.pruning.statistics import InputGram, InputNorm
+from ecoflap.statistics.inputs import InputGram, InputNorm
+from ecoflap.statistics.routed import RoutedTokens, row_hashes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

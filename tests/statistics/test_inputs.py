@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import CalibrationError, NonFiniteLoss
-from ecoflap.pruning.statistics import STATISTICS, InputGram, InputNorm
+from ecoflap.statistics.inputs import STATISTICS, InputGram, InputNorm
 
 KINDS = pytest.mark.parametrize("kind", [InputNorm, InputGram])
 

@@ -16,9 +16,9 @@ from ecoflap.calibration.padding import token_masks
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.drive import TowerDriver
-from ecoflap.pruning.gather import Gatherer
-from ecoflap.pruning.own_mask import own_masks
-from ecoflap.pruning.statistics import InputNorm
+from ecoflap.statistics.gather import Gatherer
+from ecoflap.statistics.inputs import InputNorm
+from ecoflap.statistics.own_mask import own_masks
 
 FAMILIES = {family.name: family for family in (*blip.FAMILIES, *dual.FAMILIES)}
 # Texts that end in padding, each with its mask; the columns of what is added.

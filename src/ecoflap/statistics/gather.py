@@ -14,9 +14,9 @@ from ecoflap.calibration.padding import TokenMasks
 from ecoflap.network.drive import BlockCall
 from ecoflap.network.parts import Block, Layer
 from ecoflap.network.trace import linear_weight, tensors_in
-from ecoflap.pruning.own_mask import OwnMasks, own_masks
-from ecoflap.pruning.routed import RoutedTokens
-from ecoflap.pruning.statistics import InputStatistics
+from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.statistics.own_mask import OwnMasks, own_masks
+from ecoflap.statistics.routed import RoutedTokens
 
 
 class InputsDiverged(Exception):
