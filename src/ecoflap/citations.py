@@ -1,0 +1,250 @@
+"""The papers behind the methods: who to cite for an importance measure, a criterion, a rule or a choice of tokens."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Citation:
+    """One paper.
+
+    Attributes:
+        key: its name here, a key of :data:`CITATIONS`; no two papers share one.
+        title: as published.
+        authors: full names, in the paper's order.
+        year: when it first appeared (the year of the arXiv entry where there is one).
+        venue: where it was published and when ("ICLR 2024"); "" when on arXiv alone.
+        arxiv: the arXiv number, or None.
+        page: the paper's address where it is not on arXiv.
+    """
+
+    key: str
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    venue: str = ""
+    arxiv: str | None = None
+    page: str | None = None
+
+    @property
+    def names(self) -> str:
+        """Surnames as in running text: one, two joined by "&", or the first with "et al."."""
+        surnames = [_surname(author) for author in self.authors]
+        return " & ".join(surnames) if len(surnames) < 3 else f"{surnames[0]} et al."
+
+    @property
+    def short(self) -> str:
+        """ "Sun et al. 2023, arXiv 2306.11695": for tables and messages."""
+        place = f"arXiv {self.arxiv}" if self.arxiv else self.venue
+        return f"{self.names} {self.year}, {place}" if place else f"{self.names} {self.year}"
+
+    @property
+    def url(self) -> str:
+        """Where the paper can be read."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else self.page or ""
+
+    @property
+    def bibtex(self) -> str:
+        """The entry for a BibTeX file, without a newline at its end; capitals of the title are kept by braces."""
+        surname = unicodedata.normalize("NFKD", _surname(self.authors[0])).encode("ascii", "ignore").decode()
+        name, _, year = self.venue.rpartition(" ")
+        fields = {
+            "title": f"{{{self.title}}}",
+            "author": " and ".join(f"{_surname(author)}, {_given(author)}" for author in self.authors),
+            "year": year if name else str(self.year),
+        }
+        if name:
+            fields["booktitle"] = name
+        if self.arxiv:
+            fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
+        fields["url"] = self.url
+        lines = [f"  {field} = {{{value}}}," for field, value in fields.items() if value]
+        kind = "inproceedings" if name else "misc"
+        return "\n".join([f"@{kind}{{{surname.lower()}{self.year}{self.key.replace('-', '')},", *lines, "}"])
+
+
+def _surname(author: str) -> str:
+    return author.split()[-1]
+
+
+def _given(author: str) -> str:
+    return " ".join(author.split()[:-1])
+
+
+PAPERS = (
+    Citation(
+        "ecoflap",
+        "ECoFLaP: Efficient Coarse-to-Fine Layer-Wise Pruning for Vision-Language Models",
+        ("Yi-Lin Sung", "Jaehong Yoon", "Mohit Bansal"),
+        2023,
+        "ICLR 2024",
+        "2310.02998",
+    ),
+    Citation(
+        "mezo",
+        "Fine-Tuning Language Models with Just Forward Passes",
+        (
+            "Sadhika Malladi",
+            "Tianyu Gao",
+            "Eshaan Nichani",
+            "Alex Damian",
+            "Jason D. Lee",
+            "Danqi Chen",
+            "Sanjeev Arora",
+        ),
+        2023,
+        "NeurIPS 2023",
+        "2305.17333",
+    ),
+    Citation(
+        "wanda",
+        "A Simple and Effective Pruning Approach for Large Language Models",
+        ("Mingjie Sun", "Zhuang Liu", "Anna Bair", "J. Zico Kolter"),
+        2023,
+        "ICLR 2024",
+        "2306.11695",
+    ),
+    Citation(
+        "sparsegpt",
+        "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+        ("Elias Frantar", "Dan Alistarh"),
+        2023,
+        "ICML 2023",
+        "2301.00774",
+    ),
+    Citation(
+        "magnitude",
+        "Learning both Weights and Connections for Efficient Neural Networks",
+        ("Song Han", "Jeff Pool", "John Tran", "William J. Dally"),
+        2015,
+        "NeurIPS 2015",
+        "1506.02626",
+    ),
+    Citation(
+        "obd",
+        "Optimal Brain Damage",
+        ("Yann LeCun", "John S. Denker", "Sara A. Solla"),
+        1989,
+        "NeurIPS 1989",
+        page="https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html",
+    ),
+    Citation(
+        "owl",
+        "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity",
+        (
+            "Lu Yin",
+            "You Wu",
+            "Zhenyu Zhang",
+            "Cheng-Yu Hsieh",
+            "Yaqing Wang",
+            "Yiling Jia",
+            "Gen Li",
+            "Ajay Jaiswal",
+            "Mykola Pechenizkiy",
+            "Yi Liang",
+            "Michael Bendersky",
+            "Zhangyang Wang",
+            "Shiwei Liu",
+        ),
+        2023,
+        "ICML 2024",
+        "2310.05175",
+    ),
+    Citation(
+        "alphapruning",
+        "AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning of Large "
+        "Language Models",
+        ("Haiquan Lu", "Yefan Zhou", "Shiwei Liu", "Zhangyang Wang", "Michael W. Mahoney", "Yaoqing Yang"),
+        2024,
+        "NeurIPS 2024",
+        "2410.10912",
+    ),
+    Citation(
+        "dlp",
+        "DLP: Dynamic Layerwise Pruning in Large Language Models",
+        ("Yuli Chen", "Bo Cheng", "Jiale Han", "Yingying Zhang", "Yingting Li", "Shuhao Zhang"),
+        2025,
+        "ICML 2025",
+        "2505.23807",
+    ),
+    Citation(
+        "forward-mode",
+        "Gradients without Backpropagation",
+        ("Atılım Güneş Baydin", "Barak A. Pearlmutter", "Don Syme", "Frank Wood", "Philip Torr"),
+        2022,
+        arxiv="2202.08587",
+    ),
+    Citation(
+        "evopress",
+        "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search",
+        ("Oliver Sieberling", "Denis Kuznedelev", "Eldar Kurtic", "Dan Alistarh"),
+        2024,
+        "ICML 2025",
+        "2410.14649",
+    ),
+    Citation(
+        "upop",
+        "UPop: Unified and Progressive Pruning for Compressing Vision-Language Transformers",
+        ("Dachuan Shi", "Chaofan Tao", "Ying Jin", "Zhendong Yang", "Chun Yuan", "Jiaqi Wang"),
+        2023,
+        "ICML 2023",
+        "2301.13741",
+    ),
+    Citation(
+        "tamp",
+        "TAMP: Token-Adaptive Layerwise Pruning in Multimodal Large Language Models",
+        ("Jaewoo Lee", "Keyang Xuan", "Chanakya Ekbote", "Sandeep Polisetty", "Yi R. Fung", "Paul Pu Liang"),
+        2025,
+        "Findings of ACL 2025",
+        "2504.09897",
+    ),
+    Citation(
+        "atv-pruning",
+        "Mostly Text, Smart Visuals: Asymmetric Text-Visual Pruning for Large Vision-Language Models",
+        ("Sijie Li", "Biao Qian", "Jungong Han"),
+        2026,
+        "CVPR 2026",
+        "2603.16001",
+    ),
+    Citation(
+        "landscape",
+        "Visualizing the Loss Landscape of Neural Nets",
+        ("Hao Li", "Zheng Xu", "Gavin Taylor", "Christoph Studer", "Tom Goldstein"),
+        2017,
+        "NeurIPS 2018",
+        "1712.09913",
+    ),
+)
+
+_BY_KEY = {paper.key: paper for paper in PAPERS}
+
+# What goes by a name of its own in recipes and tables. Ours alone (uniform, sensitivity) have no paper to name.
+_METHODS = {
+    "zeroth-order": ("ecoflap", "mezo"),
+    "first-order": ("ecoflap",),
+    "gradient-norm": ("ecoflap",),
+    "proportional": ("ecoflap",),
+    "fisher": ("obd",),
+    "iterative-gradient": ("obd",),
+    "global-magnitude": ("magnitude",),
+}
+
+CITATIONS: Mapping[str, Citation] = MappingProxyType(
+    _BY_KEY | {name: _BY_KEY[keys[0]] for name, keys in _METHODS.items()}
+)
+"""The first paper to name for each method: by the names of recipes ("zeroth-order", "wanda", "owl") and of papers."""
+
+
+def citations(*names: str | None) -> tuple[Citation, ...]:
+    """Every paper behind the methods ``names``, each once, in the order given; names without a paper add none."""
+    keys: dict[str, None] = {}
+    for name in names:
+        if name in _METHODS:
+            keys |= dict.fromkeys(_METHODS[name])
+        elif name in _BY_KEY:
+            keys[name] = None
+    return tuple(_BY_KEY[key] for key in keys)
