@@ -1,0 +1,21 @@
+"""Allocation: global scores of the layers to an exact number of zeros for each layer. Pure integers and fractions.
+
+Budgets, groups, caps and rounding are the same for every rule; a rule says how scores become shares. See
+docs/allocation.md.
+"""
+
+from ecoflap.allocation.checks import AGGREGATES, BUDGETS, GRANULARITIES
+from ecoflap.allocation.decide import allocate
+from ecoflap.allocation.parts import Allocation, LayerAllocation, LayerSize
+from ecoflap.allocation.rules import RULES
+
+__all__ = [
+    "AGGREGATES",
+    "BUDGETS",
+    "GRANULARITIES",
+    "RULES",
+    "Allocation",
+    "LayerAllocation",
+    "LayerSize",
+    "allocate",
+]

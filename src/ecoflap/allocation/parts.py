@@ -1,0 +1,172 @@
+"""What goes into an allocation and what comes out of it, and the file that it is kept in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ecoflap.allocation.checks import AGGREGATES, GRANULARITIES, check_names, choice, field, fixed_ratio, unit
+from ecoflap.errors import InvalidOption
+from ecoflap.registry import unknown
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What the allocation needs to know of a layer: where it stands, how many weights, its score (None: not scored)."""
+
+    name: str
+    tower: str
+    block: str
+    weights: int
+    score: float | None
+    modality: str = ""
+    shape: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class LayerAllocation:
+    """The decision for one layer: ``zeros`` of its ``weights``; ``achieved`` is the sparsity after pruning."""
+
+    name: str
+    tower: str
+    modality: str
+    block: str
+    shape: tuple[int, int] | None
+    weights: int
+    zeros: int
+    achieved: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Zeros for every layer, in the order of the layers given, with the options that led to them.
+
+    ``model_parameters`` counts all parameters of the model, prunable or not, where it is known.
+    """
+
+    sparsity: float
+    max_sparsity: float
+    granularity: str
+    aggregate: str
+    pattern: str
+    layers: tuple[LayerAllocation, ...]
+    model_parameters: int | None = None
+
+    @property
+    def total_weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def model_sparsity(self) -> float | None:
+        """Zeros as a fraction of all parameters of the model; None where their number is not known."""
+        return self.zeros / self.model_parameters if self.model_parameters else None
+
+    def __getitem__(self, name: str) -> LayerAllocation:
+        """The allocation of the layer called ``name``. Raises UnknownName with the nearest name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise unknown("layer", name, [layer.name for layer in self.layers])
+
+    def with_achieved(self, achieved: Mapping[str, float]) -> Allocation:
+        """A copy with the sparsity that pruning really made, for the layers named in ``achieved``."""
+        layers = (replace(layer, achieved=achieved.get(layer.name, layer.achieved)) for layer in self.layers)
+        return replace(self, layers=tuple(layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``allocation.json`` as plain dicts, lists and numbers."""
+        layers = [
+            {**vars(layer), "shape": layer.shape and list(layer.shape), "sparsity": layer.sparsity}
+            for layer in self.layers
+        ]
+        totals: dict[str, Any] = {"total_weights": self.total_weights, "zeros": self.zeros}
+        if self.model_parameters is not None:
+            totals["model_sparsity"] = self.model_sparsity
+        fields = {name: value for name, value in vars(self).items() if value is not None}
+        return {"format": 1, **totals, **fields, "layers": layers}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Allocation:
+        """Read what :meth:`to_json` wrote, perhaps edited by hand.
+
+        A layer's ``zeros`` counts; where it is absent, its ``sparsity`` is turned into the nearest count. The sum of
+        the file is recomputed, so the edited numbers need not add up to the old total.
+
+        Raises:
+            InvalidOption: a field is missing, of the wrong kind or out of range; the message names the layer.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != 1:
+            raise InvalidOption("allocation: not a file of this kind ('format' must be 1)")
+        entries = field(data, "layers", list, "allocation")
+        layers = tuple(_read_layer(entry, number) for number, entry in enumerate(entries, 1))
+        check_names([layer.name for layer in layers])
+        allocation = cls(
+            sparsity=float(unit("sparsity", data.get("sparsity"))),
+            max_sparsity=float(unit("max_sparsity", data.get("max_sparsity"))),
+            granularity=choice("granularity", field(data, "granularity", str, "allocation"), GRANULARITIES),
+            aggregate=choice("aggregate", field(data, "aggregate", str, "allocation"), AGGREGATES),
+            pattern=field(data, "pattern", str, "allocation"),
+            layers=layers,
+            model_parameters=_model_parameters(data, layers),
+        )
+        declared = data.get("total_weights", allocation.total_weights)
+        if declared != allocation.total_weights:
+            raise InvalidOption(
+                f"allocation: total_weights is {declared} but the layers have {allocation.total_weights} weights; "
+                "a layer was added, removed or resized"
+            )
+        fixed = fixed_ratio(allocation.pattern)
+        for layer in layers:
+            if fixed is not None and layer.zeros not in (0, fixed[0] * layer.weights, layer.weights):
+                raise InvalidOption(
+                    f"allocation: layer '{layer.name}': pattern {allocation.pattern} makes {fixed[0] * layer.weights} "
+                    f"zeros of {layer.weights} (or 0 to leave the layer dense), not {layer.zeros}"
+                )
+        return allocation
+
+
+def _model_parameters(data: Mapping[str, Any], layers: Iterable[LayerAllocation]) -> int | None:
+    count = data.get("model_parameters")
+    if count is not None and (not isinstance(count, int) or count < sum(layer.weights for layer in layers)):
+        raise InvalidOption(f"allocation: model_parameters is {count!r}, not a count of at least that of the layers")
+    return count
+
+
+def _read_layer(entry: Any, number: int) -> LayerAllocation:
+    name = field(entry, "name", str, f"allocation, layer {number}")
+    where = f"allocation: layer '{name}'"
+    weights = field(entry, "weights", int, where)
+    shape = None if entry.get("shape") is None else field(entry, "shape", list, where)
+    if shape is not None and ([type(n) for n in shape] != [int, int] or shape[0] * shape[1] != weights):
+        raise InvalidOption(f"{where}: shape {shape} does not have {weights} weights")
+    by_sparsity = None
+    if entry.get("sparsity") is not None:
+        by_sparsity = round(unit(f"{where}: sparsity", entry["sparsity"]) * weights)
+    zeros = by_sparsity if "zeros" not in entry else field(entry, "zeros", int, where)
+    if zeros is None:
+        raise InvalidOption(f"{where}: give 'zeros' or 'sparsity'")
+    if not 0 <= zeros <= weights or weights < 1:
+        raise InvalidOption(f"{where}: zeros must be from 0 to its {weights} weights, not {zeros}")
+    if by_sparsity not in (None, zeros):
+        warnings.warn(f"{where}: 'zeros' {zeros} counts, 'sparsity' {entry['sparsity']} is ignored", stacklevel=3)
+    achieved = entry.get("achieved")
+    return LayerAllocation(
+        name=name,
+        tower=field(entry, "tower", str, where),
+        modality=entry.get("modality") or "",
+        block=field(entry, "block", str, where),
+        shape=None if shape is None else (shape[0], shape[1]),
+        weights=weights,
+        zeros=zeros,
+        achieved=None if achieved is None else float(unit(f"{where}: achieved", achieved)),
+    )
