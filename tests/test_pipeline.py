@@ -121,7 +121,7 @@ def test_errors_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise ZeroDivisionError("inside")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ecoflap.pipeline.prune_to", broken)
+        patch.setattr("ecoflap.pipeline.pruned_to", broken)
         with pytest.raises(RunFailed, match=r"ZeroDivisionError: inside \(the traceback is in .*log\.txt") as failed:
             run_recipe(recipe, tmp_path / "run")
     assert isinstance(failed.value.__cause__, ZeroDivisionError)
@@ -133,7 +133,7 @@ def test_errors_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ecoflap.pipeline.prune_to", stopped)
+        patch.setattr("ecoflap.pipeline.pruned_to", stopped)
         with pytest.raises(Stopped) as stop:
             run_recipe(recipe, tmp_path / "run", resume=True)
     assert stop.value.path == tmp_path / "run"

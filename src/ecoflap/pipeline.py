@@ -12,19 +12,21 @@ from typing import Any
 
 from ecoflap import run as files
 from ecoflap.allocation import Allocation
-from ecoflap.api import check_allocation, prune_to, read_allocation
+from ecoflap.api import read_allocation
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.importance.scores import Importance
 from ecoflap.journal import BlockFiles, EstimateFile
 from ecoflap.network.checkpoint import fingerprint, save
-from ecoflap.prepare import Prepared, measure, prepare, shared_out
+from ecoflap.predictions import add_pictures, answers_of, compared
+from ecoflap.prepare import Prepared, prepare
 from ecoflap.progress import Progress, Silent, Task
 from ecoflap.recipe import Recipe
 from ecoflap.report import write_report
 from ecoflap.resources import Usage, measured
 from ecoflap.run import RunDirectory
 from ecoflap.runlog import explained, logging_to
+from ecoflap.stages import allocation_for, importance_for, pruned_to
 from ecoflap.summary import calibration_record, environment, sparsity_summary
 
 STAGES = f"{files.JOURNAL}/stages.json"
@@ -102,6 +104,7 @@ def _stages(job: _Job) -> None:
     dense = _evaluated(job, entries, "dense")
     allocation, unreached = _prune(job, _allocation(job))
     pruned = _evaluated(job, entries, "pruned")
+    _write_predictions(job, entries)
     run.discard(files.REPORT)  # of an older state; a run with metrics and a page is complete
     run.write(files.METRICS, {
         "format": 1,
@@ -133,29 +136,24 @@ def _log_start(job: _Job) -> None:
 
 
 def _allocation(job: _Job) -> Allocation:
-    run = job.run
+    run, plan = job.run, job.plan
     if not run.has(files.ALLOCATION):
-        allocation = job.plan.allocation or shared_out(job.recipe, _importance(job))
-        check_allocation(job.plan.anatomy, allocation, job.recipe.pattern)
+        allocation = plan.allocation or allocation_for(plan, _importance(job), job.progress)
         run.write(files.ALLOCATION, allocation.to_json())
     return read_allocation(run.path / files.ALLOCATION)
 
 
 def _importance(job: _Job) -> Importance:
-    recipe, run, plan = job.recipe, job.run, job.plan
+    run, plan = job.run, job.plan
     if run.has(files.IMPORTANCE):
         return Importance.load(run.path / files.IMPORTANCE)
-    if plan.importance is not None:
-        importance = plan.importance
-    elif recipe.importance == "uniform":
-        importance = Importance.uniform(plan.anatomy.layers, plan.anatomy.total_parameters)
+    if plan.importance is not None or job.recipe.importance == "uniform":
+        importance = importance_for(plan, job.progress)
     else:
         journal = EstimateFile(run.path / files.JOURNAL / "importance.jsonl")
         try:
             with job.stage("importance"):
-                importance = measure(
-                    recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, job.progress, journal
-                )
+                importance = importance_for(plan, job.progress, journal)
         finally:
             journal.close()
     run.write(files.IMPORTANCE, importance.to_json())
@@ -163,21 +161,10 @@ def _importance(job: _Job) -> Importance:
 
 
 def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ...]]:
-    recipe, run, plan = job.recipe, job.run, job.plan
+    run, plan = job.run, job.plan
     with job.stage("pruning"):
-        allocation, unreached = prune_to(
-            plan.checkpoint.model,
-            plan.anatomy,
-            allocation,
-            plan.batches,
-            criterion=recipe.criterion,
-            pattern=recipe.pattern,
-            compare=recipe.compare,
-            loss=plan.objective,
-            offload_activations=recipe.offload_activations,
-            progress=job.progress,
-            journal=BlockFiles(run.path / files.JOURNAL / "blocks"),
-        )
+        blocks = BlockFiles(run.path / files.JOURNAL / "blocks")
+        allocation, unreached = pruned_to(plan, allocation, job.progress, blocks)
     for name in unreached:
         _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
     run.write(files.ALLOCATION, allocation.to_json())
@@ -189,18 +176,35 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
 
 def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> dict[str, Any]:
     """Results of all evaluations by their names, from the journal where an interrupted run has them."""
-    name = f"{files.JOURNAL}/{when}.json"
+    name, answered = f"{files.JOURNAL}/{when}.json", _predictions_file(when)
     if not entries:
         return {}
-    if not job.run.has(name):
+    if not (job.run.has(name) and job.run.has(answered)):
         progress = _Labelled(job.progress, when)
         with job.stage(f"evaluation, {when}"):
-            results = {e.name: quality(evaluate(job.plan.checkpoint, e, job.recipe, progress)) for e in entries}
+            found_of = {e.name: evaluate(job.plan.checkpoint, e, job.recipe, progress) for e in entries}
+        results = {task: quality(result) for task, result in found_of.items()}
+        job.run.write(answered, {task: answers_of(result.predictions) for task, result in found_of.items()})
         for task, result in results.items():
             _log.info("%s, %s: %s %s", task, when, result["metric"], result["value"])
         job.run.write(name, results)
     found: dict[str, Any] = job.run.read(name)
     return found
+
+
+def _predictions_file(when: str) -> str:
+    return f"{files.JOURNAL}/predictions-{when}.json"
+
+
+def _write_predictions(job: _Job, entries: Sequence[Evaluation]) -> None:
+    """``predictions.json`` and its pictures, of the tasks that say of each sample whether it was answered right."""
+    if not entries:
+        return
+    dense, pruned = (job.run.read(_predictions_file(when)) for when in ("dense", "pruned"))
+    tasks = {name: compared(rows, pruned[name]) for name, rows in dense.items() if rows and pruned.get(name)}
+    if tasks:
+        add_pictures(tasks, entries, job.recipe.seed, job.run.path)
+        job.run.write(files.PREDICTIONS, {"format": 1, "tasks": tasks})
 
 
 def quality(result: TaskResult) -> dict[str, Any]:

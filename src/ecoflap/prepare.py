@@ -93,6 +93,11 @@ def is_measured(recipe: Recipe) -> bool:
     return recipe.allocation is None and recipe.importance in IMPORTANCES and recipe.importance != "uniform"
 
 
+def needs_data(recipe: Recipe) -> bool:
+    """Whether calibration samples decide the result."""
+    return recipe.criterion != "magnitude" or is_measured(recipe)
+
+
 def prepare(recipe: Recipe) -> Prepared:
     """Load and check all that ``recipe`` names, so that nothing of it can stop a run half-way.
 
@@ -102,24 +107,61 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         EcoflapError: a subclass says what is wrong and how to mend it.
     """
+    check_recipe(recipe)
+    given = None if recipe.allocation is None else read_allocation(recipe.allocation)
+    scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
+    plan = plan_on(load_checkpoint(recipe), recipe, scores, given)
+    rehearse(plan.checkpoint, recipe)
+    return plan
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What can be found wrong without a model: options of the importance, evaluations.
+
+    Raises:
+        InvalidOption, UnknownName: an option is not there, or takes no such value.
+    """
     if is_measured(recipe):
         check_importance_options(recipe)
     check_evaluations(recipe)
-    given = None if recipe.allocation is None else read_allocation(recipe.allocation)
-    scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
-    checkpoint = load_checkpoint(recipe)
+
+
+def plan_on(
+    checkpoint: Checkpoint, recipe: Recipe, scores: Importance | None = None, given: Allocation | None = None
+) -> Prepared:
+    """The plan of ``recipe`` on a model that is loaded: calibration, objective, layers, whether it can be allocated.
+
+    Args:
+        scores: read from the recipe's file, where it names one.
+        given: the allocation read from the recipe's file, where it names one.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it.
+    """
     samples, batches = _calibrate(recipe, checkpoint)
     name = objective_name(recipe.objective, checkpoint.model)
     objective = resolve(name, checkpoint.model)
     anatomy = find_layers(recipe, checkpoint.model, batches, objective)
+    plan = Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given)
+    check_plan(plan)
+    return plan
+
+
+def check_plan(plan: Prepared) -> None:
+    """Whether the plan's samples, scores and allocation fit each other and its model.
+
+    Raises:
+        CalibrationError: fewer samples than stage 1 is to have.
+        InvalidOption: scores or allocation are of another model, or can't be made with the pattern.
+        InfeasibleAllocation: the sparsity can't be reached.
+    """
+    recipe, anatomy = plan.recipe, plan.anatomy
     if is_measured(recipe):
-        first_samples(batches, recipe.importance_samples)
-    if scores is not None:
-        check_same_layers(anatomy, scores)
+        first_samples(plan.batches, recipe.importance_samples)
+    if plan.importance is not None:
+        check_same_layers(anatomy, plan.importance)
     rehearsed = Importance.uniform(anatomy.layers) if recipe.importance == "uniform" else flat(anatomy)
-    check_allocation(anatomy, given or shared_out(recipe, scores or rehearsed), recipe.pattern)
-    rehearse(checkpoint, recipe)
-    return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given)
+    check_allocation(anatomy, plan.allocation or shared_out(recipe, plan.importance or rehearsed), recipe.pattern)
 
 
 def check_importance_options(recipe: Recipe) -> None:
@@ -172,7 +214,7 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
 
 def _calibrate(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet | None, list[Batch]]:
     if recipe.calibration is None and recipe.model is not None:
-        if recipe.criterion == "magnitude" and not is_measured(recipe):
+        if not needs_data(recipe):
             return None, []
         raise CalibrationError(
             f"criterion '{recipe.criterion}' with importance '{recipe.importance}' needs calibration data: "
