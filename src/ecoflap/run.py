@@ -19,8 +19,9 @@ from ecoflap.recipe import Recipe
 
 RECIPE, IMPORTANCE, ALLOCATION = "recipe.yaml", "importance.json", "allocation.json"
 METRICS, REPORT, MODEL, LOG, JOURNAL = "metrics.json", "report.html", "model", "log.txt", "journal"
+PREDICTIONS, PICTURES, ANALYSIS = "predictions.json", "pictures", "analysis"
 # In the order of removal: what says that a run is complete goes first, what says that a folder is a run's goes last.
-OURS = (METRICS, REPORT, JOURNAL, MODEL, ALLOCATION, IMPORTANCE, LOG, RECIPE)
+OURS = (METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, JOURNAL, MODEL, ALLOCATION, IMPORTANCE, LOG, RECIPE)
 _LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, OURS))})\.(.*{re.escape(PARTIAL)}|partial|old)")
 INPUTS = f"{JOURNAL}/inputs.json"
 
@@ -149,7 +150,7 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Remove temporary files that a killed process left."""
-        for folder in (self.path, self.path / JOURNAL, self.path / JOURNAL / "blocks"):
+        for folder in (self.path, *(self.path / name for name in (JOURNAL, f"{JOURNAL}/blocks", PICTURES, ANALYSIS))):
             for entry in folder.iterdir() if folder.is_dir() else ():
                 if _LEFTOVER.fullmatch(entry.name) or (folder != self.path and entry.name.endswith(PARTIAL)):
                     _remove(entry)

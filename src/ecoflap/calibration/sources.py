@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -151,6 +152,31 @@ class SampleReader:
                 "of samples or give more data"
             )
 
+    def at(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample]]:
+        """(index, sample) of these rows of the source, in the order of ``indices``; broken ones are left out.
+
+        A stream of the hub is read again up to the last of them, in its own order. Plain text has no rows.
+        """
+        if isinstance(self._table, TextFiles):
+            return
+        if isinstance(self._table, HubStream):
+            wanted = set(indices)
+            for index, sample in self:
+                if index in wanted:
+                    yield index, sample
+                    wanted.remove(index)
+                if not wanted:
+                    return
+            return
+        for index, row in zip(indices, self._table.take(list(indices), self._wanted()), strict=True):
+            with suppress(BrokenSample):
+                yield index, self._read(row)
+
+    def _wanted(self) -> list[str]:
+        """The columns of the table that are read."""
+        known = self._table.columns if not isinstance(self._table, TextFiles) else []
+        return list(dict.fromkeys(name for entry in self.columns.values() for name in parts(entry, known)))
+
     def _rows(self) -> Iterator[tuple[int, Row | BrokenSample]]:
         """(index, row): a seeded permutation when a number of samples is asked for, the file's order otherwise."""
         table = self._table
@@ -162,7 +188,7 @@ class SampleReader:
             order = torch.arange(len(table))
         else:
             order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self._seed))
-        wanted = list(dict.fromkeys(name for entry in self.columns.values() for name in parts(entry, table.columns)))
+        wanted = self._wanted()
         for chunk in torch.split(order, self._step(getattr(table, "row_bytes", None))):
             numbers = [int(number) for number in chunk]
             rows: Taken = table.take(numbers, wanted)
