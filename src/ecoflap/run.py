@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
@@ -17,13 +17,16 @@ from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMism
 from ecoflap.files import PARTIAL, read_json, storage, write_json, write_text
 from ecoflap.recipe import Recipe
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 RECIPE, IMPORTANCE, ALLOCATION = "recipe.yaml", "importance.json", "allocation.json"
 METRICS, REPORT, MODEL, LOG, JOURNAL = "metrics.json", "report.html", "model", "log.txt", "journal"
 PREDICTIONS, PICTURES, ANALYSIS = "predictions.json", "pictures", "analysis"
 # In the order of removal: what says that a run is complete goes first, what says that a folder is a run's goes last.
 OURS = (METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, JOURNAL, MODEL, ALLOCATION, IMPORTANCE, LOG, RECIPE)
-_LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, OURS))})\.(.*{re.escape(PARTIAL)}|partial|old)")
 INPUTS = f"{JOURNAL}/inputs.json"
+GRID = "methods"  # the field of a recipe file that makes its folder a comparison's, not a run's
 
 
 class Stopped(KeyboardInterrupt):
@@ -49,7 +52,19 @@ def versions() -> dict[str, str]:
 
 
 class RunDirectory:
-    """One run's files: :meth:`examine`, then :meth:`begin`; close it (or use it as a context) to let go of its lock."""
+    """One run's files: :meth:`examine`, then :meth:`begin`; close it (or use it as a context) to let go of its lock.
+
+    A subclass keeps the files of another kind of work, under the same rules of who may write and what may go on.
+
+    Attributes:
+        what: the kind of work, for messages.
+        ours: the files in the order of removal.
+        inputs: the file that keeps digests of what else decides the result.
+    """
+
+    what: ClassVar[str] = "run"
+    ours: ClassVar[tuple[str, ...]] = OURS
+    inputs: ClassVar[str] = INPUTS
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,9 +72,7 @@ class RunDirectory:
         self._lock: int | None = None
 
     @classmethod
-    def examine(
-        cls, path: str | Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False
-    ) -> RunDirectory:
+    def examine(cls, path: str | Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Self:
         """Look whether a run can begin or go on in ``path``; nothing is written yet.
 
         Args:
@@ -78,12 +91,12 @@ class RunDirectory:
         if run.path.exists() and not run.path.is_dir():
             raise OutputExists(f"{run.path} is a file, not a folder: choose another --output")
         held = {entry.name for entry in run.path.iterdir()} if run.path.is_dir() else set()
-        held = {name for name in held if not _LEFTOVER.fullmatch(name)}
-        if held and RECIPE not in held:
-            raise OutputExists(f"{run.path} holds something that is no run of ecoflap: choose another --output")
+        held = {name for name in held if not run._leftover(name)}
+        if held and (RECIPE not in held or not run._is_ours()):
+            raise OutputExists(f"{run.path} holds something that is no {run.what} of ecoflap: choose another --output")
         if held and not (overwrite or resume):
             raise OutputExists(
-                f"{run.path} already holds a run: add --overwrite to replace it, --resume to continue it, "
+                f"{run.path} already holds a {run.what}: add --overwrite to replace it, --resume to continue it, "
                 "or choose another --output"
             )
         if held and resume:
@@ -112,15 +125,25 @@ class RunDirectory:
             self._check_inputs(inputs)
         else:
             self._clear()
-            data = {**recipe.to_dict(), "versions": versions(), "fingerprint": fingerprint}
-            write_text(self.path / RECIPE, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+            self._write_recipe(recipe, fingerprint)
         self._sweep()
         with storage(self.path):
             (self.path / JOURNAL).mkdir(exist_ok=True)
-        if not self.has(INPUTS):
-            self.write(INPUTS, dict(inputs))
+        if not self.has(self.inputs):
+            self.write(self.inputs, dict(inputs))
 
-    def __enter__(self) -> RunDirectory:
+    def _write_recipe(self, recipe: Recipe, fingerprint: str) -> None:
+        data = {**recipe.to_dict(), "versions": versions(), "fingerprint": fingerprint}
+        write_text(self.path / RECIPE, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+    def _is_ours(self) -> bool:
+        """Whether the recipe file that is there is of this kind of work; one that can't be read may be replaced."""
+        try:
+            return GRID not in self.recorded()
+        except InvalidOption:
+            return True
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -145,14 +168,20 @@ class RunDirectory:
             pass  # a file system without locks
 
     def _clear(self) -> None:
-        for name in OURS:
+        for name in self.ours:
             _remove(self.path / name)
+
+    def _leftover(self, name: str) -> bool:
+        """Whether ``name`` is a temporary file's, as a killed process leaves it."""
+        pattern = rf"\.({'|'.join(map(re.escape, self.ours))})\.(.*{re.escape(PARTIAL)}|partial|old)"
+        return re.fullmatch(pattern, name) is not None
 
     def _sweep(self) -> None:
         """Remove temporary files that a killed process left."""
-        for folder in (self.path, *(self.path / name for name in (JOURNAL, f"{JOURNAL}/blocks", PICTURES, ANALYSIS))):
+        inner = [self.path / name for name in (*self.ours, f"{JOURNAL}/blocks") if name != MODEL]
+        for folder in (self.path, *inner):
             for entry in folder.iterdir() if folder.is_dir() else ():
-                if _LEFTOVER.fullmatch(entry.name) or (folder != self.path and entry.name.endswith(PARTIAL)):
+                if self._leftover(entry.name) or (folder != self.path and entry.name.endswith(PARTIAL)):
                     _remove(entry)
 
     def recorded(self) -> dict[str, Any]:
@@ -167,10 +196,10 @@ class RunDirectory:
 
     def _check_same(self, recipe: Recipe) -> None:
         before, now = self.recorded(), {**recipe.to_dict(), "versions": versions()}
-        differences = list(_differences(before, now))
-        if differences:
+        found = list(differences(before, now))
+        if found:
             raise ResumeMismatch(
-                f"can't resume {self.path}, the result would differ: {'; '.join(differences)}. "
+                f"can't resume {self.path}, the result would differ: {'; '.join(found)}. "
                 "Use the same options and versions, or --overwrite"
             )
 
@@ -183,7 +212,7 @@ class RunDirectory:
             )
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:
-        before = self.read(INPUTS) if self.has(INPUTS) else inputs
+        before = self.read(self.inputs) if self.has(self.inputs) else inputs
         for name, value in inputs.items():
             if before.get(name) != value:
                 raise ResumeMismatch(
@@ -192,7 +221,7 @@ class RunDirectory:
                 )
 
     def _check_inputs_are_elsewhere(self, recipe: Recipe) -> None:
-        ours = [(self.path / name).resolve() for name in OURS]
+        ours = [(self.path / name).resolve() for name in self.ours]
         for field in ("model", "calibration", "test", "importance", "allocation"):
             value = getattr(recipe, field)
             if value is None:
@@ -240,12 +269,13 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What a recipe says now and said otherwise before, a few words each."""
     for name, value in now.items():
         earlier = before.get(name)
         if isinstance(value, dict) and isinstance(earlier, dict):
             keys = dict.fromkeys([*earlier, *value])
-            yield from _differences(
+            yield from differences(
                 {f"{name} {key}": earlier.get(key) for key in keys}, {f"{name} {key}": value.get(key) for key in keys}
             )
         elif earlier != value:
