@@ -13,6 +13,7 @@ from typing import Any
 from ecoflap import run as files
 from ecoflap.allocation import Allocation
 from ecoflap.api import read_allocation
+from ecoflap.card import write_card
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.importance.scores import Importance
@@ -117,6 +118,7 @@ def _stages(job: _Job) -> None:
         "calibration": calibration_record(plan.samples, plan.objective_name),
         "environment": environment(plan.checkpoint),
     })  # fmt: skip
+    write_card(run.path)  # into the model's folder; says what the metrics say
     write_report(run.path)
     run.finish()
     _log.info("complete: %s", run.path)

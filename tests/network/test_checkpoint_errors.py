@@ -212,7 +212,7 @@ def test_without_the_hub_its_cache_is_used(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_one_set_of_weights_is_downloaded_and_code_only_when_trusted() -> None:
-    common = ["config.json", "merges.txt"]
+    common = ["config.json", "merges.txt", "README.md"]
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = "model.safetensors.index.json"
     both = [*common, *shards, index, "model.safetensors", "a.py", "pytorch_model.bin", "x.gguf", "y.gguf", "sub/z.json"]

@@ -198,14 +198,14 @@ def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path
 
 
 def hub_files(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> list[str]:
-    """Which of a repository's files to download: top-level configuration and tokenizer files, and one set of weights.
+    """Which of a repository's files to download: card, top-level configuration and tokenizer files, one set of weights.
 
     Weights are the GGUF file that was asked for, else ``model.safetensors``, else the shards of its index, else the
     only GGUF file. Code is left out unless it is trusted, pickled files always.
     """
     suffixes = (".json", ".txt", ".model", ".jinja", *((".py",) if trust_remote_code else ()))
     top = [name for name in names if "/" not in name]
-    wanted = [name for name in top if name.endswith(suffixes)]
+    wanted = [name for name in top if name.endswith(suffixes) or name == "README.md"]  # which names the licence
     ggufs = [name for name in names if name.endswith(".gguf")]
     if gguf_file is not None:
         return [*wanted, gguf_file]
