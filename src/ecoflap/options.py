@@ -17,10 +17,11 @@ from ecoflap.recipe import OPTIONS, Recipe, flag_of
 
 # Which heading of --help an option stands under.
 PANELS: dict[str, tuple[str, ...]] = {
+    "Grid": ("methods", "sparsities", "seeds"),
     "Model": ("device", "dtype", "trust_remote_code", "include", "exclude", "towers"),
     "Sparsity": (
         "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
-        "allocation",
+        "rule", "spread", "allocation",
     ),
     "Importance (stage 1)": ("importance", "importance_options", "importance_samples"),
     "Pruning (stage 2)": ("criterion", "pattern", "compare", "offload_activations"),
@@ -35,6 +36,9 @@ PANELS: dict[str, tuple[str, ...]] = {
 OUTPUT = "Run and output"
 _METAVARS = {
     "model": "MODEL",
+    "methods": "METHOD,...",
+    "sparsities": "FROM:TO:STEP|X,...",
+    "seeds": "N,...",
     "importance": "NAME|FILE",
     "importance_options": "NAME=VALUE",
     "tower_sparsity": "TOWER=X",
@@ -47,6 +51,7 @@ _METAVARS = {
     "class_prompts": "TEMPLATE|FILE",
     "allocation": "FILE",
     "criterion": "NAME",
+    "rule": "NAME",
     "pattern": "unstructured|N:M",
     "calibration": "SOURCE",
     "test": "SOURCE",
@@ -67,8 +72,8 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-def _option(name: str, alias: str | None = None) -> inspect.Parameter:
-    field = Recipe.model_fields[name]
+def _option(name: str, alias: str | None, kind_of_recipe: type[Recipe]) -> inspect.Parameter:
+    field = kind_of_recipe.model_fields[name]
     annotation = _without_none(field.annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     flag = flag_of(name)
@@ -98,7 +103,7 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def with_recipe_options(
-    *names: str, model: bool = True, aliases: Mapping[str, str] | None = None
+    *names: str, model: bool = True, aliases: Mapping[str, str] | None = None, recipe: type[Recipe] = Recipe
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options ``names`` (fields of the recipe; all but ``model`` if none is named).
 
@@ -108,23 +113,27 @@ def with_recipe_options(
     Args:
         model: the command also has the argument MODEL and the option ``--recipe``.
         aliases: field to a second name of its option.
+        recipe: the class that is built.
     """
-    chosen = [name for panel in PANELS.values() for name in panel if name in names or not names]
+    fields = [name for panel in PANELS.values() for name in panel if name in recipe.model_fields]
+    chosen = [name for name in fields if name in names or not names]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         parameters = [_parameter(name, annotation) for name, annotation in _MODEL] if model else []
-        parameters += [_option(name, (aliases or {}).get(name)) for name in chosen]
+        parameters += [_option(name, (aliases or {}).get(name), recipe) for name in chosen]
         parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 
         def wrapper(**values: Any) -> None:
             recipe_files = values.pop("recipe", None)
             given = {name: values.pop(name) for name in ("model", *chosen) if name in values}
-            changes = {name: _plain(name, value) for name, value in given.items() if value is not None and value != []}
-            recipe = Recipe.load(recipe_files, changes) if recipe_files else Recipe.parse(changes, OPTIONS)
-            if ":" in (recipe.objective or "") and "" not in sys.path:
+            changes = {
+                name: _plain(recipe, name, value) for name, value in given.items() if value is not None and value != []
+            }
+            built = recipe.load(recipe_files, changes) if recipe_files else recipe.parse(changes, OPTIONS)
+            if ":" in (built.objective or "") and "" not in sys.path:
                 sys.path.append("")  # a user's own function lies in the folder where the command was given
-            command(recipe, **values)
+            command(built, **values)
 
         wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -157,15 +166,15 @@ _MODEL = (
 )
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(recipe: type[Recipe], name: str, value: Any) -> Any:
     """``["a=1"]`` as ``{"a": 1}`` for mappings; anything else as it is."""
-    annotation = _without_none(Recipe.model_fields[name].annotation)
+    annotation = _without_none(recipe.model_fields[name].annotation)
     if typing.get_origin(annotation) is not dict:
         return value
     flag = flag_of(name)
     text = typing.get_args(annotation)[1] is str
     pairs = (_pair(flag, _METAVARS[name], item) for item in value)
-    return {key: value if text else _number(value) for key, value in pairs}
+    return {key: value if text else number(value) for key, value in pairs}
 
 
 def _pair(flag: str, wanted: str, text: str) -> tuple[str, str]:
@@ -175,7 +184,7 @@ def _pair(flag: str, wanted: str, text: str) -> tuple[str, str]:
     return key, value
 
 
-def _number(text: str) -> Any:
+def number(text: str) -> Any:
     """A number or truth value where the text is one."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
