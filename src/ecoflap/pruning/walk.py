@@ -20,7 +20,8 @@ from ecoflap.progress import Progress, Silent, Task
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.patterns import Pattern
-from ecoflap.statistics.gather import Gatherer, InputsDiverged
+from ecoflap.statistics.dense import decoder_of, gather, sequence_of
+from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.inputs import STATISTICS, InputStatistics
 
 
@@ -85,9 +86,8 @@ def walk(
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
     """
     walker = _Walker(model, criterion, pattern, allocation, journal or _NoJournal())
-    decoder = _decoder(anatomy)
-    is_encoder_decoder = decoder is not None
-    masks = {index: token_masks(batch, is_encoder_decoder) for index, batch in enumerate(batches)}
+    decoder = decoder_of(anatomy)
+    masks = {index: token_masks(batch, decoder is not None) for index, batch in enumerate(batches)}
     done = {block.name: walker.restore(block) for block in anatomy.blocks if block.layers}
     with (
         evaluating(model),
@@ -102,17 +102,9 @@ def walk(
                 for block in todo:
                     walker.prune(block, None, task)
                 continue
-            sequence = None if tower.modality != "language" else "decoder" if tower is decoder else "encoder"
-            _walk_tower(
-                walker, tower, todo, TowerDriver(model, tower, batches, run, offload=offload), masks, sequence, task
-            )
+            driver = TowerDriver(model, tower, batches, run, offload=offload)
+            _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), task)
     return WalkResult(walker.achieved(), tuple(walker.unreached))
-
-
-def _decoder(anatomy: Anatomy) -> Tower | None:
-    """The second language tower, which works on a sequence of its own; None where there is but one."""
-    language = [tower for tower in anatomy.towers if tower.modality == "language"]
-    return language[-1] if len(language) > 1 else None
 
 
 def _walk_tower(
@@ -124,34 +116,14 @@ def _walk_tower(
     sequence: str | None,
     task: Task,
 ) -> None:
+    make = STATISTICS[walker.criterion.statistics]
     for index, block in enumerate(tower.blocks):
         driver.enter(index)
         if block in todo:
-            walker.prune(block, _gather(walker, driver, index, block, masks, sequence), task)
+            walker.prune(block, gather(walker.model, driver, index, block, make, masks, sequence), task)
         if block == todo[-1]:
             return  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
         driver.run(index)
-
-
-def _gather(
-    walker: _Walker,
-    driver: TowerDriver,
-    index: int,
-    block: Block,
-    masks: Mapping[int, TokenMasks],
-    sequence: str | None,
-) -> Gatherer:
-    make = STATISTICS[walker.criterion.statistics]
-    for share in (True, False):
-        try:
-            with Gatherer(walker.model, block, make, masks, sequence, share=share) as gatherer:
-                driver.run(index, gatherer.before)
-            gatherer.check()
-            return gatherer
-        except InputsDiverged:
-            if not share:
-                raise
-    raise AssertionError("unreachable")
 
 
 class _Walker:

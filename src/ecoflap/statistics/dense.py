@@ -1,0 +1,113 @@
+"""Input statistics of the dense model: one pass over all batches, block by block, that changes no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ecoflap.calibration.padding import TokenMasks, token_masks
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.drive import Run, TowerDriver
+from ecoflap.network.parts import Anatomy, Block, Tower
+from ecoflap.network.trace import evaluating
+from ecoflap.statistics.gather import Gatherer, InputsDiverged
+from ecoflap.statistics.inputs import STATISTICS, InputStatistics
+
+
+def dense_statistics(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Any],
+    run: Run,
+    *,
+    kind: str = "norm",
+    skip: Collection[str] = (),
+    offload: bool = False,
+) -> Iterator[tuple[Block, Mapping[str, InputStatistics | None]]]:
+    """Each block with the statistics of its layers' inputs, as soon as they are gathered.
+
+    Kept at any time are the inputs of one block for all batches, and the statistics that the caller holds on to. The
+    model runs in eval mode and without a KV cache while the iterator is used, in its present precision. Layers that
+    read one input share an accumulator: don't write to it.
+
+    Args:
+        batches: calibration batches; ``run`` puts them on the model's device.
+        run: runs the model on a batch (an objective that does).
+        kind: "norm" (Wanda) or "gram" (SparseGPT's Hessian).
+        skip: names of blocks whose statistics nobody wants; after the last one that is wanted a tower is left.
+        offload: keep block inputs on the CPU.
+
+    Yields:
+        Blocks in the order of a forward, each with layer name to statistics; None where no token reached the layer.
+
+    Raises:
+        NonFiniteLoss: an input is NaN or infinite.
+    """
+    decoder = decoder_of(anatomy)
+    masks = {index: token_masks(batch, decoder is not None) for index, batch in enumerate(batches)}
+    with evaluating(model), cache_disabled(model):  # a captured cache would be filled twice, and hide k and v
+        for tower in anatomy.towers:
+            wanted = [block for block in tower.blocks if block.layers and block.name not in skip]
+            if not wanted:
+                continue
+            driver = TowerDriver(model, tower, batches, run, offload=offload)
+            for index, block in enumerate(tower.blocks):
+                driver.enter(index)
+                if block not in wanted:
+                    driver.run(index)
+                    continue
+                gathered = gather(model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder))
+                found = {layer.name: gathered.statistics(layer) for layer in block.layers}
+                yield block, {name: got if got is not None and got.tokens else None for name, got in found.items()}
+                if block == wanted[-1]:
+                    break
+
+
+def dense_norms(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], run: Run, *, offload: bool = False
+) -> dict[str, InputStatistics]:
+    """``InputNorm`` of every prunable layer of the dense model, by parameter name; ``.norm`` is (columns,) fp32.
+
+    Layers that no token reached are not in it. Arguments and errors as in :func:`dense_statistics`.
+    """
+    found: dict[str, InputStatistics] = {}
+    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload):
+        found.update({name: got for name, got in statistics.items() if got is not None})
+    return found
+
+
+def decoder_of(anatomy: Anatomy) -> Tower | None:
+    """The second language tower, which works on a sequence of its own; None where there is but one."""
+    language = [tower for tower in anatomy.towers if tower.modality == "language"]
+    return language[-1] if len(language) > 1 else None
+
+
+def sequence_of(tower: Tower, decoder: Tower | None) -> str | None:
+    """Which of a batch's padding masks a tower's blocks go by, as :class:`Gatherer` names them."""
+    if tower.modality != "language":
+        return None
+    return "decoder" if tower is decoder else "encoder"
+
+
+def gather(
+    model: nn.Module,
+    driver: TowerDriver,
+    index: int,
+    block: Block,
+    make: Callable[[int], InputStatistics],
+    masks: Mapping[int, TokenMasks],
+    sequence: str | None,
+) -> Gatherer:
+    """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile."""
+    for share in (True, False):
+        try:
+            with Gatherer(model, block, make, masks, sequence, share=share) as gatherer:
+                driver.run(index, gatherer.before)
+            gatherer.check()
+            return gatherer
+        except InputsDiverged:
+            if not share:
+                raise
+    raise AssertionError("unreachable")
