@@ -79,8 +79,8 @@ def test_a_crash_in_stage_1(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     with monkeypatch.context() as patch:
-        probe = zeroth_order.ZerothOrder._projection
-        patch.setattr(zeroth_order.ZerothOrder, "_projection", _failing(probe, at, _Crash("lightning")))
+        probe = zeroth_order.ZerothOrder.projection
+        patch.setattr(zeroth_order.ZerothOrder, "projection", _failing(probe, at, _Crash("lightning")))
         outcome = prune()
     assert outcome.code == 1
     # What was chosen (calibration, objective), the dense evaluation's line of progress, and what happened.
@@ -94,7 +94,7 @@ def test_a_crash_in_stage_1(
     counted = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            zeroth_order.ZerothOrder, "_projection",
+            zeroth_order.ZerothOrder, "projection",
             lambda *a: (counted.append(1), probe(*a))[1],
         )  # fmt: skip
         prune("--resume").well()
@@ -132,8 +132,8 @@ def test_a_crash_near_the_end(
 
 def test_a_line_that_was_cut_off(prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        probe = zeroth_order.ZerothOrder._projection
-        patch.setattr(zeroth_order.ZerothOrder, "_projection", _failing(probe, 9, _Crash()))
+        probe = zeroth_order.ZerothOrder.projection
+        patch.setattr(zeroth_order.ZerothOrder, "projection", _failing(probe, 9, _Crash()))
         assert prune().code == 1
     path = tmp_path / "run" / "journal" / "importance.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
@@ -201,8 +201,8 @@ def test_resume_begins_where_there_is_nothing(prune: Command, made: Path, tmp_pa
 def interrupted(prune: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A run that has done half of stage 1."""
     with monkeypatch.context() as patch:
-        probe = zeroth_order.ZerothOrder._projection
-        patch.setattr(zeroth_order.ZerothOrder, "_projection", _failing(probe, 20, _Crash()))
+        probe = zeroth_order.ZerothOrder.projection
+        patch.setattr(zeroth_order.ZerothOrder, "projection", _failing(probe, 20, _Crash()))
         assert prune().code == 1
     return tmp_path / "run"
 
@@ -246,8 +246,8 @@ def test_a_stop_in_process(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, code: int
 ) -> None:
     with monkeypatch.context() as patch:
-        probe = zeroth_order.ZerothOrder._projection
-        patch.setattr(zeroth_order.ZerothOrder, "_projection", _failing(probe, 5, KeyboardInterrupt(reason)))
+        probe = zeroth_order.ZerothOrder.projection
+        patch.setattr(zeroth_order.ZerothOrder, "projection", _failing(probe, 5, KeyboardInterrupt(reason)))
         outcome = prune("--quiet")
     assert outcome.code == code
     assert outcome.err == "ecoflap: stopped; the same command with --resume goes on from here\n"

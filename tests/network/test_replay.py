@@ -6,12 +6,14 @@ import pytest
 import torch
 from picos import FAMILIES
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ecoflap.calibration.objectives import default_objective
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.perturb import swapped
 from ecoflap.network.replay import Replay
+from ecoflap.network.tangents import differentiable_attention, has_tangent
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -155,3 +157,54 @@ def test_gradients_pass_through() -> None:
     model.zero_grad()
     model(**batch).loss.backward()
     assert torch.equal(gradient, model.model.layers[0].mlp.up_proj.weight.grad)
+
+
+@pytest.mark.parametrize("name", ["blip2_t5", "clip", "llama"])
+def test_a_derivative_passes_through_every_block_after_the_probe_and_no_other_is_computed(name: str) -> None:
+    """The values with a tangent are those remembered, to the bit: answering from memory would lose the derivative."""
+    family = FAMILIES[name]
+    model, batch = family.build().eval(), family.batches(2, 2)[0]
+    loss = default_objective(model)
+    with torch.no_grad(), cache_disabled(model), differentiable_attention():
+        anatomy = discover(model, batch, run=loss)
+
+        def derivative(layer: str, modules: tuple[str, ...]) -> float:
+            with forward_ad.dual_level():
+                weight = model.get_parameter(layer).detach()
+                with swapped(model, modules, forward_ad.make_dual(weight, torch.ones_like(weight))):
+                    tangent = forward_ad.unpack_dual(loss(model, batch)).tangent
+                return 0.0 if tangent is None else float(tangent)
+
+        blocks = [block for block in anatomy.blocks if block.layers]
+        plain = {block.name: derivative(block.layers[0].name, block.layers[0].modules) for block in blocks}
+        computed = []
+        with Replay(model, anatomy.replayable) as replay:
+            value = loss(model, batch)
+            for block in blocks:
+                before = replay.counts.computed
+                with replay.forcing(block.name):
+                    assert derivative(block.layers[0].name, block.layers[0].modules) == plain[block.name]
+                computed.append(replay.counts.computed - before)
+            before = replay.counts.computed
+            assert torch.equal(loss(model, batch), value)  # and nothing with a tangent was remembered
+            assert replay.counts.computed == before
+    assert sum(map(bool, plain.values())) == len(plain)
+    for tower in anatomy.towers:
+        own = computed[: len(tower.blocks)]
+        computed = computed[len(tower.blocks) :]
+        assert own == sorted(own, reverse=True)
+        assert len(set(own)) == len(own)
+
+
+def test_a_call_with_a_tangent_is_neither_recorded_nor_answered() -> None:
+    model, x = InPlace(), torch.randn(2, 4)
+    block = model.blocks[0]
+    with torch.no_grad(), Replay(model, ["blocks.0"]) as replay, forward_ad.dual_level():
+        moving = forward_ad.make_dual(x, torch.ones_like(x))
+        assert has_tangent(block(moving))  # while it records
+        plain = block(x)
+        assert not has_tangent(plain)
+        assert has_tangent(block(moving))
+        assert torch.equal(block(moving), plain)
+        assert block(x) is plain
+    assert (replay.counts.computed, replay.counts.replayed) == (4, 1)

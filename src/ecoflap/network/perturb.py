@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ecoflap.network.tangents import has_tangent
+
 
 @contextmanager
 def swapped(model: nn.Module, modules: Sequence[str], tensor: Tensor, name: str = "weight") -> Iterator[None]:
@@ -16,14 +18,15 @@ def swapped(model: nn.Module, modules: Sequence[str], tensor: Tensor, name: str 
     Args:
         model: owner of the modules.
         modules: paths of all modules that share the parameter.
-        tensor: same shape as the parameter; not copied.
+        tensor: same shape as the parameter; not copied. A tangent that it carries (forward mode) is kept.
     """
     owners = [model.get_submodule(path) for path in modules]
     originals = [owner._parameters[name] for owner in owners]
-    stand_in = nn.Parameter(tensor, requires_grad=False)
+    # A Parameter would lose the tangent; a module reads a plain tensor from here as well.
+    stand_in = tensor if has_tangent(tensor) else nn.Parameter(tensor, requires_grad=False)
     try:
         for owner in owners:
-            owner._parameters[name] = stand_in
+            owner._parameters[name] = stand_in  # type: ignore[assignment]
         yield
     finally:
         for owner, original in zip(owners, originals, strict=True):

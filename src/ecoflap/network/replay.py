@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecoflap.network.forward import forward_replaced
+from ecoflap.network.tangents import has_tangent
 
 
 @dataclass
@@ -54,6 +55,10 @@ class Replay:
     inputs are the ones remembered: the same tensors, or else equal ones. A block named in :meth:`forcing` is always
     computed; what follows is computed only where its inputs really differ. Nothing computed under :meth:`forcing`
     replaces the memory. The loss is therefore, to the bit, that of the plain forward.
+
+    Forward-mode derivatives pass through: a call with a tangent among its inputs is always computed and never recorded
+    (its values may well be those remembered, its tangent is not), while one without is answered as ever, since what is
+    remembered has no tangent either.
 
     A block's memory is valid only while its weights are those it was recorded with: whoever changes a weight must
     force the blocks that hold it, or :meth:`reset`.
@@ -104,14 +109,15 @@ class Replay:
             if torch.is_grad_enabled():
                 return forward(*args, **kwargs)  # a remembered output has no graph
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            if path not in self._forced:
+            moving = any(has_tangent(leaf) for leaf in leaves)
+            if path not in self._forced and not moving:
                 for call in self._memories.get(path, _Memory()).calls:
                     if self._matches(call, leaves, spec):
                         self.counts.replayed += 1
                         return call.output
             self.counts.computed += 1
             output = forward(*args, **kwargs)
-            if self._recording:
+            if self._recording and not moving:
                 memory = self._memories.setdefault(path, _Memory())
                 memory.calls = [call for call in memory.calls if call.current()]
                 memory.calls.append(_Call(leaves, spec, output, _versions((leaves, output))))

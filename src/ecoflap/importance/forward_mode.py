@@ -1,0 +1,155 @@
+"""Forward-mode importance: the size of the loss gradient of each matrix, by directional derivatives along noise.
+
+The score is that of the zeroth order (Sung, Yoon, Bansal, "ECoFLaP", ICLR 2024, arXiv 2310.02998, section 3.2), with
+the difference of two losses replaced by the forward gradient of Baydin et al. 2022 (arXiv 2202.08587).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd import forward_ad
+
+from ecoflap.errors import InvalidOption, NonFiniteLoss
+from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.projections import Probe, check_probes, projections
+from ecoflap.importance.scores import Estimate
+from ecoflap.importance.zeroth_order import ZerothOrder
+from ecoflap.network.parts import Layer, Tower
+from ecoflap.network.replay import Replay
+from ecoflap.network.tangents import differentiable_attention, tangent_of, with_tangent
+from ecoflap.registry import unknown
+
+PRECISIONS = ("fp32", "native")
+FALLBACK = "fallback"  # in the settings of an importance: towers whose scores are the zeroth order's, and why
+_TRIALS = 3  # noises with which a tower's derivatives are compared with differences of losses
+
+
+@dataclass(frozen=True)
+class ForwardMode:
+    """g = ⟨z, ∇L⟩ with z ~ N(0, I) for each matrix alone, in one forward pass; the score is the mean of |g|.
+
+    The noise is the zeroth order's (same seed, layer, batch, draw: same z), which is the limit of its estimates for
+    ε → 0: no step to choose, and no difference of two nearly equal losses. Activations downstream of the matrix carry
+    a tangent of their own size, so that a probe holds about twice the activations of a forward; attention is computed
+    by elementary operators, which hold its matrix of weights.
+
+    Where an operator has no forward mode, or drops the derivative in silence, the towers before it are measured by the
+    zeroth order, with a warning and an entry ``fallback`` in the settings. That is found out by trying the first layer
+    of each tower, and comparing with differences of losses.
+
+    Attributes:
+        draws: noises a (matrix, batch).
+        replay: answer unchanged blocks from memory; off, every probe is a whole forward with the same result.
+        probe: ``matrix`` or ``block``, as in :class:`~ecoflap.importance.zeroth_order.ZerothOrder`.
+        precision: ``fp32``, or ``native``: compute in the checkpoint's dtype, in half the memory where that is a half
+            precision. A derivative is rounded there, but does not drown as a difference of losses does.
+    """
+
+    draws: int = 1
+    replay: bool = True
+    probe: str = "matrix"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_probes(self.draws, self.probe)
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, list(PRECISIONS))
+
+    def steps(self, context: ProbeContext) -> int:
+        return len(context.layers) * len(context.batches) * self.draws
+
+    def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
+        """Signed projections g, batch by batch and unit by unit, without those in ``context.done``."""
+        with torch.no_grad(), differentiable_attention():
+            trial = _Trial(context, self.precision)
+            towers = {tower.name: reason for tower in context.anatomy.towers if (reason := trial.trouble(tower))}
+            if towers:
+                _tell(towers)
+                context.remarks[FALLBACK] = {"importance": "zeroth-order", "towers": towers}
+            by_difference = ZerothOrder(draws=self.draws, replay=self.replay, probe=self.probe)
+
+            def project(probe: Probe, replay: Replay) -> float:
+                if probe.unit[0].tower in towers:
+                    return by_difference.projection(probe, replay)
+                return self._projection(probe, replay)
+
+            yield from projections(context, project, draws=self.draws, probe=self.probe, replay=self.replay)
+
+    def _projection(self, probe: Probe, replay: Replay) -> float:
+        """Of the gradient on the noise of all the unit's matrices."""
+        try:
+            return derivative(probe, replay)
+        except NotImplementedError as error:
+            raise InvalidOption(
+                f"no forward-mode derivative of {probe.name} ({_line(error)}): --importance zeroth-order needs none"
+            ) from error
+
+
+def derivative(probe: Probe, replay: Replay) -> float:
+    """⟨z, ∇L⟩ of the probe's noise, by one forward pass with dual tensors; 0 where the loss does not depend on it.
+
+    Raises:
+        NotImplementedError: an operator has no forward mode.
+        NonFiniteLoss: the loss or its derivative is not finite.
+    """
+    with forward_ad.dual_level():
+        pairs = zip(probe.weights(), probe.noises(), strict=True)
+        duals = [with_tangent(weight, z) for weight, z in pairs]
+        with probe.using(duals, replay):
+            loss = probe.context.loss_tensor(probe.batch, probe.name)
+        tangent = tangent_of(loss)
+        value = 0.0 if tangent is None else float(tangent)
+    if not math.isfinite(value):
+        raise NonFiniteLoss(f"the loss derivative of {probe.name} on calibration batch {probe.batch} is {value}")
+    return value
+
+
+@dataclass
+class _Trial:
+    """Finds out which towers forward mode works for, on the first batch."""
+
+    context: ProbeContext
+    precision: str
+    difference: ZerothOrder = field(default_factory=ZerothOrder)
+
+    def trouble(self, tower: Tower) -> str:
+        """Why forward mode can't be used for a tower; "" if it can.
+
+        Its first layer is taken: what is computed from that passes through all that comes after.
+        """
+        layer = next(iter(tower.layers))
+        with Replay(self.context.model, self.context.blocks) as replay:
+            self.context.loss(0)
+            try:
+                found = [derivative(self._probe(layer, draw), replay) for draw in range(_TRIALS)]
+            except NotImplementedError as error:
+                return _line(error)
+            if self.precision == "native" and self.context.model.get_parameter(layer.name).dtype.itemsize < 4:
+                return ""  # a difference of losses in half precision is no yardstick
+            expected = [self.difference.projection(self._probe(layer, draw), replay) for draw in range(_TRIALS)]
+            rounding = torch.finfo(torch.float32).eps * abs(self.context.loss(0)) / self.difference.epsilon
+        off = sum(abs(one - other) for one, other in zip(found, expected, strict=True))
+        size = sum(max(abs(one), abs(other)) for one, other in zip(found, expected, strict=True))
+        if off > size / 2 + 10 * _TRIALS * rounding:
+            return "an operator drops the derivative without saying so"
+        return ""
+
+    def _probe(self, layer: Layer, draw: int) -> Probe:
+        return Probe(self.context, (layer,), 0, draw)
+
+
+def _tell(towers: dict[str, str]) -> None:
+    reasons = "; ".join(dict.fromkeys(towers.values()))
+    warnings.warn(
+        f"forward mode does not work for {', '.join(towers)} ({reasons}): zeroth-order importance is taken there",
+        stacklevel=2,
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

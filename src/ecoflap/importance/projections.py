@@ -1,0 +1,111 @@
+"""What measures that project the loss gradient on noise have in common: which probes there are, in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ecoflap.errors import InvalidOption
+from ecoflap.importance.noise import noise
+from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.scores import Estimate
+from ecoflap.network.parts import Layer
+from ecoflap.network.perturb import swapped
+from ecoflap.network.replay import Replay
+from ecoflap.registry import unknown
+
+PROBES = ("matrix", "block")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One direction in the space of weights: noise for each matrix of ``unit``, keyed by (seed, layer, batch, draw).
+
+    Attributes:
+        unit: the matrices that change together.
+        batch: index of the calibration batch.
+        draw: which of several noises.
+    """
+
+    context: ProbeContext
+    unit: Sequence[Layer]
+    batch: int
+    draw: int
+
+    @property
+    def name(self) -> str:
+        """For messages: the matrix, or the block."""
+        return self.unit[0].name if len(self.unit) == 1 else self.unit[0].block
+
+    def weights(self) -> list[Tensor]:
+        """The unit's matrices as stored, without a graph; not copies."""
+        return [self.context.model.get_parameter(layer.name).detach() for layer in self.unit]
+
+    def noises(self) -> list[Tensor]:
+        """z ~ N(0, I) of each matrix, in its shape, device and dtype (drawn in fp32)."""
+        return [
+            noise(
+                weight.shape,
+                weight.device,
+                seed=self.context.seed,
+                layer=layer.name,
+                batch=self.batch,
+                draw=self.draw,
+            ).to(weight.dtype)
+            for layer, weight in zip(self.unit, self.weights(), strict=True)
+        ]
+
+    @contextmanager
+    def using(self, tensors: Sequence[Tensor], replay: Replay) -> Iterator[None]:
+        """The model computes with ``tensors`` in the place of the unit's matrices, and replays all that stays as is."""
+        forced = dict.fromkeys(block for layer in self.unit for block in self.context.blocks_of(layer))
+        with ExitStack() as swaps, replay.forcing(*forced):
+            for layer, tensor in zip(self.unit, tensors, strict=True):
+                swaps.enter_context(swapped(self.context.model, layer.modules, tensor))
+            yield
+
+
+def check_probes(draws: int, probe: str) -> None:
+    """Raises InvalidOption or UnknownName for options of :func:`projections` that can't be."""
+    if draws < 1:
+        raise InvalidOption(f"draws must be at least 1, not {draws}")
+    if probe not in PROBES:
+        raise unknown("probe", probe, list(PROBES))
+
+
+def projections(
+    context: ProbeContext, project: Callable[[Probe, Replay], float], *, draws: int, probe: str, replay: bool
+) -> Iterator[Estimate]:
+    """Projections of the gradient on noise, batch by batch and unit by unit, without those in ``context.done``.
+
+    Args:
+        project: gives ⟨z, ∇L⟩ for one probe, summed over the matrices of its unit.
+        draws: noises a (unit, batch).
+        probe: ``matrix``: one matrix at a time; ``block``: all matrices of a block at once, each with its own noise.
+            The value is then shared out among them by their numbers of weights.
+        replay: answer unchanged blocks from memory.
+    """
+    blocks = (block.layers for block in context.anatomy.blocks if block.layers)
+    units = list(blocks) if probe == "block" else [(layer,) for layer in context.layers]
+    with torch.no_grad(), Replay(context.model, context.blocks if replay else ()) as memory:
+        for index in range(len(context.batches)):
+            todo = [
+                Probe(context, unit, index, draw)
+                for unit in units
+                for draw in range(draws)
+                if any((layer.name, index, draw) not in context.done for layer in unit)
+            ]
+            if not todo:
+                continue
+            memory.reset()
+            context.loss(index)  # records the blocks, and refuses a batch whose loss is not finite
+            for one in todo:
+                value = project(one, memory)
+                total = sum(layer.numel for layer in one.unit)
+                for layer in one.unit:
+                    if (layer.name, index, one.draw) not in context.done:
+                        yield Estimate(layer.name, index, one.draw, value * (layer.numel / total))
