@@ -119,7 +119,7 @@ class RunDirectory:
         """
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self.lock()
         if self.resumed:
             self._check_fingerprint(fingerprint)
             self._check_inputs(inputs)
@@ -154,7 +154,8 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def _take_lock(self) -> None:
+    def lock(self) -> None:
+        """Work in the folder alone, until :meth:`close`; raises OutputExists if another process is at work in it."""
         with storage(self.path):
             self._lock = os.open(self.path, os.O_RDONLY)  # the folder itself: no lock file is left behind
         try:
