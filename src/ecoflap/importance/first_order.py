@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ecoflap.errors import InvalidOption
+from ecoflap.importance.gradients import visit_gradients
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.perturb import gradients_set_aside
-from ecoflap.network.recompute import recomputing
 from ecoflap.registry import unknown
 
 
@@ -83,43 +79,16 @@ class FirstOrder:
             InvalidOption: the model can't be differentiated.
         """
         reduce = VARIANTS[self.variant]
-        weights = {layer.name: context.model.get_parameter(layer.name) for layer in context.layers}
+        names = [layer.name for layer in context.layers]
         for index in range(len(context.batches)):
-            if all((name, index, 0) in context.done for name in weights):
+            if all((name, index, 0) in context.done for name in names):
                 continue
-            values = dict.fromkeys(weights, 0.0)
+            values = dict.fromkeys(names, 0.0)
 
-            def keep(name: str, values: dict[str, float] = values) -> Callable[[Tensor], None]:
-                def hook(parameter: Tensor) -> None:
-                    assert parameter.grad is not None
-                    values[name] = float(reduce(parameter.detach(), parameter.grad))
-                    parameter.grad = None
+            def visit(name: str, weight: Tensor, gradient: Tensor, values: dict[str, float] = values) -> None:
+                values[name] = float(reduce(weight, gradient))
 
-                return hook
-
-            blocks = context.blocks if self.recompute else ()
-            with (
-                torch.enable_grad(),
-                gradients_set_aside(context.model),
-                recomputing(context.model, blocks),
-                ExitStack() as hooks,
-            ):
-                context.model.requires_grad_(False)
-                for name, weight in weights.items():
-                    weight.requires_grad_(True)
-                    hooks.callback(weight.register_post_accumulate_grad_hook(keep(name)).remove)  # type: ignore[no-untyped-call]
-                _backward(context, index)
+            visit_gradients(context, index, visit, recompute=self.recompute)
             for name, value in values.items():
                 if (name, index, 0) not in context.done:
                     yield Estimate(name, index, 0, value)
-
-
-def _backward(context: ProbeContext, index: int) -> None:
-    advice = "gradients can't be taken; --importance zeroth-order needs none"
-    loss = context.loss_tensor(index)
-    if not loss.requires_grad:
-        raise InvalidOption(f"the loss of {type(context.model).__name__} has no graph: {advice}")
-    try:
-        loss.backward()  # type: ignore[no-untyped-call]
-    except NotImplementedError as error:
-        raise InvalidOption(f"{type(context.model).__name__}: {str(error).splitlines()[0]}: {advice}") from error
