@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ecoflap.api import PruneResult, allocate, inspect, prune
+    from ecoflap.card import write_model_card
+    from ecoflap.hub import push
     from ecoflap.importance.measure import measure_importance
     from ecoflap.importance.scores import Importance, Score
     from ecoflap.network.checkpoint import load, save
@@ -23,7 +25,9 @@ __all__ = [
     "load",
     "measure_importance",
     "prune",
+    "push",
     "save",
+    "write_model_card",
 ]
 
 try:
@@ -42,7 +46,9 @@ _HOMES = {
     "load": "ecoflap.network.checkpoint",
     "measure_importance": "ecoflap.importance.measure",
     "prune": "ecoflap.api",
+    "push": "ecoflap.hub",
     "save": "ecoflap.network.save",
+    "write_model_card": "ecoflap.card",
 }
 
 

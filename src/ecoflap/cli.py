@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ecoflap.errors import EcoflapError
+from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.helptext import Command as PlainHelp
 from ecoflap.options import OUTPUT, with_recipe_options
 from ecoflap.progress import Progress, Silent
@@ -56,6 +56,7 @@ def _flag(*names: str, text: str) -> Any:
 Quiet = Annotated[bool, _flag("--quiet", "-q", text="Print nothing but errors.")]
 Json = Annotated[bool, _flag("--json", text="Print the result as JSON, and nothing else, on standard output.")]
 Overwrite = Annotated[bool, _flag("--overwrite", text="Replace the file that is there.")]
+_PRIVATE = "Make the Hub's repository private. Default: public, as on the Hub."
 MODEL_FIELDS = ("device", "dtype", "trust_remote_code")
 PART_FIELDS = ("include", "exclude", "towers")
 SOURCE_FIELDS = ("calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts")
@@ -93,6 +94,12 @@ def prune(
     ] = Path("ecoflap-run"),
     overwrite: Annotated[bool, _flag("--overwrite", text="Replace the run that is there (its files alone).")] = False,
     resume: Annotated[bool, _flag("--resume", text="Go on with the run that is there.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO_ID", help="Upload the model with its card to the Hub at the end.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = None,
+    private: Annotated[bool, _flag("--private", text=_PRIVATE)] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -106,6 +113,7 @@ def prune(
         ecoflap prune path/to/llama --allocation allocation.json --calibration prose.txt
     """
     progress = _progress(quiet or as_json)
+    _check_hub(push_to_hub, private)
     # Looked at once before anything heavy is imported, so that a folder in use is told at once.
     examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
     if examined.complete and not quiet:
@@ -115,11 +123,42 @@ def prune(
 
     say = None if quiet or as_json else _say
     run = run_recipe(recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say)
+    pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     if as_json:
-        _print_json({"run": str(run), **json.loads((run / METRICS).read_text("utf-8"))})
+        uploaded = {} if push_to_hub is None else {"pushed": pushed}
+        _print_json({"run": str(run), **uploaded, **json.loads((run / METRICS).read_text("utf-8"))})
     elif not quiet:
         standard_output().print(summary_table(run))
         typer.echo(f"model   {run / MODEL}\nreport  {run / REPORT}")
+        if pushed:
+            typer.echo(f"pushed  {pushed}")
+    if failure is not None:
+        raise failure
+
+
+def _check_hub(repo_id: str | None, private: bool) -> None:
+    """Whatever can be known of an upload before the work for it begins."""
+    if repo_id is None:
+        if private:
+            raise InvalidOption("--private says how to upload: give --push-to-hub REPO_ID, too")
+        return
+    from ecoflap.hub import check_account, check_name
+
+    check_name(repo_id)
+    check_account()
+
+
+def _pushed(run: Path, repo_id: str | None, private: bool, bars: bool) -> tuple[str | None, EcoflapError | None]:
+    """The address of what was uploaded, or why it was not: the run is whole either way."""
+    if repo_id is None:
+        return None, None
+    from ecoflap.hub import later, push
+
+    try:
+        return push(run, repo_id, private=private, bars=bars), None
+    except EcoflapError as error:
+        how = later(run, repo_id, private=private)
+        return None, type(error)(f"the run in {run} is whole, but was not uploaded: {error}. Later: {how}")
 
 
 @app.command(cls=Command, short_help="Towers, blocks and layers: what is prunable, what stays dense and why.")
@@ -258,6 +297,41 @@ def report(
     path = write_report(run)
     if not quiet:
         typer.echo(f"report  {path}")
+
+
+@app.command("push", cls=Command, short_help="Upload a run's model with its card to the Hub.")
+def push_run(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, or a folder with a model.", show_default=False)
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="owner/name, or name for your own account.", show_default=False)
+    ],
+    private: Annotated[bool, _flag("--private", text=_PRIVATE)] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", metavar="BRANCH", help="Branch to upload to, made where there is none.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Upload the model of RUN with its card to the Hugging Face Hub, in one commit.
+
+    The token is the one of 'hf auth login', or HF_TOKEN.
+
+    Examples:
+        ecoflap push runs/first me/llama-sparse
+        ecoflap push runs/first llama-sparse --private --revision p60
+    """
+    from ecoflap.hub import push
+
+    messages.quiet = quiet
+    address = push(run, repo_id, private=private, revision=revision, bars=not (quiet or as_json))
+    if as_json:
+        _print_json({"pushed": address})
+    elif not quiet:
+        typer.echo(f"pushed  {address}")
 
 
 @app.callback(invoke_without_command=True)

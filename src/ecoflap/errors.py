@@ -54,3 +54,9 @@ class StorageError(EcoflapError):
 
 class MissingDependency(EcoflapError):
     """An optional package is needed; the message gives the ``pip install`` line."""
+
+
+class HubError(EcoflapError):
+    """The Hub refuses, or can't be reached: no token, no right to write, no network. Nothing on the disk is changed."""
+
+    exit_code = 1
