@@ -16,7 +16,9 @@ from rich.progress import Progress as RichProgress
 from ecoflap.progress import Progress, Task
 
 LINE_EVERY = 15.0  # seconds between two plain lines
-BAR, TIME = 16, 8  # columns of a bar, and of a time such as 12:34:56
+BAR, TIME = 16, 8  # characters of a bar, and of a time such as 12:34:56
+PERIOD = 600.0  # seconds of which the speed is taken: a stage's step may itself take minutes
+COLUMNS = 7  # of a line, each with a space after it
 
 
 class _BarTask:
@@ -31,13 +33,22 @@ class _BarTask:
 
 
 class Bars:
-    """One bar a stage: name, bar, count, time elapsed and left, and what is being worked on."""
+    """One bar a stage: name, bar, count, time elapsed and left, and what is being worked on.
+
+    A stage inside another one has its bar below the other's, and takes it away when it ends.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._open: RichProgress | None = None
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
+        if self._open is not None:
+            inner = self._open.add_task(name, total=total, completed=done, detail="")
+            yield _BarTask(self._open, inner, self._room(name, total))
+            self._open.remove_task(inner)
+            return
         columns = (
             TextColumn("{task.description:<12}", markup=False),
             BarColumn(bar_width=BAR),
@@ -47,11 +58,20 @@ class Bars:
             TimeRemainingColumn(compact=True, elapsed_when_finished=False),
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
-        taken = max(len(name), 12) + BAR + 2 * len(str(total)) + 1 + 2 * TIME + len("left") + len(columns)
-        with RichProgress(*columns, console=self._console, expand=False) as bars:
+        with RichProgress(*columns, console=self._console, speed_estimate_period=PERIOD) as bars:
             task = bars.add_task(name, total=total, completed=done, detail="")
-            yield _BarTask(bars, task, self._console.width - taken)
+            self._open = bars
+            try:
+                yield _BarTask(bars, task, self._room(name, total))
+            finally:
+                self._open = None
             bars.update(task, detail="")
+
+    def _room(self, name: str, total: int) -> int:
+        """Columns that a bar leaves for its detail."""
+        return self._console.width - (
+            max(len(name), 12) + BAR + 2 * len(str(total)) + 1 + 2 * TIME + len("left") + COLUMNS
+        )
 
 
 class _LineTask:
@@ -74,16 +94,22 @@ class _LineTask:
 
 
 class Lines:
-    """A plain line every quarter of a minute and at the end of each stage."""
+    """A plain line every quarter of a minute and at the end of each stage that is in no other."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._depth = 0
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
         task = _LineTask(lambda line: self._console.print(line, markup=False, highlight=False), name, total, done)
-        yield task
-        self._console.print(task.line(time.monotonic()), markup=False, highlight=False)
+        self._depth += 1
+        try:
+            yield task
+        finally:
+            self._depth -= 1
+        if not self._depth:
+            self._console.print(task.line(time.monotonic()), markup=False, highlight=False)
 
 
 def progress_on(console: Console) -> Progress:

@@ -164,4 +164,6 @@ def read_comparison(folder: str | Path) -> Comparison:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InvalidOption(f"{path}: {where}: {first['msg']}: make it again with 'ecoflap compare --resume'") from error
+        raise InvalidOption(
+            f"{path}: {where}: {first['msg']}: make it again with 'ecoflap compare --resume'"
+        ) from error

@@ -1,0 +1,227 @@
+"""Works through a grid: what cells share is done once, every finished cell is a file, and a kill costs one cell."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from ecoflap.comparison.checks import Group, Plans, group_of, plan_of, planned
+from ecoflap.comparison.folder import CELLS, DENSE, GridDirectory
+from ecoflap.comparison.kept import KeptWeights
+from ecoflap.comparison.outcome import cell_of, quality_of, test_of
+from ecoflap.comparison.recipe import Grid, Place
+from ecoflap.comparison.record import Cell, Comparison, MethodRecord, Quality, Test, read_comparison
+from ecoflap.comparison.scores import SharedScores
+from ecoflap.comparison.write import command_of, write_results
+from ecoflap.errors import EcoflapError, InvalidOption, StorageError
+from ecoflap.evaluations import evaluate, evaluations_of, rehearse
+from ecoflap.network.checkpoint import Checkpoint, fingerprint
+from ecoflap.prepare import Prepared, load_checkpoint, plan_on
+from ecoflap.progress import Progress, Silent, Task
+from ecoflap.recipe import Recipe
+from ecoflap.resources import Usage, measured
+from ecoflap.run import JOURNAL, LOG
+from ecoflap.runlog import explained, logging_to
+from ecoflap.stages import allocation_for, pruned_to
+from ecoflap.summary import environment, sparsity_summary
+
+_log = logging.getLogger("ecoflap")
+
+
+def run_grid(
+    grid: Grid,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    low_memory: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Make every cell of ``grid`` and leave table, plots and page in ``output``.
+
+    Interrupted at any moment, it goes on with ``resume=True`` and ends with the same table (times aside). A cell that
+    can't be made (its sparsity can't be reached, a combination that does not exist) is recorded with the reason.
+
+    Args:
+        low_memory: keep the dense weights in a file of ``output`` while the work goes on, not in memory.
+        say: is told, a line each, what was chosen where the recipe left it open: columns of the data, objective.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it; before ``output`` is touched where a look at
+            the grid, or at one sample, can tell.
+        Stopped: by a signal, once the work had begun.
+        RunFailed: anything else went wrong; ``log.txt`` has the traceback.
+    """
+    with GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume) as folder:
+        if folder.complete:
+            return read_comparison(folder.path)
+        plans = planned(grid)
+        checkpoint = load_checkpoint(grid)
+        base = plan_on(checkpoint, plans.loader(group_of(next(iter(plans.recipes.values())))))
+        plans.rehearse(base)
+        plans.check_any()
+        rehearse(checkpoint, grid)
+        for line in base.choices():
+            if say is not None:
+                say(line)
+        folder.begin(grid, fingerprint(checkpoint.model), _inputs(base))
+        with logging_to(folder.path / LOG), explained(folder):
+            _log.info("comparison %s in %s", "goes on" if folder.resumed else "begins", folder.path.absolute())
+            _log.info("recipe: %s", grid.model_dump(mode="json", exclude_defaults=True))
+            comparison = _Work(grid, folder, plans, base, progress or Silent(), low_memory).all()
+            write_results(folder.path, comparison)
+            folder.finish()
+            _log.info("complete: %s", folder.path)
+        return comparison
+
+
+def _inputs(plan: Prepared) -> dict[str, str]:
+    """Digests of what decides the cells of the plan's group, under names that tell one group from another."""
+    of = f"of seed {plan.recipe.seed}, {plan.recipe.samples} samples"
+    return {name if name == "device" else f"{name} {of}": value for name, value in plan.inputs().items()}
+
+
+class _Work:
+    """A grid under way: one model, put back to its dense weights after each cell."""
+
+    def __init__(
+        self, grid: Grid, folder: GridDirectory, plans: Plans, base: Prepared, progress: Progress, low_memory: bool
+    ) -> None:
+        self._grid, self._folder, self._plans, self._base, self._progress = grid, folder, plans, base, progress
+        self._group: Group = group_of(base.recipe)
+        self._scores = SharedScores(folder, progress)
+        self._entries = evaluations_of(grid)
+        path = folder.path / JOURNAL / "dense.safetensors" if low_memory else None
+        self._kept = KeptWeights(self._checkpoint.model, [layer.name for layer in base.anatomy.layers], path)
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        return self._base.checkpoint
+
+    def all(self) -> Comparison:
+        """Every cell that is not finished yet, then all of them together."""
+        tests = self._dense()
+        places = list(self._grid.places())
+        # By group, so that batches are loaded once; a method with samples of its own is a group for itself.
+        todo = sorted((p for p in places if not self._folder.has(_file_of(p))), key=self._turn)
+        with self._progress.stage("compare", total=len(places), done=len(places) - len(todo)) as task:
+            for place in todo:
+                self._finish(place, task)
+        return Comparison(
+            model=self._checkpoint.source,
+            task=tests[0].task,
+            metric=tests[0].metric,
+            higher_is_better=tests[0].higher_is_better,
+            dense=tests[0].dense,
+            tests=tests,
+            methods=tuple(
+                MethodRecord(
+                    name=method.name,
+                    title=method.title,
+                    importance=method.importance,
+                    criterion=method.criterion,
+                    options=method.options,
+                    citations=method.citations,
+                )
+                for method in self._grid.known_methods()
+            ),
+            sparsities=self._grid.sparsities,
+            seeds=self._grid.seeds,
+            cells=tuple(self._read(place) for place in places),
+            recipe=self._grid.to_dict(),
+            environment=environment(self._checkpoint),
+            command=command_of(self._grid, self._folder.path),
+        )
+
+    def _turn(self, place: Place) -> tuple[int, int]:
+        recipe = self._plans.recipes.get(place)
+        return self._grid.seeds.index(place.seed), 0 if recipe is None else recipe.samples
+
+    def _read(self, place: Place) -> Cell:
+        name = _file_of(place)
+        try:
+            return Cell.model_validate(self._folder.read(name))
+        except ValidationError as error:
+            path = self._folder.path / name
+            raise InvalidOption(f"{path} is damaged: remove it, and --resume makes the cell again") from error
+
+    def _finish(self, place: Place, task: Task) -> None:
+        task.advance(0, str(place))
+        _log.info("cell %s: begins", place)
+        if place in self._plans.recipes:
+            self._load(self._plans.recipes[place])
+        recipe = self._plans.recipes.get(place)  # gone if its own samples show that it can't be made
+        try:
+            cell = self._cell(place, recipe) if recipe else cell_of(place, error=str(self._plans.errors[place]))
+        except StorageError:
+            raise
+        except (EcoflapError, torch.OutOfMemoryError, MemoryError) as error:
+            cell = cell_of(place, error=_line(error))
+        finally:
+            self._kept.restore()
+        if cell.error is not None:
+            _log.warning("%s can't be made: %s", place, cell.error)
+        self._folder.write(_file_of(place), cell.model_dump(mode="json"))
+        _log.info("cell %s: %s", place, cell.value)
+        task.advance(1, str(place))
+
+    def _load(self, recipe: Recipe) -> None:
+        """Have the calibration batches of the recipe's group at hand."""
+        if group_of(recipe) == self._group:
+            return
+        self._base = plan_on(self._checkpoint, self._plans.loader(group_of(recipe)))
+        self._folder.note(_inputs(self._base))
+        self._plans.rehearse(self._base)
+        self._group = group_of(recipe)
+
+    def _cell(self, place: Place, recipe: Recipe) -> Cell:
+        plan, usages = plan_of(self._base, recipe), list[Usage]()
+        importance, took = self._scores.of(plan)
+        with measured("allocation", usages):
+            allocation = allocation_for(plan, importance, self._progress)
+        with measured("pruning", usages):
+            achieved, unreached = pruned_to(plan, allocation, self._progress)
+        for name in unreached:
+            _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
+        with measured("evaluation", usages):
+            results = self._evaluated()
+        return cell_of(
+            place, results=results, sparsity=sparsity_summary(plan.anatomy, achieved), took=took, usages=usages
+        )
+
+    def _evaluated(self) -> dict[str, Quality]:
+        # With the grid's own seed: all cells answer the same questions.
+        return {
+            entry.name: quality_of(evaluate(self._checkpoint, entry, self._grid, self._progress))
+            for entry in self._entries
+        }
+
+    def _dense(self) -> tuple[Test, ...]:
+        """The dense model's results, measured once."""
+        if not self._folder.has(DENSE):
+            rows: Sequence[Test] = [
+                test_of(entry, evaluate(self._checkpoint, entry, self._grid, self._progress)) for entry in self._entries
+            ]
+            self._folder.write(DENSE, [row.model_dump(mode="json") for row in rows])
+        return tuple(Test.model_validate(row) for row in self._folder.read(DENSE))
+
+
+def _file_of(place: Place) -> str:
+    """The cell's file; a method whose name has other than plain characters, or is long, gets a digest."""
+    name = place.method.name
+    plain = re.sub(r"[^A-Za-z0-9+.=,-]+", "_", name)[:80]
+    if plain != name:
+        plain += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{CELLS}/{plain} {place.sparsity!r} seed{place.seed}.json"
+
+
+def _line(error: BaseException) -> str:
+    told = " ".join(str(error).split()) or type(error).__name__
+    return told if isinstance(error, EcoflapError) else f"out of memory: {told}"
