@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Generic, TypeVar, cast
 
-from ecoflap.errors import UnknownName
+from ecoflap.errors import InvalidOption, UnknownName
 
 T = TypeVar("T")
 
@@ -17,6 +17,14 @@ def unknown(kind: str, name: str, known: list[str]) -> UnknownName:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return UnknownName(f"unknown {kind} '{name}': {hint}choose from {', '.join(known)}")
+
+
+def check_option_names(kind: str, name: str, known: Sequence[str], given: Iterable[str]) -> None:
+    """Raises InvalidOption for the first option in ``given`` that the ``kind`` called ``name`` does not have."""
+    for option in given:
+        if option not in known:
+            has = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise InvalidOption(f"{kind} '{name}' has no option '{option}': {has}")
 
 
 class Registry(Generic[T]):

@@ -1,16 +1,19 @@
-"""Criteria: what a local pruning rule is, and the table of those there are. A new one is one file and one line."""
+"""Criteria: what a local pruning rule is, and how one is made by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ecoflap.errors import CalibrationError, NonFiniteLoss
+from ecoflap.pruning.global_criteria import GlobalCriterion
+from ecoflap.pruning.names import CRITERIA as CRITERIA
 from ecoflap.pruning.patterns import Compare, Pattern
-from ecoflap.registry import Registry
+from ecoflap.registry import check_option_names
 from ecoflap.statistics.inputs import InputStatistics
 
 Needs = Literal["none", "norm", "gram"]
@@ -52,14 +55,17 @@ class Criterion(Protocol):
         ...
 
 
-CRITERIA: Registry[Callable[[], Criterion]] = Registry(
-    "criterion",
-    {
-        "wanda": "ecoflap.pruning.wanda:Wanda",
-        "sparsegpt": "ecoflap.pruning.sparsegpt:SparseGPT",
-        "magnitude": "ecoflap.pruning.magnitude:Magnitude",
-    },
-)
+def make_criterion(name: str, options: Mapping[str, Any] | None = None) -> Criterion | GlobalCriterion:
+    """The criterion registered as ``name`` with these options.
+
+    Raises:
+        UnknownName: no such criterion.
+        InvalidOption: it has no such option, or the value is out of range.
+    """
+    factory: Any = CRITERIA.get(name)
+    check_option_names("criterion", name, [field.name for field in fields(factory)], options or {})
+    made: Criterion | GlobalCriterion = factory(**(options or {}))
+    return made
 
 
 def check_statistics(criterion: str, statistics: InputStatistics | None, columns: int) -> InputStatistics:

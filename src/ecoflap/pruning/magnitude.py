@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,9 +16,9 @@ from ecoflap.statistics.inputs import InputStatistics
 class Magnitude:
     """score = |W_ij|, by default compared over the whole matrix (Han et al. 2015, arXiv 1506.02626)."""
 
-    name: str = "magnitude"
-    statistics: Literal["none"] = "none"
-    default_compare: Literal["matrix"] = "matrix"
+    name: ClassVar[str] = "magnitude"
+    statistics: ClassVar[Literal["none"]] = "none"
+    default_compare: ClassVar[Literal["matrix"]] = "matrix"
 
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ class SparseGPT:
 
     damping: float = 0.01
     slab: int = 128
-    name: str = "sparsegpt"
-    statistics: Literal["gram"] = "gram"
-    default_compare: Literal["matrix"] = "matrix"
+    name: ClassVar[str] = "sparsegpt"
+    statistics: ClassVar[Literal["gram"]] = "gram"
+    default_compare: ClassVar[Literal["matrix"]] = "matrix"
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
-from ecoflap.calibration.padding import TokenMasks, token_masks
+from ecoflap.calibration.padding import TokenMasks, placeholders, token_masks
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.drive import Run, TowerDriver
@@ -20,14 +20,19 @@ from ecoflap.progress import Progress, Silent, Task
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.patterns import Pattern
+from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.dense import decoder_of, gather, sequence_of
 from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.inputs import STATISTICS, InputStatistics
+from ecoflap.statistics.tokens import check_choice
 
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """A block that is done: its layers' weights by parameter name, and those that no calibration token reached."""
+    """A block that is done: its layers' weights by parameter name, and those that no calibration token reached.
+
+    A round of a global criterion is kept in this form too, with packed masks of all layers in the place of weights.
+    """
 
     weights: Mapping[str, Tensor]
     unreached: tuple[str, ...] = ()
@@ -42,7 +47,9 @@ class BlockJournal(Protocol):
     def save(self, block: str, pruned: PrunedBlock) -> None: ...
 
 
-class _NoJournal:
+class NoJournal:
+    """Keeps nothing."""
+
     def load(self, block: str) -> PrunedBlock | None:
         return None
 
@@ -68,6 +75,7 @@ def walk(
     *,
     run: Run,
     offload: bool = False,
+    tokens: TokenChoice = ALL,
     progress: Progress | None = None,
     journal: BlockJournal | None = None,
 ) -> WalkResult:
@@ -80,14 +88,17 @@ def walk(
         batches: calibration batches on the model's device; not read if the criterion needs no statistics.
         run: runs the model on a batch (the objective).
         offload: keep block inputs on the CPU.
+        tokens: which tokens of a tower that reads text and pictures enter the statistics.
         journal: blocks pruned by an interrupted walk, which are taken over, and where new ones go.
 
     Raises:
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
     """
-    walker = _Walker(model, criterion, pattern, allocation, journal or _NoJournal())
+    check_choice(tokens, model, batches, criterion.statistics)
+    walker = _Walker(model, criterion, pattern, allocation, journal or NoJournal())
     decoder = decoder_of(anatomy)
-    masks = {index: token_masks(batch, decoder is not None) for index, batch in enumerate(batches)}
+    visual = placeholders(model)
+    masks = {index: token_masks(batch, decoder is not None, visual) for index, batch in enumerate(batches)}
     done = {block.name: walker.restore(block) for block in anatomy.blocks if block.layers}
     with (
         evaluating(model),
@@ -103,8 +114,8 @@ def walk(
                     walker.prune(block, None, task)
                 continue
             driver = TowerDriver(model, tower, batches, run, offload=offload)
-            _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), task)
-    return WalkResult(walker.achieved(), tuple(walker.unreached))
+            _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, task)
+    return WalkResult(achieved(model, allocation), tuple(walker.unreached))
 
 
 def _walk_tower(
@@ -114,13 +125,14 @@ def _walk_tower(
     driver: TowerDriver,
     masks: Mapping[int, TokenMasks],
     sequence: str | None,
+    tokens: TokenChoice,
     task: Task,
 ) -> None:
     make = STATISTICS[walker.criterion.statistics]
     for index, block in enumerate(tower.blocks):
         driver.enter(index)
         if block in todo:
-            walker.prune(block, gather(walker.model, driver, index, block, make, masks, sequence), task)
+            walker.prune(block, gather(walker.model, driver, index, block, make, masks, sequence, tokens), task)
         if block == todo[-1]:
             return  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
         driver.run(index)
@@ -173,12 +185,10 @@ class _Walker:
         parameter.data.copy_(pruned.weight.t() if layer.transposed else pruned.weight)
         return reached
 
-    def achieved(self) -> Allocation:
-        """The allocation with the zeros that the weights now really have."""
-        zeros = {
-            row.name: row.weights - int(torch.count_nonzero(self.model.get_parameter(row.name)))
-            for row in self.allocation.layers
-        }
-        return self.allocation.with_achieved(
-            {row.name: zeros[row.name] / row.weights for row in self.allocation.layers}
-        )
+
+def achieved(model: nn.Module, allocation: Allocation) -> Allocation:
+    """The allocation with the sparsity that the weights now really have."""
+    zeros = {
+        row.name: row.weights - int(torch.count_nonzero(model.get_parameter(row.name))) for row in allocation.layers
+    }
+    return allocation.with_achieved({row.name: zeros[row.name] / row.weights for row in allocation.layers})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,9 +16,9 @@ from ecoflap.statistics.inputs import InputStatistics
 class Wanda:
     """score = |W_ij| · ||X_j||_2 (equation 1 of the paper), by default compared within each output row."""
 
-    name: str = "wanda"
-    statistics: Literal["norm"] = "norm"
-    default_compare: Literal["row"] = "row"
+    name: ClassVar[str] = "wanda"
+    statistics: ClassVar[Literal["norm"]] = "norm"
+    default_compare: ClassVar[Literal["row"]] = "row"
 
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
