@@ -1,0 +1,103 @@
+"""Do importance measures agree? Spearman's rank correlation of their block scores, each measure with each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ecoflap.analysis.drawing import drawing, panels
+from ecoflap.analysis.parts import Analysis, NotApplicable
+from ecoflap.analysis.ranks import spearman
+from ecoflap.errors import EcoflapError
+from ecoflap.importance.names import IMPORTANCES
+from ecoflap.importance.scores import Importance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ecoflap.analysis.subject import Subject
+
+# What a measure may raise on a model that it can't work on: an operator without the derivative, a shape, memory.
+_UNFIT = (EcoflapError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def compute(subject: Subject) -> dict[str, Any]:
+    """All registered measures with their default options, the run's own scores in place of its measure.
+
+    ``spearman`` holds None where a measure gives all blocks one score; ``skipped`` says which measures can't work here.
+    """
+    from ecoflap.importance.measure import measure_importance
+
+    own, found, skipped = subject.importance, {}, {}
+    for name in IMPORTANCES:
+        if name == "uniform":
+            continue
+        if own is not None and own.method == name:
+            found[name] = own
+            continue
+        try:
+            found[name] = measure_importance(
+                subject.checkpoint.model,
+                subject.batches,
+                name,
+                seed=subject.recipe.seed,
+                loss=subject.objective,
+                anatomy=subject.anatomy,
+                progress=subject.progress,
+            )
+        except _UNFIT as error:
+            skipped[name] = f"{(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
+    if len(found) < 2:
+        raise NotApplicable(f"fewer than two measures work on this model ({'; '.join(skipped.values())})")
+    scores = {name: list(block_values(importance).values()) for name, importance in found.items()}
+    return {
+        "granularity": "block",
+        "measures": list(scores),
+        "spearman": [[spearman(first, second) for second in scores.values()] for first in scores.values()],
+        "n": len(next(iter(scores.values()))),
+        "samples": subject.measured_on,
+        "own": own.method if own is not None else None,
+        "skipped": skipped,
+    }
+
+
+def block_values(importance: Importance) -> dict[tuple[str, str], float]:
+    """(tower, block) → score: the sum of its layers' scores, or their mean for measures that score shares.
+
+    Measures whose rule is not ``proportional`` (OWL, AlphaPruning, DLP) give a layer a level, whatever its size; a
+    block's is the mean of its layers', weighted by their numbers of weights.
+    """
+    level = importance.settings.get("rule", "proportional") != "proportional"
+    sums: dict[tuple[str, str], float] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for layer in importance.layers:
+        key = (layer.tower, layer.block)
+        sums[key] = sums.get(key, 0.0) + importance.scores[layer.name].score * (layer.numel if level else 1)
+        sizes[key] = sizes.get(key, 0) + layer.numel
+    return {key: value / sizes[key] if level else value for key, value in sums.items()}
+
+
+def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
+    """The matrix by colour and in numbers: 1 the same order of blocks, 0 none, -1 the reverse."""
+    names = data["measures"]
+    grid = np.array([[np.nan if value is None else value for value in row] for row in data["spearman"]], dtype=float)
+    with drawing():
+        size = 0.62 * len(names) + 1.6
+        figure, ((axes,),) = panels(1, 1, width=size + 0.6, height=size)
+        shown = axes.imshow(grid, cmap="PuOr_r", vmin=-1, vmax=1)
+        axes.grid(False)
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        for (row, column), value in np.ndenumerate(grid):
+            told = "–" if np.isnan(value) else f"{value:.2f}"
+            axes.text(
+                column, row, told, ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.7 else "black"
+            )
+        axes.set_title(f"rank correlation of {data['n']} blocks")
+        figure.colorbar(shown, ax=axes, label="Spearman", shrink=0.8)
+        return {"": figure}
+
+
+ANALYSIS = Analysis(draw, compute)
