@@ -12,8 +12,10 @@ from ecoflap.network.cache import cache_disabled
 from ecoflap.network.drive import Run, TowerDriver
 from ecoflap.network.parts import Anatomy, Block, Tower
 from ecoflap.network.trace import evaluating
+from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.gather import Gatherer, InputsDiverged
 from ecoflap.statistics.inputs import STATISTICS, InputStatistics
+from ecoflap.statistics.tokens import chooser
 
 
 def dense_statistics(
@@ -99,11 +101,13 @@ def gather(
     make: Callable[[int], InputStatistics],
     masks: Mapping[int, TokenMasks],
     sequence: str | None,
+    tokens: TokenChoice = ALL,
 ) -> Gatherer:
     """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile."""
+    choose = chooser(tokens, model, driver, index, block, masks, sequence)
     for share in (True, False):
         try:
-            with Gatherer(model, block, make, masks, sequence, share=share) as gatherer:
+            with Gatherer(model, block, make, masks, sequence, share=share, choose=choose) as gatherer:
                 driver.run(index, gatherer.before)
             gatherer.check()
             return gatherer

@@ -17,6 +17,7 @@ from ecoflap.network.trace import linear_weight, tensors_in
 from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.statistics.own_mask import OwnMasks, own_masks
 from ecoflap.statistics.routed import RoutedTokens
+from ecoflap.statistics.tokens import Chooser
 
 
 class InputsDiverged(Exception):
@@ -53,6 +54,7 @@ class Gatherer:
         sequence: which sequence the block works on: ``"encoder"``, ``"decoder"``, or None where no padding mask applies
             (vision towers).
         share: False gives each layer its own accumulator.
+        choose: which tokens of the block's own sequence count in each of its calls; None where all real ones do.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Gatherer:
         sequence: str | None,
         *,
         share: bool = True,
+        choose: Chooser | None = None,
     ) -> None:
         self._model, self._block, self._make = model, block, make
         self._masks, self._sequence, self._share = masks, sequence, share
@@ -73,7 +76,9 @@ class Gatherer:
         self._fed: list[tuple[Tensor, str]] = []
         self._others: list[Tensor] = []
         self._own = OwnMasks(None, None, False, 0)
-        self._batch = 0
+        self._choose = choose
+        self._chosen: Tensor | None = None
+        self._batch = self._number = 0
         self._routed: dict[str, list[RoutedTokens]] = {}  # by mixture, of this call of the block
         self._in_expert: dict[str, Tensor | None] = {}  # by expert, the real ones among its tokens in this call of it
         self._hooks = ExitStack()
@@ -132,6 +137,8 @@ class Gatherer:
         # Whatever tensor comes beside the hidden states belongs to another sequence (an encoder's output).
         self._others = tensors_in((call.args, call.kwargs))[1:]
         self._own = own_masks(self._model.get_submodule(self._block.name), call.args, call.kwargs)
+        self._chosen = None if self._choose is None else self._choose(self._number, call)
+        self._number += 1
 
     def check(self) -> None:
         """Raises InputsDiverged if layers that share an accumulator were called a different number of times."""
@@ -167,11 +174,16 @@ class Gatherer:
         self._fed.append((x, owner))
 
     def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:
-        """The mask of real tokens that fits ``x`` (batch, tokens, features), also flattened; None if all are real."""
+        """The mask of tokens that count, fitting ``x`` (batch, tokens, features), also flattened; None if all do."""
         routed = self._in_expert.get(layer.expert) if layer is not None else None
         if routed is not None and routed.numel() == x.shape[:-1].numel():
             return routed
         foreign = any(x is other for other in self._others)
+        real = self._real(x, layer, foreign)
+        chosen = None if foreign else _fitting(self._chosen, x)
+        return chosen if real is None else real if chosen is None else real.to(chosen.device) & chosen
+
+    def _real(self, x: Tensor, layer: Layer | None, foreign: bool) -> Tensor | None:
         if foreign and self._own.attends:
             return _fitting(self._own.others, x)
         own = None if foreign else self._own.of(x, layer.module if layer is not None else "")

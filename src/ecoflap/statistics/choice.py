@@ -1,0 +1,48 @@
+"""The names of the choices of tokens: what a recipe may say, known without loading a model's libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ecoflap.errors import InvalidOption
+from ecoflap.registry import unknown
+
+# What is chosen beside all text, and the amount where none is given.
+AMOUNTS: Mapping[str, float | None] = {"all": None, "text": None, "text+top": 0.2, "atv": 1.0}
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """How the tokens of a shared tower are chosen, block by block.
+
+    Attributes:
+        name: "all"; "text": no visual token; "text+top": text and, of each sample, the visual tokens whose vectors are
+            longest as they enter the block; "atv": text and the visual tokens that the block turns most, as many as
+            it turns them on the whole (ATV-Pruning, Li et al. 2026, arXiv 2603.16001).
+        amount: of "text+top" the share of a sample's visual tokens; of "atv" its factor α. None: 0.2 and 1.
+
+    Raises:
+        UnknownName, InvalidOption: at once, for another name or an amount out of its range.
+    """
+
+    name: str = "all"
+    amount: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in AMOUNTS:
+            raise unknown("choice of tokens", self.name, list(AMOUNTS))
+        if self.amount is not None and AMOUNTS[self.name] is None:
+            raise InvalidOption(f"top_tokens {self.amount:g} says how many visual tokens count: tokens '{self.name}' "
+                                "has none to count, take text+top or atv")  # fmt: skip
+        most = 1.0 if self.name == "text+top" else float("inf")
+        if self.amount is not None and not 0 <= self.amount <= most:
+            raise InvalidOption(f"top_tokens {self.amount:g} of tokens '{self.name}' must be 0 to {most:g}")
+
+    @property
+    def used(self) -> float:
+        """The amount, or what stands for it."""
+        return float(self.amount if self.amount is not None else AMOUNTS[self.name] or 0.0)
+
+
+ALL = TokenChoice()

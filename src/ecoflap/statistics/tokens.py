@@ -1,0 +1,127 @@
+"""Which tokens of a tower that reads text and pictures enter the statistics of its layers: all, text, text and some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecoflap.calibration.padding import TokenMasks, placeholders, token_masks
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.network.drive import BlockCall, TowerDriver
+from ecoflap.network.parts import Block
+from ecoflap.network.trace import tensors_in
+from ecoflap.statistics.choice import TokenChoice
+
+Chooser = Callable[[int, BlockCall], Tensor | None]
+
+
+def check_choice(choice: TokenChoice, model: nn.Module, batches: Sequence[Any], statistics: str) -> None:
+    """Whether a choice can matter at all, before anything is pruned.
+
+    Args:
+        statistics: what the criterion asks for: "none", "norm" or "gram".
+
+    Raises:
+        InvalidOption: the criterion reads no input statistics.
+        CalibrationError: no batch has visual tokens among those of the text.
+    """
+    if choice.name == "all":
+        return
+    if statistics == "none":
+        raise InvalidOption(f"tokens '{choice.name}' changes nothing: the criterion reads no statistics of inputs")
+    known = placeholders(model)
+    if not any(token_masks(batch, False, known).image is not None for batch in batches):
+        raise CalibrationError(
+            f"tokens '{choice.name}': no language tower of {type(model).__name__} sees visual tokens in the "
+            "calibration data: leave the option out"
+        )
+
+
+def chooser(
+    choice: TokenChoice,
+    model: nn.Module,
+    driver: TowerDriver,
+    index: int,
+    block: Block,
+    masks: Mapping[int, TokenMasks],
+    sequence: str | None,
+) -> Chooser | None:
+    """The tokens that count in each call of a block (by its number among the calls); None where all do.
+
+    The driver has taken the block's inputs. "atv" runs the block once more on all of them.
+    """
+    shared = sequence == "encoder" and any(mask.image is not None for mask in masks.values())
+    if choice.name == "all" or not shared:
+        return None
+    drifts = _drifts(model, driver, index, block) if choice.name == "atv" else []
+    reach = choice.used
+    if drifts:
+        seen = [drift[_visual(masks[batch], drift, block)] for batch, drift in drifts]
+        reach = min(1.0, reach * float(torch.cat(seen).mean()))
+
+    def choose(number: int, call: BlockCall) -> Tensor | None:
+        mask = masks[call.batch]
+        if mask.image is None:
+            return None
+        x = tensors_in((call.args, call.kwargs))[0]
+        visual = _visual(mask, x, block)
+        text = ~visual if mask.encoder is None else mask.encoder.to(x.device) & ~visual
+        if choice.name == "text":
+            return text
+        if choice.name == "atv":
+            wanted = [round(reach * count) for count in text.sum(1).tolist()]
+            return text | largest(drifts[number][1], visual, wanted)
+        wanted = [round(reach * count) for count in visual.sum(1).tolist()]
+        return text | largest(torch.linalg.vector_norm(x.float(), dim=-1), visual, wanted)
+
+    return choose
+
+
+def largest(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
+    """True for the ``counts[row]`` largest scores of each row (all, where there are fewer), ``among`` those allowed.
+
+    Args:
+        scores: (batch, tokens).
+        among: (batch, tokens) bool.
+    """
+    found = torch.zeros_like(among)
+    for row, count in enumerate(counts):
+        allowed = scores[row].masked_fill(~among[row], -torch.inf)
+        found[row, allowed.topk(min(count, int(among[row].sum()))).indices] = True
+    return found
+
+
+def _visual(mask: TokenMasks, x: Tensor, block: Block) -> Tensor:
+    """(batch, tokens) bool for ``x`` (batch, tokens, ...): the visual ones."""
+    if mask.image is None:
+        return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    if x.shape[:2] != mask.image.shape:
+        raise CalibrationError(
+            f"{block.name} sees {tuple(x.shape[:2])} tokens, the text has {tuple(mask.image.shape)}, so that "
+            "visual ones can't be told from others: leave out --tokens"
+        )
+    return mask.image.to(x.device)
+
+
+def _drifts(model: nn.Module, driver: TowerDriver, index: int, block: Block) -> list[tuple[int, Tensor]]:
+    """Batch and (batch, tokens) 1 − cos(token as it enters the block, as it leaves), for each call."""
+    entered: list[tuple[int, Tensor]] = []
+    found: list[tuple[int, Tensor]] = []
+
+    def before(call: BlockCall) -> None:
+        entered.append((call.batch, tensors_in((call.args, call.kwargs))[0]))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        batch, x = entered.pop()
+        found.append((batch, 1 - F.cosine_similarity(x.float(), tensors_in(output)[0].float(), dim=-1)))
+
+    handle = model.get_submodule(block.name).register_forward_hook(after)
+    try:
+        driver.run(index, before)
+    finally:
+        handle.remove()
+    return found
