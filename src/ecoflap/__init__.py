@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ecoflap.analysis.perform import analyse
     from ecoflap.api import PruneResult, allocate, inspect, prune
     from ecoflap.card import write_model_card
     from ecoflap.hub import push
@@ -21,6 +22,7 @@ __all__ = [
     "Recipe",
     "Score",
     "allocate",
+    "analyse",
     "inspect",
     "load",
     "measure_importance",
@@ -42,6 +44,7 @@ _HOMES = {
     "Recipe": "ecoflap.recipe",
     "Score": "ecoflap.importance.scores",
     "allocate": "ecoflap.api",
+    "analyse": "ecoflap.analysis.perform",
     "inspect": "ecoflap.api",
     "load": "ecoflap.network.checkpoint",
     "measure_importance": "ecoflap.importance.measure",

@@ -16,7 +16,7 @@ from ecoflap.helptext import Command as PlainHelp
 from ecoflap.options import OUTPUT, with_recipe_options
 from ecoflap.progress import Progress, Silent
 from ecoflap.recipe import Recipe
-from ecoflap.run import METRICS, MODEL, REPORT, RunDirectory, Stopped
+from ecoflap.run import ANALYSIS, METRICS, MODEL, REPORT, RunDirectory, Stopped
 from ecoflap.terminal import messages, progress_on, standard_error, standard_output
 
 
@@ -282,6 +282,47 @@ def evaluate(
         standard_output().print(quality_table(results))
 
 
+@app.command(cls=Command, short_help="Pictures that explain a run: distributions, agreement, loss landscape, ...")
+def analyse(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that is complete.", show_default=False)],
+    what: Annotated[
+        list[str] | None,
+        typer.Option("--what", metavar="NAME", show_default=False, rich_help_panel=OUTPUT,
+                     help="importance, allocation, before-after, distributions, agreement, effects or landscape. "
+                     "May be repeated. Default: all."),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", metavar="N", show_default=False, rich_help_panel=OUTPUT,
+                     help="Calibration samples to measure on. Default: those of stage 1, fewer for large models."),
+    ] = None,
+    overwrite: Annotated[bool, _flag("--overwrite", text="Measure again what is there already.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Analyse RUN: JSON and pictures in its folder 'analysis', and report.html again, which shows them.
+
+    Model, data and options are those of the run. What an earlier call has measured is kept.
+
+    Examples:
+        ecoflap analyse runs/first
+        ecoflap analyse runs/first --what importance --what allocation
+        ecoflap analyse runs/first --what landscape --samples 8 --overwrite
+    """
+    from ecoflap.analysis import analyse as analyse_run
+    from ecoflap.commands import find_own_modules
+
+    find_own_modules(run)
+    outcomes = analyse_run(run, what, samples=samples, overwrite=overwrite, progress=_progress(quiet or as_json))
+    if as_json:
+        _print_json({"run": str(run), "analyses": {name: found.to_json() for name, found in outcomes.items()}})
+    elif not quiet:
+        for name, found in outcomes.items():
+            told = f"{found.state}: {found.note}" if found.note else found.state
+            typer.echo(f"{name:<14}{told}")
+        typer.echo(f"pictures  {run / ANALYSIS}\nreport    {run / REPORT}")
+
+
 @app.command(cls=Command, short_help="Write a run's report.html again, from its files.")
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
@@ -367,7 +408,7 @@ def main() -> NoReturn:
     except _Ended as ended:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while we say good-bye
         kept = "the same command with --resume goes on from here"
-        told = kept if isinstance(ended.stop, Stopped) else "nothing was written"
+        told = kept if isinstance(ended.stop, Stopped) else getattr(ended.stop, "told", "nothing was written")
         _fail(f"stopped; {told}", 143 if str(ended.stop) == "SIGTERM" else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say

@@ -23,6 +23,17 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise OutputExists(f"{path} is there already: add --overwrite to replace it, or choose another --output")
 
 
+def find_own_modules(run: Path) -> None:
+    """Let a run's objective ``module:function`` be imported from the folder where the command was given."""
+    import sys
+
+    from ecoflap.run import RECIPE, RunDirectory
+
+    objective = RunDirectory(run).recorded().get("objective") if (run / RECIPE).is_file() else None
+    if ":" in str(objective) and "" not in sys.path:
+        sys.path.append("")
+
+
 def inspect_model(recipe: Recipe) -> tuple[Anatomy, str]:
     """The anatomy of the recipe's model and a line that says how it was found.
 
