@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from ecoflap.errors import InvalidOption
+from ecoflap.report.analyses import Analyses, read_analyses
+from ecoflap.report.predictions import FILE as PREDICTIONS
+from ecoflap.report.predictions import Predictions
+from ecoflap.report.reading import Content, Count, Finite, Fraction, read_mapping, read_model
 
 RECIPE, IMPORTANCE, ALLOCATION, METRICS = "recipe.yaml", "importance.json", "allocation.json", "metrics.json"
-FORMAT = 1
-
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class LayerScore(_File):
+class LayerScore(Content):
     """One layer's importance: the score, its standard error and the number of estimates behind it."""
 
     name: str
@@ -38,7 +30,7 @@ class LayerScore(_File):
     n: Count | None = None
 
 
-class Importance(_File):
+class Importance(Content):
     """``importance.json``."""
 
     method: str
@@ -46,7 +38,7 @@ class Importance(_File):
     layers: list[LayerScore]
 
 
-class LayerAllocation(_File):
+class LayerAllocation(Content):
     """One layer's share: its weights, the zeros asked for, and the sparsity measured after pruning."""
 
     name: str
@@ -60,7 +52,7 @@ class LayerAllocation(_File):
     achieved: Fraction | None = None
 
 
-class Allocation(_File):
+class Allocation(Content):
     """``allocation.json``."""
 
     sparsity: Fraction
@@ -71,14 +63,14 @@ class Allocation(_File):
     layers: list[LayerAllocation]
 
 
-class OtherMetric(_File):
+class OtherMetric(Content):
     """A further metric of a task."""
 
     value: Finite | None = None
     stderr: Finite | None = None
 
 
-class Quality(_File):
+class Quality(Content):
     """The result of one task: its value, standard error, sample count, further metrics, and each group of samples."""
 
     metric: str
@@ -89,7 +81,7 @@ class Quality(_File):
     others: dict[str, OtherMetric] = {}
 
 
-class TowerSparsity(_File):
+class TowerSparsity(Content):
     """Zeros among the prunable weights of one tower."""
 
     modality: str = "other"
@@ -98,7 +90,7 @@ class TowerSparsity(_File):
     sparsity: Fraction
 
 
-class Sparsity(_File):
+class Sparsity(Content):
     """Measured sparsity: of the prunable weights, of all parameters, and of each tower."""
 
     prunable: Fraction | None = None
@@ -108,7 +100,7 @@ class Sparsity(_File):
     towers: dict[str, TowerSparsity] = {}
 
 
-class Stage(_File):
+class Stage(Content):
     """Wall time and peak memory of one stage."""
 
     name: str
@@ -117,7 +109,7 @@ class Stage(_File):
     peak_cuda_bytes: Count | None = None
 
 
-class DenseWeight(_File):
+class DenseWeight(Content):
     """Weights that were not pruned, and why."""
 
     name: str
@@ -125,7 +117,7 @@ class DenseWeight(_File):
     weights: Count
 
 
-class Metrics(_File):
+class Metrics(Content):
     """``metrics.json``."""
 
     dense: dict[str, Quality] = {}
@@ -175,6 +167,8 @@ class RunData:
     importance: Importance | None
     allocation: Allocation | None
     metrics: Metrics | None
+    predictions: Predictions | None = None
+    analyses: Analyses = field(default_factory=Analyses)
 
     @property
     def model(self) -> str:
@@ -247,9 +241,6 @@ class RunData:
         return rows
 
 
-M = TypeVar("M", bound=_File)
-
-
 def read_run(path: Path | str) -> RunData:
     """Read a run directory.
 
@@ -265,53 +256,14 @@ def read_run(path: Path | str) -> RunData:
         raise InvalidOption(f"{path} is no directory: give the output directory of a run")
     run = RunData(
         path=path,
-        recipe=_recipe(path / RECIPE),
-        importance=_json(path / IMPORTANCE, Importance),
-        allocation=_json(path / ALLOCATION, Allocation),
-        metrics=_json(path / METRICS, Metrics),
+        recipe=read_mapping(path / RECIPE),
+        importance=read_model(path / IMPORTANCE, Importance),
+        allocation=read_model(path / ALLOCATION, Allocation),
+        metrics=read_model(path / METRICS, Metrics),
+        predictions=read_model(path / PREDICTIONS, Predictions),
+        analyses=read_analyses(path),
     )
     if run.recipe is None and run.importance is None and run.allocation is None and run.metrics is None:
         names = ", ".join((RECIPE, IMPORTANCE, ALLOCATION, METRICS))
         raise InvalidOption(f"{path} is no run directory: it holds none of {names}")
     return run
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidOption(f"{path} cannot be read: {error}") from error
-
-
-def _recipe(path: Path) -> dict[str, Any] | None:
-    text = _text(path)
-    if text is None:
-        return None
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InvalidOption(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, Mapping):
-        raise InvalidOption(f"{path} should map option names to values, but holds {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
-
-
-def _json(path: Path, kind: type[M]) -> M | None:
-    text = _text(path)
-    if text is None:
-        return None
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidOption(f"{path} is not valid JSON: {error}") from error
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
-        raise InvalidOption(f"{path} has format {version!r}; this version of ecoflap reads format {FORMAT}")
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidOption(f"{path}: {where}: {first['msg']}") from error

@@ -34,6 +34,11 @@ def _plain(metric: str) -> str:
     return metric.partition(" (")[0]  # without what says how it was computed: "CIDEr (simple words)"
 
 
+def in_per_cent(metric: str) -> bool:
+    """Whether a metric is a share of the samples, shown in per cent."""
+    return _SHARES.fullmatch(_plain(metric)) is not None
+
+
 def _in_hundreds(metric: str) -> bool:
     return _plain(metric) in _HUNDREDS or _SHARES.fullmatch(_plain(metric)) is not None
 

@@ -1,0 +1,109 @@
+"""``compare.html``: one self-contained page, built from nothing but ``compare.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ecoflap.citations import CITATIONS, Citation
+from ecoflap.files import write_text
+from ecoflap.report import compare_charts, formats, records
+from ecoflap.report.comparison import Cell, Comparison, Method, Test, read_comparison
+from ecoflap.report.html import Plots, environment
+
+COMPARE = "compare.html"
+
+
+def write_compare(folder: Path | str) -> Path:
+    """Write ``compare.html`` into the output folder of ``ecoflap compare``, anew from its ``compare.json``.
+
+    The same file gives the same bytes. Cells that are not there yet are said to be "not measured".
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InvalidOption: the folder holds no ``compare.json``, or it is broken.
+        StorageError: the page could not be written; an older page stays as it was.
+    """
+    content = read_comparison(folder)
+    path = Path(folder) / COMPARE
+    write_text(path, render(content))
+    return path
+
+
+def render(content: Comparison) -> str:
+    """The page as text."""
+    plots = Plots()
+    tests = []
+    for index, test in enumerate(content.each_test):
+        chart = compare_charts.quality_chart(content, test)
+        tests.append(
+            {
+                "title": test.title,
+                "metric": test.metric,
+                "better": "higher" if test.higher_is_better else "lower",
+                "dense": formats.metric_value(test.metric, test.dense.value, test.dense.stderr),
+                "n": test.dense.n,
+                "panels": plots.group(f"quality{index}-", [chart] if chart else []),
+                "rows": [_row(content, method, test) for method in content.methods],
+            }
+        )
+    methods = {method.name: method.shown for method in content.methods}
+    return (
+        environment()
+        .get_template("compare.html.j2")
+        .render(
+            content=content,
+            model=content.model or "embedded VLM",
+            tests=tests,
+            tower_panels=plots.group("tower", compare_charts.tower_charts(content)),
+            cost_panels=plots.group("cost", compare_charts.cost_charts(content)),
+            methods=methods,
+            papers=_papers(content),
+            cuda=any(cell.peak_cuda_bytes for cell in content.cells),
+            failed=[cell for cell in content.cells if cell.error],
+            cells=list(_cells(content)),
+            options=list(records.options(content.recipe)),
+            records=list(records.records("", records.environment(content.recipe, content.environment))),
+            **plots.context(),
+        )
+    )
+
+
+def _row(content: Comparison, method: Method, test: Test) -> dict[str, Any]:
+    """A method's line of a table: for each sparsity the mean, its text, and whether it is among the best."""
+    cells = []
+    for sparsity in content.sparsities:
+        average = content.average(method.name, sparsity, test)
+        text = formats.metric_value(test.metric, average.mean, average.error)
+        cells.append(
+            {
+                "value": average.mean,
+                "text": "failed" if average.mean is None and average.failures else text,
+                "best": method.name in content.leaders(sparsity, test),
+            }
+        )
+    return {"title": method.shown, "name": method.name, "cells": cells}
+
+
+def _cells(content: Comparison) -> Iterator[tuple[Cell, list[tuple[float | None, str]]]]:
+    """Every cell with the value and its text on each test."""
+    for cell in content.cells:
+        results = [(test.metric, content.result(cell, test)) for test in content.each_test]
+        yield (
+            cell,
+            [(found.value, formats.metric_value(metric, found.value, found.stderr)) for metric, found in results],
+        )
+
+
+def _papers(content: Comparison) -> list[tuple[Citation, list[str]]]:
+    """The papers behind the methods, each with the titles of the methods that it is behind."""
+    found: dict[str, tuple[Citation, list[str]]] = {}
+    for method in content.methods:
+        for key in method.citations:
+            if key in CITATIONS:
+                paper = CITATIONS[key]
+                found.setdefault(paper.key, (paper, []))[1].append(method.shown)
+    return list(found.values())

@@ -1,0 +1,185 @@
+"""``compare.json``: the cells of a comparison, read, checked, and averaged over the seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import hypot
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ecoflap.errors import InvalidOption
+from ecoflap.report.formats import task_title
+from ecoflap.report.reading import Content, Count, Finite, Fraction, read_model
+
+FILE = "compare.json"
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Result(Content):
+    """One model's result on one test of ``n`` samples."""
+
+    value: Finite | None = None
+    stderr: Finite | None = None
+    n: Count | None = None
+
+
+class Test(Content):
+    """A test that every cell was put to, and the dense model's result."""
+
+    __test__ = False  # no test of pytest's
+
+    name: str
+    task: str
+    metric: str
+    higher_is_better: bool = True
+    dense: Result = Result()
+
+    @property
+    def title(self) -> str:
+        """Its name with its metric."""
+        return task_title(self.name, self.metric)
+
+
+class Method(Content):
+    """One method: its name as it was asked for, a title for people, and the keys of its papers."""
+
+    name: str
+    title: str = ""
+    importance: str = ""
+    criterion: str = ""
+    options: dict[str, Any] = {}
+    citations: list[str] = []
+
+    @property
+    def shown(self) -> str:
+        """The title, or the name where there is none."""
+        return self.title or self.name
+
+
+class Cell(Content):
+    """One method at one sparsity with one seed; ``value`` is None where it failed, and ``error`` says why."""
+
+    method: str
+    sparsity: Fraction
+    seed: int = 0
+    value: Finite | None = None
+    stderr: Finite | None = None
+    n: Count | None = None
+    tests: dict[str, Result] = {}
+    achieved: Fraction | None = None
+    towers: dict[str, Fraction | None] = {}
+    seconds: dict[str, Seconds | None] = {}
+    peak_memory_bytes: Count | None = None
+    peak_cuda_bytes: Count | None = None
+    error: str | None = None
+
+    @property
+    def total_seconds(self) -> float | None:
+        """All stages together; None where no time was taken."""
+        known = [value for value in self.seconds.values() if value is not None]
+        return sum(known) if known else None
+
+
+@dataclass(frozen=True)
+class Average:
+    """A method at one sparsity: the mean over its seeds and its error, the number of seeds, and what failed.
+
+    The error is the standard deviation over the seeds (n − 1); of one seed, its standard error over the samples.
+    """
+
+    mean: float | None
+    error: float | None
+    seeds: int
+    failures: list[str]
+
+
+class Comparison(Content):
+    """``compare.json``."""
+
+    model: str | None = None
+    task: str = ""
+    metric: str = ""
+    higher_is_better: bool = True
+    dense: Result = Result()
+    tests: list[Test] = []
+    methods: list[Method]
+    sparsities: list[Fraction]
+    seeds: list[int] = []
+    cells: list[Cell] = []
+    recipe: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    command: str | None = None
+
+    def of(self, method: str, sparsity: float | None = None) -> list[Cell]:
+        """The cells of a method, at one sparsity or at all of them."""
+        return [cell for cell in self.cells if cell.method == method and sparsity in (None, cell.sparsity)]
+
+    @property
+    def each_test(self) -> list[Test]:
+        """The tests; where the file names none, the one that its own fields describe."""
+        name = self.task or self.metric
+        alone = Test(name=name, task=name, metric=self.metric, higher_is_better=self.higher_is_better, dense=self.dense)
+        return self.tests or [alone]
+
+    def result(self, cell: Cell, test: Test) -> Result:
+        """A cell's result on a test; that on the first test also stands in the cell's own fields."""
+        if test.name in cell.tests:
+            return cell.tests[test.name]
+        return Result(value=cell.value, stderr=cell.stderr, n=cell.n) if test == self.each_test[0] else Result()
+
+    def average(self, method: str, sparsity: float, test: Test) -> Average:
+        """The mean over the seeds of a method at one sparsity."""
+        cells = self.of(method, sparsity)
+        failures = [cell.error for cell in cells if cell.error]
+        results = [self.result(cell, test) for cell in cells]
+        found = [(result.value, result.stderr) for result in results if result.value is not None]
+        if not found:
+            return Average(None, None, 0, failures)
+        values = [value for value, _ in found]
+        return Average(fmean(values), stdev(values) if len(values) > 1 else found[0][1], len(values), failures)
+
+    def leaders(self, sparsity: float, test: Test) -> set[str]:
+        """The best method at a sparsity, and those as good within error: no further off than √(a² + b²)."""
+        averages = [(method.name, self.average(method.name, sparsity, test)) for method in self.methods]
+        known = [(name, average.mean, average.error or 0.0) for name, average in averages if average.mean is not None]
+        if not known:
+            return set()
+        sign = 1 if test.higher_is_better else -1
+        _, top, error = max(known, key=lambda item: sign * item[1])
+        return {name for name, value, own in known if abs(value - top) <= hypot(error, own)}
+
+    @property
+    def towers(self) -> list[str]:
+        """The towers of all cells, in order."""
+        return list(dict.fromkeys(tower for cell in self.cells for tower in cell.towers))
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages whose time was taken, in order."""
+        return list(dict.fromkeys(stage for cell in self.cells for stage in cell.seconds))
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def read_comparison(folder: Path | str) -> Comparison:
+    """Read the ``compare.json`` of a folder.
+
+    Raises:
+        InvalidOption: it is not there, or a field is not what it should be; the message names it.
+    """
+    path = Path(folder) / FILE
+    found = read_model(path, Comparison)
+    if found is None:
+        raise InvalidOption(f"{folder} holds no {FILE}: give the output folder of `ecoflap compare`")
+    unknown = {cell.method for cell in found.cells} - {method.name for method in found.methods}
+    if unknown:
+        raise InvalidOption(f"{path}: cells of {', '.join(sorted(unknown))}, which methods does not name")
+    return found
