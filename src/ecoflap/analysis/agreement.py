@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ecoflap.analysis.drawing import drawing, panels
+from ecoflap.analysis.importance import block_scores
 from ecoflap.analysis.parts import Analysis, NotApplicable
 from ecoflap.analysis.ranks import spearman
 from ecoflap.errors import EcoflapError
@@ -51,7 +52,7 @@ def compute(subject: Subject) -> dict[str, Any]:
             skipped[name] = f"{(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
     if len(found) < 2:
         raise NotApplicable(f"fewer than two measures work on this model ({'; '.join(skipped.values())})")
-    scores = {name: list(block_values(importance).values()) for name, importance in found.items()}
+    scores = {name: block_values(importance) for name, importance in found.items()}
     return {
         "granularity": "block",
         "measures": list(scores),
@@ -63,20 +64,9 @@ def compute(subject: Subject) -> dict[str, Any]:
     }
 
 
-def block_values(importance: Importance) -> dict[tuple[str, str], float]:
-    """(tower, block) → score: the sum of its layers' scores, or their mean for measures that score shares.
-
-    Measures whose rule is not ``proportional`` (OWL, AlphaPruning, DLP) give a layer a level, whatever its size; a
-    block's is the mean of its layers', weighted by their numbers of weights.
-    """
-    level = importance.settings.get("rule", "proportional") != "proportional"
-    sums: dict[tuple[str, str], float] = {}
-    sizes: dict[tuple[str, str], int] = {}
-    for layer in importance.layers:
-        key = (layer.tower, layer.block)
-        sums[key] = sums.get(key, 0.0) + importance.scores[layer.name].score * (layer.numel if level else 1)
-        sizes[key] = sizes.get(key, 0) + layer.numel
-    return {key: value / sizes[key] if level else value for key, value in sums.items()}
+def block_values(importance: Importance) -> list[float]:
+    """One score a block, in the order of the model, as :func:`~ecoflap.analysis.importance.block_scores` has them."""
+    return [score.score for blocks in block_scores(importance).values() for score in blocks.values()]
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
@@ -84,17 +74,16 @@ def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
     names = data["measures"]
     grid = np.array([[np.nan if value is None else value for value in row] for row in data["spearman"]], dtype=float)
     with drawing():
-        size = 0.62 * len(names) + 1.6
-        figure, ((axes,),) = panels(1, 1, width=size + 0.6, height=size)
+        size = 0.62 * len(names)
+        figure, ((axes,),) = panels(1, 1, width=size + 2.6, height=size + 1.0)
         shown = axes.imshow(grid, cmap="PuOr_r", vmin=-1, vmax=1)
         axes.grid(False)
         axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
         for (row, column), value in np.ndenumerate(grid):
             told = "–" if np.isnan(value) else f"{value:.2f}"
-            axes.text(
-                column, row, told, ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.7 else "black"
-            )
+            colour = "white" if value > 0.7 or value < -0.55 else "black"  # readable on the map's dark ends
+            axes.text(column, row, told, ha="center", va="center", fontsize=8, color=colour)
         axes.set_title(f"rank correlation of {data['n']} blocks")
         figure.colorbar(shown, ax=axes, label="Spearman", shrink=0.8)
         return {"": figure}

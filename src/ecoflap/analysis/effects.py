@@ -195,7 +195,7 @@ def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
             axes.minorticks_off()
             errors = [row["error"] for row in rows if row["error"] is not None]
             axes.set_ylim(
-                min(-0.02, *[row["spearman"] or 0 for row in rows]), max(1.05, min(max(errors, default=0), 2))
+                min(-0.02, *[row["spearman"] or 0 for row in rows]), max(1.05, min(1.1 * max(errors, default=0), 2))
             )
             axes.set_xlabel(_LABELS.get(name, name))
             axes.set_title(f"effect of {_LABELS.get(name, name)}")

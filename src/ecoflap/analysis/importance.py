@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ecoflap.allocation.rules import RULES
 from ecoflap.analysis.drawing import GREY, colour_of, drawing, panels, shown_ticks, title_of
 from ecoflap.analysis.parts import Analysis, NotApplicable
 from ecoflap.importance.scores import Importance, Score
@@ -18,21 +19,25 @@ if TYPE_CHECKING:
 
 
 def block_scores(importance: Importance) -> dict[str, dict[str, Score]]:
-    """Tower → block → the sum of its layers' scores, its standard error √(Σ stderr²), and estimates a layer."""
+    """Tower → block → its score as the rule of its measure sees it: the sum of its layers' scores, or their mean.
+
+    The sum is that of measures for the rule ``proportional``; the others (OWL, AlphaPruning, DLP) give each layer a
+    level, and a block the mean of its layers'. The standard error is √(Σ stderr²), or that divided by the number.
+    """
+    aggregate = getattr(RULES.get(str(importance.settings.get("rule", "proportional"))), "aggregate", "sum")
     members: dict[str, dict[str, list[Score]]] = {}
     for layer in importance.layers:
         members.setdefault(layer.tower, {}).setdefault(layer.block, []).append(importance.scores[layer.name])
     return {
-        tower: {
-            block: Score(
-                math.fsum(s.score for s in scores),
-                math.sqrt(math.fsum(s.stderr**2 for s in scores)),
-                min(s.n for s in scores),
-            )
-            for block, scores in blocks.items()
-        }
+        tower: {block: _together(scores, aggregate == "layer-mean") for block, scores in blocks.items()}
         for tower, blocks in members.items()
     }
+
+
+def _together(scores: Sequence[Score], mean: bool) -> Score:
+    parts = len(scores) if mean else 1
+    error = math.sqrt(math.fsum(score.stderr**2 for score in scores))
+    return Score(math.fsum(score.score for score in scores) / parts, error / parts, min(score.n for score in scores))
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:

@@ -43,6 +43,8 @@ class Subject:
         self.path, self.progress, self._samples = Path(path), progress or Silent(), samples
         if not (self.path / files.RECIPE).is_file():
             raise InvalidOption(f"{self.path} is no run directory: it has no {files.RECIPE}")
+        if files.GRID in files.RunDirectory(self.path).recorded():
+            raise InvalidOption(f"{self.path} is a comparison, which has no one model: give a run of 'ecoflap prune'")
         if not (self.path / files.METRICS).is_file():
             raise InvalidOption(
                 f"{self.path} has no {files.METRICS}, so its run has not ended: finish it with 'ecoflap prune --resume'"
