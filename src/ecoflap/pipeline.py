@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ecoflap.journal import BlockFiles, EstimateFile
 from ecoflap.network.checkpoint import fingerprint, save
 from ecoflap.predictions import add_pictures, answers_of, compared
 from ecoflap.prepare import Prepared, prepare
-from ecoflap.progress import Progress, Silent, Task
+from ecoflap.progress import Labelled, Progress, Silent
 from ecoflap.recipe import Recipe
 from ecoflap.report import write_report
 from ecoflap.resources import Usage, measured
@@ -182,7 +182,7 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> dict[str,
     if not entries:
         return {}
     if not (job.run.has(name) and job.run.has(answered)):
-        progress = _Labelled(job.progress, when)
+        progress = Labelled(job.progress, when)
         with job.stage(f"evaluation, {when}"):
             found_of = {e.name: evaluate(job.plan.checkpoint, e, job.recipe, progress) for e in entries}
         results = {task: quality(result) for task, result in found_of.items()}
@@ -227,13 +227,3 @@ def quality(result: TaskResult) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-class _Labelled:
-    """Progress whose stages say of which model they are: dense or pruned."""
-
-    def __init__(self, inner: Progress, label: str) -> None:
-        self._inner, self._label = inner, label
-
-    def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
-        return self._inner.stage(f"{name}, {self._label}", total=total, done=done)

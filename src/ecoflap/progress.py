@@ -29,3 +29,13 @@ class Silent:
 
     def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
         return nullcontext(_SilentTask())
+
+
+class Labelled:
+    """Progress whose stages say in addition what they are for, such as the model: dense or pruned."""
+
+    def __init__(self, inner: Progress, label: str) -> None:
+        self._inner, self._label = inner, label
+
+    def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
+        return self._inner.stage(f"{name}, {self._label}", total=total, done=done)

@@ -14,6 +14,7 @@ from ecoflap.analysis.ranks import spearman
 from ecoflap.errors import EcoflapError
 from ecoflap.importance.names import IMPORTANCES
 from ecoflap.importance.scores import Importance
+from ecoflap.progress import Labelled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ def compute(subject: Subject) -> dict[str, Any]:
                 seed=subject.recipe.seed,
                 loss=subject.objective,
                 anatomy=subject.anatomy,
-                progress=subject.progress,
+                progress=Labelled(subject.progress, name),
             )
         except _UNFIT as error:
             skipped[name] = f"{(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"

@@ -14,6 +14,7 @@ from ecoflap.analysis.ranks import spearman
 from ecoflap.errors import EcoflapError
 from ecoflap.importance.scores import Estimate, Importance
 from ecoflap.network.parts import Layer
+from ecoflap.progress import Labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,10 +76,10 @@ def compute(subject: Subject) -> dict[str, Any]:
     layers, batches = subject.anatomy.layers, subject.batches
 
     def measured(name: str, seed: int, count: int, **options: Any) -> Estimates:
-        journal = Estimates()
+        journal, progress = Estimates(), Labelled(subject.progress, f"effects, seed {seed}")
         measure_importance(
             subject.checkpoint.model, batches[:count], name, seed=seed, loss=subject.objective,
-            anatomy=subject.anatomy, progress=subject.progress, journal=journal, **options,
+            anatomy=subject.anatomy, progress=progress, journal=journal, **options,
         )  # fmt: skip
         return journal
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecoflap.analysis.names import ANALYSES
 from ecoflap.analysis.parts import NotApplicable
-from ecoflap.errors import InvalidOption
+from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.files import read_json, write_atomically, write_json
 from ecoflap.progress import Progress
 from ecoflap.run import RunDirectory
@@ -104,13 +104,22 @@ def _one(name: str, subject: Subject, overwrite: bool) -> Outcome:
         if path.exists() and not overwrite:
             state, data = "kept", read_json(path, "the analysis")
         else:
-            data = {"format": 1, **_finite(analysis.compute(subject))}
+            data = {"format": 1, **_finite(_computed(analysis.compute, subject))}
             write_json(path, data)
     for suffix, figure in analysis.draw(data, subject).items():
         made += _save(figure, subject.folder / f"{name}{suffix}")
     skipped = data.get("skipped", {})
     note = "; ".join(f"without {one}: {reason}" for one, reason in skipped.items())
     return Outcome(state, tuple(made), note)
+
+
+def _computed(compute: Callable[[Subject], dict[str, Any]], subject: Subject) -> dict[str, Any]:
+    """What the analysis finds. A model or data that can't be read ends all; what one analysis can't do, only itself."""
+    _ = subject.anatomy  # reads both
+    try:
+        return compute(subject)
+    except EcoflapError as error:
+        raise NotApplicable(str(error)) from error
 
 
 def _finite(tree: Any) -> Any:

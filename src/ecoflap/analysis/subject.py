@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ecoflap import run as files
 from ecoflap.analysis.parts import NotApplicable
@@ -169,11 +169,3 @@ def computing(model: nn.Module) -> Iterator[None]:
         for manager in (evaluating(model), cache_disabled(model), gradients_set_aside(model), computing_in_fp32(model)):
             state.enter_context(manager)
         yield
-
-
-def finite(value: Any) -> float | None:
-    """``value`` as a number for JSON; None for NaN and infinities."""
-    import math
-
-    number = float(value)
-    return number if math.isfinite(number) else None
