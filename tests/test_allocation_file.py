@@ -39,6 +39,7 @@ def test_schema() -> None:
         "granularity": "block",
         "aggregate": "sum",
         "pattern": "unstructured",
+        "rule": "proportional",
         "total_weights": 300,
         "zeros": 150,
     }

@@ -33,6 +33,8 @@ FULL: dict[str, Any] = {
     "aggregate": "mean",
     "budget": "tower",
     "tower_sparsity": {"vision": 0.4, "language": 0.6},
+    "rule": "linear",
+    "spread": 0.2,
     "criterion": "sparsegpt",
     "compare": "matrix",
     "calibration": "data/it's.jsonl",

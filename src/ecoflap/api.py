@@ -11,7 +11,8 @@ from ecoflap.allocation import Allocation, LayerAllocation, LayerSize
 from ecoflap.allocation import allocate as allocate_sizes
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.files import read_json
-from ecoflap.importance.scores import Importance, Score
+from ecoflap.importance.names import own_rule
+from ecoflap.importance.scores import Importance, Score, check_granularity
 from ecoflap.network.parts import Anatomy, Layer
 
 if TYPE_CHECKING:
@@ -55,15 +56,26 @@ def allocate(
     max_sparsity: float | None = None,
     min_sparsity: float = 0.0,
     granularity: str = "block",
-    aggregate: str = "sum",
+    aggregate: str | None = None,
     budget: str = "global",
     tower_sparsity: Mapping[str, float] | None = None,
     pattern: str = "unstructured",
+    rule: str | None = None,
+    spread: float | None = None,
 ) -> Allocation:
     """Scores to an exact number of zeros for each layer; see :func:`ecoflap.allocation.allocate` for the options.
 
-    The importance ``uniform`` gives every layer the same sparsity.
+    The importance ``uniform`` gives every layer the same sparsity. Without a rule, that which the importance was made
+    for is taken, with its spread.
+
+    Raises:
+        InvalidOption, InfeasibleAllocation, UnknownName: as there; or the scores are of whole blocks, and
+            ``granularity`` asks for single layers.
     """
+    own = str(importance.settings.get("rule", "proportional"))
+    if spread is None and rule in (None, own):
+        spread = importance.settings.get("spread")
+    check_granularity(importance.settings, granularity)
     allocation = allocate_sizes(
         [_size(layer, importance.scores[layer.name].score) for layer in importance.layers],
         sparsity=sparsity,
@@ -75,6 +87,8 @@ def allocate(
         tower_sparsity=tower_sparsity,
         uniform=importance.method == "uniform",
         pattern=pattern,
+        rule=rule or own,
+        spread=spread,
     )
     parameters = importance.settings.get("model_parameters")
     return replace(allocation, model_parameters=parameters) if isinstance(parameters, int) else allocation
@@ -96,9 +110,11 @@ def prune(
     max_sparsity: float | None = None,
     min_sparsity: float = 0.0,
     granularity: str = "block",
-    aggregate: str = "sum",
+    aggregate: str | None = None,
     budget: str = "global",
     tower_sparsity: Mapping[str, float] | None = None,
+    rule: str | None = None,
+    spread: float | None = None,
     allocation: Allocation | None = None,
     importance_samples: int | None = None,
     importance_options: Mapping[str, Any] | None = None,
@@ -127,7 +143,7 @@ def prune(
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.network.anatomy.discover`.
         offload_activations: keep block inputs on the CPU between blocks.
-        max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity: of the allocation.
+        max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.
 
     Raises:
         EcoflapError: says what is wrong and how to mend it; the model is untouched unless the walk had begun.
@@ -148,12 +164,14 @@ def prune(
         "budget": budget,
         "tower_sparsity": tower_sparsity,
         "pattern": pattern,
+        "rule": rule,
+        "spread": spread,
     }
     measured = allocation is None and not isinstance(importance, Importance) and importance != "uniform"
     if not len(batches) and (measured or criterion != "magnitude"):
         raise CalibrationError("no calibration batches: give at least one")
     if measured:  # a wrong option is told now, not after the forward passes
-        make_measure(str(importance), dict(importance_options or {}))
+        check_granularity(vars(make_measure(str(importance), dict(importance_options or {}))), granularity)
         first_samples(batches, importance_samples)
     objective = loss or default_objective(model)
     first = batches[0] if len(batches) else None
@@ -167,7 +185,7 @@ def prune(
             check_same_layers(anatomy, importance)
             scores = importance
         else:
-            allocate(flat(anatomy), **shares)
+            allocate(flat(anatomy, own_rule(str(importance))), **shares)
             scores = measure_importance(
                 model,
                 batches,
@@ -232,9 +250,11 @@ def prune_to(
     return result.allocation, result.unreached
 
 
-def flat(anatomy: Anatomy) -> Importance:
+def flat(anatomy: Anatomy, rule: str = "proportional") -> Importance:
     """Every layer as important as any other: to learn at once, before stage 1, whether an allocation is feasible."""
-    return Importance("flat", {}, anatomy.layers, {layer.name: Score(1.0, 0.0, 1) for layer in anatomy.layers})
+    return Importance(
+        "flat", {"rule": rule}, anatomy.layers, {layer.name: Score(1.0, 0.0, 1) for layer in anatomy.layers}
+    )
 
 
 def check_same_layers(anatomy: Anatomy, given: Allocation | Importance) -> None:

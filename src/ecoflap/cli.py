@@ -62,7 +62,10 @@ PART_FIELDS = ("include", "exclude", "towers")
 SOURCE_FIELDS = ("calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts")
 DATA_FIELDS = (*SOURCE_FIELDS, "samples", "batch_size", "sequence_length", "seed")
 TEST_FIELDS = ("task", "task_options", "test", "test_image_folder", "test_columns", "test_prompt", "test_samples")
-SHARE_FIELDS = ("sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity")
+SHARE_FIELDS = (
+    "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
+    "rule", "spread",
+)  # fmt: skip
 SCORE_FIELDS = ("importance", "importance_options", "importance_samples")
 
 

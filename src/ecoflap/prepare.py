@@ -27,8 +27,8 @@ from ecoflap.classes import class_names, class_templates
 from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
 from ecoflap.evaluations import check_evaluations, rehearse
 from ecoflap.importance.measure import EstimateJournal, first_samples, make_measure, measure_importance
-from ecoflap.importance.names import IMPORTANCES
-from ecoflap.importance.scores import Importance
+from ecoflap.importance.names import IMPORTANCES, own_rule
+from ecoflap.importance.scores import Importance, check_granularity
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.checkpoint import Checkpoint, load
@@ -160,7 +160,11 @@ def check_plan(plan: Prepared) -> None:
         first_samples(plan.batches, recipe.importance_samples)
     if plan.importance is not None:
         check_same_layers(anatomy, plan.importance)
-    rehearsed = Importance.uniform(anatomy.layers) if recipe.importance == "uniform" else flat(anatomy)
+    rehearsed = (
+        Importance.uniform(anatomy.layers)
+        if recipe.importance == "uniform"
+        else flat(anatomy, own_rule(recipe.importance))
+    )
     check_allocation(anatomy, plan.allocation or shared_out(recipe, plan.importance or rehearsed), recipe.pattern)
 
 
@@ -172,9 +176,8 @@ def check_importance_options(recipe: Recipe) -> None:
         wanted = _KINDS.get(kinds.get(name, ""), (object,))
         if not isinstance(value, wanted) or (isinstance(value, bool) and kinds.get(name) in ("int", "float")):
             raise InvalidOption(f"importance option {name}={value}: it must be {_described(kinds[name])}")
-    make_measure(recipe.importance, dict[str, Any](recipe.importance_options))
-    if recipe.importance_options.get("probe") == "block" and recipe.granularity == "layer":
-        raise InvalidOption("probe=block measures whole blocks: take granularity block or tower, or probe=matrix")
+    made = make_measure(recipe.importance, dict[str, Any](recipe.importance_options))
+    check_granularity(vars(made), recipe.granularity)
 
 
 def _described(kind: str) -> str:

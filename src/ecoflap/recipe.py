@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -32,20 +33,37 @@ class Recipe(BaseModel):
 
     model: str | None = Field(None, description="Hub id, folder or GGUF file; left out: the embedded model.")
     sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="Fraction of the prunable weights to set to zero.")
-    max_sparsity: float | None = Field(None, ge=0.0, le=1.0, description="Cap of a group; default: sparsity + 0.1.")
+    max_sparsity: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="Cap of a group. Default: sparsity + 0.1; none where the rule bounds the shares itself (linear).",
+    )
     min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
     importance: str = Field(
         "zeroth-order",
-        description="zeroth-order, gradient-norm, first-order, uniform, or a file: the importance.json of a run.",
+        description="zeroth-order, forward-mode, gradient-norm, first-order, owl, alphapruning, dlp, uniform, "
+        "or a file: the importance.json of a run.",
     )
     importance_options: dict[str, float | int | bool | str] = Field(
-        default_factory=dict, description="Options of the importance: epsilon, draws, replay; variant."
+        default_factory=dict,
+        description="Options of the importance: epsilon, draws, variant, multiple, scope, tail.",
     )
     granularity: Literal["block", "layer", "tower"] = Field("block", description="What shares one sparsity.")
-    aggregate: Literal["sum", "mean"] = Field("sum", description="How a group's score is made of its layers'.")
+    aggregate: Literal["sum", "mean", "layer-mean"] | None = Field(
+        None, description="How a group's score is made of its layers'. Default: the rule's own (proportional: sum)."
+    )
     budget: Literal["global", "tower"] = Field("global", description="'tower': each tower meets the sparsity itself.")
     tower_sparsity: dict[str, float] = Field(
         default_factory=dict, description="Sparsity of single towers or modalities."
+    )
+    rule: str | None = Field(
+        None,
+        description="How scores become sparsities: proportional, linear, linear-relative. Default: what the importance "
+        "is made for.",
+    )
+    spread: float | None = Field(
+        None, ge=0.0, le=1.0, description="How far the rule lets groups differ. Default: the importance's own."
     )
     allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
     criterion: str = Field("wanda", description="wanda, sparsegpt or magnitude.")
@@ -120,6 +138,13 @@ class Recipe(BaseModel):
             raise InvalidOption(f"importance '{name}' is no JSON file: give the importance.json of a run")
         return IMPORTANCES.check(name)
 
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, rule: str | None) -> str | None:
+        from ecoflap.allocation import RULES
+
+        return rule and RULES.check(rule)
+
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, pattern: str) -> str:
@@ -165,7 +190,10 @@ class Recipe(BaseModel):
 
     def shares(self) -> dict[str, Any]:
         """The options of the allocation, as :func:`ecoflap.allocate` takes them."""
-        names = ("sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity")
+        names = (
+            "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
+            "rule", "spread",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def resolved(self) -> Recipe:
@@ -182,8 +210,23 @@ class Recipe(BaseModel):
             changes |= self._fixed_by_pattern()
         sparsity = changes.get("sparsity", self.sparsity)
         if self.max_sparsity is None and "max_sparsity" not in changes:
-            changes["max_sparsity"] = min(1.0, round(sparsity + 0.1, 10))
+            changes["max_sparsity"] = self._own_cap(sparsity, changes.get("importance", self.importance))
         return self.model_copy(update=changes)
+
+    def _own_cap(self, sparsity: float, importance: str) -> float | None:
+        """What the rule caps a group at where the user says nothing, so that the run's record has the number."""
+        from ecoflap.allocation import RULES
+        from ecoflap.files import read_json
+        from ecoflap.importance.names import own_rule
+
+        rule = self.rule or own_rule(importance)
+        if self.rule is None and importance.endswith(".json"):
+            with suppress(EcoflapError):  # told where the file is really read
+                data = read_json(importance, "the importance")
+                settings = data.get("settings") if isinstance(data, dict) else None
+                rule = str(settings.get("rule", rule)) if isinstance(settings, dict) else rule
+        margin = None if rule not in RULES else RULES.get(rule)(None).margin
+        return None if margin is None else min(1.0, round(sparsity + float(margin), 10))
 
     def _fixed_by_allocation(self) -> dict[str, Any]:
         """What the allocation file says where the recipe says nothing, so that the run's record is true."""

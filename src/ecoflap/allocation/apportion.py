@@ -45,7 +45,7 @@ def _fill(
         dealt[i] += 1
 
 
-def round_to_total(exact: Sequence[Fraction], total: int, keys: Sequence[str]) -> list[int]:
+def round_to_total(exact: Sequence[Fraction], total: int, keys: Sequence[str | tuple[str, ...]]) -> list[int]:
     """Round ``exact`` up or down so that the sum is ``total``: largest remainder first, ties by key.
 
     ``total`` must lie between the sums of the floors and of the ceilings.
@@ -55,3 +55,34 @@ def round_to_total(exact: Sequence[Fraction], total: int, keys: Sequence[str]) -
     for i in order[: total - sum(rounded)]:
         rounded[i] += 1
     return rounded
+
+
+def level(
+    total: int, start: list[int], slope: list[int], limits: list[tuple[int, int]], unit: int = 1
+) -> list[Fraction]:
+    """(start + c · slope) / unit, cut off at ``limits``, for the one number c at which the sum is ``total``.
+
+    Args:
+        total: between the sums of the lower and of the upper limits.
+        start, slope: integers of any size; slopes are positive.
+        limits: lowest and highest value of each.
+        unit: positive.
+
+    Returns:
+        Exact shares; those that are not cut off keep the differences that ``start`` gives them.
+    """
+    places = range(len(start))
+    begin = [Fraction(limits[i][0] * unit - start[i], slope[i]) for i in places]  # of c, where i leaves its lower limit
+    end = [Fraction(limits[i][1] * unit - start[i], slope[i]) for i in places]
+    events = sorted([(begin[i], i, 1) for i in places] + [(end[i], i, -1) for i in places])
+    # As c grows past its events, the sum is fixed + c · steep, in units.
+    fixed, steep = sum(low for low, _ in limits) * unit, 0
+    c = Fraction(0)
+    for event, i, sign in events:
+        if fixed + event * steep >= total * unit:
+            c = (Fraction(total * unit) - fixed) / steep if steep else event
+            break
+        low, high = limits[i]
+        fixed += start[i] - low * unit if sign > 0 else high * unit - start[i]
+        steep += sign * slope[i]
+    return [min(max((start[i] + c * slope[i]) / unit, Fraction(limits[i][0])), Fraction(limits[i][1])) for i in places]

@@ -11,7 +11,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.registry import unknown
 
 GRANULARITIES = ("block", "layer", "tower")
-AGGREGATES = ("sum", "mean")
+AGGREGATES = ("sum", "mean", "layer-mean")
 BUDGETS = ("global", "tower")
 
 

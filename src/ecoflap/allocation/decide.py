@@ -22,7 +22,7 @@ def allocate(
     max_sparsity: float | None = None,
     min_sparsity: float = 0.0,
     granularity: str = "block",
-    aggregate: str = "sum",
+    aggregate: str | None = None,
     budget: str = "global",
     tower_sparsity: Mapping[str, float] | None = None,
     uniform: bool = False,
@@ -40,7 +40,8 @@ def allocate(
             tower's own target where it has one.
         min_sparsity: no group below it.
         granularity: what shares one sparsity: "block", "layer" or "tower".
-        aggregate: a group's score is the "sum" of its layers' scores, or that divided by its weights ("mean").
+        aggregate: a group's score is the "sum" of its layers' scores, that divided by its weights ("mean") or by the
+            number of its layers ("layer-mean"); by default what the rule says: "sum" for "proportional".
         budget: "global", or "tower": every tower meets its target by itself.
         tower_sparsity: own targets by tower name or modality (a name wins). Each key is a budget of its own (with
             budget "tower", each of its towers is); the towers not named keep the overall target, together or each.
@@ -59,9 +60,9 @@ def allocate(
     target, floor = unit("sparsity", sparsity), unit("min_sparsity", min_sparsity)
     cap = None if max_sparsity is None else unit("max_sparsity", max_sparsity)
     choice("granularity", granularity, GRANULARITIES)
-    choice("aggregate", aggregate, AGGREGATES)
     choice("budget", budget, BUDGETS)
     share = RULES.get("proportional")(None) if uniform else RULES.get(rule)(spread)
+    aggregate = share.aggregate if aggregate is None else choice("aggregate", aggregate, AGGREGATES)
     _check_layers(layers, scored=share.scored and not uniform)
     fixed = fixed_ratio(pattern)
     if fixed is not None:
@@ -93,6 +94,7 @@ def allocate(
         granularity=granularity,
         aggregate=aggregate,
         pattern=pattern,
+        rule="proportional" if uniform else rule,
         layers=tuple(
             LayerAllocation(s.name, s.tower, s.modality, s.block, s.shape, s.weights, zeros[s.name]) for s in layers
         ),

@@ -121,7 +121,7 @@ def _group(
         weights=weights,
         least=math.ceil((1 - cap) * weights),
         most=math.floor((1 - floor) * weights),
-        score=score / weights if aggregate == "mean" else score,
+        score=score / {"sum": 1, "mean": weights, "layer-mean": len(layers)}[aggregate],
         data=data,
     )
 

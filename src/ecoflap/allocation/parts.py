@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ecoflap.allocation.checks import AGGREGATES, GRANULARITIES, check_names, choice, field, fixed_ratio, unit
+from ecoflap.allocation.rules import RULES
 from ecoflap.errors import InvalidOption
 from ecoflap.registry import unknown
 
@@ -57,6 +58,7 @@ class Allocation:
     pattern: str
     layers: tuple[LayerAllocation, ...]
     model_parameters: int | None = None
+    rule: str = "proportional"
 
     @property
     def total_weights(self) -> int:
@@ -118,6 +120,7 @@ class Allocation:
             pattern=field(data, "pattern", str, "allocation"),
             layers=layers,
             model_parameters=_model_parameters(data, layers),
+            rule=RULES.check(str(data.get("rule", "proportional"))),
         )
         declared = data.get("total_weights", allocation.total_weights)
         if declared != allocation.total_weights:

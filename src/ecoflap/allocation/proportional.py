@@ -20,6 +20,7 @@ class Proportional:
 
     margin: Fraction | None = Fraction(1, 10)
     scored = True
+    aggregate = "sum"
 
     def __init__(self, spread: float | None = None) -> None:
         if spread is not None:

@@ -19,10 +19,12 @@ class Rule(Protocol):
         margin: without a cap of the user's, no group goes further above the target than this; None: no such cap,
             because the rule bounds the shares itself.
         scored: whether it reads the scores, which must then be there.
+        aggregate: how a group's score is made of its layers', unless the user says it; one of ``AGGREGATES``.
     """
 
     margin: Fraction | None
     scored: bool
+    aggregate: str
 
     def __call__(self, groups: Sequence[Group], keep: int, target: Fraction) -> list[int]:
         """How many weights each group keeps.
@@ -41,6 +43,9 @@ RULES: Registry[Callable[[float | None], Rule]] = Registry(
     "rule",
     {
         "proportional": "ecoflap.allocation.proportional:Proportional",
+        "linear": "ecoflap.allocation.linear:Linear",
+        "linear-relative": "ecoflap.allocation.linear:LinearRelative",
+        "curves": "ecoflap.allocation.curves:LeastLoss",
     },
 )
 """Name to what makes the rule of a spread (None: not given)."""

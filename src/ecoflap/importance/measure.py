@@ -136,12 +136,14 @@ def measure_importance(
                 journal.append(estimate)
                 known[(estimate.layer, estimate.batch, estimate.draw)] = estimate.value
                 task.advance(1, estimate.layer)
+    noisy = getattr(measure, "noisy", True)
     values: dict[str, list[float]] = defaultdict(list)
     for (layer, _, _), value in known.items():
         values[layer].append(value)
     return Importance(
         method=importance,
         settings={
+            "rule": getattr(measure, "rule", "proportional"),
             **asdict(measure),  # type: ignore[call-overload]
             "seed": seed,
             "batches": len(batches),
@@ -149,5 +151,5 @@ def measure_importance(
             "model_parameters": anatomy.total_parameters,
         },
         layers=anatomy.layers,
-        scores={layer.name: summarise(values[layer.name]) for layer in anatomy.layers},
+        scores={layer.name: summarise(values[layer.name], noisy) for layer in anatomy.layers},
     )

@@ -16,6 +16,17 @@ IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
         "zeroth-order": "ecoflap.importance.zeroth_order:ZerothOrder",
         "gradient-norm": "ecoflap.importance.gradient_norm:GradientNorm",
         "first-order": "ecoflap.importance.first_order:FirstOrder",
+        "owl": "ecoflap.importance.owl:Owl",
+        "alphapruning": "ecoflap.importance.alphapruning:AlphaPruning",
+        "dlp": "ecoflap.importance.dlp:Dlp",
         "uniform": "ecoflap.importance.uniform:Uniform",
     },
 )
+
+# Those whose attribute ``rule`` is not "proportional"; here so that a recipe can be resolved without importing torch.
+_RULES = {"owl": "linear", "alphapruning": "linear-relative", "dlp": "linear"}
+
+
+def own_rule(importance: str) -> str:
+    """The allocation rule that an importance's scores are made for."""
+    return _RULES.get(importance, "proportional")

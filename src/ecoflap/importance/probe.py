@@ -66,7 +66,11 @@ class ProbeContext:
 
 
 class ImportanceMeasure(Protocol):
-    """Yields estimates; averaging, journal, resume and precision are the caller's (``measure.py``)."""
+    """Yields estimates; averaging, journal, resume and precision are the caller's (``measure.py``).
+
+    Two class attributes may say more: ``rule``, the allocation rule that the scores are made for (else "proportional";
+    ``names.py`` repeats it), and ``noisy``, False where a lone estimate has no standard error of its own.
+    """
 
     def steps(self, context: ProbeContext) -> int:
         """Number of estimates that a run from scratch yields."""

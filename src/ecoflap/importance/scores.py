@@ -123,10 +123,26 @@ class Importance:
             raise InvalidOption(f"can't read importance from {path}: {error}") from error
 
 
-def summarise(estimates: Iterable[float]) -> Score:
+def check_granularity(options: Mapping[str, Any], granularity: str) -> None:
+    """Scores of whole blocks say nothing about single layers.
+
+    Args:
+        options: of the importance measure.
+
+    Raises:
+        InvalidOption: they ask for scores of whole blocks, and ``granularity`` is "layer".
+    """
+    for name, single in (("probe", "matrix"), ("scope", "layer")):
+        if granularity == "layer" and options.get(name) == "block":
+            raise InvalidOption(
+                f"{name}=block measures whole blocks: take granularity block or tower, or {name}={single}"
+            )
+
+
+def summarise(estimates: Iterable[float], noisy: bool = True) -> Score:
     """Mean and standard error of the absolute values; the same for any order of them.
 
-    One lone estimate has the standard error that the half-normal distribution gives it.
+    One lone estimate has the standard error that the half-normal distribution gives it, or 0 where it holds no noise.
     """
     values = [abs(value) for value in estimates]
     n = len(values)
@@ -134,6 +150,6 @@ def summarise(estimates: Iterable[float]) -> Score:
         return Score(0.0, 0.0, 0)
     mean = math.fsum(values) / n
     if n == 1:
-        return Score(mean, HALF_NORMAL_SPREAD * mean, 1)
+        return Score(mean, HALF_NORMAL_SPREAD * mean if noisy else 0.0, 1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     return Score(mean, math.sqrt(variance / n), n)
