@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ecoflap.analysis.perform import analyse
     from ecoflap.api import PruneResult, allocate, inspect, prune
     from ecoflap.card import write_model_card
+    from ecoflap.comparison.entry import compare
     from ecoflap.hub import push
     from ecoflap.importance.measure import measure_importance
     from ecoflap.importance.scores import Importance, Score
@@ -23,6 +24,7 @@ __all__ = [
     "Score",
     "allocate",
     "analyse",
+    "compare",
     "inspect",
     "load",
     "measure_importance",
@@ -45,6 +47,7 @@ _HOMES = {
     "Score": "ecoflap.importance.scores",
     "allocate": "ecoflap.api",
     "analyse": "ecoflap.analysis.perform",
+    "compare": "ecoflap.comparison.entry",
     "inspect": "ecoflap.api",
     "load": "ecoflap.network.checkpoint",
     "measure_importance": "ecoflap.importance.measure",

@@ -11,11 +11,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ecoflap.comparison.folder import PAGE, TABLE, GridDirectory
+from ecoflap.comparison.recipe import UNUSED, Grid
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.helptext import Command as PlainHelp
 from ecoflap.options import OUTPUT, with_recipe_options
 from ecoflap.progress import Progress, Silent
-from ecoflap.recipe import Recipe
+from ecoflap.recipe import FILE_ONLY, Recipe
 from ecoflap.run import ANALYSIS, METRICS, MODEL, REPORT, RunDirectory, Stopped
 from ecoflap.terminal import messages, progress_on, standard_error, standard_output
 
@@ -66,6 +68,7 @@ SHARE_FIELDS = (
     "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
     "rule", "spread",
 )  # fmt: skip
+GRID_FIELDS = tuple(name for name in Grid.model_fields if name not in {"model", "seed", *UNUSED, *FILE_ONLY})
 SCORE_FIELDS = ("importance", "importance_options", "importance_samples")
 
 
@@ -246,6 +249,56 @@ def allocate(
         typer.echo(f"allocation  {target}")
 
 
+@app.command(cls=Command, short_help="Methods side by side at several sparsities: a table, plots and a page.")
+@with_recipe_options(*GRID_FIELDS, recipe=Grid)
+def compare(
+    grid: Grid,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="The folder to write. Default: ecoflap-compare.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = Path("ecoflap-compare"),
+    overwrite: Annotated[bool, _flag("--overwrite", text="Replace the comparison that is there.")] = False,
+    resume: Annotated[
+        bool, _flag("--resume", text="Go on with what is there; methods, sparsities and seeds may be added.")
+    ] = False,
+    low_memory: Annotated[
+        bool, _flag("--low-memory", text="Keep the dense weights on disk between cells, not in memory.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compare methods on MODEL at several sparsities, with several seeds: compare.md, .csv, .html, .json and plots.
+
+    A method is IMPORTANCE+CRITERION[:NAME=VALUE,...]; its NAMEs are options of prune, of the importance or of the
+    criterion. What cells share is done once, finished cells are kept.
+
+    Examples:
+        ecoflap compare
+        ecoflap compare --methods wanda,zeroth-order+wanda --sparsities 0.3:0.7:0.1 --seeds 0,1,2 --test-samples 300
+        ecoflap compare path/to/llama --calibration prose.txt --test held-out.txt --task perplexity
+        ecoflap compare --methods first-order+wanda:variant=fisher,granularity=layer,sparsegpt --output compared/first
+    """
+    progress = _progress(quiet or as_json)
+    # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+    examined = GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume)
+    if examined.complete and not quiet:
+        standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    from ecoflap.comparison.grid import run_grid
+    from ecoflap.comparison.listing import comparison_tables
+
+    say = None if quiet or as_json else _say
+    comparison = run_grid(
+        grid, output, overwrite=overwrite, resume=resume, low_memory=low_memory, progress=progress, say=say
+    )
+    if as_json:
+        _print_json({"folder": str(output), **comparison.model_dump(mode="json")})
+    elif not quiet:
+        for table in comparison_tables(comparison):
+            standard_output().print(table)
+        typer.echo(f"table   {output / TABLE}\npage    {output / PAGE}")
+
+
 @app.command(cls=Command, short_help="VQA accuracy, CIDEr, recall, perplexity, ..., suites of lm-eval.")
 @with_recipe_options(
     *MODEL_FIELDS, *TEST_FIELDS, "classes", "class_prompts", "batch_size", "sequence_length", "seed",
@@ -326,19 +379,22 @@ def analyse(
         typer.echo(f"pictures  {run / ANALYSIS}\nreport    {run / REPORT}")
 
 
-@app.command(cls=Command, short_help="Write a run's report.html again, from its files.")
+@app.command(cls=Command, short_help="Write the page of a run or comparison again, from its files.")
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A run directory, or what compare wrote.", show_default=False)
+    ],
     quiet: Quiet = False,
 ) -> None:
-    """Write report.html of RUN again, from its files.
+    """Write report.html of a run, or compare.html of a comparison, again from the files of FOLDER.
 
     Examples:
         ecoflap report runs/first
+        ecoflap report comparisons/first
     """
-    from ecoflap.report import write_report
+    from ecoflap.report import rebuild
 
-    path = write_report(run)
+    path = rebuild(folder)
     if not quiet:
         typer.echo(f"report  {path}")
 

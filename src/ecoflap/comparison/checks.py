@@ -42,9 +42,9 @@ class Plans:
         return next(filter(needs_data, found), found[0])
 
     def rehearse(self, base: Prepared) -> None:
-        """Drop the cells of ``base``'s group that can't be allocated on its model."""
+        """Drop the cells with ``base``'s number of samples, whatever their seed, that can't be allocated on its model."""
         for place, recipe in list(self.recipes.items()):
-            if group_of(recipe) == group_of(base.recipe):
+            if recipe.samples == base.recipe.samples:
                 try:
                     check_plan(plan_of(base, recipe))
                 except EcoflapError as error:

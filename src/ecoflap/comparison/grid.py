@@ -219,7 +219,7 @@ def _file_of(place: Place) -> str:
     plain = re.sub(r"[^A-Za-z0-9+.=,-]+", "_", name)[:80]
     if plain != name:
         plain += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{CELLS}/{plain} {place.sparsity!r} seed{place.seed}.json"
+    return f"{CELLS}/{plain}_{place.sparsity!r}_seed{place.seed}.json"
 
 
 def _line(error: BaseException) -> str:

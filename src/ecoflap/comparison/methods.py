@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ecoflap.errors import InvalidOption
@@ -70,7 +71,8 @@ class Method:
     def title(self) -> str:
         """For headings: ``zeroth-order + wanda (granularity layer)``."""
         words = [f"{key} {_shown(value)}" for key, value in sorted(self.options.items())]
-        return self.core.replace("+", " + ") + (f" ({', '.join(words)})" if words else "")
+        core = self.criterion if self.importance == "uniform" else f"{Path(self.importance).name} + {self.criterion}"
+        return core + (f" ({', '.join(words)})" if words else "")
 
     @property
     def citations(self) -> tuple[str, ...]:
