@@ -42,7 +42,7 @@ class Plans:
         return next(filter(needs_data, found), found[0])
 
     def rehearse(self, base: Prepared) -> None:
-        """Drop the cells with ``base``'s number of samples, whatever their seed, that can't be allocated on its model."""
+        """Drop the cells, of any seed but ``base``'s number of samples, that can't be allocated on its model."""
         for place, recipe in list(self.recipes.items()):
             if recipe.samples == base.recipe.samples:
                 try:
