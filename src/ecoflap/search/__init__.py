@@ -1,0 +1,1 @@
+"""Search for the allocation that costs a given model least, by its own measured loss. See docs/allocation.md."""

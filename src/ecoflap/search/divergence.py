@@ -1,0 +1,134 @@
+"""How far a changed model is from the dense one on a batch: KL divergence of its outputs, or its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ecoflap.errors import InvalidOption, NonFiniteLoss
+from ecoflap.importance.probe import Objective
+from ecoflap.registry import unknown
+
+METRICS = ("auto", "kl", "loss")
+_ROWS = 1024  # positions compared at a time: their probabilities are in fp32
+
+
+class Divergence:
+    """Compares a model with itself as it was when :meth:`record` was called.
+
+    ``kl`` is the mean KL(dense ‖ changed) over the output positions that a label belongs to (all real ones without
+    labels), in nats. It needs no labels to be right, and says something at every one of the vocabulary's words. Kept
+    are the dense logits of those positions, in the model's dtype. ``loss`` is the objective itself, minus that of the
+    dense model.
+
+    Args:
+        model: whose forward gives ``logits`` (or ``logits_per_image``), for ``kl``.
+        batches: calibration batches.
+        objective: loss of a batch that lies anywhere, the same in every call.
+        metric: ``kl``, ``loss``, or ``auto``: ``kl`` where the objective runs one forward that gives logits.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], objective: Objective, metric: str = "auto") -> None:
+        if metric not in METRICS:
+            raise unknown("metric", metric, list(METRICS))
+        self._model, self._batches, self._objective = model, batches, objective
+        self.metric = metric
+        self._references: list[Tensor] = []
+        self._dense: list[float] = []
+
+    def record(self) -> None:
+        """Run the model as it is on all batches, and take its outputs for the dense ones.
+
+        Raises:
+            NonFiniteLoss: a loss is NaN or infinite.
+            InvalidOption: ``kl`` is asked for, but the objective does not run one forward with logits.
+        """
+        self._references, self._dense = [], []
+        with torch.no_grad():
+            for index in range(len(self._batches)):
+                loss, outputs = self._run(index)
+                self._dense.append(self._finite(float(loss), index))
+                logits = _logits(outputs[0]) if len(outputs) == 1 else None
+                if logits is None and self.metric == "kl":
+                    name = type(self._model).__name__
+                    raise InvalidOption(f"metric=kl needs one forward of {name} that gives logits: take metric=loss")
+                if logits is None or self.metric == "loss":
+                    self.metric = "loss"
+                    self._references = []
+                    continue
+                self._references.append(logits[self._positions(index, logits)].clone())
+        if self.metric == "auto":
+            self.metric = "kl"
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __call__(self, index: int) -> Tensor:
+        """Of batch ``index``: a scalar in fp32, with a graph where gradients are on.
+
+        Raises:
+            NonFiniteLoss: it is NaN or infinite.
+        """
+        loss, outputs = self._run(index)
+        if self.metric == "loss":
+            value = loss.float() - self._dense[index]
+        else:
+            logits = _logits(outputs[0])
+            assert logits is not None
+            value = _kl(self._references[index], logits[self._positions(index, logits)])
+        self._finite(float(value.detach()), index)
+        return value
+
+    def value(self, index: int) -> float:
+        """Of batch ``index``, without gradients."""
+        with torch.no_grad():
+            return float(self(index))
+
+    def _run(self, index: int) -> tuple[Tensor, list[Any]]:
+        outputs: list[Any] = []
+        handle = self._model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        try:
+            return self._objective(self._model, self._batches[index]), outputs
+        finally:
+            handle.remove()
+
+    def _positions(self, index: int, logits: Tensor) -> Tensor:
+        """Bool in the leading shape of ``logits``: where an output counts."""
+        counts = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        batch = self._batches[index]
+        labels = batch.get("labels") if hasattr(batch, "get") else None
+        if not isinstance(labels, Tensor) or labels.shape != logits.shape[:-1] or labels.dim() != 2:
+            return counts
+        real = labels.to(logits.device) != -100
+        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            return real
+        counts[:, :-1], counts[:, -1] = real[:, 1:], False  # an output is about the next token
+        return counts
+
+    def _finite(self, value: float, index: int) -> float:
+        if not math.isfinite(value):
+            raise NonFiniteLoss(f"the loss on calibration batch {index} is {value}: check the samples of that batch")
+        return value
+
+
+def _logits(output: Any) -> Tensor | None:
+    for name in ("logits", "logits_per_image"):
+        found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+        if isinstance(found, Tensor) and found.dim() >= 2:
+            return found
+    return None
+
+
+def _kl(dense: Tensor, changed: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(dense) ‖ softmax(changed)), both (rows, classes)."""
+    total = torch.zeros((), device=changed.device)
+    for start in range(0, len(dense), _ROWS):
+        target = dense[start : start + _ROWS].float().log_softmax(dim=-1)
+        found = changed[start : start + _ROWS].float().log_softmax(dim=-1)
+        total = total + functional.kl_div(found, target, reduction="sum", log_target=True)
+    return total / max(len(dense), 1)

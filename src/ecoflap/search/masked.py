@@ -1,0 +1,127 @@
+"""A model that computes with masked weights, block by block, while its own stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.network.forward import Forward, forward_replaced
+from ecoflap.network.parts import Anatomy, Layer
+
+
+class PackedMask:
+    """A bool mask of any shape as one bit an entry."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        flat = mask.flatten().to(torch.uint8)
+        flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+        self._bits = (flat << _places(flat)).sum(dim=1, dtype=torch.uint8)
+
+    def unpacked(self) -> Tensor:
+        """The mask that was packed."""
+        bits = (self._bits[:, None] >> _places(self._bits)) & 1
+        return bits.flatten()[: self.shape.numel()].view(self.shape).bool()
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
+
+
+class MaskedModel:
+    """Context in which blocks run with their weights masked.
+
+    A block's masked weights exist while it runs; kept are one bit a weight. The parameters themselves are not touched,
+    so that nothing has to be put back. Layers without a mask are dense.
+
+    Args:
+        model: in eval mode.
+        anatomy: its layers.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self._model = model
+        self._masks: dict[str, PackedMask] = {}
+        self._dense: frozenset[str] = frozenset()
+        self._parts: dict[str, Tensor] = {}
+        self._wraps = ExitStack()
+        self._inside: dict[str, list[Layer]] = {}
+        for layer in anatomy.layers:
+            for block in anatomy.replayable:
+                if any(module.startswith(f"{block}.") for module in layer.modules):
+                    self._inside.setdefault(block, []).append(layer)
+
+    def __enter__(self) -> MaskedModel:
+        for block, layers in self._inside.items():
+            wrap = partial(self._wrapper, layers)
+            self._wraps.enter_context(forward_replaced(self._model.get_submodule(block), wrap))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._wraps.close()
+
+    def blocks_of(self, layer: str) -> tuple[str, ...]:
+        """The blocks that run with this layer's weight."""
+        return tuple(block for block, layers in self._inside.items() if any(one.name == layer for one in layers))
+
+    def set(self, masks: Mapping[Layer, Tensor]) -> None:
+        """Give these layers masks (out, in), True = kept; the others keep theirs."""
+        for layer, mask in masks.items():
+            self._masks[layer.name] = PackedMask(mask.t() if layer.transposed else mask)
+
+    def clear(self) -> None:
+        """No masks."""
+        self._masks.clear()
+
+    @contextmanager
+    def dense(self, layers: Collection[str]) -> Iterator[None]:
+        """These layers run dense inside the context."""
+        outer, self._dense = self._dense, self._dense | frozenset(layers)
+        try:
+            yield
+        finally:
+            self._dense = outer
+
+    @contextmanager
+    def removed_part(self, parts: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let layer ``name`` compute with W − t·(what its mask removes), t = ``parts[name]``, a scalar at 1.
+
+        The derivative by t is then -⟨∇L, removed part⟩ at the masked weights.
+        """
+        outer, self._parts = self._parts, dict(parts)
+        try:
+            yield
+        finally:
+            self._parts = outer
+
+    def _wrapper(self, layers: list[Layer], forward: Forward) -> Callable[..., Any]:
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as swaps:
+                for layer in layers:
+                    packed = self._masks.get(layer.name)
+                    if packed is not None and layer.name not in self._dense:
+                        swaps.enter_context(self._swapped(layer, packed))
+                return forward(*args, **kwargs)
+
+        return masked
+
+    @contextmanager
+    def _swapped(self, layer: Layer, packed: PackedMask) -> Iterator[None]:
+        owners = [self._model.get_submodule(path) for path in layer.modules]
+        originals = [owner._parameters["weight"] for owner in owners]
+        weight = self._model.get_parameter(layer.name).detach()
+        part = self._parts.get(layer.name)
+        removed = torch.zeros((), dtype=weight.dtype, device=weight.device) if part is None else weight * (1 - part)
+        stand_in = torch.where(packed.unpacked(), weight, removed)
+        try:
+            for owner in owners:
+                owner._parameters["weight"] = stand_in  # type: ignore[assignment]  # a graph can't begin at a Parameter
+            yield
+        finally:
+            for owner, original in zip(owners, originals, strict=True):
+                owner._parameters["weight"] = original
