@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecoflap.allocation import Allocation, LayerAllocation, LayerSize
 from ecoflap.allocation import allocate as allocate_sizes
+from ecoflap.allocation.groups import make_pools
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.files import read_json
 from ecoflap.importance.names import own_rule
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ecoflap.calibration.objectives import Objective
     from ecoflap.progress import Progress
     from ecoflap.pruning.walk import BlockJournal
+    from ecoflap.statistics.choice import TokenChoice
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,9 @@ def prune(
     batches: Sequence[Mapping[str, Any]],
     sparsity: float = 0.5,
     *,
-    importance: str | Importance = "zeroth-order",
+    importance: str | Importance | None = None,
     criterion: str = "wanda",
+    criterion_options: Mapping[str, Any] | None = None,
     pattern: str = "unstructured",
     compare: str | None = None,
     max_sparsity: float | None = None,
@@ -123,6 +127,7 @@ def prune(
     exclude: Sequence[str] = (),
     towers: Sequence[str] | None = None,
     seed: int = 0,
+    tokens: str | TokenChoice = "all",
     offload_activations: bool = False,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -131,10 +136,13 @@ def prune(
     Args:
         model: any module whose forward returns a loss, or give ``loss``.
         batches: calibration batches, mappings of keyword arguments; moved to the model's device as needed. May be
-            empty for the criterion ``magnitude`` with importance ``uniform`` or an allocation, which read no data.
+            empty for the criterion ``magnitude`` with importance ``uniform`` or an allocation, and for
+            ``global-magnitude``, which read no data.
         sparsity: fraction of the prunable weights to set to zero.
-        importance: a registered name, or scores measured before.
-        criterion: local rule: ``wanda``, ``sparsegpt``, ``magnitude``.
+        importance: a registered name, or scores measured before. Default: ``zeroth-order``; none for global criteria.
+        criterion: local rule: ``wanda``, ``sparsegpt``, ``magnitude``; or a global one, which decides every layer's
+            sparsity by itself: ``global-magnitude``, ``iterative-gradient``.
+        criterion_options: of the criterion, such as ``damping`` or ``rounds``.
         pattern: ``unstructured``, or N:M such as ``2:4`` (with ``importance="uniform"``).
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
         allocation: use this one, and skip stage 1.
@@ -142,6 +150,8 @@ def prune(
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.network.anatomy.discover`.
+        tokens: what enters the criterion's statistics where a language tower reads visual tokens, too: ``all``,
+            ``text``, ``text+top`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
         offload_activations: keep block inputs on the CPU between blocks.
         max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.
 
@@ -152,9 +162,33 @@ def prune(
     from ecoflap.importance.measure import first_samples, make_measure, measure_importance
     from ecoflap.network.anatomy import discover
     from ecoflap.network.cache import cache_disabled
-    from ecoflap.pruning.criteria import CRITERIA
+    from ecoflap.pruning.criteria import make_criterion
+    from ecoflap.pruning.names import is_global, reads_data, refuse_with_global
+    from ecoflap.statistics.choice import TokenChoice
+    from ecoflap.statistics.tokens import check_choice
 
-    CRITERIA.check(criterion)
+    choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
+    check_choice(choice, model, batches, getattr(make_criterion(criterion, criterion_options), "statistics", "none"))
+    if is_global(criterion):
+        refuse_with_global(
+            criterion,
+            {
+                "importance": importance.method if isinstance(importance, Importance) else importance,
+                "importance_options": importance_options,
+                "allocation": None if allocation is None else "that is given",
+                "pattern": pattern,
+                "compare": compare,
+                "max_sparsity": max_sparsity,
+                "min_sparsity": min_sparsity,
+                "granularity": granularity,
+                "aggregate": aggregate,
+                "rule": rule,
+                "spread": spread,
+            },
+        )
+        importance, max_sparsity = "uniform", 1.0
+    elif importance is None:
+        importance = "zeroth-order"
     shares: dict[str, Any] = {
         "sparsity": sparsity,
         "max_sparsity": max_sparsity,
@@ -168,7 +202,7 @@ def prune(
         "spread": spread,
     }
     measured = allocation is None and not isinstance(importance, Importance) and importance != "uniform"
-    if not len(batches) and (measured or criterion != "magnitude"):
+    if not len(batches) and (measured or reads_data(criterion)):
         raise CalibrationError("no calibration batches: give at least one")
     if measured:  # a wrong option is told now, not after the forward passes
         check_granularity(vars(make_measure(str(importance), dict(importance_options or {}))), granularity)
@@ -205,10 +239,14 @@ def prune(
         allocation,
         batches,
         criterion=criterion,
+        criterion_options=criterion_options,
+        budget=budget,
+        tower_sparsity=tower_sparsity,
         pattern=pattern,
         compare=compare,
         loss=objective,
         offload_activations=offload_activations,
+        tokens=choice,
         progress=progress,
     )
     return PruneResult(model, anatomy, scores, result[0], result[1])
@@ -221,20 +259,55 @@ def prune_to(
     batches: Sequence[Mapping[str, Any]],
     *,
     criterion: str,
-    pattern: str,
+    criterion_options: Mapping[str, Any] | None = None,
+    budget: str = "global",
+    tower_sparsity: Mapping[str, float] | None = None,
+    pattern: str = "unstructured",
     compare: str | None = None,
     loss: Objective | None = None,
     offload_activations: bool = False,
+    tokens: str | TokenChoice = "all",
     progress: Progress | None = None,
     journal: BlockJournal | None = None,
 ) -> tuple[Allocation, tuple[str, ...]]:
-    """Stage 2 alone, for a given allocation: (allocation with achieved sparsities, layers without statistics)."""
+    """Stage 2 alone, for a given allocation: (allocation with achieved sparsities, layers without statistics).
+
+    Args:
+        allocation: of a global criterion only the sums count, one for each budget that ``budget`` and
+            ``tower_sparsity`` make; the allocation that is returned then has the zeros that each layer was given.
+        criterion, criterion_options: as in :func:`prune`.
+        budget, tower_sparsity: as in :func:`allocate`; not looked at by local criteria.
+        journal: what an interrupted run has done, and where more goes.
+    """
     from ecoflap.calibration.objectives import default_objective, on_device
-    from ecoflap.pruning.criteria import CRITERIA
+    from ecoflap.pruning.criteria import make_criterion
+    from ecoflap.pruning.global_criteria import GlobalCriterion
+    from ecoflap.pruning.global_walk import prune_globally
+    from ecoflap.pruning.names import refuse_with_global
     from ecoflap.pruning.patterns import parse_pattern, with_default
     from ecoflap.pruning.walk import walk
+    from ecoflap.statistics.choice import TokenChoice
+    from ecoflap.statistics.tokens import check_choice
 
-    rule = CRITERIA.get(criterion)()
+    rule = make_criterion(criterion, criterion_options)
+    choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
+    objective = on_device(loss or default_objective(model))
+    if isinstance(rule, GlobalCriterion):
+        refuse_with_global(criterion, {"pattern": pattern, "compare": compare})
+        check_choice(choice, model, batches, "none")
+        result = prune_globally(
+            model,
+            anatomy,
+            allocation,
+            _budgets(anatomy, budget, tower_sparsity or {}),
+            batches,
+            rule,
+            objective=objective,
+            offload=offload_activations,
+            progress=progress,
+            journal=journal,
+        )
+        return result.allocation, result.unreached
     result = walk(
         model,
         anatomy,
@@ -242,12 +315,19 @@ def prune_to(
         batches,
         rule,
         with_default(parse_pattern(pattern, compare), rule.default_compare),
-        run=on_device(loss or default_objective(model)),
+        run=objective,
         offload=offload_activations,
+        tokens=choice,
         progress=progress,
         journal=journal,
     )
     return result.allocation, result.unreached
+
+
+def _budgets(anatomy: Anatomy, budget: str, tower_sparsity: Mapping[str, float]) -> dict[str, str]:
+    """Layer to the name of the budget that it shares."""
+    pools = make_pools([_size(layer, 0.0) for layer in anatomy.layers], Fraction(0), budget, tower_sparsity)
+    return {layer.name: pool.name for pool in pools for layer in pool.layers}
 
 
 def flat(anatomy: Anatomy, rule: str = "proportional") -> Importance:

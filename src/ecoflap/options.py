@@ -24,7 +24,9 @@ PANELS: dict[str, tuple[str, ...]] = {
         "rule", "spread", "allocation",
     ),
     "Importance (stage 1)": ("importance", "importance_options", "importance_samples"),
-    "Pruning (stage 2)": ("criterion", "pattern", "compare", "offload_activations"),
+    "Pruning (stage 2)": (
+        "criterion", "criterion_options", "pattern", "compare", "tokens", "top_tokens", "offload_activations",
+    ),
     "Calibration": (
         "calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts", "samples",
         "batch_size", "sequence_length", "seed",
@@ -51,6 +53,8 @@ _METAVARS = {
     "class_prompts": "TEMPLATE|FILE",
     "allocation": "FILE",
     "criterion": "NAME",
+    "tokens": "NAME",
+    "criterion_options": "NAME=VALUE",
     "rule": "NAME",
     "pattern": "unstructured|N:M",
     "calibration": "SOURCE",

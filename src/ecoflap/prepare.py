@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,11 @@ from ecoflap.network.cache import cache_disabled
 from ecoflap.network.checkpoint import Checkpoint, load
 from ecoflap.network.parts import Anatomy
 from ecoflap.progress import Progress
+from ecoflap.pruning.criteria import make_criterion
+from ecoflap.pruning.names import CRITERIA, reads_data
 from ecoflap.recipe import Recipe
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.tokens import check_choice
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +99,7 @@ def is_measured(recipe: Recipe) -> bool:
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether calibration samples decide the result."""
-    return recipe.criterion != "magnitude" or is_measured(recipe)
+    return reads_data(recipe.criterion) or is_measured(recipe)
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -111,6 +115,7 @@ def prepare(recipe: Recipe) -> Prepared:
     given = None if recipe.allocation is None else read_allocation(recipe.allocation)
     scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
     plan = plan_on(load_checkpoint(recipe), recipe, scores, given)
+    check_plan(plan)
     rehearse(plan.checkpoint, recipe)
     return plan
 
@@ -123,13 +128,14 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if is_measured(recipe):
         check_importance_options(recipe)
+    check_criterion_options(recipe)
     check_evaluations(recipe)
 
 
 def plan_on(
     checkpoint: Checkpoint, recipe: Recipe, scores: Importance | None = None, given: Allocation | None = None
 ) -> Prepared:
-    """The plan of ``recipe`` on a model that is loaded: calibration, objective, layers, whether it can be allocated.
+    """The plan of ``recipe`` on a model that is loaded: calibration, objective, layers; :func:`check_plan` looks at it.
 
     Args:
         scores: read from the recipe's file, where it names one.
@@ -142,22 +148,23 @@ def plan_on(
     name = objective_name(recipe.objective, checkpoint.model)
     objective = resolve(name, checkpoint.model)
     anatomy = find_layers(recipe, checkpoint.model, batches, objective)
-    plan = Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given)
-    check_plan(plan)
-    return plan
+    return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given)
 
 
 def check_plan(plan: Prepared) -> None:
     """Whether the plan's samples, scores and allocation fit each other and its model.
 
     Raises:
-        CalibrationError: fewer samples than stage 1 is to have.
+        CalibrationError: fewer samples than stage 1 is to have, or a choice of tokens where none is visual.
         InvalidOption: scores or allocation are of another model, or can't be made with the pattern.
         InfeasibleAllocation: the sparsity can't be reached.
     """
     recipe, anatomy = plan.recipe, plan.anatomy
     if is_measured(recipe):
         first_samples(plan.batches, recipe.importance_samples)
+    criterion = make_criterion(recipe.criterion, recipe.criterion_options)
+    tokens = TokenChoice(recipe.tokens, recipe.top_tokens)
+    check_choice(tokens, plan.checkpoint.model, plan.batches, getattr(criterion, "statistics", "none"))
     if plan.importance is not None:
         check_same_layers(anatomy, plan.importance)
     rehearsed = (
@@ -170,14 +177,23 @@ def check_plan(plan: Prepared) -> None:
 
 def check_importance_options(recipe: Recipe) -> None:
     """Raises InvalidOption for an option that the recipe's importance does not have, or a value of the wrong kind."""
-    factory: Any = IMPORTANCES.get(recipe.importance)
-    kinds = {field.name: str(field.type) for field in fields(factory)}
-    for name, value in recipe.importance_options.items():
-        wanted = _KINDS.get(kinds.get(name, ""), (object,))
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kinds.get(name) in ("int", "float")):
-            raise InvalidOption(f"importance option {name}={value}: it must be {_described(kinds[name])}")
+    _check_kinds("importance", IMPORTANCES.get(recipe.importance), recipe.importance_options)
     made = make_measure(recipe.importance, dict[str, Any](recipe.importance_options))
     check_granularity(vars(made), recipe.granularity)
+
+
+def check_criterion_options(recipe: Recipe) -> None:
+    """Raises InvalidOption for an option that the recipe's criterion does not have, or a value of the wrong kind."""
+    _check_kinds("criterion", CRITERIA.get(recipe.criterion), recipe.criterion_options)
+    make_criterion(recipe.criterion, recipe.criterion_options)
+
+
+def _check_kinds(what: str, factory: Any, options: Mapping[str, Any]) -> None:
+    kinds = {field.name: str(field.type) for field in fields(factory)}
+    for name, value in options.items():
+        wanted = _KINDS.get(kinds.get(name, ""), (object,))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kinds.get(name) in ("int", "float")):
+            raise InvalidOption(f"{what} option {name}={value}: it must be {_described(kinds[name])}")
 
 
 def _described(kind: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,10 @@ from ecoflap.classes import is_file_entry
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.evaluations import Evaluation
 from ecoflap.registry import unknown
+from ecoflap.statistics.choice import TokenChoice
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FILE_ONLY = ("evaluations",)  # fields that only a recipe file can say
 _FLAGS = {"task_options": "--task-option"}  # where it is not the field's name
@@ -66,10 +70,24 @@ class Recipe(BaseModel):
         None, ge=0.0, le=1.0, description="How far the rule lets groups differ. Default: the importance's own."
     )
     allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
-    criterion: str = Field("wanda", description="wanda, sparsegpt or magnitude.")
+    criterion: str = Field(
+        "wanda",
+        description="wanda, sparsegpt, magnitude; over the whole model, without importance: global-magnitude, "
+        "iterative-gradient.",
+    )
+    criterion_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict, description="Options of the criterion: damping, slab (sparsegpt); rounds."
+    )
     pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (N of M kept).")
     compare: Literal["row", "matrix"] | None = Field(
         None, description="Where scores are compared; default: the criterion's own (row for Wanda)."
+    )
+    tokens: str = Field(
+        "all",
+        description="What counts in the statistics of towers that read text and pictures: all, text, text+top or atv.",
+    )
+    top_tokens: float | None = Field(
+        None, description="Of text+top: share of the visual tokens, default 0.2; of atv: its factor, default 1."
     )
     calibration: str | None = Field(None, description="Calibration data: file, folder or dataset id.")
     columns: dict[str, str] = Field(default_factory=dict, description="Columns of the data: image, question, answer...")
@@ -123,7 +141,7 @@ class Recipe(BaseModel):
     @field_validator("criterion")
     @classmethod
     def _known_criterion(cls, name: str) -> str:
-        from ecoflap.pruning.criteria import CRITERIA
+        from ecoflap.pruning.names import CRITERIA
 
         return CRITERIA.check(name)
 
@@ -176,6 +194,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        TokenChoice(self.tokens, self.top_tokens)
         if self.max_sparsity is not None and self.max_sparsity < self.sparsity:
             raise InvalidOption(
                 f"max_sparsity {self.max_sparsity:g} is below sparsity {self.sparsity:g}: "
@@ -201,9 +220,12 @@ class Recipe(BaseModel):
 
         Raises:
             InvalidOption: an N:M pattern stands with another sparsity or with an importance; an allocation can't be
-                read, or stands with another sparsity.
+                read, or stands with another sparsity; a global criterion stands with what it decides itself.
         """
-        changes: dict[str, Any] = self._fixed_by_allocation()
+        from ecoflap.pruning.names import is_global
+
+        changes: dict[str, Any] = self._fixed_by_criterion() if is_global(self.criterion) else {}
+        changes |= self._fixed_by_allocation()
         if self.importance_samples > self.samples:
             changes["importance_samples"] = self.samples
         if self.pattern != "unstructured" and self.allocation is None:
@@ -227,6 +249,13 @@ class Recipe(BaseModel):
                 rule = str(settings.get("rule", rule)) if isinstance(settings, dict) else rule
         margin = None if rule not in RULES else RULES.get(rule)(None).margin
         return None if margin is None else min(1.0, round(sparsity + float(margin), 10))
+
+    def _fixed_by_criterion(self) -> dict[str, Any]:
+        """A global criterion decides each layer's share, so there is neither importance nor cap."""
+        from ecoflap.pruning.names import refuse_with_global
+
+        refuse_with_global(self.criterion, {name: getattr(self, name) for name in sorted(self.model_fields_set)})
+        return {"importance": "uniform", "importance_options": {}, "max_sparsity": 1.0}
 
     def _fixed_by_allocation(self) -> dict[str, Any]:
         """What the allocation file says where the recipe says nothing, so that the run's record is true."""
@@ -267,7 +296,7 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json")
 
     @classmethod
-    def parse(cls, values: dict[str, Any], source: str = "recipe") -> Recipe:
+    def parse(cls, values: dict[str, Any], source: str = "recipe") -> Self:
         """A recipe from plain values; ``source`` says in messages where they come from.
 
         Raises:
@@ -289,7 +318,7 @@ class Recipe(BaseModel):
             raise type(error)(f"{source}: {error}") from error
 
     @classmethod
-    def load(cls, path: str | Path | Sequence[str | Path], changes: dict[str, Any] | None = None) -> Recipe:
+    def load(cls, path: str | Path | Sequence[str | Path], changes: dict[str, Any] | None = None) -> Self:
         """Read YAML, with ``changes`` over it. A run's ``recipe.yaml`` is accepted as it is.
 
         Args:

@@ -9,6 +9,7 @@ from ecoflap.importance.scores import Importance
 from ecoflap.prepare import Prepared, measure, shared_out
 from ecoflap.progress import Progress
 from ecoflap.pruning.walk import BlockJournal
+from ecoflap.statistics.choice import TokenChoice
 
 
 def importance_for(plan: Prepared, progress: Progress, journal: EstimateJournal | None = None) -> Importance:
@@ -57,10 +58,14 @@ def pruned_to(
         allocation,
         plan.batches,
         criterion=recipe.criterion,
+        criterion_options=recipe.criterion_options,
+        budget=recipe.budget,
+        tower_sparsity=recipe.tower_sparsity,
         pattern=recipe.pattern,
         compare=recipe.compare,
         loss=plan.objective,
         offload_activations=recipe.offload_activations,
+        tokens=TokenChoice(recipe.tokens, recipe.top_tokens),
         progress=progress,
         journal=journal,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from ecoflap.network.parts import Anatomy
 from ecoflap.network.perturb import computing_in_fp32, gradients_set_aside
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent
+from ecoflap.registry import check_option_names
 
 
 class EstimateJournal(Protocol):
@@ -51,11 +52,7 @@ def make_measure(name: str, options: dict[str, Any]) -> ImportanceMeasure:
         InvalidOption: it has no such option, or the value is out of range.
     """
     factory: Any = IMPORTANCES.get(name)
-    known = [field.name for field in fields(factory)]
-    for option in options:
-        if option not in known:
-            has = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise InvalidOption(f"importance '{name}' has no option '{option}': {has}")
+    check_option_names("importance", name, [field.name for field in fields(factory)], options)
     measure: ImportanceMeasure = factory(**options)
     return measure
 
@@ -79,6 +76,11 @@ def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
         if count >= samples:
             return batches[:number]
     raise CalibrationError(f"{samples} samples were asked for importance, but the calibration batches hold {count}")
+
+
+def _is_native(measure: ImportanceMeasure) -> bool:
+    """Whether the measure asks for the checkpoint's own dtype (its option ``precision``) instead of fp32."""
+    return getattr(measure, "precision", "fp32") == "native"
 
 
 def measure_importance(
@@ -123,7 +125,7 @@ def measure_importance(
             evaluating(model),
             cache_disabled(model),
             gradients_set_aside(model),
-            computing_in_fp32(model),
+            nullcontext() if _is_native(measure) else computing_in_fp32(model),
         ):
             state.enter_context(context_manager)
         if anatomy is None:
@@ -145,6 +147,7 @@ def measure_importance(
         settings={
             "rule": getattr(measure, "rule", "proportional"),
             **asdict(measure),  # type: ignore[call-overload]
+            **context.remarks,
             "seed": seed,
             "batches": len(batches),
             "samples": sum(batch_size_of(batch) for batch in batches),

@@ -14,6 +14,7 @@ IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
     "importance",
     {
         "zeroth-order": "ecoflap.importance.zeroth_order:ZerothOrder",
+        "forward-mode": "ecoflap.importance.forward_mode:ForwardMode",
         "gradient-norm": "ecoflap.importance.gradient_norm:GradientNorm",
         "first-order": "ecoflap.importance.first_order:FirstOrder",
         "owl": "ecoflap.importance.owl:Owl",

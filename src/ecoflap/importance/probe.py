@@ -22,6 +22,7 @@ class ProbeContext:
 
     Attributes:
         done: (layer, batch, draw) of estimates that an interrupted run already has.
+        remarks: what the measure finds out that belongs into the settings of its scores.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class ProbeContext:
     objective: Objective
     seed: int
     done: frozenset[tuple[str, int, int]] = field(default_factory=frozenset)
+    remarks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -40,6 +40,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "aggregate": (None, "sum"),
     "rule": (None,),
     "spread": (None,),
+    "tokens": ("all",),
 }
 
 
