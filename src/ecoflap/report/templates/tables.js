@@ -45,7 +45,10 @@
     const text = tools.querySelector("input");
     const tower = tools.querySelector("select");
     const count = tools.querySelector("output");
-    const rows = [...table.tBodies[0].rows].map((row) => ({ row, text: row.textContent.toLowerCase() }));
+    const named = (row) => [...row.cells].filter((cell) => !cell.classList.contains("n"));
+    const rows = [...table.tBodies[0].rows].map((row) => (
+      { row, text: named(row).map((cell) => cell.textContent).join(" ").toLowerCase() }
+    ));
     const apply = () => {
       const words = text.value.toLowerCase().split(/\s+/).filter(Boolean);
       let shown = 0;

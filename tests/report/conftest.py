@@ -1,0 +1,48 @@
+import os
+import shutil
+
+import pytest
+from browsing import Tab
+from synthetic import write_analyses, write_comparison, write_run
+
+from ecoflap.report import write_compare, write_report
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """An installed Chromium without a window; the tests that need one are skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium, or set CHROMIUM to its path")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return write_report(write_analyses(write_run(tmp_path_factory.mktemp("run"))))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    return write_compare(write_comparison(tmp_path_factory.mktemp("compared")))
+
+
+@pytest.fixture
+def open_tab(browser):
+    tabs = []
+
+    def opened(path, **options):
+        tabs.append(Tab(browser, path, **options))
+        return tabs[-1]
+
+    yield opened
+    for tab in tabs:
+        tab.context.close()
+        assert tab.said == []  # no error, no breach of the policy
+        assert all(url.startswith(("file:", "data:", "blob:")) for url in tab.asked)

@@ -1,0 +1,147 @@
+import math
+import re
+
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pages import ATTACK
+from synthetic import TOWERS, agreement, comparison, distributions, effects, landscape, write_run
+
+from ecoflap.report import analyses, analysis_charts, compare_charts, run_charts
+from ecoflap.report.charts import DASHES, HUES, Axis, Chart, Rule, Series, log_ticks, places, style, tower_styles
+from ecoflap.report.comparison import Comparison
+from ecoflap.report.data import read_run
+from ecoflap.report.html import in_script
+from ecoflap.report.interactive import figure
+from ecoflap.report.static import svg
+
+COLOUR = re.compile(r"var\(--([a-z0-9]+)\)( [\d.]+)?")
+
+
+@pytest.fixture(scope="module")
+def charts(tmp_path_factory):
+    run = read_run(write_run(tmp_path_factory.mktemp("run")))
+    content = Comparison.model_validate(comparison())
+    quality = compare_charts.quality_chart(content, content.each_test[0])
+    assert quality is not None
+    return [
+        *run_charts.sparsity_charts(run, run.blocks()),
+        *run_charts.importance_charts(run.blocks()),
+        *run_charts.layer_importance_charts(run),
+        *run_charts.heat_charts(run),
+        *analysis_charts.distribution_charts(analyses.Distributions.model_validate(distributions())),
+        analysis_charts.agreement_chart(analyses.Agreement.model_validate(agreement())),
+        *analysis_charts.effect_charts(analyses.Effects.model_validate(effects())),
+        *analysis_charts.landscape_charts(analyses.Landscape.model_validate(landscape())),
+        quality,
+        *compare_charts.cost_charts(content),
+        *compare_charts.tower_charts(content),
+    ]
+
+
+def painted(value):
+    """As the page's script does: every colour of ours becomes one that plotly knows."""
+    if isinstance(value, str):
+        return COLOUR.sub("rgba(1, 2, 3, 0.5)", value)
+    if isinstance(value, list):
+        return [painted(item) for item in value]
+    return {key: painted(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def test_plotly_accepts_every_property(charts):
+    for chart in charts:
+        go.Figure(painted(figure(chart)))  # raises on a name or value that it does not know
+
+
+def test_still_drawings_have_no_colour_of_their_own(charts):
+    for index, chart in enumerate(charts):
+        drawing = svg(chart, f"p{index}")
+        assert re.findall(r"#[0-9a-f]{6}\b", drawing) == []
+        ids = re.findall(r'\bid="([^"]+)"', drawing)
+        assert len(ids) == len(set(ids))
+        assert all(name.startswith(f"p{index}-") for name in ids)
+
+
+def test_both_drawings_are_the_same_for_the_same_chart(charts):
+    for chart in (charts[0], charts[-1]):
+        assert svg(chart, "x") == svg(chart, "x")
+        assert in_script(figure(chart)) == in_script(figure(chart))
+
+
+def test_every_chart_is_described(charts):
+    assert all(chart.caption and chart.description.endswith(".") for chart in charts)
+
+
+def test_texts_reach_plotly_escaped():
+    hover = [f"{ATTACK}\n<b>two</b>"]
+    series = Series(ATTACK, "line", [1.0], [2.0], style(0), hover)
+    made = figure(Chart(ATTACK, ATTACK, Axis(ATTACK), Axis(ATTACK), [series], [Rule(1.0, ATTACK, 1)]))
+    trace = made["data"][0]
+    for text in (trace["name"], made["layout"]["xaxis"]["title"]["text"]):
+        assert "<" not in text
+    assert trace["hovertext"][0].count("<") == trace["hovertext"][0].count("<br>") == 1
+
+
+def test_dollars_and_brackets_in_names_are_drawn_as_they_are():
+    series = Series("s", "bar", ["a $x_1$ b", "<i>"], [1.0, 2.0], style(0))
+    drawing = svg(Chart("c", "c.", Axis("$y$"), Axis("<b>"), [series]), "x")
+    assert "a $x_1$ b" in drawing
+    assert "&lt;i&gt;" in drawing
+    assert "<b>" not in drawing
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_json_in_a_script_comes_back_and_cannot_end_it(text):
+    import json
+
+    embedded = str(in_script({"key": text}))
+    assert not set(embedded) & set("<>&\u2028\u2029")
+    assert json.loads(embedded) == {"key": text}
+
+
+def test_json_in_a_script_is_finite():
+    with pytest.raises(ValueError, match="JSON compliant"):
+        in_script([math.nan])
+
+
+def test_looks_differ_until_colours_and_dashes_are_used_up():
+    count = HUES * len(DASHES)
+    looks = [style(index) for index in range(count)]
+    assert len({(look.colour, look.dash) for look in looks}) == count
+    assert len({look.colour for look in looks[:HUES]}) == len({look.marker for look in looks[:HUES]}) == HUES
+    towers = tower_styles({name: modality for name, (modality, *_) in TOWERS.items()})
+    assert len({(look.colour, look.dash) for look in towers.values()}) == 3
+
+
+@given(st.floats(1e-12, 1e9), st.floats(1.5, 1e12))
+def test_ticks_of_a_logarithmic_axis(low, ratio):
+    ticks = log_ticks((low, low * ratio))
+    assert ticks == sorted(set(ticks))
+    assert all(low <= tick <= low * ratio for tick in ticks)
+    assert len(ticks) <= 13
+    if ratio >= 10:
+        assert ticks
+
+
+@given(st.integers(1, 500))
+def test_ticks_of_blocks_are_whole_and_few(count):
+    ticks = places(count)
+    assert ticks[0] == 0
+    assert len(ticks) <= 12
+    assert all(tick == int(tick) and tick < count for tick in ticks)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(0, 1e3) | st.none()), min_size=1, max_size=6),
+)
+def test_error_bars_stay_on_a_logarithmic_axis(pairs):
+    limits = run_charts.log_limits(pairs)
+    series = Series("s", "points", range(len(pairs)), [y for y, _ in pairs], style(0), error=[e for _, e in pairs])
+    below, above = series.error_lengths(Axis("y", log=True, limits=limits))
+    for (value, error), down, up in zip(pairs, below, above, strict=True):
+        assert limits[0] < value < limits[1]
+        assert up == (error or 0.0)
+        assert value - down >= limits[0] * (1 - 1e-9)
+        assert 0 <= down <= (error or 0.0)
