@@ -17,7 +17,7 @@ from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.helptext import Command as PlainHelp
 from ecoflap.options import OUTPUT, with_recipe_options
 from ecoflap.progress import Progress, Silent
-from ecoflap.recipe import FILE_ONLY, Recipe
+from ecoflap.recipe import FILE_ONLY, OPTIONS, Recipe
 from ecoflap.run import ANALYSIS, METRICS, MODEL, REPORT, RunDirectory, Stopped
 from ecoflap.terminal import messages, progress_on, standard_error, standard_output
 
@@ -348,7 +348,7 @@ def analyse(
                      "May be repeated. Default: all."),
     ] = None,
     samples: Annotated[
-        int | None,
+        str | None,
         typer.Option("--samples", metavar="N", show_default=False, rich_help_panel=OUTPUT,
                      help="Calibration samples to measure on. Default: those of stage 1, fewer for large models."),
     ] = None,
@@ -368,8 +368,10 @@ def analyse(
     from ecoflap.analysis import analyse as analyse_run
     from ecoflap.commands import find_own_modules
 
+    # Read as the recipe reads numbers, so that a fault has one wording wherever it is found.
+    count = None if samples is None else Recipe.parse({"samples": samples}, OPTIONS).samples
     find_own_modules(run)
-    outcomes = analyse_run(run, what, samples=samples, overwrite=overwrite, progress=_progress(quiet or as_json))
+    outcomes = analyse_run(run, what, samples=count, overwrite=overwrite, progress=_progress(quiet or as_json))
     if as_json:
         _print_json({"run": str(run), "analyses": {name: found.to_json() for name, found in outcomes.items()}})
     elif not quiet:
