@@ -8,7 +8,7 @@ import pytest
 
 from ecoflap.citations import CITATIONS, PAPERS, citations
 from ecoflap.importance.names import IMPORTANCES
-from ecoflap.pruning.criteria import CRITERIA
+from ecoflap.pruning.names import CRITERIA
 
 OURS = {"uniform", "sensitivity"}  # no paper of others to name
 

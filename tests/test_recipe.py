@@ -18,7 +18,7 @@ from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS
 from ecoflap.importance.names import IMPORTANCES
 from ecoflap.options import PANELS, with_recipe_options
-from ecoflap.pruning.criteria import CRITERIA
+from ecoflap.pruning.names import CRITERIA
 from ecoflap.recipe import FILE_ONLY, Recipe
 from ecoflap.report.command import reproduce
 

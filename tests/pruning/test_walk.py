@@ -18,7 +18,7 @@ from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy, Layer
 from ecoflap.network.trace import evaluating
-from ecoflap.pruning.criteria import CRITERIA
+from ecoflap.pruning.names import CRITERIA
 from ecoflap.pruning.patterns import parse_pattern, with_default
 from ecoflap.pruning.walk import PrunedBlock, walk
 from ecoflap.statistics.gather import Gatherer

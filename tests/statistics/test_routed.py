@@ -15,8 +15,8 @@ from torch import nn
 
 from ecoflap import api
 from ecoflap.network.anatomy import discover
-from ecoflap.pruning.criteria import CRITERIA
 from ecoflap.pruning.magnitude import Magnitude
+from ecoflap.pruning.names import CRITERIA
 from ecoflap.pruning.patterns import parse_pattern, with_default
 from ecoflap.statistics.inputs import InputGram, InputNorm
 from ecoflap.statistics.routed import RoutedTokens, row_hashes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ecoflap.errors import CalibrationError, NonFiniteLoss
 from ecoflap.pruning.global_criteria import GlobalCriterion
-from ecoflap.pruning.names import CRITERIA as CRITERIA
+from ecoflap.pruning.names import CRITERIA
 from ecoflap.pruning.patterns import Compare, Pattern
 from ecoflap.registry import check_option_names
 from ecoflap.statistics.inputs import InputStatistics
