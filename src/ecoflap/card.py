@@ -14,6 +14,7 @@ from ecoflap.card_page import Card, Row, Step, processor_class, put
 from ecoflap.citations import citations
 from ecoflap.errors import InvalidOption
 from ecoflap.files import read_json
+from ecoflap.recipe import Recipe
 from ecoflap.report import formats
 from ecoflap.report.data import METRICS, OtherMetric, Quality, RunData, read_run
 
@@ -114,8 +115,10 @@ def write_model_card(
 def _of_run(run: RunData, processor: str | None) -> Card:
     metrics = run.metrics
     assert metrics is not None
-    recipe = {name: _shortened(value, name) for name, value in (run.recipe or {}).items()}
-    found = base_model((run.recipe or {}).get("model"))
+    said = run.recipe or {}
+    order = [*(name for name in Recipe.model_fields if name in said), *sorted(set(said) - set(Recipe.model_fields))]
+    recipe = {name: _shortened(said[name], name) for name in order}
+    found = base_model(said.get("model"))
     raw = read_json(run.path / METRICS, "the run's file")
     data = {
         task: _place(str(result["settings"]["data"]))

@@ -231,6 +231,8 @@ _METHODS = {
     "fisher": ("obd",),
     "iterative-gradient": ("obd",),
     "global-magnitude": ("magnitude",),
+    "text": ("atv-pruning",),
+    "atv": ("atv-pruning",),
 }
 
 CITATIONS: Mapping[str, Citation] = MappingProxyType(

@@ -79,6 +79,7 @@ def push(
     """
     check_name(repo_id)
     folder = model_folder(Path(run))
+    check_account()
     api = HfApi()
     with _explained(repo_id), nullcontext() if bars else _without_bars():
         where = api.create_repo(repo_id, private=private or None, exist_ok=True)

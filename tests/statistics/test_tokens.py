@@ -1,0 +1,197 @@
+"""Choice of tokens against statistics of captured inputs with the mask applied by hand, on families that mix both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import picos
+import pytest
+import torch
+import torch.nn.functional as F
+from families.matrix import case
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ecoflap import api
+from ecoflap.calibration.objectives import default_objective
+from ecoflap.calibration.padding import IGNORED, placeholders, token_masks
+from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.drive import TowerDriver
+from ecoflap.network.parts import Anatomy, Block
+from ecoflap.network.trace import evaluating, tensors_in
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.dense import decoder_of, gather, sequence_of
+from ecoflap.statistics.inputs import STATISTICS
+from ecoflap.statistics.tokens import check_choice, largest
+
+SHARED = (
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "idefics3", "smolvlm",
+    "gemma3", "paligemma", "internvl", "mistral3", "glm4v", "aya_vision", "ovis2", "florence2",
+)  # fmt: skip
+CHOICES = (TokenChoice("text"), TokenChoice("text+top", 0.4), TokenChoice("atv"), TokenChoice("atv", 0.5))
+
+
+def made(name: str) -> tuple[nn.Module, Anatomy, list[Any], Any]:
+    """A model whose language tower reads visual tokens, its anatomy, padded batches and the loss."""
+    if name.startswith("pico "):
+        model = picos.FAMILIES[name[5:]].build()
+        batches = picos.batches(name[5:], padding=True)
+        loss = default_objective(model)
+        with cache_disabled(model):
+            return model, discover(model, batches[0], run=loss), batches, loss
+    found = case(name)
+    return found.fresh(), found.anatomy, found.padded, found.loss
+
+
+def by_hand(
+    choice: TokenChoice, batches: list[Any], model: nn.Module, calls: list[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """(batch, tokens) of each batch: the tokens that count, from what enters and leaves the block."""
+    identifier = placeholders(model)[0]
+    drifts = [1 - F.cosine_similarity(x.double(), y.double(), dim=-1) for x, y in calls]
+    images = [batch["input_ids"] == identifier for batch in batches]
+    mean = torch.cat([drift[image] for drift, image in zip(drifts, images, strict=True)]).mean()
+    kept = []
+    for batch, image, drift, (x, _) in zip(batches, images, drifts, calls, strict=True):
+        keep = (batch["attention_mask"] == 1) & ~image
+        for row in range(len(image)):
+            visual = image[row].nonzero().flatten().tolist()
+            texts = int(keep[row].sum())
+            if choice.name == "text+top":
+                ranked = sorted(visual, key=lambda at: -float(x[row, at].double().norm()))
+                keep[row, ranked[: round(0.4 * len(visual))]] = True
+            elif choice.name == "atv":
+                ranked = sorted(visual, key=lambda at: -float(drift[row, at]))
+                keep[row, ranked[: round(min(1.0, choice.used * float(mean)) * texts)]] = True
+        kept.append(keep)
+    return kept
+
+
+def watched(model: nn.Module, block: Block, batches: list[Any], loss: Any) -> tuple[list[Any], dict[str, list[Tensor]]]:
+    """What enters and leaves the block, and what each of its layers receives, batch by batch, in plain forwards."""
+    calls: list[Any] = []
+    inputs: dict[str, list[Tensor]] = {layer.name: [] for layer in block.layers}
+    handles = [
+        model.get_submodule(block.name).register_forward_hook(
+            lambda _, args, kwargs, out: calls.append((tensors_in((args, kwargs))[0].clone(), tensors_in(out)[0])),
+            with_kwargs=True,
+        )
+    ]
+    for layer in block.layers:
+        handles.append(
+            model.get_submodule(layer.module).register_forward_pre_hook(
+                lambda _, args, name=layer.name: inputs[name].append(args[0])
+            )
+        )
+    with torch.no_grad(), evaluating(model), cache_disabled(model):
+        for batch in batches:
+            loss(model, batch)
+    for handle in handles:
+        handle.remove()
+    return calls, inputs
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: f"{choice.name} {choice.used:g}")
+@pytest.mark.parametrize("name", ["pico llava", "pico blip2_t5", "pico blip2_opt", *SHARED])
+def test_statistics_are_those_of_the_chosen_tokens(name: str, choice: TokenChoice) -> None:
+    model, anatomy, batches, loss = made(name)
+    tower = next(tower for tower in anatomy.towers if tower.modality == "language")
+    masks = {index: token_masks(batch, False, placeholders(model)) for index, batch in enumerate(batches)}
+    with evaluating(model), cache_disabled(model):
+        driver = TowerDriver(model, tower, batches, loss)
+        block = tower.blocks[0]
+        for index in range(2):
+            driver.enter(index)
+            block = tower.blocks[index]
+            sequence = sequence_of(tower, decoder_of(anatomy))
+            gathered = gather(model, driver, index, block, STATISTICS["norm"], masks, sequence, choice)
+            driver.run(index)
+            calls, inputs = watched(model, block, batches, loss)
+            kept = by_hand(choice, batches, model, calls)
+            text = sum(int((batch["attention_mask"] == 1).sum()) for batch in batches)
+            counted = sum(int(keep.sum()) for keep in kept)
+            assert 0 < counted <= text
+            assert counted < text or choice.name == "atv"
+            for layer in block.layers:
+                expected = sum(
+                    x.double().reshape(*keep.shape, -1)[keep].square().sum(0)
+                    for x, keep in zip(inputs[layer.name], kept, strict=True)
+                )
+                statistics = gathered.statistics(layer)
+                assert statistics is not None
+                assert statistics.tokens == sum(int(keep.sum()) for keep in kept)
+                torch.testing.assert_close(statistics.norm.double(), expected.sqrt(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pico llava", "pico blip2_t5"])
+def test_only_towers_that_see_pictures_change(name: str) -> None:
+    """Vision towers stay as they are, and so does what a decoder alone reads; the shared tower does not."""
+    masks = []
+    for choice in (TokenChoice(), TokenChoice("text")):
+        model, anatomy, batches, loss = made(name)
+        allocation = api.allocate(api.flat(anatomy), 0.5, max_sparsity=0.5)
+        api.prune_to(
+            model, anatomy, allocation, batches, criterion="wanda", pattern="unstructured", loss=loss, tokens=choice
+        )
+        masks.append({layer.name: model.get_parameter(layer.name) == 0 for layer in anatomy.layers})
+    for tower in anatomy.towers:
+        same = [torch.equal(masks[0][layer.name], masks[1][layer.name]) for layer in tower.layers]
+        assert all(same) if tower.modality == "vision" else not all(same)
+
+
+def test_the_choice_reaches_sparsegpt_too() -> None:
+    weights = []
+    for choice in ("all", "text+top", "atv"):
+        model, anatomy, batches, loss = made("pico llava")
+        api.prune(model, batches, 0.5, importance="uniform", criterion="sparsegpt", tokens=choice, loss=loss)
+        name = next(layer.name for layer in anatomy.layers if "language" in layer.name)
+        weights.append(model.get_parameter(name).detach().clone())
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_what_the_processor_says_goes_before_the_ids() -> None:
+    batch = {"input_ids": torch.tensor([[5, 5, 1, 2]]), "mm_token_type_ids": torch.tensor([[0, 1, 2, 0]])}
+    assert token_masks(batch, False, (5,)).image.tolist() == [[False, True, True, False]]
+    del batch["mm_token_type_ids"]
+    assert token_masks(batch, False, (5,)).image.tolist() == [[True, True, False, False]]
+    assert token_masks(batch, False, (9,)).image is None
+    assert token_masks(batch, False).image is None
+    said = {"input_ids": torch.tensor([[5, 1]]), "image_embeds_position_mask": torch.tensor([[False, True]])}
+    assert token_masks(said, False, (5,)).image.tolist() == [[False, True]]
+
+
+def test_what_changes_nothing_is_refused() -> None:
+    model, _anatomy, batches, _ = made("pico llava")
+    text = [{name: value for name, value in batch.items() if name != "pixel_values"} for batch in batches]
+    for batch in text:
+        batch["input_ids"] = batch["input_ids"].clamp(max=placeholders(model)[0] - 1)
+    with pytest.raises(CalibrationError, match="no language tower"):
+        check_choice(TokenChoice("text"), model, text, "norm")
+    with pytest.raises(InvalidOption, match="reads no statistics"):
+        check_choice(TokenChoice("text"), model, batches, "none")
+    check_choice(TokenChoice("text"), model, batches, "norm")
+    check_choice(TokenChoice(), model, text, "none")
+    with pytest.raises(UnknownName, match="text"):
+        TokenChoice("txt")
+    for name, amount in (("text", 0.1), ("text+top", 1.5), ("text+top", -0.1), ("atv", -1.0), ("all", 0.5)):
+        with pytest.raises(InvalidOption, match="top_tokens"):
+            TokenChoice(name, amount)
+    assert IGNORED == -100
+
+
+@given(st.data())
+def test_the_largest_of_each_row(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))
+    scores = torch.tensor(data.draw(st.lists(st.permutations(range(columns)), min_size=rows, max_size=rows))).float()
+    among = torch.tensor(
+        data.draw(st.lists(st.lists(st.booleans(), min_size=columns, max_size=columns), min_size=rows, max_size=rows))
+    )
+    counts = data.draw(st.lists(st.integers(0, columns + 2), min_size=rows, max_size=rows))
+    found = largest(scores, among, counts)
+    for row in range(rows):
+        allowed = sorted((at for at in range(columns) if among[row, at]), key=lambda at: -scores[row, at])
+        assert found[row].nonzero().flatten().tolist() == sorted(allowed[: counts[row]])
