@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecoflap.allocation import Allocation, LayerAllocation, LayerSize
 from ecoflap.allocation import allocate as allocate_sizes
+from ecoflap.allocation.curves import Curve
 from ecoflap.allocation.groups import make_pools
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.files import read_json
@@ -92,6 +93,7 @@ def allocate(
         pattern=pattern,
         rule=rule or own,
         spread=spread,
+        data=importance.curves,
     )
     parameters = importance.settings.get("model_parameters")
     return replace(allocation, model_parameters=parameters) if isinstance(parameters, int) else allocation
@@ -120,6 +122,8 @@ def prune(
     rule: str | None = None,
     spread: float | None = None,
     allocation: Allocation | None = None,
+    search: bool | None = None,
+    search_options: Mapping[str, Any] | None = None,
     importance_samples: int | None = None,
     importance_options: Mapping[str, Any] | None = None,
     loss: Objective | None = None,
@@ -146,6 +150,8 @@ def prune(
         pattern: ``unstructured``, or N:M such as ``2:4`` (with ``importance="uniform"``).
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
         allocation: use this one, and skip stage 1.
+        search: improve the allocation by measuring the pruned model; by default with importance ``sensitivity``.
+        search_options: see :class:`ecoflap.search.refine.SearchOptions`.
         importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
@@ -232,6 +238,23 @@ def prune(
                 **dict(importance_options or {}),
             )
         allocation = allocate(scores, **shares)
+        if scores.method == "sensitivity" if search is None else search:
+            from ecoflap.search.start import search_allocation
+            from ecoflap.search.start import search_options as checked
+
+            allocation = search_allocation(
+                model,
+                anatomy,
+                allocation,
+                batches,
+                criterion=criterion,
+                compare=compare,
+                loss=objective,
+                shares=shares,
+                options=checked(search_options),
+                seed=seed,
+                progress=progress,
+            ).allocation
     check_allocation(anatomy, allocation, pattern)
     result = prune_to(
         model,
@@ -332,9 +355,9 @@ def _budgets(anatomy: Anatomy, budget: str, tower_sparsity: Mapping[str, float])
 
 def flat(anatomy: Anatomy, rule: str = "proportional") -> Importance:
     """Every layer as important as any other: to learn at once, before stage 1, whether an allocation is feasible."""
-    return Importance(
-        "flat", {"rule": rule}, anatomy.layers, {layer.name: Score(1.0, 0.0, 1) for layer in anatomy.layers}
-    )
+    scores = {layer.name: Score(1.0, 0.0, 1) for layer in anatomy.layers}
+    curves = {block.name: Curve((1.0,), (1.0,)) for block in anatomy.blocks if block.layers}
+    return Importance("flat", {"rule": rule}, anatomy.layers, scores, curves)
 
 
 def check_same_layers(anatomy: Anatomy, given: Allocation | Importance) -> None:

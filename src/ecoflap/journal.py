@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ecoflap.errors import InvalidOption, StorageError
-from ecoflap.files import storage, write_atomically
+from ecoflap.files import read_json, storage, write_atomically, write_json
 from ecoflap.importance.scores import Estimate
 
 if TYPE_CHECKING:
@@ -98,3 +98,17 @@ class BlockFiles:
             write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
         except SafetensorError as error:  # its own name for the system's refusals
             raise StorageError(f"can't write {path}: {error}; free some space") from error
+
+
+class SearchFile:
+    """Where the search for an allocation stands, as one JSON file; numbers are kept to the bit."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> dict[str, Any] | None:
+        """Raises InvalidOption for a damaged file, which no kill of ours leaves."""
+        return read_json(self._path, "the search's state") if self._path.exists() else None
+
+    def save(self, state: dict[str, Any]) -> None:
+        write_json(self._path, state)

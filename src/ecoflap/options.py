@@ -21,7 +21,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Model": ("device", "dtype", "trust_remote_code", "include", "exclude", "towers"),
     "Sparsity": (
         "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
-        "rule", "spread", "allocation",
+        "rule", "spread", "search", "search_options", "allocation",
     ),
     "Importance (stage 1)": ("importance", "importance_options", "importance_samples"),
     "Pruning (stage 2)": (
@@ -55,6 +55,7 @@ _METAVARS = {
     "criterion": "NAME",
     "tokens": "NAME",
     "criterion_options": "NAME=VALUE",
+    "search_options": "NAME=VALUE",
     "rule": "NAME",
     "pattern": "unstructured|N:M",
     "calibration": "SOURCE",

@@ -17,7 +17,7 @@ from ecoflap.card import write_card
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.importance.scores import Importance
-from ecoflap.journal import BlockFiles, EstimateFile
+from ecoflap.journal import BlockFiles, EstimateFile, SearchFile
 from ecoflap.network.checkpoint import fingerprint, save
 from ecoflap.predictions import add_pictures, answers_of, compared
 from ecoflap.prepare import Prepared, prepare
@@ -30,6 +30,7 @@ from ecoflap.runlog import explained, logging_to
 from ecoflap.stages import allocation_for, importance_for, pruned_to
 from ecoflap.summary import calibration_record, environment, sparsity_summary
 
+SEARCH = f"{files.JOURNAL}/search.json"
 STAGES = f"{files.JOURNAL}/stages.json"
 _log = logging.getLogger("ecoflap")
 
@@ -140,7 +141,15 @@ def _log_start(job: _Job) -> None:
 def _allocation(job: _Job) -> Allocation:
     run, plan = job.run, job.plan
     if not run.has(files.ALLOCATION):
-        allocation = plan.allocation or allocation_for(plan, _importance(job), job.progress)
+        importance = None if plan.allocation is not None else _importance(job)
+        if importance is None:
+            allocation = plan.allocation
+        elif job.recipe.search:
+            with job.stage("allocation search"):
+                allocation = allocation_for(plan, importance, job.progress, SearchFile(run.path / SEARCH))
+        else:
+            allocation = allocation_for(plan, importance, job.progress)
+        assert allocation is not None
         run.write(files.ALLOCATION, allocation.to_json())
     return read_allocation(run.path / files.ALLOCATION)
 

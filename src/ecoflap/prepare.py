@@ -37,6 +37,8 @@ from ecoflap.progress import Progress
 from ecoflap.pruning.criteria import make_criterion
 from ecoflap.pruning.names import CRITERIA, reads_data
 from ecoflap.recipe import Recipe
+from ecoflap.search.refine import SearchOptions
+from ecoflap.search.start import search_options
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.tokens import check_choice
 
@@ -99,7 +101,7 @@ def is_measured(recipe: Recipe) -> bool:
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether calibration samples decide the result."""
-    return reads_data(recipe.criterion) or is_measured(recipe)
+    return reads_data(recipe.criterion) or is_measured(recipe) or bool(recipe.search)
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -129,6 +131,7 @@ def check_recipe(recipe: Recipe) -> None:
     if is_measured(recipe):
         check_importance_options(recipe)
     check_criterion_options(recipe)
+    check_search_options(recipe)
     check_evaluations(recipe)
 
 
@@ -162,6 +165,8 @@ def check_plan(plan: Prepared) -> None:
     recipe, anatomy = plan.recipe, plan.anatomy
     if is_measured(recipe):
         first_samples(plan.batches, recipe.importance_samples)
+    if recipe.search:
+        first_samples(plan.batches, search_options(recipe.search_options).samples or None)
     criterion = make_criterion(recipe.criterion, recipe.criterion_options)
     tokens = TokenChoice(recipe.tokens, recipe.top_tokens)
     check_choice(tokens, plan.checkpoint.model, plan.batches, getattr(criterion, "statistics", "none"))
@@ -186,6 +191,12 @@ def check_criterion_options(recipe: Recipe) -> None:
     """Raises InvalidOption for an option that the recipe's criterion does not have, or a value of the wrong kind."""
     _check_kinds("criterion", CRITERIA.get(recipe.criterion), recipe.criterion_options)
     make_criterion(recipe.criterion, recipe.criterion_options)
+
+
+def check_search_options(recipe: Recipe) -> None:
+    """Raises InvalidOption for an option that the search does not have, or a value of the wrong kind."""
+    _check_kinds("search", SearchOptions, recipe.search_options)
+    search_options(recipe.search_options)
 
 
 def _check_kinds(what: str, factory: Any, options: Mapping[str, Any]) -> None:

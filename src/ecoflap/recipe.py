@@ -69,6 +69,12 @@ class Recipe(BaseModel):
     spread: float | None = Field(
         None, ge=0.0, le=1.0, description="How far the rule lets groups differ. Default: the importance's own."
     )
+    search: bool | None = Field(
+        None, description="Improve the allocation by measuring the pruned model. Default: with importance sensitivity."
+    )
+    search_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict, description="Options of the search: by, granularity, metric, rounds, samples, swaps."
+    )
     allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
     criterion: str = Field(
         "wanda",
@@ -230,10 +236,32 @@ class Recipe(BaseModel):
             changes["importance_samples"] = self.samples
         if self.pattern != "unstructured" and self.allocation is None:
             changes |= self._fixed_by_pattern()
+        importance = changes.get("importance", self.importance)
+        changes["search"] = self._searches(importance)
+        if importance == "sensitivity" and self.criterion == "magnitude" and "order" not in self.importance_options:
+            changes["importance_options"] = {**self.importance_options, "order": "magnitude"}
         sparsity = changes.get("sparsity", self.sparsity)
-        if self.max_sparsity is None and "max_sparsity" not in changes:
-            changes["max_sparsity"] = self._own_cap(sparsity, changes.get("importance", self.importance))
+        if self.max_sparsity is None and "max_sparsity" not in changes and not changes["search"]:
+            changes["max_sparsity"] = self._own_cap(sparsity, importance)
         return self.model_copy(update=changes)
+
+    def _searches(self, importance: str) -> bool:
+        """Whether the allocation is searched: as the recipe says, else where curves were measured for it."""
+        from ecoflap.pruning.names import is_global
+
+        obstacle = (
+            f"criterion '{self.criterion}' decides every layer's sparsity itself"
+            if is_global(self.criterion)
+            else f"pattern {self.pattern} fixes every layer's sparsity"
+            if self.pattern != "unstructured"
+            else f"allocation {self.allocation} is given"
+            if self.allocation is not None
+            else None
+        )
+        if self.search and obstacle is not None:
+            raise InvalidOption(f"search: {obstacle}, so there is nothing to search for")
+        wanted = importance == "sensitivity" if self.search is None else self.search
+        return wanted and obstacle is None
 
     def _own_cap(self, sparsity: float, importance: str) -> float | None:
         """What the rule caps a group at where the user says nothing, so that the run's record has the number."""

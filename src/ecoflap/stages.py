@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from ecoflap.allocation import Allocation
 from ecoflap.api import check_allocation, prune_to
 from ecoflap.importance.measure import EstimateJournal
@@ -9,7 +11,11 @@ from ecoflap.importance.scores import Importance
 from ecoflap.prepare import Prepared, measure, shared_out
 from ecoflap.progress import Progress
 from ecoflap.pruning.walk import BlockJournal
+from ecoflap.search.refine import SearchJournal
+from ecoflap.search.start import search_allocation, search_options
 from ecoflap.statistics.choice import TokenChoice
+
+_log = logging.getLogger("ecoflap")
 
 
 def importance_for(plan: Prepared, progress: Progress, journal: EstimateJournal | None = None) -> Importance:
@@ -28,16 +34,42 @@ def importance_for(plan: Prepared, progress: Progress, journal: EstimateJournal 
     return measure(plan.recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, progress, journal)
 
 
-def allocation_for(plan: Prepared, importance: Importance, progress: Progress) -> Allocation:
-    """Scores to zeros for each layer. The one place where an allocation is made of an importance.
+def allocation_for(
+    plan: Prepared, importance: Importance, progress: Progress, journal: SearchJournal | None = None
+) -> Allocation:
+    """Scores to zeros for each layer, and the search from there where the recipe asks for it.
+
+    The one place where an allocation is made of an importance.
+
+    Args:
+        journal: of the search: what is done already, and where more goes.
 
     Raises:
         InfeasibleAllocation: the sparsity can't be reached.
         InvalidOption: it can't be made with the pattern.
     """
-    allocation = shared_out(plan.recipe, importance)
-    check_allocation(plan.anatomy, allocation, plan.recipe.pattern)
-    return allocation
+    recipe, model = plan.recipe, plan.checkpoint.model
+    allocation = shared_out(recipe, importance)
+    check_allocation(plan.anatomy, allocation, recipe.pattern)
+    if not recipe.search:
+        return allocation
+    found = search_allocation(
+        model,
+        plan.anatomy,
+        allocation,
+        plan.batches,
+        criterion=recipe.criterion,
+        compare=recipe.compare,
+        loss=plan.objective,
+        shares=recipe.shares(),
+        options=search_options(recipe.search_options),
+        seed=recipe.seed,
+        progress=progress,
+        journal=journal,
+    )
+    losses = ", ".join(f"{loss:.4g}" for loss in found.history)
+    _log.info("allocation search, %s after every step: %s", found.metric, losses)
+    return found.allocation
 
 
 def pruned_to(

@@ -33,7 +33,7 @@ class Curve:
             raise InvalidOption(f"a curve of {len(self.levels)} levels and {len(self.losses)} losses: give one a level")
         if not all(math.isfinite(loss) for loss in self.losses):
             raise InvalidOption(f"a curve's losses must be finite numbers, not {list(self.losses)}")
-        if not 0 < self.levels[0] or not self.levels[-1] <= 1 or any(a >= b for a, b in pairwise(self.levels)):
+        if not self.levels[0] > 0 or not self.levels[-1] <= 1 or any(a >= b for a, b in pairwise(self.levels)):
             raise InvalidOption(f"a curve's levels must rise, above 0 and up to 1 at most, not {list(self.levels)}")
 
     def to_json(self) -> dict[str, Any]:
@@ -106,7 +106,8 @@ class LeastLoss:
 def _limited(group: Group) -> list[tuple[int, float]]:
     """Corners (weights cut, loss) of the group's curve between its floor and its cap, in whole weights."""
     curve = group.data.monotone()
-    points = [(0.0, 0.0), *((level * group.weights, loss) for level, loss in zip(curve.levels, curve.losses, strict=True))]
+    places = [level * group.weights for level in curve.levels]
+    points = [(0.0, 0.0), *zip(places, curve.losses, strict=True)]
     (x1, y1), (x2, y2) = points[-2:]
     if x2 < group.weights:
         points.append((float(group.weights), y2 + (y2 - y1) / (x2 - x1) * (group.weights - x2)))

@@ -26,7 +26,8 @@ _log = logging.getLogger("ecoflap")
 # What is decided after stage 1. A measure that reads some of it says so: ``reads = ("criterion", "pattern")``.
 _LATER = frozenset((
     "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule",
-    "spread", "allocation", "criterion", "criterion_options", "pattern", "compare", "offload_activations",
+    "spread", "search", "search_options", "allocation",
+    "criterion", "criterion_options", "pattern", "compare", "offload_activations",
 ))  # fmt: skip
 
 

@@ -146,6 +146,7 @@ def measure_importance(
         method=importance,
         settings={
             "rule": getattr(measure, "rule", "proportional"),
+            **({"scope": measure.scope} if hasattr(measure, "scope") else {}),
             **asdict(measure),  # type: ignore[call-overload]
             **context.remarks,
             "seed": seed,
@@ -155,4 +156,5 @@ def measure_importance(
         },
         layers=anatomy.layers,
         scores={layer.name: summarise(values[layer.name], noisy) for layer in anatomy.layers},
+        curves=measure.curves(anatomy, known) if hasattr(measure, "curves") else {},
     )

@@ -20,12 +20,13 @@ IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
         "owl": "ecoflap.importance.owl:Owl",
         "alphapruning": "ecoflap.importance.alphapruning:AlphaPruning",
         "dlp": "ecoflap.importance.dlp:Dlp",
+        "sensitivity": "ecoflap.search.sensitivity:Sensitivity",
         "uniform": "ecoflap.importance.uniform:Uniform",
     },
 )
 
 # Those whose attribute ``rule`` is not "proportional"; here so that a recipe can be resolved without importing torch.
-_RULES = {"owl": "linear", "alphapruning": "linear-relative", "dlp": "linear"}
+_RULES = {"owl": "linear", "alphapruning": "linear-relative", "dlp": "linear", "sensitivity": "curves"}
 
 
 def own_rule(importance: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ecoflap.allocation.curves import Curve
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.network.parts import Layer
 
@@ -44,12 +45,14 @@ class Importance:
         settings: options that it was measured with.
         layers: the layers in the network's order.
         scores: parameter name to :class:`Score`, for each of them.
+        curves: block name to what pruning it costs; empty but for ``sensitivity``.
     """
 
     method: str
     settings: Mapping[str, Any]
     layers: tuple[Layer, ...]
     scores: Mapping[str, Score] = field(repr=False)
+    curves: Mapping[str, Curve] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         rows = []
@@ -67,7 +70,8 @@ class Importance:
                     "n": score.n,
                 }
             )
-        return {"format": 1, "method": self.method, "settings": dict(self.settings), "layers": rows}
+        curves = {"curves": {name: curve.to_json() for name, curve in self.curves.items()}} if self.curves else {}
+        return {"format": 1, "method": self.method, "settings": dict(self.settings), **curves, "layers": rows}
 
     @classmethod
     def uniform(cls, layers: Iterable[Layer], model_parameters: int | None = None) -> Importance:
@@ -112,7 +116,8 @@ class Importance:
             if name in scores:
                 raise InvalidOption(f"{source}: layer {name} stands twice")
             scores[name] = score
-        return cls(str(data.get("method", "")), dict(data.get("settings", {})), tuple(layers), scores)
+        curves = {str(name): Curve.from_json(curve) for name, curve in data.get("curves", {}).items()}
+        return cls(str(data.get("method", "")), dict(data.get("settings", {})), tuple(layers), scores, curves)
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:

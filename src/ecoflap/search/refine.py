@@ -30,7 +30,7 @@ from ecoflap.search.attribution import by_gradient, by_probes
 from ecoflap.search.divergence import METRICS, Divergence
 from ecoflap.search.masked import MaskedModel
 from ecoflap.search.order import Order, local_errors
-from ecoflap.search.shares import Budgets, Shares, between, budgets_of
+from ecoflap.search.shares import Budgets, Shares, between, budgets_of, flattened
 
 BY = ("probes", "gradient")
 PHASES = {"block": ("block",), "kind": ("block", "kind"), "layer": ("block", "layer")}
@@ -50,6 +50,7 @@ class SearchOptions:
         metric: ``kl`` (of the outputs to the dense model's), ``loss``, or ``auto``.
         rounds: most rounds for blocks, and as many again for what follows; 0 leaves the allocation as it is.
         tolerance: a round that lowers the loss by less than this part of it is the last.
+        samples: the search uses the first whole batches with so many calibration samples; 0 takes all.
         swaps: at the end, so many tries to move 2 % of a layer's zeros to another one, kept where the loss falls.
     """
 
@@ -58,14 +59,16 @@ class SearchOptions:
     metric: str = "auto"
     rounds: int = 4
     tolerance: float = 0.005
+    samples: int = 0
     swaps: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("by", BY), ("granularity", tuple(PHASES)), ("metric", METRICS)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), list(known))
-        if self.rounds < 0 or self.swaps < 0:
-            raise InvalidOption(f"rounds and swaps of the search can't be negative: {self.rounds}, {self.swaps}")
+        for name in ("rounds", "samples", "swaps"):
+            if getattr(self, name) < 0:
+                raise InvalidOption(f"{name} of the search must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.tolerance < 1:
             raise InvalidOption(f"the search's tolerance must be from 0 to 1, not {self.tolerance}")
 
@@ -174,7 +177,7 @@ def refine(
             budgets_of(allocation, limits), divergence, masked, replay, options, journal.save, task,
         )  # fmt: skip
         kept = journal.load()
-        here = State.from_json(kept) if kept else search.start({row.name: row.zeros for row in allocation.layers})
+        here = State.from_json(kept) if kept else search.start(allocation)
         here = search.swapped(search.settled(here), seed)
     rows = tuple(replace(row, zeros=here.zeros[row.name]) for row in allocation.layers)
     granularity = allocation.granularity if options.granularity == "block" else "layer"
@@ -201,8 +204,16 @@ class _Search:
     save: Callable[[dict[str, Any]], None]
     task: Task
 
-    def start(self, zeros: Mapping[str, int]) -> State:
-        loss = self._measure(zeros)
+    def start(self, allocation: Allocation) -> State:
+        """The given allocation, or the same sparsity for all layers of a budget where that measures lower.
+
+        Blocks interact: what looks best for each alone can be far off together.
+        """
+        given = {row.name: row.zeros for row in allocation.layers}
+        flat = flattened(given, self.shares.layers, self.budgets)
+        loss, zeros = self._measure(given), given
+        if flat != given and (other := self._measure(flat)) < loss:
+            loss, zeros = other, flat
         return State(zeros, loss, history=(loss,))
 
     def settled(self, here: State) -> State:

@@ -136,3 +136,14 @@ def between(here: Mapping[str, int], there: Mapping[str, int], step: float, budg
         exact = [here[name] + part * (there[name] - here[name]) for name in names]
         found.update(zip(names, round_to_total(exact, sum(here[name] for name in names), names), strict=True))
     return found
+
+
+def flattened(zeros: Mapping[str, int], layers: Sequence[Layer], budgets: Budgets) -> dict[str, int]:
+    """The same zeros spread evenly over the weights of each budget."""
+    sizes = {layer.name: layer.numel for layer in layers}
+    found: dict[str, int] = {}
+    for names in budgets:
+        total, whole = sum(zeros[name] for name in names), sum(sizes[name] for name in names)
+        exact = [Fraction(total * sizes[name], whole) for name in names]
+        found.update(zip(names, round_to_total(exact, total, names), strict=True))
+    return found

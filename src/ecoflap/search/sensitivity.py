@@ -1,0 +1,119 @@
+"""Importance by what pruning really does: each block alone is pruned at a few sparsities, and the damage measured.
+
+Source: the idea of SPDY (Frantar and Alistarh 2022, arXiv 2201.13096) and EvoPress (Sieberling et al. 2024, arXiv
+2410.14649), with forward passes of a masked model in place of a database of pruned layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ecoflap.allocation.curves import Curve
+from ecoflap.errors import InvalidOption
+from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.scores import Estimate
+from ecoflap.network.parts import Anatomy, Block
+from ecoflap.network.replay import Replay
+from ecoflap.registry import unknown
+from ecoflap.search.divergence import METRICS, Divergence
+from ecoflap.search.masked import MaskedModel
+from ecoflap.search.order import Order
+from ecoflap.statistics.dense import dense_norms
+
+ORDERS = ("wanda", "magnitude")
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Divergence of the outputs when one block alone is pruned, at each level: a curve for every block.
+
+    A score is the mean over levels and batches; a block's is split among its layers by their weights, so that only the
+    block's sum has a meaning. The curves are what the allocation goes by (rule ``curves``).
+
+    Attributes:
+        levels: sparsities to measure at, parted by commas.
+        order: local criterion that masks: ``wanda`` (which stands in for SparseGPT, too), or ``magnitude``.
+        metric: ``kl``, ``loss`` or ``auto``, see :class:`ecoflap.search.divergence.Divergence`.
+        precision: ``native``, the checkpoint's own, or ``fp32``: what is measured is large enough for half precision.
+    """
+
+    levels: str = "0.3,0.5,0.7"
+    order: str = "wanda"
+    metric: str = "auto"
+    precision: str = "native"
+
+    rule = "curves"
+    noisy = False
+    scope = "block"
+
+    def __post_init__(self) -> None:
+        for name, known in (("order", ORDERS), ("metric", METRICS), ("precision", ("native", "fp32"))):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), list(known))
+        Curve(self.sparsities, (0.0,) * len(self.sparsities))
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """The levels as numbers. Raises InvalidOption where one is none."""
+        try:
+            return tuple(float(part) for part in str(self.levels).split(","))
+        except ValueError as error:
+            raise InvalidOption(
+                f"levels {self.levels!r}: give sparsities parted by commas, such as 0.3,0.5,0.7"
+            ) from error
+
+    def steps(self, context: ProbeContext) -> int:
+        return len(context.layers) * len(context.batches) * len(self.sparsities)
+
+    def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
+        """Divergences, batch by batch and block by block; ``draw`` is the number of the level."""
+        model, anatomy = context.model, context.anatomy
+        todo = [index for index in range(len(context.batches)) if self._open(context, anatomy.blocks, index)]
+        if not todo:
+            return
+        statistics = dense_norms(model, anatomy, context.batches, context.objective)
+        order = Order.of(statistics, needs="none" if self.order == "magnitude" else "norm", compare=None)
+        divergence = Divergence(model, context.batches, context.objective, self.metric)
+        divergence.record()
+        context.remarks["measured"] = divergence.metric
+        with torch.no_grad(), MaskedModel(model, anatomy) as masked, Replay(model, context.blocks) as replay:
+            for index in todo:
+                replay.reset()
+                masked.clear()
+                divergence.value(index)  # records the blocks
+                for block in self._open(context, anatomy.blocks, index):
+                    forced = dict.fromkeys(name for layer in block.layers for name in context.blocks_of(layer))
+                    for number, level in enumerate(self.sparsities):
+                        masked.set(
+                            {layer: order.mask(model, layer, round(level * layer.numel)) for layer in block.layers}
+                        )
+                        with replay.forcing(*forced):
+                            value = divergence.value(index)
+                        for layer in block.layers:
+                            if (layer.name, index, number) not in context.done:
+                                yield Estimate(layer.name, index, number, value * layer.numel / block.numel)
+                    masked.clear()
+
+    def _open(self, context: ProbeContext, blocks: tuple[Block, ...], index: int) -> list[Block]:
+        numbers = range(len(self.sparsities))
+        return [
+            block
+            for block in blocks
+            if any((layer.name, index, n) not in context.done for layer in block.layers for n in numbers)
+        ]
+
+    def curves(self, anatomy: Anatomy, known: Mapping[tuple[str, int, int], float]) -> dict[str, Curve]:
+        """Block name to its curve: at each level the mean over batches of the block's divergence.
+
+        Args:
+            known: (layer, batch, level) to what was estimated.
+        """
+        block_of = {layer.name: layer.block for layer in anatomy.layers}
+        batches = len({batch for _, batch, _ in known})
+        sums = {block.name: [0.0] * len(self.sparsities) for block in anatomy.blocks if block.layers}
+        for (layer, _, number), value in sorted(known.items()):
+            sums[block_of[layer]][number] += value / batches
+        return {name: Curve(self.sparsities, tuple(losses)) for name, losses in sums.items()}

@@ -1,0 +1,74 @@
+"""Begins a search on a model as it is: statistics of the dense model, the criterion's order, the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.allocation import Allocation
+from ecoflap.calibration.objectives import Objective, on_device
+from ecoflap.importance.measure import first_samples
+from ecoflap.network.parts import Anatomy
+from ecoflap.progress import Progress
+from ecoflap.pruning.criteria import make_criterion
+from ecoflap.registry import check_option_names
+from ecoflap.search.order import Order
+from ecoflap.search.refine import Found, SearchJournal, SearchOptions, refine
+from ecoflap.statistics.dense import dense_norms
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def search_options(options: Mapping[str, Any] | None) -> SearchOptions:
+    """``SearchOptions`` of these names.
+
+    Raises:
+        InvalidOption: there is no such option, or its value is out of range.
+        UnknownName: a value that is a name is unknown.
+    """
+    check_option_names("allocation", "search", [field.name for field in fields(SearchOptions)], options or {})
+    return SearchOptions(**(options or {}))
+
+
+def search_allocation(
+    model: nn.Module,
+    anatomy: Anatomy,
+    allocation: Allocation,
+    batches: Sequence[Any],
+    *,
+    criterion: str,
+    compare: str | None,
+    loss: Objective,
+    shares: Mapping[str, Any],
+    options: SearchOptions,
+    seed: int = 0,
+    progress: Progress | None = None,
+    journal: SearchJournal | None = None,
+) -> Found:
+    """:func:`ecoflap.search.refine.refine` from ``allocation``, for a registered local criterion.
+
+    Args:
+        batches: calibration batches; all of them make the statistics, the first ``options.samples`` are searched on.
+        compare: the user's ``row`` or ``matrix``; None for the criterion's own.
+
+    Raises:
+        CalibrationError: fewer samples than the search is to have.
+        NonFiniteLoss, InvalidOption: as there.
+    """
+    needs = getattr(make_criterion(criterion), "statistics", "none")
+    norms = dense_norms(model, anatomy, batches, on_device(loss))
+    return refine(
+        model,
+        anatomy,
+        allocation,
+        first_samples(batches, options.samples or None),
+        Order.of(norms, needs=needs, compare="row" if compare == "row" else "matrix" if compare == "matrix" else None),
+        loss=loss,
+        shares=shares,
+        options=options,
+        seed=seed,
+        progress=progress,
+        journal=journal,
+    )
