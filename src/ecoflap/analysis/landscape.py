@@ -85,9 +85,12 @@ class Slices:
 def compute(subject: Subject) -> dict[str, Any]:
     """The loss along a line (21 points) and over a plane (11 × 11), of the dense and of the sparse model.
 
+    The loss is that of the first half of the batches: a slice needs many forwards, and changes little with more data.
     The line is the plane's first direction. Both models are moved in the same random directions; those of the sparse
     one have zeros where its weights have them, and are normalised to its own rows.
     """
+    from ecoflap.calibration.batches import batch_size_of
+
     line: dict[str, Any] = {"alpha": list(LINE)}
     plane: dict[str, Any] = {"alpha": list(PLANE), "beta": list(PLANE)}
     points = len({*((a, 0.0) for a in LINE), *((a, b) for a in PLANE for b in PLANE)})
@@ -95,7 +98,11 @@ def compute(subject: Subject) -> dict[str, Any]:
         for which in ("dense", "pruned"):
             model = subject.checkpoint.model if which == "dense" else subject.pruned
             line[which], plane[which] = _slices(subject, model, which == "pruned", task)
-    return {"samples": subject.measured_on, "line": line, "plane": plane}
+    return {"samples": sum(batch_size_of(batch) for batch in _batches(subject)), "line": line, "plane": plane}
+
+
+def _batches(subject: Subject) -> Sequence[Any]:
+    return subject.batches[: (len(subject.batches) + 1) // 2]
 
 
 def _slices(subject: Subject, model: nn.Module, masked: bool, task: Task) -> tuple[list[float], list[list[float]]]:
@@ -104,11 +111,11 @@ def _slices(subject: Subject, model: nn.Module, masked: bool, task: Task) -> tup
     from ecoflap.analysis.subject import computing
 
     def losses(moved: nn.Module) -> float:
-        found = [float(subject.objective(moved, batch)) for batch in subject.batches]
+        found = [float(subject.objective(moved, batch)) for batch in batches]
         task.advance()
         return sum(found) / len(found)
 
-    layers = subject.anatomy.layers
+    layers, batches = subject.anatomy.layers, _batches(subject)
     with computing(model), torch.no_grad():
         slices = Slices(model, layers, losses, seed=subject.recipe.seed, masked=masked)
         line = [slices.loss(alpha, 0.0) for alpha in LINE]
