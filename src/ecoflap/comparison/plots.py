@@ -71,6 +71,8 @@ def _quality_panel(axes: Axes, comparison: Comparison, test: Test) -> None:
         low = [mean - error for mean, error in zip(means, errors, strict=True)]
         high = [mean + error for mean, error in zip(means, errors, strict=True)]
         axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        if len(places) == 1:  # a band of no width
+            axes.errorbar(places, means, yerr=errors, color=colour, capsize=3)
         highest, lowest = max([highest, *means]), min([lowest, *means])
     if test.dense.value is not None:
         axes.axhline(test.dense.value, color="#333333", linestyle="--", linewidth=1.0, label="dense")
