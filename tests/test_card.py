@@ -117,6 +117,21 @@ def test_no_name_marks_anything_up(tmp_path: Path) -> None:
     assert yaml.safe_load(re.search(r"^(`{3,})yaml\n(.*?)^\1$", text, re.M | re.S)[2])["prompt"] == recipe["prompt"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"criterion": "global-magnitude"}, "over the weights of the whole model"),
+        ({"criterion": "iterative-gradient", "budget": "tower"}, "over the weights of each tower"),
+        ({"allocation": "/home/me/mine.json"}, "from the file mine.json"),
+        ({"tokens": "atv"}, "atv ([Li et al. 2026](https://arxiv.org/abs/2603.16001))"),
+        ({"search": True}, "improved by measuring the pruned model"),
+        ({}, "importance zeroth-order; groups: block; rule: proportional ([Sung et al. 2023]"),
+    ],
+)
+def test_the_method_is_that_of_the_recipe(tmp_path: Path, recipe: dict[str, Any], said: str) -> None:
+    assert said in write_card(_run(tmp_path / "run", recipe=recipe)).read_text("utf-8")
+
+
 @given(st.text())
 def test_code_stays_in_its_fence(text: str) -> None:
     first, *inner, last = fenced(text).split("\n")

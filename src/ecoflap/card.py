@@ -14,6 +14,7 @@ from ecoflap.card_page import Card, Row, Step, processor_class, put
 from ecoflap.citations import citations
 from ecoflap.errors import InvalidOption
 from ecoflap.files import read_json
+from ecoflap.pruning.names import CRITERIA, is_global
 from ecoflap.recipe import Recipe
 from ecoflap.report import formats
 from ecoflap.report.data import METRICS, OtherMetric, Quality, RunData, read_run
@@ -155,7 +156,10 @@ def _tags(criterion: str) -> list[str]:
 
 def _steps(method: str | None, settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Step]:
     """What decided the layers' shares, how weights were chosen, which inputs were counted."""
-    if recipe.get("allocation"):
+    if recipe.get("criterion") in CRITERIA and is_global(str(recipe["criterion"])):
+        within = "each tower" if recipe.get("budget") == "tower" else "the whole model"
+        yield Step("Sparsity of each layer", f"as the criterion makes it, over the weights of {within}")
+    elif recipe.get("allocation"):
         yield Step("Sparsity of each layer", f"from the file {recipe['allocation']}")
     elif method == "uniform" or method is None:
         yield Step("Sparsity of each layer", "the same for all layers")
@@ -163,8 +167,10 @@ def _steps(method: str | None, settings: Mapping[str, Any], recipe: Mapping[str,
         rule = str(settings.get("rule", "proportional"))
         variant = settings.get("variant")
         named = f"importance {method}" + (f", variant {variant}" if variant else "")
-        how = f"{named}; groups: {recipe.get('granularity', 'block')}; rule: {rule}"
-        yield Step("Sparsity of each layer", how, citations(method, str(variant), rule))
+        how = f"{named}; groups: {recipe.get('granularity', 'block')}; rule: {recipe.get('rule') or rule}"
+        yield Step("Sparsity of each layer", how, citations(method, str(variant), recipe.get("rule") or rule))
+    if recipe.get("search"):
+        yield Step("Then", "the shares improved by measuring the pruned model")
     criterion = str(recipe.get("criterion", ""))
     pattern = recipe.get("pattern") or "unstructured"
     yield Step("Weights within a layer", f"criterion {criterion}, {pattern}", citations(criterion))
