@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecoflap.analysis.parts import NotApplicable
+from ecoflap.importance.gradients import visit_gradients
 from ecoflap.importance.probe import Objective, ProbeContext
 from ecoflap.network.parts import Anatomy
-from ecoflap.network.perturb import gradients_set_aside
-from ecoflap.network.recompute import recomputing
 from ecoflap.progress import Task
 
 
@@ -21,29 +19,20 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """∇L of the mean loss over ``batches`` by parameter name, in the shape of the parameter; zeros where L has none.
 
-    One backward a batch, in which each block is computed again instead of keeping its activations. Memory: one number
-    a prunable weight, and one block's activations. The model and its own gradients are as before afterwards.
+    One backward a batch. Memory: one number a prunable weight, and one block's activations. The model and its own
+    gradients are as before afterwards.
 
     Raises:
         NonFiniteLoss: names the batch.
-        NotApplicable: the model can't be differentiated.
+        InvalidOption: the model can't be differentiated.
     """
     context = ProbeContext(model, anatomy, batches, objective, seed=0)
-    weights = {layer.name: model.get_parameter(layer.name) for layer in anatomy.layers}
-    with torch.enable_grad(), gradients_set_aside(model), recomputing(model, context.blocks):
-        model.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        for index in range(len(batches)):
-            loss = context.loss_tensor(index)
-            if not loss.requires_grad:
-                raise NotApplicable(f"the loss of {type(model).__name__} has no gradient")
-            try:
-                loss.backward()  # type: ignore[no-untyped-call]
-            except NotImplementedError as error:
-                raise NotApplicable(f"{type(model).__name__} has no gradient: {str(error).splitlines()[0]}") from error
-            task.advance(1, f"gradient of batch {index}")
-        return {
-            name: torch.zeros_like(weight) if weight.grad is None else weight.grad / len(batches)
-            for name, weight in weights.items()
-        }
+    means = {layer.name: torch.zeros_like(model.get_parameter(layer.name).detach()) for layer in anatomy.layers}
+
+    def add(name: str, weight: Tensor, gradient: Tensor) -> None:
+        means[name].add_(gradient, alpha=1 / len(batches))
+
+    for index in range(len(batches)):
+        visit_gradients(context, index, add, instead="leave out --what distributions")
+        task.advance(1, f"gradient of batch {index}")
+    return means
