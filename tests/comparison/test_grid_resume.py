@@ -1,4 +1,4 @@
-"""A grid that was killed at any moment goes on and ends with the same table; a grid may grow."""
+"""A grid that was struck at any moment goes on and ends with the same table; nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from console import prose
 from test_grid import data, grid_of, table, whole
 
 from ecoflap.comparison import grid as work
 from ecoflap.comparison.folder import GridDirectory
 from ecoflap.comparison.grid import run_grid
-from ecoflap.comparison.record import Comparison, read_comparison
-from ecoflap.errors import InvalidOption, ResumeMismatch
+from ecoflap.comparison.record import Comparison
 from ecoflap.importance import zeroth_order
 from ecoflap.pruning import walk
 from ecoflap.run import RunFailed
@@ -27,7 +25,7 @@ class _Lightning(Exception):
     pass
 
 
-def _failing(function: Callable[..., object], at: int) -> Callable[..., object]:
+def failing(function: Callable[..., object], at: int) -> Callable[..., object]:
     """``function`` that raises at its call number ``at`` (from 0)."""
     calls = iter(range(10**9))
 
@@ -56,7 +54,7 @@ def test_struck_again_and_again(
     choose = random.Random(number)
     for owner, name, calls in (PLACES[number], choose.choice(PLACES)):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, _failing(getattr(owner, name), choose.randrange(calls)))
+            patch.setattr(owner, name, failing(getattr(owner, name), choose.randrange(calls)))
             with suppress(RunFailed):  # the second stroke may fall where nothing is left to do
                 run_grid(grid_of(data), tmp_path / "grid", resume=True)
     made = run_grid(grid_of(data), tmp_path / "grid", resume=True)
@@ -69,7 +67,7 @@ def test_struck_again_and_again(
 def test_nothing_is_measured_twice(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = zeroth_order.ZerothOrder.projection
     with monkeypatch.context() as patch:
-        patch.setattr(zeroth_order.ZerothOrder, "projection", _failing(probe, 30))
+        patch.setattr(zeroth_order.ZerothOrder, "projection", failing(probe, 30))
         with pytest.raises(RunFailed):
             run_grid(grid_of(data, seeds="0"), tmp_path / "grid")
     counted: list[int] = []
@@ -83,65 +81,16 @@ def test_nothing_is_measured_twice(data: Path, tmp_path: Path, monkeypatch: pyte
     assert len(counted) == len(alone) - 30
 
 
-def test_a_grid_may_grow(whole: Comparison, data: Path, tmp_path: Path) -> None:
-    small = grid_of(data, methods="zeroth-order+wanda", sparsities="0.7", seeds="1")
-    run_grid(small, tmp_path / "grid")
-    cells = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "grid" / "cells").iterdir()}
-    (scores,) = (path.stat().st_mtime_ns for path in (tmp_path / "grid" / "importance").iterdir())
-    assert len(cells) == 2  # the dense model's and one
-    made = run_grid(grid_of(data), tmp_path / "grid", resume=True)
-    assert table(made) == table(whole)
-    for name, written in cells.items():
-        assert (tmp_path / "grid" / "cells" / name).stat().st_mtime_ns == written
-    assert scores in {path.stat().st_mtime_ns for path in (tmp_path / "grid" / "importance").iterdir()}
-    assert read_comparison(tmp_path / "grid").methods == whole.methods
-    with pytest.raises(ResumeMismatch, match="not now"):
-        run_grid(small, tmp_path / "grid", resume=True)
-
-
-def test_a_grid_that_is_struck_while_it_grows(
-    whole: Comparison, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_grid(grid_of(data, seeds="0"), tmp_path / "grid")
+def test_a_search_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = grid_of(
+        data, methods="wanda:search=true,search_options=rounds=2,sensitivity+wanda", seeds="0", sparsities=0.7
+    )
+    undisturbed = run_grid(grid, tmp_path / "undisturbed")
+    saved = work.SearchFile.save
     with monkeypatch.context() as patch:
-        patch.setattr(work, "evaluate", _failing(work.evaluate, 1))
+        patch.setattr(work.SearchFile, "save", failing(saved, 1))
         with pytest.raises(RunFailed):
-            run_grid(grid_of(data), tmp_path / "grid", resume=True)
-    assert not (tmp_path / "grid" / "compare.json").exists()  # that of the smaller grid would mislead
-    assert table(run_grid(grid_of(data), tmp_path / "grid", resume=True)) == table(whole)
-
-
-def test_a_finished_grid_is_left_as_it_is(whole: Comparison, data: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (data / "whole").rglob("*")}
-    assert run_grid(grid_of(data), data / "whole", resume=True) == whole
-    assert {path: path.stat().st_mtime_ns for path in (data / "whole").rglob("*")} == before
-
-
-def test_overwrite_begins_again(data: Path, tmp_path: Path) -> None:
-    run_grid(grid_of(data, seeds="0", methods="wanda,magnitude"), tmp_path / "grid")
-    (tmp_path / "grid" / "notes.txt").write_text("mine", "utf-8")
-    made = run_grid(grid_of(data, seeds="0", methods="wanda", samples=4), tmp_path / "grid", overwrite=True)
-    assert len(made.cells) == 2
-    assert len(list((tmp_path / "grid" / "cells").iterdir())) == 3
-    assert (tmp_path / "grid" / "notes.txt").read_text("utf-8") == "mine"
-
-
-def test_a_damaged_cell_is_named(data: Path, tmp_path: Path) -> None:
-    grid = grid_of(data, seeds="0", methods="wanda")
-    made = run_grid(grid, tmp_path / "grid")
-    (tmp_path / "grid" / "compare.json").unlink()
-    cell = tmp_path / "grid" / "cells" / "wanda_0.5_seed0.json"
-    cell.write_text('{"method": 3}', "utf-8")
-    with pytest.raises(InvalidOption, match=r"wanda_0\.5_seed0\.json is damaged: remove it"):
-        run_grid(grid, tmp_path / "grid", resume=True)
-    cell.unlink()
-    assert table(run_grid(grid, tmp_path / "grid", resume=True)) == table(made)
-
-
-def test_changed_data_is_refused(data: Path, tmp_path: Path) -> None:
-    text = tmp_path / "own.txt"
-    text.write_bytes((data / "prose.txt").read_bytes())
-    run_grid(grid_of(data, calibration=str(text), seeds="0", methods="wanda"), tmp_path / "grid")
-    prose(text, seed=5)
-    with pytest.raises(ResumeMismatch, match="calibration data of seed 0"):
-        run_grid(grid_of(data, calibration=str(text), seeds="0,1", methods="wanda"), tmp_path / "grid", resume=True)
+            run_grid(grid, tmp_path / "grid", resume=True)
+    assert list((tmp_path / "grid" / "journal").glob("search-*.json"))
+    assert table(run_grid(grid, tmp_path / "grid", resume=True)) == table(undisturbed)
+    assert all(cell.error is None and cell.seconds.allocation > 0 for cell in undisturbed.cells)

@@ -71,6 +71,10 @@ def test_where_an_option_belongs() -> None:
     assert method.fields == {"granularity": "layer", "max_sparsity": 0.9}
     assert method.name == "first-order+sparsegpt:damping=0.1,granularity=layer,max_sparsity=0.9,variant=fisher"
     assert method.title == "first-order + sparsegpt (damping 0.1, granularity layer, max_sparsity 0.9, variant fisher)"
+    search = parse_method("uniform+wanda:search=true,search_options=rounds=2,search_options=granularity=block")
+    assert search.fields == {"search": True, "search_options": {"rounds": 2, "granularity": "block"}}
+    assert search.name == "wanda:search=true,search_options=rounds=2,search_options=granularity=block"
+    assert parse_method(search.name) == search
     towers = parse_method("wanda:tower_sparsity=vision=0.4,tower_sparsity=language=0.6")
     assert towers.fields == {"tower_sparsity": {"vision": 0.4, "language": 0.6}}
 

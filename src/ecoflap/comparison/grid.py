@@ -21,6 +21,7 @@ from ecoflap.comparison.scores import SharedScores
 from ecoflap.comparison.write import command_of, write_results
 from ecoflap.errors import EcoflapError, InvalidOption, StorageError
 from ecoflap.evaluations import evaluate, evaluations_of, rehearse
+from ecoflap.journal import SearchFile
 from ecoflap.network.checkpoint import Checkpoint, fingerprint
 from ecoflap.prepare import Prepared, load_checkpoint, plan_on
 from ecoflap.progress import Progress, Silent, Task
@@ -184,8 +185,9 @@ class _Work:
     def _cell(self, place: Place, recipe: Recipe) -> Cell:
         plan, usages = plan_of(self._base, recipe), list[Usage]()
         importance, took = self._scores.of(plan)
+        state = self._folder.path / JOURNAL / f"search-{Path(_file_of(place)).name}"
         with measured("allocation", usages):
-            allocation = allocation_for(plan, importance, self._progress)
+            allocation = allocation_for(plan, importance, self._progress, SearchFile(state))
         with measured("pruning", usages):
             achieved, unreached = pruned_to(plan, allocation, self._progress)
         for name in unreached:
