@@ -74,13 +74,13 @@ def test_agreement_matrix(page):
 
 def test_effects_of_options(page):
     figures = {name: found for name, found in page.figures.items() if name.startswith("effect")}
-    assert len(figures) == 5
+    assert len(figures) == 3
     epsilon = page.figures["effect0"]
     assert epsilon["layout"]["xaxis"]["type"] == "log"
     assert epsilon["data"][0]["x"] == [entry["value"] for entry in effects()["effects"]["epsilon"]]
     assert epsilon["data"][0]["error_y"]["array"] == [0.02] * 3
     assert "type" not in page.figures["effect2"]["layout"]["xaxis"]  # 8 to 32 needs no logarithm
-    cap = page.figures["effect4"]
+    cap = page.figures["share1"]
     assert [trace["y"] for trace in cap["data"]] == [
         [effects()["allocations"]["cap"][value][tower] for value in ("0.5", "0.6")] for tower in TOWERS
     ]

@@ -33,6 +33,7 @@ def charts(tmp_path_factory):
         *analysis_charts.distribution_charts(analyses.Distributions.model_validate(distributions())),
         analysis_charts.agreement_chart(analyses.Agreement.model_validate(agreement())),
         *analysis_charts.effect_charts(analyses.Effects.model_validate(effects())),
+        *analysis_charts.share_charts(analyses.Effects.model_validate(effects())),
         *analysis_charts.landscape_charts(analyses.Landscape.model_validate(landscape())),
         quality,
         *compare_charts.cost_charts(content),

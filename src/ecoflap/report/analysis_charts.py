@@ -102,9 +102,13 @@ def _correlation(value: Number) -> str:
 
 
 def effect_charts(content: Effects) -> list[Chart]:
-    """Agreement with the exact gradient norm against each option, and each tower's sparsity against others."""
-    charts = [_effect(option, values) for option, values in content.effects.items() if values]
-    return charts + [_allocations(option, found) for option, found in content.allocations.items() if found]
+    """Agreement with the exact gradient norm against each option."""
+    return [_effect(option, values) for option, values in content.effects.items() if values]
+
+
+def share_charts(content: Effects) -> list[Chart]:
+    """Each tower's sparsity against options of the allocation."""
+    return [_allocations(option, found) for option, found in content.allocations.items() if found]
 
 
 def _effect(option: str, values: list[Effect]) -> Chart:

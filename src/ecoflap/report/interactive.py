@@ -49,9 +49,8 @@ def figure(chart: Chart) -> dict[str, Any]:
             layout["xaxis"] |= _names(chart.series[0].x)
     if chart.heat:
         layout["yaxis"] |= {"autorange": "reversed", "showgrid": False} | _names(chart.heat.rows, 24)
-        layout["xaxis"] |= _names(chart.heat.columns, 12)
-        if max(map(len, chart.heat.columns), default=0) > 5:
-            layout["xaxis"]["tickangle"] = -40
+        short = max(map(len, chart.heat.columns), default=0) <= 5
+        layout["xaxis"] |= _names(chart.heat.columns, 10 if short else 24) | {"tickangle": 0 if short else -40}
     if chart.rules:
         layout["shapes"] = [
             {

@@ -85,6 +85,7 @@ def _panels(run: RunData, blocks: list[BlockRow], plots: Plots) -> dict[str, Pan
             "agreement", [analysis_charts.agreement_chart(found.agreement)] if found.agreement else []
         ),
         "effect_panels": plots.group("effect", analysis_charts.effect_charts(found.effects) if found.effects else []),
+        "share_panels": plots.group("share", analysis_charts.share_charts(found.effects) if found.effects else []),
         "landscape_panels": plots.group(
             "landscape", analysis_charts.landscape_charts(found.landscape) if found.landscape else []
         ),
