@@ -190,6 +190,8 @@ def prune(
                 "aggregate": aggregate,
                 "rule": rule,
                 "spread": spread,
+                "search": search,
+                "search_options": search_options,
             },
         )
         importance, max_sparsity = "uniform", 1.0

@@ -252,6 +252,7 @@ def test_weights_that_are_zero_already_come_first(criterion: str) -> None:
         ({"max_sparsity": 0.6}, ["max_sparsity 0.6"]),
         ({"min_sparsity": 0.1}, ["min_sparsity 0.1"]),
         ({"granularity": "layer"}, ["granularity layer"]),
+        ({"search": True}, ["search True"]),
         ({"importance_options": {"draws": 2}}, ["importance_options"]),
         ({"criterion_options": {"damping": 0.1}}, ["has no option 'damping'"]),
     ],

@@ -41,6 +41,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rule": (None,),
     "spread": (None,),
     "tokens": ("all",),
+    "search": (None, False),
+    "search_options": (None, {}),
 }
 
 
