@@ -18,7 +18,7 @@ from ecoflap.registry import unknown
 from ecoflap.statistics.choice import TokenChoice
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self  # from Python 3.11 on; read by type checkers alone
 
 FILE_ONLY = ("evaluations",)  # fields that only a recipe file can say
 _FLAGS = {"task_options": "--task-option"}  # where it is not the field's name

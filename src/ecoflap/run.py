@@ -18,7 +18,7 @@ from ecoflap.files import PARTIAL, read_json, storage, write_json, write_text
 from ecoflap.recipe import Recipe
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self  # from Python 3.11 on; read by type checkers alone
 
 RECIPE, IMPORTANCE, ALLOCATION = "recipe.yaml", "importance.json", "allocation.json"
 METRICS, REPORT, MODEL, LOG, JOURNAL = "metrics.json", "report.html", "model", "log.txt", "journal"
