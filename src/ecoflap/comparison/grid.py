@@ -18,10 +18,10 @@ from ecoflap.comparison.outcome import cell_of, quality_of, test_of
 from ecoflap.comparison.recipe import Grid, Place
 from ecoflap.comparison.record import Cell, Comparison, MethodRecord, Quality, Test, read_comparison
 from ecoflap.comparison.scores import SharedScores
+from ecoflap.comparison.searched import allocated
 from ecoflap.comparison.write import command_of, write_results
 from ecoflap.errors import EcoflapError, InvalidOption, StorageError
 from ecoflap.evaluations import evaluate, evaluations_of, rehearse
-from ecoflap.journal import SearchFile
 from ecoflap.network.checkpoint import Checkpoint, fingerprint
 from ecoflap.prepare import Prepared, load_checkpoint, plan_on
 from ecoflap.progress import Progress, Silent, Task
@@ -29,7 +29,7 @@ from ecoflap.recipe import Recipe
 from ecoflap.resources import Usage, measured
 from ecoflap.run import JOURNAL, LOG
 from ecoflap.runlog import explained, logging_to
-from ecoflap.stages import allocation_for, pruned_to
+from ecoflap.stages import pruned_to
 from ecoflap.summary import environment, sparsity_summary
 
 _log = logging.getLogger("ecoflap")
@@ -185,9 +185,8 @@ class _Work:
     def _cell(self, place: Place, recipe: Recipe) -> Cell:
         plan, usages = plan_of(self._base, recipe), list[Usage]()
         importance, took = self._scores.of(plan)
-        state = self._folder.path / JOURNAL / f"search-{Path(_file_of(place)).name}"
-        with measured("allocation", usages):
-            allocation = allocation_for(plan, importance, self._progress, SearchFile(state))
+        allocation, usage = allocated(plan, importance, self._folder, self._progress)
+        usages.append(usage)
         with measured("pruning", usages):
             achieved, unreached = pruned_to(plan, allocation, self._progress)
         for name in unreached:

@@ -40,6 +40,12 @@ class Took(BaseModel):
     peak_memory_bytes: int | None = None
     peak_cuda_bytes: int | None = None
 
+    @classmethod
+    def of(cls, usage: Usage) -> Took:
+        return cls(
+            seconds=usage.seconds, peak_memory_bytes=usage.peak_memory_bytes, peak_cuda_bytes=usage.peak_cuda_bytes
+        )
+
 
 def key_of(recipe: Recipe) -> str:
     """A file's name that tells apart what gives other scores: measure, options, samples, seed, choice of tokens."""
@@ -81,7 +87,7 @@ class SharedScores:
                 self._failed[key] = error
                 raise
         data = self._folder.read(name)
-        return Importance.from_json(data, str(self._folder.path / name)), _took(data, name)
+        return Importance.from_json(data, str(self._folder.path / name)), took_of(data, name)
 
     def _measure(self, plan: Prepared, key: str, name: str) -> None:
         journal = EstimateFile(self._folder.path / JOURNAL / f"{key}.jsonl")
@@ -93,14 +99,12 @@ class SharedScores:
         finally:
             journal.close()
         (usage,) = usages
-        took = Took(
-            seconds=usage.seconds, peak_memory_bytes=usage.peak_memory_bytes, peak_cuda_bytes=usage.peak_cuda_bytes
-        )
-        self._folder.write(name, {**importance.to_json(), "took": took.model_dump()})
+        self._folder.write(name, {**importance.to_json(), "took": Took.of(usage).model_dump()})
         _log.info("%s: done in %.1f s", key, usage.seconds)
 
 
-def _took(data: Any, name: str) -> Took:
+def took_of(data: Any, name: str) -> Took:
+    """What a kept file says that it took. Raises InvalidOption where the file is damaged."""
     try:
         return Took.model_validate(data.get("took", {}))
     except ValidationError as error:

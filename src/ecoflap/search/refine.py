@@ -57,7 +57,7 @@ class SearchOptions:
     by: str = "gradient"
     granularity: str = "layer"
     metric: str = "auto"
-    rounds: int = 4
+    rounds: int = 8
     tolerance: float = 0.005
     samples: int = 0
     swaps: int = 0
