@@ -40,7 +40,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
     return command(capfd, monkeypatch)
 
 
-COMMANDS = ("prune", "inspect", "importance", "allocate", "compare", "evaluate", "report", "push")
+COMMANDS = ("prune", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report", "push")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

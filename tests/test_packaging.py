@@ -94,10 +94,16 @@ def test_package_data_is_found():
     package = files("ecoflap")
     assert package.joinpath("py.typed").is_file()
     assert "{{ run.model }}" in package.joinpath("report/templates/report.html.j2").read_text("utf-8")
-    assert "prefers-color-scheme" in package.joinpath("report/templates/report.css").read_text("utf-8")
+    assert "prefers-color-scheme" in package.joinpath("report/templates/page.css").read_text("utf-8")
 
 
 def test_hooks_need_no_download():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
     assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
     assert all(hook["language"] == "system" for hook in hooks["repos"][0]["hooks"])
+
+
+def test_names_of_test_files_are_different():
+    """Two of one name in two folders can't be collected together: they are imported by their bare names."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -13,7 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecoflap.allocation import RULES
 from ecoflap.calibration.objectives import OBJECTIVES
+from ecoflap.comparison.recipe import Grid
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS
 from ecoflap.importance.names import IMPORTANCES
@@ -35,6 +37,8 @@ FULL: dict[str, Any] = {
     "tower_sparsity": {"vision": 0.4, "language": 0.6},
     "rule": "linear",
     "spread": 0.2,
+    "search": True,
+    "search_options": {"rounds": 2, "by": "probes"},
     "criterion": "sparsegpt",
     "criterion_options": {"damping": 0.02},
     "compare": "matrix",
@@ -109,6 +113,8 @@ def test_the_command_line_and_back() -> None:
         {"importance": "runs/x/importance.json"},
         {"tower_sparsity": {"vision_model.encoder.layers": 0.25}},
         {"sparsity": 0.1 + 0.2},
+        {"importance": "sensitivity"},
+        {"importance": "sensitivity", "search": False},
     ],
 )
 def test_the_resolved_recipe_through_the_command_line(values: dict[str, Any]) -> None:
@@ -142,7 +148,8 @@ def test_any_recipe_survives_both_ways(values: dict[str, Any]) -> None:
 
 def test_every_field_is_an_option_under_one_heading() -> None:
     listed = [name for names in PANELS.values() for name in names]
-    assert sorted(listed) == sorted(set(Recipe.model_fields) - {"model", *FILE_ONLY})
+    assert sorted(listed) == sorted(set(Grid.model_fields) - {"model", *FILE_ONLY})
+    assert set(PANELS["Grid"]) == set(Grid.model_fields) - set(Recipe.model_fields)
 
 
 def test_resolved() -> None:
@@ -153,6 +160,16 @@ def test_resolved() -> None:
     fixed = Recipe(pattern="1:4", importance_options={"epsilon": 0.1}).resolved()
     assert (fixed.sparsity, fixed.importance, fixed.importance_options) == (0.75, "uniform", {})
     assert Recipe(pattern="2:4", sparsity=0.5, importance="uniform").resolved().sparsity == 0.5
+
+
+def test_a_search_is_resolved() -> None:
+    assert Recipe().resolved().search is None
+    assert Recipe(importance="sensitivity").resolved().search is True
+    assert Recipe(importance="sensitivity", search=False).resolved().search is False
+    searched = Recipe(importance="owl", search=True).resolved()
+    assert (searched.search, searched.max_sparsity) == (True, None)
+    with pytest.raises(InvalidOption, match="search: pattern 2:4 fixes every layer's sparsity"):
+        Recipe(pattern="2:4", search=True).resolved()
 
 
 def test_one_name_is_a_list_of_one() -> None:
@@ -210,7 +227,7 @@ def test_an_allocation_says_the_sparsity(tmp_path: Path) -> None:
 def test_help_names_all_that_is_registered() -> None:
     text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text("utf-8")
     for field, table in (
-        ("objective", OBJECTIVES), ("task", TASKS), ("importance", IMPORTANCES), ("criterion", CRITERIA),
+        ("objective", OBJECTIVES), ("task", TASKS), ("importance", IMPORTANCES), ("criterion", CRITERIA), ("rule", RULES),
     ):  # fmt: skip
         said = Recipe.model_fields[field].description or ""
         line = next(line for line in text.splitlines() if line.startswith(f"| `--{field}` |"))

@@ -100,7 +100,7 @@ def render(card: Card) -> str:
         cited=_cited,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
-    return ModelCard(f"---\n{_head(card).to_yaml()}\n---\n\n{body}\n").content
+    return str(ModelCard(f"---\n{_head(card).to_yaml()}\n---\n\n{body}\n").content)
 
 
 def _cited(papers: Sequence[Citation]) -> Raw:

@@ -46,12 +46,12 @@ class Recipe(BaseModel):
     min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
     importance: str = Field(
         "zeroth-order",
-        description="zeroth-order, forward-mode, gradient-norm, first-order, owl, alphapruning, dlp, uniform, "
-        "or a file: the importance.json of a run.",
+        description="zeroth-order, forward-mode, gradient-norm, first-order, owl, alphapruning, dlp, sensitivity, "
+        "uniform, or a file: the importance.json of a run.",
     )
     importance_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict,
-        description="Options of the importance: epsilon, draws, variant, multiple, scope, tail.",
+        description="Options of the importance: epsilon, draws, variant, multiple, scope, tail, levels.",
     )
     granularity: Literal["block", "layer", "tower"] = Field("block", description="What shares one sparsity.")
     aggregate: Literal["sum", "mean", "layer-mean"] | None = Field(
@@ -63,8 +63,8 @@ class Recipe(BaseModel):
     )
     rule: str | None = Field(
         None,
-        description="How scores become sparsities: proportional, linear, linear-relative. Default: what the importance "
-        "is made for.",
+        description="How scores become sparsities: proportional, linear, linear-relative, curves (importance "
+        "sensitivity alone). Default: what the importance is made for.",
     )
     spread: float | None = Field(
         None, ge=0.0, le=1.0, description="How far the rule lets groups differ. Default: the importance's own."
@@ -73,7 +73,8 @@ class Recipe(BaseModel):
         None, description="Improve the allocation by measuring the pruned model. Default: with importance sensitivity."
     )
     search_options: dict[str, float | int | bool | str] = Field(
-        default_factory=dict, description="Options of the search: by, granularity, metric, rounds, samples, swaps."
+        default_factory=dict,
+        description="Options of the search: by, granularity, metric, rounds, tolerance, samples, swaps.",
     )
     allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
     criterion: str = Field(
@@ -245,8 +246,8 @@ class Recipe(BaseModel):
             changes["max_sparsity"] = self._own_cap(sparsity, importance)
         return self.model_copy(update=changes)
 
-    def _searches(self, importance: str) -> bool:
-        """Whether the allocation is searched: as the recipe says, else where curves were measured for it."""
+    def _searches(self, importance: str) -> bool | None:
+        """Whether the allocation is searched: as the recipe says, else where curves are measured for it."""
         from ecoflap.pruning.names import is_global
 
         obstacle = (
@@ -260,8 +261,9 @@ class Recipe(BaseModel):
         )
         if self.search and obstacle is not None:
             raise InvalidOption(f"search: {obstacle}, so there is nothing to search for")
-        wanted = importance == "sensitivity" if self.search is None else self.search
-        return wanted and obstacle is None
+        if self.search is None and importance == "sensitivity" and obstacle is None:
+            return True
+        return self.search
 
     def _own_cap(self, sparsity: float, importance: str) -> float | None:
         """What the rule caps a group at where the user says nothing, so that the run's record has the number."""

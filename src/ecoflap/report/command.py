@@ -33,8 +33,10 @@ def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
 
 
 def _options(option: str, value: Any) -> list[list[str]]:
-    if value is None or value is False:
+    if value is None:
         return []
+    if value is False:
+        return [[f"--no-{option[2:]}"]]
     if value is True:
         return [[option]]
     if isinstance(value, Mapping):
