@@ -70,7 +70,7 @@ class Method:
     @property
     def title(self) -> str:
         """For headings: ``zeroth-order + wanda (granularity layer)``."""
-        words = [f"{key} {_shown(value)}" for key, value in sorted(self.options.items())]
+        words = [key if value is True else f"{key} {_shown(value)}" for key, value in sorted(self.options.items())]
         core = self.criterion if self.importance == "uniform" else f"{Path(self.importance).name} + {self.criterion}"
         return core + (f" ({', '.join(words)})" if words else "")
 
