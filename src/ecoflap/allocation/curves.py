@@ -33,7 +33,7 @@ class Curve:
             raise InvalidOption(f"a curve of {len(self.levels)} levels and {len(self.losses)} losses: give one a level")
         if not all(math.isfinite(loss) for loss in self.losses):
             raise InvalidOption(f"a curve's losses must be finite numbers, not {list(self.losses)}")
-        if not self.levels[0] > 0 or not self.levels[-1] <= 1 or any(a >= b for a, b in pairwise(self.levels)):
+        if not (self.levels[0] > 0 and self.levels[-1] <= 1 and all(a < b for a, b in pairwise(self.levels))):
             raise InvalidOption(f"a curve's levels must rise, above 0 and up to 1 at most, not {list(self.levels)}")
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +112,8 @@ def _limited(group: Group) -> list[tuple[int, float]]:
     if x2 < group.weights:
         points.append((float(group.weights), y2 + (y2 - y1) / (x2 - x1) * (group.weights - x2)))
     first, last = group.weights - group.most, group.weights - group.least
-    inner = sorted({round(x) for x, _ in points} | {first, last})
+    # Both neighbours of a corner that is no whole number of weights: between all of these the curve is straight.
+    inner = sorted({end(x) for x, _ in points for end in (math.floor, math.ceil)} | {first, last})
     return [(x, _at(points, x)) for x in inner if first <= x <= last]
 
 
