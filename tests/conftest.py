@@ -1,4 +1,4 @@
-"""Settings of every test: offline, seeded, few threads; the pico models of ``picos`` importable from any folder."""
+"""Settings of every test: offline, seeded, few threads, no deadlines; ``picos`` importable from any folder."""
 
 import os
 import sys
@@ -9,12 +9,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import hypothesis
 import pytest
 import torch
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # An example may take long where the machine does other work; a test that hangs is stopped by pytest-timeout.
+    hypothesis.settings.register_profile("ecoflap", deadline=None)
+    hypothesis.settings.load_profile("ecoflap")
 
 
 @pytest.fixture(autouse=True)

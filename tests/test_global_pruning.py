@@ -14,6 +14,7 @@ import yaml
 from console import TEXT, Command, command, model_weights, prose, questions, same_result
 from transformers import LlavaForConditionalGeneration
 
+from ecoflap import pipeline
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.pruning import global_walk, iterative_gradient
 from ecoflap.recipe import Recipe
@@ -28,6 +29,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         folder=folder, llama=folder / "llama", llava=folder / "llava", prose=prose(folder / "prose.txt"),
         questions=questions(folder / "vqa"),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(made: SimpleNamespace) -> Path:
+    """What ``iterative-gradient`` makes of the model where nothing stops it."""
+    recipe = Recipe(model=str(made.llama), calibration=str(made.prose), samples=6, importance_samples=4, batch_size=2,
+                    sequence_length=12, criterion="iterative-gradient")  # fmt: skip
+    return pipeline.run_recipe(recipe, made.folder / "whole")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the page, which takes longer than all else."""
+    monkeypatch.setattr(pipeline, "write_report", lambda _: None)
 
 
 @pytest.fixture
@@ -84,18 +99,11 @@ def test_options_of_criteria_are_checked_before_anything_is_written(run: Command
         Recipe.parse({"criterion": "global-magnitud"})
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_options_of_sparsegpt_reach_it(run: Command, made: SimpleNamespace) -> None:
     base = [
-        "prune",
-        made.llama,
-        "--calibration",
-        made.prose,
-        *TEXT,
-        "--importance",
-        "uniform",
-        "--criterion",
-        "sparsegpt",
-    ]
+        "prune", made.llama, "--calibration", made.prose, *TEXT, "--importance", "uniform", "--criterion", "sparsegpt",
+    ]  # fmt: skip
     run(*base, "-o", "plain").well()
     run(*base, "--criterion-options", "damping=0.01", "--criterion-options", "slab=128", "-o", "same").well()
     run(*base, "--criterion-options", "damping=0.5", "-o", "damped").well()
@@ -127,6 +135,7 @@ def test_global_magnitude_needs_no_data_and_writes_what_each_layer_got(run: Comm
     assert "global-magnitude" in Path("run/report.html").read_text("utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_each_tower_by_itself(run: Command, made: SimpleNamespace) -> None:
     run("prune", made.llava, "--calibration", made.questions, "--samples", 4, "--batch-size", 2, "-o", "run",
         "--criterion", "iterative-gradient", "--budget", "tower", "--tower-sparsity", "vision=0.25").well()  # fmt: skip
@@ -160,26 +169,26 @@ def _failing(function: Callable[..., object], at: int) -> Callable[..., object]:
         (global_walk, "achieved", 0, 3),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_ends_with_the_same_bits(
-    run: Command, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, place: object, name: str, at: int, rounds: int
-) -> None:
+    run: Command, made: SimpleNamespace, whole: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str,
+    at: int, rounds: int,
+) -> None:  # fmt: skip
     base = ["prune", made.llama, "--calibration", made.prose, *TEXT, "--criterion", "iterative-gradient"]
-    run(*base, "-o", "whole").well()
     with monkeypatch.context() as patch:
         patch.setattr(place, name, _failing(getattr(place, name), at))
         assert run(*base, "-o", "run").code == 1
     assert len(list(Path("run/journal/blocks").glob("round-*.safetensors"))) == rounds
     run(*base, "-o", "run", "--criterion-options", "rounds=2", "--resume").refused("criterion_options rounds")
     run(*base, "-o", "run", "--resume").well()
-    same_result(Path("whole"), Path("run"))
+    same_result(whole, Path("run"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_is_killed_once_it_is_pruned(
     run: Command, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By then allocation.json has the shares that were made, of which the sums are the budgets still."""
-    from ecoflap import pipeline
-
     base = ["prune", made.llama, "--criterion", "global-magnitude", "--sparsity", "0.4"]
     run(*base, "-o", "whole").well()
     with monkeypatch.context() as patch:

@@ -227,7 +227,8 @@ def test_an_allocation_says_the_sparsity(tmp_path: Path) -> None:
 def test_help_names_all_that_is_registered() -> None:
     text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text("utf-8")
     for field, table in (
-        ("objective", OBJECTIVES), ("task", TASKS), ("importance", IMPORTANCES), ("criterion", CRITERIA), ("rule", RULES),
+        ("objective", OBJECTIVES), ("task", TASKS), ("importance", IMPORTANCES), ("criterion", CRITERIA),
+        ("rule", RULES),
     ):  # fmt: skip
         said = Recipe.model_fields[field].description or ""
         line = next(line for line in text.splitlines() if line.startswith(f"| `--{field}` |"))

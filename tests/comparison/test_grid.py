@@ -7,51 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import picos
 import pytest
-from console import prose
+from grids import METHODS, grid_of, table
 
 import ecoflap
 from ecoflap.comparison import is_compare
 from ecoflap.comparison.grid import run_grid
 from ecoflap.comparison.kept import KeptWeights
-from ecoflap.comparison.recipe import Grid
 from ecoflap.comparison.record import Comparison, read_comparison
 from ecoflap.errors import EcoflapError, InvalidOption, NonFiniteLoss, OutputExists, ResumeMismatch
 from ecoflap.importance import zeroth_order
 from ecoflap.network.fingerprint import fingerprint
 from ecoflap.pipeline import run_recipe
 
-METHODS = "wanda,zeroth-order+wanda,zeroth-order+sparsegpt,magnitude"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("grid")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt")
-    return folder
-
-
-def grid_of(data: Path, **more: Any) -> Grid:
-    text = str(data / "prose.txt")
-    values = {
-        "model": str(data / "llama"), "calibration": text, "test": text, "test_samples": 3, "samples": 6,
-        "importance_samples": 4, "batch_size": 2, "sequence_length": 12, "methods": METHODS, "sparsities": "0.5,0.7",
-        "seeds": "0,1", **more,
-    }  # fmt: skip
-    return Grid.parse(values)
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path) -> Comparison:
-    return run_grid(grid_of(data), data / "whole")
-
-
-def table(comparison: Comparison) -> list[dict[str, Any]]:
-    """The cells without what differs from time to time."""
-    timed = ("seconds", "peak_memory_bytes", "peak_cuda_bytes")
-    return [{k: v for k, v in cell.model_dump().items() if k not in timed} for cell in comparison.cells]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def test_all_cells_in_order_and_all_files(whole: Comparison, data: Path) -> None:

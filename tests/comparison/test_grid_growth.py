@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from console import prose
-from test_grid import data, grid_of, table, whole
-from test_grid_resume import failing
+from grids import failing, grid_of, table
 
 from ecoflap.comparison import grid as work
 from ecoflap.comparison.grid import run_grid
@@ -15,7 +14,7 @@ from ecoflap.comparison.record import Comparison, read_comparison
 from ecoflap.errors import InvalidOption, ResumeMismatch
 from ecoflap.run import RunFailed
 
-__all__ = ["data", "whole"]  # fixtures
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def test_a_grid_may_grow(whole: Comparison, data: Path, tmp_path: Path) -> None:

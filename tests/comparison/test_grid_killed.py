@@ -9,12 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from test_grid import data, grid_of, table
+from grids import grid_of, table
 
 from ecoflap.comparison.grid import run_grid
 from ecoflap.comparison.record import read_comparison
-
-__all__ = ["data"]  # a fixture
 
 
 def test_killed(data: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_grid import data, grid_of, table, whole
+from grids import failing, grid_of, table
 
 from ecoflap.comparison import grid as work
 from ecoflap.comparison.folder import GridDirectory
@@ -18,24 +17,7 @@ from ecoflap.importance import zeroth_order
 from ecoflap.pruning import walk
 from ecoflap.run import RunFailed
 
-__all__ = ["data", "whole"]  # fixtures
-
-
-class _Lightning(Exception):
-    pass
-
-
-def failing(function: Callable[..., object], at: int) -> Callable[..., object]:
-    """``function`` that raises at its call number ``at`` (from 0)."""
-    calls = iter(range(10**9))
-
-    def wrapped(*arguments: object, **named: object) -> object:
-        if next(calls) == at:
-            raise _Lightning
-        return function(*arguments, **named)
-
-    return wrapped
-
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 PLACES = [
     (GridDirectory, "write", 20),
