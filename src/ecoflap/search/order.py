@@ -25,8 +25,8 @@ class Order:
         weighted: rank by |w|·‖x‖ (Wanda, arXiv 2306.11695), else by |w| alone.
         compare: rank within each output row, or over the whole matrix.
 
-    SparseGPT's own order depends on the weights it has updated already; Wanda's stands in for it (the two agree where
-    the inputs are uncorrelated).
+    SparseGPT's own order depends on the weights it has updated already; Wanda's may stand in for it (the two agree
+    where the inputs are uncorrelated), or :class:`ecoflap.search.compensated.Compensated` does it in full.
     """
 
     norms: Mapping[str, Tensor]
@@ -46,6 +46,10 @@ class Order:
         scores = weight * self._norm(layer, weight) if self.weighted else weight
         return lowest_mask(scores, zeros, Unstructured(self.compare))
 
+    def stand_in(self, model: nn.Module, layer: Layer, zeros: int) -> Tensor:
+        """What :class:`~ecoflap.search.masked.MaskedModel` computes with: a mask here, (out, in) bool."""
+        return self.mask(model, layer, zeros)
+
     def errors(self, model: nn.Module, layer: Layer) -> Tensor:
         """Local error Σ (w·‖x‖)² over the weights removed, at the sparsities i / LEVELS.
 
@@ -61,14 +65,23 @@ class Order:
             ordered = costs.sort(dim=1).values if self.compare == "row" else costs.flatten().sort().values[None]
         else:
             by = weight if self.compare == "row" else weight.flatten()[None]
-            ordered = costs.view_as(by).gather(1, by.argsort(dim=1, stable=True))
-        total = torch.cat([ordered.new_zeros(1, dtype=torch.float64), ordered.double().sum(dim=0).cumsum(0)])
-        places = torch.arange(LEVELS + 1, dtype=torch.float64) * (ordered.shape[1] / LEVELS)
-        return total.cpu()[places.round().long()]
+            ordered = costs.reshape(by.shape).gather(1, by.argsort(dim=1, stable=True))
+        return _at_levels(ordered)
 
     def _norm(self, layer: Layer, like: Tensor) -> Tensor:
         norm = self.norms.get(layer.name)
         return like.new_ones(layer.shape[1]) if norm is None else norm.to(like.device)
+
+
+def cumulated(costs: Tensor) -> Tensor:
+    """Sums of the lowest ``costs`` of every row of (rows, n), at the levels: (LEVELS + 1,) fp64 on the CPU."""
+    return _at_levels(costs.sort(dim=1).values)
+
+
+def _at_levels(ordered: Tensor) -> Tensor:
+    total = torch.cat([ordered.new_zeros(1, dtype=torch.float64), ordered.double().sum(dim=0).cumsum(0)])
+    places = torch.arange(LEVELS + 1, dtype=torch.float64) * (ordered.shape[1] / LEVELS)
+    return total.cpu()[places.round().long()]
 
 
 def _weight(model: nn.Module, layer: Layer) -> Tensor:

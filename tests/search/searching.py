@@ -1,0 +1,121 @@
+"""What the tests of the search share: pico models with their batches, random masks, copies that are really pruned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import picos
+import torch
+from families.moe import mixture_of_modules
+from families.vision import Eva
+from torch import Tensor, nn
+
+from ecoflap.allocation import Allocation, LayerSize, allocate
+from ecoflap.calibration.objectives import Objective, on_device, resolve
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.parts import Anatomy, Layer
+
+
+def shared_llama() -> nn.Module:
+    """A LLaMA whose first and last block share two matrices."""
+    model = picos.llama()
+    for name in ("mlp.up_proj", "self_attn.o_proj"):
+        first, last = (model.get_submodule(f"model.layers.{index}.{name}") for index in (0, 2))
+        last.weight = first.weight
+    return model
+
+
+def _pictures() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(2, 5, 8, generator=generator)} for _ in range(2)]
+
+
+_OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Sequence[Any]]]] = {
+    "shared_llama": (shared_llama, lambda: picos.batches("llama", padding=True)),
+    "experts": (mixture_of_modules, lambda: picos.batches("llama")),
+    "uncalled": (Eva, _pictures),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model at work; shared by all tests, so that none may change it."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    batches: Sequence[Any]
+    loss: Objective
+
+    def loss_of(self, model: nn.Module, index: int = 0) -> Tensor:
+        with torch.no_grad(), cache_disabled(model):
+            return self.loss(model, self.batches[index])
+
+
+@cache
+def subject(name: str) -> Subject:
+    """A family of :mod:`picos`, or one of: shared_llama, experts, uncalled."""
+    torch.manual_seed(0)
+    if name in _OWN:
+        model, batches = (make() for make in _OWN[name])
+    else:
+        model, batches = picos.FAMILIES[name].build(), picos.batches(name, padding=True)
+    model.eval()
+    loss = on_device(resolve(None, model))
+    with cache_disabled(model):
+        return Subject(model, discover(model, batches[0], run=loss), batches, loss)
+
+
+def random_masks(anatomy: Anatomy, seed: int = 0, kept: float = 0.5) -> dict[Layer, Tensor]:
+    """(out, in) bool for every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return {layer: torch.rand(layer.shape, generator=generator) < kept for layer in anatomy.layers}
+
+
+def really_pruned(model: nn.Module, masks: Mapping[Layer, Tensor]) -> nn.Module:
+    """A copy whose weights are zero where ``masks`` (out, in) are False."""
+    pruned = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, mask in masks.items():
+            weight = pruned.get_parameter(layer.name)
+            weight.mul_(mask.t() if layer.transposed else mask)
+    return pruned
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """Every entry of the state dict as bytes."""
+    return {
+        name: tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def even(anatomy: Anatomy, sparsity: float = 0.5, **options: Any) -> Allocation:
+    """The same sparsity everywhere."""
+    return allocate(_sizes(anatomy), sparsity=sparsity, uniform=True, **options)
+
+
+def uneven(anatomy: Anatomy, sparsity: float = 0.5, cap: float = 0.8, **options: Any) -> Allocation:
+    """Every other block far sparser than its neighbours."""
+    return allocate(_sizes(anatomy), sparsity=sparsity, max_sparsity=cap, **options)
+
+
+def _sizes(anatomy: Anatomy) -> list[LayerSize]:
+    numbers = {block.name: number for number, block in enumerate(anatomy.blocks)}
+    return [
+        LayerSize(x.name, x.tower, x.block, x.numel, 0.1 + numbers[x.block] % 2, x.modality, x.shape)
+        for x in anatomy.layers
+    ]
+
+
+def quiet(model: nn.Module) -> ExitStack:
+    """No gradients and no cache, as the search runs forwards."""
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(cache_disabled(model))
+    return stack
