@@ -250,6 +250,7 @@ def prune(
                 allocation,
                 batches,
                 criterion=criterion,
+                criterion_options=criterion_options,
                 compare=compare,
                 loss=objective,
                 shares=shares,

@@ -59,6 +59,7 @@ def allocation_for(
         allocation,
         plan.batches,
         criterion=recipe.criterion,
+        criterion_options=recipe.criterion_options,
         compare=recipe.compare,
         loss=plan.objective,
         shares=recipe.shares(),

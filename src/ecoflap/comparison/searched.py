@@ -18,6 +18,7 @@ from ecoflap.pruning.criteria import make_criterion
 from ecoflap.recipe import Recipe
 from ecoflap.resources import Usage, measured
 from ecoflap.run import JOURNAL
+from ecoflap.search.start import search_options
 from ecoflap.stages import allocation_for
 
 _log = logging.getLogger("ecoflap")
@@ -25,10 +26,18 @@ _log = logging.getLogger("ecoflap")
 _LATER = frozenset(("criterion", "criterion_options", "pattern", "offload_activations", "tokens", "top_tokens"))
 
 
+def order_of(recipe: Recipe) -> str:
+    """What of the criterion enters the search: criteria of one order share what is found."""
+    needs = str(getattr(make_criterion(recipe.criterion), "statistics", "none"))
+    if needs == "gram" and search_options(recipe.search_options).weights == "own":
+        return f"{recipe.criterion} {sorted(recipe.criterion_options.items())}"
+    return "none" if needs == "none" else "norm"
+
+
 def search_key(recipe: Recipe) -> str:
     """A file's name that tells apart what gives other allocations."""
     decides = {name: value for name, value in recipe.to_dict().items() if name not in SHARED | _LATER}
-    decides["reads inputs"] = getattr(make_criterion(recipe.criterion), "statistics", "none") != "none"
+    decides["statistics"] = order_of(recipe)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"search-{recipe.importance.replace('/', '_')}-{recipe.sparsity:g}-seed{recipe.seed}-{digest[:8]}"
 

@@ -46,7 +46,7 @@ class MaskedModel:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self._model = model
-        self._masks: dict[str, PackedMask] = {}
+        self._masks: dict[str, PackedMask | Tensor] = {}
         self._dense: frozenset[str] = frozenset()
         self._parts: dict[str, Tensor] = {}
         self._wraps = ExitStack()
@@ -70,9 +70,10 @@ class MaskedModel:
         return tuple(block for block, layers in self._inside.items() if any(one.name == layer for one in layers))
 
     def set(self, masks: Mapping[Layer, Tensor]) -> None:
-        """Give these layers masks (out, in), True = kept; the others keep theirs."""
-        for layer, mask in masks.items():
-            self._masks[layer.name] = PackedMask(mask.t() if layer.transposed else mask)
+        """Give these layers masks, (out, in) bool, True = kept, or whole weights, (out, in); the others keep theirs."""
+        for layer, given in masks.items():
+            mask = given.t() if layer.transposed else given
+            self._masks[layer.name] = PackedMask(mask) if mask.dtype == torch.bool else mask
 
     def clear(self) -> None:
         """No masks."""
@@ -89,9 +90,9 @@ class MaskedModel:
 
     @contextmanager
     def removed_part(self, parts: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let layer ``name`` compute with W − t·(what its mask removes), t = ``parts[name]``, a scalar at 1.
+        """Let layer ``name`` compute with W + t·(masked W − W), t = ``parts[name]``, a scalar at 1.
 
-        The derivative by t is then -⟨∇L, removed part⟩ at the masked weights.
+        The derivative by t is then ⟨∇L at the masked weights, masked W − W⟩.
         """
         outer, self._parts = self._parts, dict(parts)
         try:
@@ -111,13 +112,16 @@ class MaskedModel:
         return masked
 
     @contextmanager
-    def _swapped(self, layer: Layer, packed: PackedMask) -> Iterator[None]:
+    def _swapped(self, layer: Layer, packed: PackedMask | Tensor) -> Iterator[None]:
         owners = [self._model.get_submodule(path) for path in layer.modules]
         originals = [owner._parameters["weight"] for owner in owners]
         weight = self._model.get_parameter(layer.name).detach()
         part = self._parts.get(layer.name)
-        removed = torch.zeros((), dtype=weight.dtype, device=weight.device) if part is None else weight * (1 - part)
-        stand_in = torch.where(packed.unpacked(), weight, removed)
+        if isinstance(packed, PackedMask):
+            removed = torch.zeros((), dtype=weight.dtype, device=weight.device) if part is None else weight * (1 - part)
+            stand_in = torch.where(packed.unpacked(), weight, removed)
+        else:
+            stand_in = packed if part is None else packed + (packed - weight) * (part - 1)
         try:
             for owner in owners:
                 owner._parameters["weight"] = stand_in  # type: ignore[assignment]  # a graph can't begin at a Parameter

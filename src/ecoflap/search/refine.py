@@ -33,6 +33,7 @@ from ecoflap.search.order import Order, local_errors
 from ecoflap.search.shares import Budgets, Shares, between, budgets_of, flattened
 
 BY = ("probes", "gradient")
+WEIGHTS = ("own", "masked")
 PHASES = {"block": ("block",), "kind": ("block", "kind"), "layer": ("block", "layer")}
 STEPS = (1.0, 0.5, 0.25)  # of the way to the solution; the next is tried when this one is no better than here
 _SWAP = 0.02  # of the smaller layer's weights
@@ -50,6 +51,8 @@ class SearchOptions:
         metric: ``kl`` (of the outputs to the dense model's), ``loss``, or ``auto``.
         rounds: most rounds for blocks, and as many again for what follows; 0 leaves the allocation as it is.
         tolerance: a round that lowers the loss by less than this part of it is the last.
+        weights: what is measured for a criterion that updates the weights it keeps: its ``own``, or Wanda's ``masked``
+            ones, which are cheap and the same for all criteria that read inputs.
         samples: the search uses the first whole batches with so many calibration samples; 0 takes all.
         swaps: at the end, so many tries to move 2 % of a layer's zeros to another one, kept where the loss falls.
     """
@@ -59,11 +62,13 @@ class SearchOptions:
     metric: str = "auto"
     rounds: int = 8
     tolerance: float = 0.005
+    weights: str = "own"
     samples: int = 0
     swaps: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("by", BY), ("granularity", tuple(PHASES)), ("metric", METRICS)):
+        choices = (("by", BY), ("granularity", tuple(PHASES)), ("metric", METRICS), ("weights", WEIGHTS))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), list(known))
         for name in ("rounds", "samples", "swaps"):
@@ -301,4 +306,6 @@ class _Search:
         return math.fsum(values) / len(values)
 
     def _mask(self, zeros: Mapping[str, int]) -> None:
-        self.masked.set({layer: self.order.mask(self.model, layer, zeros[layer.name]) for layer in self.anatomy.layers})
+        self.masked.set(
+            {layer: self.order.stand_in(self.model, layer, zeros[layer.name]) for layer in self.anatomy.layers}
+        )

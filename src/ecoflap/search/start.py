@@ -12,10 +12,12 @@ from ecoflap.importance.measure import first_samples
 from ecoflap.network.parts import Anatomy
 from ecoflap.progress import Progress
 from ecoflap.pruning.criteria import make_criterion
+from ecoflap.pruning.patterns import Compare
 from ecoflap.registry import check_option_names
+from ecoflap.search.compensated import compensated
 from ecoflap.search.order import Order
 from ecoflap.search.refine import Found, SearchJournal, SearchOptions, refine
-from ecoflap.statistics.dense import dense_norms
+from ecoflap.statistics.dense import dense_norms, dense_statistics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +41,7 @@ def search_allocation(
     batches: Sequence[Any],
     *,
     criterion: str,
+    criterion_options: Mapping[str, Any] | None = None,
     compare: str | None,
     loss: Objective,
     shares: Mapping[str, Any],
@@ -57,14 +60,22 @@ def search_allocation(
         CalibrationError: fewer samples than the search is to have.
         NonFiniteLoss, InvalidOption: as there.
     """
-    needs = getattr(make_criterion(criterion), "statistics", "none")
-    norms = dense_norms(model, anatomy, batches, on_device(loss))
+    rule: Any = make_criterion(criterion, criterion_options)
+    run = on_device(loss)
+    if rule.statistics == "gram" and options.weights == "own":
+        grams: dict[str, Any] = {}
+        for _, found in dense_statistics(model, anatomy, batches, run, kind="gram"):
+            grams.update(found)
+        order: Order = compensated(grams, rule, rule.damping, compare)
+    else:
+        norms = dense_norms(model, anatomy, batches, run)
+        order = Order.of(norms, needs=rule.statistics, compare=_compare(compare))
     return refine(
         model,
         anatomy,
         allocation,
         first_samples(batches, options.samples or None),
-        Order.of(norms, needs=needs, compare="row" if compare == "row" else "matrix" if compare == "matrix" else None),
+        order,
         loss=loss,
         shares=shares,
         options=options,
@@ -72,3 +83,7 @@ def search_allocation(
         progress=progress,
         journal=journal,
     )
+
+
+def _compare(text: str | None) -> Compare | None:
+    return "row" if text == "row" else "matrix" if text == "matrix" else None
