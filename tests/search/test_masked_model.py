@@ -102,18 +102,17 @@ def test_nothing_is_left_after_an_exception(name: str) -> None:
     def strike(*_: object) -> None:
         raise KeyboardInterrupt
 
-    handle = next(iter(inner.children())).register_forward_pre_hook(strike)
-    try:
-        with pytest.raises(KeyboardInterrupt), MaskedModel(it.model, it.anatomy) as masked:
+    def run() -> None:
+        with MaskedModel(it.model, it.anatomy) as masked:
             masked.set(random_masks(it.anatomy))
             with masked.removed_part({layer.name: torch.ones(()) for layer in it.anatomy.layers}):
-                for child in inner.modules():  # whichever the forward reaches first
-                    child.register_forward_pre_hook(strike)
                 it.loss_of(it.model)
-    finally:
+
+    handles = [module.register_forward_pre_hook(strike) for module in inner.modules() if module is not inner]
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    for handle in handles:
         handle.remove()
-        for child in inner.modules():
-            child._forward_pre_hooks.clear()
     assert bits(it.model) == before
     assert {key: id(value) for key, value in it.model.named_parameters(remove_duplicate=False)} == parameters
     assert all("forward" not in module.__dict__ for module in it.model.modules())
