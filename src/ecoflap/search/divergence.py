@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ecoflap.calibration.models import is_encoder_decoder
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import Objective
 from ecoflap.registry import unknown
@@ -99,21 +100,33 @@ class Divergence:
 
     def _positions(self, index: int, logits: Tensor) -> Tensor:
         """Bool in the leading shape of ``logits``: where an output counts."""
-        counts = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-        batch = self._batches[index]
-        labels = batch.get("labels") if hasattr(batch, "get") else None
-        if not isinstance(labels, Tensor) or labels.shape != logits.shape[:-1] or labels.dim() != 2:
-            return counts
-        real = labels.to(logits.device) != -100
-        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
-            return real
-        counts[:, :-1], counts[:, -1] = real[:, 1:], False  # an output is about the next token
+        shape = logits.shape[:-1]
+        counts = torch.ones(shape, dtype=torch.bool, device=logits.device)
+        labels, real = (self._given(index, name, shape) for name in ("labels", "attention_mask"))
+        if labels is not None:
+            counts = labels.to(logits.device) != -100
+            if not is_encoder_decoder(self._model) and _continues(self._model):  # an output is about the next token
+                counts = torch.cat([counts[:, 1:], counts.new_zeros(len(counts), 1)], dim=1)
+        elif real is not None and not is_encoder_decoder(self._model):  # there it is the mask of the encoder's text
+            counts = real.to(logits.device) != 0
         return counts
+
+    def _given(self, index: int, name: str, shape: torch.Size) -> Tensor | None:
+        """The batch's tensor of this name, if it is about the positions of a text of this shape."""
+        batch = self._batches[index]
+        found = batch.get(name) if hasattr(batch, "get") else None
+        return found if isinstance(found, Tensor) and found.dim() == 2 and found.shape == shape else None
 
     def _finite(self, value: float, index: int) -> float:
         if not math.isfinite(value):
             raise NonFiniteLoss(f"the loss on calibration batch {index} is {value}: check the samples of that batch")
         return value
+
+
+def _continues(model: nn.Module) -> bool:
+    """Whether outputs are about the next token, as in all models that write; BERT's are about the token itself."""
+    generates = getattr(model, "can_generate", None)
+    return bool(generates()) if callable(generates) else True
 
 
 def _logits(output: Any) -> Tensor | None:
