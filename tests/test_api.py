@@ -266,10 +266,13 @@ def test_the_documentation_s_runs_on_files(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     picos.write_checkpoint("llama", tmp_path / "path" / "to" / "llama")
     prose(tmp_path / "prose.txt", 9000)
+    prose(tmp_path / "held-out.txt", 500)
     blocks = re.findall(r"^```python no-run\n(.*?)^```", DOCUMENT.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         code = block.replace("2048", "16").replace("samples=128", "samples=32")
+        code = code.replace("[0, 1, 2]", "[0], samples=32")  # and fewer cells
         exec(compile(code, str(DOCUMENT), "exec"), {"__name__": "documentation"})
     assert (tmp_path / "pruned" / "model.safetensors").exists()
     assert (tmp_path / "runs" / "llama" / "report.html").exists()
+    assert (tmp_path / "ecoflap-compare" / "compare.html").exists()

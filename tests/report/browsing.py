@@ -8,7 +8,7 @@ class Tab:
 
     def __init__(self, browser, path, **options):
         self.context = browser.new_context(**({"viewport": WIDE} | options))
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(60_000)  # milliseconds, on a machine that does other work too
         self.page = self.context.new_page()
         self.said, self.asked = [], []
         self.page.on("console", lambda message: self.said.append(message.text))
