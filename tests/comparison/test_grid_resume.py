@@ -14,6 +14,7 @@ from ecoflap.comparison.folder import GridDirectory
 from ecoflap.comparison.grid import run_grid
 from ecoflap.comparison.record import Comparison
 from ecoflap.importance import zeroth_order
+from ecoflap.journal import SearchFile
 from ecoflap.pruning import walk
 from ecoflap.run import RunFailed
 
@@ -68,9 +69,9 @@ def test_a_search_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: 
         data, methods="wanda:search=true,search_options=rounds=2,sensitivity+wanda", seeds="0", sparsities=0.7
     )
     undisturbed = run_grid(grid, tmp_path / "undisturbed")
-    saved = work.SearchFile.save
+    saved = SearchFile.save
     with monkeypatch.context() as patch:
-        patch.setattr(work.SearchFile, "save", failing(saved, 1))
+        patch.setattr(SearchFile, "save", failing(saved, 1))
         with pytest.raises(RunFailed):
             run_grid(grid, tmp_path / "grid", resume=True)
     assert list((tmp_path / "grid" / "journal").glob("search-*.json"))
