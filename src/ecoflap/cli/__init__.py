@@ -1,0 +1,88 @@
+"""The command line: each command is a few lines over the Python interface."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from ecoflap.cli import prune, runs, stages  # their commands add themselves to the application
+from ecoflap.cli.common import Ended, app
+from ecoflap.errors import EcoflapError
+from ecoflap.run import Stopped
+from ecoflap.terminal import messages
+
+__all__ = ["TRACEBACK", "app", "main", "prune", "runs", "stages"]
+
+
+@app.callback(invoke_without_command=True)
+def _no_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from ecoflap import __version__
+
+        typer.echo(f"ecoflap {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+TRACEBACK = "ECOFLAP_TRACEBACK"  # environment variable: let what nobody foresaw end in Python's own traceback
+
+
+def main() -> NoReturn:
+    """Run the command line: exit code 0, 1 (failed), 2 (bad input), 130 or 143 (stopped)."""
+    # On cores that are shared, threads that spin while they wait for each other slow small models down 50-fold. Read
+    # when torch is first imported, which happens below; a value of the user's own stands.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _quieten()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with messages:
+            code = app(standalone_mode=False, prog_name="ecoflap")
+        sys.stdout.flush()
+    except EcoflapError as error:
+        _fail(str(error), error.exit_code)
+    except Ended as ended:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while we say good-bye
+        kept = "the same command with --resume goes on from here"
+        told = kept if isinstance(ended.stop, Stopped) else getattr(ended.stop, "told", "nothing was written")
+        _fail(f"stopped; {told}", 143 if str(ended.stop) == "SIGTERM" else 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # what typer raises for a wrong command line
+            _fail(error.format_message(), 2)
+        if os.environ.get(TRACEBACK):
+            raise
+        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _fail(f"unexpected failure: {told} ({TRACEBACK}=1 shows where)", 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
+def _quieten() -> None:
+    """Bars and remarks of the libraries below us, unless the user's own settings want them."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"ecoflap: {' '.join(message.split())}\n")
+    sys.exit(code)

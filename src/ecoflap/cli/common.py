@@ -1,0 +1,83 @@
+"""What all commands share: the application, options that several have, progress and output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ecoflap.comparison.recipe import UNUSED, Grid
+from ecoflap.helptext import Command as PlainHelp
+from ecoflap.options import OUTPUT
+from ecoflap.progress import Progress, Silent
+from ecoflap.recipe import FILE_ONLY
+from ecoflap.terminal import messages, progress_on, standard_error
+
+
+class Ended(BaseException):
+    """Carries a KeyboardInterrupt past typer, which would make a bare exit code of it."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        super().__init__()
+        self.stop = stop
+
+
+class Command(PlainHelp):
+    """A command that can be stopped with a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Ended(stop) from stop
+
+
+app = typer.Typer(
+    name="ecoflap",
+    help="Make a vision-language model sparse: importance per layer, allocation, local pruning (ECoFLaP). "
+    "'ecoflap COMMAND --help' shows a command's options.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def flag(*names: str, text: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=OUTPUT)
+
+
+Quiet = Annotated[bool, flag("--quiet", "-q", text="Print nothing but errors.")]
+Json = Annotated[bool, flag("--json", text="Print the result as JSON, and nothing else, on standard output.")]
+Overwrite = Annotated[bool, flag("--overwrite", text="Replace the file that is there.")]
+PRIVATE = "Make the Hub's repository private. Default: public, as on the Hub."
+MODEL_FIELDS = ("device", "dtype", "trust_remote_code")
+PART_FIELDS = ("include", "exclude", "towers")
+SOURCE_FIELDS = ("calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts")
+DATA_FIELDS = (*SOURCE_FIELDS, "samples", "batch_size", "sequence_length", "seed")
+TEST_FIELDS = ("task", "task_options", "test", "test_image_folder", "test_columns", "test_prompt", "test_samples")
+SHARE_FIELDS = (
+    "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
+    "rule", "spread",
+)  # fmt: skip
+GRID_FIELDS = tuple(name for name in Grid.model_fields if name not in {"model", "seed", *UNUSED, *FILE_ONLY})
+SCORE_FIELDS = ("importance", "importance_options", "importance_samples")
+
+
+def file_option(text: str) -> Any:
+    return typer.Option("--output", "-o", metavar="FILE", help=text, show_default=False, rich_help_panel=OUTPUT)
+
+
+def progress_to(quiet: bool) -> Progress:
+    messages.quiet = quiet
+    return Silent() if quiet else progress_on(standard_error())
+
+
+def say_line(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,157 @@
+"""Commands that make a sparse model, or several side by side: prune, compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ecoflap.cli.common import (
+    GRID_FIELDS,
+    PRIVATE,
+    Command,
+    Json,
+    Quiet,
+    app,
+    flag,
+    print_json,
+    progress_to,
+    say_line,
+)
+from ecoflap.comparison.folder import PAGE, TABLE, GridDirectory
+from ecoflap.comparison.recipe import Grid
+from ecoflap.errors import EcoflapError, InvalidOption
+from ecoflap.options import OUTPUT, with_recipe_options
+from ecoflap.recipe import Recipe
+from ecoflap.run import METRICS, MODEL, REPORT, RunDirectory
+from ecoflap.terminal import standard_error, standard_output
+
+
+@app.command(cls=Command, short_help="The whole job: a run directory with the sparse model and report.html.")
+@with_recipe_options()
+def prune(
+    recipe: Recipe,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="The run directory. Default: ecoflap-run.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = Path("ecoflap-run"),
+    overwrite: Annotated[bool, flag("--overwrite", text="Replace the run that is there (its files alone).")] = False,
+    resume: Annotated[bool, flag("--resume", text="Go on with the run that is there.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO_ID", help="Upload the model with its card to the Hub at the end.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = None,
+    private: Annotated[bool, flag("--private", text=PRIVATE)] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Prune MODEL and leave a run directory: the sparse model, scores, allocation, metrics and report.html.
+
+    Examples:
+        ecoflap prune --output runs/first
+        ecoflap prune path/to/llama --sparsity 0.6 --calibration prose.txt --sequence-length 2048 --test held-out.txt
+        ecoflap prune path/to/blip2 --calibration vqa.jsonl --tower-sparsity vision=0.4 --tower-sparsity language=0.6
+        ecoflap prune --recipe runs/first/recipe.yaml --sparsity 0.7 --output runs/second
+        ecoflap prune path/to/llama --allocation allocation.json --calibration prose.txt
+    """
+    progress = progress_to(quiet or as_json)
+    _check_hub(push_to_hub, private)
+    # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+    examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
+    if examined.complete and not quiet:
+        standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    from ecoflap.pipeline import run_recipe
+    from ecoflap.report import summary_table
+
+    say = None if quiet or as_json else say_line
+    run = run_recipe(recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say)
+    pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
+    if as_json:
+        uploaded = {} if push_to_hub is None else {"pushed": pushed}
+        print_json({"run": str(run), **uploaded, **json.loads((run / METRICS).read_text("utf-8"))})
+    elif not quiet:
+        standard_output().print(summary_table(run))
+        typer.echo(f"model   {run / MODEL}\nreport  {run / REPORT}")
+        if pushed:
+            typer.echo(f"pushed  {pushed}")
+    if failure is not None:
+        raise failure
+
+
+def _check_hub(repo_id: str | None, private: bool) -> None:
+    """Whatever can be known of an upload before the work for it begins."""
+    if repo_id is None:
+        if private:
+            raise InvalidOption("--private says how to upload: give --push-to-hub REPO_ID, too")
+        return
+    from ecoflap.hub import check_account, check_name
+
+    check_name(repo_id)
+    check_account()
+
+
+def _pushed(run: Path, repo_id: str | None, private: bool, bars: bool) -> tuple[str | None, EcoflapError | None]:
+    """The address of what was uploaded, or why it was not: the run is whole either way."""
+    if repo_id is None:
+        return None, None
+    from ecoflap.hub import later, push
+
+    try:
+        return push(run, repo_id, private=private, bars=bars), None
+    except EcoflapError as error:
+        how = later(run, repo_id, private=private)
+        return None, type(error)(f"the run in {run} is whole, but was not uploaded: {error}. Later: {how}")
+
+
+@app.command(cls=Command, short_help="Methods side by side at several sparsities: a table, plots and a page.")
+@with_recipe_options(*GRID_FIELDS, recipe=Grid)
+def compare(
+    grid: Grid,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="The folder to write. Default: ecoflap-compare.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = Path("ecoflap-compare"),
+    overwrite: Annotated[bool, flag("--overwrite", text="Replace the comparison that is there.")] = False,
+    resume: Annotated[
+        bool, flag("--resume", text="Go on with what is there; methods, sparsities and seeds may be added.")
+    ] = False,
+    low_memory: Annotated[
+        bool, flag("--low-memory", text="Keep the dense weights on disk between cells, not in memory.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compare methods on MODEL at several sparsities, with several seeds: compare.md, .csv, .html, .json and plots.
+
+    A method is IMPORTANCE+CRITERION[:NAME=VALUE,...]; its NAMEs are options of prune, of the importance or of the
+    criterion. What cells share is done once, finished cells are kept.
+
+    Examples:
+        ecoflap compare
+        ecoflap compare --methods wanda,zeroth-order+wanda --sparsities 0.3:0.7:0.1 --seeds 0,1,2 --test-samples 300
+        ecoflap compare path/to/llama --calibration prose.txt --test held-out.txt --task perplexity
+        ecoflap compare --methods first-order+wanda:variant=fisher,granularity=layer,sparsegpt --output compared/first
+    """
+    progress = progress_to(quiet or as_json)
+    # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+    examined = GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume)
+    if examined.complete and not quiet:
+        standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    from ecoflap.comparison.grid import run_grid
+    from ecoflap.comparison.listing import comparison_tables
+
+    say = None if quiet or as_json else say_line
+    comparison = run_grid(
+        grid, output, overwrite=overwrite, resume=resume, low_memory=low_memory, progress=progress, say=say
+    )
+    if as_json:
+        print_json({"folder": str(output), **comparison.model_dump(mode="json")})
+    elif not quiet:
+        for table in comparison_tables(comparison):
+            standard_output().print(table)
+        typer.echo(f"table   {output / TABLE}\npage    {output / PAGE}")

@@ -1,0 +1,151 @@
+"""Commands that do one stage alone: inspect, importance, allocate, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ecoflap.cli.common import (
+    DATA_FIELDS,
+    MODEL_FIELDS,
+    PART_FIELDS,
+    SCORE_FIELDS,
+    SHARE_FIELDS,
+    SOURCE_FIELDS,
+    TEST_FIELDS,
+    Command,
+    Json,
+    Overwrite,
+    Quiet,
+    app,
+    file_option,
+    print_json,
+    progress_to,
+)
+from ecoflap.options import with_recipe_options
+from ecoflap.recipe import Recipe
+from ecoflap.terminal import messages, standard_output
+
+
+@app.command(cls=Command, short_help="Towers, blocks and layers: what is prunable, what stays dense and why.")
+@with_recipe_options(*MODEL_FIELDS, *PART_FIELDS, *SOURCE_FIELDS, "sequence_length")
+def inspect(recipe: Recipe, as_json: Json = False) -> None:
+    """Show towers, blocks and layers of MODEL: what is prunable, and what stays dense and why.
+
+    With calibration data one forward is watched, which gives the true order and finds what never runs.
+
+    Examples:
+        ecoflap inspect
+        ecoflap inspect path/to/blip2 --calibration vqa.jsonl
+        ecoflap inspect path/to/llama --json
+    """
+    from ecoflap.commands import inspect_model
+    from ecoflap.listings import anatomy_json, anatomy_tables
+
+    anatomy, note = inspect_model(recipe)
+    if as_json:
+        print_json(anatomy_json(anatomy))
+        return
+    for table in anatomy_tables(anatomy, note):
+        standard_output().print(table)
+
+
+@app.command(cls=Command, short_help="Stage 1 alone: a score for each layer.")
+@with_recipe_options(*MODEL_FIELDS, *PART_FIELDS, *DATA_FIELDS, *SCORE_FIELDS)
+def importance(
+    recipe: Recipe,
+    output: Annotated[Path, file_option("File to write. Default: importance.json.")] = Path("importance.json"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Stage 1 alone: measure a score for each layer of MODEL.
+
+    Examples:
+        ecoflap importance --output importance.json
+        ecoflap importance path/to/llama --calibration prose.txt --sequence-length 512 --importance-samples 64
+        ecoflap importance path/to/llama --calibration prose.txt --importance first-order
+    """
+    from ecoflap.commands import measure_model, refuse_existing
+    from ecoflap.files import write_json
+
+    refuse_existing(output, overwrite)
+    scores = measure_model(recipe, progress_to(quiet or as_json)).to_json()
+    write_json(output, scores)
+    if as_json:
+        print_json(scores)
+    elif not quiet:
+        typer.echo(f"scores  {output}")
+
+
+@app.command(cls=Command, short_help="Scores to sparsities: instantaneous, needs neither model nor data.")
+@with_recipe_options(*SHARE_FIELDS, model=False)
+def allocate(
+    recipe: Recipe,
+    scores: Annotated[Path, typer.Argument(metavar="IMPORTANCE", help="An importance.json, or the run that holds it.")],
+    output: Annotated[
+        Path | None,
+        file_option("File to write. Default: allocation.json beside the scores; for a run, in this folder."),
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Scores to sparsities: instantaneous, needs neither model nor data.
+
+    Examples:
+        ecoflap allocate runs/first/importance.json --sparsity 0.6
+        ecoflap allocate importance.json --sparsity 0.6 --max-sparsity 0.8 --granularity layer --output layers.json
+    """
+    from ecoflap.commands import allocate_file
+
+    messages.quiet = quiet
+    allocation, target = allocate_file(scores, recipe, output, overwrite)
+    if as_json:
+        print_json(allocation.to_json())
+    elif not quiet:
+        from ecoflap.listings import allocation_table
+
+        standard_output().print(allocation_table(allocation))
+        typer.echo(f"allocation  {target}")
+
+
+@app.command(cls=Command, short_help="VQA accuracy, CIDEr, recall, perplexity, ..., suites of lm-eval.")
+@with_recipe_options(
+    *MODEL_FIELDS, *TEST_FIELDS, "classes", "class_prompts", "batch_size", "sequence_length", "seed",
+    aliases={"test_samples": "--limit"},
+)  # fmt: skip
+def evaluate(
+    recipe: Recipe,
+    output: Annotated[Path | None, file_option("Also write the results to this file.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL on tasks, or on all evaluations of a recipe.
+
+    Examples:
+        ecoflap evaluate
+        ecoflap evaluate runs/first/model --limit 200 --json
+        ecoflap evaluate path/to/llama --task perplexity --test held-out.txt --sequence-length 2048
+        ecoflap evaluate path/to/llama --task multiple-choice --test mmlu.jsonl --task-option shots=5
+        ecoflap evaluate path/to/llama --task lm_eval:hellaswag --batch-size 16
+        ecoflap evaluate runs/blip2/model --recipe recipes/blip2/blip2-flan-t5-xl.yaml --output metrics.json
+    """
+    from ecoflap.commands import evaluate_model, refuse_existing
+
+    if output is not None:
+        refuse_existing(output, overwrite)
+    results = evaluate_model(recipe, progress_to(quiet or as_json))
+    if output is not None:
+        from ecoflap.files import write_json
+
+        write_json(output, {"format": 1, "model": recipe.model, "results": results})
+    if as_json:
+        print_json(results)
+    elif not quiet:
+        from ecoflap.listings import quality_table
+
+        standard_output().print(quality_table(results))
