@@ -40,12 +40,6 @@ def whole(made: SimpleNamespace) -> Path:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the page, which takes longer than all else."""
-    monkeypatch.setattr(pipeline, "write_report", lambda _: None)
-
-
-@pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     monkeypatch.chdir(tmp_path)
     return command(capfd, monkeypatch)
@@ -99,7 +93,7 @@ def test_options_of_criteria_are_checked_before_anything_is_written(run: Command
         Recipe.parse({"criterion": "global-magnitud"})
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("pageless")
 def test_options_of_sparsegpt_reach_it(run: Command, made: SimpleNamespace) -> None:
     base = [
         "prune", made.llama, "--calibration", made.prose, *TEXT, "--importance", "uniform", "--criterion", "sparsegpt",
@@ -135,7 +129,7 @@ def test_global_magnitude_needs_no_data_and_writes_what_each_layer_got(run: Comm
     assert "global-magnitude" in Path("run/report.html").read_text("utf-8")
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("pageless")
 def test_each_tower_by_itself(run: Command, made: SimpleNamespace) -> None:
     run("prune", made.llava, "--calibration", made.questions, "--samples", 4, "--batch-size", 2, "-o", "run",
         "--criterion", "iterative-gradient", "--budget", "tower", "--tower-sparsity", "vision=0.25").well()  # fmt: skip
@@ -169,7 +163,7 @@ def _failing(function: Callable[..., object], at: int) -> Callable[..., object]:
         (global_walk, "achieved", 0, 3),
     ],
 )
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("pageless")
 def test_a_killed_run_ends_with_the_same_bits(
     run: Command, made: SimpleNamespace, whole: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str,
     at: int, rounds: int,
@@ -184,7 +178,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     same_result(whole, Path("run"))
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("pageless")
 def test_a_run_that_is_killed_once_it_is_pruned(
     run: Command, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ from ecoflap.prepare import check_importance_options
 from ecoflap.recipe import Recipe
 from ecoflap.run import RunFailed, Stopped
 
+pytestmark = pytest.mark.usefixtures("pageless")
+
 
 class Recorder:
     """Progress that remembers its stages: name, total, done at the beginning, steps."""

@@ -74,6 +74,7 @@ def _failing(function: Callable[..., object], at: int, error: BaseException) -> 
     return wrapped
 
 
+@pytest.mark.usefixtures("pageless")
 @pytest.mark.parametrize("at", [0, 1, 20, 41])
 def test_a_crash_in_stage_1(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
@@ -102,6 +103,7 @@ def test_a_crash_in_stage_1(
     same_result(made / "whole", tmp_path / "run")
 
 
+@pytest.mark.usefixtures("pageless")
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_crash_in_stage_2(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
@@ -130,6 +132,7 @@ def test_a_crash_near_the_end(
     assert {"evaluation, dense", "importance", "pruning", "evaluation, pruned"} <= set(names)
 
 
+@pytest.mark.usefixtures("pageless")
 def test_a_line_that_was_cut_off(prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         probe = zeroth_order.ZerothOrder.projection
@@ -145,6 +148,7 @@ def test_a_line_that_was_cut_off(prune: Command, made: Path, tmp_path: Path, mon
     same_result(made / "whole", tmp_path / "run")
 
 
+@pytest.mark.usefixtures("pageless")
 def test_a_damaged_block(prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(walk._Walker, "prune", _failing(walk._Walker.prune, 2, _Crash()))
@@ -241,6 +245,7 @@ def test_another_model_data_or_version_is_refused(
     same_result(made / "whole", tmp_path / "run")
 
 
+@pytest.mark.usefixtures("pageless")
 @pytest.mark.parametrize(("reason", "code"), [("", 130), ("SIGTERM", 143)])
 def test_a_stop_in_process(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, code: int
