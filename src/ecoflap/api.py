@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ecoflap.allocation import Allocation, LayerAllocation, LayerSize
 from ecoflap.allocation import allocate as allocate_sizes
-from ecoflap.allocation.curves import Curve
 from ecoflap.allocation.groups import make_pools
+from ecoflap.curve import Curve
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.files import read_json
 from ecoflap.importance.names import own_rule

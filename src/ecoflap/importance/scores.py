@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ecoflap.allocation.curves import Curve
+from ecoflap.curve import Curve
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.network.parts import Layer
 

@@ -185,7 +185,8 @@ def refine(
         here = State.from_json(kept) if kept else search.start(allocation)
         here = search.swapped(search.settled(here), seed)
     rows = tuple(replace(row, zeros=here.zeros[row.name]) for row in allocation.layers)
-    granularity = allocation.granularity if options.granularity == "block" else "layer"
+    single = options.granularity != "block" or options.swaps or allocation.granularity == "layer"
+    granularity = "layer" if single else "block"
     found = replace(allocation, layers=rows, granularity=granularity, max_sparsity=_highest(allocation, limits))
     return Found(found, here.history, divergence.metric)
 

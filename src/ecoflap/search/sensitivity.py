@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ecoflap.allocation.curves import Curve
+from ecoflap.curve import Curve
 from ecoflap.errors import InvalidOption
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.scores import Estimate

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ecoflap.allocation import Allocation, LayerSize, allocate
 from ecoflap.allocation.apportion import round_to_total
-from ecoflap.allocation.curves import Curve
+from ecoflap.curve import Curve
 from ecoflap.network.parts import Layer
 
 _LEAST = 1e-3  # of the mean cost of a unit: one that seems free is taken for this cheap, not for free
