@@ -20,6 +20,8 @@ from ecoflap.calibration.objectives import Objective, on_device, resolve
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy, Layer
+from ecoflap.search.order import Order
+from ecoflap.statistics.dense import dense_norms
 
 
 def shared_llama() -> nn.Module:
@@ -43,7 +45,7 @@ _OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Sequence[Any]]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A model at work; shared by all tests, so that none may change it."""
 
@@ -69,6 +71,12 @@ def subject(name: str) -> Subject:
     loss = on_device(resolve(None, model))
     with cache_disabled(model):
         return Subject(model, discover(model, batches[0], run=loss), batches, loss)
+
+
+@cache
+def order_of(it: Subject) -> Order:
+    """Wanda's."""
+    return Order.of(dense_norms(it.model, it.anatomy, it.batches, it.loss), needs="norm", compare=None)
 
 
 def random_masks(anatomy: Anatomy, seed: int = 0, kept: float = 0.5) -> dict[Layer, Tensor]:

@@ -1,0 +1,262 @@
+"""The search: it never gets worse, keeps budgets and caps to the weight, leaves no trace, and goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from searching import Subject, bits, even, order_of, quiet, really_pruned, subject, uneven
+from torch import Tensor, nn
+
+from ecoflap.allocation import Allocation
+from ecoflap.calibration.objectives import on_device
+from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
+from ecoflap.network.anatomy import discover
+from ecoflap.search.divergence import Divergence
+from ecoflap.search.refine import BY, PHASES, Found, SearchOptions, refine
+from ecoflap.search.shares import budgets_of
+from ecoflap.search.start import search_allocation, search_options
+
+
+class Journal:
+    """States as a file would keep them; the search begins at ``kept``."""
+
+    def __init__(self, kept: str | None = None) -> None:
+        self.kept, self.saved = kept, list[str]()
+
+    def load(self) -> dict[str, Any] | None:
+        return None if self.kept is None else json.loads(self.kept)
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.saved.append(json.dumps(state))
+
+
+def search(
+    it: Subject, allocation: Allocation, journal: Journal | None = None, shares: Any = (), seed: int = 0, **options: Any
+) -> Found:
+    limits = {"sparsity": 0.5, "max_sparsity": 0.8, **dict(shares)}
+    return refine(
+        it.model, it.anatomy, allocation, it.batches, order_of(it), loss=it.loss, shares=limits,
+        options=SearchOptions(**options), seed=seed, journal=journal,
+    )  # fmt: skip
+
+
+def zeros_of(allocation: Allocation) -> dict[str, int]:
+    return {row.name: row.zeros for row in allocation.layers}
+
+
+def measured(it: Subject, allocation: Allocation, metric: str = "auto") -> float:
+    """The divergence of a copy that is really pruned to this allocation."""
+    order = order_of(it)
+    masks = {x: order.mask(it.model, x, zeros_of(allocation)[x.name]) for x in it.anatomy.layers}
+    divergence = Divergence(it.model, it.batches, it.loss, metric)
+    with quiet(it.model):
+        divergence.record()
+    divergence._model = really_pruned(it.model, masks)
+    with quiet(divergence._model):
+        return math.fsum(divergence.value(i) for i in range(len(it.batches))) / len(it.batches)
+
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "global": {},
+    "tower": {"budget": "tower"},
+    "own": {"tower_sparsity": {"vision": 0.3}},
+    "floor": {"min_sparsity": 0.35},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "by", "granularity", "limits"),
+    [
+        ("llama", "gradient", "layer", "global"),
+        ("llama", "probes", "layer", "floor"),
+        ("llama", "gradient", "block", "global"),
+        ("gpt2", "gradient", "kind", "global"),
+        ("gpt2", "probes", "block", "floor"),
+        ("shared_llama", "probes", "kind", "global"),
+        ("shared_llama", "gradient", "layer", "global"),
+        ("experts", "gradient", "layer", "global"),
+        ("uncalled", "gradient", "layer", "global"),
+        ("llava", "gradient", "layer", "tower"),
+        ("llava", "gradient", "kind", "own"),
+        ("llava", "probes", "block", "own"),
+        ("clip", "gradient", "layer", "tower"),
+    ],
+)
+def test_the_loss_falls_within_budgets_and_caps(name: str, by: str, granularity: str, limits: str) -> None:
+    it, before = subject(name), bits(subject(name).model)
+    options = {key: value for key, value in LIMITS[limits].items() if key != "min_sparsity"}
+    start = uneven(it.anatomy, **LIMITS[limits])
+    found = search(it, start, shares=LIMITS[limits], by=by, granularity=granularity, rounds=2, swaps=6)
+    assert bits(it.model) == before
+    assert all("forward" not in module.__dict__ for module in it.model.modules())
+    assert not it.model._forward_hooks
+    assert len(found.history) > 1
+    assert all(later < earlier for earlier, later in zip(found.history, found.history[1:], strict=False))
+    assert found.history[0] <= measured(it, start) * (1 + 1e-5)
+    assert found.history[-1] == pytest.approx(measured(it, found.allocation), rel=1e-4)
+    ours, theirs = zeros_of(found.allocation), zeros_of(start)
+    assert list(ours) == list(theirs)
+    for names in budgets_of(start, options):
+        assert sum(ours[x] for x in names) == sum(theirs[x] for x in names)
+    floor = LIMITS[limits].get("min_sparsity", 0.0)
+    for row in found.allocation.layers:  # a block's layers share its sparsity in whole weights
+        slack = 0 if granularity != "block" else 1
+        assert floor * row.weights - slack - 1 < row.zeros < 0.8 * row.weights + slack + 1
+    assert found.allocation.max_sparsity == 0.8
+    assert found.metric == ("loss" if name == "uncalled" else "kl")
+
+
+def test_nothing_to_do_leaves_the_allocation_or_the_even_one() -> None:
+    it = subject("llama")
+    start, flat = uneven(it.anatomy), even(it.anatomy)
+    better = min((start, flat), key=lambda one: measured(it, one))
+    found = search(it, start, rounds=0, swaps=0)
+    assert zeros_of(found.allocation) == zeros_of(better)
+    assert found.history == (pytest.approx(measured(it, better), rel=1e-5),)
+    best = search(it, start, rounds=4).allocation  # measures lower than the even one: it stays
+    again = search(it, best, rounds=0)
+    assert zeros_of(again.allocation) == zeros_of(best)
+    assert zeros_of(search(it, flat, rounds=0).allocation) == zeros_of(flat)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"by": "gradient", "granularity": "layer", "rounds": 2, "swaps": 3}),
+        ("gpt2", {"by": "probes", "granularity": "kind", "rounds": 1, "swaps": 2}),
+    ],
+)
+def test_from_every_state_it_ends_with_the_same_bits(name: str, options: dict[str, Any]) -> None:
+    it, journal = subject(name), Journal()
+    start = uneven(it.anatomy)
+    whole = search(it, start, journal, seed=3, tolerance=0.0, **options)
+    phases = len(PHASES[options["granularity"]])
+    assert len(journal.saved) == phases * options["rounds"] + options["swaps"]
+    for number, state in enumerate(journal.saved):
+        later = Journal(state)
+        found = search(it, start, later, seed=3, tolerance=0.0, **options)
+        assert (found.allocation, found.history) == (whole.allocation, whole.history)
+        assert later.saved == journal.saved[number + 1 :]
+
+
+def test_swaps_go_by_the_seed_alone() -> None:
+    it = subject("llama")
+    start = uneven(it.anatomy)
+    first, again, other = (search(it, start, rounds=0, swaps=15, seed=seed) for seed in (1, 1, 2))
+    assert (first.allocation, first.history) == (again.allocation, again.history)
+    assert zeros_of(other.allocation) != zeros_of(first.allocation)
+    assert len(first.history) > 1
+    torch.manual_seed(99)
+    assert search(it, start, rounds=0, swaps=15, seed=1).history == first.history
+
+
+def test_swaps_stay_within_a_tower_and_its_cap() -> None:
+    it = subject("llava")
+    start = even(it.anatomy, budget="tower")
+    found = search(it, start, shares={"budget": "tower", "max_sparsity": 0.505}, rounds=0, swaps=24)
+    ours, theirs = zeros_of(found.allocation), zeros_of(start)
+    assert ours != theirs
+    for tower in it.anatomy.towers:
+        assert sum(ours[x.name] for x in tower.layers) == sum(theirs[x.name] for x in tower.layers)
+    assert all(row.zeros <= max(0.505 * row.weights, theirs[row.name]) for row in found.allocation.layers)
+    assert found.allocation.granularity == "layer"
+
+
+@pytest.mark.parametrize("swaps", [0, 4])
+def test_the_result_says_what_shares_a_sparsity(swaps: int) -> None:
+    it = subject("llama")
+    for granularity in PHASES:
+        found = search(it, even(it.anatomy), granularity=granularity, rounds=1, swaps=swaps)
+        alike = granularity == "block" and swaps == 0
+        assert found.allocation.granularity == ("block" if alike else "layer")
+
+
+class OneWay(nn.Module):
+    """Blocks whose output can't be differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return NoBackward.apply(x.square().mean())
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        raise NotImplementedError("this operator\nhas no backward")
+
+
+def test_a_model_without_gradients_is_searched_by_probes_alone() -> None:
+    model = OneWay()
+    batches = [{"x": torch.randn(8, 16)}]
+    loss = on_device(lambda model, batch: model(**batch))
+    it = Subject(model, discover(model, batches[0], run=loss), batches, loss)
+    before = bits(model)
+    with pytest.raises(InvalidOption, match=r"OneWay can't be differentiated.*by=probes") as refused:
+        search(it, uneven(it.anatomy), by="gradient")
+    assert len(str(refused.value).splitlines()) == 1
+    assert bits(model) == before
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    found = search(it, uneven(it.anatomy), by="probes")
+    assert found.metric == "loss"
+    assert found.history[-1] <= found.history[0]
+
+
+def test_probes_and_gradients_agree_on_where_to_go() -> None:
+    """Both find a far better allocation than the one they begin with."""
+    it = subject("llama")
+    start = uneven(it.anatomy)
+    ends = {by: search(it, start, by=by, rounds=2).history[-1] for by in BY}
+    assert max(ends.values()) < min(measured(it, start), measured(it, even(it.anatomy)))
+
+
+def test_the_search_takes_the_first_samples() -> None:
+    it = subject("llama")
+    arguments = {"criterion": "wanda", "compare": None, "loss": it.loss, "shares": {"sparsity": 0.5}}
+    few = Subject(it.model, it.anatomy, it.batches[:1], it.loss)
+    found = search_allocation(
+        it.model, it.anatomy, uneven(it.anatomy), it.batches, options=SearchOptions(samples=1, rounds=1), **arguments
+    )
+    limits = {"sparsity": 0.5}
+    expected = refine(
+        few.model, few.anatomy, uneven(it.anatomy), few.batches, order_of(it), loss=it.loss, shares=limits,
+        options=SearchOptions(rounds=1),
+    )  # fmt: skip
+    assert (found.allocation, found.history) == (expected.allocation, expected.history)
+    with pytest.raises(CalibrationError, match="99"):
+        search_allocation(
+            it.model, it.anatomy, uneven(it.anatomy), it.batches, options=SearchOptions(samples=99), **arguments
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"by": "guess"}, UnknownName, "probes"),
+        ({"granularity": "tower"}, UnknownName, "block"),
+        ({"metric": "accuracy"}, UnknownName, "kl"),
+        ({"rounds": -1}, InvalidOption, "rounds of the search must be at least 0"),
+        ({"samples": -1}, InvalidOption, "samples"),
+        ({"swaps": -1}, InvalidOption, "swaps"),
+        ({"tolerance": 1.0}, InvalidOption, "tolerance"),
+        ({"tolerance": -0.1}, InvalidOption, "tolerance"),
+        ({"steps": 3}, InvalidOption, "steps"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as refused:
+        search_options(options)
+    assert len(str(refused.value).splitlines()) == 1
+    assert search_options(None) == search_options({}) == SearchOptions()
