@@ -170,6 +170,7 @@ def prune(
     from ecoflap.network.cache import cache_disabled
     from ecoflap.pruning.criteria import make_criterion
     from ecoflap.pruning.names import is_global, reads_data, refuse_with_global
+    from ecoflap.search.start import search_options as checked_search_options
     from ecoflap.statistics.choice import TokenChoice
     from ecoflap.statistics.tokens import check_choice
 
@@ -197,6 +198,9 @@ def prune(
         importance, max_sparsity = "uniform", 1.0
     elif importance is None:
         importance = "zeroth-order"
+    if search and allocation is not None:
+        raise InvalidOption("search: an allocation is given, so there is nothing to search for")
+    options = checked_search_options(search_options)
     shares: dict[str, Any] = {
         "sparsity": sparsity,
         "max_sparsity": max_sparsity,
@@ -242,7 +246,6 @@ def prune(
         allocation = allocate(scores, **shares)
         if scores.method == "sensitivity" if search is None else search:
             from ecoflap.search.start import search_allocation
-            from ecoflap.search.start import search_options as checked
 
             allocation = search_allocation(
                 model,
@@ -254,7 +257,7 @@ def prune(
                 compare=compare,
                 loss=objective,
                 shares=shares,
-                options=checked(search_options),
+                options=options,
                 seed=seed,
                 progress=progress,
             ).allocation

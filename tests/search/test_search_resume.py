@@ -1,0 +1,116 @@
+"""An interrupted search goes on with --resume and ends with the same files to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import picos
+import pytest
+from console import TEXT, Command, command, prose, same_result
+
+from ecoflap.search import sensitivity as measure
+from ecoflap.search.divergence import Divergence
+from ecoflap.search.refine import _Search
+
+JOB = ("--importance", "sensitivity", "--search-options", "rounds=2", "--search-options", "swaps=3")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("search")
+    picos.write_checkpoint("llama", folder / "llama")
+    prose(folder / "prose.txt")
+    return folder
+
+
+@pytest.fixture
+def prune(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path
+) -> Callable[..., Any]:
+    monkeypatch.chdir(tmp_path)
+    run = command(capfd, monkeypatch)
+    return lambda *more: run("prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, *more)
+
+
+class _Crash(Exception):
+    pass
+
+
+def _failing(function: Callable[..., Any], at: int) -> Callable[..., Any]:
+    calls = iter(range(10**9))
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == at:
+            raise _Crash("lightning")
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+@pytest.fixture(scope="module")
+def whole(made: Path) -> Path:
+    """An undisturbed run."""
+    from ecoflap.pipeline import run_recipe
+    from ecoflap.recipe import Recipe
+
+    recipe = Recipe(
+        model=str(made / "llama"), calibration=str(made / "prose.txt"), samples=6, batch_size=2, sequence_length=12,
+        importance_samples=4, importance="sensitivity", search_options={"rounds": 2, "swaps": 3},
+    )  # fmt: skip
+    return run_recipe(recipe, made / "whole")
+
+
+@pytest.mark.parametrize(("name", "at"), [("_round", 0), ("_round", 3), ("_pair", 2)])
+def test_a_crash_in_the_search(
+    prune: Command, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(_Search, name, _failing(getattr(_Search, name), at))
+        outcome = prune(*JOB, "-o", "run")
+    assert outcome.code == 1
+    assert "lightning" in outcome.err
+    state = tmp_path / "run" / "journal" / "search.json"
+    assert state.exists() == ((name, at) != ("_round", 0))
+    prune(*JOB, "-o", "run", "--resume").well()
+    same_result(whole, tmp_path / "run")
+
+
+def test_a_crash_in_the_curves(prune: Command, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Divergence, "value", _failing(Divergence.value, 12))
+        assert prune(*JOB, "-o", "run").code == 1
+    journal = (tmp_path / "run" / "journal" / "importance.jsonl").read_bytes()
+    assert len(journal.splitlines()) > 20
+    counted = []
+    value = Divergence.value
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "Divergence", type("D", (Divergence,), {
+            "value": lambda self, index: (counted.append(index), value(self, index))[1],
+        }))  # fmt: skip
+        prune(*JOB, "-o", "run", "--resume").well()
+    assert len(counted) == 1 + 3 * 3  # batch 1 alone; a block that was begun is measured at all levels again
+    same_result(whole, tmp_path / "run")
+
+
+def test_killed_in_the_search(made: Path, whole: Path) -> None:
+    job = [
+        sys.executable, "-m", "ecoflap", "prune", str(made / "llama"), "--calibration", str(made / "prose.txt"),
+        *TEXT, *JOB, "-o", "killed", "--resume", "--quiet",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(job, cwd=made, env=environment)
+    state = made / "killed" / "journal" / "search.json"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(job, cwd=made, env=environment, check=True)
+    same_result(whole, made / "killed")
