@@ -150,7 +150,7 @@ def prune(
         pattern: ``unstructured``, or N:M such as ``2:4`` (with ``importance="uniform"``).
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
         allocation: use this one, and skip stage 1.
-        search: improve the allocation by measuring the pruned model; by default with importance ``sensitivity``.
+        search: improve the allocation by measuring the pruned model; by default where ``sensitivity`` is measured here.
         search_options: see :class:`ecoflap.search.refine.SearchOptions`.
         importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
@@ -244,7 +244,7 @@ def prune(
                 **dict(importance_options or {}),
             )
         allocation = allocate(scores, **shares)
-        if scores.method == "sensitivity" if search is None else search:
+        if importance == "sensitivity" if search is None else search:
             from ecoflap.search.start import search_allocation
 
             allocation = search_allocation(

@@ -65,6 +65,8 @@ def by_gradient(
                 value = divergence(index)
                 try:
                     found = torch.autograd.grad(value, list(parts.values()), allow_unused=True)
+                except torch.OutOfMemoryError:
+                    raise
                 except (RuntimeError, NotImplementedError) as error:
                     raise InvalidOption(
                         f"{type(model).__name__} can't be differentiated ({str(error).splitlines()[0]}): take by=probes"
