@@ -275,8 +275,10 @@ def test_a_stop_before_the_run_began(prune: Command, tmp_path: Path, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """A job of some seconds in each stage, as a command, and the folder with its undisturbed result ``whole``."""
+def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Recipe, Path]:
+    """A job of some seconds in each stage, as a command and as a recipe, and the folder with its result ``whole``."""
+    from ecoflap.pipeline import run_recipe
+
     folder = tmp_path_factory.mktemp("slow")
     picos.write_checkpoint("llama", folder / "llama")
     prose(folder / "prose.txt", 6000)
@@ -284,9 +286,10 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
         sys.executable, "-m", "ecoflap", "prune", str(folder / "llama"), "--calibration", str(folder / "prose.txt"),
         "--samples", "90", "--batch-size", "2", "--sequence-length", "60", "--importance-samples", "40",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*job, "-o", "whole", "--quiet"], cwd=folder, env=environment, check=True)
-    return job, folder
+    recipe = Recipe(model=str(folder / "llama"), calibration=str(folder / "prose.txt"), samples=90, batch_size=2,
+                    sequence_length=60, importance_samples=40)  # fmt: skip
+    run_recipe(recipe, folder / "whole")
+    return job, recipe, folder
 
 
 def _start(job: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -310,8 +313,10 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Path]) -> None:
-    job, folder = slow
+def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Recipe, Path]) -> None:
+    from ecoflap.pipeline import run_recipe
+
+    job, recipe, folder = slow
     run = folder / "killed"
     journal, blocks = run / "journal" / "importance.jsonl", run / "journal" / "blocks"
     moments: list[tuple[Callable[[], bool], signal.Signals, int]] = [
@@ -332,8 +337,6 @@ def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Path]) -> Non
             assert last == "ecoflap: stopped; the same command with --resume goes on from here"
             assert [line.split(":")[0] for line in chosen] == ["calibration", "objective"]
             assert journal.read_bytes().endswith(b"\n")
-    process = _start(job, folder, "-o", "killed", "--resume", "--quiet")
-    _, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
+    run_recipe(recipe, run, resume=True)
     same_result(folder / "whole", run)
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in (folder / "whole").iterdir())
