@@ -87,7 +87,7 @@ class _Kept:
 
 @every_family
 def test_scores_are_gradient_norms_and_leave_no_trace(name: str) -> None:
-    found, draws, epsilon = case(name), 24, 3e-4
+    found, draws, epsilon = case(name), 12, 3e-4
     model, batch, layers = found.fresh(), found.padded[0], some_layers(found.anatomy)
     names = [layer.name for layer in layers]
     anatomy = _only(found.anatomy, set(names))

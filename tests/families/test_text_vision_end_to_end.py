@@ -64,6 +64,7 @@ def run_of(family: Family, model: Path, folder: Path, **options: Any) -> Path:
     return pipeline.run_recipe(recipe, folder / "run")
 
 
+@pytest.mark.usefixtures("pageless")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_saved_is_what_was_pruned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family, in_memory = FAMILIES[name], []

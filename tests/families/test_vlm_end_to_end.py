@@ -39,6 +39,7 @@ def write_data(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("pageless")
 @pytest.mark.parametrize(("family", "importance"), RUNS)
 def test_prune_save_load_answer(
     family: Family, importance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
