@@ -80,7 +80,7 @@ def test_errors_are_the_squared_scores_of_what_goes(
         # At i/50 of the matrix, or of each row: as many whole weights as that comes to.
         unit = rows if order.compare == "row" else 1
         for i in range(0, LEVELS + 1, 5):
-            zeros = unit * round(i / LEVELS * (rows * columns // unit))
+            zeros = unit * round(i * ((rows * columns // unit) / LEVELS))  # this order: a half may go either way
             gone = costs[~order.mask(model, model.layer, zeros)].sum()
             assert float(errors[i]) == pytest.approx(float(gone), rel=1e-5, abs=1e-9)
         assert (errors.diff() >= 0).all()
