@@ -170,6 +170,7 @@ def prune(
     from ecoflap.network.cache import cache_disabled
     from ecoflap.pruning.criteria import make_criterion
     from ecoflap.pruning.names import is_global, reads_data, refuse_with_global
+    from ecoflap.search.start import search_allocation
     from ecoflap.search.start import search_options as checked_search_options
     from ecoflap.statistics.choice import TokenChoice
     from ecoflap.statistics.tokens import check_choice
@@ -245,8 +246,6 @@ def prune(
             )
         allocation = allocate(scores, **shares)
         if importance == "sensitivity" if search is None else search:
-            from ecoflap.search.start import search_allocation
-
             allocation = search_allocation(
                 model,
                 anatomy,

@@ -23,6 +23,9 @@ from ecoflap.network.parts import Anatomy, Layer
 from ecoflap.search.order import Order
 from ecoflap.statistics.dense import dense_norms
 
+# Options of a short search on curves, through the command line.
+JOB = ("--importance", "sensitivity", "--search-options", "rounds=2", "--search-options", "swaps=3")
+
 
 def shared_llama() -> nn.Module:
     """A LLaMA whose first and last block share two matrices."""

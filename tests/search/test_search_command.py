@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import picos
 import pytest
-from console import TEXT, Command, command, prose
-from searching import bits, subject
+from console import Command
+from searching import JOB, bits, subject
 
 import ecoflap
 from ecoflap.errors import EcoflapError
-
-JOB = ("--importance", "sensitivity", "--search-options", "rounds=2", "--search-options", "swaps=3")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("search")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt")
-    return folder
-
-
-@pytest.fixture
-def prune(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path
-) -> Callable[..., Any]:
-    monkeypatch.chdir(tmp_path)
-    run = command(capfd, monkeypatch)
-    return lambda *more: run("prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, *more)
 
 
 def read(path: Path) -> Any:

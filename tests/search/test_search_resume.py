@@ -11,32 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import picos
 import pytest
-from console import TEXT, Command, command, prose, same_result
+from console import TEXT, Command, same_result
+from searching import JOB
 
 from ecoflap.search import sensitivity as measure
 from ecoflap.search.divergence import Divergence
 from ecoflap.search.refine import _Search
-
-JOB = ("--importance", "sensitivity", "--search-options", "rounds=2", "--search-options", "swaps=3")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("search")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt")
-    return folder
-
-
-@pytest.fixture
-def prune(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path
-) -> Callable[..., Any]:
-    monkeypatch.chdir(tmp_path)
-    run = command(capfd, monkeypatch)
-    return lambda *more: run("prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, *more)
 
 
 class _Crash(Exception):

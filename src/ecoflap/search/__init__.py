@@ -1,1 +1,1 @@
-"""Search for the allocation that costs a given model least, by its own measured loss. See docs/allocation.md."""
+"""Search for the allocation that costs a given model least, by its own measured loss. See docs/search.md."""

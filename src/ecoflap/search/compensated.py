@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ecoflap.network.parts import Layer
 from ecoflap.pruning.criteria import Criterion
-from ecoflap.pruning.patterns import Unstructured
-from ecoflap.search.order import Order, cumulated
+from ecoflap.pruning.patterns import Compare, Unstructured
+from ecoflap.search.order import Order, cumulated, weight_of
 from ecoflap.statistics.inputs import InputGram, InputStatistics
 
 
@@ -40,22 +40,21 @@ class Compensated(Order):
         gram = (self.grams or {}).get(layer.name)
         if gram is None:
             return super().errors(model, layer)
-        weight = model.get_parameter(layer.name).detach()
-        weight = (weight.t() if layer.transposed else weight).float()
+        weight = weight_of(model, layer)
         scale = gram.inverse_factor(self.damping).diagonal().reciprocal().masked_fill(gram.dead, 0)
         costs = (weight * scale.to(weight.device)).square()
         return cumulated(costs if self.compare == "row" else costs.flatten()[None])
 
 
 def compensated(
-    statistics: Mapping[str, InputStatistics], criterion: Criterion, damping: float, compare: str | None
+    statistics: Mapping[str, InputStatistics], criterion: Criterion, damping: float, compare: Compare | None
 ) -> Compensated:
     """For a criterion that needs Hessians; ``compare`` as the user says it."""
     grams = {name: found for name, found in statistics.items() if isinstance(found, InputGram)}
     return Compensated(
         norms={name: gram.norm for name, gram in grams.items()},
         weighted=True,
-        compare="row" if compare == "row" else "matrix",
+        compare=compare or "matrix",
         criterion=criterion,
         grams=grams,
         damping=damping,

@@ -42,7 +42,7 @@ class Order:
 
     def mask(self, model: nn.Module, layer: Layer, zeros: int) -> Tensor:
         """(out, in) bool, True = kept, with exactly ``zeros`` zeros."""
-        weight = _weight(model, layer).abs()
+        weight = weight_of(model, layer).abs()
         scores = weight * self._norm(layer, weight) if self.weighted else weight
         return lowest_mask(scores, zeros, Unstructured(self.compare))
 
@@ -58,7 +58,7 @@ class Order:
         Returns:
             (LEVELS + 1,) fp64 on the CPU, ascending from 0.
         """
-        weight = _weight(model, layer).abs()
+        weight = weight_of(model, layer).abs()
         norm = self._norm(layer, weight)
         costs = (weight * norm).square()
         if self.weighted:
@@ -84,8 +84,8 @@ def _at_levels(ordered: Tensor) -> Tensor:
     return total.cpu()[places.round().long()]
 
 
-def _weight(model: nn.Module, layer: Layer) -> Tensor:
-    """(out, in) fp32."""
+def weight_of(model: nn.Module, layer: Layer) -> Tensor:
+    """A layer's weight, (out, in) fp32."""
     weight = model.get_parameter(layer.name).detach()
     return (weight.t() if layer.transposed else weight).float()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ecoflap.allocation import Allocation, LayerSize, allocate
 from ecoflap.allocation.apportion import round_to_total
+from ecoflap.allocation.groups import make_pools
 from ecoflap.curve import Curve
 from ecoflap.network.parts import Layer
 
@@ -116,8 +117,6 @@ Budgets = Sequence[Sequence[str]]
 
 def budgets_of(allocation: Allocation, options: Mapping[str, Any]) -> Budgets:
     """The budgets of an allocation that was made with these options."""
-    from ecoflap.allocation.groups import make_pools
-
     sizes = [LayerSize(r.name, r.tower, r.block, r.weights, None, r.modality, r.shape) for r in allocation.layers]
     pools = make_pools(
         sizes,

@@ -61,15 +61,15 @@ def search_allocation(
         NonFiniteLoss, InvalidOption: as there.
     """
     rule: Any = make_criterion(criterion, criterion_options)
-    run = on_device(loss)
+    run, ranked = on_device(loss), _compare(compare)
     if rule.statistics == "gram" and options.weights == "own":
         grams: dict[str, Any] = {}
         for _, found in dense_statistics(model, anatomy, batches, run, kind="gram"):
             grams.update(found)
-        order: Order = compensated(grams, rule, rule.damping, compare)
+        order: Order = compensated(grams, rule, rule.damping, ranked)
     else:
         norms = dense_norms(model, anatomy, batches, run)
-        order = Order.of(norms, needs=rule.statistics, compare=_compare(compare))
+        order = Order.of(norms, needs=rule.statistics, compare=ranked)
     return refine(
         model,
         anatomy,
