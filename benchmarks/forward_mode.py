@@ -9,12 +9,11 @@ signed estimates, with forward mode in fp32. Times are of the processor.
 
 from __future__ import annotations
 
-import argparse
 import time
 from contextlib import ExitStack
 
 import torch
-from replay import Kept, prepared, spread
+from replay import Kept, parser_of, prepared, spread
 from torch import Tensor, nn
 
 from ecoflap import measure_importance
@@ -53,12 +52,7 @@ def values(rows: list[Estimate]) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="embedded")
-    parser.add_argument("--calibration")
-    parser.add_argument("--sequence-length", type=int)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=1)
+    parser = parser_of(__doc__, 1)
     parser.add_argument("--layers", type=int, default=24, help="how many layers are measured; 0 for all")
     options = parser.parse_args()
     model, batches, objective, anatomy = prepared(options)

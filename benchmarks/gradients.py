@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import torch
-from replay import prepared, spread
+from replay import parser_of, prepared, spread
 
 from ecoflap import measure_importance
 from ecoflap.calibration.objectives import on_device
@@ -61,12 +61,7 @@ def one(way: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="embedded")
-    parser.add_argument("--calibration")
-    parser.add_argument("--sequence-length", type=int)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=2)
+    parser = parser_of(__doc__, 2)
     parser.add_argument("--layers", type=int, default=8, help="how many layers the zeroth order measures")
     parser.add_argument("--only", choices=list(WAYS), help=argparse.SUPPRESS)
     options = parser.parse_args()

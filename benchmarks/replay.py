@@ -73,13 +73,19 @@ def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Objec
     return checkpoint.model, batches, objective, anatomy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str | None, batches: int) -> argparse.ArgumentParser:
+    """The options that :func:`prepared` reads; ``text`` is the script's help, ``batches`` how many it takes by itself."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="embedded")
     parser.add_argument("--calibration")
     parser.add_argument("--sequence-length", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=batches)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, 4)
     parser.add_argument("--layers", type=int, default=24, help="how many layers are measured; 0 for all")
     options = parser.parse_args()
     model, batches, objective, anatomy = prepared(options)
