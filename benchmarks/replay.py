@@ -74,7 +74,7 @@ def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Objec
 
 
 def parser_of(text: str | None, batches: int) -> argparse.ArgumentParser:
-    """The options that :func:`prepared` reads; ``text`` is the script's help, ``batches`` how many it takes by itself."""
+    """The options that :func:`prepared` reads; ``text`` is the help of the script, ``batches`` its own default."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="embedded")
     parser.add_argument("--calibration")
