@@ -157,3 +157,19 @@ def test_large_matrices_are_quick(dtype: torch.dtype, pattern: Unstructured | No
     mask = lowest_mask(scores, zeros, pattern)
     assert time.perf_counter() - start < 3
     assert int((~mask).sum()) == zeros
+
+
+@given(rows=st.integers(1, 6), columns=st.integers(1, 40), kinds=st.integers(1, 50), data=st.data())
+def test_rows_lose_alike_with_equal_scores_too(rows: int, columns: int, kinds: int, data: st.DataObject) -> None:
+    """One zero more where the next-lowest score is lowest; the mask by a stable sort of every row."""
+    zeros = data.draw(st.integers(0, rows * columns))
+    scores = torch.tensor(data.draw(st.lists(st.integers(0, kinds), min_size=rows * columns, max_size=rows * columns)))
+    scores = scores.float().view(rows, columns)
+    ordered, places = scores.sort(dim=1, stable=True)
+    base, extra = divmod(zeros, rows)
+    next_lowest = [float(ordered[row, base]) if base < columns else 0.0 for row in range(rows)]
+    more = sorted(range(rows), key=lambda row: (next_lowest[row], row))[:extra]
+    expected = torch.ones(rows, columns, dtype=torch.bool)
+    for row in range(rows):
+        expected[row, places[row, : base + (row in more)]] = False
+    assert torch.equal(lowest_mask(scores, zeros, Unstructured("row")), expected)

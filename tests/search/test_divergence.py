@@ -76,7 +76,7 @@ def test_more_positions_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPa
         divergence.record()
         masked.set(masks)
         whole = divergence.value(0)
-        monkeypatch.setattr("ecoflap.search.divergence._ROWS", 4)
+        monkeypatch.setattr("ecoflap.search.kl._NUMBERS", 200)
         assert divergence.value(0) == pytest.approx(whole, rel=1e-5)
 
 

@@ -132,7 +132,7 @@ def lowest_mask(scores: Tensor, zeros: int, pattern: Pattern) -> Tensor:
         return ~lowest_in_rows(grouped, pattern.group - pattern.kept).reshape(rows, columns)
     if pattern.compare == "matrix":
         return ~lowest_in_rows(scores.reshape(1, -1), zeros).reshape(rows, columns)
-    return ~lowest_by_counts(scores, row_quotas(scores, zeros))
+    return ~_lowest_evenly(scores, zeros)
 
 
 def row_quotas(scores: Tensor, zeros: int) -> Tensor:
@@ -144,6 +144,23 @@ def row_quotas(scores: Tensor, zeros: int) -> Tensor:
         following = torch.kthvalue(scores, base + 1, dim=1).values
         quotas[torch.argsort(following, stable=True)[:extra]] += 1
     return quotas
+
+
+def _lowest_evenly(scores: Tensor, zeros: int) -> Tensor:
+    """As ``lowest_by_counts(scores, row_quotas(scores, zeros))``, with one selection where no scores are equal."""
+    base, extra = divmod(zeros, len(scores))
+    if not extra:
+        return lowest_in_rows(scores, base)
+    following = torch.kthvalue(scores, base + 1, dim=1, keepdim=True).values
+    quotas = torch.full((len(scores),), base, device=scores.device)
+    quotas[torch.argsort(following.squeeze(1), stable=True)[:extra]] += 1
+    lowest = scores < following
+    one_more = (quotas > base).nonzero().squeeze(1)
+    lowest[one_more] = scores[one_more] <= following[one_more]
+    tied = (lowest.sum(dim=1) != quotas).nonzero().squeeze(1)
+    if len(tied):
+        lowest[tied] = lowest_by_counts(scores[tied], quotas[tied])
+    return lowest
 
 
 def lowest_by_counts(scores: Tensor, counts: Tensor) -> Tensor:

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ecoflap.calibration.models import is_encoder_decoder
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import Objective
 from ecoflap.registry import unknown
+from ecoflap.search.kl import mean_kl
 
 METRICS = ("auto", "kl", "loss")
-_ROWS = 1024  # positions compared at a time: their probabilities are in fp32
 
 
 class Divergence:
@@ -81,7 +80,7 @@ class Divergence:
         else:
             logits = _logits(outputs[0])
             assert logits is not None
-            value = _kl(self._references[index], logits[self._positions(index, logits)])
+            value = mean_kl(self._references[index], logits[self._positions(index, logits)])
         self._finite(float(value.detach()), index)
         return value
 
@@ -135,13 +134,3 @@ def _logits(output: Any) -> Tensor | None:
         if isinstance(found, Tensor) and found.dim() >= 2:
             return found
     return None
-
-
-def _kl(dense: Tensor, changed: Tensor) -> Tensor:
-    """Mean over rows of KL(softmax(dense) ‖ softmax(changed)), both (rows, classes)."""
-    total = torch.zeros((), device=changed.device)
-    for start in range(0, len(dense), _ROWS):
-        target = dense[start : start + _ROWS].float().log_softmax(dim=-1)
-        found = changed[start : start + _ROWS].float().log_softmax(dim=-1)
-        total = total + functional.kl_div(found, target, reduction="sum", log_target=True)
-    return total / max(len(dense), 1)
