@@ -30,6 +30,12 @@ def test_a_mask_is_packed_and_unpacked(shape: list[int], seed: int, turned: bool
     assert packed._bits.element_size() == 1
 
 
+@pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["packed", "whole"])
+def _kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks as bits, and masked weights."""
+    monkeypatch.setattr("ecoflap.search.masked._READY", request.param)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_that_of_a_model_with_zeros(name: str) -> None:
     it = subject(name)

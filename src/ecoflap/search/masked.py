@@ -14,6 +14,9 @@ from ecoflap.network.forward import Forward, forward_replaced
 from ecoflap.network.parts import Anatomy, Layer
 
 
+_READY = 1 << 30  # bytes; up to here masked weights are kept whole: unpacking them costs every batch a pass over them
+
+
 class PackedMask:
     """A bool mask of any shape as one bit an entry."""
 
@@ -36,8 +39,9 @@ def _places(like: Tensor) -> Tensor:
 class MaskedModel:
     """Context in which blocks run with their weights masked.
 
-    A block's masked weights exist while it runs; kept are one bit a weight. The parameters themselves are not touched,
-    so that nothing has to be put back. Layers without a mask are dense.
+    The masked weights of a model whose layers take up to 1 GiB are kept; of a larger one, those of a block exist while
+    it runs, and kept is one bit a weight. The parameters themselves are not touched, so that nothing has to be put
+    back. Layers without a mask are dense.
 
     Args:
         model: in eval mode.
@@ -51,6 +55,7 @@ class MaskedModel:
         self._parts: dict[str, Tensor] = {}
         self._wraps = ExitStack()
         self._inside: dict[str, list[Layer]] = {}
+        self._whole = sum(model.get_parameter(layer.name).nbytes for layer in anatomy.layers) <= _READY
         for layer in anatomy.layers:
             for block in anatomy.replayable:
                 if any(module.startswith(f"{block}.") for module in layer.modules):
@@ -72,8 +77,13 @@ class MaskedModel:
     def set(self, masks: Mapping[Layer, Tensor]) -> None:
         """Give these layers masks, (out, in) bool, True = kept, or whole weights, (out, in); the others keep theirs."""
         for layer, given in masks.items():
-            mask = given.t() if layer.transposed else given
-            self._masks[layer.name] = PackedMask(mask) if mask.dtype == torch.bool else mask
+            stand_in = given.t() if layer.transposed else given
+            if stand_in.dtype != torch.bool:
+                self._masks[layer.name] = stand_in
+            elif self._whole:
+                self._masks[layer.name] = self._model.get_parameter(layer.name).detach().masked_fill(~stand_in, 0)
+            else:
+                self._masks[layer.name] = PackedMask(stand_in)
 
     def clear(self) -> None:
         """No masks."""

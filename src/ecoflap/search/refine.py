@@ -35,7 +35,7 @@ from ecoflap.search.shares import Budgets, Shares, between, budgets_of, flattene
 BY = ("probes", "gradient")
 WEIGHTS = ("own", "masked")
 PHASES = {"block": ("block",), "kind": ("block", "kind"), "layer": ("block", "layer")}
-STEPS = (1.0, 0.5, 0.25)  # of the way to the solution; the next is tried when this one is no better than here
+STEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the way to the solution, tried in turns until a shorter one is no better
 _SWAP = 0.02  # of the smaller layer's weights
 
 
@@ -86,6 +86,7 @@ class State:
         phase: number of the phase, 0 for blocks; ``round`` rounds of it are done, ``swaps`` swaps were tried.
         zeros: layer name to its zeros; ``loss`` is what was measured there.
         scales: log of each layer's scale, averaged over the rounds of this phase; empty at its beginning.
+        step: the longest step that the next round tries: twice the one that was best in the last round.
         history: the loss at the beginning and after every step that was taken.
     """
 
@@ -95,6 +96,7 @@ class State:
     round: int = 0
     swaps: int = 0
     scales: Mapping[str, float] | None = None
+    step: float = STEPS[0]
     history: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -231,7 +233,7 @@ class _Search:
                 here = self._round(here, phases[here.phase])
                 self.task.advance(1, f"{phases[here.phase]} {here.round}")
             if here.round >= self.options.rounds or before - here.loss < self.options.tolerance * before:
-                here = replace(here, phase=here.phase + 1, round=0, scales=None)
+                here = replace(here, phase=here.phase + 1, round=0, scales=None, step=STEPS[0])
             self.save(here.to_json())
         return here
 
@@ -242,13 +244,14 @@ class _Search:
             scales = {name: (value + here.scales[name]) / 2 for name, value in scales.items()}
         goal = self.shares.best(scales, "block" if phase == "block" else "layer")
         best = here
-        for step in STEPS:
+        for step in (length for length in STEPS if length <= here.step):
             zeros = between(here.zeros, goal, step, self.budgets)
             loss = self._measure(zeros)
             if loss >= best.loss and best is not here:
                 break
             if loss < best.loss:
-                best = replace(here, zeros=zeros, loss=loss, history=(*here.history, loss))
+                longest = min(2 * step, STEPS[0])
+                best = replace(here, zeros=zeros, loss=loss, step=longest, history=(*here.history, loss))
         return replace(best, round=here.round + 1, scales=scales)
 
     def _costs(self, phase: str) -> tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None]:
