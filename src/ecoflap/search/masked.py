@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ecoflap.network.forward import Forward, forward_replaced
 from ecoflap.network.parts import Anatomy, Layer
 
-
 _READY = 1 << 30  # bytes; up to here masked weights are kept whole: unpacking them costs every batch a pass over them
 
 
