@@ -31,7 +31,7 @@ class Recorder:
         self.stages: list[list[Any]] = []
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Recorder]:
+    def stage(self, name: str, total: int, done: int = 0, weights: Any = None) -> Iterator[Recorder]:
         self.stages.append([name, total, done, 0])
         yield self
 

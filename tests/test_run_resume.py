@@ -155,12 +155,7 @@ def test_a_damaged_block(prune: Command, made: Path, tmp_path: Path, monkeypatch
         assert prune().code == 1
     path = tmp_path / "run" / "journal" / "blocks" / "model.layers.1.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    outcome = prune("--resume")
-    assert outcome.code == 2
-    assert "model.layers.1.safetensors is damaged" in outcome.err
-    assert "remove it" in outcome.err
-    path.unlink()
-    prune("--resume").well()
+    assert "model.layers.1.safetensors is damaged" in prune("--resume").well().err
     same_result(made / "whole", tmp_path / "run")
 
 
@@ -333,7 +328,8 @@ def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Recipe, Path]
         _, err = process.communicate()
         assert process.returncode == code
         if code > 0:
-            *chosen, last = err.splitlines()
+            *chosen, last = [line for line in err.splitlines() if line]
+            assert chosen.pop() == "ecoflap: stopping after this step; once more stops at once"
             assert last == "ecoflap: stopped; the same command with --resume goes on from here"
             assert [line.split(":")[0] for line in chosen] == ["calibration", "objective"]
             assert journal.read_bytes().endswith(b"\n")

@@ -37,7 +37,15 @@ class InfeasibleAllocation(EcoflapError):
 
 
 class NonFiniteLoss(EcoflapError):
-    """A loss, score or statistic is NaN or infinite; the message names the batch and the layer."""
+    """A loss, score or statistic is NaN or infinite; the message names the batch and the layer.
+
+    Attributes:
+        batch: number of the calibration batch, where one is at fault.
+    """
+
+    def __init__(self, message: str, batch: int | None = None) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 class OutputExists(EcoflapError):

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecoflap.errors import InvalidOption, StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"  # the end of a temporary file's name; a killed process may leave one
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SEAL, _SEALED = "sha256", "data"
+_log = logging.getLogger("ecoflap")
 
 
 @contextmanager
@@ -68,9 +75,49 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
+def json_text(data: Any) -> str:
+    """JSON with an indent of 1, as :func:`write_json` writes it; NaN and infinities are refused (ValueError)."""
+    return json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Atomically write JSON with an indent of 1; NaN and infinities are refused (ValueError)."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    """Atomically write :func:`json_text`."""
+    write_text(path, json_text(data))
+
+
+def write_sealed(path: Path, data: Any) -> None:
+    """Atomically write JSON with a digest of itself, for :func:`read_sealed`. What nobody is to edit is kept so."""
+    write_json(path, {_SEAL: _digest(data), _SEALED: data})
+
+
+def read_sealed(path: Path) -> Any | None:
+    """What :func:`write_sealed` wrote; None where there is nothing, and with a warning where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        if found[_SEAL] == _digest(found[_SEALED]):
+            return found[_SEALED]
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    _log.warning("%s is damaged: what it held is done again", path)
+    return None
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Atomically write a safetensors file of ``tensors``, wherever they lie."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        write_atomically(path, lambda temporary: save_file(plain, temporary, dict(metadata or {})))
+    except SafetensorError as error:  # its own name for the system's refusals
+        raise StorageError(f"can't write {path}: {error}; free some space") from error
 
 
 def read_json(path: str | Path, what: str) -> Any:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoflap.errors import InvalidOption, StorageError
-from ecoflap.files import read_json, storage, write_atomically, write_json
+from ecoflap.files import read_sealed, storage, write_sealed, write_tensors
 from ecoflap.importance.scores import Estimate
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ecoflap.pruning.walk import PrunedBlock
+
+_log = logging.getLogger("ecoflap")
 
 
 class EstimateFile:
-    """Estimates of stage 1, one JSON line each. A last line that was cut off by a kill is dropped."""
+    """Estimates of stage 1, one JSON line each with a check sum.
+
+    The first line that is not as it was written (cut off by a kill, zeros after a power cut) ends what is known: it
+    and all after it are dropped, and measured again.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,7 +51,7 @@ class EstimateFile:
     def append(self, estimate: Estimate) -> None:
         """Add one line. It reaches the system at once, so that a killed process loses nothing."""
         row = [estimate.layer, estimate.batch, estimate.draw, estimate.value.hex()]  # hexadecimal: every bit
-        line = json.dumps(row).encode() + b"\n"
+        line = json.dumps([*row, _sum(row)]).encode() + b"\n"
         with storage(self._path):
             while line:
                 line = line[self._file.write(line) or 0 :]
@@ -54,14 +64,20 @@ class EstimateFile:
 def _read(line: bytes) -> Estimate | None:
     """One whole line; None for anything else."""
     try:
-        layer, batch, draw, value = json.loads(line)
-        return Estimate(str(layer), int(batch), int(draw), float.fromhex(value)) if line.endswith(b"\n") else None
+        *row, total = json.loads(line)
+        layer, batch, draw, value = row
+        whole = line.endswith(b"\n") and total == _sum(row)
+        return Estimate(str(layer), int(batch), int(draw), float.fromhex(value)) if whole else None
     except (ValueError, TypeError):
         return None
 
 
+def _sum(row: list[Any]) -> int:
+    return zlib.crc32(json.dumps(row).encode())
+
+
 class BlockFiles:
-    """Pruned blocks of stage 2, one safetensors file each."""
+    """Pruned blocks of stage 2, one safetensors file each, with a digest of its weights."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -70,7 +86,7 @@ class BlockFiles:
         return self._folder / f"{block}.safetensors"
 
     def load(self, block: str) -> PrunedBlock | None:
-        """Raises InvalidOption for a damaged file, which no kill of ours leaves."""
+        """The block; None where there is none, and with a warning where its file is damaged: it is pruned again."""
         from safetensors import SafetensorError, safe_open
 
         from ecoflap.pruning.walk import PrunedBlock
@@ -80,24 +96,32 @@ class BlockFiles:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                unreached = json.loads((file.metadata() or {}).get("unreached", "[]"))
-                return PrunedBlock({name: file.get_tensor(name) for name in file.keys()}, tuple(unreached))  # noqa: SIM118
+                metadata = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.get("sha256") == _digest(weights):
+                return PrunedBlock(weights, tuple(json.loads(metadata["unreached"])))
+            reason = "it is not as it was written"
         except (SafetensorError, OSError) as error:
-            raise InvalidOption(
-                f"{path} is damaged ({error}): remove it, and --resume prunes the block again"
-            ) from error
+            reason = str(error)
+        _log.warning("%s is damaged (%s): block %s is pruned again", path, reason, block)
+        return None
 
     def save(self, block: str, pruned: PrunedBlock) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        """Raises StorageError: it could not be written; what was there is as it was."""
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
+        metadata = {"unreached": json.dumps(list(pruned.unreached)), "sha256": _digest(weights)}
+        write_tensors(self._path(block), weights, metadata)
 
-        path = self._path(block)
-        tensors = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
-        metadata = {"unreached": json.dumps(list(pruned.unreached))}
-        try:
-            write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-        except SafetensorError as error:  # its own name for the system's refusals
-            raise StorageError(f"can't write {path}: {error}; free some space") from error
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
+        digest.update(memoryview(weight.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 class SearchFile:
@@ -107,8 +131,8 @@ class SearchFile:
         self._path = path
 
     def load(self) -> dict[str, Any] | None:
-        """Raises InvalidOption for a damaged file, which no kill of ours leaves."""
-        return read_json(self._path, "the search's state") if self._path.exists() else None
+        """The state; None where there is none, or (with a warning) where it is damaged: the search begins again."""
+        return read_sealed(self._path)
 
     def save(self, state: dict[str, Any]) -> None:
-        write_json(self._path, state)
+        write_sealed(self._path, state)

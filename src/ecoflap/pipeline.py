@@ -16,11 +16,13 @@ from ecoflap.api import read_allocation
 from ecoflap.card import write_card
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluations import Evaluation, evaluate, evaluations_of
+from ecoflap.files import read_sealed, write_sealed
 from ecoflap.importance.scores import Importance
 from ecoflap.journal import BlockFiles, EstimateFile, SearchFile
+from ecoflap.machine import as_it_began
 from ecoflap.network.checkpoint import fingerprint, save
 from ecoflap.predictions import add_pictures, answers_of, compared
-from ecoflap.prepare import Prepared, prepare
+from ecoflap.prepare import Prepared, naming_samples, prepare
 from ecoflap.progress import Labelled, Progress, Silent
 from ecoflap.recipe import Recipe
 from ecoflap.report import write_report
@@ -32,7 +34,9 @@ from ecoflap.summary import calibration_record, environment, sparsity_summary
 
 SEARCH = f"{files.JOURNAL}/search.json"
 STAGES = f"{files.JOURNAL}/stages.json"
+MACHINE = f"{files.JOURNAL}/machine.json"
 _log = logging.getLogger("ecoflap")
+_Kept = dict[str, dict[str, Any]]  # of each evaluation: its "result", and the "answers" sample by sample
 
 
 @dataclass
@@ -55,7 +59,7 @@ class _Job:
         with measured(name, self.usages):
             yield
         _log.info("%s: done in %.1f s", name, self.usages[-1].seconds)
-        self.run.write(STAGES, [usage.to_json() for usage in self.usages])
+        write_sealed(self.run.path / STAGES, [usage.to_json() for usage in self.usages])
 
 
 def run_recipe(
@@ -93,8 +97,13 @@ def run_recipe(
             if say is not None:
                 say(line)
         run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
-        with logging_to(run.path / files.LOG), explained(run):
-            usages = [Usage(**row) for row in run.read(STAGES)] if run.has(STAGES) else []
+        with (
+            logging_to(run.path / files.LOG),
+            explained(run),
+            naming_samples(plan),
+            as_it_began(run.path / MACHINE, plan.checkpoint.model),
+        ):
+            usages = [Usage(**row) for row in read_sealed(run.path / STAGES) or ()]
             _stages(_Job(plan, run, progress or Silent(), usages))
         return run.path
 
@@ -106,12 +115,12 @@ def _stages(job: _Job) -> None:
     dense = _evaluated(job, entries, "dense")
     allocation, unreached = _prune(job, _allocation(job))
     pruned = _evaluated(job, entries, "pruned")
-    _write_predictions(job, entries)
+    _write_predictions(job, entries, dense, pruned)
     run.discard(files.REPORT)  # of an older state; a run with metrics and a page is complete
     run.write(files.METRICS, {
         "format": 1,
-        "dense": dense,
-        "pruned": pruned,
+        "dense": {name: kept["result"] for name, kept in dense.items()},
+        "pruned": {name: kept["result"] for name, kept in pruned.items()},
         "sparsity": sparsity_summary(plan.anatomy, allocation),
         "dense_weights": [{"name": u.name, "reason": u.reason, "weights": u.numel} for u in plan.anatomy.unprunable],
         "unreached": list(unreached),
@@ -140,7 +149,7 @@ def _log_start(job: _Job) -> None:
 
 def _allocation(job: _Job) -> Allocation:
     run, plan = job.run, job.plan
-    if not run.has(files.ALLOCATION):
+    if not run.results.has(files.ALLOCATION):
         importance = None if plan.allocation is not None else _importance(job)
         if importance is None:
             allocation = plan.allocation
@@ -150,13 +159,13 @@ def _allocation(job: _Job) -> Allocation:
         else:
             allocation = allocation_for(plan, importance, job.progress)
         assert allocation is not None
-        run.write(files.ALLOCATION, allocation.to_json())
+        run.results.write(files.ALLOCATION, allocation.to_json())
     return read_allocation(run.path / files.ALLOCATION)
 
 
 def _importance(job: _Job) -> Importance:
     run, plan = job.run, job.plan
-    if run.has(files.IMPORTANCE):
+    if run.results.has(files.IMPORTANCE):
         return Importance.load(run.path / files.IMPORTANCE)
     if plan.importance is not None or job.recipe.importance == "uniform":
         importance = importance_for(plan, job.progress)
@@ -167,7 +176,7 @@ def _importance(job: _Job) -> Importance:
                 importance = importance_for(plan, job.progress, journal)
         finally:
             journal.close()
-    run.write(files.IMPORTANCE, importance.to_json())
+    run.results.write(files.IMPORTANCE, importance.to_json())
     return importance
 
 
@@ -178,41 +187,38 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
         allocation, unreached = pruned_to(plan, allocation, job.progress, blocks)
     for name in unreached:
         _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
-    run.write(files.ALLOCATION, allocation.to_json())
+    run.results.write(files.ALLOCATION, allocation.to_json())
     if not run.has(files.MODEL):
-        with job.stage("saving"):
+        with job.stage("saving"), job.progress.stage("saving", total=1) as task:
             save(plan.checkpoint, run.path / files.MODEL)
+            task.advance()
     return allocation, unreached
 
 
-def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> dict[str, Any]:
-    """Results of all evaluations by their names, from the journal where an interrupted run has them."""
-    name, answered = f"{files.JOURNAL}/{when}.json", _predictions_file(when)
+def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> _Kept:
+    """Results of all evaluations by their names; those that an interrupted run has done come from its journal."""
     if not entries:
         return {}
-    if not (job.run.has(name) and job.run.has(answered)):
+    path = job.run.path / files.JOURNAL / f"{when}.json"
+    kept: dict[str, Any] = read_sealed(path) or {}
+    if any(entry.name not in kept for entry in entries):
         progress = Labelled(job.progress, when)
         with job.stage(f"evaluation, {when}"):
-            found_of = {e.name: evaluate(job.plan.checkpoint, e, job.recipe, progress) for e in entries}
-        results = {task: quality(result) for task, result in found_of.items()}
-        job.run.write(answered, {task: answers_of(result.predictions) for task, result in found_of.items()})
-        for task, result in results.items():
-            _log.info("%s, %s: %s %s", task, when, result["metric"], result["value"])
-        job.run.write(name, results)
-    found: dict[str, Any] = job.run.read(name)
-    return found
+            for entry in entries:
+                if entry.name in kept:
+                    continue
+                found = evaluate(job.plan.checkpoint, entry, job.recipe, progress)
+                row = quality(found)
+                _log.info("%s, %s: %s %s", entry.name, when, row["metric"], row["value"])
+                kept[entry.name] = {"result": row, "answers": answers_of(found.predictions)}
+                write_sealed(path, kept)
+    return kept
 
 
-def _predictions_file(when: str) -> str:
-    return f"{files.JOURNAL}/predictions-{when}.json"
-
-
-def _write_predictions(job: _Job, entries: Sequence[Evaluation]) -> None:
+def _write_predictions(job: _Job, entries: Sequence[Evaluation], dense: _Kept, pruned: _Kept) -> None:
     """``predictions.json`` and its pictures, of the tasks that say of each sample whether it was answered right."""
-    if not entries:
-        return
-    dense, pruned = (job.run.read(_predictions_file(when)) for when in ("dense", "pruned"))
-    tasks = {name: compared(rows, pruned[name]) for name, rows in dense.items() if rows and pruned.get(name)}
+    answers = ((name, kept["answers"], pruned[name]["answers"]) for name, kept in dense.items())
+    tasks = {name: compared(before, after) for name, before, after in answers if before and after}
     if tasks:
         add_pictures(tasks, entries, job.recipe.seed, job.run.path)
         job.run.write(files.PREDICTIONS, {"format": 1, "tasks": tasks})

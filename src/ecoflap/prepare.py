@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 
 from ecoflap.allocation import Allocation
 from ecoflap.api import allocate, check_allocation, check_same_layers, flat, read_allocation
-from ecoflap.calibration.batches import make_batches
+from ecoflap.calibration.batches import batch_size_of, make_batches
 from ecoflap.calibration.collate import collating_objective, unpacked
 from ecoflap.calibration.models import Batch
 from ecoflap.calibration.objectives import (
@@ -22,9 +23,11 @@ from ecoflap.calibration.objectives import (
     on_device,
     resolve,
 )
+from ecoflap.calibration.prompts import tokenizer_of
 from ecoflap.calibration.sources import SampleSet, load_samples
 from ecoflap.classes import class_names, class_templates
-from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
+from ecoflap.digests import digests_of
+from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption, NonFiniteLoss
 from ecoflap.evaluations import check_evaluations, rehearse
 from ecoflap.importance.measure import EstimateJournal, first_samples, make_measure, measure_importance
 from ecoflap.importance.names import IMPORTANCES, own_rule
@@ -77,7 +80,22 @@ class Prepared:
                 digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
                 digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         device = next(self.checkpoint.model.parameters()).device.type
-        return {"calibration data": digest.hexdigest(), "device": device}
+        return {"calibration data": digest.hexdigest(), **digests_of(self.recipe), "device": device}
+
+    def place_of(self, batch: int) -> str:
+        """Where the samples of a batch are found: rows of the source, or how each window of its text begins."""
+        if self.samples is None:
+            return ""
+        sizes = [batch_size_of(one) for one in self.batches]
+        first, size = sum(sizes[:batch]), sizes[batch]
+        if self.samples.windows is None:
+            rows = self.samples.indices[first : first + size]
+            return f"rows {', '.join(map(str, rows))} of {self.samples.source}"
+        tokenizer = tokenizer_of(self.checkpoint.processor)
+        ids = self.batches[batch].get("input_ids")
+        begins = [] if tokenizer is None or ids is None else [tokenizer.decode(row[:8]) for row in ids]
+        told = "; ".join(f"“{' '.join(text.split())} …”" for text in begins)
+        return f"windows {first} to {first + size - 1} of the text of {self.samples.source}, which begin {told}"
 
     def choices(self) -> Iterator[str]:
         """Lines that say what was chosen where the recipe left it open: columns of the data, and the objective."""
@@ -87,6 +105,17 @@ class Prepared:
         yield f"calibration: {self.samples.summary}{' (guessed; --columns sets them)' if guessed else ''}"
         chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
         yield f"objective: {self.objective_name}{chosen}"
+
+
+@contextmanager
+def naming_samples(plan: Prepared) -> Iterator[None]:
+    """An error about a calibration batch says which samples are in it."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        if error.batch is None or not (place := plan.place_of(error.batch)):
+            raise
+        raise NonFiniteLoss(f"{error} ({place})", error.batch) from error
 
 
 def load_checkpoint(recipe: Recipe) -> Checkpoint:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
-from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch
+from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch, StorageError
 from ecoflap.files import PARTIAL, read_json, storage, write_json, write_text
 from ecoflap.recipe import Recipe
+from ecoflap.results import Results
 
 if TYPE_CHECKING:
     from typing import Self  # from Python 3.11 on; read by type checkers alone
@@ -24,9 +27,14 @@ RECIPE, IMPORTANCE, ALLOCATION = "recipe.yaml", "importance.json", "allocation.j
 METRICS, REPORT, MODEL, LOG, JOURNAL = "metrics.json", "report.html", "model", "log.txt", "journal"
 PREDICTIONS, PICTURES, ANALYSIS = "predictions.json", "pictures", "analysis"
 # In the order of removal: what says that a run is complete goes first, what says that a folder is a run's goes last.
-OURS = (METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, JOURNAL, MODEL, ALLOCATION, IMPORTANCE, LOG, RECIPE)
+# The journal outlives what was made under it: it says of which data that is.
+OURS = (METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, MODEL, ALLOCATION, IMPORTANCE, JOURNAL, LOG, RECIPE)
 INPUTS = f"{JOURNAL}/inputs.json"
+WRITTEN = f"{JOURNAL}/written.json"
 GRID = "methods"  # the field of a recipe file that makes its folder a comparison's, not a run's
+
+
+_log = logging.getLogger("ecoflap")
 
 
 class Stopped(KeyboardInterrupt):
@@ -69,6 +77,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.resumed = False
+        self.results = Results(path, path / WRITTEN)
         self._lock: int | None = None
 
     @classmethod
@@ -236,9 +245,16 @@ class RunDirectory:
     def has(self, name: str) -> bool:
         return (self.path / name).exists()
 
-    def kept(self, name: str) -> bool:
-        """An interrupted run, now resumed, has left this file."""
-        return self.resumed and self.has(name)
+    def whole(self, name: str) -> bool:
+        """Whether the JSON file ``name`` is there; one that is no JSON is to be made again, with a warning."""
+        if not self.has(name):
+            return False
+        try:
+            self.read(name)
+        except InvalidOption as error:
+            _log.warning("%s: it is made again", error)
+            return False
+        return True
 
     def write(self, name: str, data: Any) -> None:
         """Atomically write ``name`` as JSON."""
@@ -254,7 +270,8 @@ class RunDirectory:
 
     def finish(self) -> None:
         """All is written: the journal is no longer needed."""
-        shutil.rmtree(self.path / JOURNAL, ignore_errors=True)
+        with suppress(StorageError):
+            self.discard(JOURNAL)
 
     @property
     def complete(self) -> bool:
@@ -265,7 +282,11 @@ class RunDirectory:
 def _remove(path: Path) -> None:
     with storage(path):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            # Out of sight at once: a folder of which a kill left a part would be taken for the whole.
+            old = path.with_name(f".{path.name}.old")
+            if old.exists() and path != old:
+                shutil.rmtree(old)
+            shutil.rmtree(path if path.name.startswith(".") else path.rename(old))
         else:
             path.unlink(missing_ok=True)
 

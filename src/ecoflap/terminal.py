@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -43,7 +43,7 @@ class Bars:
         self._open: RichProgress | None = None
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
+    def stage(self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None) -> Iterator[Task]:
         if self._open is not None:
             inner = self._open.add_task(name, total=total, completed=done, detail="")
             yield _BarTask(self._open, inner, self._room(name, total))
@@ -101,7 +101,7 @@ class Lines:
         self._depth = 0
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
+    def stage(self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None) -> Iterator[Task]:
         task = _LineTask(lambda line: self._console.print(line, markup=False, highlight=False), name, total, done)
         self._depth += 1
         try:

@@ -134,7 +134,8 @@ def check_loss(model: nn.Module, batch: Batch, objective: Objective, index: int 
     loss = float(on_device(objective)(model, batch))
     if not math.isfinite(loss):
         raise NonFiniteLoss(
-            f"the loss of calibration batch {index} is {loss}: check the samples of that batch, or compute in float32"
+            f"the loss of calibration batch {index} is {loss}: check the samples of that batch, or compute in float32",
+            index,
         )
     return loss
 

@@ -13,6 +13,7 @@ from ecoflap.cli import prune, runs, stages  # their commands add themselves to 
 from ecoflap.cli.common import Ended, app
 from ecoflap.errors import EcoflapError
 from ecoflap.run import Stopped
+from ecoflap.stopping import stops
 from ecoflap.terminal import messages
 
 __all__ = ["TRACEBACK", "app", "main", "prune", "runs", "stages"]
@@ -40,8 +41,11 @@ def main() -> NoReturn:
     # when torch is first imported, which happens below; a value of the user's own stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, _terminate)
+    with stops.listening():
+        _run()
+
+
+def _run() -> NoReturn:
     try:
         with messages:
             code = app(standalone_mode=False, prog_name="ecoflap")
@@ -63,14 +67,7 @@ def main() -> NoReturn:
             raise
         told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         _fail(f"unexpected failure: {told} ({TRACEBACK}=1 shows where)", 1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt("SIGTERM")
 
 
 def _quieten() -> None:

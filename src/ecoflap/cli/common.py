@@ -13,6 +13,7 @@ from ecoflap.helptext import Command as PlainHelp
 from ecoflap.options import OUTPUT
 from ecoflap.progress import Progress, Silent
 from ecoflap.recipe import FILE_ONLY
+from ecoflap.stopping import stops
 from ecoflap.terminal import messages, progress_on, standard_error
 
 
@@ -71,8 +72,8 @@ def file_option(text: str) -> Any:
 
 
 def progress_to(quiet: bool) -> Progress:
-    messages.quiet = quiet
-    return Silent() if quiet else progress_on(standard_error())
+    messages.quiet = stops.quiet = quiet
+    return stops.progress(Silent() if quiet else progress_on(standard_error()))
 
 
 def say_line(line: str) -> None:

@@ -22,8 +22,9 @@ from ecoflap.comparison.searched import allocated
 from ecoflap.comparison.write import command_of, write_results
 from ecoflap.errors import EcoflapError, InvalidOption, StorageError
 from ecoflap.evaluations import evaluate, evaluations_of, rehearse
+from ecoflap.machine import as_it_began
 from ecoflap.network.checkpoint import Checkpoint, fingerprint
-from ecoflap.prepare import Prepared, load_checkpoint, plan_on
+from ecoflap.prepare import Prepared, load_checkpoint, naming_samples, plan_on
 from ecoflap.progress import Progress, Silent, Task
 from ecoflap.recipe import Recipe
 from ecoflap.resources import Usage, measured
@@ -32,6 +33,7 @@ from ecoflap.runlog import explained, logging_to
 from ecoflap.stages import pruned_to
 from ecoflap.summary import environment, sparsity_summary
 
+MACHINE = f"{JOURNAL}/machine.json"
 _log = logging.getLogger("ecoflap")
 
 
@@ -73,7 +75,8 @@ def run_grid(
             if say is not None:
                 say(line)
         folder.begin(grid, fingerprint(checkpoint.model), _inputs(base))
-        with logging_to(folder.path / LOG), explained(folder):
+        began = as_it_began(folder.path / MACHINE, checkpoint.model)
+        with logging_to(folder.path / LOG), explained(folder), began:
             _log.info("comparison %s in %s", "goes on" if folder.resumed else "begins", folder.path.absolute())
             _log.info("recipe: %s", grid.model_dump(mode="json", exclude_defaults=True))
             comparison = _Work(grid, folder, plans, base, progress or Silent(), low_memory).all()
@@ -111,7 +114,7 @@ class _Work:
         tests = self._dense()
         places = list(self._grid.places())
         # By group, so that batches are loaded once; a method with samples of its own is a group for itself.
-        todo = sorted((p for p in places if not self._folder.has(_file_of(p))), key=self._turn)
+        todo = sorted((p for p in places if not self._folder.whole(_file_of(p))), key=self._turn)
         with self._progress.stage("compare", total=len(places), done=len(places) - len(todo)) as task:
             for place in todo:
                 self._finish(place, task)
@@ -160,7 +163,8 @@ class _Work:
             self._load(self._plans.recipes[place])
         recipe = self._plans.recipes.get(place)  # gone if its own samples show that it can't be made
         try:
-            cell = self._cell(place, recipe) if recipe else cell_of(place, error=str(self._plans.errors[place]))
+            with naming_samples(self._base):
+                cell = self._cell(place, recipe) if recipe else cell_of(place, error=str(self._plans.errors[place]))
         except StorageError:
             raise
         except (EcoflapError, torch.OutOfMemoryError, MemoryError) as error:
@@ -206,7 +210,7 @@ class _Work:
 
     def _dense(self) -> tuple[Test, ...]:
         """The dense model's results, measured once."""
-        if not self._folder.has(DENSE):
+        if not self._folder.whole(DENSE):
             rows: Sequence[Test] = [
                 test_of(entry, evaluate(self._checkpoint, entry, self._grid, self._progress)) for entry in self._entries
             ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ecoflap.files import write_atomically
+from ecoflap.files import write_tensors
 
 
 class KeptWeights:
@@ -24,16 +24,13 @@ class KeptWeights:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], path: Path | None = None) -> None:
-        from safetensors.torch import save_file
-
         self._model, self._names, self._path = model, tuple(names), path
         self._kept: dict[str, Tensor] = {}
         if path is None:
             # On a GPU a copy there would take the room that the work needs.
             self._kept = {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
         else:
-            weights = {name: model.get_parameter(name).detach().cpu().contiguous() for name in names}
-            write_atomically(path, lambda temporary: save_file(weights, temporary))
+            write_tensors(path, {name: model.get_parameter(name) for name in names})
 
     def restore(self) -> None:
         """Put every bit back where it was."""

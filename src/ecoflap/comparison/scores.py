@@ -78,7 +78,7 @@ class SharedScores:
         name = f"{IMPORTANCES}/{key}.json"
         if key in self._failed:
             raise self._failed[key]
-        if not self._folder.has(name):
+        if not self._folder.whole(name):
             try:
                 self._measure(plan, key, name)
             except StorageError:

@@ -57,7 +57,7 @@ def allocated(
         return allocation, usages[0]
     key = search_key(plan.recipe)
     name = f"{IMPORTANCES}/{key}.json"
-    if not folder.has(name):
+    if not folder.whole(name):
         with measured("allocation", usages):
             found = allocation_for(plan, importance, progress, SearchFile(folder.path / JOURNAL / f"{key}.json"))
         took = Took.of(usages[0])

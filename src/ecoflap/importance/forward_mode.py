@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import ProbeContext
-from ecoflap.importance.projections import Probe, check_probes, projections
+from ecoflap.importance.projections import Probe, check_probes, efforts, projections
 from ecoflap.importance.scores import Estimate
 from ecoflap.importance.zeroth_order import ZerothOrder
 from ecoflap.network.parts import Layer, Tower
@@ -63,6 +63,10 @@ class ForwardMode:
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * self.draws
 
+    def efforts(self, context: ProbeContext) -> list[float]:
+        """Of the estimates to come, in any unit: for the time left."""
+        return efforts(context, draws=self.draws, probe=self.probe, replay=self.replay, losses=1)
+
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """Signed projections g, batch by batch and unit by unit, without those in ``context.done``."""
         with torch.no_grad(), differentiable_attention():
@@ -105,7 +109,9 @@ def derivative(probe: Probe, replay: Replay) -> float:
         tangent = tangent_of(loss)
         value = 0.0 if tangent is None else float(tangent)
     if not math.isfinite(value):
-        raise NonFiniteLoss(f"the loss derivative of {probe.name} on calibration batch {probe.batch} is {value}")
+        raise NonFiniteLoss(
+            f"the loss derivative of {probe.name} on calibration batch {probe.batch} is {value}", probe.batch
+        )
     return value
 
 

@@ -133,7 +133,8 @@ def measure_importance(
         known = {(e.layer, e.batch, e.draw): e.value for e in journal.estimates()}
         context = ProbeContext(model, anatomy, batches, objective, seed, frozenset(known))
         total = measure.steps(context)
-        with (progress or Silent()).stage("importance", total=total, done=len(known)) as task:
+        weights = measure.efforts(context) if hasattr(measure, "efforts") else None
+        with (progress or Silent()).stage("importance", total, len(known), weights) as task:
             for estimate in measure.estimates(context):
                 journal.append(estimate)
                 known[(estimate.layer, estimate.batch, estimate.draw)] = estimate.value

@@ -58,7 +58,8 @@ class ProbeContext:
             where = f" while {layer} is perturbed" if layer else ""
             raise NonFiniteLoss(
                 f"the loss of calibration batch {index} is {value}{where}: check its samples, "
-                "or leave it out of the calibration data"
+                "or leave it out of the calibration data",
+                index,
             )
         return loss
 
@@ -70,7 +71,8 @@ class ProbeContext:
 class ImportanceMeasure(Protocol):
     """Yields estimates; averaging, journal, resume and precision are the caller's (``measure.py``).
 
-    Two class attributes may say more: ``rule``, the allocation rule that the scores are made for (else "proportional";
+    A method ``efforts(context)`` may say how long each estimate to come takes, in any unit. Two class attributes may
+    say more: ``rule``, the allocation rule that the scores are made for (else "proportional";
     ``names.py`` repeats it), and ``noisy``, False where a lone estimate has no standard error of its own.
     """
 

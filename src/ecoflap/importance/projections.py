@@ -13,6 +13,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.importance.noise import noise
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.scores import Estimate
+from ecoflap.network.effort import forward_effort, suffix_efforts
 from ecoflap.network.parts import Layer
 from ecoflap.network.perturb import swapped
 from ecoflap.network.replay import Replay
@@ -77,6 +78,35 @@ def check_probes(draws: int, probe: str) -> None:
         raise unknown("probe", probe, list(PROBES))
 
 
+def efforts(context: ProbeContext, *, draws: int, probe: str, replay: bool, losses: int) -> list[float]:
+    """How long the estimates of :func:`projections` take in proportion, in its order.
+
+    A batch's first one comes after the forward that is replayed; of a unit's estimates, the first takes its time.
+
+    Args:
+        losses: forwards a probe.
+    """
+    whole, after = forward_effort(context.anatomy), suffix_efforts(context.anatomy)
+    found = []
+    for index in range(len(context.batches)):
+        entering = whole
+        for unit in _units(context, probe):
+            cost = max(after[block] for layer in unit for block in context.blocks_of(layer)) if replay else whole
+            for draw in range(draws):
+                paid = False
+                for layer in unit:
+                    if (layer.name, index, draw) not in context.done:
+                        found.append(entering + (0.0 if paid else losses * cost))
+                        entering, paid = 0.0, True
+    return found
+
+
+def _units(context: ProbeContext, probe: str) -> list[Sequence[Layer]]:
+    """What changes together in one probe."""
+    blocks = (block.layers for block in context.anatomy.blocks if block.layers)
+    return list(blocks) if probe == "block" else [(layer,) for layer in context.layers]
+
+
 def projections(
     context: ProbeContext, project: Callable[[Probe, Replay], float], *, draws: int, probe: str, replay: bool
 ) -> Iterator[Estimate]:
@@ -89,8 +119,7 @@ def projections(
             The value is then shared out among them by their numbers of weights.
         replay: answer unchanged blocks from memory.
     """
-    blocks = (block.layers for block in context.anatomy.blocks if block.layers)
-    units = list(blocks) if probe == "block" else [(layer,) for layer in context.layers]
+    units = _units(context, probe)
     with torch.no_grad(), Replay(context.model, context.blocks if replay else ()) as memory:
         for index in range(len(context.batches)):
             todo = [

@@ -14,7 +14,7 @@ import torch
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import ProbeContext
-from ecoflap.importance.projections import Probe, check_probes, projections
+from ecoflap.importance.projections import Probe, check_probes, efforts, projections
 from ecoflap.importance.scores import Estimate
 from ecoflap.network.replay import Replay
 
@@ -47,6 +47,10 @@ class ZerothOrder:
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * self.draws
 
+    def efforts(self, context: ProbeContext) -> list[float]:
+        """Of the estimates to come, in any unit: for the time left."""
+        return efforts(context, draws=self.draws, probe=self.probe, replay=self.replay, losses=2)
+
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """Signed projections g, batch by batch and unit by unit, without those in ``context.done``."""
         return projections(context, self.projection, draws=self.draws, probe=self.probe, replay=self.replay)
@@ -62,6 +66,6 @@ class ZerothOrder:
         difference = losses[0] - losses[1]
         if not math.isfinite(difference):
             raise NonFiniteLoss(
-                f"the loss difference of {probe.name} on calibration batch {probe.batch} is {difference}"
+                f"the loss difference of {probe.name} on calibration batch {probe.batch} is {difference}", probe.batch
             )
         return difference / (2 * self.epsilon)

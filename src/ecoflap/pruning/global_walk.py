@@ -15,12 +15,15 @@ from ecoflap.allocation import Allocation
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.probe import Objective, ProbeContext
 from ecoflap.network.cache import cache_disabled
+from ecoflap.network.effort import forward_effort
 from ecoflap.network.parts import Anatomy, Layer
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent
 from ecoflap.pruning.global_criteria import GlobalCriterion, Scores
 from ecoflap.pruning.global_selection import keys_of, lowest
 from ecoflap.pruning.walk import BlockJournal, NoJournal, PrunedBlock, WalkResult, achieved
+
+_PASSES = 30  # over a layer's weights when it is cut, as products in a forward count
 
 
 def prune_globally(
@@ -70,7 +73,10 @@ def prune_globally(
     with ExitStack() as stack:
         for state in (evaluating(model), cache_disabled(model)):
             stack.enter_context(state)
-        task = stack.enter_context((progress or Silent()).stage("pruning", total=rounds * steps, done=done * steps))
+        # A gradient is three forwards; a layer is cut by some passes over its weights.
+        efforts = [3 * forward_effort(anatomy)] * criterion.steps(len(batches))
+        efforts = (rounds - done) * [*efforts, *(_PASSES * float(layer.numel) for layer in anatomy.layers)]
+        task = stack.enter_context((progress or Silent()).stage("pruning", rounds * steps, done * steps, efforts))
         for number in range(done, rounds):
             scores = criterion.scores(context, offload, task)
             cut = {}

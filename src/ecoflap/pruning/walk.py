@@ -14,6 +14,7 @@ from ecoflap.calibration.padding import TokenMasks, placeholders, token_masks
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.drive import Run, TowerDriver
+from ecoflap.network.effort import walk_efforts
 from ecoflap.network.parts import Anatomy, Block, Layer, Tower
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent, Task
@@ -100,10 +101,12 @@ def walk(
     visual = placeholders(model)
     masks = {index: token_masks(batch, decoder is not None, visual) for index, batch in enumerate(batches)}
     done = {block.name: walker.restore(block) for block in anatomy.blocks if block.layers}
+    left = [block for block in anatomy.blocks if block.layers and not done[block.name]]
+    efforts = walk_efforts(anatomy, left, len(batches), criterion.statistics == "gram")
     with (
         evaluating(model),
         cache_disabled(model),  # a captured cache would be filled twice, and hide k and v
-        (progress or Silent()).stage("pruning", total=len(done), done=sum(done.values())) as task,
+        (progress or Silent()).stage("pruning", len(done), sum(done.values()), efforts) as task,
     ):
         for tower in anatomy.towers:
             todo = [block for block in tower.blocks if block.layers and not done[block.name]]

@@ -118,7 +118,9 @@ class Divergence:
 
     def _finite(self, value: float, index: int) -> float:
         if not math.isfinite(value):
-            raise NonFiniteLoss(f"the loss on calibration batch {index} is {value}: check the samples of that batch")
+            raise NonFiniteLoss(
+                f"the loss on calibration batch {index} is {value}: check the samples of that batch", index
+            )
         return value
 
 

@@ -99,6 +99,10 @@ class State:
     step: float = STEPS[0]
     history: tuple[float, ...] = ()
 
+    def steps(self, rounds: int) -> int:
+        """Of the progress: so many are behind, where a phase has at most so many rounds."""
+        return self.phase * rounds + self.round + self.swaps
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -176,15 +180,17 @@ def refine(
         divergence = Divergence(model, batches, on_device(loss), options.metric)
         divergence.record()
         steps = len(PHASES[options.granularity]) * options.rounds + options.swaps
-        task = state.enter_context((progress or Silent()).stage("allocation search", total=steps))
+        kept = journal.load()
+        begun = State.from_json(kept) if kept else None
+        done = 0 if begun is None else begun.steps(options.rounds)
+        task = state.enter_context((progress or Silent()).stage("allocation search", total=steps, done=done))
         masked = state.enter_context(MaskedModel(model, anatomy))
         replay = state.enter_context(Replay(model, anatomy.replayable))
         search = _Search(
             model, anatomy, order, Shares(anatomy.layers, local_errors(model, anatomy, order), limits),
             budgets_of(allocation, limits), divergence, masked, replay, options, journal.save, task,
         )  # fmt: skip
-        kept = journal.load()
-        here = State.from_json(kept) if kept else search.start(allocation)
+        here = begun or search.start(allocation)
         here = search.swapped(search.settled(here), seed)
     rows = tuple(replace(row, zeros=here.zeros[row.name]) for row in allocation.layers)
     single = options.granularity != "block" or options.swaps or allocation.granularity == "layer"
@@ -227,14 +233,17 @@ class _Search:
     def settled(self, here: State) -> State:
         """Rounds of every phase, until one gains too little."""
         phases = PHASES[self.options.granularity]
+        done = here.steps(self.options.rounds)
         while here.phase < len(phases):
+            at = f"{phases[here.phase]} {here.round + 1}"
             if here.round < self.options.rounds:
                 before = here.loss
                 here = self._round(here, phases[here.phase])
-                self.task.advance(1, f"{phases[here.phase]} {here.round}")
             if here.round >= self.options.rounds or before - here.loss < self.options.tolerance * before:
                 here = replace(here, phase=here.phase + 1, round=0, scales=None, step=STEPS[0])
             self.save(here.to_json())
+            self.task.advance(here.steps(self.options.rounds) - done, at)  # a phase that ends early skips its rest
+            done = here.steps(self.options.rounds)
         return here
 
     def _round(self, here: State, phase: str) -> State:

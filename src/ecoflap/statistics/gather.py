@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ecoflap.calibration.padding import TokenMasks
+from ecoflap.errors import NonFiniteLoss
 from ecoflap.network.drive import BlockCall
 from ecoflap.network.parts import Block, Layer
 from ecoflap.network.trace import linear_weight, tensors_in
@@ -170,7 +171,10 @@ class Gatherer:
             self._of[name] = self._make(layer.shape[1])
         elif owner != name:
             raise InputsDiverged(name)
-        self._of[owner].update(x, self._keep(x, layer))
+        try:
+            self._of[owner].update(x, self._keep(x, layer))
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"calibration batch {self._batch}, layer {name}: {error}", self._batch) from error
         self._fed.append((x, owner))
 
     def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:
