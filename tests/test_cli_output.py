@@ -115,7 +115,7 @@ def test_prune_without_a_terminal(run: Command, made: SimpleNamespace) -> None:
     job = ("prune", made.blip2, "--calibration", made.questions, "--samples", 4, "--importance-samples", 2)
     outcome = run(*job, "--test", made.questions, "-o", "run").well()
     assert [line.partition(":")[0] for line in outcome.err.splitlines()] == [
-        "calibration", "objective", "vqa, dense", "importance", "pruning", "vqa, pruned",
+        "calibration", "objective", "vqa, dense", "importance", "pruning", "saving", "vqa, pruned",
     ]  # fmt: skip
     for word in ("vqa accuracy", "sparsity, prunable weights", "language", "vision", "run/model", "run/report.html"):
         assert word in outcome.out
@@ -205,7 +205,7 @@ def test_warnings_of_others_are_not(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "ecoflap: warning: for you\necoflap: warning: two lines\n"
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_bars(width: int) -> None:
     screen = io.StringIO()
     progress = progress_on(Console(file=screen, force_terminal=True, width=width, legacy_windows=False))
@@ -221,6 +221,8 @@ def test_bars(width: int) -> None:
     if width == 80:
         assert "…" in text
         assert ".q.weight" in text
+    assert re.search(r"left 0:00 \d+\.\d GB", text)
+    assert max(map(len, re.split(r"[\r\n]+", text))) <= width
     if width == 120:
         assert "SelfAttention.q.weight" in text
 
@@ -231,16 +233,8 @@ def test_lines() -> None:
     assert isinstance(progress, Lines)
     with progress.stage("pruning", total=6, done=2) as task:
         task.advance(4, "model.layers.0")
-    assert screen.getvalue().startswith("pruning: 6/6, 0 s")
+    assert re.fullmatch(r"pruning: 6/6, 0 s, \d+\.\d GB\n", screen.getvalue())
     assert screen.getvalue().count("\n") == 1
-
-
-def test_time_left_counts_this_process_alone() -> None:
-    from ecoflap.terminal import _LineTask
-
-    task = _LineTask(lambda line: None, "importance", total=100, done=50)
-    task.advance(10)
-    assert task.line(task._begin + 20) == "importance: 60/100, 20 s, 80 s left"
 
 
 def test_allocate_needs_no_torch(run: Command, made: SimpleNamespace, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
-        digest.update(memoryview(weight.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)  # a view: not one more copy
     return digest.hexdigest()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 RECENT = 0.5  # of what is done, by weight: the part that tells the speed
+BURST = 0.01  # of that part's time: what comes within it came together
 
 
 class Pace:
@@ -52,5 +53,9 @@ class Pace:
             return 0.0
         first = bisect_left(self._behind, behind * (1 - RECENT))
         first -= self._behind[first] == behind  # one long step: the speed is its own
+        # Steps may come in bursts: those that came together with this one belong to the time before it.
+        start = self._moments[first]
+        last = bisect_right(self._moments, start + BURST * (moment - start)) - 1
+        first = last if self._behind[last] < behind else first
         per_weight = (moment - self._moments[first]) / (behind - self._behind[first])
         return max(per_weight * (self._sums[-1] - behind) - (self._clock() - moment), 0.0)

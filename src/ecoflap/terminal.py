@@ -10,106 +10,112 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import ProgressColumn, TaskID
+from rich.progress import Task as RichTask
+from rich.text import Text
 
+from ecoflap.display import line, memory
+from ecoflap.pace import Pace
 from ecoflap.progress import Progress, Task
 
 LINE_EVERY = 15.0  # seconds between two plain lines
-BAR, TIME = 16, 8  # characters of a bar, and of a time such as 12:34:56
-PERIOD = 600.0  # seconds of which the speed is taken: a stage's step may itself take minutes
-COLUMNS = 7  # of a line, each with a space after it
 
 
 class _BarTask:
-    def __init__(self, bars: RichProgress, task: TaskID, room: int) -> None:
-        self._bars, self._task, self._room = bars, task, room
+    def __init__(self, bars: RichProgress, task: TaskID, pace: Pace) -> None:
+        self._bars, self._task, self._pace = bars, task, pace
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        # Cut here: left to itself, a long name would squeeze the counts and times beside it. Its end tells most.
-        if len(detail) > self._room:
-            detail = "…" + detail[len(detail) - self._room + 1 :] if self._room > 8 else ""
+        self._pace.advance(steps)
         self._bars.update(self._task, advance=steps, detail=detail)
 
 
-class Bars:
-    """One bar a stage: name, bar, count, time elapsed and left, and what is being worked on.
-
-    A stage inside another one has its bar below the other's, and takes it away when it ends.
-    """
+class _Column(ProgressColumn):
+    """The whole of a line; it is made anew ten times a second, so that the time left counts down."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__()
         self._console = console
+
+    def render(self, task: RichTask) -> Text:
+        pace: Pace = task.fields["pace"]
+        told = line(
+            self._console.width, task.description, pace.done, pace.total, pace.elapsed, pace.left(), memory(),
+            task.fields["detail"],
+        )  # fmt: skip
+        return Text(told, no_wrap=True, overflow="crop")
+
+
+class Bars:
+    """One line a stage, with a bar: name, count, time elapsed and left, memory, and what is being worked on.
+
+    A stage inside another one has its line below the other's, and takes it away when it ends.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
         self._open: RichProgress | None = None
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None) -> Iterator[Task]:
+        pace = Pace(total, done, weights, self._clock)
         if self._open is not None:
-            inner = self._open.add_task(name, total=total, completed=done, detail="")
-            yield _BarTask(self._open, inner, self._room(name, total))
+            inner = self._open.add_task(name, total=total, completed=done, detail="", pace=pace)
+            yield _BarTask(self._open, inner, pace)
             self._open.remove_task(inner)
             return
-        columns = (
-            TextColumn("{task.description:<12}", markup=False),
-            BarColumn(bar_width=BAR),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=False),
-            TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        )
-        with RichProgress(*columns, console=self._console, speed_estimate_period=PERIOD) as bars:
-            task = bars.add_task(name, total=total, completed=done, detail="")
+        with RichProgress(_Column(self._console), console=self._console) as bars:
+            task = bars.add_task(name, total=total, completed=done, detail="", pace=pace)
             self._open = bars
             try:
-                yield _BarTask(bars, task, self._room(name, total))
+                yield _BarTask(bars, task, pace)
             finally:
                 self._open = None
             bars.update(task, detail="")
 
-    def _room(self, name: str, total: int) -> int:
-        """Columns that a bar leaves for its detail."""
-        return self._console.width - (
-            max(len(name), 12) + BAR + 2 * len(str(total)) + 1 + 2 * TIME + len("left") + COLUMNS
-        )
-
 
 class _LineTask:
-    def __init__(self, write: Callable[[str], None], name: str, total: int, done: int) -> None:
-        self._write, self._name, self._total = write, name, total
-        self._begin, self._last = time.monotonic(), time.monotonic()
-        self._done = self._before = done
+    def __init__(self, write: Callable[[str], None], name: str, pace: Pace, clock: Callable[[], float]) -> None:
+        self._write, self._name, self._pace, self._clock = write, name, pace, clock
+        self._last, self._detail = clock(), ""
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        self._done += steps
-        now = time.monotonic()
-        if now - self._last >= LINE_EVERY:
-            self._last = now
-            self._write(self.line(now))
+        self._pace.advance(steps)
+        self._detail = detail
+        if self._clock() - self._last >= LINE_EVERY:
+            self._last = self._clock()
+            self._write(self.line())
 
-    def line(self, now: float) -> str:
-        rate = (self._done - self._before) / max(now - self._begin, 1e-9)
-        left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0 and self._done < self._total else ""
-        return f"{self._name}: {self._done}/{self._total}, {now - self._begin:.0f} s{left}"
+    def line(self) -> str:
+        pace = self._pace
+        left = pace.left()
+        at_work = pace.done < pace.total
+        more = [f"{left:.0f} s left"] if left is not None and at_work else []
+        more += [memory(), *([self._detail] if self._detail and at_work else [])]
+        return f"{self._name}: {pace.done}/{pace.total}, {pace.elapsed:.0f} s, {', '.join(more)}"
 
 
 class Lines:
     """A plain line every quarter of a minute and at the end of each stage that is in no other."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
         self._depth = 0
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None) -> Iterator[Task]:
-        task = _LineTask(lambda line: self._console.print(line, markup=False, highlight=False), name, total, done)
+        task = _LineTask(self._print, name, Pace(total, done, weights, self._clock), self._clock)
         self._depth += 1
         try:
             yield task
         finally:
             self._depth -= 1
         if not self._depth:
-            self._console.print(task.line(time.monotonic()), markup=False, highlight=False)
+            self._print(task.line())
+
+    def _print(self, told: str) -> None:
+        self._console.print(told, markup=False, highlight=False)
 
 
 def progress_on(console: Console) -> Progress:
