@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoflap.errors import CalibrationError, InvalidOption, OutputExists
+from ecoflap.errors import InvalidOption, OutputExists
 from ecoflap.recipe import Recipe
 
 if TYPE_CHECKING:
     from ecoflap.allocation import Allocation
-    from ecoflap.importance.scores import Importance
     from ecoflap.network.parts import Anatomy
     from ecoflap.progress import Progress
 
@@ -52,26 +51,6 @@ def inspect_model(recipe: Recipe) -> tuple[Anatomy, str]:
     anatomy = find_layers(recipe, checkpoint.model, batches, objective)
     how = "in the order of a forward" if anatomy.traced else "in the order of definition (--calibration watches a run)"
     return anatomy, f"{type(checkpoint.model).__name__}, {anatomy.total_parameters:,} parameters; towers {how}"
-
-
-def measure_model(recipe: Recipe, progress: Progress) -> Importance:
-    """Stage 1 on the recipe's model and calibration data."""
-    if recipe.model is not None and recipe.calibration is None:
-        raise CalibrationError("importance needs calibration data: give --calibration FILE")
-    if recipe.importance.endswith(".json"):
-        raise InvalidOption(f"importance {recipe.importance} is measured already: name a measure, such as zeroth-order")
-    recipe = recipe.resolved()
-    from ecoflap.calibration.objectives import resolve
-    from ecoflap.importance.measure import first_samples
-    from ecoflap.prepare import calibration_batches, check_importance_options, find_layers, load_checkpoint, measure
-
-    check_importance_options(recipe)
-    checkpoint = load_checkpoint(recipe)
-    _, batches = calibration_batches(recipe, checkpoint)
-    first_samples(batches, recipe.importance_samples)
-    objective = resolve(recipe.objective, checkpoint.model)
-    anatomy = find_layers(recipe, checkpoint.model, batches, objective)
-    return measure(recipe, checkpoint.model, batches, anatomy, objective, progress)
 
 
 def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: bool) -> tuple[Allocation, Path]:

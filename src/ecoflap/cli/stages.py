@@ -21,6 +21,7 @@ from ecoflap.cli.common import (
     Quiet,
     app,
     file_option,
+    flag,
     print_json,
     progress_to,
 )
@@ -58,6 +59,7 @@ def importance(
     recipe: Recipe,
     output: Annotated[Path, file_option("File to write. Default: importance.json.")] = Path("importance.json"),
     overwrite: Overwrite = False,
+    resume: Annotated[bool, flag("--resume", text="Go on with a measurement that was interrupted.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -68,14 +70,12 @@ def importance(
         ecoflap importance path/to/llama --calibration prose.txt --sequence-length 512 --importance-samples 64
         ecoflap importance path/to/llama --calibration prose.txt --importance first-order
     """
-    from ecoflap.commands import measure_model, refuse_existing
-    from ecoflap.files import write_json
+    from ecoflap.measurement import measure_to
 
-    refuse_existing(output, overwrite)
-    scores = measure_model(recipe, progress_to(quiet or as_json)).to_json()
-    write_json(output, scores)
+    progress = progress_to(quiet or as_json)
+    scores = measure_to(recipe, output, progress, overwrite=overwrite, resume=resume)
     if as_json:
-        print_json(scores)
+        print_json(scores.to_json())
     elif not quiet:
         typer.echo(f"scores  {output}")
 
