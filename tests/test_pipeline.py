@@ -91,6 +91,7 @@ def test_progress(tmp_path: Path) -> None:
         ["perplexity, dense", 3, 0, 3],
         ["importance", 42, 0, 42],
         ["pruning", 3, 0, 3],
+        ["saving", 1, 0, 1],
         ["perplexity, pruned", 3, 0, 3],
     ]
 
