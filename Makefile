@@ -1,7 +1,7 @@
 # Shortcuts for work on the package; CONTRIBUTING.md explains them.
 PYTHON ?= .venv/bin/python
 
-.PHONY: setup test check fix ci
+.PHONY: setup test check fix ci bench
 setup:
 	python3 -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt -e ".[dev,gguf]"
@@ -16,3 +16,5 @@ fix:
 	$(PYTHON) -m ruff format .
 ci:
 	.ci/run
+bench:
+	$(PYTHON) benchmarks/performance.py
