@@ -40,7 +40,7 @@ def _answered(ids: Tensor, answer: int) -> Tensor:
 
 
 def llama(tokens: int, **sizes: Any) -> Shape:
-    config = LlamaConfig(tie_word_embeddings=False, **sizes)
+    config = LlamaConfig(**{"tie_word_embeddings": False, **sizes})
 
     def batch(samples: int, random: torch.Generator) -> dict[str, Tensor]:
         ids = torch.randint(3, config.vocab_size, (samples, tokens), generator=random)
@@ -101,7 +101,7 @@ WHOLE: dict[str, Callable[[], Shape]] = {
     ),
     "Llama-3.2-1B": lambda: llama(
         2048, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, rope_theta=5e5,
+        num_key_value_heads=8, vocab_size=128256, rope_theta=5e5, tie_word_embeddings=True,
     ),
     "BLIP-2 FlanT5-XL": lambda: blip2(
         8, 4,
