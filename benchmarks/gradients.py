@@ -20,6 +20,7 @@ from replay import parser_of, prepared, spread
 
 from ecoflap import measure_importance
 from ecoflap.calibration.objectives import on_device
+from ecoflap.importance.probe import ProbeContext
 from ecoflap.network.cache import cache_disabled
 from ecoflap.resources import Usage, measured
 
@@ -50,9 +51,10 @@ def one(way: str, options: argparse.Namespace) -> dict[str, float]:
         if name:
             measure_importance(model, batches, name, anatomy=few, loss=objective, **settings)
         else:
+            context = ProbeContext(model, anatomy, batches, on_device(objective), seed=0)
             with cache_disabled(model), torch.no_grad():
-                for batch in batches:
-                    on_device(objective)(model, batch)
+                for index in range(len(batches)):
+                    context.loss(index)
     return {
         "seconds": usages[0].seconds * len(anatomy.layers) / len(few.layers),
         "bytes": usages[0].peak_memory_bytes - base[0].peak_memory_bytes,

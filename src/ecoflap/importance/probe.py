@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.scores import Estimate
+from ecoflap.network.logits import logits_on_demand
 from ecoflap.network.parts import Anatomy, Layer
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -53,7 +54,8 @@ class ProbeContext:
         Raises:
             NonFiniteLoss: it is NaN or infinite; names the batch and, in a probe, the layer.
         """
-        loss = self.objective(self.model, self.batches[index])
+        with logits_on_demand(self.model):
+            loss = self.objective(self.model, self.batches[index])
         if not math.isfinite(value := float(loss.detach())):
             where = f" while {layer} is perturbed" if layer else ""
             raise NonFiniteLoss(
