@@ -14,6 +14,8 @@ from ecoflap import measure_importance
 from ecoflap.calibration.objectives import default_objective
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.importance.scores import Importance
+from ecoflap.network import heap
+from ecoflap.network import recompute as recomputation
 from ecoflap.network.cache import cache_disabled
 
 FORMULAS: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
@@ -72,6 +74,20 @@ def test_recomputing_keeps_only_the_inputs_of_blocks() -> None:
             measure_importance(family.build(), family.batches(2, 2), "first-order", recompute=recompute)
         saved[recompute] = count
     assert saved[True] < 0.5 * saved[False]
+
+
+def test_recomputing_gives_freed_memory_back_every_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims = 0
+
+    def note() -> None:
+        nonlocal trims
+        trims += 1
+        heap.trim()
+
+    monkeypatch.setattr(recomputation, "trim", note)
+    family = FAMILIES["blip2_t5"]  # 3 + 2 + 2 + 2 blocks
+    measure_importance(family.build(), family.batches(2, 2), "gradient-norm")
+    assert trims == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
