@@ -149,8 +149,8 @@ def _log_start(job: _Job) -> None:
 
 def _allocation(job: _Job) -> Allocation:
     run, plan = job.run, job.plan
+    importance = None if plan.allocation is not None else _importance(job)
     if not run.results.has(files.ALLOCATION):
-        importance = None if plan.allocation is not None else _importance(job)
         if importance is None:
             allocation = plan.allocation
         elif job.recipe.search:

@@ -135,7 +135,7 @@ class RunDirectory:
         else:
             self._clear()
             self._write_recipe(recipe, fingerprint)
-        self._sweep()
+        self.sweep()
         with storage(self.path):
             (self.path / JOURNAL).mkdir(exist_ok=True)
         if not self.has(self.inputs):
@@ -186,7 +186,7 @@ class RunDirectory:
         pattern = rf"\.({'|'.join(map(re.escape, self.ours))})\.(.*{re.escape(PARTIAL)}|partial|old)"
         return re.fullmatch(pattern, name) is not None
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Remove temporary files that a killed process left."""
         inner = [self.path / name for name in (*self.ours, f"{JOURNAL}/blocks") if name != MODEL]
         for folder in (self.path, *inner):

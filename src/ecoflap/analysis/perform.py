@@ -79,6 +79,7 @@ def analyse(
     outcomes: dict[str, Outcome] = {}
     with RunDirectory(subject.path) as directory:
         directory.lock()
+        directory.sweep()
         try:
             for name in names:
                 try:
