@@ -166,6 +166,7 @@ def prune(
     """
     from ecoflap.calibration.objectives import default_objective, on_device
     from ecoflap.importance.measure import first_samples, make_measure, measure_importance
+    from ecoflap.large import check_model
     from ecoflap.network.anatomy import discover
     from ecoflap.network.cache import cache_disabled
     from ecoflap.pruning.criteria import make_criterion
@@ -199,6 +200,9 @@ def prune(
         importance, max_sparsity = "uniform", 1.0
     elif importance is None:
         importance = "zeroth-order"
+    given = allocation is not None or not isinstance(importance, str)
+    searched = importance == "sensitivity" if search is None else search
+    check_model(model, None if given else str(importance), criterion, searched)
     if search and allocation is not None:
         raise InvalidOption("search: an allocation is given, so there is nothing to search for")
     options = checked_search_options(search_options)
@@ -308,6 +312,7 @@ def prune_to(
         journal: what an interrupted run has done, and where more goes.
     """
     from ecoflap.calibration.objectives import default_objective, on_device
+    from ecoflap.large import check_model
     from ecoflap.pruning.criteria import make_criterion
     from ecoflap.pruning.global_criteria import GlobalCriterion
     from ecoflap.pruning.global_walk import prune_globally
@@ -318,6 +323,7 @@ def prune_to(
     from ecoflap.statistics.tokens import check_choice
 
     rule = make_criterion(criterion, criterion_options)
+    check_model(model, None, criterion)
     choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
     objective = on_device(loss or default_objective(model))
     if isinstance(rule, GlobalCriterion):

@@ -40,7 +40,8 @@ def inspect_model(recipe: Recipe) -> tuple[Anatomy, str]:
     of their definition, and layers that never run can't be told.
     """
     from ecoflap.calibration.objectives import resolve
-    from ecoflap.prepare import calibration_batches, find_layers, load_checkpoint
+    from ecoflap.large import load_checkpoint
+    from ecoflap.prepare import calibration_batches, find_layers
 
     checkpoint = load_checkpoint(recipe)
     batches = []
@@ -72,8 +73,8 @@ def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: 
 def evaluate_model(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Results of the recipe's evaluations on its model, as in ``metrics.json``, by their names."""
     from ecoflap.evaluations import check_evaluations, evaluate
+    from ecoflap.large import load_checkpoint
     from ecoflap.pipeline import quality
-    from ecoflap.prepare import load_checkpoint
 
     entries = check_evaluations(recipe)
     if not entries:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -68,6 +69,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raises StorageError where ``folder`` has not so many bytes free for ``what``; as far as the system can tell."""
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise StorageError(
+                f"{what} needs {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: "
+                "free some space, or choose another --output"
+            )
 
 
 def write_text(path: Path, text: str) -> None:

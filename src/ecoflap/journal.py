@@ -85,6 +85,14 @@ class BlockFiles:
     def _path(self, block: str) -> Path:
         return self._folder / f"{block}.safetensors"
 
+    def bytes(self) -> int:
+        """What the files take that are there."""
+        return sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
+
+    def place(self, block: str) -> Path:
+        """The block's file, by which an offloaded model reads it."""
+        return self._path(block)
+
     def load(self, block: str) -> PrunedBlock | None:
         """The block; None where there is none, and with a warning where its file is damaged: it is pruned again."""
         from safetensors import SafetensorError, safe_open

@@ -67,9 +67,10 @@ def _measured(recipe: Recipe, output: Path, progress: Progress, work: Measuremen
     from ecoflap.files import write_json
     from ecoflap.importance.measure import first_samples
     from ecoflap.journal import EstimateFile
+    from ecoflap.large import load_checkpoint
     from ecoflap.machine import as_it_began
     from ecoflap.network.checkpoint import fingerprint
-    from ecoflap.prepare import check_importance_options, load_checkpoint, naming_samples, plan_on
+    from ecoflap.prepare import check_importance_options, naming_samples, plan_on
     from ecoflap.runlog import explained, logging_to
     from ecoflap.stages import importance_for
 

@@ -18,7 +18,7 @@ from ecoflap.recipe import OPTIONS, Recipe, flag_of
 # Which heading of --help an option stands under.
 PANELS: dict[str, tuple[str, ...]] = {
     "Grid": ("methods", "sparsities", "seeds"),
-    "Model": ("device", "dtype", "trust_remote_code", "include", "exclude", "towers"),
+    "Model": ("device", "device_map", "max_memory", "dtype", "trust_remote_code", "include", "exclude", "towers"),
     "Sparsity": (
         "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
         "rule", "spread", "search", "search_options", "allocation",
@@ -65,6 +65,8 @@ _METAVARS = {
     "objective": "NAME",
     "task": "NAME",
     "device": "NAME",
+    "device_map": "disk|auto|...",
+    "max_memory": "DEVICE=AMOUNT",
     "include": "PATTERN",
     "exclude": "PATTERN",
     "towers": "PATTERN",

@@ -16,11 +16,12 @@ from ecoflap.api import read_allocation
 from ecoflap.card import write_card
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluations import Evaluation, evaluate, evaluations_of
-from ecoflap.files import read_sealed, write_sealed
+from ecoflap.files import check_room, read_sealed, write_sealed
 from ecoflap.importance.scores import Importance
 from ecoflap.journal import BlockFiles, EstimateFile, SearchFile
 from ecoflap.machine import as_it_began
 from ecoflap.network.checkpoint import fingerprint, save
+from ecoflap.network.save import stored_bytes
 from ecoflap.predictions import add_pictures, answers_of, compared
 from ecoflap.prepare import Prepared, naming_samples, prepare
 from ecoflap.progress import Labelled, Progress, Silent
@@ -182,8 +183,12 @@ def _importance(job: _Job) -> Importance:
 
 def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ...]]:
     run, plan = job.run, job.plan
+    blocks = BlockFiles(run.path / files.JOURNAL / "blocks")
+    if not run.has(files.MODEL):
+        model = plan.checkpoint.model
+        layers = sum(model.get_parameter(layer.name).nbytes for layer in plan.anatomy.layers)
+        check_room(run.path, layers - blocks.bytes() + stored_bytes(model), "the pruned model, and its journal first,")
     with job.stage("pruning"):
-        blocks = BlockFiles(run.path / files.JOURNAL / "blocks")
         allocation, unreached = pruned_to(plan, allocation, job.progress, blocks)
     for name in unreached:
         _log.warning("%s was reached by no calibration token: pruned by magnitude", name)

@@ -32,9 +32,12 @@ from ecoflap.evaluations import check_evaluations, rehearse
 from ecoflap.importance.measure import EstimateJournal, first_samples, make_measure, measure_importance
 from ecoflap.importance.names import IMPORTANCES, own_rule
 from ecoflap.importance.scores import Importance, check_granularity
+from ecoflap.large import check_blockwise, check_model, load_checkpoint
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
-from ecoflap.network.checkpoint import Checkpoint, load
+from ecoflap.network.checkpoint import Checkpoint
+from ecoflap.network.dispatch import DISK, check_device_map
+from ecoflap.network.offload import home_of, is_offloaded
 from ecoflap.network.parts import Anatomy
 from ecoflap.progress import Progress
 from ecoflap.pruning.criteria import make_criterion
@@ -79,7 +82,7 @@ class Prepared:
             for name, value in sorted(batch.items()):
                 digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
                 digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        device = next(self.checkpoint.model.parameters()).device.type
+        device = home_of(self.checkpoint.model).type
         return {"calibration data": digest.hexdigest(), **digests_of(self.recipe), "device": device}
 
     def place_of(self, batch: int) -> str:
@@ -118,11 +121,6 @@ def naming_samples(plan: Prepared) -> Iterator[None]:
         raise NonFiniteLoss(f"{error} ({place})", error.batch) from error
 
 
-def load_checkpoint(recipe: Recipe) -> Checkpoint:
-    """The recipe's model with its processor."""
-    return load(recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
-
-
 def is_measured(recipe: Recipe) -> bool:
     """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
     return recipe.allocation is None and recipe.importance in IMPORTANCES and recipe.importance != "uniform"
@@ -157,6 +155,9 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         InvalidOption, UnknownName: an option is not there, or takes no such value.
     """
+    check_device_map(recipe.device_map, recipe.max_memory)
+    if recipe.device_map == DISK:
+        check_blockwise(recipe.importance if is_measured(recipe) else None, recipe.criterion, recipe.search)
     if is_measured(recipe):
         check_importance_options(recipe)
     check_criterion_options(recipe)
@@ -192,6 +193,8 @@ def check_plan(plan: Prepared) -> None:
         InfeasibleAllocation: the sparsity can't be reached.
     """
     recipe, anatomy = plan.recipe, plan.anatomy
+    measured = recipe.importance if is_measured(recipe) else None
+    check_model(plan.checkpoint.model, measured, recipe.criterion, recipe.search)
     if is_measured(recipe):
         first_samples(plan.batches, recipe.importance_samples)
     if recipe.search:
@@ -298,6 +301,11 @@ def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], obje
             except EcoflapError:
                 raise
             except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                if "meta" in str(error) and is_offloaded(model):
+                    raise InvalidOption(
+                        f"{type(model).__name__} reads weights that accelerate does not load for it "
+                        f"({_first_line(error)}): it can't be used with --device-map"
+                    ) from error
                 raise CalibrationError(
                     f"{type(model).__name__} can't take the calibration data ({_first_line(error)}): check the data, "
                     "its columns, the sequence length and the objective"

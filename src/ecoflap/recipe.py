@@ -136,6 +136,14 @@ class Recipe(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Of sample choice and noise.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device_map: str | None = Field(
+        None,
+        description="For a model larger than the memory: disk (weights are read when their block is due), or auto, "
+        "balanced, sequential: GPUs first, then memory, then disk.",
+    )
+    max_memory: dict[str, str] = Field(
+        default_factory=dict, description="What device-map auto may use of a GPU (by its number) or of cpu: 0=20GiB."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
     offload_activations: bool = Field(False, description="Keep block inputs in the computer's memory, not the GPU's.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")

@@ -10,6 +10,7 @@ import torch
 from ecoflap.allocation import Allocation
 from ecoflap.calibration.sources import SampleSet
 from ecoflap.network.checkpoint import Checkpoint
+from ecoflap.network.offload import home_of
 from ecoflap.network.parts import Anatomy
 from ecoflap.run import versions
 
@@ -38,7 +39,7 @@ def sparsity_summary(anatomy: Anatomy, allocation: Allocation) -> dict[str, Any]
 
 def environment(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where the numbers of a run were made."""
-    device = next(checkpoint.model.parameters()).device
+    device = home_of(checkpoint.model)
     return {
         **versions(),
         "python": platform.python_version(),

@@ -81,11 +81,11 @@ class Subject:
         Raises:
             EcoflapError: it can't be loaded, or is not the one that the run began with.
         """
+        from ecoflap.large import load_checkpoint
         from ecoflap.network.checkpoint import fingerprint
-        from ecoflap.prepare import load_checkpoint
 
         with self._of_the_run("model"):
-            found = load_checkpoint(self.recipe)
+            found = load_checkpoint(self.recipe, "analyse")
         known = files.RunDirectory(self.path).recorded().get("fingerprint")
         if known not in (None, fingerprint(found.model)):
             raise InvalidOption(
@@ -97,10 +97,11 @@ class Subject:
     @cached_property
     def pruned(self) -> nn.Module:
         """The sparse model that the run saved."""
-        from ecoflap.prepare import load_checkpoint
+        from ecoflap.large import load_checkpoint
 
         with self._of_the_run("sparse model"):
-            found = load_checkpoint(self.recipe.model_copy(update={"model": str(self.path / files.MODEL)}))
+            pruned = self.recipe.model_copy(update={"model": str(self.path / files.MODEL)})
+            found = load_checkpoint(pruned, "analyse")
         model: nn.Module = found.model
         return model
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecoflap.network.offload import home_of
+
 Batch = dict[str, torch.Tensor]
 DEFAULT_LENGTH = 2048  # of text windows, where the model can take it; the length of the published LLaMA runs
 
@@ -84,11 +86,12 @@ def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         return dict(batch)
     dtype = getattr(model, "dtype", None)
     dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else first.dtype
+    device = home_of(model)
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(first.device, dtype) if value.is_floating_point() else value.to(first.device)
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
     return {name: move(value) for name, value in batch.items()}
 

@@ -16,6 +16,7 @@ from ecoflap.calibration.losses import model_loss_without_cache, scalar_loss
 from ecoflap.calibration.matching import matching_argument
 from ecoflap.calibration.models import Batch, is_dual_tower, is_encoder_decoder, parameters_of, to_device
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
+from ecoflap.network.offload import home_of
 from ecoflap.registry import Registry
 
 Objective = Callable[[nn.Module, Batch], torch.Tensor]
@@ -112,7 +113,8 @@ def on_device(objective: Objective) -> Objective:
 @contextmanager
 def _randomness_fixed(model: nn.Module) -> Iterator[None]:
     """The generators of the CPU and of the model's GPUs begin anew inside, and go on where they were at exit."""
-    gpus = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+    devices = [home_of(model), *(parameter.device for parameter in model.parameters())]
+    gpus = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     generators = [torch.default_generator, *(torch.cuda.default_generators[gpu] for gpu in gpus)]
     states = [generator.get_state() for generator in generators]
     try:

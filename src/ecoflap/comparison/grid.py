@@ -22,9 +22,10 @@ from ecoflap.comparison.searched import allocated
 from ecoflap.comparison.write import command_of, write_results
 from ecoflap.errors import EcoflapError, InvalidOption, StorageError
 from ecoflap.evaluations import evaluate, evaluations_of, rehearse
+from ecoflap.large import load_checkpoint
 from ecoflap.machine import as_it_began
 from ecoflap.network.checkpoint import Checkpoint, fingerprint
-from ecoflap.prepare import Prepared, load_checkpoint, naming_samples, plan_on
+from ecoflap.prepare import Prepared, naming_samples, plan_on
 from ecoflap.progress import Progress, Silent, Task
 from ecoflap.recipe import Recipe
 from ecoflap.resources import Usage, measured
@@ -66,7 +67,7 @@ def run_grid(
         if folder.complete:
             return read_comparison(folder.path)
         plans = planned(grid)
-        checkpoint = load_checkpoint(grid)
+        checkpoint = load_checkpoint(grid, "compare")
         base = plan_on(checkpoint, plans.loader(group_of(next(iter(plans.recipes.values())))))
         plans.rehearse(base)
         plans.check_any()

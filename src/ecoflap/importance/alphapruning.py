@@ -13,6 +13,7 @@ from torch import Tensor
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.scores import Estimate
+from ecoflap.network.offload import read_weight
 from ecoflap.registry import unknown
 
 TAILS = ("half", "peak")
@@ -58,7 +59,7 @@ class AlphaPruning:
             return
         alphas: dict[str, float] = {}
         for layer in context.layers:
-            weight = context.model.get_parameter(layer.name).detach().float()
+            weight = read_weight(context.model, layer.name).float()
             if not torch.isfinite(weight).all():
                 raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")
             eigenvalues = spectrum(weight)

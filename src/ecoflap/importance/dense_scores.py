@@ -10,6 +10,7 @@ from torch import Tensor
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.scores import Estimate
+from ecoflap.network.offload import read_weight
 from ecoflap.network.parts import Layer
 from ecoflap.registry import unknown
 from ecoflap.statistics.dense import dense_statistics
@@ -73,7 +74,7 @@ def one_each(
 def _products(context: ProbeContext, layer: Layer, statistics: InputStatistics | None) -> Tensor | None:
     if statistics is None:
         return None
-    weight = context.model.get_parameter(layer.name).detach()
+    weight = read_weight(context.model, layer.name)
     magnitude = (weight.t() if layer.transposed else weight).float().abs()
     if not torch.isfinite(magnitude).all():
         raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ecoflap.errors import InvalidOption
 from ecoflap.importance.probe import ProbeContext
+from ecoflap.network.offload import Offloaded
 from ecoflap.network.perturb import gradients_set_aside
 from ecoflap.network.recompute import recomputing
+from ecoflap.network.reload import reloading
 
 Visit = Callable[[str, Tensor, Tensor], None]
 
@@ -37,8 +39,12 @@ def visit_gradients(
         InvalidOption: the model can't be differentiated.
         NonFiniteLoss: the loss is not finite.
     """
+    elsewhere = Offloaded(context.model).among(layer.name for layer in context.layers)
+    of_block: dict[str, list[str]] = {}
+    for name in elsewhere:
+        of_block.setdefault(context.anatomy.layer(name).block, []).append(name)
     weights: Mapping[str, torch.nn.Parameter] = {
-        layer.name: context.model.get_parameter(layer.name) for layer in context.layers
+        layer.name: context.model.get_parameter(layer.name) for layer in context.layers if layer.name not in elsewhere
     }
 
     def hook_of(name: str) -> Callable[[Tensor], None]:
@@ -49,16 +55,25 @@ def visit_gradients(
 
         return hook
 
+    def watch(name: str, weight: torch.nn.Parameter) -> Callable[[], None]:
+        weight.requires_grad_(True)
+        handle = weight.register_post_accumulate_grad_hook(hook_of(name))  # type: ignore[no-untyped-call]
+        return handle.remove  # type: ignore[no-any-return]
+
+    def loaded(block: str) -> None:  # its weights are new tensors each time, and go with their hooks
+        for name in of_block[block]:
+            watch(name, context.model.get_parameter(name))
+
     with (
         torch.enable_grad(),
         gradients_set_aside(context.model),
-        recomputing(context.model, context.blocks if recompute else ()),
+        recomputing(context.model, [path for path in context.blocks if path not in of_block] if recompute else ()),
+        reloading(context.model, list(of_block), loaded),
         ExitStack() as hooks,
     ):
         context.model.requires_grad_(False)
         for name, weight in weights.items():
-            weight.requires_grad_(True)
-            hooks.callback(weight.register_post_accumulate_grad_hook(hook_of(name)).remove)  # type: ignore[no-untyped-call]
+            hooks.callback(watch(name, weight))
         _backward(context, index, f"gradients can't be taken; {instead}")
 
 

@@ -16,6 +16,7 @@ from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.importance.names import IMPORTANCES
 from ecoflap.importance.probe import ImportanceMeasure, Objective, ProbeContext
 from ecoflap.importance.scores import Estimate, Importance, summarise
+from ecoflap.large import check_model
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy
@@ -116,6 +117,7 @@ def measure_importance(
         NonFiniteLoss: names the batch and the layer.
     """
     measure = make_measure(importance, options)
+    check_model(model, importance)
     batches = first_samples(batches, samples)
     objective = on_device(loss or default_objective(model))
     journal = journal or _MemoryJournal()

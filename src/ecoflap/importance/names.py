@@ -25,6 +25,9 @@ IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
     },
 )
 
+# Those that need the weights of one block at a time, so that the rest may lie on the disk.
+BLOCKWISE = ("gradient-norm", "first-order", "owl", "dlp", "alphapruning", "uniform")
+
 # Those whose attribute ``rule`` is not "proportional"; here so that a recipe can be resolved without importing torch.
 _RULES = {"owl": "linear", "alphapruning": "linear-relative", "dlp": "linear", "sensitivity": "curves"}
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
+from ecoflap.network.dispatch import dispatching
 from ecoflap.network.files import Files, first_line, locate
 from ecoflap.network.fingerprint import fingerprint
 from ecoflap.network.quiet import quiet
@@ -63,6 +65,8 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Load a checkpoint in evaluation mode, as the class that its configuration names (so its heads are kept).
 
@@ -73,10 +77,14 @@ def load(
         device: "auto" (a GPU if there is one) or a torch device.
         trust_remote_code: run model code that comes with the checkpoint; only for sources that you trust.
         gguf_file: which GGUF file of the folder or hub repository to read.
+        device_map: for a model larger than the memory: "disk" leaves its weights in their files, from which a module's
+            are read while it runs; "auto", "balanced", "balanced_low_0" or "sequential" fill the GPUs, then the
+            computer's memory, then the disk. ``device`` then says where what is on the disk is computed.
+        max_memory: what such a map may use of a device: "0" (a GPU's number) or "cpu" to "20GiB".
 
     Raises:
         CheckpointError: missing, broken, pickled only, quantised, of an unknown class, or with weights missing.
-        InvalidOption: unknown dtype or unusable device.
+        InvalidOption: unknown dtype or unusable device or device map.
         MissingDependency: a GGUF file without the packages that read it.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -86,14 +94,17 @@ def load(
     files = locate(_embedded() if source is None else source, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     if files.gguf_file is not None:
         _require_gguf()
-    with quiet():
+        if device_map is not None:
+            raise InvalidOption(f"a GGUF file is unpacked in memory: leave out device_map {device_map}")
+    with quiet(), dispatching(device_map, max_memory) as dispatch:
         model_class = _model_class(files, trust_remote_code)
-        model, warnings = _load_model(files, model_class, name, dtype, trust_remote_code)
+        model, warnings = _load_model(files, model_class, name, dtype, trust_remote_code, dispatch.options)
+        model = dispatch.finish(model, place)
         processor, failed = _load_processor(files, trust_remote_code)
     for line in (lines := [*warnings, *failed]):
         _log.warning(line)
     sizes = tuple(shard.stat().st_size for shard in files.shards)
-    return Checkpoint(model.to(place).eval(), processor, name, model_dtype(model), sizes, tuple(lines))
+    return Checkpoint(model.eval(), processor, name, model_dtype(model), sizes, tuple(lines))
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -123,9 +134,8 @@ def _device(device: str) -> torch.device:
 
 
 def _require_gguf() -> None:
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependency(f"a GGUF file needs {' and '.join(missing)}: pip install 'ecoflap[gguf]'")
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependency("a GGUF file needs gguf: pip install 'ecoflap[gguf]'")
 
 
 def _model_class(files: Files, trust_remote_code: bool) -> Any:
@@ -167,9 +177,9 @@ def _auto_class(files: Files) -> Any:
 
 
 def _load_model(
-    files: Files, model_class: Any, name: str, dtype: str, trust_remote_code: bool
+    files: Files, model_class: Any, name: str, dtype: str, trust_remote_code: bool, spread: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
-    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    options: dict[str, Any] = {**spread, **({"trust_remote_code": True} if trust_remote_code else {})}
     bars: AbstractContextManager[object] = nullcontext()
     if files.gguf_file is not None:
         bars = redirect_stderr(io.StringIO())  # its reader draws a bar that no setting of transformers stops

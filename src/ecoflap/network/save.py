@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from ecoflap.errors import CheckpointError, OutputExists, StorageError
 from ecoflap.files import default_mode
 from ecoflap.network.files import first_line
+from ecoflap.network.offload import is_offloaded
 from ecoflap.network.quiet import quiet
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     model = checkpoint.model
     with quiet():
         try:
-            model.save_pretrained(folder, max_shard_size=_shard_limit(model, checkpoint.shard_sizes))
+            limit = _shard_limit(model, checkpoint.shard_sizes)
+            model.save_pretrained(folder, state_dict=_in_order(model), max_shard_size=limit)
             if checkpoint.processor is not None:
                 checkpoint.processor.save_pretrained(folder)
         except (OSError, SafetensorError):
@@ -84,6 +87,22 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in folder.iterdir():
         file.chmod(default_mode())  # safetensors makes its files private, whatever the umask
+
+
+def _in_order(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """The state dict of an offloaded model in the order in which transformers writes that of one in memory.
+
+    Without it, the same weights would lie in other files. None for a model in memory, which it puts in order itself.
+    """
+    if not is_offloaded(model):
+        return None
+    entries = model.state_dict()
+
+    def natural(name: str) -> list[tuple[str, int]]:
+        found = re.findall(r"(?:^|\.)([^.]*?)(\d*)(?=\.|$)", name)
+        return [(text, int(digits or -1)) for text, digits in found]
+
+    return {name: entries[name] for name in sorted(entries, key=natural)}
 
 
 def _shard_limit(model: torch.nn.Module, source: tuple[int, ...]) -> int | str:
@@ -108,8 +127,15 @@ def _shard_limit(model: torch.nn.Module, source: tuple[int, ...]) -> int | str:
 
 
 def _tensor_bytes(model: torch.nn.Module) -> list[int]:
-    tensors = {(t.device, t.data_ptr()): t for t in model.state_dict().values()}  # tied weights are stored once
+    entries = model.state_dict(keep_vars=True).values()
+    # Tied weights are stored once; an offloaded one has a placeholder, the same for all its names.
+    tensors = {id(t) if t.is_meta else (t.device, t.data_ptr()): t for t in entries}
     return [tensor.nbytes for tensor in tensors.values()]
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """What the weights take in files."""
+    return sum(_tensor_bytes(model))
 
 
 def _count(sizes: list[int], limit: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -56,7 +57,12 @@ class _Origins(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._known: Any = WeakTensorKeyDictionary()  # keeps no activation alive
-        self.multiplied: set[int] = set()  # ids of what was the weight of a functional linear map
+        self._multiplied: dict[int, weakref.ref[Tensor]] = {}  # by id: what was the weight of a functional linear map
+
+    @property
+    def multiplied(self) -> set[int]:
+        """Ids of the weights of linear maps that still exist: others may have their ids by now."""
+        return {key for key, found in self._multiplied.items() if found() is not None}
 
     def of(self, tensors: Sequence[Tensor]) -> frozenset[str]:
         """The paths that any of ``tensors`` comes from."""
@@ -69,7 +75,7 @@ class _Origins(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if (weight := linear_weight(func, args, kwargs)) is not None:
-            self.multiplied.add(id(weight))
+            self._multiplied[id(weight)] = weakref.ref(weight)
         given = tensors_in((args, kwargs))
         if origins := self.of(given):
             self.set(tensors_in(result), origins)

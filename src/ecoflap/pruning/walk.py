@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from ecoflap.errors import NonFiniteLoss
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.drive import Run, TowerDriver
 from ecoflap.network.effort import walk_efforts
+from ecoflap.network.offload import Offloaded, adopt, is_offloaded, resident
 from ecoflap.network.parts import Anatomy, Block, Layer, Tower
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent, Task
@@ -47,6 +49,9 @@ class BlockJournal(Protocol):
 
     def save(self, block: str, pruned: PrunedBlock) -> None: ...
 
+    def place(self, block: str) -> Path | None:
+        """The safetensors file of a saved block, which an offloaded model reads it from; None if nothing is kept."""
+
 
 class NoJournal:
     """Keeps nothing."""
@@ -56,6 +61,9 @@ class NoJournal:
 
     def save(self, block: str, pruned: PrunedBlock) -> None:
         pass
+
+    def place(self, block: str) -> Path | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ def walk(
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
     """
     check_choice(tokens, model, batches, criterion.statistics)
+    adopt(model)
     walker = _Walker(model, criterion, pattern, allocation, journal or NoJournal())
     decoder = decoder_of(anatomy)
     visual = placeholders(model)
@@ -114,7 +123,8 @@ def walk(
                 continue
             if criterion.statistics == "none":
                 for block in todo:
-                    walker.prune(block, None, task)
+                    with resident(model, block.name):
+                        walker.prune(block, None, task)
                 continue
             driver = TowerDriver(model, tower, batches, run, offload=offload)
             _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, task)
@@ -134,11 +144,12 @@ def _walk_tower(
     make = STATISTICS[walker.criterion.statistics]
     for index, block in enumerate(tower.blocks):
         driver.enter(index)
-        if block in todo:
-            walker.prune(block, gather(walker.model, driver, index, block, make, masks, sequence, tokens), task)
-        if block == todo[-1]:
-            return  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
-        driver.run(index)
+        with resident(walker.model, block.name):
+            if block in todo:
+                walker.prune(block, gather(walker.model, driver, index, block, make, masks, sequence, tokens), task)
+            if block == todo[-1]:
+                return  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
+            driver.run(index)
 
 
 class _Walker:
@@ -147,7 +158,12 @@ class _Walker:
     def __init__(
         self, model: nn.Module, criterion: Criterion, pattern: Pattern, allocation: Allocation, journal: BlockJournal
     ) -> None:
+        if is_offloaded(model) and isinstance(journal, NoJournal):
+            from ecoflap.pruning.spill import SpilledBlocks
+
+            journal = SpilledBlocks(model)
         self.model, self.criterion, self.pattern, self.journal = model, criterion, pattern, journal
+        self.offloaded = Offloaded(model)
         self.allocation = allocation
         self.unreached: list[str] = []
 
@@ -156,8 +172,10 @@ class _Walker:
         done = self.journal.load(block.name)
         if done is None:
             return False
+        elsewhere = self._put_away(block, done.weights)
         for layer in block.layers:
-            self.model.get_parameter(layer.name).data.copy_(done.weights[layer.name])
+            if layer.name not in elsewhere:
+                self.model.get_parameter(layer.name).data.copy_(done.weights[layer.name])
         self.unreached += done.unreached
         return True
 
@@ -169,8 +187,18 @@ class _Walker:
         )
         weights = {layer.name: self.model.get_parameter(layer.name).data for layer in block.layers}
         self.journal.save(block.name, PrunedBlock(weights, unreached))
+        self._put_away(block, weights)
         self.unreached += unreached
         task.advance(1, block.name)
+
+    def _put_away(self, block: Block, weights: Mapping[str, Tensor]) -> list[str]:
+        """Let what is offloaded of a saved block be read as it is now; its layers' names."""
+        names = self.offloaded.among(layer.name for layer in block.layers)
+        place = self.journal.place(block.name) if names else None
+        for name in names:
+            assert place is not None
+            self.offloaded.move(name, weights[name], place)
+        return names
 
     def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> bool:
         """Prune one layer; False if it had to be by magnitude, because no calibration token reached it."""
@@ -191,7 +219,9 @@ class _Walker:
 
 def achieved(model: nn.Module, allocation: Allocation) -> Allocation:
     """The allocation with the sparsity that the weights now really have."""
+    weights = Offloaded(model)
     zeros = {
-        row.name: row.weights - int(torch.count_nonzero(model.get_parameter(row.name))) for row in allocation.layers
+        row.name: row.weights - int(torch.count_nonzero(weights.read(model.get_parameter(row.name))))
+        for row in allocation.layers
     }
     return allocation.with_achieved({row.name: zeros[row.name] / row.weights for row in allocation.layers})

@@ -10,6 +10,7 @@ from torch import nn
 from ecoflap.calibration.padding import TokenMasks, token_masks
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.drive import Run, TowerDriver
+from ecoflap.network.offload import resident
 from ecoflap.network.parts import Anatomy, Block, Tower
 from ecoflap.network.trace import evaluating
 from ecoflap.statistics.choice import ALL, TokenChoice
@@ -60,7 +61,8 @@ def dense_statistics(
                 if block not in wanted:
                     driver.run(index)
                     continue
-                gathered = gather(model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder))
+                with resident(model, block.name):
+                    gathered = gather(model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder))
                 found = {layer.name: gathered.statistics(layer) for layer in block.layers}
                 yield block, {name: got if got is not None and got.tokens else None for name, got in found.items()}
                 if block == wanted[-1]:

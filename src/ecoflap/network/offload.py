@@ -1,0 +1,259 @@
+"""Weights that lie on the disk or in the computer's memory until their module runs: what pruning needs beside them.
+
+A model that accelerate has dispatched (``from_pretrained(device_map=...)``) has placeholders on the meta device in the
+place of offloaded weights; a hook on each module loads them for its forward and drops them after it. Here a whole block
+can be held in memory, a single weight be read, and one that was pruned be kept in a file from which it is read from
+then on. Nothing here changes what the hooks load by themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import find_tied_parameters, retie_parameters
+from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
+from safetensors import safe_open
+from torch import Tensor, nn
+
+
+class _Slot(NamedTuple):
+    """Where a module keeps a parameter, and the placeholder that stands there while it is offloaded."""
+
+    owner: nn.Module
+    leaf: str
+    name: str  # below the hooked module, as the hook's map has it
+    placeholder: nn.Parameter
+
+
+class _Hook(AlignDevicesHook):  # type: ignore[misc]
+    """accelerate's own hook, but the very same placeholders return after a forward: ties, dtypes, flags last.
+
+    They return after one that was broken off, too, as the walk does when it has seen what it wants.
+    """
+
+    def __init__(self, hook: AlignDevicesHook) -> None:
+        self.__dict__.update(vars(hook))
+        self.slots: tuple[_Slot, ...] = ()
+
+    def settle(self, module: nn.Module) -> None:
+        """Take the other hook's place; the module's parameters as they are now are the placeholders."""
+        found = module.named_parameters(recurse=self.place_submodules)
+        split = [(*name.rpartition(".")[::2], name, parameter) for name, parameter in found if parameter.is_meta]
+        self.slots = tuple(_Slot(module.get_submodule(path), leaf, name, p) for path, leaf, name, p in split)
+        forward: Callable[..., Any] = module.__dict__["_old_forward"]
+
+        @functools.wraps(forward)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            except BaseException:
+                self.post_forward(module, None)
+                raise
+
+        module.__dict__.update(_old_forward=guarded, _hf_hook=self)  # where accelerate puts its own
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        output = super().post_forward(module, output)
+        if self.offload:
+            for slot in self.slots:
+                slot.owner._parameters[slot.leaf] = slot.placeholder
+        return output
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights are not in memory (they are on the meta device)."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def adopt(model: nn.Module) -> None:
+    """Let an offloaded model's placeholders last through forwards; nothing to do for another one, or a second time."""
+    if not is_offloaded(model):
+        return
+    _bring_own(model)
+    hooked: list[tuple[nn.Module, _Hook]] = []
+    for module in model.modules():
+        hook = _loading(getattr(module, "_hf_hook", None))
+        if hook is not None and not isinstance(hook, _Hook):
+            hooked.append((module, _Hook(hook)))
+    if not hooked:
+        return
+    retie_parameters(model, find_tied_parameters(model))
+    for module, hook in hooked:
+        hook.settle(module)
+
+
+def _bring_own(model: nn.Module) -> None:
+    """Load what the model itself holds (BLIP-2's queries, CLIP's scale) for good: ``generate`` reads it, and is no
+    forward, before which a hook would do it. These are single vectors, or a few."""
+    hook = _loading(getattr(model, "_hf_hook", None))
+    if hook is None or isinstance(hook, _Hook) or hook.place_submodules:
+        return
+    hook.pre_forward(model)
+    for parameter in model.parameters(recurse=False):
+        parameter.data = parameter.data.clone()
+    hook.offload = False
+
+
+def _loading(hook: Any) -> AlignDevicesHook | None:
+    """The part of a module's hook that loads its weights. A module of two names has two, which load the same."""
+    parts = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return next((part for part in parts if isinstance(part, AlignDevicesHook) and part.offload), None)
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, _Hook]]:
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        if isinstance(hook, _Hook):
+            yield child, hook
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """The device that the model's inputs go to: that of its first parameter, or on which this one is computed with."""
+    first = next(model.parameters(), None)
+    if first is None:
+        return torch.device("cpu")
+    if not first.is_meta:
+        return first.device
+    for _, hook in _hooks(model):
+        if any(slot.placeholder is first for slot in hook.slots):
+            return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+    return torch.device("cpu")
+
+
+def read_weight(model: nn.Module, name: str) -> Tensor:
+    """A parameter's values without a graph: itself where it is in memory, else read for the caller alone.
+
+    Don't write to it: it may be the model's own, or a view of a file.
+    """
+    return Offloaded(model).read(model.get_parameter(name))
+
+
+class Offloaded:
+    """The offloaded weights of an adopted model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._places: dict[int, list[tuple[_Hook, str]]] = {}
+        self._slots: dict[tuple[int, str], _Slot] = {}
+        for _, hook in _hooks(model):
+            for slot in hook.slots:
+                self._places.setdefault(id(slot.placeholder), []).append((hook, slot.name))
+                self._slots[id(slot.owner), slot.leaf] = slot
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The values behind a parameter, in its dtype; itself where it is no placeholder."""
+        places = self._places.get(id(parameter))
+        if places is None:
+            return parameter.detach()
+        hook, name = places[0]
+        value: Tensor = hook.weights_map[name]
+        return value.to(parameter.dtype)
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The shape that the values behind a parameter really have; a file is asked for its header alone."""
+        places = self._places.get(id(parameter))
+        if places is None:
+            return tuple(parameter.shape)
+        weights, full = _whole_map(places[0][0].weights_map, places[0][1])
+        entry = weights.index.get(full, {}) if isinstance(weights, OffloadedWeightsLoader) else {}
+        if "safetensors_file" not in entry:
+            return tuple(self.read(parameter).shape)
+        with safe_open(entry["safetensors_file"], framework="pt") as file:
+            return tuple(file.get_slice(entry.get("weight_name", full)).get_shape())
+
+    def fill_missing(self) -> None:
+        """Random values for weights that are offloaded, and that no file has (a pooler that the loss does not use)."""
+        generator = torch.Generator().manual_seed(0)
+        for slot in self._slots.values():
+            for hook, name in self._places[id(slot.placeholder)]:
+                weights, full = _whole_map(hook.weights_map, name)
+                if isinstance(weights, OffloadedWeightsLoader) and full not in weights.state_dict | weights.index:
+                    drawn = torch.randn(slot.placeholder.shape, generator=generator) * 0.02
+                    weights.state_dict[full] = drawn.to(slot.placeholder.dtype)
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Those parameters that are offloaded, held in memory just now or not."""
+        return [name for name in names if self._slot(name) is not None]
+
+    def move(self, name: str, value: Tensor, file: Path) -> None:
+        """From now on the offloaded parameter ``name``, and whatever is tied to it, has other values.
+
+        Args:
+            value: those.
+            file: a safetensors file that holds them by the parameter's name.
+        """
+        slot = self._slot(name)
+        assert slot is not None
+        for hook, key in self._places[id(slot.placeholder)]:
+            weights, full = _whole_map(hook.weights_map, key)
+            kept = weights.state_dict.get(full) if isinstance(weights, OffloadedWeightsLoader) else weights.get(full)
+            if kept is None:
+                weights.index[full] = {"safetensors_file": str(file), "weight_name": name}
+            else:
+                kept.copy_(value)
+
+    def _slot(self, name: str) -> _Slot | None:
+        path, _, leaf = name.rpartition(".")
+        return self._slots.get((id(self._model.get_submodule(path)), leaf))
+
+
+def _whole_map(weights: Any, name: str) -> tuple[Any, str]:
+    """The map that all modules share, and the weight's name in it."""
+    while isinstance(weights, PrefixedDataset):
+        weights, name = weights.dataset, f"{weights.prefix}{name}"
+    return weights, name
+
+
+@contextmanager
+def resident(model: nn.Module, path: str) -> Iterator[None]:
+    """Hold all weights of one module in memory: parameters are real inside, and may be written; placeholders return.
+
+    What was written inside is lost at exit, unless :meth:`Offloaded.move` has put it elsewhere. For modules whose
+    weights are in memory anyway this does nothing.
+    """
+    held: list[tuple[nn.Module, _Hook]] = []
+    loaded: dict[int, nn.Parameter] = {}
+    try:
+        for module, hook in _hooks(model.get_submodule(path)):
+            if not hook.offload:  # a module around this one is held already
+                continue
+            held.append((module, hook))
+            hook.pre_forward(module)
+            for slot in hook.slots:
+                slot.owner._parameters[slot.leaf] = _own(slot, loaded)
+            hook.offload = False
+        yield
+    finally:
+        for module, hook in held:
+            hook.offload = True
+            hook.post_forward(module, None)
+
+
+def _own(slot: _Slot, loaded: dict[int, nn.Parameter]) -> nn.Parameter:
+    """A parameter in this process' own memory, one for all places where a weight is tied: the file stays as it is."""
+    key = id(slot.placeholder)
+    if key not in loaded:
+        value = slot.owner._parameters[slot.leaf]
+        assert value is not None
+        own = value.detach().clone() if value.device.type == "cpu" else value.detach()
+        loaded[key] = nn.Parameter(own, requires_grad=slot.placeholder.requires_grad)
+    return loaded[key]
+
+
+def temporary_folder() -> Path:
+    """A new folder where the system keeps temporary files (``TMPDIR``)."""
+    return Path(tempfile.mkdtemp(prefix="ecoflap-weights-"))
+
+
+def removed_with(owner: object, folder: Path) -> None:
+    """The folder goes when ``owner`` does, or at exit."""
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
