@@ -248,10 +248,19 @@ class _Search:
 
     def _round(self, here: State, phase: str) -> State:
         self._mask(here.zeros)
-        scales = self.shares.scales(here.zeros, *self._costs(phase))
-        if here.scales is not None:  # noise of one round, and swings between two
-            scales = {name: (value + here.scales[name]) / 2 for name, value in scales.items()}
-        goal = self.shares.best(scales, "block" if phase == "block" else "layer")
+        fresh = self.shares.scales(here.zeros, *self._costs(phase))
+        # The average with earlier rounds evens out noise and swings between two; where it leads nowhere, this round's
+        # own costs may.
+        former = here.scales or fresh
+        averaged = {name: (value + former[name]) / 2 for name, value in fresh.items()}
+        for scales in (averaged,) if averaged == fresh else (averaged, fresh):
+            best = self._stepped(here, self.shares.best(scales, "block" if phase == "block" else "layer"))
+            if best is not here:
+                break
+        return replace(best, round=here.round + 1, scales=scales)
+
+    def _stepped(self, here: State, goal: Mapping[str, int]) -> State:
+        """The best step from ``here`` towards ``goal``; ``here`` itself if none lowers the loss."""
         best = here
         for step in (length for length in STEPS if length <= here.step):
             zeros = between(here.zeros, goal, step, self.budgets)
@@ -261,7 +270,7 @@ class _Search:
             if loss < best.loss:
                 longest = min(2 * step, STEPS[0])
                 best = replace(here, zeros=zeros, loss=loss, step=longest, history=(*here.history, loss))
-        return replace(best, round=here.round + 1, scales=scales)
+        return best
 
     def _costs(self, phase: str) -> tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None]:
         """Of the blocks, and as the phase needs them of the kinds and layers."""
