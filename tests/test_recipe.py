@@ -67,6 +67,8 @@ FULL: dict[str, Any] = {
     "test_samples": 9,
     "seed": 11,
     "device": "cpu",
+    "device_map": "auto",
+    "max_memory": {"0": "20GiB", "cpu": "8GiB"},
     "dtype": "bfloat16",
     "offload_activations": True,
     "trust_remote_code": True,
