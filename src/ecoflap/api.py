@@ -17,6 +17,7 @@ from ecoflap.files import read_json
 from ecoflap.importance.names import own_rule
 from ecoflap.importance.scores import Importance, Score, check_granularity
 from ecoflap.network.parts import Anatomy, Layer
+from ecoflap.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,6 +135,7 @@ def prune(
     tokens: str | TokenChoice = "all",
     offload_activations: bool = False,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
 ) -> PruneResult:
     """Prune ``model`` in place to ``sparsity``: importance, allocation, then the walk (ECoFLaP, arXiv 2310.02998).
 
@@ -160,6 +162,7 @@ def prune(
             ``text``, ``text+top`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
         offload_activations: keep block inputs on the CPU between blocks.
         max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.
+        workers: processes that have model and batches alike and share the work, see :mod:`ecoflap.processes`.
 
     Raises:
         EcoflapError: says what is wrong and how to mend it; the model is untouched unless the walk had begun.
@@ -246,6 +249,7 @@ def prune(
                 loss=objective,
                 anatomy=anatomy,
                 progress=progress,
+                workers=workers,
                 **dict(importance_options or {}),
             )
         allocation = allocate(scores, **shares)
@@ -263,6 +267,7 @@ def prune(
                 options=options,
                 seed=seed,
                 progress=progress,
+                workers=workers,
             ).allocation
     check_allocation(anatomy, allocation, pattern)
     result = prune_to(
@@ -280,6 +285,7 @@ def prune(
         offload_activations=offload_activations,
         tokens=choice,
         progress=progress,
+        workers=workers,
     )
     return PruneResult(model, anatomy, scores, result[0], result[1])
 
@@ -301,6 +307,7 @@ def prune_to(
     tokens: str | TokenChoice = "all",
     progress: Progress | None = None,
     journal: BlockJournal | None = None,
+    workers: Workers = ALONE,
 ) -> tuple[Allocation, tuple[str, ...]]:
     """Stage 2 alone, for a given allocation: (allocation with achieved sparsities, layers without statistics).
 
@@ -309,7 +316,8 @@ def prune_to(
             ``tower_sparsity`` make; the allocation that is returned then has the zeros that each layer was given.
         criterion, criterion_options: as in :func:`prune`.
         budget, tower_sparsity: as in :func:`allocate`; not looked at by local criteria.
-        journal: what an interrupted run has done, and where more goes.
+        journal: what an interrupted run has done, and where more goes; the same for all workers.
+        workers: those who have model and batches alike; a global criterion is computed by all of them.
     """
     from ecoflap.calibration.objectives import default_objective, on_device
     from ecoflap.large import check_model
@@ -354,6 +362,7 @@ def prune_to(
         tokens=choice,
         progress=progress,
         journal=journal,
+        workers=workers,
     )
     return result.allocation, result.unreached
 

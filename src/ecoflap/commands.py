@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecoflap.errors import InvalidOption, OutputExists
 from ecoflap.recipe import Recipe
+from ecoflap.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from ecoflap.allocation import Allocation
@@ -70,7 +71,7 @@ def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: 
     return allocation, target
 
 
-def evaluate_model(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+def evaluate_model(recipe: Recipe, progress: Progress, workers: Workers = ALONE) -> dict[str, Any]:
     """Results of the recipe's evaluations on its model, as in ``metrics.json``, by their names."""
     from ecoflap.evaluations import check_evaluations, evaluate
     from ecoflap.large import load_checkpoint
@@ -79,5 +80,5 @@ def evaluate_model(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     entries = check_evaluations(recipe)
     if not entries:
         raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
-    checkpoint = load_checkpoint(recipe)
-    return {entry.name: quality(evaluate(checkpoint, entry, recipe, progress)) for entry in entries}
+    checkpoint = load_checkpoint(recipe, workers=workers)
+    return {entry.name: quality(evaluate(checkpoint, entry, recipe, progress, workers)) for entry in entries}

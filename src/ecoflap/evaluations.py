@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ecoflap.classes import class_names, class_templates
 from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
 from ecoflap.progress import Progress, Silent
+from ecoflap.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from ecoflap.evaluation import TaskResult
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 # What every task may be given; whatever else a task's function takes by keyword is one of its options.
 COMMON = frozenset((
     "data", "samples", "batch_size", "sequence_length", "seed", "progress", "columns", "prompt_template",
-    "image_folder", "classes", "class_prompts",
+    "image_folder", "classes", "class_prompts", "workers",
 ))  # fmt: skip
 OptionValue = float | int | bool | str
 
@@ -248,8 +249,10 @@ def _unfit(error: Exception, entry: Evaluation, checkpoint: Checkpoint) -> Ecofl
     )
 
 
-def evaluate(checkpoint: Checkpoint, entry: Evaluation, recipe: Recipe, progress: Progress) -> TaskResult:
-    """One evaluation of :func:`evaluations_of` on a model."""
+def evaluate(
+    checkpoint: Checkpoint, entry: Evaluation, recipe: Recipe, progress: Progress, workers: Workers = ALONE
+) -> TaskResult:
+    """One evaluation of :func:`evaluations_of` on a model; several workers share its samples where the task can."""
     import torch
 
     from ecoflap.evaluation import TASKS
@@ -262,6 +265,7 @@ def evaluate(checkpoint: Checkpoint, entry: Evaluation, recipe: Recipe, progress
         "sequence_length": entry.sequence_length,
         "seed": recipe.seed,
         "progress": progress,
+        "workers": workers,
         "columns": entry.columns or None,
         "prompt_template": entry.prompt,
         "image_folder": entry.image_folder,

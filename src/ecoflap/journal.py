@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +33,9 @@ class EstimateFile:
         self._path = path
         self._known: list[Estimate] = []
         whole = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                estimate = _read(line)
-                if estimate is None:
-                    break
-                self._known.append(estimate)
-                whole += len(line)
+        for estimate, length in _lines(path):
+            self._known.append(estimate)
+            whole += length
         with storage(path):
             # Without a buffer: a line that can't be written is told by its own write, and not again at closing.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the stage runs
@@ -47,6 +43,10 @@ class EstimateFile:
 
     def estimates(self) -> Iterable[Estimate]:
         return tuple(self._known)
+
+    def with_those_of(self, others: Iterable[Path]) -> tuple[Estimate, ...]:
+        """:meth:`estimates`, and those in the files of other workers, which are only read."""
+        return (*self._known, *(estimate for path in others for estimate, _ in _lines(path)))
 
     def append(self, estimate: Estimate) -> None:
         """Add one line. It reaches the system at once, so that a killed process loses nothing."""
@@ -59,6 +59,15 @@ class EstimateFile:
     def close(self) -> None:
         with storage(self._path), self._file:
             os.fsync(self._file.fileno())
+
+
+def _lines(path: Path) -> Iterator[tuple[Estimate, int]]:
+    """The estimates of a file up to the first line that is not whole, each with the bytes of its line."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        estimate = _read(line)
+        if estimate is None:
+            return
+        yield estimate, len(line)
 
 
 def _read(line: bytes) -> Estimate | None:

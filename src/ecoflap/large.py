@@ -9,8 +9,10 @@ from ecoflap.importance.names import BLOCKWISE
 from ecoflap.network.checkpoint import Checkpoint, load
 from ecoflap.network.dispatch import DISK
 from ecoflap.network.offload import adopt, is_offloaded
+from ecoflap.processes import device_of
 from ecoflap.pruning.names import is_global
 from ecoflap.recipe import Recipe
+from ecoflap.workers import ALONE, Workers
 
 _WHY = "some of the model's weights are on the disk or in the computer's memory (device map)"
 
@@ -47,8 +49,8 @@ def check_model(
         check_blockwise(importance, criterion, search)
 
 
-def load_checkpoint(recipe: Recipe, whole: str | None = None) -> Checkpoint:
-    """The recipe's model with its processor.
+def load_checkpoint(recipe: Recipe, whole: str | None = None, workers: Workers = ALONE) -> Checkpoint:
+    """The recipe's model with its processor, on this worker's device.
 
     Args:
         whole: what is to be done that needs all weights in memory, for the message.
@@ -61,7 +63,7 @@ def load_checkpoint(recipe: Recipe, whole: str | None = None) -> Checkpoint:
     found = load(
         recipe.model,
         dtype=recipe.dtype,
-        device=recipe.device,
+        device=device_of(recipe.device, workers),
         trust_remote_code=recipe.trust_remote_code,
         device_map=recipe.device_map,
         max_memory=recipe.max_memory,

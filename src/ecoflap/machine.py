@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ecoflap.files import read_sealed, write_sealed
+from ecoflap.workers import ALONE, Workers
 
 _log = logging.getLogger("ecoflap")
 
@@ -27,21 +28,23 @@ def machine(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def as_it_began(path: Path, model: nn.Module) -> Iterator[None]:
+def as_it_began(path: Path, model: nn.Module, workers: Workers = ALONE) -> Iterator[None]:
     """A resumed run computes with as many threads as it began with, whatever this process was given.
 
-    Another processor can't be made the same: that is told, and the run goes on.
+    So do all workers. Another processor can't be made the same: that is told, and the run goes on.
 
     Args:
-        path: where the run keeps what it began with; written if it is not there.
+        path: where the run keeps what it began with; written, by the first worker, if it is not there.
     """
     now = machine(model)
-    before = read_sealed(path)
+    every = workers.gather(now)
+    before = workers.told(lambda: read_sealed(path))
     if before is None:
-        write_sealed(path, now)
-        before = now
-    others = [f"{name} {before.get(name)} then, {now[name]} now" for name in ("instructions", "GPU")
-              if before.get(name) != now[name]]  # fmt: skip
+        before = every[0]
+        if workers.first:
+            write_sealed(path, now)
+    others = {f"{name} {before.get(name)} then, {one[name]} now": None for name in ("instructions", "GPU")
+              for one in every if before.get(name) != one[name]}  # fmt: skip
     if others:
         _log.warning(
             "another machine (%s): the last bits may differ from those of an undisturbed run", "; ".join(others)

@@ -16,9 +16,8 @@ from ecoflap.api import read_allocation
 from ecoflap.card import write_card
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluations import Evaluation, evaluate, evaluations_of
-from ecoflap.files import check_room, read_sealed, write_sealed
+from ecoflap.files import check_room
 from ecoflap.importance.scores import Importance
-from ecoflap.journal import BlockFiles, EstimateFile, SearchFile
 from ecoflap.machine import as_it_began
 from ecoflap.network.checkpoint import fingerprint, save
 from ecoflap.network.save import stored_bytes
@@ -28,12 +27,12 @@ from ecoflap.progress import Labelled, Progress, Silent
 from ecoflap.recipe import Recipe
 from ecoflap.report import write_report
 from ecoflap.resources import Usage, measured
-from ecoflap.run import RunDirectory
 from ecoflap.runlog import explained, logging_to
+from ecoflap.shared_run import SharedRun
 from ecoflap.stages import allocation_for, importance_for, pruned_to
 from ecoflap.summary import calibration_record, environment, sparsity_summary
+from ecoflap.workers import ALONE, Workers
 
-SEARCH = f"{files.JOURNAL}/search.json"
 STAGES = f"{files.JOURNAL}/stages.json"
 MACHINE = f"{files.JOURNAL}/machine.json"
 _log = logging.getLogger("ecoflap")
@@ -45,9 +44,10 @@ class _Job:
     """A run under way: what the stages share."""
 
     plan: Prepared
-    run: RunDirectory
+    run: SharedRun
     progress: Progress
     usages: list[Usage]
+    workers: Workers
 
     @property
     def recipe(self) -> Recipe:
@@ -60,7 +60,7 @@ class _Job:
         with measured(name, self.usages):
             yield
         _log.info("%s: done in %.1f s", name, self.usages[-1].seconds)
-        write_sealed(self.run.path / STAGES, [usage.to_json() for usage in self.usages])
+        self.run.write_sealed(STAGES, [usage.to_json() for usage in self.usages])
 
 
 def run_recipe(
@@ -71,13 +71,18 @@ def run_recipe(
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    workers: Workers = ALONE,
+    begun: Callable[[], None] | None = None,
 ) -> Path:
     """Do all that ``recipe`` asks for, leaving every stage's file in ``output``.
 
     Interrupted at any moment, it goes on with ``resume=True`` and ends with the same files to the bit (times aside).
+    Several workers end with the files of one; the first of them writes these.
 
     Args:
         say: is told, a line each, what was chosen where the recipe left it open: columns of the data, objective.
+        workers: those who call this alike.
+        begun: is called once the folder is this run's.
 
     Returns:
         The run directory.
@@ -89,23 +94,29 @@ def run_recipe(
         RunFailed: anything else went wrong; the run's log has the traceback.
     """
     recipe = recipe.resolved()
-    with RunDirectory.examine(output, recipe, overwrite=overwrite, resume=resume) as run:
+    run = SharedRun.examine(output, recipe, workers, overwrite=overwrite, resume=resume)
+    with run.locked():
         if run.complete:
-            run.finish()
+            if run.first:
+                run.finish()
             return run.path
-        plan = prepare(recipe)
+        plan = prepare(recipe, workers)
         for line in plan.choices():
             if say is not None:
                 say(line)
         run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
+        if begun is not None:
+            begun()
         with (
-            logging_to(run.path / files.LOG),
-            explained(run),
+            logging_to(run.log),
+            explained(run.path, run.log),
             naming_samples(plan),
-            as_it_began(run.path / MACHINE, plan.checkpoint.model),
+            as_it_began(run.path / MACHINE, plan.checkpoint.model, workers),
         ):
-            usages = [Usage(**row) for row in read_sealed(run.path / STAGES) or ()]
-            _stages(_Job(plan, run, progress or Silent(), usages))
+            usages = [Usage(**row) for row in run.read_sealed(STAGES) or ()]
+            _stages(_Job(plan, run, progress or Silent(), usages, workers))
+        if not run.first:
+            workers.gather(None)
         return run.path
 
 
@@ -116,6 +127,8 @@ def _stages(job: _Job) -> None:
     dense = _evaluated(job, entries, "dense")
     allocation, unreached = _prune(job, _allocation(job))
     pruned = _evaluated(job, entries, "pruned")
+    if not run.first:
+        return
     _write_predictions(job, entries, dense, pruned)
     run.discard(files.REPORT)  # of an older state; a run with metrics and a page is complete
     run.write(files.METRICS, {
@@ -131,6 +144,7 @@ def _stages(job: _Job) -> None:
     })  # fmt: skip
     write_card(run.path)  # into the model's folder; says what the metrics say
     write_report(run.path)
+    job.workers.gather(None)  # the others have closed their files there
     run.finish()
     _log.info("complete: %s", run.path)
 
@@ -138,6 +152,8 @@ def _stages(job: _Job) -> None:
 def _log_start(job: _Job) -> None:
     anatomy, recipe = job.plan.anatomy, job.recipe
     _log.info("run %s in %s", "goes on" if job.run.resumed else "begins", job.run.path.absolute())
+    if job.workers.count > 1:
+        _log.info("worker %d of %d", job.workers.rank, job.workers.count)
     _log.info("recipe: %s", recipe.model_dump(mode="json", exclude_defaults=True))
     _log.info("environment: %s", environment(job.plan.checkpoint))
     for line in job.plan.choices():
@@ -151,49 +167,49 @@ def _log_start(job: _Job) -> None:
 def _allocation(job: _Job) -> Allocation:
     run, plan = job.run, job.plan
     importance = None if plan.allocation is not None else _importance(job)
-    if not run.results.has(files.ALLOCATION):
+    if not run.has_result(files.ALLOCATION):
         if importance is None:
             allocation = plan.allocation
         elif job.recipe.search:
             with job.stage("allocation search"):
-                allocation = allocation_for(plan, importance, job.progress, SearchFile(run.path / SEARCH))
+                allocation = allocation_for(plan, importance, job.progress, run.search(), job.workers)
         else:
             allocation = allocation_for(plan, importance, job.progress)
         assert allocation is not None
-        run.results.write(files.ALLOCATION, allocation.to_json())
-    return read_allocation(run.path / files.ALLOCATION)
+        run.write_result(files.ALLOCATION, allocation.to_json())
+    return Allocation.from_json(job.workers.told(lambda: read_allocation(run.path / files.ALLOCATION).to_json()))
 
 
 def _importance(job: _Job) -> Importance:
     run, plan = job.run, job.plan
-    if run.results.has(files.IMPORTANCE):
-        return Importance.load(run.path / files.IMPORTANCE)
+    if run.has_result(files.IMPORTANCE):
+        return Importance.from_json(job.workers.told(lambda: Importance.load(run.path / files.IMPORTANCE).to_json()))
     if plan.importance is not None or job.recipe.importance == "uniform":
         importance = importance_for(plan, job.progress)
     else:
-        journal = EstimateFile(run.path / files.JOURNAL / "importance.jsonl")
+        journal = run.estimates()
         try:
             with job.stage("importance"):
-                importance = importance_for(plan, job.progress, journal)
+                importance = importance_for(plan, job.progress, journal, job.workers)
         finally:
             journal.close()
-    run.results.write(files.IMPORTANCE, importance.to_json())
+    run.write_result(files.IMPORTANCE, importance.to_json())
     return importance
 
 
 def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ...]]:
     run, plan = job.run, job.plan
-    blocks = BlockFiles(run.path / files.JOURNAL / "blocks")
-    if not run.has(files.MODEL):
+    blocks = run.blocks()
+    if run.first and not (run.path / files.MODEL).exists():
         model = plan.checkpoint.model
         layers = sum(model.get_parameter(layer.name).nbytes for layer in plan.anatomy.layers)
         check_room(run.path, layers - blocks.bytes() + stored_bytes(model), "the pruned model, and its journal first,")
     with job.stage("pruning"):
-        allocation, unreached = pruned_to(plan, allocation, job.progress, blocks)
+        allocation, unreached = pruned_to(plan, allocation, job.progress, blocks, job.workers)
     for name in unreached:
         _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
-    run.results.write(files.ALLOCATION, allocation.to_json())
-    if not run.has(files.MODEL):
+    run.write_result(files.ALLOCATION, allocation.to_json())
+    if run.first and not (run.path / files.MODEL).exists():
         with job.stage("saving"), job.progress.stage("saving", total=1) as task:
             save(plan.checkpoint, run.path / files.MODEL)
             task.advance()
@@ -204,19 +220,19 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> _Kept:
     """Results of all evaluations by their names; those that an interrupted run has done come from its journal."""
     if not entries:
         return {}
-    path = job.run.path / files.JOURNAL / f"{when}.json"
-    kept: dict[str, Any] = read_sealed(path) or {}
+    name = f"{files.JOURNAL}/{when}.json"
+    kept: dict[str, Any] = job.run.read_sealed(name) or {}
     if any(entry.name not in kept for entry in entries):
         progress = Labelled(job.progress, when)
         with job.stage(f"evaluation, {when}"):
             for entry in entries:
                 if entry.name in kept:
                     continue
-                found = evaluate(job.plan.checkpoint, entry, job.recipe, progress)
+                found = evaluate(job.plan.checkpoint, entry, job.recipe, progress, job.workers)
                 row = quality(found)
                 _log.info("%s, %s: %s %s", entry.name, when, row["metric"], row["value"])
                 kept[entry.name] = {"result": row, "answers": answers_of(found.predictions)}
-                write_sealed(path, kept)
+                job.run.write_sealed(name, kept)
     return kept
 
 

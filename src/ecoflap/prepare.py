@@ -47,6 +47,7 @@ from ecoflap.search.refine import SearchOptions
 from ecoflap.search.start import search_options
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.tokens import check_choice
+from ecoflap.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,7 +132,7 @@ def needs_data(recipe: Recipe) -> bool:
     return reads_data(recipe.criterion) or is_measured(recipe) or bool(recipe.search)
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, workers: Workers = ALONE) -> Prepared:
     """Load and check all that ``recipe`` names, so that nothing of it can stop a run half-way.
 
     Args:
@@ -143,7 +144,7 @@ def prepare(recipe: Recipe) -> Prepared:
     check_recipe(recipe)
     given = None if recipe.allocation is None else read_allocation(recipe.allocation)
     scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
-    plan = plan_on(load_checkpoint(recipe), recipe, scores, given)
+    plan = plan_on(load_checkpoint(recipe, workers=workers), recipe, scores, given)
     check_plan(plan)
     rehearse(plan.checkpoint, recipe)
     return plan
@@ -332,6 +333,7 @@ def measure(
     objective: Objective,
     progress: Progress,
     journal: EstimateJournal | None = None,
+    workers: Workers = ALONE,
 ) -> Importance:
     """Stage 1 with the recipe's importance, options, samples and seed."""
     return measure_importance(
@@ -344,5 +346,6 @@ def measure(
         anatomy=anatomy,
         progress=progress,
         journal=journal,
+        workers=workers,
         **dict[str, Any](recipe.importance_options),
     )

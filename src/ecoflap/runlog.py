@@ -9,19 +9,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ecoflap.errors import EcoflapError, StorageError
-from ecoflap.run import LOG, RunDirectory, RunFailed, Stopped
+from ecoflap.run import RunFailed, Stopped
 
 _log = logging.getLogger("ecoflap")
 
 
 @contextmanager
-def explained(run: RunDirectory) -> Iterator[None]:
-    """Says of whatever ends a run early how to go on, and puts it into the log."""
+def explained(run: Path, log: Path) -> Iterator[None]:
+    """Says of whatever ends the run in a folder early how to go on, and puts it into the log."""
     try:
         yield
     except KeyboardInterrupt as stop:
         _log.info("stopped")
-        raise Stopped(run.path, str(stop)) from stop
+        raise Stopped(run, str(stop)) from stop
     except StorageError as error:
         _log.info("stopped: %s", error)
         raise StorageError(f"{error}; then the same command with --resume goes on from here") from error
@@ -32,7 +32,7 @@ def explained(run: RunDirectory) -> Iterator[None]:
         _log.info("failed", exc_info=error)
         line = (str(error).strip().splitlines() or [""])[0]
         raise RunFailed(
-            f"{type(error).__name__}: {line} (the traceback is in {run.path / LOG}; once mended, the "
+            f"{type(error).__name__}: {line} (the traceback is in {log}; once mended, the "
             "same command with --resume goes on from here)"
         ) from error
 

@@ -14,15 +14,19 @@ from ecoflap.pruning.walk import BlockJournal
 from ecoflap.search.refine import SearchJournal
 from ecoflap.search.start import search_allocation, search_options
 from ecoflap.statistics.choice import TokenChoice
+from ecoflap.workers import ALONE, Workers
 
 _log = logging.getLogger("ecoflap")
 
 
-def importance_for(plan: Prepared, progress: Progress, journal: EstimateJournal | None = None) -> Importance:
+def importance_for(
+    plan: Prepared, progress: Progress, journal: EstimateJournal | None = None, workers: Workers = ALONE
+) -> Importance:
     """Stage 1: the scores that the recipe's file holds, none for ``uniform``, else measured ones.
 
     Args:
         journal: estimates that are known already, and where new ones go.
+        workers: those who have the plan alike; so below.
 
     Raises:
         EcoflapError: as :func:`ecoflap.measure_importance`.
@@ -31,11 +35,17 @@ def importance_for(plan: Prepared, progress: Progress, journal: EstimateJournal 
         return plan.importance
     if plan.recipe.importance == "uniform":
         return Importance.uniform(plan.anatomy.layers, plan.anatomy.total_parameters)
-    return measure(plan.recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, progress, journal)
+    return measure(
+        plan.recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, progress, journal, workers
+    )
 
 
 def allocation_for(
-    plan: Prepared, importance: Importance, progress: Progress, journal: SearchJournal | None = None
+    plan: Prepared,
+    importance: Importance,
+    progress: Progress,
+    journal: SearchJournal | None = None,
+    workers: Workers = ALONE,
 ) -> Allocation:
     """Scores to zeros for each layer, and the search from there where the recipe asks for it.
 
@@ -67,6 +77,7 @@ def allocation_for(
         seed=recipe.seed,
         progress=progress,
         journal=journal,
+        workers=workers,
     )
     losses = ", ".join(f"{loss:.4g}" for loss in found.history)
     _log.info("allocation search, %s after every step: %s", found.metric, losses)
@@ -74,7 +85,11 @@ def allocation_for(
 
 
 def pruned_to(
-    plan: Prepared, allocation: Allocation, progress: Progress, journal: BlockJournal | None = None
+    plan: Prepared,
+    allocation: Allocation,
+    progress: Progress,
+    journal: BlockJournal | None = None,
+    workers: Workers = ALONE,
 ) -> tuple[Allocation, tuple[str, ...]]:
     """Stage 2, in place: the allocation with what was achieved, and the layers that no calibration token reached.
 
@@ -101,4 +116,5 @@ def pruned_to(
         tokens=TokenChoice(recipe.tokens, recipe.top_tokens),
         progress=progress,
         journal=journal,
+        workers=workers,
     )

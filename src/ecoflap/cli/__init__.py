@@ -15,6 +15,7 @@ from ecoflap.errors import EcoflapError
 from ecoflap.run import Stopped
 from ecoflap.stopping import stops
 from ecoflap.terminal import messages
+from ecoflap.workers import launched
 
 __all__ = ["TRACEBACK", "app", "main", "prune", "runs", "stages"]
 
@@ -81,5 +82,16 @@ def _quieten() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"ecoflap: {' '.join(message.split())}\n")
-    sys.exit(code)
+    line = f"ecoflap: {' '.join(message.split())}\n"
+    if launched() is None:
+        sys.stderr.write(line)
+        sys.exit(code)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the launcher ends all workers as soon as one has ended
+    from ecoflap.processes import first_to_fail
+
+    if first_to_fail():
+        sys.stderr.write(line)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: what the others are told is that the connection is closed

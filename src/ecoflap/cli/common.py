@@ -9,12 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from ecoflap.comparison.recipe import UNUSED, Grid
+from ecoflap.errors import InvalidOption
 from ecoflap.helptext import Command as PlainHelp
 from ecoflap.options import OUTPUT
 from ecoflap.progress import Progress, Silent
 from ecoflap.recipe import FILE_ONLY
 from ecoflap.stopping import stops
 from ecoflap.terminal import messages, progress_on, standard_error
+from ecoflap.workers import ALONE, launched
+
+SHARED = ("prune", "importance", "evaluate")  # commands that several workers can do together
 
 
 class Ended(BaseException):
@@ -29,6 +33,10 @@ class Command(PlainHelp):
     """A command that can be stopped with a word."""
 
     def invoke(self, ctx: Any) -> Any:
+        if launched() is not None and ctx.info_name not in SHARED:
+            raise InvalidOption(
+                f"{ctx.info_name} is one process's work: start it without torchrun or accelerate launch"
+            )
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -72,7 +80,8 @@ def file_option(text: str) -> Any:
 
 
 def progress_to(quiet: bool) -> Progress:
-    messages.quiet = stops.quiet = quiet
+    """Where progress goes, and whether warnings are told: by the first of several workers alone."""
+    messages.quiet = stops.quiet = quiet = quiet or not (launched() or ALONE).first
     return stops.progress(Silent() if quiet else progress_on(standard_error()))
 
 

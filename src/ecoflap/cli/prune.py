@@ -27,6 +27,7 @@ from ecoflap.options import OUTPUT, with_recipe_options
 from ecoflap.recipe import Recipe
 from ecoflap.run import METRICS, MODEL, REPORT, RunDirectory
 from ecoflap.terminal import standard_error, standard_output
+from ecoflap.workers import ALONE, launched, restarts
 
 
 @app.command(cls=Command, short_help="The whole job: a run directory with the sparse model and report.html.")
@@ -59,16 +60,30 @@ def prune(
         ecoflap prune path/to/llama --allocation allocation.json --calibration prose.txt
     """
     progress = progress_to(quiet or as_json)
-    _check_hub(push_to_hub, private)
-    # Looked at once before anything heavy is imported, so that a folder in use is told at once.
-    examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
-    if examined.complete and not quiet:
-        standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    first = (launched() or ALONE).first
+    if first:
+        if restarts():
+            from ecoflap.processes import restarted
+
+            resume, overwrite = (True, False) if restarted(output) else (resume, overwrite)
+        _check_hub(push_to_hub, private)
+        # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+        examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
+        if examined.complete and not quiet:
+            standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
     from ecoflap.pipeline import run_recipe
+    from ecoflap.processes import joined, note_begun
+
+    say = None if quiet or as_json or not first else say_line
+    with joined() as workers:
+        run = run_recipe(
+            recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say, workers=workers,
+            begun=lambda: note_begun(output) if first else None,
+        )  # fmt: skip
+    if not first:
+        return
     from ecoflap.report import summary_table
 
-    say = None if quiet or as_json else say_line
-    run = run_recipe(recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say)
     pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     if as_json:
         uploaded = {} if push_to_hub is None else {"pushed": pushed}

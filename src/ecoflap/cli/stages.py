@@ -71,9 +71,13 @@ def importance(
         ecoflap importance path/to/llama --calibration prose.txt --importance first-order
     """
     from ecoflap.measurement import measure_to
+    from ecoflap.processes import joined
 
     progress = progress_to(quiet or as_json)
-    scores = measure_to(recipe, output, progress, overwrite=overwrite, resume=resume)
+    with joined() as workers:
+        scores = measure_to(recipe, output, progress, overwrite=overwrite, resume=resume, workers=workers)
+    if not workers.first:
+        return
     if as_json:
         print_json(scores.to_json())
     elif not quiet:
@@ -135,10 +139,14 @@ def evaluate(
         ecoflap evaluate runs/blip2/model --recipe recipes/blip2/blip2-flan-t5-xl.yaml --output metrics.json
     """
     from ecoflap.commands import evaluate_model, refuse_existing
+    from ecoflap.processes import joined
 
     if output is not None:
         refuse_existing(output, overwrite)
-    results = evaluate_model(recipe, progress_to(quiet or as_json))
+    with joined() as workers:
+        results = evaluate_model(recipe, progress_to(quiet or as_json), workers)
+    if not workers.first:
+        return
     if output is not None:
         from ecoflap.files import write_json
 

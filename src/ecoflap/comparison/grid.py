@@ -76,8 +76,8 @@ def run_grid(
             if say is not None:
                 say(line)
         folder.begin(grid, fingerprint(checkpoint.model), _inputs(base))
-        began = as_it_began(folder.path / MACHINE, checkpoint.model)
-        with logging_to(folder.path / LOG), explained(folder), began:
+        began, log = as_it_began(folder.path / MACHINE, checkpoint.model), folder.path / LOG
+        with logging_to(log), explained(folder.path, log), began:
             _log.info("comparison %s in %s", "goes on" if folder.resumed else "begins", folder.path.absolute())
             _log.info("recipe: %s", grid.model_dump(mode="json", exclude_defaults=True))
             comparison = _Work(grid, folder, plans, base, progress or Silent(), low_memory).all()

@@ -17,8 +17,8 @@ SUITES = "lm_eval:"  # what the name of a suite of the lm-eval package begins wi
 class Task(Protocol):
     """One task: a function from model, processor and data to a result with its standard error.
 
-    Beside these, a task may take ``columns``, ``prompt_template`` and options of its own, all by keyword and with
-    defaults.
+    Beside these, a task may take ``columns``, ``prompt_template``, ``workers`` (those who share its samples) and
+    options of its own, all by keyword and with defaults.
     """
 
     def __call__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from ecoflap.evaluation import caption_scores
 from ecoflap.evaluation.common import captions_of, common_settings, in_chunks, open_data, pictures
 from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.results import TaskResult, measured
+from ecoflap.evaluation.shared import Shared
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress
+from ecoflap.workers import ALONE, Workers
 
 MAX_NEW_TOKENS = 30  # of a caption: BLIP-2's published setting for COCO
 CHAT_PROMPT = "Describe the image in one short sentence."  # a chat has to be asked; other models just begin
@@ -44,6 +47,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
     image_folder: str | Path | None = None,
     prompt: str | None = None,
@@ -96,6 +100,7 @@ def run(
         "min_tokens": min_tokens,
     }
     found: dict[str, _Picture] = {}
+    told: Shared[list[str]] = Shared(workers)
     with evaluating(model):
         for part in in_chunks(reader, batch_size, progress, "captioning"):
             pictures(part, "captioning", reader.source)
@@ -106,10 +111,11 @@ def run(
                     found[key] = _Picture(index, [])
                     fresh.append((found[key], replace(sample, prompt=_prompt(prompt, sample, prompter))))
                 found[key].references += captions_of(index, sample, "captioning", reader.source)
-            said = generate(model, prompter, [sample for _, sample in fresh], limit=sequence_length, **decoding)
-            for (picture, _), text in zip(fresh, said, strict=True):
-                picture.said = text.partition("\n")[0].strip()
+            asked = [sample for _, sample in fresh]
+            told.add(partial(generate, model, prompter, asked, limit=sequence_length, **decoding))
     shown = list(found.values())
+    for picture, text in zip(shown, (text for of_part in told.all() for text in of_part), strict=True):
+        picture.said = text.partition("\n")[0].strip()
     scores = _scores(names, tokenizer, shown)
     values = {_label(name, tokenizer): measured(of_all) for name, of_all in scores.items()}
     first, *others = values

@@ -73,8 +73,8 @@ class TopClasses:
     ranks: list[int] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, rows: Iterable[int], scores: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: rows of the source, scores ``[B, C]``, class numbers ``[B]``.
+    def graded(self, scores: torch.Tensor, labels: torch.Tensor) -> dict[str, list[int]]:
+        """Of a batch with scores ``[B, C]`` and class numbers ``[B]``: the ``best`` classes, the right ones' ``ranks``.
 
         A wrong class that scores as high as the right one counts as before it.
 
@@ -83,9 +83,12 @@ class TopClasses:
         """
         check_finite(scores, "the score of a class", self.source)
         right = labels[:, None] == torch.arange(scores.shape[1])[None]
-        of_batch = ranks(scores, right).tolist()
-        self.ranks += of_batch
-        for row, best, label, rank in zip(rows, scores.argmax(1).tolist(), labels.tolist(), of_batch, strict=True):
+        return {"best": scores.argmax(1).tolist(), "ranks": ranks(scores, right).tolist()}
+
+    def add(self, rows: Iterable[int], labels: torch.Tensor, graded: Mapping[str, list[int]]) -> None:
+        """Count a batch: rows of the source, class numbers ``[B]``, and what :meth:`graded` found."""
+        self.ranks += graded["ranks"]
+        for row, best, label, rank in zip(rows, graded["best"], labels.tolist(), graded["ranks"], strict=True):
             self.predictions.append(
                 {"index": row, "prediction": self._name(best), "truth": self._name(label), "score": float(rank < 1)}
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from ecoflap.calibration.classified import numbered
 from ecoflap.calibration.models import parameters_of, to_device
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.classes import TopClasses, labels_of
-from ecoflap.evaluation.common import common_settings, image_inputs, in_chunks, open_data, pictures
+from ecoflap.evaluation.common import Chunk, common_settings, image_inputs, in_chunks, open_data, pictures
 from ecoflap.evaluation.results import TaskResult
+from ecoflap.evaluation.shared import Shared
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress
+from ecoflap.workers import ALONE, Workers
 
 TASK = "image-classification"
 
@@ -32,6 +35,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
     image_folder: str | Path | None = None,
     classes: Sequence[str] | None = None,
@@ -67,12 +71,20 @@ def run(
     elif len(own) == len(names) and not numbers.keys() & numbered(own).keys():
         numbers, how = numbered(own), "by order"
     found = TopClasses(TASK, names, reader.source)
+    told: Shared[dict[str, list[int]]] = Shared(workers)
+    truths: list[tuple[list[int], torch.Tensor]] = []
+
+    def classified(part: Chunk, labels: torch.Tensor) -> dict[str, list[int]]:
+        inputs = image_inputs(processor, pictures(part, TASK, reader.source), TASK)
+        return found.graded(model(**to_device(inputs, model)).logits.float().cpu(), labels)
+
     with evaluating(model):
         for part in in_chunks(reader, batch_size, progress, TASK):
             labels = labels_of(part, numbers, TASK, reader.source, "model's")
-            inputs = image_inputs(processor, pictures(part, TASK, reader.source), TASK)
-            logits = model(**to_device(inputs, model)).logits
-            found.add([index for index, _ in part], logits.float().cpu(), labels)
+            truths.append(([index for index, _ in part], labels))
+            told.add(partial(classified, part, labels))
+    for (rows, labels), graded in zip(truths, told.all(), strict=True):
+        found.add(rows, labels, graded)
     return found.result(common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, labels=how))
 
 

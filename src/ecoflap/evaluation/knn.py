@@ -26,9 +26,11 @@ from ecoflap.evaluation.classes import TopClasses, check_classes, label_names
 from ecoflap.evaluation.common import Chunk, check_finite, common_settings, image_inputs, in_chunks, open_data, pictures
 from ecoflap.evaluation.embeddings import embedder_of
 from ecoflap.evaluation.results import TaskResult
+from ecoflap.evaluation.shared import Shared
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress
 from ecoflap.registry import unknown
+from ecoflap.workers import ALONE, Workers
 
 POOLS = ("cls", "mean")
 Embed = Callable[[Chunk, str], Tensor]  # samples and their source -> [B, D], rows of length 1, fp32 on the CPU
@@ -45,6 +47,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
     image_folder: str | Path | None = None,
     train: str | None = None,
@@ -102,20 +105,29 @@ def run(
         return torch.tensor([numbers[label.lower()] for label in label_names(part, "knn", source)])
 
     found = TopClasses("knn", names, reader.source)
-    known, classes = [], []
+    classes: list[Tensor] = []
+    known: Shared[Tensor] = Shared(workers)
+    told: Shared[dict[str, list[int]]] = Shared(workers)
+    truths: list[tuple[list[int], Tensor]] = []
+
+    def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
+        seen = embed(part, reader.source)
+        check_finite(seen, "a feature", reader.source)
+        return found.graded(weighted_votes(seen @ features.t(), votes, len(names), k, temperature), labels)
+
     with evaluating(model):
         for part in in_chunks(voters, batch_size, progress, "knn, training samples"):
             classes.append(classes_of(part, voters.source))
-            known.append(embed(part, voters.source))
-        features, votes = torch.cat(known), torch.cat(classes)
+            known.add(partial(embed, part, voters.source))
+        features, votes = torch.cat(known.all()), torch.cat(classes)
         check_finite(features, "a feature", voters.source)
         check_classes(names, "knn", voters.source)
         for part in in_chunks(reader, batch_size, progress, "knn"):
             labels = classes_of(part, reader.source)
-            seen = embed(part, reader.source)
-            check_finite(seen, "a feature", reader.source)
-            scores = weighted_votes(seen @ features.t(), votes, len(names), k, temperature)
-            found.add([index for index, _ in part], scores, labels)
+            truths.append(([index for index, _ in part], labels))
+            told.add(partial(classified, part, labels))
+    for (rows, labels), graded in zip(truths, told.all(), strict=True):
+        found.add(rows, labels, graded)
     settings = {"train": voters.source, "train_samples": train_samples, "k": k, "temperature": temperature}
     more: dict[str, Any] = {"voters": len(votes), "layer": layer, "pool": pool}
     return found.result(common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, **settings, **more))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,9 @@ from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.common import common_settings, in_chunks, open_data
 from ecoflap.evaluation.likelihood import Request, Scorer
 from ecoflap.evaluation.results import Measured, TaskResult, measured
+from ecoflap.evaluation.shared import Shared
 from ecoflap.progress import Progress
+from ecoflap.workers import ALONE, Workers
 
 TASK = "multiple-choice"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -81,6 +84,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
     style: Style = "letters",
@@ -119,17 +123,20 @@ def run(
     source = _all_of(data if shots_source is None else shots_source, options) if shots else reader
     examples = _Examples(source, shots, same=shots_source is None)
     asked = _Asker(Scorer(model, processor, sequence_length), Prompts(style, prompt_template), examples)
-    predictions: list[dict[str, Any]] = []
+    told: Shared[dict[str, Any]] = Shared(workers)
     was_training = model.training
     model.eval()
     try:
         for part in in_chunks(reader, max(batch_size, 16), progress, TASK):
-            predictions += asked.answer(part, batch_size, reader.source)
+            told.add(partial(asked.answer, part, batch_size, reader.source))
     finally:
         model.train(was_training)
+    parts = told.all()
+    predictions = [record for of_part in parts for record in of_part["records"]]
+    shortened = sum(of_part["shortened"] for of_part in parts)
     settings = common_settings(
         reader, samples=samples, seed=seed, batch_size=batch_size, style=style, shots=shots,
-        shots_source=shots_source, prompt_template=prompt_template, shortened=asked.shortened,
+        shots_source=shots_source, prompt_template=prompt_template, shortened=shortened,
     )  # fmt: skip
     return _result(predictions, settings, style)
 
@@ -181,16 +188,18 @@ class _Examples:
 class _Asker:
     def __init__(self, scorer: Scorer, prompts: Prompts, examples: _Examples) -> None:
         self._scorer, self._prompts, self._examples = scorer, prompts, examples
-        self.shortened = 0
+        self._shortened = 0
 
-    def answer(self, part: Sequence[Shot], batch_size: int, source: str) -> list[dict[str, Any]]:
-        """One record a question."""
+    def answer(self, part: Sequence[Shot], batch_size: int, source: str) -> dict[str, Any]:
+        """``records``, one a question, and how many of them are ``shortened``."""
+        before = self._shortened
         asked = [self._requests(index, sample, source) for index, sample in part]
         scores = iter(self._scorer.score([request for each in asked for request in each], batch_size))
-        return [
+        records = [
             _record(index, sample, list(islice(scores, len(each))), self._prompts.style)
             for (index, sample), each in zip(part, asked, strict=True)
         ]
+        return {"records": records, "shortened": self._shortened - before}
 
     def _requests(self, index: int, sample: Sample, source: str) -> list[Request]:
         if sample.choices is None or sample.text is None:
@@ -202,7 +211,7 @@ class _Asker:
             context = self._prompts.render(sample, shots[:count])
             found = [self._scorer.encode(context, told) for told in self._prompts.continuations(sample)]
             if all(self._scorer.fits(request) for request in found):
-                self.shortened += count < len(shots)
+                self._shortened += count < len(shots)
                 return found
         raise CalibrationError(
             f"{source}: question {index} has {max(map(len, found))} tokens, more than the {self._scorer.limit} that "

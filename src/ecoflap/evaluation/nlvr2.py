@@ -21,8 +21,10 @@ from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.answers import answer_likelihoods
 from ecoflap.evaluation.common import Chunk, check_finite, common_settings, in_chunks, open_data
 from ecoflap.evaluation.results import TaskResult, measured
+from ecoflap.evaluation.shared import Shared
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress
+from ecoflap.workers import ALONE, Workers
 
 TEMPLATE = 'Look at the two images. Is this statement true or false? "{question}" Answer:'
 ANSWERS = ("false", "true")  # by their number in published NLVR2 checkpoints
@@ -41,6 +43,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
     image_folder: str | Path | None = None,
@@ -74,21 +77,25 @@ def run(
     )
     score, how = _scores(model, processor, reader.source, template, sequence_length)
     predictions: list[dict[str, Any]] = []
+    told: Shared[torch.Tensor] = Shared(workers)
+    parts: list[list[tuple[int, str | None, int]]] = []
     with evaluating(model):
         for part in in_chunks(reader, batch_size, progress, "nlvr2"):
             truths = [_truth(index, sample, reader.source) for index, sample in part]
             _check_pictures(part, reader.source)
-            scores = score([sample for _, sample in part])
-            check_finite(scores, "the score of an answer", reader.source)
-            for (index, sample), truth, (false, true) in zip(part, truths, scores.tolist(), strict=True):
-                right = true > false if truth else false > true
-                predictions.append({
-                    "index": index,
-                    "question": sentence_of(sample),
-                    "prediction": ANSWERS[true > false],
-                    "truth": ANSWERS[truth],
-                    "score": float(right),
-                })  # fmt: skip
+            parts.append([(index, sentence_of(s), truth) for (index, s), truth in zip(part, truths, strict=True)])
+            told.add(partial(score, [sample for _, sample in part]))
+    for of_part, scores in zip(parts, told.all(), strict=True):
+        check_finite(scores, "the score of an answer", reader.source)
+        for (index, sentence, truth), (false, true) in zip(of_part, scores.tolist(), strict=True):
+            right = true > false if truth else false > true
+            predictions.append({
+                "index": index,
+                "question": sentence,
+                "prediction": ANSWERS[true > false],
+                "truth": ANSWERS[truth],
+                "score": float(right),
+            })  # fmt: skip
     found = measured([record["score"] for record in predictions])
     settings = common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, answers=how)
     settings |= {} if how == "classifier" else {"prompt_template": template}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from ecoflap.calibration.prompts import tokenizer_of
 from ecoflap.calibration.sources import load_samples
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.evaluation.results import TaskResult, mean_and_stderr
+from ecoflap.evaluation.shared import Shared
 from ecoflap.progress import Progress, Silent
+from ecoflap.workers import ALONE, Workers
 
 LOGITS_AT_ONCE = 2**24  # fp32 logits that the loss is computed on at a time (64 MiB), whatever the vocabulary
 
@@ -37,6 +40,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
 ) -> TaskResult:
     """exp(mean negative log-likelihood of a token); every window weighs the same.
@@ -74,16 +78,17 @@ def run(
     if count == 0:
         raise CalibrationError(f"{data} has {len(tokens)} tokens, less than one window of {length}: give more text")
     windows = tokens[: count * length].view(count, length)
-    losses: list[float] = []
+    told: Shared[list[float]] = Shared(workers)
     was_training = model.training
     model.eval()
     try:
         with (progress or Silent()).stage("perplexity", total=count) as task:
             for part in torch.split(windows, batch_size):
-                losses += _window_losses(model, part)
+                told.add(partial(_window_losses, model, part))
                 task.advance(len(part))
     finally:
         model.train(was_training)
+    losses = [loss for of_part in told.all() for loss in of_part]
     for number, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise NonFiniteLoss(

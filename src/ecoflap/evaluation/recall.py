@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ecoflap.evaluation.shared import Shared
 from ecoflap.progress import Task
+from ecoflap.workers import ALONE, Workers
 
 ROWS = 256  # queries at a time: 26 MB of scores for the 25,000 captions of COCO's test set
 
@@ -30,8 +33,12 @@ class Queries:
     match: Callable[[int, list[int]], Tensor]
 
 
-def rank_queries(queries: Queries, rerank: int, task: Task) -> list[int]:
-    """Rank of the best right candidate of each query, 0 = first; the best ``rerank`` are sorted anew."""
+def rank_queries(queries: Queries, rerank: int, task: Task, workers: Workers = ALONE) -> list[int]:
+    """Rank of the best right candidate of each query, 0 = first; the best ``rerank`` are sorted anew.
+
+    With ``rerank`` each query is one worker's.
+    """
+    told: Shared[int] = Shared(workers)
     found: list[int] = []
     for start in range(0, queries.count, ROWS):
         rows = slice(start, min(start + ROWS, queries.count))
@@ -41,10 +48,14 @@ def rank_queries(queries: Queries, rerank: int, task: Task) -> list[int]:
             task.advance(rows.stop - rows.start)
             continue
         for row, query in enumerate(range(rows.start, rows.stop)):
-            top = scores[row].topk(min(rerank, scores.shape[1])).indices
-            found.append(_reranked(scores[row], right[row], top, queries.match(query, top.tolist())))
+            told.add(partial(_matched, queries, query, scores[row], right[row], rerank))
             task.advance()
-    return found
+    return found + told.all()
+
+
+def _matched(queries: Queries, query: int, scores: Tensor, right: Tensor, rerank: int) -> int:
+    top = scores.topk(min(rerank, len(scores))).indices
+    return _reranked(scores, right, top, queries.match(query, top.tolist()))
 
 
 def ranks(scores: Tensor, right: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from ecoflap.evaluation.common import captions_of, check_finite, common_settings
 from ecoflap.evaluation.embeddings import Matcher, embedder_of, similarity
 from ecoflap.evaluation.recall import Queries, rank_queries
 from ecoflap.evaluation.results import TaskResult, measured
+from ecoflap.evaluation.shared import Shared
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent
+from ecoflap.workers import ALONE, Workers
 
 DEPTHS = (1, 5, 10)
 
@@ -32,7 +35,6 @@ class _Gallery:
     ``p``."""
 
     rows: list[int] = field(default_factory=list)
-    seen: list[Tensor] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
 
@@ -48,6 +50,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
     image_folder: str | Path | None = None,
     rerank: int = 0,
@@ -86,6 +89,9 @@ def run(
         image_folder=image_folder,
     )
     gallery, places = _Gallery(), dict[str, int]()
+    # Whoever re-ranks needs all pictures as they were encoded, so that all workers encode them then.
+    encoded: Shared[Tensor] = Shared(ALONE if rerank else workers)
+    read: Shared[Tensor] = Shared(workers)
     with evaluating(model):
         for part in in_chunks(reader, batch_size, progress, "retrieval, pictures"):
             images = pictures(part, "retrieval", reader.source)
@@ -100,14 +106,13 @@ def run(
                 gallery.captions += captions
                 gallery.owners += [places[key]] * len(captions)
             if fresh:
-                gallery.seen.append(embedder.pictures(fresh))
-        read = []
+                encoded.add(partial(embedder.pictures, fresh))
         with (progress or Silent()).stage("retrieval, captions", total=len(gallery.captions)) as task:
             for start in range(0, len(gallery.captions), batch_size):
                 batch = gallery.captions[start : start + batch_size]
-                read.append(embedder.texts(batch))
+                read.add(partial(embedder.texts, batch))
                 task.advance(len(batch))
-        seen, texts = torch.cat(gallery.seen), torch.cat(read)
+        seen, texts = torch.cat(encoded.all()), torch.cat(read.all())
         check_finite(seen, "the embedding of a picture", reader.source)
         check_finite(texts, "the embedding of a caption", reader.source)
 
@@ -120,7 +125,7 @@ def run(
             check_finite(scores, "a matching score", reader.source)
             return scores
 
-        hits = _ranks(gallery, seen, texts, match, rerank, progress)
+        hits = _ranks(gallery, seen, texts, match, rerank, progress, workers)
     values = {
         f"{way}@{depth}": measured([float(r < depth) for r in of_way])
         for way, of_way in hits.items()
@@ -163,6 +168,7 @@ def _ranks(
     match: Callable[[list[tuple[int, int]]], Tensor],
     rerank: int,
     progress: Progress | None,
+    workers: Workers,
 ) -> dict[str, list[int]]:
     """Rank of the best right candidate of each query, 0 = first, for captions of pictures and pictures of captions."""
     owners, places = torch.tensor(gallery.owners), torch.arange(len(seen))
@@ -181,4 +187,4 @@ def _ranks(
         ),
     }
     with (progress or Silent()).stage("retrieval, ranks", total=len(seen) + len(texts)) as task:
-        return {way: rank_queries(queries, rerank, task) for way, queries in ways.items()}
+        return {way: rank_queries(queries, rerank, task, workers) for way, queries in ways.items()}

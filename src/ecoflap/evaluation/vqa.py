@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from ecoflap.calibration.prompts import Prompter
 from ecoflap.calibration.sample import Sample
 from ecoflap.calibration.sources import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.common import common_settings, in_chunks, open_data, pictures
+from ecoflap.evaluation.common import Chunk, common_settings, in_chunks, open_data, pictures
 from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.results import TaskResult, mean_and_stderr
+from ecoflap.evaluation.shared import Shared
 from ecoflap.evaluation.vqa_rule import exact_match, plain_match, soft_accuracy
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress
 from ecoflap.registry import unknown
+from ecoflap.workers import ALONE, Workers
 
 MAX_NEW_TOKENS = 10  # of an answer, where the model's generation config does not say: the published VQA setting
 RULES = {
@@ -42,6 +45,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
     image_folder: str | Path | None = None,
@@ -92,20 +96,27 @@ def run(
     prompter = Prompter(model, processor)
     longest = new_tokens or getattr(getattr(model, "generation_config", None), "max_new_tokens", None) or MAX_NEW_TOKENS
     decoding: dict[str, Any] = {"new_tokens": longest, "beams": beams, "length_penalty": length_penalty}
-    predictions: list[dict[str, Any]] = []
+    told: Shared[list[dict[str, Any]]] = Shared(workers)
+
+    def answered(part: Chunk) -> list[dict[str, Any]]:
+        answers = generate(model, prompter, [sample for _, sample in part], limit=sequence_length, **decoding)
+        return [
+            {
+                "index": index,
+                "question": sample.question,
+                "prediction": answer,
+                "truth": _truth(sample),
+                "score": score(sample, answer),
+            } | ({"kind": sample.kind} if sample.kind is not None else {})
+            for (index, sample), answer in zip(part, answers, strict=True)
+        ]  # fmt: skip
+
     with evaluating(model):
         for part in in_chunks(reader, batch_size, progress, "vqa"):
             if must_see:
                 pictures(part, "vqa", reader.source)
-            answers = generate(model, prompter, [sample for _, sample in part], limit=sequence_length, **decoding)
-            for (index, sample), answer in zip(part, answers, strict=True):
-                predictions.append({
-                    "index": index,
-                    "question": sample.question,
-                    "prediction": answer,
-                    "truth": _truth(sample),
-                    "score": score(sample, answer),
-                } | ({"kind": sample.kind} if sample.kind is not None else {}))  # fmt: skip
+            told.add(partial(answered, part))
+    predictions = [record for of_part in told.all() for record in of_part]
     value, stderr = mean_and_stderr([record["score"] for record in predictions])
     groups: dict[str, list[float]] = {}
     for record in predictions:

@@ -7,6 +7,7 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.nn.functional import normalize
 
 from ecoflap.calibration.zero_shot import DEFAULT_TEMPLATES, fill
 from ecoflap.evaluation.classes import TopClasses, check_classes, labels_of, numbers_of, own_classes
-from ecoflap.evaluation.common import check_finite, common_settings, in_chunks, open_data, pictures
+from ecoflap.evaluation.common import Chunk, check_finite, common_settings, in_chunks, open_data, pictures
 from ecoflap.evaluation.embeddings import Matcher, TwoTowers, embedder_of, similarity
 from ecoflap.evaluation.results import TaskResult
+from ecoflap.evaluation.shared import Shared
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent
+from ecoflap.workers import ALONE, Workers
 
 
 @torch.no_grad()
@@ -34,6 +37,7 @@ def run(
     sequence_length: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
     image_folder: str | Path | None = None,
     classes: Sequence[str] | None = None,
@@ -70,13 +74,22 @@ def run(
     check_classes(names, "zero-shot", reader.source)
     numbers = numbers_of(names, own)
     found = TopClasses("zero-shot", names, reader.source)
+    told: Shared[dict[str, list[int]]] = Shared(workers)
+    truths: list[tuple[list[int], Tensor]] = []
+
+    def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
+        seen = embedder.pictures(pictures(part, "zero-shot", reader.source))
+        return found.graded(similarity(seen, prompts), labels)
+
     with evaluating(model):
         prompts = class_embeddings(embedder, names, templates, batch_size, progress)
         check_finite(prompts, "the embedding of a class", reader.source)
         for part in in_chunks(reader, batch_size, progress, "zero-shot"):
             labels = labels_of(part, numbers, "zero-shot", reader.source)
-            seen = embedder.pictures(pictures(part, "zero-shot", reader.source))
-            found.add([index for index, _ in part], similarity(seen, prompts), labels)
+            truths.append(([index for index, _ in part], labels))
+            told.add(partial(classified, part, labels))
+    for (rows, labels), graded in zip(truths, told.all(), strict=True):
+        found.add(rows, labels, graded)
     return found.result(
         common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, class_prompts=list(templates))
     )

@@ -55,7 +55,9 @@ def one_each(
         return
     pool_of: dict[str, str] = {}
     found: dict[str, float] = {}
-    for block, statistics in dense_statistics(context.model, context.anatomy, context.batches, context.objective):
+    for block, statistics in dense_statistics(
+        context.model, context.anatomy, context.batches, context.objective, workers=context.workers
+    ):
         for pool, layers in (
             [(block.name, block.layers)] if scope == "block" else [(x.name, (x,)) for x in block.layers]
         ):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ecoflap.importance.gradients import visit_gradients
-from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.registry import unknown
 
@@ -71,6 +71,11 @@ class FirstOrder:
 
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches)
+
+    def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
+        """One a batch."""
+        for index in range(len(context.batches)):
+            yield tuple((layer.name, index, 0) for layer in context.layers)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """One value a (layer, batch); 0 for a layer that the loss does not depend on.

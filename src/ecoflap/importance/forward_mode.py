@@ -15,8 +15,8 @@ import torch
 from torch.autograd import forward_ad
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.probe import ProbeContext
-from ecoflap.importance.projections import Probe, check_probes, efforts, projections
+from ecoflap.importance.probe import Key, ProbeContext
+from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
 from ecoflap.importance.scores import Estimate
 from ecoflap.importance.zeroth_order import ZerothOrder
 from ecoflap.network.parts import Layer, Tower
@@ -66,6 +66,10 @@ class ForwardMode:
     def efforts(self, context: ProbeContext) -> list[float]:
         """Of the estimates to come, in any unit: for the time left."""
         return efforts(context, draws=self.draws, probe=self.probe, replay=self.replay, losses=1)
+
+    def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
+        """One a probe."""
+        return probes(context, draws=self.draws, probe=self.probe)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """Signed projections g, batch by batch and unit by unit, without those in ``context.done``."""

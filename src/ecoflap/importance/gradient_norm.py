@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ecoflap.importance.first_order import FirstOrder
-from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 
 
@@ -22,6 +22,10 @@ class GradientNorm:
 
     def steps(self, context: ProbeContext) -> int:
         return self._first_order().steps(context)
+
+    def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
+        """One a batch."""
+        return self._first_order().pieces(context)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """One value a (layer, batch); 0 for a layer that the loss does not depend on."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -14,7 +14,7 @@ from ecoflap.calibration.batches import batch_size_of
 from ecoflap.calibration.objectives import default_objective, on_device
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.importance.names import IMPORTANCES
-from ecoflap.importance.probe import ImportanceMeasure, Objective, ProbeContext
+from ecoflap.importance.probe import ImportanceMeasure, Key, Objective, ProbeContext
 from ecoflap.importance.scores import Estimate, Importance, summarise
 from ecoflap.large import check_model
 from ecoflap.network.anatomy import discover
@@ -24,6 +24,7 @@ from ecoflap.network.perturb import computing_in_fp32, gradients_set_aside
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent
 from ecoflap.registry import check_option_names
+from ecoflap.workers import ALONE, Workers, part
 
 
 class EstimateJournal(Protocol):
@@ -84,6 +85,16 @@ def _is_native(measure: ImportanceMeasure) -> bool:
     return getattr(measure, "precision", "fp32") == "native"
 
 
+def own_share(pieces: Iterable[Sequence[Key]], known: Mapping[Key, float], workers: Workers) -> frozenset[Key]:
+    """The estimates that this worker measures: a contiguous part of the pieces that are not known yet.
+
+    Contiguous, so that what the probes of one batch have in common is computed by few workers.
+    """
+    todo = [piece for piece in pieces if any(key not in known for key in piece)]
+    mine = (todo[number] for number in part(len(todo), workers.count, workers.rank))
+    return frozenset(key for piece in mine for key in piece if key not in known)
+
+
 def measure_importance(
     model: nn.Module,
     batches: Sequence[Any],
@@ -95,9 +106,12 @@ def measure_importance(
     anatomy: Anatomy | None = None,
     progress: Progress | None = None,
     journal: EstimateJournal | None = None,
+    workers: Workers = ALONE,
     **options: Any,
 ) -> Importance:
     """Stage 1: a score for each prunable layer. The model is bit-identical afterwards, also after an exception.
+
+    Several workers measure a share of the estimates each, and tell each other; all end with the same scores.
 
     Args:
         model: any module whose forward returns a loss (or give ``loss``).
@@ -108,7 +122,8 @@ def measure_importance(
         loss: ``loss(model, batch)`` giving a scalar tensor; by default the model's own.
         anatomy: what is prunable; by default discovered with the first batch.
         progress: where to report.
-        journal: estimates that are known already, and where new ones go.
+        journal: estimates that are known already (the same for all workers), and where this worker's new ones go.
+        workers: those who have ``model`` and ``batches`` alike.
         options: of the importance: ``epsilon``, ``draws``, ``replay`` (zeroth order), ``variant`` (first order).
 
     Raises:
@@ -133,14 +148,25 @@ def measure_importance(
         if anatomy is None:
             anatomy = discover(model, batches[0], run=objective)
         known = {(e.layer, e.batch, e.draw): e.value for e in journal.estimates()}
-        context = ProbeContext(model, anatomy, batches, objective, seed, frozenset(known))
-        total = measure.steps(context)
+        context = ProbeContext(model, anatomy, batches, objective, seed, frozenset(known), workers=workers)
+        total, shared = measure.steps(context), workers.count > 1 and hasattr(measure, "pieces")
+        if shared:
+            pieces: list[Sequence[Key]] = list(getattr(measure, "pieces")(context))  # noqa: B009
+            mine = own_share(pieces, known, workers)
+            total = len(known) + len(mine)
+            others = frozenset(key for piece in pieces for key in piece) - mine
+            context = replace(context, done=others | frozenset(known))
+        fresh = []
         weights = measure.efforts(context) if hasattr(measure, "efforts") else None
         with (progress or Silent()).stage("importance", total, len(known), weights) as task:
             for estimate in measure.estimates(context):
-                journal.append(estimate)
-                known[(estimate.layer, estimate.batch, estimate.draw)] = estimate.value
+                if shared or workers.first:
+                    journal.append(estimate)
+                fresh.append((estimate.layer, estimate.batch, estimate.draw, estimate.value))
                 task.advance(1, estimate.layer)
+        # What all have measured alike is taken from one of them, so that all go on from the same numbers.
+        told = workers.gather(fresh) if shared else [workers.broadcast(fresh)]
+        known |= {(layer, batch, draw): value for of_worker in told for layer, batch, draw, value in of_worker}
     noisy = getattr(measure, "noisy", True)
     values: dict[str, list[float]] = defaultdict(list)
     for (layer, _, _), value in known.items():

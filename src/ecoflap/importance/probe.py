@@ -13,8 +13,10 @@ from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.scores import Estimate
 from ecoflap.network.logits import logits_on_demand
 from ecoflap.network.parts import Anatomy, Layer
+from ecoflap.workers import ALONE, Workers
 
 Objective = Callable[[nn.Module, Any], Tensor]
+Key = tuple[str, int, int]  # of an estimate: layer, batch, draw
 
 
 @dataclass
@@ -24,6 +26,7 @@ class ProbeContext:
     Attributes:
         done: (layer, batch, draw) of estimates that an interrupted run already has.
         remarks: what the measure finds out that belongs into the settings of its scores.
+        workers: those who measure; each asks for the estimates of its own, all others are in its ``done``.
     """
 
     model: nn.Module
@@ -31,8 +34,9 @@ class ProbeContext:
     batches: Sequence[Any]
     objective: Objective
     seed: int
-    done: frozenset[tuple[str, int, int]] = field(default_factory=frozenset)
+    done: frozenset[Key] = field(default_factory=frozenset)
     remarks: dict[str, Any] = field(default_factory=dict)
+    workers: Workers = ALONE
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -76,6 +80,9 @@ class ImportanceMeasure(Protocol):
     A method ``efforts(context)`` may say how long each estimate to come takes, in any unit. Two class attributes may
     say more: ``rule``, the allocation rule that the scores are made for (else "proportional";
     ``names.py`` repeats it), and ``noisy``, False where a lone estimate has no standard error of its own.
+
+    A method ``pieces(context)`` lets several workers share the estimates: it gives their keys in the order of
+    ``estimates``, those together that are measured together. Without it all workers measure all of them.
     """
 
     def steps(self, context: ProbeContext) -> int:

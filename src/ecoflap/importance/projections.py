@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ecoflap.errors import InvalidOption
 from ecoflap.importance.noise import noise
-from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.network.effort import forward_effort, suffix_efforts
 from ecoflap.network.parts import Layer
@@ -105,6 +105,14 @@ def _units(context: ProbeContext, probe: str) -> list[Sequence[Layer]]:
     """What changes together in one probe."""
     blocks = (block.layers for block in context.anatomy.blocks if block.layers)
     return list(blocks) if probe == "block" else [(layer,) for layer in context.layers]
+
+
+def probes(context: ProbeContext, *, draws: int, probe: str) -> Iterator[tuple[Key, ...]]:
+    """The keys of each probe's estimates, in the order of :func:`projections`."""
+    for index in range(len(context.batches)):
+        for unit in _units(context, probe):
+            for draw in range(draws):
+                yield tuple((layer.name, index, draw) for layer in unit)
 
 
 def projections(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.probe import ProbeContext
-from ecoflap.importance.projections import Probe, check_probes, efforts, projections
+from ecoflap.importance.probe import Key, ProbeContext
+from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
 from ecoflap.importance.scores import Estimate
 from ecoflap.network.replay import Replay
 
@@ -50,6 +50,10 @@ class ZerothOrder:
     def efforts(self, context: ProbeContext) -> list[float]:
         """Of the estimates to come, in any unit: for the time left."""
         return efforts(context, draws=self.draws, probe=self.probe, replay=self.replay, losses=2)
+
+    def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
+        """One a probe."""
+        return probes(context, draws=self.draws, probe=self.probe)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """Signed projections g, batch by batch and unit by unit, without those in ``context.done``."""

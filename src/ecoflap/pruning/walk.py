@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,10 +25,12 @@ from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.patterns import Pattern
 from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.collect import keepers_of
 from ecoflap.statistics.dense import decoder_of, gather, sequence_of
 from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.inputs import STATISTICS, InputStatistics
 from ecoflap.statistics.tokens import check_choice
+from ecoflap.workers import ALONE, Share, Workers, share_of
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,12 @@ def walk(
     tokens: TokenChoice = ALL,
     progress: Progress | None = None,
     journal: BlockJournal | None = None,
+    workers: Workers = ALONE,
 ) -> WalkResult:
     """Prune ``model`` in place.
+
+    Several workers run a share of the batches each, and prune a share of each block's layers; all end with the same
+    model, which is that of one worker to the bit.
 
     Args:
         model: runs in eval mode and without a KV cache here.
@@ -98,15 +105,19 @@ def walk(
         run: runs the model on a batch (the objective).
         offload: keep block inputs on the CPU.
         tokens: which tokens of a tower that reads text and pictures enter the statistics.
-        journal: blocks pruned by an interrupted walk, which are taken over, and where new ones go.
+        journal: blocks pruned by an interrupted walk, which are taken over, and where new ones go; the same for all
+            workers.
+        workers: those who have ``model`` and ``batches`` alike.
 
     Raises:
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
     """
     check_choice(tokens, model, batches, criterion.statistics)
     adopt(model)
-    walker = _Walker(model, criterion, pattern, allocation, journal or NoJournal())
+    walker = _Walker(model, criterion, pattern, allocation, journal or NoJournal(), workers)
     decoder = decoder_of(anatomy)
+    part = share_of(len(batches), workers)
+    batches = [batches[number] for number in part.batches]
     visual = placeholders(model)
     masks = {index: token_masks(batch, decoder is not None, visual) for index, batch in enumerate(batches)}
     done = {block.name: walker.restore(block) for block in anatomy.blocks if block.layers}
@@ -127,7 +138,7 @@ def walk(
                         walker.prune(block, None, task)
                 continue
             driver = TowerDriver(model, tower, batches, run, offload=offload)
-            _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, task)
+            _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, part, task)
     return WalkResult(achieved(model, allocation), tuple(walker.unreached))
 
 
@@ -139,14 +150,19 @@ def _walk_tower(
     masks: Mapping[int, TokenMasks],
     sequence: str | None,
     tokens: TokenChoice,
+    part: Share,
     task: Task,
 ) -> None:
-    make = STATISTICS[walker.criterion.statistics]
+    make, workers = STATISTICS[walker.criterion.statistics], walker.workers
     for index, block in enumerate(tower.blocks):
         driver.enter(index)
         with resident(walker.model, block.name):
             if block in todo:
-                walker.prune(block, gather(walker.model, driver, index, block, make, masks, sequence, tokens), task)
+                gathered = gather(
+                    walker.model, driver, index, block, make, masks, sequence, tokens, part=part, workers=workers,
+                    keepers=partial(keepers_of, layers=block.layers, workers=workers.count),
+                )  # fmt: skip
+                walker.prune(block, gathered, task)
             if block == todo[-1]:
                 return  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
             driver.run(index)
@@ -156,7 +172,13 @@ class _Walker:
     """Prunes single blocks of a model, and keeps count."""
 
     def __init__(
-        self, model: nn.Module, criterion: Criterion, pattern: Pattern, allocation: Allocation, journal: BlockJournal
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        pattern: Pattern,
+        allocation: Allocation,
+        journal: BlockJournal,
+        workers: Workers,
     ) -> None:
         if is_offloaded(model) and isinstance(journal, NoJournal):
             from ecoflap.pruning.spill import SpilledBlocks
@@ -164,7 +186,7 @@ class _Walker:
             journal = SpilledBlocks(model)
         self.model, self.criterion, self.pattern, self.journal = model, criterion, pattern, journal
         self.offloaded = Offloaded(model)
-        self.allocation = allocation
+        self.allocation, self.workers = allocation, workers
         self.unreached: list[str] = []
 
     def restore(self, block: Block) -> bool:
@@ -180,11 +202,22 @@ class _Walker:
         return True
 
     def prune(self, block: Block, gathered: Gatherer | None, task: Task) -> None:
-        unreached = tuple(
+        # Without statistics there is nothing to share out: all workers prune alike.
+        rank = self.workers.rank
+        keeper = dict.fromkeys((layer.name for layer in block.layers), rank)
+        if gathered is not None:
+            keeper = keepers_of(gathered.owners, block.layers, self.workers.count)
+        left = [
             layer.name
             for layer in block.layers
-            if not self._prune_layer(layer, gathered.statistics(layer) if gathered else None)
-        )
+            if keeper[layer.name] == rank
+            and not self._prune_layer(layer, gathered.statistics(layer) if gathered is not None else None)
+        ]
+        if gathered is not None:
+            left = [name for of_worker in self.workers.gather(left) for name in of_worker]
+            for layer in block.layers:
+                self.workers.spread(self.model.get_parameter(layer.name).data, keeper[layer.name])
+        unreached = tuple(layer.name for layer in block.layers if layer.name in left)
         weights = {layer.name: self.model.get_parameter(layer.name).data for layer in block.layers}
         self.journal.save(block.name, PrunedBlock(weights, unreached))
         self._put_away(block, weights)

@@ -28,17 +28,20 @@ def by_probes(
     Returns:
         Unit to the mean over batches, in the divergence's unit; below 0 where the model is better off pruned.
     """
-    costs = {name: [0.0] * len(divergence) for name in units}
-    for index in range(len(divergence)):
+
+    def of_batch(index: int) -> list[float]:
         replay.reset()
-        whole = divergence.value(index)
-        for name, layers in units.items():
+        whole, costs = divergence.value(index), []
+        for layers in units.values():
             names = [layer.name for layer in layers]
             forced = dict.fromkeys(block for layer in names for block in masked.blocks_of(layer))
             with masked.dense(names), replay.forcing(*forced):
-                costs[name][index] = whole - divergence.value(index)
+                costs.append(whole - divergence.value(index))
+        return costs
+
+    found = divergence.each(of_batch)
     replay.reset()
-    return {name: math.fsum(values) / len(divergence) for name, values in costs.items()}
+    return _means(list(units), found)
 
 
 def by_gradient(
@@ -53,14 +56,14 @@ def by_gradient(
     Raises:
         InvalidOption: the model can't be differentiated.
     """
-    costs = {layer.name: [0.0] * len(divergence) for layer in layers}
     with gradients_set_aside(model), torch.enable_grad(), recomputing(model, blocks):
         model.requires_grad_(False)
         parts = {
             layer.name: torch.ones((), device=model.get_parameter(layer.name).device, requires_grad=True)
             for layer in layers
         }
-        for index in range(len(divergence)):
+
+        def of_batch(index: int) -> list[float]:
             with masked.removed_part(parts):
                 value = divergence(index)
                 try:
@@ -71,6 +74,12 @@ def by_gradient(
                     raise InvalidOption(
                         f"{type(model).__name__} can't be differentiated ({str(error).splitlines()[0]}): take by=probes"
                     ) from error
-            for name, gradient in zip(parts, found, strict=True):
-                costs[name][index] = 0.0 if gradient is None else float(gradient)
-    return {name: math.fsum(values) / len(divergence) for name, values in costs.items()}
+            return [0.0 if gradient is None else float(gradient) for gradient in found]
+
+        return _means(list(parts), divergence.each(of_batch))
+
+
+def _means(names: Sequence[str], of_batches: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Name to the mean of its values, of which each batch gives one, in the order of the names."""
+    columns = zip(*of_batches, strict=True)
+    return {name: math.fsum(values) / len(of_batches) for name, values in zip(names, columns, strict=True)}

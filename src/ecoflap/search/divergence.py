@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import Objective
 from ecoflap.registry import unknown
 from ecoflap.search.kl import mean_kl
+from ecoflap.workers import ALONE, Workers, part
 
 METRICS = ("auto", "kl", "loss")
+T = TypeVar("T")
 
 
 class Divergence:
@@ -31,42 +33,57 @@ class Divergence:
         batches: calibration batches.
         objective: loss of a batch that lies anywhere, the same in every call.
         metric: ``kl``, ``loss``, or ``auto``: ``kl`` where the objective runs one forward that gives logits.
+        workers: those among whom :meth:`each` shares out the batches; each records its own.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], objective: Objective, metric: str = "auto") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        objective: Objective,
+        metric: str = "auto",
+        workers: Workers = ALONE,
+    ) -> None:
         if metric not in METRICS:
             raise unknown("metric", metric, list(METRICS))
         self._model, self._batches, self._objective = model, batches, objective
         self.metric = metric
-        self._references: list[Tensor] = []
-        self._dense: list[float] = []
+        self._workers = workers
+        self._references: dict[int, Tensor] = {}
+        self._dense: dict[int, float] = {}
 
     def record(self) -> None:
-        """Run the model as it is on all batches, and take its outputs for the dense ones.
+        """Run the model as it is on the batches, and take its outputs for the dense ones.
 
         Raises:
             NonFiniteLoss: a loss is NaN or infinite.
             InvalidOption: ``kl`` is asked for, but the objective does not run one forward with logits.
         """
-        self._references, self._dense = [], []
+        self._references, self._dense = {}, {}
         with torch.no_grad():
-            for index in range(len(self._batches)):
+            for index in part(len(self._batches), self._workers.count, self._workers.rank):
                 loss, outputs = self._run(index)
-                self._dense.append(self._finite(float(loss), index))
+                self._dense[index] = self._finite(float(loss), index)
                 logits = _logits(outputs[0]) if len(outputs) == 1 else None
                 if logits is None and self.metric == "kl":
                     name = type(self._model).__name__
                     raise InvalidOption(f"metric=kl needs one forward of {name} that gives logits: take metric=loss")
                 if logits is None or self.metric == "loss":
                     self.metric = "loss"
-                    self._references = []
+                    self._references = {}
                     continue
-                self._references.append(logits[self._positions(index, logits)].clone())
+                self._references[index] = logits[self._positions(index, logits)].clone()
+        if "loss" in self._workers.gather(self.metric):
+            self.metric, self._references = "loss", {}
         if self.metric == "auto":
             self.metric = "kl"
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def each(self, work: Callable[[int], T]) -> list[T]:
+        """``work(index)`` of every batch, by the worker that has recorded it; known to all, in the batches' order."""
+        return self._workers.spaced(len(self), work)
 
     def __call__(self, index: int) -> Tensor:
         """Of batch ``index``: a scalar in fp32, with a graph where gradients are on.

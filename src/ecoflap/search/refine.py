@@ -31,6 +31,7 @@ from ecoflap.search.divergence import METRICS, Divergence
 from ecoflap.search.masked import MaskedModel
 from ecoflap.search.order import Order, local_errors
 from ecoflap.search.shares import Budgets, Shares, between, budgets_of, flattened
+from ecoflap.workers import ALONE, Workers
 
 BY = ("probes", "gradient")
 WEIGHTS = ("own", "masked")
@@ -149,6 +150,7 @@ def refine(
     seed: int = 0,
     progress: Progress | None = None,
     journal: SearchJournal | None = None,
+    workers: Workers = ALONE,
 ) -> Found:
     """Improve ``allocation`` by measuring the model masked by it. The model is as before afterwards.
 
@@ -164,7 +166,8 @@ def refine(
         loss: objective; also the measure, where the outputs' divergence can't be.
         shares: options of the allocation: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity.
         seed: of the swaps.
-        journal: state of an interrupted search, and where the new one goes.
+        journal: state of an interrupted search, and where the new one goes; the same for all workers.
+        workers: those who have model and batches alike; each runs a share of the batches.
 
     Raises:
         InvalidOption: the model can't be differentiated, or has no logits for ``metric=kl``.
@@ -177,7 +180,7 @@ def refine(
     with ExitStack() as state:
         for context in (evaluating(model), cache_disabled(model)):
             state.enter_context(context)
-        divergence = Divergence(model, batches, on_device(loss), options.metric)
+        divergence = Divergence(model, batches, on_device(loss), options.metric, workers)
         divergence.record()
         steps = len(PHASES[options.granularity]) * options.rounds + options.swaps
         kept = journal.load()
@@ -321,10 +324,12 @@ class _Search:
 
     def _measure(self, zeros: Mapping[str, int]) -> float:
         self._mask(zeros)
-        values = []
-        for index in range(len(self.divergence)):
+
+        def value(index: int) -> float:
             self.replay.reset()  # its memory is of one batch, and of other masks
-            values.append(self.divergence.value(index))
+            return self.divergence.value(index)
+
+        values = self.divergence.each(value)
         return math.fsum(values) / len(values)
 
     def _mask(self, zeros: Mapping[str, int]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from ecoflap.curve import Curve
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.network.parts import Anatomy, Block
 from ecoflap.network.replay import Replay
@@ -68,13 +68,21 @@ class Sensitivity:
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * len(self.sparsities)
 
+    def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
+        """One a batch and block."""
+        for index in range(len(context.batches)):
+            for block in context.anatomy.blocks:
+                if block.layers:
+                    levels = range(len(self.sparsities))
+                    yield tuple((layer.name, index, number) for number in levels for layer in block.layers)
+
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """Divergences, batch by batch and block by block; ``draw`` is the number of the level."""
         model, anatomy = context.model, context.anatomy
         todo = [index for index in range(len(context.batches)) if self._open(context, anatomy.blocks, index)]
-        if not todo:
+        if not any(context.workers.gather(bool(todo))):  # those with nothing left help with the statistics
             return
-        statistics = dense_norms(model, anatomy, context.batches, context.objective)
+        statistics = dense_norms(model, anatomy, context.batches, context.objective, workers=context.workers)
         order = Order.of(statistics, needs="none" if self.order == "magnitude" else "norm", compare=None)
         divergence = Divergence(model, context.batches, context.objective, self.metric)
         divergence.record()

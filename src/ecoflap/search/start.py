@@ -18,6 +18,7 @@ from ecoflap.search.compensated import compensated
 from ecoflap.search.order import Order
 from ecoflap.search.refine import Found, SearchJournal, SearchOptions, refine
 from ecoflap.statistics.dense import dense_norms, dense_statistics
+from ecoflap.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,12 +50,15 @@ def search_allocation(
     seed: int = 0,
     progress: Progress | None = None,
     journal: SearchJournal | None = None,
+    workers: Workers = ALONE,
 ) -> Found:
     """:func:`ecoflap.search.refine.refine` from ``allocation``, for a registered local criterion.
 
     Args:
         batches: calibration batches; all of them make the statistics, the first ``options.samples`` are searched on.
         compare: the user's ``row`` or ``matrix``; None for the criterion's own.
+        journal: the same for all workers.
+        workers: those who have model and batches alike.
 
     Raises:
         CalibrationError: fewer samples than the search is to have.
@@ -64,11 +68,11 @@ def search_allocation(
     run, ranked = on_device(loss), _compare(compare)
     if rule.statistics == "gram" and options.weights == "own":
         grams: dict[str, Any] = {}
-        for _, found in dense_statistics(model, anatomy, batches, run, kind="gram"):
+        for _, found in dense_statistics(model, anatomy, batches, run, kind="gram", workers=workers):
             grams.update(found)
         order: Order = compensated(grams, rule, rule.damping, ranked)
     else:
-        norms = dense_norms(model, anatomy, batches, run)
+        norms = dense_norms(model, anatomy, batches, run, workers=workers)
         order = Order.of(norms, needs=rule.statistics, compare=ranked)
     return refine(
         model,
@@ -82,6 +86,7 @@ def search_allocation(
         seed=seed,
         progress=progress,
         journal=journal,
+        workers=workers,
     )
 
 

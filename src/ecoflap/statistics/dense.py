@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -14,9 +15,13 @@ from ecoflap.network.offload import resident
 from ecoflap.network.parts import Anatomy, Block, Tower
 from ecoflap.network.trace import evaluating
 from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.collect import EVERYWHERE, agreed, collect
 from ecoflap.statistics.gather import Gatherer, InputsDiverged
 from ecoflap.statistics.inputs import STATISTICS, InputStatistics
 from ecoflap.statistics.tokens import chooser
+from ecoflap.workers import ALONE, Share, Workers, share_of
+
+Keepers = Callable[[Mapping[str, str]], Mapping[str, int]]
 
 
 def dense_statistics(
@@ -28,6 +33,7 @@ def dense_statistics(
     kind: str = "norm",
     skip: Collection[str] = (),
     offload: bool = False,
+    workers: Workers = ALONE,
 ) -> Iterator[tuple[Block, Mapping[str, InputStatistics | None]]]:
     """Each block with the statistics of its layers' inputs, as soon as they are gathered.
 
@@ -41,6 +47,7 @@ def dense_statistics(
         kind: "norm" (Wanda) or "gram" (SparseGPT's Hessian).
         skip: names of blocks whose statistics nobody wants; after the last one that is wanted a tower is left.
         offload: keep block inputs on the CPU.
+        workers: those among whom the batches are shared out; all get all statistics.
 
     Yields:
         Blocks in the order of a forward, each with layer name to statistics; None where no token reached the layer.
@@ -49,6 +56,8 @@ def dense_statistics(
         NonFiniteLoss: an input is NaN or infinite.
     """
     decoder = decoder_of(anatomy)
+    part = share_of(len(batches), workers)
+    batches = [batches[number] for number in part.batches]
     masks = {index: token_masks(batch, decoder is not None) for index, batch in enumerate(batches)}
     with evaluating(model), cache_disabled(model):  # a captured cache would be filled twice, and hide k and v
         for tower in anatomy.towers:
@@ -62,7 +71,10 @@ def dense_statistics(
                     driver.run(index)
                     continue
                 with resident(model, block.name):
-                    gathered = gather(model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder))
+                    gathered = gather(
+                        model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder),
+                        part=part, workers=workers,
+                    )  # fmt: skip
                 found = {layer.name: gathered.statistics(layer) for layer in block.layers}
                 yield block, {name: got if got is not None and got.tokens else None for name, got in found.items()}
                 if block == wanted[-1]:
@@ -70,14 +82,20 @@ def dense_statistics(
 
 
 def dense_norms(
-    model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], run: Run, *, offload: bool = False
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Any],
+    run: Run,
+    *,
+    offload: bool = False,
+    workers: Workers = ALONE,
 ) -> dict[str, InputStatistics]:
     """``InputNorm`` of every prunable layer of the dense model, by parameter name; ``.norm`` is (columns,) fp32.
 
     Layers that no token reached are not in it. Arguments and errors as in :func:`dense_statistics`.
     """
     found: dict[str, InputStatistics] = {}
-    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload):
+    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload, workers=workers):
         found.update({name: got for name, got in statistics.items() if got is not None})
     return found
 
@@ -104,16 +122,35 @@ def gather(
     masks: Mapping[int, TokenMasks],
     sequence: str | None,
     tokens: TokenChoice = ALL,
+    *,
+    part: Share | None = None,
+    workers: Workers = ALONE,
+    keepers: Keepers | None = None,
 ) -> Gatherer:
-    """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile."""
-    choose = chooser(tokens, model, driver, index, block, masks, sequence)
+    """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile.
+
+    Args:
+        masks: of the batches that this worker runs.
+        part: which these are among all; by default all, in one group.
+        keepers: of layer to the layer whose input it shares, gives layer to the worker that wants its statistics;
+            by default all workers get all.
+    """
+    choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
     for share in (True, False):
-        try:
-            with Gatherer(model, block, make, masks, sequence, share=share, choose=choose) as gatherer:
-                driver.run(index, gatherer.before)
-            gatherer.check()
+        gatherer = None
+        with suppress(InputsDiverged):
+            with Gatherer(model, block, make, masks, sequence, share=share, choose=choose, part=part) as watching:
+                driver.run(index, watching.before)
+            watching.check()
+            gatherer = watching
+        if workers.count == 1 and gatherer is not None:
+            for owner in dict.fromkeys(gatherer.owners.values()):
+                gatherer.held(owner).close()
             return gatherer
-        except InputsDiverged:
-            if not share:
-                raise
-    raise AssertionError("unreachable")
+        with suppress(InputsDiverged):
+            found = agreed(gatherer, workers, block.layers)
+            assert gatherer is not None
+            wanted = keepers(gatherer.owners) if keepers is not None else dict.fromkeys(found, EVERYWHERE)
+            collect(gatherer, workers, found, wanted, model.get_parameter(block.layers[0].name).device)
+            return gatherer
+    raise AssertionError("layers that share nothing can't diverge")

@@ -19,6 +19,7 @@ from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.statistics.own_mask import OwnMasks, own_masks
 from ecoflap.statistics.routed import RoutedTokens
 from ecoflap.statistics.tokens import Chooser
+from ecoflap.workers import Share
 
 
 class InputsDiverged(Exception):
@@ -56,6 +57,7 @@ class Gatherer:
             (vision towers).
         share: False gives each layer its own accumulator.
         choose: which tokens of the block's own sequence count in each of its calls; None where all real ones do.
+        part: the batches that this worker runs, which are those that ``masks`` are of; by default all in one group.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Gatherer:
         *,
         share: bool = True,
         choose: Chooser | None = None,
+        part: Share | None = None,
     ) -> None:
         self._model, self._block, self._make = model, block, make
+        self._part = part or Share(range(len(masks)), (0,) * len(masks))
         self._masks, self._sequence, self._share = masks, sequence, share
         self._of: dict[str, InputStatistics] = {}
         self._owner: dict[str, str] = {}
@@ -141,6 +145,21 @@ class Gatherer:
         self._chosen = None if self._choose is None else self._choose(self._number, call)
         self._number += 1
 
+    @property
+    def owners(self) -> Mapping[str, str]:
+        """Layer to the layer whose accumulator is its own, too, for all that were reached."""
+        return self._owner
+
+    def held(self, owner: str, columns: int = 0) -> InputStatistics:
+        """The accumulator of ``owner``; a new one of so many columns where no call of this worker reached it."""
+        if owner not in self._of:
+            self._of[owner] = self._make(columns)
+        return self._of[owner]
+
+    def settle(self, owners: Mapping[str, str]) -> None:
+        """Go by these owners, which are those of all workers."""
+        self._owner = dict(owners)
+
     def check(self) -> None:
         """Raises InputsDiverged if layers that share an accumulator were called a different number of times."""
         for name, owner in self._owner.items():
@@ -169,12 +188,15 @@ class Gatherer:
         if owner is None:
             self._owner[name] = owner = name
             self._of[name] = self._make(layer.shape[1])
+            self._of[name].apart = not self._part.leads
         elif owner != name:
             raise InputsDiverged(name)
+        self._of[owner].begin(self._part.groups[self._batch])
         try:
             self._of[owner].update(x, self._keep(x, layer))
         except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"calibration batch {self._batch}, layer {name}: {error}", self._batch) from error
+            batch = self._part.batches[self._batch]
+            raise NonFiniteLoss(f"calibration batch {batch}, layer {name}: {error}", batch) from error
         self._fed.append((x, owner))
 
     def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
 import torch
@@ -15,17 +15,61 @@ Self = TypeVar("Self", bound="_Accumulator")
 
 
 class _Accumulator:
-    """A sum over tokens that follows its first input's device."""
+    """A sum over tokens that follows its first input's device.
+
+    It may be made of several sums, one for each group of batches (:class:`ecoflap.workers.Share`): :meth:`begin` says
+    to which one the next inputs belong, and :meth:`close` must be called before anything is read.
+
+    Attributes:
+        apart: keep the sums of the groups, because those of another worker stand before them.
+    """
 
     def __init__(self, columns: int, shape: tuple[int, ...]) -> None:
         self.columns = columns
         self.tokens = 0
+        self.apart = False
         self._sum = torch.zeros(shape)
+        self._closed: list[Tensor] = []
+        self._group: int | None = None
+
+    def begin(self, group: int) -> None:
+        """What comes next is of this group; groups come in their order."""
+        if self._group is not None and group != self._group:
+            if self._closed and not self.apart:
+                self._closed[0] += self._sum
+                self._sum.zero_()
+            else:
+                self._closed.append(self._sum)
+                self._sum = torch.zeros_like(self._sum)
+        self._group = group
+
+    def close(self) -> None:
+        """No more inputs come: the sum is that of all groups, from the first to the last.
+
+        Raises:
+            NonFiniteLoss: the groups are finite, and their sum is not.
+        """
+        if self._closed:
+            self.absorb(self.sums())
+
+    def sums(self) -> list[Tensor]:
+        """The sums of the groups that stand for themselves, in their order."""
+        return [*self._closed, self._sum]
+
+    def absorb(self, sums: Iterable[Tensor], tokens: int = 0) -> None:
+        """Become the sum of these, added from the first to the last; ``tokens`` are counted in addition."""
+        total: Tensor | None = None
+        for one in sums:
+            total = one if total is None else total.add_(one)
+        if total is not None:
+            self._sum, self._closed, self._group = total, [], None
+        self.tokens += tokens
+        self._check()
 
     def clone(self: Self) -> Self:
         """A copy that goes its own way from here."""
         twin = copy.copy(self)
-        twin._sum = self._sum.clone()
+        twin._sum, twin._closed = self._sum.clone(), [one.clone() for one in self._closed]
         return twin
 
     def _tokens_of(self, x: Tensor, keep: Tensor | None) -> Tensor:
@@ -41,10 +85,18 @@ class _Accumulator:
             self._sum = self._sum.to(flat.device)
         return flat.to(self._sum.device, torch.float32)
 
-    def _counted(self, tokens: int, squares: Tensor) -> None:
-        if tokens and not torch.isfinite(squares).all():
-            raise NonFiniteLoss("a layer's input is NaN, infinite or too large to square in fp32")
+    def _counted(self, tokens: int) -> None:
+        if tokens:
+            self._check()
         self.tokens += tokens
+
+    def _check(self) -> None:
+        if not torch.isfinite(self._squares()).all():
+            raise NonFiniteLoss("a layer's input is NaN, infinite or too large to square in fp32")
+
+    def _squares(self) -> Tensor:
+        """(columns,), where anything that is not finite shows."""
+        return self._sum
 
 
 class InputNorm(_Accumulator):
@@ -66,7 +118,7 @@ class InputNorm(_Accumulator):
         """
         tokens = self._tokens_of(x, keep)
         self._sum += tokens.square().sum(dim=0)
-        self._counted(len(tokens), self._sum)
+        self._counted(len(tokens))
 
     @property
     def norm(self) -> Tensor:
@@ -97,7 +149,10 @@ class InputGram(_Accumulator):
         tokens = self._tokens_of(x, keep)
         self._sum.addmm_(tokens.T, tokens)
         self._factor = None
-        self._counted(len(tokens), self._sum.diagonal())  # a bad entry anywhere spoils the diagonal
+        self._counted(len(tokens))
+
+    def _squares(self) -> Tensor:
+        return self._sum.diagonal()  # a bad entry anywhere spoils the diagonal
 
     @property
     def norm(self) -> Tensor:

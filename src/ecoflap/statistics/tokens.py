@@ -15,6 +15,7 @@ from ecoflap.network.drive import BlockCall, TowerDriver
 from ecoflap.network.parts import Block
 from ecoflap.network.trace import tensors_in
 from ecoflap.statistics.choice import TokenChoice
+from ecoflap.workers import ALONE, Workers
 
 Chooser = Callable[[int, BlockCall], Tensor | None]
 
@@ -49,19 +50,24 @@ def chooser(
     block: Block,
     masks: Mapping[int, TokenMasks],
     sequence: str | None,
+    workers: Workers = ALONE,
 ) -> Chooser | None:
     """The tokens that count in each call of a block (by its number among the calls); None where all do.
 
     The driver has taken the block's inputs. "atv" runs the block once more on all of them.
+
+    Args:
+        masks: of the batches that this worker runs; how many visual tokens count is decided on those of all.
     """
     shared = sequence == "encoder" and any(mask.image is not None for mask in masks.values())
-    if choice.name == "all" or not shared:
+    if choice.name == "all" or not any(workers.gather(shared)):
         return None
     drifts = _drifts(model, driver, index, block) if choice.name == "atv" else []
     reach = choice.used
-    if drifts:
-        seen = [drift[_visual(masks[batch], drift, block)] for batch, drift in drifts]
-        reach = min(1.0, reach * float(torch.cat(seen).mean()))
+    if choice.name == "atv":
+        seen = [drift[_visual(masks[batch], drift, block)].cpu() for batch, drift in drifts]
+        if everywhere := [one for of_worker in workers.gather(seen) for one in of_worker]:
+            reach = min(1.0, reach * float(torch.cat(everywhere).mean()))
 
     def choose(number: int, call: BlockCall) -> Tensor | None:
         mask = masks[call.batch]
