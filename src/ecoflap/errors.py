@@ -64,6 +64,12 @@ class MissingDependency(EcoflapError):
     """An optional package is needed; the message gives the ``pip install`` line."""
 
 
+class WorkerLost(EcoflapError):
+    """Another worker has ended, so that this one can't go on either."""
+
+    exit_code = 1
+
+
 class HubError(EcoflapError):
     """The Hub refuses, or can't be reached: no token, no right to write, no network. Nothing on the disk is changed."""
 

@@ -7,27 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ecoflap.errors import EcoflapError
+from ecoflap import elastic
+from ecoflap.errors import WorkerLost
 from ecoflap.exchange import pack, unpack
-from ecoflap.workers import ALONE, Workers, launched, restarts
+from ecoflap.workers import ALONE, Workers, launched
 
 # How long a worker waits for another. One that ends is noticed at once, and torchrun notices a lost machine; this is
 # for a network that swallows everything, and must be longer than the slowest worker may lag behind.
 PATIENCE = timedelta(hours=4)
-_REACH = timedelta(seconds=10)  # to reach the launcher's store, which is there or not
-
-
-class WorkerLost(EcoflapError):
-    """Another worker has ended, so that this one can't go on."""
-
-    exit_code = 1
 
 
 @contextmanager
@@ -45,8 +38,11 @@ def joined() -> Iterator[Workers]:
     direct = devices >= int(os.environ.get("LOCAL_WORLD_SIZE", found.local + 1)) > 0
     if devices:
         torch.cuda.set_device(found.local % devices)
+    backend, options = "cpu:gloo,cuda:nccl" if direct else "gloo", dict[str, Any]()
     with _whole():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if direct else "gloo", timeout=PATIENCE)
+        if (store := elastic.store()) is not None:
+            options = {"store": elastic.round_of(store, found), "rank": found.rank, "world_size": found.count}
+        dist.init_process_group(backend, timeout=PATIENCE, **options)
     workers = Processes(found.rank, found.count, found.local, direct)
     yield workers
     # Not after an error: with a worker gone this might wait for it, and the process ends anyway.
@@ -59,8 +55,7 @@ def _whole() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what all backends raise for a peer that is gone
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise WorkerLost(f"another worker has ended ({line}); the same command with --resume goes on") from error
+        raise WorkerLost("another worker has ended; the same command with --resume goes on from here") from error
 
 
 @dataclass(frozen=True)
@@ -127,43 +122,3 @@ def device_of(wanted: str, workers: Workers) -> str:
     """The device of this worker: with ``auto`` and several workers, the GPU of its number on its machine."""
     devices = torch.cuda.device_count() if wanted == "auto" and workers.count > 1 else 0
     return f"cuda:{workers.local % devices}" if devices else wanted
-
-
-def first_to_fail() -> bool:
-    """Whether no other worker has told the user yet why the job ends."""
-    store, found = _store(), launched()
-    if store is None or found is None:
-        return found is None or found.first
-    try:
-        return int(store.add(f"ecoflap/failed/{restarts()}", 1)) == 1
-    except RuntimeError:
-        return found.first
-
-
-def note_begun(run: Path) -> None:
-    """Let a restart of this launch know that the run in this folder is its own."""
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ and (store := _store()) is not None:
-        store.set(_begun(run), "yes")
-
-
-def restarted(run: Path) -> bool:
-    """Whether torchrun has started the workers again, after they had begun the run in this folder."""
-    if not restarts():
-        return False
-    store = _store()
-    return store is not None and bool(store.check([_begun(run)]))
-
-
-def _begun(run: Path) -> str:
-    return f"ecoflap/begun/{run.expanduser().absolute()}"
-
-
-def _store() -> Any | None:
-    """The launcher's store, which outlives the workers; None where it can't be reached."""
-    try:
-        port = int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], port, is_master=False, timeout=_REACH
-        )
-    except (KeyError, ValueError, RuntimeError):
-        return None

@@ -78,11 +78,6 @@ def launched() -> Workers | None:
     return Workers(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
 
 
-def restarts() -> int:
-    """How often torchrun has started this launch's workers anew, because one had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def part(count: int, parts: int, number: int) -> range:
     """The part ``number`` of ``count`` things in ``parts`` contiguous parts, whose sizes differ by 1 at most."""
     size, more = divmod(count, parts)

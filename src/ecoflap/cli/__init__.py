@@ -88,7 +88,7 @@ def _fail(message: str, code: int) -> NoReturn:
         sys.exit(code)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the launcher ends all workers as soon as one has ended
-    from ecoflap.processes import first_to_fail
+    from ecoflap.elastic import first_to_fail
 
     if first_to_fail():
         sys.stderr.write(line)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +29,7 @@ from ecoflap.options import OUTPUT, with_recipe_options
 from ecoflap.recipe import Recipe
 from ecoflap.run import METRICS, MODEL, REPORT, RunDirectory
 from ecoflap.terminal import standard_error, standard_output
-from ecoflap.workers import ALONE, launched, restarts
+from ecoflap.workers import ALONE, launched
 
 
 @app.command(cls=Command, short_help="The whole job: a run directory with the sparse model and report.html.")
@@ -62,23 +64,23 @@ def prune(
     progress = progress_to(quiet or as_json)
     first = (launched() or ALONE).first
     if first:
-        if restarts():
-            from ecoflap.processes import restarted
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from ecoflap.elastic import begun
 
-            resume, overwrite = (True, False) if restarted(output) else (resume, overwrite)
+            resume, overwrite = (True, False) if begun(output) else (resume, overwrite)
         _check_hub(push_to_hub, private)
         # Looked at once before anything heavy is imported, so that a folder in use is told at once.
         examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
         if examined.complete and not quiet:
             standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
     from ecoflap.pipeline import run_recipe
-    from ecoflap.processes import joined, note_begun
+    from ecoflap.processes import joined
 
     say = None if quiet or as_json or not first else say_line
     with joined() as workers:
         run = run_recipe(
             recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say, workers=workers,
-            begun=lambda: note_begun(output) if first else None,
+            begun=partial(_note_begun, output) if first else None,
         )  # fmt: skip
     if not first:
         return
@@ -95,6 +97,13 @@ def prune(
             typer.echo(f"pushed  {pushed}")
     if failure is not None:
         raise failure
+
+
+def _note_begun(output: Path) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else there is no need to import torch.distributed
+        from ecoflap.elastic import note_begun
+
+        note_begun(output)
 
 
 def _check_hub(repo_id: str | None, private: bool) -> None:

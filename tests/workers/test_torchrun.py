@@ -1,0 +1,122 @@
+"""Real processes under torchrun: the files of one worker, also where some are killed; one line where one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import picos
+import psutil
+import pytest
+from console import poisoned_llama, prose, same_result
+
+from ecoflap.pipeline import run_recipe
+from ecoflap.recipe import Recipe
+
+# The number of threads decides the last bits of a sum on a CPU; torchrun gives each worker one by default.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def launch(folder: Path, workers: int, *arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "--max-restarts", str(restarts), "-m", "ecoflap", *map(str, arguments)],
+        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def options(recipe: Recipe) -> list[str]:
+    given = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"model"})
+    pairs = [[f"--{name.replace('_', '-')}", str(value)] for name, value in given.items()]
+    return [str(recipe.model), *(word for pair in pairs for word in pair)]
+
+
+def same_metrics(run: Path, other: Path) -> None:
+    def metrics(folder: Path) -> Any:
+        found = json.loads((folder / "metrics.json").read_text("utf-8"))
+        return {name: value for name, value in found.items() if name not in ("stages", "environment")}
+
+    assert metrics(run) == metrics(other)
+
+
+def ours(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("ecoflap: ")]
+
+
+def test_four_workers_end_like_one(tmp_path: Path) -> None:
+    picos.write_checkpoint("llama", tmp_path / "llama")
+    data = str(prose(tmp_path / "prose.txt"))
+    recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=10, batch_size=1, sequence_length=12,
+                    importance="gradient-norm", criterion="sparsegpt", test=data, test_samples=5)  # fmt: skip
+    process = launch(tmp_path, 4, "prune", *options(recipe), "-o", "four", "--json")
+    run_recipe(recipe, tmp_path / "one")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert json.loads(out)["run"] == "four"  # printed once
+    same_result(tmp_path / "one", tmp_path / "four")
+    same_metrics(tmp_path / "one", tmp_path / "four")
+    assert sorted(path.name for path in (tmp_path / "four").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+
+
+def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def kill(process: subprocess.Popen[str], rank: int) -> None:
+    """End one worker as the kernel does where memory runs out."""
+    for child in psutil.Process(process.pid).children():
+        if child.environ().get("RANK") == str(rank):
+            child.send_signal(signal.SIGKILL)
+
+
+def test_workers_that_are_killed_in_each_stage_are_started_anew_and_end_like_one(tmp_path: Path) -> None:
+    picos.write_checkpoint("llama", tmp_path / "llama")
+    data = str(prose(tmp_path / "prose.txt", 6000))
+    recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=90, batch_size=2, sequence_length=60,
+                    importance_samples=40)  # fmt: skip
+    process = launch(tmp_path, 3, "prune", *options(recipe), "-o", "killed", "--quiet", restarts=2)
+    journal = tmp_path / "killed" / "journal"
+
+    def lines(name: str) -> int:
+        return (journal / name).read_bytes().count(b"\n") if (journal / name).exists() else 0
+
+    wait_until(process, lambda: lines("importance-1.jsonl") >= 20)
+    kill(process, 1)
+    wait_until(process, lambda: len(list((journal / "blocks").glob("*.safetensors"))) >= 1)
+    kill(process, random.randrange(3))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    log = (tmp_path / "killed" / "log.txt").read_text("utf-8")
+    assert log.count("run begins") == 1
+    assert log.count("run goes on") == 2
+    run_recipe(recipe, tmp_path / "whole")
+    same_result(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("where", ["at once", "in stage 1"])
+def test_what_fails_is_told_in_one_line_once(tmp_path: Path, where: str) -> None:
+    poisoned_llama(tmp_path / "llama", "star")
+    text = prose(tmp_path / "prose.txt", 120).read_text("utf-8").replace("star", "the").split()
+    text[-2] = "star"
+    (tmp_path / "prose.txt").write_text(" ".join(text), "utf-8")
+    more = ["--sparsity", "2"] if where == "at once" else []
+    process = launch(
+        tmp_path, 2, "prune", "llama", "--calibration", "prose.txt", "--samples", "10", "--batch-size", "1",
+        "--sequence-length", "12", *more,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    (line,) = ours(err)
+    assert ("sparsity" if more else "the loss of calibration batch") in line
