@@ -103,7 +103,9 @@ class Processes(Workers):
     @contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
         """``tensor`` whole and where it can travel; what is written there is written into it."""
-        moved = tensor.contiguous() if self.direct else tensor.cpu().contiguous()
+        # A device map may have put it on another GPU than the one by which this worker speaks.
+        place = torch.device("cuda", torch.cuda.current_device()) if self.direct and tensor.is_cuda else "cpu"
+        moved = tensor.to(place).contiguous()
         yield moved
         if moved.data_ptr() != tensor.data_ptr() or moved.device != tensor.device:
             tensor.copy_(moved)
