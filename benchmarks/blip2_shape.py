@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from bound import block_flops, replay_bound
+from bound import block_flops, block_seconds, replay_bound
 from replay import in_turns, spread
 from transformers import (
     Blip2Config,
@@ -123,8 +123,9 @@ def main() -> None:
                 objective(model, batch)
 
         bound = replay_bound(*block_flops(model, anatomy.replayable, run), chosen.layers)
+        in_time = replay_bound(*block_seconds(model, anatomy.replayable, run), chosen.layers)
     found = in_turns(model, [batch], objective, chosen)
-    found |= {"bound": bound, "real_bound": real, "real_matrices": matrices}
+    found |= {"bound": bound, "bound_in_time": in_time, "real_bound": real, "real_matrices": matrices}
     print(
         f"widths divided by {options.shrink}, {len(chosen.layers)} of {len(anatomy.layers)} matrices: bound {bound:.2f}"
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -35,8 +36,30 @@ def block_flops(model: nn.Module, blocks: Sequence[str], run: Callable[[], Any])
     return found, counter.get_total_flops() - sum(found.values())
 
 
-def replay_bound(flops: dict[str, int], outside: int, layers: Sequence[Layer]) -> float:
-    """Operations of one plain probe of each layer to those of one with replay.
+def block_seconds(model: nn.Module, blocks: Sequence[str], run: Callable[[], Any]) -> tuple[dict[str, float], float]:
+    """Seconds of the processor in each block in one forward (the second one), and those outside of all blocks."""
+    found = dict.fromkeys(blocks, 0.0)
+    run()
+    with ExitStack() as hooks:
+        for name in blocks:
+
+            def enter(*_: Any, name: str = name) -> None:
+                found[name] -= time.process_time()
+
+            def leave(*_: Any, name: str = name) -> None:
+                found[name] += time.process_time()
+
+            block = model.get_submodule(name)
+            hooks.callback(block.register_forward_pre_hook(enter).remove)
+            hooks.callback(block.register_forward_hook(leave).remove)
+        begin = time.process_time()
+        run()
+        whole = time.process_time() - begin
+    return found, whole - sum(found.values())
+
+
+def replay_bound(flops: Mapping[str, float], outside: float, layers: Sequence[Layer]) -> float:
+    """Operations (or seconds) of one plain probe of each layer to those of one with replay.
 
     A probe with replay computes the block that holds the layer, all blocks after it, and what is outside of blocks
     (patches, embeddings, head): of one chain of blocks, nothing less can be right.

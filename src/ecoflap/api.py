@@ -126,6 +126,7 @@ def prune(
     search: bool | None = None,
     search_options: Mapping[str, Any] | None = None,
     importance_samples: int | None = None,
+    importance_error: float | None = None,
     importance_options: Mapping[str, Any] | None = None,
     loss: Objective | None = None,
     include: Sequence[str] = (),
@@ -155,6 +156,7 @@ def prune(
         search: improve the allocation by measuring the pruned model; by default where ``sensitivity`` is measured here.
         search_options: see :class:`ecoflap.search.refine.SearchOptions`.
         importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
+        importance_error: sample a layer only until its standard error is this share of its score.
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.network.anatomy.discover`.
@@ -169,6 +171,7 @@ def prune(
     """
     from ecoflap.calibration.objectives import default_objective, on_device
     from ecoflap.importance.measure import first_samples, make_measure, measure_importance
+    from ecoflap.importance.stopping import stopping_of
     from ecoflap.large import check_model
     from ecoflap.network.anatomy import discover
     from ecoflap.network.cache import cache_disabled
@@ -225,7 +228,9 @@ def prune(
     if not len(batches) and (measured or reads_data(criterion)):
         raise CalibrationError("no calibration batches: give at least one")
     if measured:  # a wrong option is told now, not after the forward passes
-        check_granularity(vars(make_measure(str(importance), dict(importance_options or {}))), granularity)
+        made = make_measure(str(importance), dict(importance_options or {}))
+        check_granularity(vars(made), granularity)
+        stopping_of(str(importance), made, importance_error)
         first_samples(batches, importance_samples)
     objective = loss or default_objective(model)
     first = batches[0] if len(batches) else None
@@ -245,6 +250,7 @@ def prune(
                 batches,
                 importance,
                 samples=importance_samples,
+                error=importance_error,
                 seed=seed,
                 loss=objective,
                 anatomy=anatomy,

@@ -23,7 +23,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
         "rule", "spread", "search", "search_options", "allocation",
     ),
-    "Importance (stage 1)": ("importance", "importance_options", "importance_samples"),
+    "Importance (stage 1)": ("importance", "importance_options", "importance_samples", "importance_error"),
     "Pruning (stage 2)": (
         "criterion", "criterion_options", "pattern", "compare", "tokens", "top_tokens", "offload_activations",
     ),

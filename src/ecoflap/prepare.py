@@ -32,6 +32,7 @@ from ecoflap.evaluations import check_evaluations, rehearse
 from ecoflap.importance.measure import EstimateJournal, first_samples, make_measure, measure_importance
 from ecoflap.importance.names import IMPORTANCES, own_rule
 from ecoflap.importance.scores import Importance, check_granularity
+from ecoflap.importance.stopping import stopping_of
 from ecoflap.large import check_blockwise, check_model, load_checkpoint
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
@@ -218,6 +219,7 @@ def check_importance_options(recipe: Recipe) -> None:
     _check_kinds("importance", IMPORTANCES.get(recipe.importance), recipe.importance_options)
     made = make_measure(recipe.importance, dict[str, Any](recipe.importance_options))
     check_granularity(vars(made), recipe.granularity)
+    stopping_of(recipe.importance, made, recipe.importance_error)
 
 
 def check_criterion_options(recipe: Recipe) -> None:
@@ -341,6 +343,7 @@ def measure(
         batches,
         recipe.importance,
         samples=recipe.importance_samples,
+        error=recipe.importance_error,
         seed=recipe.seed,
         loss=objective,
         anatomy=anatomy,

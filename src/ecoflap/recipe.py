@@ -113,6 +113,13 @@ class Recipe(BaseModel):
     )
     samples: int = Field(128, ge=1, description="Calibration samples of stage 2.")
     importance_samples: int = Field(32, ge=1, description="Calibration samples of stage 1: the first of the samples.")
+    importance_error: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="Sample a layer only until its standard error is this share of its score: 0.1. At most samples × "
+        "draws.",
+    )
     batch_size: int = Field(8, ge=1, description="Samples a forward.")
     sequence_length: int | None = Field(None, ge=2, description="Tokens a sample of plain text.")
     include: tuple[str, ...] = Field((), description="Layers or towers to prune that are dense by default.")

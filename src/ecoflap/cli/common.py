@@ -72,7 +72,7 @@ SHARE_FIELDS = (
     "rule", "spread",
 )  # fmt: skip
 GRID_FIELDS = tuple(name for name in Grid.model_fields if name not in {"model", "seed", *UNUSED, *FILE_ONLY})
-SCORE_FIELDS = ("importance", "importance_options", "importance_samples")
+SCORE_FIELDS = ("importance", "importance_options", "importance_samples", "importance_error")
 
 
 def file_option(text: str) -> Any:

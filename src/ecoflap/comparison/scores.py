@@ -29,6 +29,8 @@ _LATER = frozenset((
     "spread", "search", "search_options", "allocation",
     "criterion", "criterion_options", "pattern", "compare", "offload_activations",
 ))  # fmt: skip
+# Fields that came later: left out where they say nothing, or files of older grids would get other names.
+_NEWER = frozenset(("importance_error",))
 
 
 class Took(BaseModel):
@@ -53,7 +55,7 @@ def key_of(recipe: Recipe) -> str:
     decides = {
         name: value
         for name, value in recipe.to_dict().items()
-        if name not in SHARED and (name not in _LATER or name in reads)
+        if name not in SHARED and (name not in _LATER or name in reads) and (value is not None or name not in _NEWER)
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"{recipe.importance}-seed{recipe.seed}-{digest[:8]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -61,6 +62,8 @@ class FirstOrder:
         recompute: compute each block again in the backward pass instead of keeping its activations: one more forward a
             batch, same scores.
     """
+
+    scatter: ClassVar[float] = 0.0  # between batches alone
 
     variant: str = "weight-gradient"
     recompute: bool = True

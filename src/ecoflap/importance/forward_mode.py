@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch.autograd import forward_ad
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
-from ecoflap.importance.scores import Estimate
+from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.importance.zeroth_order import ZerothOrder
 from ecoflap.network.parts import Layer, Tower
 from ecoflap.network.replay import Replay
@@ -49,6 +50,8 @@ class ForwardMode:
         precision: ``fp32``, or ``native``: compute in the checkpoint's dtype, in half the memory where that is a half
             precision. A derivative is rounded there, but does not drown as a difference of losses does.
     """
+
+    scatter: ClassVar[float] = HALF_NORMAL_SPREAD
 
     draws: int = 1
     replay: bool = True

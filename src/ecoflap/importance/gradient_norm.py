@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ecoflap.importance.first_order import FirstOrder
 from ecoflap.importance.probe import Key, ProbeContext
@@ -17,6 +18,8 @@ class GradientNorm:
     Attributes:
         recompute: as in :class:`~ecoflap.importance.first_order.FirstOrder`.
     """
+
+    scatter: ClassVar[float] = 0.0  # between batches alone
 
     recompute: bool = True
 

@@ -16,13 +16,14 @@ from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.importance.names import IMPORTANCES
 from ecoflap.importance.probe import ImportanceMeasure, Key, Objective, ProbeContext
 from ecoflap.importance.scores import Estimate, Importance, summarise
+from ecoflap.importance.stopping import check_budget, stopping_of, turns
 from ecoflap.large import check_model
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy
 from ecoflap.network.perturb import computing_in_fp32, gradients_set_aside
 from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress, Silent
+from ecoflap.progress import Progress, Silent, Task
 from ecoflap.registry import check_option_names
 from ecoflap.workers import ALONE, Workers, part
 
@@ -85,6 +86,10 @@ def _is_native(measure: ImportanceMeasure) -> bool:
     return getattr(measure, "precision", "fp32") == "native"
 
 
+def _keys(pieces: Iterable[Sequence[Key]]) -> frozenset[Key]:
+    return frozenset(key for piece in pieces for key in piece)
+
+
 def own_share(pieces: Iterable[Sequence[Key]], known: Mapping[Key, float], workers: Workers) -> frozenset[Key]:
     """The estimates that this worker measures: a contiguous part of the pieces that are not known yet.
 
@@ -93,6 +98,32 @@ def own_share(pieces: Iterable[Sequence[Key]], known: Mapping[Key, float], worke
     todo = [piece for piece in pieces if any(key not in known for key in piece)]
     mine = (todo[number] for number in part(len(todo), workers.count, workers.rank))
     return frozenset(key for piece in mine for key in piece if key not in known)
+
+
+def _narrowed(
+    context: ProbeContext,
+    pieces: Sequence[Sequence[Key]] | None,
+    turn: Sequence[Sequence[Key]],
+    known: dict[Key, float],
+) -> ProbeContext:
+    """What this worker measures in a turn: its share of what is not known; without pieces, all of that."""
+    others = frozenset() if pieces is None else _keys(pieces) - own_share(turn, known, context.workers)
+    return replace(context, done=others | frozenset(known))
+
+
+def _measured(
+    measure: ImportanceMeasure, context: ProbeContext, journal: EstimateJournal, task: Task, pieces: Any
+) -> list[Any]:
+    """New estimates of all workers; this one's are in its journal, or those of all if all measure the same."""
+    fresh, shared = [], pieces is not None
+    for estimate in measure.estimates(context):
+        if shared or context.workers.first:
+            journal.append(estimate)
+        fresh.append((estimate.layer, estimate.batch, estimate.draw, estimate.value))
+        task.advance(1, estimate.layer)
+    # What all have measured alike is taken from one of them, so that all go on from the same numbers.
+    told = context.workers.gather(fresh) if shared else [context.workers.broadcast(fresh)]
+    return [row for of_worker in told for row in of_worker]
 
 
 def measure_importance(
@@ -106,6 +137,7 @@ def measure_importance(
     anatomy: Anatomy | None = None,
     progress: Progress | None = None,
     journal: EstimateJournal | None = None,
+    error: float | None = None,
     workers: Workers = ALONE,
     **options: Any,
 ) -> Importance:
@@ -123,16 +155,19 @@ def measure_importance(
         anatomy: what is prunable; by default discovered with the first batch.
         progress: where to report.
         journal: estimates that are known already (the same for all workers), and where this worker's new ones go.
+        error: sample a layer only until its standard error is this share of its score, see
+            :class:`~ecoflap.importance.stopping.Stopping`; batches × draws are the most. None takes them all.
         workers: those who have ``model`` and ``batches`` alike.
         options: of the importance: ``epsilon``, ``draws``, ``replay`` (zeroth order), ``variant`` (first order).
 
     Raises:
-        UnknownName, InvalidOption: as :func:`make_measure`.
+        UnknownName, InvalidOption: as :func:`make_measure`; or ``error`` is out of range, or not for this importance.
         CalibrationError: no or too few samples.
         NonFiniteLoss: names the batch and the layer.
     """
     measure = make_measure(importance, options)
     check_model(model, importance)
+    rule = stopping_of(importance, measure, error)
     batches = first_samples(batches, samples)
     objective = on_device(loss or default_objective(model))
     journal = journal or _MemoryJournal()
@@ -149,24 +184,18 @@ def measure_importance(
             anatomy = discover(model, batches[0], run=objective)
         known = {(e.layer, e.batch, e.draw): e.value for e in journal.estimates()}
         context = ProbeContext(model, anatomy, batches, objective, seed, frozenset(known), workers=workers)
-        total, shared = measure.steps(context), workers.count > 1 and hasattr(measure, "pieces")
-        if shared:
-            pieces: list[Sequence[Key]] = list(getattr(measure, "pieces")(context))  # noqa: B009
-            mine = own_share(pieces, known, workers)
-            total = len(known) + len(mine)
-            others = frozenset(key for piece in pieces for key in piece) - mine
-            context = replace(context, done=others | frozenset(known))
-        fresh = []
-        weights = measure.efforts(context) if hasattr(measure, "efforts") else None
+        pieces = list(measure.pieces(context)) if hasattr(measure, "pieces") else None
+        whole = _narrowed(context, pieces, pieces or (), known)
+        weights = measure.efforts(whole) if hasattr(measure, "efforts") and rule is None else None
+        total = measure.steps(context) if pieces is None else len(known) + len(_keys(pieces) - whole.done)
+        if rule is not None:
+            check_budget(rule, pieces or (), len(batches))
+            total = len(known) + len(_keys(pieces or ()) - known.keys())
         with (progress or Silent()).stage("importance", total, len(known), weights) as task:
-            for estimate in measure.estimates(context):
-                if shared or workers.first:
-                    journal.append(estimate)
-                fresh.append((estimate.layer, estimate.batch, estimate.draw, estimate.value))
-                task.advance(1, estimate.layer)
-        # What all have measured alike is taken from one of them, so that all go on from the same numbers.
-        told = workers.gather(fresh) if shared else [workers.broadcast(fresh)]
-        known |= {(layer, batch, draw): value for of_worker in told for layer, batch, draw, value in of_worker}
+            for turn, passed in [(pieces, 0)] if rule is None or pieces is None else turns(pieces, known, rule):
+                fresh = _measured(measure, _narrowed(context, pieces, turn or (), known), journal, task, pieces)
+                known |= {(layer, batch, draw): value for layer, batch, draw, value in fresh}
+                task.advance(passed)
     noisy = getattr(measure, "noisy", True)
     values: dict[str, list[float]] = defaultdict(list)
     for (layer, _, _), value in known.items():
@@ -178,6 +207,7 @@ def measure_importance(
             **({"scope": measure.scope} if hasattr(measure, "scope") else {}),
             **asdict(measure),  # type: ignore[call-overload]
             **context.remarks,
+            **({} if rule is None else {"error": rule.error}),
             "seed": seed,
             "batches": len(batches),
             "samples": sum(batch_size_of(batch) for batch in batches),

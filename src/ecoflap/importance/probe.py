@@ -77,9 +77,10 @@ class ProbeContext:
 class ImportanceMeasure(Protocol):
     """Yields estimates; averaging, journal, resume and precision are the caller's (``measure.py``).
 
-    A method ``efforts(context)`` may say how long each estimate to come takes, in any unit. Two class attributes may
-    say more: ``rule``, the allocation rule that the scores are made for (else "proportional";
-    ``names.py`` repeats it), and ``noisy``, False where a lone estimate has no standard error of its own.
+    A method ``efforts(context)`` may say how long each estimate to come takes, in any unit. Class attributes may
+    say more: ``rule``, the allocation rule that the scores are made for (else "proportional"; ``names.py`` repeats it);
+    ``noisy``, False where a lone estimate has no standard error of its own; ``scatter``, the smallest relative standard
+    deviation of one estimate, where sampling may stop when there are enough (``stopping.py``).
 
     A method ``pieces(context)`` lets several workers share the estimates: it gives their keys in the order of
     ``estimates``, those together that are measured together. Without it all workers measure all of them.

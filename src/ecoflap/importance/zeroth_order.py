@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
-from ecoflap.importance.scores import Estimate
+from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.network.replay import Replay
 
 
@@ -33,6 +34,8 @@ class ZerothOrder:
             noise. That takes as many probes as there are blocks, and estimates √(2/π)·(Σ‖∇L‖²)^½ over the block's
             matrices; each of them is given its part by its number of weights, so only the block's sum has a meaning.
     """
+
+    scatter: ClassVar[float] = HALF_NORMAL_SPREAD
 
     epsilon: float = 1e-3
     draws: int = 1

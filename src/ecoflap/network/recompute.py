@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ecoflap.network.forward import Forward, forward_replaced
 from ecoflap.network.heap import trim
 
-_TRIM_EVERY = 4  # calls of blocks
+_TRIM_EVERY = 2  # calls of blocks
 
 
 @contextmanager

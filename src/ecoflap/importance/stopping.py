@@ -1,0 +1,112 @@
+"""When a layer is measured well enough: its standard error is a given share of its score."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from ecoflap.errors import InvalidOption
+from ecoflap.importance.probe import Key
+from ecoflap.importance.scores import summarise
+
+LEAST = 3  # estimates of a layer, below which their scatter says nothing
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A layer has enough estimates when their standard error is at most ``error`` times their mean.
+
+    Whether it has is asked again and again, so that one lucky pair of like values must not end its sampling: where
+    estimates are known to scatter by at least ``scatter`` of their mean (|N(0, σ)|, whatever σ does from batch to
+    batch), n of them are not believed to have a standard error below ``scatter``/√n.
+
+    Attributes:
+        error: above 0 and below 1.
+        scatter: smallest relative standard deviation that one estimate can have; 0 where nothing is known.
+    """
+
+    error: float
+    scatter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.error < 1:
+            raise InvalidOption(f"importance_error must be above 0 and below 1, not {self.error}")
+
+    @property
+    def least(self) -> int:
+        """The smallest number of estimates that can be enough, unless all are zero."""
+        return max(LEAST, math.ceil((self.scatter / self.error) ** 2 * (1 - 1e-12)))
+
+    def enough(self, values: Sequence[float]) -> bool:
+        """Whether these estimates of one layer are enough; the same for any order of them."""
+        if len(values) >= LEAST and not any(values):
+            return True  # the loss does not depend on it
+        if len(values) < self.least:
+            return False
+        found = summarise(values)
+        return found.stderr <= self.error * found.score
+
+
+def rounds(pieces: Iterable[Sequence[Key]]) -> list[list[Sequence[Key]]]:
+    """Pieces (keys that are measured together) by draw, then by batch: every draw sees all batches before the next."""
+    ordered = sorted(pieces, key=_round)
+    return [list(group) for _, group in groupby(ordered, key=_round)]
+
+
+def _round(piece: Sequence[Key]) -> tuple[int, int]:
+    _, batch, draw = piece[0]
+    return draw, batch
+
+
+def turns(
+    pieces: Iterable[Sequence[Key]], known: Mapping[Key, float], rule: Stopping
+) -> Iterator[tuple[list[Sequence[Key]], int]]:
+    """Round by round: the pieces that are still to be measured, and the number of estimates that need not be.
+
+    A piece is wanted as long as a layer in it has not enough estimates in the rounds before; what else is known
+    decides nothing, so that an interrupted run takes the same turns again, whoever measures what.
+
+    Args:
+        known: filled by the caller with what was wanted, before it asks for the next round.
+    """
+    values: dict[str, list[float]] = {}
+    for of_round in rounds(pieces):
+        wanted = [piece for piece in of_round if any(not rule.enough(values.get(key[0], ())) for key in piece)]
+        asked = [key for piece in wanted for key in piece]
+        yield wanted, sum(len(piece) for piece in of_round) - len(asked)
+        for key in asked:
+            values.setdefault(key[0], []).append(known[key])
+
+
+def stopping_of(importance: str, measure: Any, error: float | None) -> Stopping | None:
+    """The rule for a measure; None without ``error``.
+
+    Raises:
+        InvalidOption: ``error`` is out of range, or the measure gives no independent estimates to take more or less of.
+    """
+    if error is None:
+        return None
+    if not hasattr(measure, "scatter"):
+        raise InvalidOption(
+            f"importance_error: importance {importance} is not sampled, so it has no error to stop at; it is for "
+            "zeroth-order, forward-mode, gradient-norm and first-order"
+        )
+    return Stopping(error, measure.scatter)
+
+
+def check_budget(rule: Stopping, pieces: Iterable[Sequence[Key]], batches: int) -> None:
+    """Warn where all estimates that may be taken of a layer are too few for the error."""
+    most = max(Counter(key[0] for piece in pieces for key in piece).values(), default=0)
+    if 0 < most < rule.least:
+        draws = most // batches
+        warnings.warn(
+            f"importance_error {rule.error:g} takes at least {rule.least} estimates a layer, and {batches} batches × "
+            f"{draws} draw{'s' if draws > 1 else ''} are {most}: raise importance_samples"
+            + (", or draws among the importance's options" if rule.scatter else ""),
+            stacklevel=3,
+        )
