@@ -10,7 +10,6 @@ signed estimates, with forward mode in fp32. Times are of the processor.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 
 import torch
 from replay import Kept, parser_of, prepared, spread
@@ -18,28 +17,18 @@ from torch import Tensor, nn
 
 from ecoflap import measure_importance
 from ecoflap.calibration.models import Batch
-from ecoflap.calibration.objectives import Objective, on_device
-from ecoflap.importance.probe import ProbeContext
+from ecoflap.calibration.objectives import Objective
 from ecoflap.importance.scores import Estimate
-from ecoflap.importance.zeroth_order import ZerothOrder
-from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy
-from ecoflap.network.trace import evaluating
 
 WAYS = ("forward mode, fp32", "zeroth order, fp32", "forward mode, bfloat16", "zeroth order, bfloat16")
 
 
 def estimates(way: str, model: nn.Module, batches: list[Batch], loss: Objective, anatomy: Anatomy) -> list[Estimate]:
-    """One way's estimates; the zeroth order in bfloat16, which the package refuses to do, by hand."""
-    if way == WAYS[3]:
-        context = ProbeContext(model, anatomy, batches, on_device(loss), seed=0)
-        with ExitStack() as state:
-            state.enter_context(evaluating(model))
-            state.enter_context(cache_disabled(model))
-            return list(ZerothOrder().estimates(context))
+    """One way's estimates."""
     kept = Kept()
     name = "forward-mode" if way.startswith("forward") else "zeroth-order"
-    options = {"precision": "native"} if way == WAYS[2] else {}
+    options = {"precision": "native"} if way.endswith("bfloat16") else {}
     found = measure_importance(model, batches, name, loss=loss, anatomy=anatomy, journal=kept, **options)
     if "fallback" in found.settings:
         raise SystemExit(f"no forward mode: {found.settings['fallback']}")

@@ -23,9 +23,7 @@ from ecoflap.importance.zeroth_order import ZerothOrder
 from ecoflap.network.parts import Layer, Tower
 from ecoflap.network.replay import Replay
 from ecoflap.network.tangents import differentiable_attention, tangent_of, with_tangent
-from ecoflap.registry import unknown
 
-PRECISIONS = ("fp32", "native")
 FALLBACK = "fallback"  # in the settings of an importance: towers whose scores are the zeroth order's, and why
 _TRIALS = 3  # noises with which a tower's derivatives are compared with differences of losses
 
@@ -59,9 +57,7 @@ class ForwardMode:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        check_probes(self.draws, self.probe)
-        if self.precision not in PRECISIONS:
-            raise unknown("precision", self.precision, list(PRECISIONS))
+        check_probes(self.draws, self.probe, self.precision)
 
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * self.draws

@@ -20,6 +20,7 @@ from ecoflap.network.replay import Replay
 from ecoflap.registry import unknown
 
 PROBES = ("matrix", "block")
+PRECISIONS = ("fp32", "native")
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,14 @@ class Probe:
             yield
 
 
-def check_probes(draws: int, probe: str) -> None:
+def check_probes(draws: int, probe: str, precision: str) -> None:
     """Raises InvalidOption or UnknownName for options of :func:`projections` that can't be."""
     if draws < 1:
         raise InvalidOption(f"draws must be at least 1, not {draws}")
     if probe not in PROBES:
         raise unknown("probe", probe, list(PROBES))
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, list(PRECISIONS))
 
 
 def efforts(context: ProbeContext, *, draws: int, probe: str, replay: bool, losses: int) -> list[float]:

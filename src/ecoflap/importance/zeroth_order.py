@@ -16,6 +16,7 @@ import torch
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
+from ecoflap.importance.rounding import tell_rounding
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.network.replay import Replay
 
@@ -33,6 +34,8 @@ class ZerothOrder:
         probe: ``matrix`` perturbs one matrix at a time; ``block`` all matrices of a block at once, each with its own
             noise. That takes as many probes as there are blocks, and estimates √(2/π)·(Σ‖∇L‖²)^½ over the block's
             matrices; each of them is given its part by its number of weights, so only the block's sum has a meaning.
+        precision: ``fp32``, or ``native``: compute in the checkpoint's dtype. Of half precision little is left in a
+            difference of losses; how little is measured, told in a warning, and kept as ``rounding`` in the settings.
     """
 
     scatter: ClassVar[float] = HALF_NORMAL_SPREAD
@@ -41,11 +44,12 @@ class ZerothOrder:
     draws: int = 1
     replay: bool = True
     probe: str = "matrix"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise InvalidOption(f"epsilon must be a positive number, not {self.epsilon}")
-        check_probes(self.draws, self.probe)
+        check_probes(self.draws, self.probe, self.precision)
 
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * self.draws
@@ -60,13 +64,18 @@ class ZerothOrder:
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """Signed projections g, batch by batch and unit by unit, without those in ``context.done``."""
+        if self.precision == "native":
+            tell_rounding(context, self._stepping, self.epsilon)
         return projections(context, self.projection, draws=self.draws, probe=self.probe, replay=self.replay)
 
     def projection(self, probe: Probe, replay: Replay) -> float:
         """Of the gradient on the noise of all the unit's matrices."""
+        return self._stepping(probe, replay, self.epsilon)
+
+    def _stepping(self, probe: Probe, replay: Replay, epsilon: float) -> float:
         weights, noises = probe.weights(), probe.noises()
         losses = []
-        for step in (self.epsilon, -self.epsilon):
+        for step in (epsilon, -epsilon):
             perturbed = [torch.add(weight, z, alpha=step) for weight, z in zip(weights, noises, strict=True)]
             with probe.using(perturbed, replay):
                 losses.append(probe.context.loss(probe.batch, probe.name))
@@ -75,4 +84,4 @@ class ZerothOrder:
             raise NonFiniteLoss(
                 f"the loss difference of {probe.name} on calibration batch {probe.batch} is {difference}", probe.batch
             )
-        return difference / (2 * self.epsilon)
+        return difference / (2 * epsilon)
