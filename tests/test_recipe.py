@@ -50,6 +50,7 @@ FULL: dict[str, Any] = {
     "objective": "my.module:loss",
     "samples": 64,
     "importance_samples": 16,
+    "importance_error": 0.2,
     "batch_size": 4,
     "sequence_length": 77,
     "include": ("qformer",),
