@@ -25,7 +25,8 @@ WRITERS = ("llama", "gpt2", "llava", "t5", "blip2_t5", "blip2_opt", "bert")
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_loss, "_NUMBERS", 3 * 64)  # three rows of the pico vocabulary at a time
+    for name in ("_NUMBERS", "_NUMBERS_WITH_GRADIENT"):
+        monkeypatch.setattr(row_loss, name, 3 * 64)  # three rows of the pico vocabulary at a time
 
 
 class Counted:
