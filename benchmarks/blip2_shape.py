@@ -1,6 +1,6 @@
 """Replay on the shape of BLIP-2 FlanT5-XL: the bound that its shapes set, and a shrunk copy measured beside its own.
 
-    python benchmarks/blip2_shape.py [--shrink 8] [--layers 49] [--output FILE]
+    python benchmarks/blip2_shape.py [--shrink 8] [--layers 21] [--output FILE]
 
 The real model exists on the meta device alone: its operations are counted without computing them. The copy has random
 weights, as many blocks, picture tokens and text tokens as the real one, and every width divided by ``--shrink``.
@@ -101,8 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shrink", type=int, default=8, help="what every width is divided by: 1, 2, 4, 8 or 16")
     parser.add_argument("--blocks", type=int, help="at most so many blocks a tower, for a quick look")
-    parser.add_argument("--layers", type=int, default=49, help="how many matrices are measured, evenly spread")
-    parser.add_argument("--samples", type=int, default=2, help="samples in the batch")
+    parser.add_argument("--layers", type=int, default=21, help="how many matrices are measured, evenly spread")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=16,
+        help="samples in the batch; fewer, and calling small blocks costs more than computing them",
+    )
     parser.add_argument("--prompt", type=int, default=40, help="tokens that the encoder reads, pictures' included")
     parser.add_argument("--answer", type=int, default=8, help="tokens that the decoder says")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
