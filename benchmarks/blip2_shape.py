@@ -131,9 +131,8 @@ def main() -> None:
         in_time = replay_bound(*block_seconds(model, anatomy.replayable, run), chosen.layers)
     found = in_turns(model, [batch], objective, chosen)
     found |= {"bound": bound, "bound_in_time": in_time, "real_bound": real, "real_matrices": matrices}
-    print(
-        f"widths divided by {options.shrink}, {len(chosen.layers)} of {len(anatomy.layers)} matrices: bound {bound:.2f}"
-    )
+    print(f"widths divided by {options.shrink}, {len(chosen.layers)} of {len(anatomy.layers)} matrices")
+    print(f"bound   {bound:8.2f}      by operations; {in_time:.2f} by the seconds that the blocks take here")
     print(f"plain   {found['plain']:8.2f} s a probe")
     print(f"replay  {found['replay']:8.2f} s a probe")
     print(f"ratio   {found['ratio']:8.2f}      estimates identical to the bit: {found['same']}")

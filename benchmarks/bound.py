@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecoflap.network.parts import Layer
+from ecoflap.network.tangents import differentiable_attention
 
 
 def block_flops(model: nn.Module, blocks: Sequence[str], run: Callable[[], Any]) -> tuple[dict[str, int], int]:
@@ -20,7 +21,8 @@ def block_flops(model: nn.Module, blocks: Sequence[str], run: Callable[[], Any])
     """
     model.requires_grad_(False)
     found = dict.fromkeys(blocks, 0)
-    with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+    # Attention by elementary operators: a fused one of the processor's would not be counted.
+    with differentiable_attention(), FlopCounterMode(display=False) as counter, ExitStack() as hooks:
         for name in blocks:
 
             def enter(*_: Any, name: str = name) -> None:
