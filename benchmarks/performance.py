@@ -36,6 +36,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {
         "gradients.py", "--sequence-length", "128", "--layers", "4", "--batches", "1"
     ),
     "forward mode, the embedded VLM": lambda: ["forward_mode.py", "--layers", "0"],
+    "replay, the shape of BLIP-2": lambda: ["blip2_shape.py"],
     "GPU": lambda: ["gpu.py"],
 }  # fmt: skip
 
