@@ -37,6 +37,10 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     ),
     "forward mode, the embedded VLM": lambda: ["forward_mode.py", "--layers", "0"],
     "replay, the shape of BLIP-2": lambda: ["blip2_shape.py"],
+    "larger than the memory, a small shape": lambda: [
+        "larger_than_memory.py", "--shape", "llama-1b", "--layers", "4", "--shard", "0.2", "--allowance", "2",
+        "--samples", "2", "--length", "8",
+    ],
     "GPU": lambda: ["gpu.py"],
 }  # fmt: skip
 
