@@ -115,7 +115,7 @@ class Estimates:
 
 
 MEASURES: dict[str, dict[str, Any]] = {
-    "zeroth-order": {"draws": 2},
+    "zeroth-order": {},
     "zeroth-order block": {"probe": "block"},
     "gradient-norm": {},
     "first-order": {"variant": "fisher"},
@@ -127,7 +127,7 @@ MEASURES: dict[str, dict[str, Any]] = {
 
 
 def measured(workers: Workers, measure: str, journal: Estimates | None = None) -> Any:
-    model, anatomy, batches = made("llama", 5)
+    model, anatomy, batches = made("llama", 4)
     return measure_importance(
         model, batches, measure.split()[0], anatomy=anatomy, journal=journal, workers=workers, seed=3,
         **MEASURES[measure],

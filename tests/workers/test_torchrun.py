@@ -15,7 +15,6 @@ from typing import Any
 
 import picos
 import psutil
-import pytest
 from console import poisoned_llama, prose, same_result
 
 from ecoflap.pipeline import run_recipe
@@ -51,19 +50,19 @@ def ours(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("ecoflap: ")]
 
 
-def test_four_workers_end_like_one(tmp_path: Path) -> None:
+def test_two_workers_end_like_one(tmp_path: Path) -> None:
     picos.write_checkpoint("llama", tmp_path / "llama")
     data = str(prose(tmp_path / "prose.txt"))
     recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=10, batch_size=1, sequence_length=12,
                     importance="gradient-norm", criterion="sparsegpt", test=data, test_samples=5)  # fmt: skip
-    process = launch(tmp_path, 4, "prune", *options(recipe), "-o", "four", "--json")
+    process = launch(tmp_path, 2, "prune", *options(recipe), "-o", "two", "--json")
     run_recipe(recipe, tmp_path / "one")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert json.loads(out)["run"] == "four"  # printed once
-    same_result(tmp_path / "one", tmp_path / "four")
-    same_metrics(tmp_path / "one", tmp_path / "four")
-    assert sorted(path.name for path in (tmp_path / "four").iterdir()) == sorted(
+    assert json.loads(out)["run"] == "two"  # printed once
+    same_result(tmp_path / "one", tmp_path / "two")
+    same_metrics(tmp_path / "one", tmp_path / "two")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )
 
@@ -84,15 +83,15 @@ def kill(process: subprocess.Popen[str], rank: int) -> None:
 def test_workers_that_are_killed_in_each_stage_are_started_anew_and_end_like_one(tmp_path: Path) -> None:
     picos.write_checkpoint("llama", tmp_path / "llama")
     data = str(prose(tmp_path / "prose.txt", 6000))
-    recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=90, batch_size=2, sequence_length=60,
-                    importance_samples=40)  # fmt: skip
+    recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=60, batch_size=2, sequence_length=60,
+                    importance_samples=20)  # fmt: skip
     process = launch(tmp_path, 3, "prune", *options(recipe), "-o", "killed", "--quiet", restarts=2)
     journal = tmp_path / "killed" / "journal"
 
     def lines(name: str) -> int:
         return (journal / name).read_bytes().count(b"\n") if (journal / name).exists() else 0
 
-    wait_until(process, lambda: lines("importance-1.jsonl") >= 20)
+    wait_until(process, lambda: lines("importance-1.jsonl") >= 5)
     kill(process, 1)
     wait_until(process, lambda: len(list((journal / "blocks").glob("*.safetensors"))) >= 1)
     kill(process, random.randrange(3))
@@ -105,18 +104,16 @@ def test_workers_that_are_killed_in_each_stage_are_started_anew_and_end_like_one
     same_result(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("where", ["at once", "in stage 1"])
-def test_what_fails_is_told_in_one_line_once(tmp_path: Path, where: str) -> None:
+def test_what_fails_is_told_in_one_line_once(tmp_path: Path) -> None:
     poisoned_llama(tmp_path / "llama", "star")
     text = prose(tmp_path / "prose.txt", 120).read_text("utf-8").replace("star", "the").split()
     text[-2] = "star"
     (tmp_path / "prose.txt").write_text(" ".join(text), "utf-8")
-    more = ["--sparsity", "2"] if where == "at once" else []
     process = launch(
         tmp_path, 2, "prune", "llama", "--calibration", "prose.txt", "--samples", "10", "--batch-size", "1",
-        "--sequence-length", "12", *more,
+        "--sequence-length", "12",
     )  # fmt: skip
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
     (line,) = ours(err)
-    assert ("sparsity" if more else "the loss of calibration batch") in line
+    assert "the loss of calibration batch" in line
