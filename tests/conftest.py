@@ -1,6 +1,7 @@
-"""Settings of every test: offline, seeded, few threads, no deadlines; ``picos`` importable from any folder."""
+"""Settings of every test: offline, seeded, few threads, no deadlines, Ctrl-C heard; ``picos`` importable from any folder."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # A shell starts background jobs with SIGINT ignored, and processes pass that on; tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # An example may take long where the machine does other work; a test that hangs is stopped by pytest-timeout.
     hypothesis.settings.register_profile("ecoflap", deadline=None)
     hypothesis.settings.load_profile("ecoflap")

@@ -195,7 +195,8 @@ def measure_importance(
             for turn, passed in [(pieces, 0)] if rule is None or pieces is None else turns(pieces, known, rule):
                 fresh = _measured(measure, _narrowed(context, pieces, turn or (), known), journal, task, pieces)
                 known |= {(layer, batch, draw): value for layer, batch, draw, value in fresh}
-                task.advance(passed)
+                if passed:
+                    task.advance(passed)
     noisy = getattr(measure, "noisy", True)
     values: dict[str, list[float]] = defaultdict(list)
     for (layer, _, _), value in known.items():
