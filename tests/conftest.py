@@ -1,4 +1,4 @@
-"""Settings of every test: offline, seeded, few threads, no deadlines, Ctrl-C heard; ``picos`` importable from any folder."""
+"""Settings of every test: offline, seeded, few threads, no deadlines, Ctrl-C heard; any folder can import ``picos``."""
 
 import os
 import signal
