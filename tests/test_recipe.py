@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ecoflap.allocation import RULES
 from ecoflap.calibration.objectives import OBJECTIVES
+from ecoflap.cli.common import Command
 from ecoflap.comparison.recipe import Grid
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS
@@ -81,7 +82,7 @@ def _from_shell(line: str) -> Recipe:
     found: list[Recipe] = []
     app = typer.Typer()
 
-    @app.command()
+    @app.command(cls=Command)
     @with_recipe_options()
     def prune(recipe: Recipe, output: str = "") -> None:
         found.append(recipe)
@@ -173,6 +174,26 @@ def test_a_search_is_resolved() -> None:
     assert (searched.search, searched.max_sparsity) == (True, None)
     with pytest.raises(InvalidOption, match="search: pattern 2:4 fixes every layer's sparsity"):
         Recipe(pattern="2:4", search=True).resolved()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("", "none"),
+        ("--offload-activations", "cpu"),
+        ("--offload-activations --seed 3", "cpu"),
+        ("--no-offload-activations --seed 3", "none"),
+        ("--offload-activations disk --seed 3", "disk"),
+        ("--offload-activations none", "none"),
+    ],
+)
+def test_offloading_had_no_value_once(words: str, kind: str) -> None:
+    assert _from_shell(f"ecoflap prune {words}").offload_activations == kind
+
+
+def test_offloading_was_true_or_false_once() -> None:
+    assert Recipe.parse({"offload_activations": True}).offload_activations == "cpu"
+    assert Recipe.parse({"offload_activations": False}) == Recipe.parse({})
 
 
 def test_one_name_is_a_list_of_one() -> None:

@@ -134,7 +134,7 @@ def prune(
     towers: Sequence[str] | None = None,
     seed: int = 0,
     tokens: str | TokenChoice = "all",
-    offload_activations: bool = False,
+    offload_activations: bool | str = "none",
     progress: Progress | None = None,
     workers: Workers = ALONE,
 ) -> PruneResult:
@@ -162,7 +162,8 @@ def prune(
         include, exclude, towers: patterns, see :func:`ecoflap.network.anatomy.discover`.
         tokens: what enters the criterion's statistics where a language tower reads visual tokens, too: ``all``,
             ``text``, ``text+top`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
-        offload_activations: keep block inputs on the CPU between blocks.
+        offload_activations: keep block inputs elsewhere between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
+            memory-mapped file that goes with the process.
         max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.
         workers: processes that have model and batches alike and share the work, see :mod:`ecoflap.processes`.
 
@@ -309,7 +310,7 @@ def prune_to(
     pattern: str = "unstructured",
     compare: str | None = None,
     loss: Objective | None = None,
-    offload_activations: bool = False,
+    offload_activations: bool | str = "none",
     tokens: str | TokenChoice = "all",
     progress: Progress | None = None,
     journal: BlockJournal | None = None,
@@ -327,6 +328,7 @@ def prune_to(
     """
     from ecoflap.calibration.objectives import default_objective, on_device
     from ecoflap.large import check_model
+    from ecoflap.network.activations import offload_kind
     from ecoflap.pruning.criteria import make_criterion
     from ecoflap.pruning.global_criteria import GlobalCriterion
     from ecoflap.pruning.global_walk import prune_globally
@@ -338,6 +340,7 @@ def prune_to(
 
     rule = make_criterion(criterion, criterion_options)
     check_model(model, None, criterion)
+    offload = offload_kind(offload_activations)
     choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
     objective = on_device(loss or default_objective(model))
     if isinstance(rule, GlobalCriterion):
@@ -351,7 +354,7 @@ def prune_to(
             batches,
             rule,
             objective=objective,
-            offload=offload_activations,
+            offload=offload != "none",
             progress=progress,
             journal=journal,
         )
@@ -364,7 +367,7 @@ def prune_to(
         rule,
         with_default(parse_pattern(pattern, compare), rule.default_compare),
         run=objective,
-        offload=offload_activations,
+        offload=offload,
         tokens=choice,
         progress=progress,
         journal=journal,

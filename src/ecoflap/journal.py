@@ -89,14 +89,14 @@ class BlockFiles:
     """Pruned blocks of stage 2, one safetensors file each, with a digest of its weights."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def _path(self, block: str) -> Path:
-        return self._folder / f"{block}.safetensors"
+        return self.folder / f"{block}.safetensors"
 
     def bytes(self) -> int:
         """What the files take that are there."""
-        return sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def place(self, block: str) -> Path:
         """The block's file, by which an offloaded model reads it."""

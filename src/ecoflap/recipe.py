@@ -152,13 +152,20 @@ class Recipe(BaseModel):
         default_factory=dict, description="What device-map auto may use of a GPU (by its number) or of cpu: 0=20GiB."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
-    offload_activations: bool = Field(False, description="Keep block inputs in the computer's memory, not the GPU's.")
+    offload_activations: Literal["none", "cpu", "disk"] = Field(
+        "none", description="Keep block inputs in the computer's memory (cpu) or in a file (disk) between blocks."
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
 
     @field_validator("include", "exclude", "towers", "task", "classes", "class_prompts", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("offload_activations", mode="before")
+    @classmethod
+    def _yes_is_cpu(cls, value: Any) -> Any:
+        return {True: "cpu", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("criterion")
     @classmethod

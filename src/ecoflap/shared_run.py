@@ -152,6 +152,7 @@ class SharedBlocks:
 
     def __init__(self, files: BlockFiles, workers: Workers) -> None:
         self._files, self._workers = files, workers
+        self.folder = files.folder
 
     def load(self, block: str) -> PrunedBlock | None:
         from ecoflap.pruning.walk import PrunedBlock

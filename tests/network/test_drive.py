@@ -39,9 +39,9 @@ def assert_same(found: Any, expected: Any) -> None:
             assert one == other
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [False, True, "disk"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_arguments_are_those_of_a_plain_forward_of_the_model_pruned_so_far(name: str, offload: bool) -> None:
+def test_arguments_are_those_of_a_plain_forward_of_the_model_pruned_so_far(name: str, offload: bool | str) -> None:
     """T5's position biases, CLIP's causal mask, rotary positions, encoder outputs: all that the parent passes."""
     family = FAMILIES[name]
     model = family.build().eval()
@@ -63,7 +63,7 @@ def test_arguments_are_those_of_a_plain_forward_of_the_model_pruned_so_far(name:
                 for layer in block.layers:  # what follows must see this block as it is now
                     weight = model.get_parameter(layer.name)
                     weight.mul_(torch.rand(weight.shape, generator=generator) > 0.3)
-                driver.run(index)
+                driver.run(index, last=True)
 
 
 class Twice(nn.Module):

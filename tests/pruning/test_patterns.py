@@ -15,6 +15,7 @@ from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.pruning.patterns import (
     NofM,
     Unstructured,
+    _kth_lowest,
     lowest_by_counts,
     lowest_mask,
     parse_pattern,
@@ -108,6 +109,14 @@ def test_quotas_add_up_and_counts_are_kept() -> None:
     assert int(quotas.sum()) == 27
     assert set(quotas.tolist()) == {4, 5}
     assert lowest_by_counts(scores, quotas).sum(dim=1).tolist() == quotas.tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 30), kinds=st.integers(1, 40), data=st.data())
+def test_the_kth_lowest_is_that_of_a_sort(rows: int, columns: int, kinds: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, columns))
+    scores = torch.randint(kinds, (columns, rows)).T.float().log()  # one of them -inf, many equal
+    assert torch.equal(_kth_lowest(scores, k), scores.sort(dim=1).values[:, k - 1 : k])
 
 
 def test_parse() -> None:

@@ -242,12 +242,30 @@ def test_another_allocation_gives_other_masks() -> None:
     assert sum(int(m.sum()) for m in ours.values()) == sum(int(m.sum()) for m in theirs.values())
 
 
-def test_offloaded_activations_change_nothing() -> None:
+@pytest.mark.parametrize("where", [True, "cpu", "disk"])
+def test_offloaded_activations_change_nothing(where: bool | str) -> None:
     batches = FAMILIES["t5"].batches(4, 2, padding=True)
     kept, anatomy, _ = pruned("t5", batches)
-    offloaded, _, _ = pruned("t5", batches, offload_activations=True)
+    offloaded, _, _ = pruned("t5", batches, offload_activations=where)
     for layer in anatomy.layers:
         assert torch.equal(kept.get_parameter(layer.name), offloaded.get_parameter(layer.name))
+
+
+def test_a_call_that_gathers_ends_at_the_last_input() -> None:
+    """Only the first one is run to its end; then all run once more, pruned, for the next block."""
+    batches = FAMILIES["clip"].batches(6, 2)
+    model = FAMILIES["clip"].build()
+    anatomy = anatomy_of(model, batches[0])
+    first, second = anatomy.towers[0].blocks[:2]
+    runs: dict[str, int] = {}
+    for layer in (*first.layers, *second.layers):
+        model.get_submodule(layer.module).register_forward_hook(
+            lambda module, args, output, name=layer.name: runs.__setitem__(name, runs.get(name, 0) + 1)
+        )
+    api.prune_to(model, anatomy, some_allocation(anatomy), batches, criterion="wanda")
+    assert [runs[layer.name] - runs[first.layers[-1].name] for layer in first.layers[:-1]] == [2] * (
+        len(first.layers) - 1
+    )
 
 
 class Router(nn.Module):

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.pruning.criteria import zero_out
 from ecoflap.pruning.patterns import NofM, Pattern, Unstructured
 from ecoflap.pruning.wanda import Wanda
-from ecoflap.statistics.inputs import InputGram, InputNorm
+from ecoflap.statistics.inputs import InputGram, InputNorm, all_finite
 
 
 def case(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, InputNorm]:
@@ -121,3 +122,23 @@ def test_patterns_that_do_not_divide(pattern: Pattern) -> None:
     weight, _, statistic = case(3, 10)
     with pytest.raises(InvalidOption, match="10 columns"):
         Wanda()(weight, statistic, 15, pattern)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_zeros_are_plus_zero_and_the_rest_is_kept_to_the_bit(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 10).to(dtype).t()
+    mask = torch.rand(10, 6) > 0.5
+    pruned = zero_out(weight, mask).weight
+    assert torch.equal(pruned[mask], weight[mask])
+    assert not torch.signbit(pruned[~mask]).any()
+    assert not pruned[~mask].any()
+
+
+def test_finite_means_neither_nan_nor_infinite() -> None:
+    fine = torch.randn(3, 4).bfloat16()
+    assert all_finite(fine)
+    assert all_finite(fine[:0])
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        one = fine.clone()
+        one[2, 1] = bad
+        assert not all_finite(one)

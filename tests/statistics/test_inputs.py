@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import CalibrationError, NonFiniteLoss
-from ecoflap.statistics.inputs import STATISTICS, InputGram, InputNorm
+from ecoflap.statistics.inputs import STATISTICS, InputGram, InputNorm, exact_products
 
 KINDS = pytest.mark.parametrize("kind", [InputNorm, InputGram])
 
@@ -172,3 +172,30 @@ def test_hopeless_moments_are_refused() -> None:
     statistic._sum = torch.tensor([[1.0, 50.0], [50.0, 1.0]])  # no second moments: not positive definite by far
     with pytest.raises(CalibrationError, match="more calibration samples or a larger damping"):
         statistic.inverse_factor(0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_tokens_of_every_type_against_fp64(dtype: torch.dtype) -> None:
+    """More tokens than are taken at once."""
+    x = (torch.randn(3, 700, 96) * torch.rand(96)).to(dtype)
+    keep = torch.rand(3, 700) > 0.3
+    gram, norm = InputGram(96), InputNorm(96)
+    gram.update(x, keep)
+    norm.update(x, keep)
+    real = x[keep].double()
+    torch.testing.assert_close(gram.hessian.double(), 2 / len(real) * real.T @ real, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.norm.double(), real.square().sum(0).sqrt(), rtol=1e-6, atol=0.0)
+
+
+def test_the_precision_of_products_is_as_before_after_an_error() -> None:
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    with exact_products(torch.ones(1).bfloat16()):
+        assert backend.fp32_precision == "bf16"
+    assert backend.fp32_precision == before
+    inside = exact_products(torch.ones(1).bfloat16())
+    inside.__enter__()
+    assert not inside.__exit__(ValueError, ValueError("a product failed"), None)
+    assert backend.fp32_precision == before
+    with exact_products(torch.ones(1)):
+        assert backend.fp32_precision == before

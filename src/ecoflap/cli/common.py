@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +32,10 @@ class Ended(BaseException):
 
 
 class Command(PlainHelp):
-    """A command that can be stopped with a word."""
+    """A command that can be stopped with a word, and whose ``--offload-activations`` may stand alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_with_value(args)))
 
     def invoke(self, ctx: Any) -> Any:
         if launched() is not None and ctx.info_name not in SHARED:
@@ -41,6 +46,16 @@ class Command(PlainHelp):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise Ended(stop) from stop
+
+
+def _with_value(args: list[str]) -> Iterator[str]:
+    """``--offload-activations`` without a value is "cpu", with ``--no-`` in front "none": once it had no values."""
+    for word, following in zip_longest(args, args[1:], fillvalue=""):
+        yield "--offload-activations" if word == "--no-offload-activations" else word
+        if word == "--no-offload-activations":
+            yield "none"
+        elif word == "--offload-activations" and (not following or following.startswith("-")):
+            yield "cpu"
 
 
 app = typer.Typer(

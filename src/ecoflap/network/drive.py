@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
+from ecoflap.network.activations import Offload, offload_kind
 from ecoflap.network.forward import Forward, forward_replaced
 from ecoflap.network.parts import Tower
 
@@ -19,6 +20,10 @@ Run = Callable[[nn.Module, Any], Any]
 
 class _Reached(BaseException):
     """Ends a forward early. Not an Exception, so that no model's own handler swallows it."""
+
+
+class Enough(BaseException):
+    """Ends the forward of a block that is observed; see :meth:`TowerDriver.observe`."""
 
 
 @dataclass
@@ -50,15 +55,23 @@ class TowerDriver:
         tower: which one; the towers before it are run as they are now, pruned or not.
         batches: what ``run`` takes.
         run: runs the model on one batch.
-        offload: keep what is kept on the CPU, and move it to its device for each call.
+        offload: "cpu" or "disk" keep what is kept there, and move it to its device for each call (True: "cpu").
+        folder: of the file, for "disk"; by default the system's folder for temporary files.
     """
 
     def __init__(
-        self, model: nn.Module, tower: Tower, batches: Sequence[Any], run: Run, *, offload: bool = False
+        self,
+        model: nn.Module,
+        tower: Tower,
+        batches: Sequence[Any],
+        run: Run,
+        *,
+        offload: bool | str = False,
+        folder: Path | None = None,
     ) -> None:
         self._driver = model.get_submodule(tower.driver)
         self._blocks = [model.get_submodule(block.name) for block in tower.blocks]
-        self._offload = offload
+        self._offload = Offload(offload_kind(offload), folder)
         self._calls: list[tuple[_Item, BlockCall]] = []
         self._items = [
             _Item(call)
@@ -70,7 +83,7 @@ class TowerDriver:
         found: list[BlockCall] = []
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.append(BlockCall(index, *self._keep((args, kwargs))))
+            found.append(BlockCall(index, *self._offload.keep((args, kwargs))))
             # The last call need not be run here; an earlier one must, since what follows may depend on it.
             if len(found) == tower.calls:
                 raise _Reached
@@ -93,6 +106,7 @@ class TowerDriver:
         for item in self._items:
             arguments = self._capture(item, index)
             if arguments is not None:
+                item.output = None  # of the block before; what this one needs of it is among its arguments
                 self._calls.append((item, BlockCall(item.call.batch, *arguments)))
         return len(self._calls)
 
@@ -100,16 +114,16 @@ class TowerDriver:
         taken: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def skip(forward: Forward) -> Forward:
-            return lambda *args, **kwargs: self._use(item.output)
+            return lambda *args, **kwargs: self._offload.use(item.output)
 
         def take(forward: Forward) -> Forward:
             def taking(*args: Any, **kwargs: Any) -> Any:
-                taken.append(self._keep((args, kwargs)))
+                taken.append(self._offload.keep((args, kwargs)))
                 raise _Reached
 
             return taking
 
-        args, kwargs = self._use((item.call.args, item.call.kwargs))
+        args, kwargs = self._offload.use((item.call.args, item.call.kwargs))
         with ExitStack() as wraps, torch.no_grad():
             for number, block in enumerate(self._blocks[: index + 1]):
                 wraps.enter_context(forward_replaced(block, take if number == index else skip))
@@ -117,33 +131,33 @@ class TowerDriver:
                 self._driver(*args, **kwargs)
         return taken[0] if taken else None
 
-    def run(self, index: int, before: Callable[[BlockCall], None] | None = None) -> None:
-        """Run block ``index`` on the inputs taken by :meth:`enter`, and keep its outputs for the next block.
+    def observe(self, index: int, before: Callable[[BlockCall], None]) -> None:
+        """Run block ``index`` on the inputs taken by :meth:`enter`, for what hooks see of it; outputs are not kept.
+
+        A hook that has seen enough of a call may raise :class:`Enough`, and the next call begins.
 
         Args:
             before: called with each call (arguments on their device) just before the block runs.
         """
-        for item, call in self._calls:
-            args, kwargs = self._use((call.args, call.kwargs))
+        for _, call in self._calls:
+            args, kwargs = self._offload.use((call.args, call.kwargs))
+            before(BlockCall(call.batch, args, kwargs))
+            with suppress(Enough), torch.no_grad():
+                self._blocks[index](*args, **kwargs)
+
+    def run(self, index: int, before: Callable[[BlockCall], None] | None = None, *, last: bool = False) -> None:
+        """Run block ``index`` on the inputs taken by :meth:`enter`, and keep its outputs for the next block.
+
+        Args:
+            before: as in :meth:`observe`.
+            last: give up each input once it has been used; only :meth:`enter` may follow.
+        """
+        for number, (item, call) in enumerate(self._calls):
+            args, kwargs = self._offload.use((call.args, call.kwargs))
+            if last:
+                self._calls[number] = (item, BlockCall(call.batch, (), {}))
             if before is not None:
                 before(BlockCall(call.batch, args, kwargs))
             with torch.no_grad():
-                item.output = self._keep(self._blocks[index](*args, **kwargs))
-
-    def _keep(self, tree: Any) -> Any:
-        if not self._offload:
-            return tree
-        return pytree.tree_map_only(Tensor, lambda tensor: (tensor.device, tensor.cpu()), tree)
-
-    def _use(self, tree: Any) -> Any:
-        if not self._offload:
-            return tree
-        return pytree.tree_map(_back, tree, is_leaf=_is_kept)
-
-
-def _is_kept(leaf: Any) -> bool:
-    return isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], torch.device)
-
-
-def _back(leaf: Any) -> Any:
-    return leaf[1].to(leaf[0]) if _is_kept(leaf) else leaf
+                item.output = self._offload.keep(self._blocks[index](*args, **kwargs))
+            del args, kwargs, call

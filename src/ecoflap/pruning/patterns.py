@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,7 +142,7 @@ def row_quotas(scores: Tensor, zeros: int) -> Tensor:
     base, extra = divmod(zeros, rows)
     quotas = torch.full((rows,), base, device=scores.device)
     if extra:
-        following = torch.kthvalue(scores, base + 1, dim=1).values
+        following = _kth_lowest(scores, base + 1).squeeze(1)
         quotas[torch.argsort(following, stable=True)[:extra]] += 1
     return quotas
 
@@ -151,13 +152,13 @@ def _lowest_evenly(scores: Tensor, zeros: int) -> Tensor:
     base, extra = divmod(zeros, len(scores))
     if not extra:
         return lowest_in_rows(scores, base)
-    following = torch.kthvalue(scores, base + 1, dim=1, keepdim=True).values
+    following = _kth_lowest(scores, base + 1)
     quotas = torch.full((len(scores),), base, device=scores.device)
     quotas[torch.argsort(following.squeeze(1), stable=True)[:extra]] += 1
     lowest = scores < following
     one_more = (quotas > base).nonzero().squeeze(1)
     lowest[one_more] = scores[one_more] <= following[one_more]
-    tied = (lowest.sum(dim=1) != quotas).nonzero().squeeze(1)
+    tied = (_counts(lowest) != quotas).nonzero().squeeze(1)
     if len(tied):
         lowest[tied] = lowest_by_counts(scores[tied], quotas[tied])
     return lowest
@@ -179,9 +180,9 @@ def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     if columns <= _RANKED_GROUP:
         return _ranks(scores) < count
-    threshold = torch.kthvalue(scores, count, dim=1, keepdim=True).values
+    threshold = _kth_lowest(scores, count)
     lowest = scores <= threshold
-    surplus = lowest.sum(dim=1) - count
+    surplus = _counts(lowest) - count
     tied = surplus.nonzero().squeeze(1)
     if len(tied):  # more scores equal to the threshold than places: the first of them by index
         some, limit = scores[tied], threshold[tied]
@@ -189,6 +190,20 @@ def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
         places = count - below.sum(dim=1, keepdim=True)
         lowest[tied] = below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= places))
     return lowest
+
+
+def _counts(marked: Tensor) -> Tensor:
+    """How many of each row are marked: (rows,)."""
+    if marked.device.type == "cpu":  # torch would make numbers of the whole mask first
+        return torch.from_numpy(np.count_nonzero(marked.numpy(), axis=1))
+    return marked.sum(dim=1, dtype=torch.int32)
+
+
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
+    """The ``k``-th lowest value of every row, counted from 1: (rows, 1). NaN counts as highest."""
+    if scores.device.type == "cpu":  # numpy's selection is vectorised: a seventh of kthvalue's time
+        return torch.from_numpy(np.partition(scores.detach().numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+    return torch.kthvalue(scores, k, dim=1, keepdim=True).values
 
 
 def _ranks(scores: Tensor) -> Tensor:

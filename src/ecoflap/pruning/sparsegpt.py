@@ -19,7 +19,7 @@ from ecoflap.pruning.patterns import (
     row_quotas,
     with_default,
 )
-from ecoflap.statistics.inputs import InputGram, InputStatistics
+from ecoflap.statistics.inputs import InputGram, InputStatistics, all_finite
 
 # Inside a slab, single columns update only the next few; the rest of the slab follows by one matmul.
 _STRIP = 32
@@ -58,8 +58,8 @@ class SparseGPT:
             raise CalibrationError("criterion 'sparsegpt' needs an InputGram, not column norms alone")
         factor = gram.inverse_factor(self.damping).to(weight.device)
         # Columns of the weight become rows of w, so that all that is updated together lies together.
-        w = weight.float().T.contiguous()
-        if not torch.isfinite(w).all():
+        w = torch.empty((columns, rows), device=weight.device).copy_(weight.T)
+        if not all_finite(w):
             raise NonFiniteLoss(
                 f"a weight of shape {rows} x {columns} holds NaN or infinite values; check the checkpoint"
             )
@@ -78,7 +78,7 @@ class SparseGPT:
                 group = (pattern.group, pattern.group - pattern.kept)
             else:
                 group = None
-                scores = (w[inside] * scale[inside]).square().T
+                scores = (w[inside] * scale[inside]).square_().T
                 if quotas is None:
                     count = zeros * stop // columns - zeros * start // columns
                     chosen = lowest_in_rows(scores.reshape(1, -1), count).view(rows, -1)
@@ -87,8 +87,9 @@ class SparseGPT:
                 cut[inside] = chosen.T
             errors = _eliminate(w[inside], factor[inside, inside], scale[inside], cut[inside], group)
             w[stop:].addmm_(factor[inside, stop:].T, errors, alpha=-1)
-        pruned = w.masked_fill_(cut, 0).T.to(weight.dtype, memory_format=torch.contiguous_format)
-        if not torch.isfinite(pruned).all():
+            w[inside].mul_(~cut[inside]).add_(0)  # a third of masked_fill's time; the sum makes -0 to 0
+        pruned = w.to(weight.dtype).T.contiguous()
+        if not all_finite(pruned):
             raise NonFiniteLoss(f"pruning a weight of shape {rows} x {columns} left the range of {weight.dtype}")
         return Pruned(pruned, ~cut.T.contiguous())
 

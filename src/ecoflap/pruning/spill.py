@@ -17,11 +17,11 @@ class SpilledBlocks:
     """A journal that keeps what the model itself can't hold, and that no later walk goes on from."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._folder = temporary_folder()
-        removed_with(model, self._folder)
+        self.folder = temporary_folder()
+        removed_with(model, self.folder)
 
     def place(self, block: str) -> Path:
-        return self._folder / f"{block}.safetensors"
+        return self.folder / f"{block}.safetensors"
 
     def load(self, block: str) -> PrunedBlock | None:
         return None

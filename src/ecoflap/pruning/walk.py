@@ -17,6 +17,7 @@ from ecoflap.errors import NonFiniteLoss
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.drive import Run, TowerDriver
 from ecoflap.network.effort import walk_efforts
+from ecoflap.network.heap import trim
 from ecoflap.network.offload import Offloaded, adopt, is_offloaded, resident
 from ecoflap.network.parts import Anatomy, Block, Layer, Tower
 from ecoflap.network.trace import evaluating
@@ -28,7 +29,7 @@ from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.collect import keepers_of
 from ecoflap.statistics.dense import decoder_of, gather, sequence_of
 from ecoflap.statistics.gather import Gatherer
-from ecoflap.statistics.inputs import STATISTICS, InputStatistics
+from ecoflap.statistics.inputs import STATISTICS, InputStatistics, all_finite
 from ecoflap.statistics.tokens import check_choice
 from ecoflap.workers import ALONE, Share, Workers, share_of
 
@@ -47,6 +48,10 @@ class PrunedBlock:
 class BlockJournal(Protocol):
     """Where pruned blocks are kept as they come, so that an interrupted walk can go on."""
 
+    @property
+    def folder(self) -> Path | None:
+        """Where block inputs may lie on disk; None: where the system keeps temporary files."""
+
     def load(self, block: str) -> PrunedBlock | None:
         """The block if it has been pruned already."""
 
@@ -58,6 +63,8 @@ class BlockJournal(Protocol):
 
 class NoJournal:
     """Keeps nothing."""
+
+    folder: Path | None = None
 
     def load(self, block: str) -> PrunedBlock | None:
         return None
@@ -86,7 +93,7 @@ def walk(
     pattern: Pattern,
     *,
     run: Run,
-    offload: bool = False,
+    offload: bool | str = False,
     tokens: TokenChoice = ALL,
     progress: Progress | None = None,
     journal: BlockJournal | None = None,
@@ -103,7 +110,7 @@ def walk(
         allocation: zeros for each layer.
         batches: calibration batches on the model's device; not read if the criterion needs no statistics.
         run: runs the model on a batch (the objective).
-        offload: keep block inputs on the CPU.
+        offload: keep block inputs elsewhere: "cpu" (or True), or "disk", in the journal's folder.
         tokens: which tokens of a tower that reads text and pictures enter the statistics.
         journal: blocks pruned by an interrupted walk, which are taken over, and where new ones go; the same for all
             workers.
@@ -137,7 +144,8 @@ def walk(
                     with resident(model, block.name):
                         walker.prune(block, None, task)
                 continue
-            driver = TowerDriver(model, tower, batches, run, offload=offload)
+            folder = walker.journal.folder if offload == "disk" else None
+            driver = TowerDriver(model, tower, batches, run, offload=offload, folder=folder)
             _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, part, task)
     return WalkResult(achieved(model, allocation), tuple(walker.unreached))
 
@@ -163,9 +171,10 @@ def _walk_tower(
                     keepers=partial(keepers_of, layers=block.layers, workers=workers.count),
                 )  # fmt: skip
                 walker.prune(block, gathered, task)
+                trim()  # copies of weights and moments, of other sizes than what the block's forward needs
             if block == todo[-1]:
                 return  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
-            driver.run(index)
+            driver.run(index, last=True)
 
 
 class _Walker:
@@ -207,12 +216,14 @@ class _Walker:
         keeper = dict.fromkeys((layer.name for layer in block.layers), rank)
         if gathered is not None:
             keeper = keepers_of(gathered.owners, block.layers, self.workers.count)
-        left = [
-            layer.name
-            for layer in block.layers
-            if keeper[layer.name] == rank
-            and not self._prune_layer(layer, gathered.statistics(layer) if gathered is not None else None)
-        ]
+        left: list[str] = []
+        for layer in block.layers:
+            if keeper[layer.name] == rank and not self._prune_layer(
+                layer, gathered.statistics(layer) if gathered is not None else None
+            ):
+                left.append(layer.name)
+            if gathered is not None:
+                gathered.release(layer)
         if gathered is not None:
             left = [name for of_worker in self.workers.gather(left) for name in of_worker]
             for layer in block.layers:
@@ -237,7 +248,7 @@ class _Walker:
         """Prune one layer; False if it had to be by magnitude, because no calibration token reached it."""
         parameter = self.model.get_parameter(layer.name)
         weight = parameter.data.t() if layer.transposed else parameter.data
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")
         criterion, reached = self.criterion, True
         if criterion.statistics != "none" and (statistics is None or statistics.tokens == 0):

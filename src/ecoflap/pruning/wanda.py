@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ecoflap.pruning.criteria import Pruned, check_statistics, zero_out
@@ -23,5 +24,5 @@ class Wanda:
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
         norm = check_statistics(self.name, statistics, weight.shape[1]).norm.to(weight.device)
-        scores = weight.detach().float().abs() * norm
+        scores = weight.detach().to(torch.float32, copy=True).abs_().mul_(norm)
         return zero_out(weight.detach(), lowest_mask(scores, zeros, with_default(pattern, self.default_compare)))

@@ -32,7 +32,7 @@ def dense_statistics(
     *,
     kind: str = "norm",
     skip: Collection[str] = (),
-    offload: bool = False,
+    offload: bool | str = False,
     workers: Workers = ALONE,
 ) -> Iterator[tuple[Block, Mapping[str, InputStatistics | None]]]:
     """Each block with the statistics of its layers' inputs, as soon as they are gathered.
@@ -46,7 +46,7 @@ def dense_statistics(
         run: runs the model on a batch (an objective that does).
         kind: "norm" (Wanda) or "gram" (SparseGPT's Hessian).
         skip: names of blocks whose statistics nobody wants; after the last one that is wanted a tower is left.
-        offload: keep block inputs on the CPU.
+        offload: keep block inputs elsewhere: "cpu" (or True) or "disk".
         workers: those among whom the batches are shared out; all get all statistics.
 
     Yields:
@@ -73,7 +73,7 @@ def dense_statistics(
                 with resident(model, block.name):
                     gathered = gather(
                         model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder),
-                        part=part, workers=workers,
+                        part=part, workers=workers, outputs=True,
                     )  # fmt: skip
                 found = {layer.name: gathered.statistics(layer) for layer in block.layers}
                 yield block, {name: got if got is not None and got.tokens else None for name, got in found.items()}
@@ -87,7 +87,7 @@ def dense_norms(
     batches: Sequence[Any],
     run: Run,
     *,
-    offload: bool = False,
+    offload: bool | str = False,
     workers: Workers = ALONE,
 ) -> dict[str, InputStatistics]:
     """``InputNorm`` of every prunable layer of the dense model, by parameter name; ``.norm`` is (columns,) fp32.
@@ -126,6 +126,7 @@ def gather(
     part: Share | None = None,
     workers: Workers = ALONE,
     keepers: Keepers | None = None,
+    outputs: bool = False,
 ) -> Gatherer:
     """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile.
 
@@ -134,13 +135,18 @@ def gather(
         part: which these are among all; by default all, in one group.
         keepers: of layer to the layer whose input it shares, gives layer to the worker that wants its statistics;
             by default all workers get all.
+        outputs: keep the block's outputs for the next one, as :meth:`TowerDriver.run` does; else each call ends with
+            the last layer's input.
     """
     choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
     for share in (True, False):
         gatherer = None
         with suppress(InputsDiverged):
-            with Gatherer(model, block, make, masks, sequence, share=share, choose=choose, part=part) as watching:
-                driver.run(index, watching.before)
+            watching = Gatherer(
+                model, block, make, masks, sequence, share=share, choose=choose, part=part, whole=outputs
+            )
+            with watching:
+                (driver.run if outputs else driver.observe)(index, watching.before)
             watching.check()
             gatherer = watching
         if workers.count == 1 and gatherer is not None:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ecoflap.calibration.padding import TokenMasks
 from ecoflap.errors import NonFiniteLoss
-from ecoflap.network.drive import BlockCall
+from ecoflap.network.drive import BlockCall, Enough
 from ecoflap.network.parts import Block, Layer
 from ecoflap.network.trace import linear_weight, tensors_in
 from ecoflap.statistics.inputs import InputStatistics
@@ -58,6 +58,8 @@ class Gatherer:
         share: False gives each layer its own accumulator.
         choose: which tokens of the block's own sequence count in each of its calls; None where all real ones do.
         part: the batches that this worker runs, which are those that ``masks`` are of; by default all in one group.
+        whole: False ends a call with :class:`Enough` at the last layer's input: what follows is nobody's. So it is
+            where every layer took one input in the first call, which runs to its end, and no router chooses.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Gatherer:
         share: bool = True,
         choose: Chooser | None = None,
         part: Share | None = None,
+        whole: bool = True,
     ) -> None:
         self._model, self._block, self._make = model, block, make
         self._part = part or Share(range(len(masks)), (0,) * len(masks))
@@ -84,6 +87,8 @@ class Gatherer:
         self._choose = choose
         self._chosen: Tensor | None = None
         self._batch = self._number = 0
+        self._whole = whole or any(layer.expert for layer in block.layers)
+        self._in_call: set[str] = set()  # layers that have been fed in this call
         self._routed: dict[str, list[RoutedTokens]] = {}  # by mixture, of this call of the block
         self._in_expert: dict[str, Tensor | None] = {}  # by expert, the real ones among its tokens in this call of it
         self._hooks = ExitStack()
@@ -135,6 +140,9 @@ class Gatherer:
 
     def before(self, call: BlockCall) -> None:
         """A new call of the block begins."""
+        if self._number == 1:  # the first call is over
+            self._whole |= any(self._calls.get(layer.name) != 1 for layer in self._block.layers)
+        self._in_call.clear()
         self._batch = call.batch
         self._fed.clear()
         self._routed.clear()
@@ -171,6 +179,12 @@ class Gatherer:
         owner = self._owner.get(layer.name)
         return self._of[owner] if owner is not None else None
 
+    def release(self, layer: Layer) -> None:
+        """``layer`` is done: what no other layer shares with it is forgotten."""
+        owner = self._owner.pop(layer.name, None)
+        if owner is not None and owner not in self._owner.values():
+            self._of.pop(owner, None)
+
     def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._feed(layer, args[0])
@@ -178,6 +192,12 @@ class Gatherer:
         return hook
 
     def _feed(self, layer: Layer, x: Tensor) -> None:
+        self._add(layer, x)
+        self._in_call.add(layer.name)
+        if self._number > 1 and not self._whole and len(self._in_call) == len(self._block.layers):
+            raise Enough
+
+    def _add(self, layer: Layer, x: Tensor) -> None:
         name = layer.name
         self._calls[name] = self._calls.get(name, 0) + 1
         fed_by = next((owner for tensor, owner in self._fed if tensor is x), None) if self._share else None

@@ -127,7 +127,7 @@ def _drifts(model: nn.Module, driver: TowerDriver, index: int, block: Block) -> 
 
     handle = model.get_submodule(block.name).register_forward_hook(after)
     try:
-        driver.run(index, before)
+        driver.observe(index, before)
     finally:
         handle.remove()
     return found

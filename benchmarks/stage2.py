@@ -1,0 +1,167 @@
+"""Stage 2 against the published loops of Wanda and SparseGPT: whole stage, same text, in turns, as ratios.
+
+    git clone https://github.com/locuslab/wanda ~/wanda
+    python benchmarks/stage2.py FOLDER --calibration TEXT --sequence-length 512 --samples 32 --published ~/wanda
+
+The published functions run as they are, from the checkout, around today's decoder blocks: see ``published.py`` beside
+this file. Without ``--published`` only ours is measured. Two times are told: by the clock, and of the processor, which
+other work on the machine touches less. Results are compared by the share of weights with the same fate in both, and by
+the loss on the first batch of the calibration text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap import Recipe
+from ecoflap.allocation import Allocation
+from ecoflap.api import allocate, prune_to
+from ecoflap.calibration.models import Batch
+from ecoflap.calibration.objectives import Objective, on_device, resolve
+from ecoflap.files import write_json
+from ecoflap.importance.scores import Importance
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.checkpoint import load
+from ecoflap.network.parts import Anatomy
+from ecoflap.prepare import calibration_batches
+
+
+@dataclass
+class Way:
+    """One way of pruning: its times in seconds, and what it left of the model."""
+
+    prune: Callable[[], None]
+    clock: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    loss: float = 0.0
+
+    def run(self) -> None:
+        clock, processor = time.perf_counter(), time.process_time()
+        self.prune()
+        self.processor.append(time.process_time() - processor)
+        self.clock.append(time.perf_counter() - clock)
+
+
+def first_blocks(anatomy: Anatomy, count: int) -> Anatomy:
+    """The same anatomy with the first ``count`` blocks of its first tower alone."""
+    tower = anatomy.towers[0]
+    return replace(anatomy, towers=(replace(tower, blocks=tower.blocks[:count]),))
+
+
+def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Objective, Anatomy, Allocation]:
+    """The model in its own dtype, batches, loss, anatomy, and the same sparsity for every layer."""
+    values: dict[str, Any] = {
+        "model": None if options.model == "embedded" else options.model,
+        "calibration": options.calibration,
+        "sequence_length": options.sequence_length,
+        "samples": options.samples,
+        "batch_size": options.batch_size,
+    }
+    recipe = Recipe.parse({name: value for name, value in values.items() if value is not None})
+    checkpoint = load(recipe.model, dtype=options.dtype)
+    _, batches = calibration_batches(recipe, checkpoint)
+    objective = resolve(None, checkpoint.model)
+    with cache_disabled(checkpoint.model):
+        anatomy = discover(checkpoint.model, batches[0], run=on_device(objective))
+    if options.blocks:
+        anatomy = first_blocks(anatomy, options.blocks)
+    uniform = Importance.uniform(anatomy.layers, anatomy.total_parameters)
+    return checkpoint.model, batches, objective, anatomy, allocate(uniform, sparsity=options.sparsity)
+
+
+def loss_of(model: nn.Module, batch: Batch, objective: Objective) -> float:
+    with torch.no_grad(), cache_disabled(model):
+        return float(on_device(objective)(model, batch))
+
+
+def compared(ways: dict[str, Way]) -> dict[str, float]:
+    """Ratios of the published times to ours (medians), and how much of the masks agrees."""
+    ours, theirs = ways["ours"], ways["published"]
+    same = sum(int((ours.kept[name] == theirs.kept[name]).sum()) for name in ours.kept)
+    return {
+        "clock": statistics.median(theirs.clock) / statistics.median(ours.clock),
+        "processor": statistics.median(theirs.processor) / statistics.median(ours.processor),
+        "agreement": same / sum(mask.numel() for mask in ours.kept.values()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="embedded")
+    parser.add_argument("--calibration")
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8, help="samples a forward of ours; theirs takes one")
+    parser.add_argument("--dtype", default="auto", help="auto: the checkpoint's own")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--criteria", nargs="+", default=["wanda", "sparsegpt"])
+    parser.add_argument("--blocks", type=int, default=0, help="only the first so many blocks; 0 for all")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--published", type=Path, metavar="FOLDER", help="a checkout of github.com/locuslab/wanda")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    model, batches, objective, anatomy, allocation = prepared(options)
+    dense = {layer.name: model.get_parameter(layer.name).detach().clone() for layer in anatomy.layers}
+    tokens = {tuple(value.shape) for batch in batches for name, value in batch.items() if name == "input_ids"}
+    print(f"{type(model).__name__}, {model.dtype}, {anatomy.prunable_parameters:,} prunable weights, "  # type: ignore[attr-defined]
+          f"{len(batches)} batches of {sorted(tokens)} tokens, {torch.get_num_threads()} threads")  # fmt: skip
+    found: dict[str, Any] = {}
+    for criterion in options.criteria:
+        ways = {"ours": Way(_ours(model, anatomy, allocation, batches, criterion, objective))}
+        if options.published:
+            from published import published_stage2
+
+            ways["published"] = Way(
+                published_stage2(options.published, model, anatomy, batches, criterion, options.sparsity)
+            )
+        for repeat in range(options.repeats):
+            for name in list(ways)[:: 1 if repeat % 2 else -1]:
+                for layer, weight in dense.items():
+                    model.get_parameter(layer).data.copy_(weight)
+                way = ways[name]
+                way.run()
+                if not way.kept:
+                    way.kept = {layer: model.get_parameter(layer).detach() != 0 for layer in dense}
+                    way.loss = loss_of(model, batches[0], objective)
+        found[criterion] = {
+            name: {"clock": way.clock, "processor": way.processor, "loss": way.loss} for name, way in ways.items()
+        }
+        for name, way in ways.items():
+            print(f"{criterion:10} {name:10} {statistics.median(way.clock):8.1f} s   processor "
+                  f"{statistics.median(way.processor):8.1f} s   loss {way.loss:.4f}")  # fmt: skip
+        if len(ways) > 1:
+            found[criterion]["ratio"] = ratio = compared(ways)
+            print(f"{criterion:10} ratio      {ratio['clock']:8.2f}     processor {ratio['processor']:8.2f}     "
+                  f"same fate {ratio['agreement']:.4f}", flush=True)  # fmt: skip
+    if options.output:
+        write_json(options.output, {"options": json.loads(json.dumps(vars(options), default=str)), **found})
+
+
+def _ours(
+    model: nn.Module,
+    anatomy: Anatomy,
+    allocation: Allocation,
+    batches: list[Batch],
+    criterion: str,
+    objective: Objective,
+) -> Callable[[], None]:
+    def prune() -> None:
+        prune_to(model, anatomy, allocation, batches, criterion=criterion, loss=objective)
+
+    return prune
+
+
+if __name__ == "__main__":
+    main()

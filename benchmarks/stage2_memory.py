@@ -1,0 +1,116 @@
+"""Peak memory of stage 2 above the model: what the formula says (docs/memory.md) beside what is measured.
+
+    python benchmarks/stage2_memory.py [--shapes tokens wide smollm2] [--output memory.json]
+
+Models of random weights, two blocks each; every case runs in a process of its own, which prunes a few tokens first so
+that the libraries have what they need, and hands back what the allocator holds. Measured is the resident memory, or
+what torch has allocated on a GPU. Pages of the file of ``disk`` are resident only while they are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ecoflap.api import allocate, prune_to
+from ecoflap.calibration.objectives import default_objective, on_device
+from ecoflap.files import write_json
+from ecoflap.importance.scores import Importance
+from ecoflap.network.anatomy import discover
+from ecoflap.network.cache import cache_disabled
+from ecoflap.network.heap import trim
+from ecoflap.pruning.memory import expected_memory
+from ecoflap.resources import Usage, measured
+
+NEEDS = {"wanda": "norm", "sparsegpt": "gram"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's widths, and how much text it is calibrated on."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    batches: int
+    batch_size: int
+    tokens: int
+
+
+SHAPES = {
+    "tokens": Shape(256, 512, 4, 96, 16, 256),
+    "wide": Shape(1536, 4096, 12, 2, 1, 256),
+    "smollm2": Shape(576, 1536, 9, 4, 8, 256),
+}
+
+
+def one(shape: Shape, criterion: str, offload: str, device: str) -> dict[str, Any]:
+    """Bytes above the model: expected and measured."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=2,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
+    ids = torch.randint(256, (shape.batches, shape.batch_size, shape.tokens))
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids]
+    few = [{"input_ids": ids[0, :1, :16], "labels": ids[0, :1, :16]}]
+    run = on_device(default_objective(model))
+    with cache_disabled(model):
+        anatomy = discover(model, few[0], run=run)
+    allocation = allocate(Importance.uniform(anatomy.layers, anatomy.total_parameters), sparsity=0.5)
+    prune_to(model, anatomy, allocation, few, criterion=criterion, offload_activations=offload)
+    expected = expected_memory(model, anatomy, batches, run, NEEDS[criterion], offload)
+    usages: list[Usage] = []
+    trim()
+    with measured("before", usages):
+        pass
+    with measured("stage 2", usages):
+        prune_to(model, anatomy, allocation, batches, criterion=criterion, offload_activations=offload)
+    before, during = (
+        usage.peak_cuda_bytes if usage.peak_cuda_bytes is not None and device != "cpu" else usage.peak_memory_bytes
+        for usage in usages
+    )
+    return {**vars(expected), "expected": expected.total, "measured": during - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--criteria", nargs="+", choices=list(NEEDS), default=list(NEEDS))
+    parser.add_argument("--offload", nargs="+", choices=["none", "cpu", "disk"], default=["none", "disk"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        name, criterion, offload = options.only
+        print(json.dumps(one(SHAPES[name], criterion, offload, options.device)))
+        return
+    rows: list[dict[str, Any]] = []
+    print("| shape | criterion | offload | inputs | statistics | working | forward | expected | measured | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for case in ((s, c, o) for s in options.shapes for c in options.criteria for o in options.offload):
+        command = [sys.executable, __file__, "--device", options.device, "--only", *case]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(case)}: {done.stderr.strip().splitlines()[-1]}")
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        rows.append({"case": case, **found})
+        parts = ("inputs", "statistics", "working", "forward", "expected", "measured")
+        cells = [*case, *(f"{found[part] / 2**20:.0f} MiB" for part in parts)]
+        print(f"| {' | '.join(cells)} | {found['measured'] / found['expected']:.2f} |", flush=True)
+    if options.output:
+        write_json(options.output, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
