@@ -3,14 +3,16 @@
     python benchmarks/stage2_memory.py [--shapes tokens wide smollm2] [--output memory.json]
 
 Models of random weights, two blocks each; every case runs in a process of its own, which prunes a few tokens first so
-that the libraries have what they need, and hands back what the allocator holds. Measured is the resident memory, or
-what torch has allocated on a GPU. Pages of the file of ``disk`` are resident only while they are used.
+that the libraries have what they need. Measured is the resident memory, or what torch has allocated on a GPU. glibc is
+told to hand back what is freed (``MALLOC_MMAP_THRESHOLD_``), so that what is held is measured; with ``--as-it-is`` it
+keeps holes as it likes. Pages of the file of ``disk`` are resident only while they are used.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from ecoflap.network.heap import trim
 from ecoflap.pruning.memory import expected_memory
 from ecoflap.resources import Usage, measured
 
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 NEEDS = {"wanda": "norm", "sparsegpt": "gram"}
 
 
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", choices=list(NEEDS), default=list(NEEDS))
     parser.add_argument("--offload", nargs="+", choices=["none", "cpu", "disk"], default=["none", "disk"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--as-it-is", action="store_true", help="leave the C library's allocator to its own ways")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -95,12 +99,13 @@ def main() -> None:
         name, criterion, offload = options.only
         print(json.dumps(one(SHAPES[name], criterion, offload, options.device)))
         return
+    environment = {**({} if options.as_it_is else EXACT), **os.environ}
     rows: list[dict[str, Any]] = []
     print("| shape | criterion | offload | inputs | statistics | working | forward | expected | measured | ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case in ((s, c, o) for s in options.shapes for c in options.criteria for o in options.offload):
         command = [sys.executable, __file__, "--device", options.device, "--only", *case]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             sys.exit(f"{' '.join(case)}: {done.stderr.strip().splitlines()[-1]}")
         found = json.loads(done.stdout.strip().splitlines()[-1])
