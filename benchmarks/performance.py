@@ -37,6 +37,8 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     ),
     "forward mode, the embedded VLM": lambda: ["forward_mode.py", "--layers", "0"],
     "replay, the shape of BLIP-2": lambda: ["blip2_shape.py"],
+    "memory of stage 2": lambda: ["stage2_memory.py"],
+    "stage 2, SmolLM2": _smollm2("stage2.py", "--sequence-length", "512", "--repeats", "1"),
     "larger than the memory, a small shape": lambda: [
         "larger_than_memory.py", "--shape", "llama-1b", "--layers", "4", "--shard", "0.2", "--allowance", "2",
         "--samples", "2", "--length", "8",

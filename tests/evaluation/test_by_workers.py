@@ -26,9 +26,15 @@ from ecoflap.workers import Workers
 Run = Callable[..., Any]
 
 
+def llava() -> tuple[Any, Any]:
+    """The same weights in every thread: a model's own initial ones come from the generator that all threads share."""
+    model, processor = pico.llava(chat=False)
+    return picos.scramble(model), processor
+
+
 def vqa(folder: Path) -> Run:
     data = test_vqa_task.questions_file(folder, ["red", "circle", "no", "two", "star"])
-    return lambda **options: test_vqa_task.run(*pico.llava(chat=False), data, batch_size=1, **options)
+    return lambda **options: test_vqa_task.run(*llava(), data, batch_size=1, **options)
 
 
 def captioning(folder: Path) -> Run:
@@ -71,7 +77,7 @@ def knn(folder: Path) -> Run:
 
 def nlvr2(folder: Path) -> Run:
     data = test_nlvr2.nlvr2_file(folder)
-    return lambda **options: test_nlvr2.run(*pico.llava(chat=False), data, **options)
+    return lambda **options: test_nlvr2.run(*llava(), data, **options)
 
 
 def perplexity(folder: Path) -> Run:
