@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from apart import Failed, run_apart
 from gpu_models import SMALL, WHOLE, Shape
 from replay import spread
 from torch import nn
@@ -130,13 +129,10 @@ def table(name: str, found: dict[str, dict[str, float] | str]) -> list[str]:
 
 def run(name: str, way: str, arguments: Sequence[str]) -> dict[str, float] | str:
     """In a process of its own; the last line of its complaint where it fails."""
-    command = [sys.executable, __file__, *arguments, "--one", name, way]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return "out of memory" if "OutOfMemoryError" in lines[-1] else lines[-1][:120].replace("|", "/")
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    try:
+        return run_apart([__file__, *arguments, "--one", name, way])
+    except Failed as why:
+        return "out of memory" if "OutOfMemoryError" in str(why) else str(why)[:120].replace("|", "/")
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
+from apart import Failed, run_apart
 from replay import parser_of, prepared, spread
 
 from ecoflap import measure_importance
@@ -72,11 +72,10 @@ def main() -> None:
         return
     results: dict[str, dict[str, float]] = {}
     for way in WAYS:
-        command = [sys.executable, *sys.argv, "--only", way]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{way}: {done.stderr.strip().splitlines()[-1]}")
-        results[way] = json.loads(done.stdout.strip().splitlines()[-1])
+        try:
+            results[way] = run_apart([*sys.argv, "--only", way])
+        except Failed as why:
+            sys.exit(f"{way}: {why}")
     plain, forward = results["zeroth order, plain loop"], results["forward only"]
     print("| way | time, all layers | plain loop takes | peak above the model | peak, model included, to a forward's |")
     print("|---|---|---|---|---|")

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from apart import Failed, run_apart
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ecoflap.api import allocate, prune_to
@@ -104,11 +104,10 @@ def main() -> None:
     print("| shape | criterion | offload | inputs | statistics | working | forward | expected | measured | ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case in ((s, c, o) for s in options.shapes for c in options.criteria for o in options.offload):
-        command = [sys.executable, __file__, "--device", options.device, "--only", *case]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            sys.exit(f"{' '.join(case)}: {done.stderr.strip().splitlines()[-1]}")
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        try:
+            found = run_apart([__file__, "--device", options.device, "--only", *case], environment)
+        except Failed as why:
+            sys.exit(f"{' '.join(case)}: {why}")
         rows.append({"case": case, **found})
         parts = ("inputs", "statistics", "working", "forward", "expected", "measured")
         cells = [*case, *(f"{found[part] / 2**20:.0f} MiB" for part in parts)]

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hypothesis
 import pytest
 import torch
+from console import Command, command
 
 
 def pytest_configure() -> None:
@@ -34,3 +35,10 @@ def _seeded() -> None:
 def pageless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs write no ``report.html``, half of a pico run's time: for tests that look at anything else."""
     monkeypatch.setattr("ecoflap.pipeline.write_report", lambda _: None)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """The command line, called from a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return command(capfd, monkeypatch)

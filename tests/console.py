@@ -75,6 +75,13 @@ def prose(path: Path, words: int = 1500, seed: int = 0) -> Path:
     return path
 
 
+def llama_and_prose(folder: Path) -> Path:
+    """``folder``, with the pico model ``llama`` and a text ``prose.txt`` in it."""
+    picos.write_checkpoint("llama", folder / "llama")
+    prose(folder / "prose.txt")
+    return folder
+
+
 def questions(folder: Path, count: int = 12) -> Path:
     """A JSONL file with pictures, questions, answers and kinds."""
     choose = random.Random(1)

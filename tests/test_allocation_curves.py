@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from console import Command, command
+from console import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -238,12 +238,6 @@ def test_an_importance_keeps_its_curves(tmp_path: Path) -> None:
     path.write_text(json.dumps(broken), "utf-8")
     with pytest.raises(InvalidOption, match="must rise"):
         Importance.load(path)
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 def test_the_command_allocates_from_curves_in_a_file(run: Command, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import picos
 import pytest
 import torch
-from console import TEXT, Command, command, poisoned_llama, prose, questions
+from console import TEXT, Command, poisoned_llama, prose, questions
 
 from ecoflap.cli import main
 
@@ -25,12 +25,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         prose=prose(folder / "prose.txt"),
         questions=questions(folder / "vqa"),
     )
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 @pytest.fixture

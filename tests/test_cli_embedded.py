@@ -6,13 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from console import Command, command
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
+from console import Command
 
 
 def test_inspect(run: Command) -> None:

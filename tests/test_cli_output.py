@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import picos
 import pytest
-from console import TEXT, Command, command, prose, questions
+from console import TEXT, Command, prose, questions
 from rich.console import Console
 
 import ecoflap
@@ -32,12 +32,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         prose=prose(folder / "prose.txt"),
         questions=questions(folder / "vqa"),
     )
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 COMMANDS = ("prune", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report", "push")

@@ -9,7 +9,7 @@ from typing import Any
 import picos
 import pytest
 import yaml
-from console import Command, command, prose, questions
+from console import Command, prose, questions
 
 from ecoflap.classes import class_names, class_templates
 from ecoflap.errors import InvalidOption, UnknownName
@@ -17,12 +17,6 @@ from ecoflap.evaluation import TASKS, TaskResult
 from ecoflap.evaluations import check_evaluations, evaluations_of, options_of, rehearse
 from ecoflap.network.checkpoint import load
 from ecoflap.recipe import Recipe
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 def spy(model: Any, processor: Any, *, data: Any, samples: Any, columns: Any = None, classes: Any = None,

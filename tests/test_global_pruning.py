@@ -11,7 +11,7 @@ import picos
 import pytest
 import torch
 import yaml
-from console import TEXT, Command, command, model_weights, prose, questions, same_result
+from console import TEXT, Command, model_weights, prose, questions, same_result
 from transformers import LlavaForConditionalGeneration
 
 from ecoflap import pipeline
@@ -37,12 +37,6 @@ def whole(made: SimpleNamespace) -> Path:
     recipe = Recipe(model=str(made.llama), calibration=str(made.prose), samples=6, importance_samples=4, batch_size=2,
                     sequence_length=12, criterion="iterative-gradient")  # fmt: skip
     return pipeline.run_recipe(recipe, made.folder / "whole")
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 def test_what_a_global_criterion_fixes() -> None:

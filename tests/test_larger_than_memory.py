@@ -14,7 +14,7 @@ from typing import Any
 import picos
 import pytest
 import torch
-from console import TEXT, Command, command, prose
+from console import TEXT, Command, prose
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,12 +109,6 @@ def test_one_block_is_in_memory_at_a_time(criterion: str, tmp_path: Path) -> Non
     assert len(watcher.seen) == 8
     # What a step sees is the block that was just pruned; nothing of those before it is held any more.
     assert [seen - before for seen in watcher.seen] == [block] * 8
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:

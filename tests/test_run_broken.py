@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import picos
 import pytest
 import yaml
-from console import model_weights, prose, same_result
+from console import llama_and_prose, model_weights, same_result
 from faults import DONE, FULL, KILLED, broken
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -31,9 +30,7 @@ few = settings(max_examples=6, suppress_health_check=list(HealthCheck), database
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt")
-    return folder
+    return llama_and_prose(folder)
 
 
 @pytest.fixture(autouse=True)

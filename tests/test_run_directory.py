@@ -14,15 +14,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from console import TEXT, Command, Outcome, command, model_weights, prose, questions, same_result
+from console import TEXT, Command, Outcome, model_weights, prose, questions, same_result
 
 from ecoflap.recipe import Recipe
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 def pruned(run: Command, folder: Path, *options: object, name: str = "llama", **how: Any) -> Outcome:

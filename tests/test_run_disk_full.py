@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import picos
 import pytest
-from console import TEXT, Command, command, prose, same_result
+from console import TEXT, Command, command, llama_and_prose, same_result
 
 from ecoflap import files
 from ecoflap.errors import StorageError
@@ -21,9 +20,7 @@ from ecoflap.errors import StorageError
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt")
-    return folder
+    return llama_and_prose(folder)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import picos
 import pytest
 import torch
 import yaml
-from console import TEXT, Command, command, prose, same_result
+from console import TEXT, Command, prose, same_result
 
 from ecoflap.importance import zeroth_order
 from ecoflap.journal import BlockFiles, EstimateFile
@@ -45,12 +45,6 @@ def _recipe(folder: Path) -> Recipe:
 def _options(folder: Path) -> list[object]:
     data = folder / "prose.txt"
     return ["prune", folder / "llama", "--calibration", data, *TEXT, "--test", data, "--test-samples", 3]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 @pytest.fixture

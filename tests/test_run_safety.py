@@ -11,7 +11,7 @@ from pathlib import Path
 import picos
 import pytest
 import torch
-from console import TEXT, Command, command, poisoned_llama, prose, same_result
+from console import TEXT, Command, poisoned_llama, prose, same_result
 
 from ecoflap import files
 from ecoflap.errors import ResumeMismatch
@@ -39,12 +39,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     importance_samples=4, test=text, test_samples=3)  # fmt: skip
     run_recipe(recipe, folder / "whole")
     return folder
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
 
 
 @pytest.fixture

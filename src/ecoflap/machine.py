@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ecoflap.files import read_sealed, write_sealed
+from ecoflap.network.offload import home_of
 from ecoflap.workers import ALONE, Workers
 
 _log = logging.getLogger("ecoflap")
@@ -19,7 +20,7 @@ _log = logging.getLogger("ecoflap")
 
 def machine(model: nn.Module) -> dict[str, Any]:
     """Threads of a CPU's sums, and the processors that the kernels are chosen for."""
-    device = next(model.parameters()).device
+    device = home_of(model)
     return {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -5,9 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import picos
 import pytest
-from console import prose
+from console import llama_and_prose
 from grids import grid_of
 
 from ecoflap.comparison import write
@@ -19,9 +18,7 @@ from ecoflap.comparison.record import Comparison
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``llama`` and ``prose.txt``."""
     folder = tmp_path_factory.mktemp("grid")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt")
-    return folder
+    return llama_and_prose(folder)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import picos
 import pytest
-from console import TEXT, Command, command, prose
+from console import TEXT, Command, llama_and_prose
 
 METHODS = ("--methods", "wanda,magnitude")
 
@@ -15,15 +14,7 @@ METHODS = ("--methods", "wanda,magnitude")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt")
-    return folder
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return command(capfd, monkeypatch)
+    return llama_and_prose(folder)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import Journal
 from picos import FAMILIES
 from torch import Tensor, nn
 
@@ -15,25 +16,7 @@ from ecoflap import measure_importance
 from ecoflap.calibration.models import to_device
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.importance.noise import noise
-from ecoflap.importance.scores import Estimate
 from ecoflap.network.cache import cache_disabled
-
-
-class Journal:
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.kept: list[Estimate] = []
-        self.stop_after = stop_after
-
-    def estimates(self) -> list[Estimate]:
-        return list(self.kept)
-
-    def append(self, estimate: Estimate) -> None:
-        self.kept.append(estimate)
-        if self.stop_after is not None and len(self.kept) >= self.stop_after:
-            raise KeyboardInterrupt
-
-    def values(self) -> dict[tuple[str, int, int], float]:
-        return {(e.layer, e.batch, e.draw): e.value for e in self.kept}
 
 
 def measured(model: nn.Module, batches: list[Any], name: str = "forward-mode", **options: Any) -> dict[Any, float]:

@@ -10,6 +10,7 @@ import torch
 from families.moe import mixture_of_modules
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journals import Journal
 from picos import FAMILIES
 from torch import Tensor, nn
 
@@ -20,23 +21,12 @@ from ecoflap.importance.dlp import lower_median, relative_importance
 from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.names import IMPORTANCES, own_rule
 from ecoflap.importance.owl import outlier_share
-from ecoflap.importance.scores import Estimate, Importance
+from ecoflap.importance.scores import Importance
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy
 
 NAMES = ("llama", "gpt2", "t5", "llava", "clip")
-
-
-class Journal:
-    def __init__(self, kept: list[Estimate]) -> None:
-        self.kept = kept
-
-    def estimates(self) -> tuple[Estimate, ...]:
-        return tuple(self.kept)
-
-    def append(self, estimate: Estimate) -> None:
-        self.kept.append(estimate)
 
 
 def made(name: str) -> tuple[nn.Module, list[Any], Anatomy]:
@@ -164,7 +154,7 @@ def options(importance: str) -> dict[str, Any]:
 def test_interrupted_anywhere_it_ends_the_same(importance: str) -> None:
     model, batches, anatomy = made("t5")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    journal = Journal([])
+    journal = Journal()
     whole = measure_importance(model, batches, importance, anatomy=anatomy, journal=journal)
     assert len(journal.kept) == len(anatomy.layers)
     for kept in (0, 3, len(journal.kept)):

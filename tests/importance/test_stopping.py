@@ -9,11 +9,11 @@ import statistics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journals import Journal
 from picos import FAMILIES
 
 from ecoflap import measure_importance
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.scores import Estimate
 from ecoflap.importance.stopping import LEAST, Stopping, rounds, turns
 
 VALUES = st.lists(st.floats(-1e3, 1e3).filter(lambda x: x == 0 or abs(x) > 1e-6), max_size=30)
@@ -86,19 +86,6 @@ def test_pieces_go_on_while_any_of_their_layers_needs_more() -> None:
     assert known == value
 
 
-class Journal:
-    def __init__(self, known: list[Estimate], stop_after: int | None = None) -> None:
-        self.kept, self.stop_after = list(known), stop_after
-
-    def estimates(self) -> list[Estimate]:
-        return list(self.kept)
-
-    def append(self, estimate: Estimate) -> None:
-        self.kept.append(estimate)
-        if self.stop_after is not None and len(self.kept) >= self.stop_after:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
     ("importance", "options"),
     [
@@ -118,7 +105,7 @@ def test_an_interrupted_measurement_takes_the_same_turns(importance: str, option
     full = sum(score.n for score in whole.scores.values())
     assert full < len(whole.layers) * 5 * int(str(options.get("draws", 1))) or importance == "gradient-norm"
     for stop_after in (1, full // 3, full - 1):
-        journal = Journal([], stop_after)
+        journal = Journal(stop_after=stop_after)
         with pytest.raises(KeyboardInterrupt):
             measure_importance(model, batches, importance, journal=journal, **given)
         mixed = Journal(random.Random(stop_after).sample(journal.kept, len(journal.kept)))
@@ -130,7 +117,7 @@ def test_an_interrupted_measurement_takes_the_same_turns(importance: str, option
 def test_what_is_sampled_has_the_values_of_a_full_measurement() -> None:
     family = FAMILIES["t5"]
     model, batches = family.build(), family.batches(4, 2)
-    everything, some = Journal([]), Journal([])
+    everything, some = Journal(), Journal()
     measure_importance(model, batches, journal=everything, draws=4)
     found = measure_importance(model, batches, journal=some, draws=4, error=0.5)
     assert set(some.kept) <= set(everything.kept)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import Journal
 from picos import FAMILIES
 from torch import nn
 
@@ -15,22 +16,8 @@ from ecoflap.calibration.models import to_device
 from ecoflap.calibration.objectives import default_objective
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss, UnknownName
 from ecoflap.importance.noise import noise, noise_key
-from ecoflap.importance.scores import Estimate
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
-
-
-class Journal:
-    def __init__(self, known: list[Estimate] = (), stop_after: int | None = None) -> None:  # type: ignore[assignment]
-        self.kept, self.stop_after = list(known), stop_after
-
-    def estimates(self) -> list[Estimate]:
-        return list(self.kept)
-
-    def append(self, estimate: Estimate) -> None:
-        self.kept.append(estimate)
-        if self.stop_after is not None and len(self.kept) >= self.stop_after:
-            raise KeyboardInterrupt
 
 
 def gradients(model: nn.Module, batch: Any, names: list[str]) -> dict[str, torch.Tensor]:

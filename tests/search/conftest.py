@@ -6,17 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import picos
 import pytest
-from console import TEXT, command, prose
+from console import TEXT, command, llama_and_prose
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt")
-    return folder
+    return llama_and_prose(folder)
 
 
 @pytest.fixture

@@ -138,12 +138,16 @@ def lowest_mask(scores: Tensor, zeros: int, pattern: Pattern) -> Tensor:
 
 def row_quotas(scores: Tensor, zeros: int) -> Tensor:
     """Zeros for each row of ``scores`` (out, in): equal but for one, the lowest next score first. Shape (out,)."""
-    rows = len(scores)
-    base, extra = divmod(zeros, rows)
-    quotas = torch.full((rows,), base, device=scores.device)
-    if extra:
-        following = _kth_lowest(scores, base + 1).squeeze(1)
-        quotas[torch.argsort(following, stable=True)[:extra]] += 1
+    base, extra = divmod(zeros, len(scores))
+    if not extra:  # every column may be among the base then: there is no next score
+        return torch.full((len(scores),), base, device=scores.device)
+    return _quotas(_kth_lowest(scores, base + 1), base, extra)
+
+
+def _quotas(following: Tensor, base: int, extra: int) -> Tensor:
+    """``base`` for each row, one more for the ``extra`` rows with the lowest first entry of ``following``."""
+    quotas = torch.full((len(following),), base, device=following.device)
+    quotas[torch.argsort(following[:, 0], stable=True)[:extra]] += 1
     return quotas
 
 
@@ -153,8 +157,7 @@ def _lowest_evenly(scores: Tensor, zeros: int) -> Tensor:
     if not extra:
         return lowest_in_rows(scores, base)
     following = _kth_lowest(scores, base + 1)
-    quotas = torch.full((len(scores),), base, device=scores.device)
-    quotas[torch.argsort(following.squeeze(1), stable=True)[:extra]] += 1
+    quotas = _quotas(following, base, extra)
     lowest = scores < following
     one_more = (quotas > base).nonzero().squeeze(1)
     lowest[one_more] = scores[one_more] <= following[one_more]
