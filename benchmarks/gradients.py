@@ -1,9 +1,11 @@
 """Gradient norms against the zeroth order: time and memory of each way of measuring the same thing, in one run.
 
     python benchmarks/gradients.py [embedded | FOLDER --calibration TEXT --sequence-length 128] [--layers 8]
+                                   [--dtype bfloat16]
 
 Each way runs in a process of its own on the same batches, one after the other. The zeroth order measures a few layers
-evenly spread, and its time is scaled to all of them; a plain loop takes two forwards a (layer, batch).
+evenly spread, and its time is scaled to all of them; a plain loop takes two forwards a (layer, batch). A model in half
+precision is fp32 block by block, and in two ways more converted as a whole.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from ecoflap import measure_importance
 from ecoflap.calibration.objectives import on_device
 from ecoflap.importance.probe import ProbeContext
 from ecoflap.network.cache import cache_disabled
+from ecoflap.network.fp32 import computing_in_fp32, half_blocks
 from ecoflap.resources import Usage, measured
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,12 +38,14 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight-gradient": ("first-order", {"variant": "weight-gradient"}),
     "Fisher": ("first-order", {"variant": "fisher"}),
 }
+# Of a half-precision model, whose blocks are else fp32 while they run:
+CONVERTED = {f"{way}, model converted": WAYS[way] for way in ("zeroth order, replay", "gradient norm")}
 
 
 def one(way: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds for all layers, and bytes above those of the loaded model."""
     model, batches, objective, anatomy = prepared(options)
-    name, settings = WAYS[way]
+    name, settings = {**WAYS, **CONVERTED}[way]
     few = spread(anatomy, options.layers) if name == "zeroth-order" and settings.get("probe") != "block" else anatomy
     usages: list[Usage] = []
     with measured(way, []):  # the first look at the memory settles
@@ -47,31 +53,33 @@ def one(way: str, options: argparse.Namespace) -> dict[str, float]:
     base: list[Usage] = []
     with measured("nothing", base):
         time.sleep(0.1)
-    with measured(way, usages):
+    with measured(way, usages), computing_in_fp32(model) if way in CONVERTED else nullcontext():
         if name:
             measure_importance(model, batches, name, anatomy=few, loss=objective, **settings)
         else:
             context = ProbeContext(model, anatomy, batches, on_device(objective), seed=0)
-            with cache_disabled(model), torch.no_grad():
+            upcast = half_blocks(model, anatomy.replayable)
+            with cache_disabled(model), torch.no_grad(), computing_in_fp32(model, upcast):
                 for index in range(len(batches)):
                     context.loss(index)
     return {
         "seconds": usages[0].seconds * len(anatomy.layers) / len(few.layers),
         "bytes": usages[0].peak_memory_bytes - base[0].peak_memory_bytes,
-        "model": 4.0 * anatomy.total_parameters,
+        "model": float(sum(parameter.nbytes for parameter in model.parameters())),
     }
 
 
 def main() -> None:
     parser = parser_of(__doc__, 2)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--layers", type=int, default=8, help="how many layers the zeroth order measures")
-    parser.add_argument("--only", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=[*WAYS, *CONVERTED], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         print(json.dumps(one(options.only, options)))
         return
     results: dict[str, dict[str, float]] = {}
-    for way in WAYS:
+    for way in WAYS if options.dtype == "float32" else (*WAYS, *CONVERTED):
         try:
             results[way] = run_apart([*sys.argv, "--only", way])
         except Failed as why:

@@ -59,7 +59,7 @@ def spread(anatomy: Anatomy, count: int) -> Anatomy:
 
 
 def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Objective, Anatomy]:
-    """Model in fp32, calibration batches, loss and anatomy that the command line asks for."""
+    """Model (in fp32, or as ``--dtype`` says), calibration batches, loss and anatomy that the command line asks for."""
     values: dict[str, Any] = {
         "model": None if options.model == "embedded" else options.model,
         "calibration": options.calibration,
@@ -68,7 +68,7 @@ def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Objec
         "batch_size": options.batch_size,
     }
     recipe = Recipe.parse({name: value for name, value in values.items() if value is not None})
-    checkpoint = load(recipe.model, dtype="float32")
+    checkpoint = load(recipe.model, dtype=getattr(options, "dtype", "float32"))
     _, batches = calibration_batches(recipe, checkpoint)
     objective = resolve(None, checkpoint.model)
     with cache_disabled(checkpoint.model):

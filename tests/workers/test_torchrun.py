@@ -15,6 +15,7 @@ from typing import Any
 
 import picos
 import psutil
+import pytest
 from console import poisoned_llama, prose, same_result
 
 from ecoflap.pipeline import run_recipe
@@ -50,19 +51,20 @@ def ours(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("ecoflap: ")]
 
 
-def test_two_workers_end_like_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, 4])
+def test_several_workers_end_like_one(tmp_path: Path, workers: int) -> None:
     picos.write_checkpoint("llama", tmp_path / "llama")
     data = str(prose(tmp_path / "prose.txt"))
     recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=10, batch_size=1, sequence_length=12,
                     importance="gradient-norm", criterion="sparsegpt", test=data, test_samples=5)  # fmt: skip
-    process = launch(tmp_path, 2, "prune", *options(recipe), "-o", "two", "--json")
+    process = launch(tmp_path, workers, "prune", *options(recipe), "-o", "several", "--json")
     run_recipe(recipe, tmp_path / "one")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert json.loads(out)["run"] == "two"  # printed once
-    same_result(tmp_path / "one", tmp_path / "two")
-    same_metrics(tmp_path / "one", tmp_path / "two")
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+    assert json.loads(out)["run"] == "several"  # printed once
+    same_result(tmp_path / "one", tmp_path / "several")
+    same_metrics(tmp_path / "one", tmp_path / "several")
+    assert sorted(path.name for path in (tmp_path / "several").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )
 

@@ -163,7 +163,8 @@ class Subject:
 def computing(model: nn.Module) -> Iterator[None]:
     """Eval mode, no KV cache, fp32, no gradients of the user's own; all as before at exit."""
     from ecoflap.network.cache import cache_disabled
-    from ecoflap.network.perturb import computing_in_fp32, gradients_set_aside
+    from ecoflap.network.fp32 import computing_in_fp32
+    from ecoflap.network.perturb import gradients_set_aside
     from ecoflap.network.trace import evaluating
 
     with ExitStack() as state:

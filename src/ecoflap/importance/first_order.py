@@ -12,6 +12,7 @@ from torch import Tensor
 from ecoflap.importance.gradients import visit_gradients
 from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
+from ecoflap.network.parts import Anatomy
 from ecoflap.registry import unknown
 
 
@@ -71,6 +72,12 @@ class FirstOrder:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise unknown("first-order variant", self.variant, list(VARIANTS))
+
+    def upcast(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """The blocks of all towers, unless a weight belongs to several, or graphs are kept."""
+        if not self.recompute or any(layer.aliases for layer in anatomy.layers):
+            return ()
+        return tuple(block.name for block in anatomy.blocks)
 
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches)

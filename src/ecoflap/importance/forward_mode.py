@@ -20,7 +20,7 @@ from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.importance.zeroth_order import ZerothOrder
-from ecoflap.network.parts import Layer, Tower
+from ecoflap.network.parts import Anatomy, Layer, Tower
 from ecoflap.network.replay import Replay
 from ecoflap.network.tangents import differentiable_attention, tangent_of, with_tangent
 
@@ -58,6 +58,10 @@ class ForwardMode:
 
     def __post_init__(self) -> None:
         check_probes(self.draws, self.probe, self.precision)
+
+    def upcast(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Weights are fp32 while their block runs."""
+        return anatomy.replayable
 
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * self.draws

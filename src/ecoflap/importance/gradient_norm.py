@@ -9,6 +9,7 @@ from typing import ClassVar
 from ecoflap.importance.first_order import FirstOrder
 from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
+from ecoflap.network.parts import Anatomy
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class GradientNorm:
     scatter: ClassVar[float] = 0.0  # between batches alone
 
     recompute: bool = True
+
+    def upcast(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return self._first_order().upcast(anatomy)
 
     def steps(self, context: ProbeContext) -> int:
         return self._first_order().steps(context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ecoflap.errors import InvalidOption
 from ecoflap.importance.probe import ProbeContext
-from ecoflap.network.offload import Offloaded
+from ecoflap.network.offload import Offloaded, read_weight
 from ecoflap.network.perturb import gradients_set_aside
 from ecoflap.network.recompute import recomputing
 from ecoflap.network.reload import reloading
@@ -39,30 +39,38 @@ def visit_gradients(
         InvalidOption: the model can't be differentiated.
         NonFiniteLoss: the loss is not finite.
     """
-    elsewhere = Offloaded(context.model).among(layer.name for layer in context.layers)
+    elsewhere = set(Offloaded(context.model).among(layer.name for layer in context.layers))
     of_block: dict[str, list[str]] = {}
-    for name in elsewhere:
-        of_block.setdefault(context.anatomy.layer(name).block, []).append(name)
-    weights: Mapping[str, torch.nn.Parameter] = {
-        layer.name: context.model.get_parameter(layer.name) for layer in context.layers if layer.name not in elsewhere
-    }
+    stay: list[str] = []
+    for layer in context.layers:
+        if layer.name in elsewhere or layer.block in context.upcast:
+            of_block.setdefault(layer.block, []).append(layer.name)
+        else:
+            stay.append(layer.name)
 
-    def hook_of(name: str) -> Callable[[Tensor], None]:
+    parts: dict[str, Tensor] = {}  # of weights that are used several times, and made anew each time
+
+    def hook_of(name: str, last: bool) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            visit(name, parameter.detach(), parameter.grad)
+            gradient = parameter.grad if name not in parts else parts.pop(name).add_(parameter.grad)
             parameter.grad = None
+            if last:
+                visit(name, parameter.detach(), gradient)
+            else:
+                parts[name] = gradient
 
         return hook
 
-    def watch(name: str, weight: torch.nn.Parameter) -> Callable[[], None]:
+    def watch(name: str, last: bool = True) -> Callable[[], None]:
+        weight = context.model.get_parameter(name)
         weight.requires_grad_(True)
-        handle = weight.register_post_accumulate_grad_hook(hook_of(name))  # type: ignore[no-untyped-call]
+        handle = weight.register_post_accumulate_grad_hook(hook_of(name, last))  # type: ignore[no-untyped-call]
         return handle.remove  # type: ignore[no-any-return]
 
-    def loaded(block: str) -> None:  # its weights are new tensors each time, and go with their hooks
+    def loaded(block: str, last: bool) -> None:  # its weights are new tensors each time, and go with their hooks
         for name in of_block[block]:
-            watch(name, context.model.get_parameter(name))
+            watch(name, last)
 
     with (
         torch.enable_grad(),
@@ -72,9 +80,11 @@ def visit_gradients(
         ExitStack() as hooks,
     ):
         context.model.requires_grad_(False)
-        for name, weight in weights.items():
-            hooks.callback(watch(name, weight))
+        for name in stay:
+            hooks.callback(watch(name))
         _backward(context, index, f"gradients can't be taken; {instead}")
+        for name, gradient in parts.items():  # the last use did not matter to the loss
+            visit(name, read_weight(context.model, name).to(gradient.dtype), gradient)
 
 
 def _backward(context: ProbeContext, index: int, advice: str) -> None:

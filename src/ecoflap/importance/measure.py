@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from typing import Any, Protocol
 
@@ -20,8 +20,9 @@ from ecoflap.importance.stopping import check_budget, stopping_of, turns
 from ecoflap.large import check_model
 from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
+from ecoflap.network.fp32 import computing_in_fp32, half_blocks
 from ecoflap.network.parts import Anatomy
-from ecoflap.network.perturb import computing_in_fp32, gradients_set_aside
+from ecoflap.network.perturb import gradients_set_aside
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent, Task
 from ecoflap.registry import check_option_names
@@ -173,17 +174,18 @@ def measure_importance(
     journal = journal or _MemoryJournal()
     with ExitStack() as state:
         # Gradients of the user's own have the parameters' dtype, so they go before it changes and return after.
-        for context_manager in (
-            evaluating(model),
-            cache_disabled(model),
-            gradients_set_aside(model),
-            nullcontext() if _is_native(measure) else computing_in_fp32(model),
-        ):
+        for context_manager in (evaluating(model), cache_disabled(model), gradients_set_aside(model)):
             state.enter_context(context_manager)
         if anatomy is None:
             anatomy = discover(model, batches[0], run=objective)
+        upcast: tuple[str, ...] = ()
+        if not _is_native(measure):
+            upcast = half_blocks(model, measure.upcast(anatomy)) if hasattr(measure, "upcast") else ()
+            state.enter_context(computing_in_fp32(model, upcast))
         known = {(e.layer, e.batch, e.draw): e.value for e in journal.estimates()}
-        context = ProbeContext(model, anatomy, batches, objective, seed, frozenset(known), workers=workers)
+        context = ProbeContext(
+            model, anatomy, batches, objective, seed, frozenset(known), workers=workers, upcast=frozenset(upcast)
+        )
         pieces = list(measure.pieces(context)) if hasattr(measure, "pieces") else None
         whole = _narrowed(context, pieces, pieces or (), known)
         weights = measure.efforts(whole) if hasattr(measure, "efforts") and rule is None else None

@@ -27,6 +27,7 @@ class ProbeContext:
         done: (layer, batch, draw) of estimates that an interrupted run already has.
         remarks: what the measure finds out that belongs into the settings of its scores.
         workers: those who measure; each asks for the estimates of its own, all others are in its ``done``.
+        upcast: blocks that compute in fp32, though their weights are kept as they were loaded.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class ProbeContext:
     done: frozenset[Key] = field(default_factory=frozenset)
     remarks: dict[str, Any] = field(default_factory=dict)
     workers: Workers = ALONE
+    upcast: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -81,6 +83,9 @@ class ImportanceMeasure(Protocol):
     say more: ``rule``, the allocation rule that the scores are made for (else "proportional"; ``names.py`` repeats it);
     ``noisy``, False where a lone estimate has no standard error of its own; ``scatter``, the smallest relative standard
     deviation of one estimate, where sampling may stop when there are enough (``stopping.py``).
+
+    A method ``upcast(anatomy)`` names the blocks that need not be converted to fp32 as a whole: each is while it runs,
+    and ``context.model`` has their weights in the checkpoint's dtype. Without it the whole model is fp32 meanwhile.
 
     A method ``pieces(context)`` lets several workers share the estimates: it gives their keys in the order of
     ``estimates``, those together that are measured together. Without it all workers measure all of them.

@@ -44,22 +44,21 @@ class Probe:
         return self.unit[0].name if len(self.unit) == 1 else self.unit[0].block
 
     def weights(self) -> list[Tensor]:
-        """The unit's matrices as stored, without a graph; not copies."""
-        return [self.context.model.get_parameter(layer.name).detach() for layer in self.unit]
+        """The unit's matrices in the dtype that they compute in, without a graph; don't write to them."""
+        stored = [self.context.model.get_parameter(layer.name).detach() for layer in self.unit]
+        upcast = self.context.upcast
+        return [w.float() if layer.block in upcast else w for layer, w in zip(self.unit, stored, strict=True)]
 
     def noises(self) -> list[Tensor]:
         """z ~ N(0, I) of each matrix, in its shape, device and dtype (drawn in fp32)."""
-        return [
-            noise(
-                weight.shape,
-                weight.device,
-                seed=self.context.seed,
-                layer=layer.name,
-                batch=self.batch,
-                draw=self.draw,
-            ).to(weight.dtype)
-            for layer, weight in zip(self.unit, self.weights(), strict=True)
-        ]
+        context, found = self.context, []
+        for layer in self.unit:
+            weight = context.model.get_parameter(layer.name)
+            drawn = noise(
+                weight.shape, weight.device, seed=context.seed, layer=layer.name, batch=self.batch, draw=self.draw
+            )
+            found.append(drawn if layer.block in context.upcast else drawn.to(weight.dtype))
+        return found
 
     @contextmanager
     def using(self, tensors: Sequence[Tensor], replay: Replay) -> Iterator[None]:

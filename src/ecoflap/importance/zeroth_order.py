@@ -18,6 +18,7 @@ from ecoflap.importance.probe import Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
 from ecoflap.importance.rounding import tell_rounding
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
+from ecoflap.network.parts import Anatomy
 from ecoflap.network.replay import Replay
 
 
@@ -50,6 +51,10 @@ class ZerothOrder:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise InvalidOption(f"epsilon must be a positive number, not {self.epsilon}")
         check_probes(self.draws, self.probe, self.precision)
+
+    def upcast(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Weights are fp32 while their block runs."""
+        return anatomy.replayable
 
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * self.draws

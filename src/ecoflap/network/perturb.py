@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from ecoflap.network.tangents import has_tangent
@@ -31,29 +30,6 @@ def swapped(model: nn.Module, modules: Sequence[str], tensor: Tensor, name: str 
     finally:
         for owner, original in zip(owners, originals, strict=True):
             owner._parameters[name] = original
-
-
-@contextmanager
-def computing_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Half-precision parameters and buffers are fp32 inside the context, and their very bits are back at exit.
-
-    The way there and back is exact (every fp16 and bf16 number is an fp32 number), so no second copy is kept: the model
-    takes twice the bytes of its half-precision parts meanwhile. Parameter objects stay the same (ties survive).
-    """
-    changed: list[tuple[Tensor, torch.dtype]] = []
-    config = getattr(model, "config", None)
-    configured = getattr(config, "dtype", None)
-    try:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                changed.append((tensor, tensor.dtype))
-                tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, dtype in changed:
-            tensor.data = tensor.data.to(dtype)
-        if config is not None and configured is not None:
-            config.dtype = configured
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""Backward passes through blocks whose weights are read for the forward, and read again when their gradient is due."""
+"""Backward passes through blocks whose weights are made (read, or converted to fp32) for the forward, and made again
+when their gradient is due."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,41 +12,45 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ecoflap.errors import InvalidOption
 from ecoflap.network.forward import Forward, forward_replaced
+from ecoflap.network.fp32 import leaves_in_fp32
+from ecoflap.network.heap import trim
 from ecoflap.network.offload import resident
 
-Loaded = Callable[[str], None]
+Loaded = Callable[[str, bool], None]
+_TENSOR = object()  # stands for a tensor among a call's arguments
 
 
 @contextmanager
 def reloading(model: nn.Module, blocks: Sequence[str], loaded: Loaded) -> Iterator[None]:
-    """Inside the context, these blocks of an adopted model keep their inputs alone for the backward.
+    """Inside the context, these blocks keep their inputs alone for the backward.
 
-    There the block is held in memory, computed again with a graph, and taken backward at once, so that the weights and
-    activations of one block exist at a time. (Reloading in the midst of torch's own checkpoint would not do: its graph
-    holds on to the weights of the first forward.)
+    There the block is held in memory and in fp32, computed again with a graph, and taken backward at once, so that the
+    weights and activations of one block exist at a time. (Reloading in the midst of torch's own checkpoint would not
+    do: its graph holds on to the weights of the first forward.)
 
     Args:
         model: without dropout (eval mode): random numbers are not replayed.
         blocks: paths of blocks that don't contain one another.
-        loaded: called with a block's path when it is held in memory, before it is computed for its gradients: its
+        loaded: called with a block's path when it is held in memory, before it is computed for its gradients, and
+            whether this is for the last time: a block that runs twice a forward has its gradients in two parts. Its
             parameters are new tensors each time.
-
-    Raises:
-        InvalidOption: in a forward that calls a block twice, whose gradients would come in parts.
     """
-    called: set[str] = set()
+    calls: Counter[str] = Counter()
+
+    def due(path: str) -> None:
+        calls[path] -= 1
+        loaded(path, calls[path] == 0)
 
     def wrapper(path: str) -> Callable[[Forward], Forward]:
         def wrap(forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:
                 if not torch.is_grad_enabled():
                     return forward(*args, **kwargs)
-                if path in called:
-                    raise InvalidOption(f"{path} runs more than once a forward: its gradients need the model in memory")
-                called.add(path)
-                return _Call(model, path, forward, loaded, (args, kwargs)).apply()
+                calls[path] += 1
+                found = _Call(model, path, forward, due).apply((args, kwargs))
+                trim()
+                return found
 
             return run
 
@@ -59,30 +65,34 @@ def reloading(model: nn.Module, blocks: Sequence[str], loaded: Loaded) -> Iterat
 class _Call:
     """One call of a block, as a function of the tensors among its arguments."""
 
-    def __init__(self, model: nn.Module, path: str, forward: Forward, loaded: Loaded, arguments: Any) -> None:
-        self._model, self._path, self._forward, self._loaded = model, path, forward, loaded
-        self._leaves, self._spec = pytree.tree_flatten(arguments)
+    def __init__(self, model: nn.Module, path: str, forward: Forward, due: Callable[[str], None]) -> None:
+        self._model, self._path, self._forward, self._due = model, path, forward, due
+        self._leaves: list[Any] = []
+        self._spec: Any = None
         self._output: tuple[list[Any], Any] = ([], None)
 
-    def apply(self) -> Any:
-        tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+    def apply(self, arguments: Any) -> Any:
+        leaves, self._spec = pytree.tree_flatten(arguments)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # the graph keeps those
         trigger = torch.zeros((), requires_grad=True)  # a graph, also where no input has one
         found = iter(_Reloaded.apply(self, trigger, *tensors))  # type: ignore[no-untyped-call]
-        leaves, spec = self._output
+        (leaves, spec), self._output = self._output, ([], None)
         return pytree.tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The tensors among the outputs for these inputs."""
         given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         self._output = pytree.tree_flatten(self._forward(*args, **kwargs))
         return tuple(leaf for leaf in self._output[0] if isinstance(leaf, Tensor))
 
     def backward(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Leave in the leaves among ``inputs`` what the outputs' gradients give."""
-        with torch.enable_grad(), resident(self._model, self._path):
-            self._loaded(self._path)
+        module = self._model.get_submodule(self._path)
+        with torch.enable_grad(), resident(self._model, self._path), leaves_in_fp32(module):
+            self._due(self._path)
             outputs = self.run(inputs)
             pairs = [
                 (output, gradient)
@@ -91,6 +101,9 @@ class _Call:
             ]
             if pairs:
                 torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            self._output = ([], None)  # whose graph would hold on to the block's weights
+            del outputs, pairs
+        trim()
 
 
 class _Reloaded(torch.autograd.Function):

@@ -12,8 +12,8 @@ from torch import Tensor
 from ecoflap.errors import InvalidOption
 from ecoflap.importance.gradients import visit_gradients
 from ecoflap.importance.probe import ProbeContext
+from ecoflap.network.fp32 import computing_in_fp32
 from ecoflap.network.parts import Layer
-from ecoflap.network.perturb import computing_in_fp32
 from ecoflap.progress import Task
 from ecoflap.pruning.global_criteria import Scores
 
