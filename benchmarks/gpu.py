@@ -1,6 +1,6 @@
 """Time and peak memory of each stage on models of 1 to 8 billion weights, random ones, on a GPU.
 
-    python benchmarks/gpu.py [--model NAME ...] [--samples 32] [--batch-size 4]
+    python benchmarks/gpu.py [--model NAME ...] [--samples 32] [--batch-size 4] [--published CHECKOUT]
 
 Without a GPU it says so, and does the same with small twins of the shapes on the processor. Every way runs in a process
 of its own. The zeroth order measures a few layers, evenly spread, and its time is scaled to all of them.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from apart import Failed, run_apart
 from gpu_models import SMALL, WHOLE, Shape
+from published import published_stage2
 from replay import spread
 from torch import nn
 
@@ -37,7 +38,8 @@ STAGE_1: dict[str, tuple[str, dict[str, Any]]] = {
     "first order, graph kept": ("first-order", {"variant": "weight-gradient", "recompute": False}),
 }
 STAGE_2 = ("wanda", "sparsegpt")
-WAYS = ("forward only", *STAGE_1, *STAGE_2)
+PUBLISHED = {f"{criterion}, published": criterion for criterion in STAGE_2}  # of one tower, a decoder as Llama's
+WAYS = ("forward only", *STAGE_1, *STAGE_2, *PUBLISHED)
 
 
 class Subject:
@@ -74,6 +76,9 @@ class Subject:
         even = allocate(Importance.uniform(self.anatomy.layers, self.anatomy.total_parameters), 0.5)
         prune_to(self.model, self.anatomy, even, self.batches, criterion=criterion, loss=self.loss)
 
+    def published(self, criterion: str, checkout: Path) -> None:
+        published_stage2(checkout, self.model, self.anatomy, self.batches, criterion, 0.5)()
+
 
 def one(shape: Shape, way: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of the whole stage, and bytes: of the model, and of the peak above it."""
@@ -90,6 +95,8 @@ def one(shape: Shape, way: str, options: argparse.Namespace) -> dict[str, float]
             part = subject.stage_1(way, options.layers)
         elif way in STAGE_2:
             subject.stage_2(way)
+        elif way in PUBLISHED:
+            subject.published(PUBLISHED[way], options.published)
         else:
             subject.forward()
         if subject.device == "cuda":
@@ -142,6 +149,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--layers", type=int, default=6, help="how many layers the zeroth order measures")
+    parser.add_argument("--published", type=Path, help="a checkout of locuslab/wanda, whose loops run on the Llamas")
     parser.add_argument("--output", type=Path, help="JSON of all figures")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -154,9 +162,11 @@ def main() -> None:
     else:
         print(f"no GPU here: small twins on the processor, torch {torch.__version__}\n", flush=True)
     arguments = [f"--samples={options.samples}", f"--batch-size={options.batch_size}", f"--layers={options.layers}"]
+    arguments += [f"--published={options.published}"] if options.published else []
     results = {}
     for name in options.model or (WHOLE if torch.cuda.is_available() else SMALL):
-        results[name] = {way: run(name, way, arguments) for way in options.way or WAYS}
+        ways = [way for way in options.way or WAYS if way not in PUBLISHED or (options.published and "Llama" in name)]
+        results[name] = {way: run(name, way, arguments) for way in ways}
         print("\n".join(table(name, results[name])), flush=True)
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

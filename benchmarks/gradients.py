@@ -5,7 +5,7 @@
 
 Each way runs in a process of its own on the same batches, one after the other. The zeroth order measures a few layers
 evenly spread, and its time is scaled to all of them; a plain loop takes two forwards a (layer, batch). A model in half
-precision is fp32 block by block, and in two ways more converted as a whole.
+precision (``--dtype``) is fp32 block by block; beside it, the same with the whole model converted.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Of a half-precision model, whose blocks are else fp32 while they run:
 CONVERTED = {f"{way}, model converted": WAYS[way] for way in ("zeroth order, replay", "gradient norm")}
+HALF = ("forward only", "zeroth order, replay", "gradient norm", *CONVERTED)
 
 
 def one(way: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds for all layers, and bytes above those of the loaded model."""
+    """Seconds of the processor for all layers, and bytes above those of the loaded model."""
     model, batches, objective, anatomy = prepared(options)
     name, settings = {**WAYS, **CONVERTED}[way]
     few = spread(anatomy, options.layers) if name == "zeroth-order" and settings.get("probe") != "block" else anatomy
@@ -53,6 +54,7 @@ def one(way: str, options: argparse.Namespace) -> dict[str, float]:
     base: list[Usage] = []
     with measured("nothing", base):
         time.sleep(0.1)
+    begin = time.process_time()
     with measured(way, usages), computing_in_fp32(model) if way in CONVERTED else nullcontext():
         if name:
             measure_importance(model, batches, name, anatomy=few, loss=objective, **settings)
@@ -62,8 +64,9 @@ def one(way: str, options: argparse.Namespace) -> dict[str, float]:
             with cache_disabled(model), torch.no_grad(), computing_in_fp32(model, upcast):
                 for index in range(len(batches)):
                     context.loss(index)
+    seconds = time.process_time() - begin
     return {
-        "seconds": usages[0].seconds * len(anatomy.layers) / len(few.layers),
+        "seconds": seconds * len(anatomy.layers) / len(few.layers),
         "bytes": usages[0].peak_memory_bytes - base[0].peak_memory_bytes,
         "model": float(sum(parameter.nbytes for parameter in model.parameters())),
     }
@@ -79,17 +82,17 @@ def main() -> None:
         print(json.dumps(one(options.only, options)))
         return
     results: dict[str, dict[str, float]] = {}
-    for way in WAYS if options.dtype == "float32" else (*WAYS, *CONVERTED):
+    for way in WAYS if options.dtype == "float32" else HALF:
         try:
             results[way] = run_apart([*sys.argv, "--only", way])
         except Failed as why:
             sys.exit(f"{way}: {why}")
-    plain, forward = results["zeroth order, plain loop"], results["forward only"]
-    print("| way | time, all layers | plain loop takes | peak above the model | peak, model included, to a forward's |")
+    plain, forward = results.get("zeroth order, plain loop"), results["forward only"]
+    print("| way | CPU time, all layers | plain loop takes | peak above the model | peak, with model, to a forward's |")
     print("|---|---|---|---|---|")
     for way, found in results.items():
         ratio = (found["model"] + found["bytes"]) / (found["model"] + forward["bytes"])
-        faster = "" if way == "forward only" else f"{plain['seconds'] / found['seconds']:.1f} ×"
+        faster = "" if plain is None or way == "forward only" else f"{plain['seconds'] / found['seconds']:.1f} ×"
         print(f"| {way} | {found['seconds']:.1f} s | {faster} | {found['bytes'] / 2**20:.0f} MiB | {ratio:.2f} |")
 
 

@@ -35,6 +35,9 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "gradient norms, SmolLM2": _smollm2(
         "gradients.py", "--sequence-length", "128", "--layers", "4", "--batches", "1"
     ),
+    "half precision in stage 1, SmolLM2": _smollm2(
+        "gradients.py", "--sequence-length", "128", "--layers", "4", "--batches", "1", "--dtype", "bfloat16"
+    ),
     "forward mode, the embedded VLM": lambda: ["forward_mode.py", "--layers", "0"],
     "replay, the shape of BLIP-2": lambda: ["blip2_shape.py"],
     "memory of stage 2": lambda: ["stage2_memory.py"],

@@ -17,7 +17,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from ecoflap.network.offload import home_of
 from ecoflap.network.parts import Anatomy
 
 
@@ -68,7 +69,8 @@ def published_stage2(
         batches: with ``input_ids`` of one length and without padding.
         criterion: ``wanda`` or ``sparsegpt``.
     """
-    samples = [(row.unsqueeze(0), None) for batch in batches for row in batch["input_ids"]]
+    device = home_of(model)
+    samples = [(row.unsqueeze(0).to(device), None) for batch in batches for row in batch["input_ids"]]
     length = samples[0][0].shape[1]
     if any(ids.shape[1] != length for ids, _ in samples):
         raise SystemExit("the published loop takes samples of one length: give --sequence-length and plain text")
@@ -80,7 +82,7 @@ def published_stage2(
         with (
             _as_they_expect(model, len(anatomy.blocks)),
             mock.patch.object(functions, "get_loaders", return_value=(samples, None)),
-            mock.patch.object(torch.cuda, "synchronize", return_value=None),
+            nullcontext() if torch.cuda.is_available() else mock.patch.object(torch.cuda, "synchronize"),
             mock.patch.object(model, "hf_device_map", {}, create=True),
             mock.patch.object(model, "seqlen", length, create=True),
             open(os.devnull, "w") as nowhere,
@@ -88,7 +90,7 @@ def published_stage2(
             torch.no_grad(),
         ):
             model.eval()
-            prune(arguments, model, None, torch.device("cpu"))
+            prune(arguments, model, None, device)
 
     return run
 
