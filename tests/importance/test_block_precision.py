@@ -117,3 +117,60 @@ def test_a_model_that_begins_with_a_block_is_converted_as_a_whole() -> None:
     measure_importance(half, batches, loss=loss, journal=found)
     measure_importance(whole, batches, loss=loss, journal=expected)
     assert found.values() == expected.values()
+
+
+class Twice(nn.Module):
+    """Runs its blocks on the input, and again on what came out; the last block's second run may not matter."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.into = nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(3))
+        self.skip = skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x = self.into(x)
+        for _ in range(2):
+            first = x
+            for block in self.blocks:
+                x = x + block(x)
+        x = x.detach() + first if self.skip else x
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("importance", ["gradient-norm", "zeroth-order"])
+def test_blocks_that_run_twice(importance: str, skip: bool) -> None:
+    torch.manual_seed(3)
+    half = Twice(skip).bfloat16()
+    whole = copy.deepcopy(half).float()
+    batches = [{"x": torch.randn(2, 6)} for _ in range(2)]
+    found, expected = Journal(), Journal()
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(batch["x"])
+
+    measure_importance(half, batches, importance, loss=loss, journal=found)
+    measure_importance(whole, batches, importance, loss=loss, journal=expected)
+    if importance == "zeroth-order":
+        assert found.values() == expected.values()
+        return
+    for index, batch in enumerate(batches):  # by autograd on the fp32 model
+        names = [name for name, parameter in whole.named_parameters() if parameter.ndim == 2 and "blocks" in name]
+        gradients = torch.autograd.grad(loss(whole, batch), [whole.get_parameter(name) for name in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            exact = float(gradient.norm()) * (2 / torch.pi) ** 0.5
+            assert found.values()[name, index, 0] == pytest.approx(exact, rel=1e-4)
+            assert expected.values()[name, index, 0] == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_block_without_prunable_layers_passes_gradients_on() -> None:
+    half, whole = _pair(FAMILIES["llama"], torch.bfloat16)
+    batches = FAMILIES["llama"].batches(2, 2)
+    found, expected = Journal(), Journal()
+    for model, journal in ((half, found), (whole, expected)):
+        anatomy = discover(model, batches[0], exclude=["model.layers.1.*"])
+        assert not anatomy.blocks[1].layers
+        measure_importance(model, batches, "gradient-norm", anatomy=anatomy, journal=journal)
+    assert len(found.values()) == len(expected.values()) > 0
+    assert found.values() == pytest.approx(expected.values(), rel=1e-4)

@@ -40,7 +40,7 @@ def visit_gradients(
         NonFiniteLoss: the loss is not finite.
     """
     elsewhere = set(Offloaded(context.model).among(layer.name for layer in context.layers))
-    of_block: dict[str, list[str]] = {}
+    of_block: dict[str, list[str]] = {block: [] for block in context.blocks if block in context.upcast}
     stay: list[str] = []
     for layer in context.layers:
         if layer.name in elsewhere or layer.block in context.upcast:
