@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from apart import Failed, run_apart
 from gpu_models import SMALL, WHOLE, Shape
-from published import published_stage2
+from published_loops import published_stage2
 from replay import spread
 from torch import nn
 

@@ -62,13 +62,13 @@ def prune_wanda(args, model, tokenizer, device):
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    for name in ("published", "stage2_memory", "lib", "lib.data", "lib.prune"):
+    for name in ("published_loops", "stage2_memory", "lib", "lib.data", "lib.prune"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.mark.usefixtures("benchmarks")
 def test_a_published_loop_prunes_as_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from published import published_stage2
+    from published_loops import published_stage2
 
     from ecoflap.api import allocate, prune_to
     from ecoflap.importance.scores import Importance
@@ -98,7 +98,7 @@ def test_a_published_loop_prunes_as_ours(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.usefixtures("benchmarks")
 def test_a_folder_that_is_no_checkout(tmp_path: Path) -> None:
-    from published import published_stage2
+    from published_loops import published_stage2
 
     with pytest.raises(SystemExit, match="no checkout"):
         published_stage2(tmp_path, torch.nn.Module(), None, [{"input_ids": torch.ones(1, 4)}], "wanda", 0.5)  # type: ignore[arg-type]
