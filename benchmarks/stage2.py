@@ -3,10 +3,10 @@
     git clone https://github.com/locuslab/wanda ~/wanda
     python benchmarks/stage2.py FOLDER --calibration TEXT --sequence-length 512 --samples 32 --published ~/wanda
 
-The published functions run as they are, from the checkout, around today's decoder blocks: see ``published_loops.py`` beside
-this file. Without ``--published`` only ours is measured. Two times are told: by the clock, and of the processor, which
-other work on the machine touches less. Results are compared by the share of weights with the same fate in both, and by
-the loss on the first batch of the calibration text.
+The published functions run as they are, from the checkout, around today's decoder blocks: see ``published_loops.py``
+beside this file. Without ``--published`` only ours is measured. Two times are told: by the clock, and of the processor,
+which other work on the machine touches less. Results are compared by the share of weights with the same fate in both,
+and by the loss on the first batch of the calibration text.
 """
 
 from __future__ import annotations
