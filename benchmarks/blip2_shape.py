@@ -110,8 +110,10 @@ def main() -> None:
     )
     parser.add_argument("--prompt", type=int, default=40, help="tokens that the encoder reads, pictures' included")
     parser.add_argument("--answer", type=int, default=8, help="tokens that the decoder says")
+    parser.add_argument("--threads", type=int, help="of this process; with small widths, one wastes the least")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     real, matrices = real_bound(options)
     print(f"real shape: {matrices} matrices, bound {real:.2f}")
 

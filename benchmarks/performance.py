@@ -39,7 +39,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {
         "gradients.py", "--sequence-length", "128", "--layers", "4", "--batches", "1", "--dtype", "bfloat16"
     ),
     "forward mode, the embedded VLM": lambda: ["forward_mode.py", "--layers", "0"],
-    "replay, the shape of BLIP-2": lambda: ["blip2_shape.py"],
+    "replay, the shape of BLIP-2": lambda: ["blip2_shape.py", "--threads", "1"],
     "memory of stage 2": lambda: ["stage2_memory.py"],
     "stage 2, SmolLM2": _smollm2("stage2.py", "--sequence-length", "512", "--repeats", "1"),
     "larger than the memory, a small shape": lambda: [
