@@ -39,13 +39,13 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "Fisher": ("first-order", {"variant": "fisher"}),
 }
 # Of a half-precision model, whose blocks are else fp32 while they run:
-CONVERTED = {f"{way}, model converted": WAYS[way] for way in ("zeroth order, replay", "gradient norm")}
-HALF = ("forward only", "zeroth order, replay", "gradient norm", *CONVERTED)
+UPCAST = ("zeroth order, replay", "gradient norm")
+CONVERTED = {f"{way}, model converted": WAYS[way] for way in UPCAST}
 
 
 def one(way: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of the processor for all layers, and bytes above those of the loaded model."""
-    model, batches, objective, anatomy = prepared(options)
+    model, batches, objective, anatomy = prepared(options, dtype=options.dtype)
     name, settings = {**WAYS, **CONVERTED}[way]
     few = spread(anatomy, options.layers) if name == "zeroth-order" and settings.get("probe") != "block" else anatomy
     usages: list[Usage] = []
@@ -82,7 +82,7 @@ def main() -> None:
         print(json.dumps(one(options.only, options)))
         return
     results: dict[str, dict[str, float]] = {}
-    for way in WAYS if options.dtype == "float32" else HALF:
+    for way in WAYS if options.dtype == "float32" else ("forward only", *UPCAST, *CONVERTED):
         try:
             results[way] = run_apart([*sys.argv, "--only", way])
         except Failed as why:

@@ -58,17 +58,19 @@ def spread(anatomy: Anatomy, count: int) -> Anatomy:
     return replace(anatomy, towers=towers)
 
 
-def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Objective, Anatomy]:
-    """Model (in fp32, or as ``--dtype`` says), calibration batches, loss and anatomy that the command line asks for."""
+def prepared(
+    options: argparse.Namespace, samples: int | None = None, dtype: str = "float32"
+) -> tuple[nn.Module, list[Batch], Objective, Anatomy]:
+    """Model, calibration batches, loss and anatomy that the command line asks for, of so many samples (``--batches``)."""
     values: dict[str, Any] = {
         "model": None if options.model == "embedded" else options.model,
         "calibration": options.calibration,
         "sequence_length": options.sequence_length,
-        "samples": options.batches * options.batch_size,
+        "samples": samples or options.batches * options.batch_size,
         "batch_size": options.batch_size,
     }
     recipe = Recipe.parse({name: value for name, value in values.items() if value is not None})
-    checkpoint = load(recipe.model, dtype=getattr(options, "dtype", "float32"))
+    checkpoint = load(recipe.model, dtype=dtype)
     _, batches = calibration_batches(recipe, checkpoint)
     objective = resolve(None, checkpoint.model)
     with cache_disabled(checkpoint.model):

@@ -21,20 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published_loops import published_stage2
+from replay import prepared
 from torch import Tensor, nn
 
-from ecoflap import Recipe
 from ecoflap.allocation import Allocation
 from ecoflap.api import allocate, prune_to
 from ecoflap.calibration.models import Batch
-from ecoflap.calibration.objectives import Objective, on_device, resolve
+from ecoflap.calibration.objectives import Objective, on_device
 from ecoflap.files import write_json
 from ecoflap.importance.scores import Importance
-from ecoflap.network.anatomy import discover
 from ecoflap.network.cache import cache_disabled
-from ecoflap.network.checkpoint import load
 from ecoflap.network.parts import Anatomy
-from ecoflap.prepare import calibration_batches
 
 
 @dataclass
@@ -58,27 +56,6 @@ def first_blocks(anatomy: Anatomy, count: int) -> Anatomy:
     """The same anatomy with the first ``count`` blocks of its first tower alone."""
     tower = anatomy.towers[0]
     return replace(anatomy, towers=(replace(tower, blocks=tower.blocks[:count]),))
-
-
-def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Objective, Anatomy, Allocation]:
-    """The model in its own dtype, batches, loss, anatomy, and the same sparsity for every layer."""
-    values: dict[str, Any] = {
-        "model": None if options.model == "embedded" else options.model,
-        "calibration": options.calibration,
-        "sequence_length": options.sequence_length,
-        "samples": options.samples,
-        "batch_size": options.batch_size,
-    }
-    recipe = Recipe.parse({name: value for name, value in values.items() if value is not None})
-    checkpoint = load(recipe.model, dtype=options.dtype)
-    _, batches = calibration_batches(recipe, checkpoint)
-    objective = resolve(None, checkpoint.model)
-    with cache_disabled(checkpoint.model):
-        anatomy = discover(checkpoint.model, batches[0], run=on_device(objective))
-    if options.blocks:
-        anatomy = first_blocks(anatomy, options.blocks)
-    uniform = Importance.uniform(anatomy.layers, anatomy.total_parameters)
-    return checkpoint.model, batches, objective, anatomy, allocate(uniform, sparsity=options.sparsity)
 
 
 def loss_of(model: nn.Module, batch: Batch, objective: Objective) -> float:
@@ -112,7 +89,11 @@ def main() -> None:
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="a checkout of github.com/locuslab/wanda")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
-    model, batches, objective, anatomy, allocation = prepared(options)
+    model, batches, objective, anatomy = prepared(options, options.samples, options.dtype)
+    if options.blocks:
+        anatomy = first_blocks(anatomy, options.blocks)
+    uniform = Importance.uniform(anatomy.layers, anatomy.total_parameters)
+    allocation = allocate(uniform, sparsity=options.sparsity)
     dense = {layer.name: model.get_parameter(layer.name).detach().clone() for layer in anatomy.layers}
     tokens = {tuple(value.shape) for batch in batches for name, value in batch.items() if name == "input_ids"}
     print(f"{type(model).__name__}, {model.dtype}, {anatomy.prunable_parameters:,} prunable weights, "  # type: ignore[attr-defined]
@@ -121,8 +102,6 @@ def main() -> None:
     for criterion in options.criteria:
         ways = {"ours": Way(_ours(model, anatomy, allocation, batches, criterion, objective))}
         if options.published:
-            from published_loops import published_stage2
-
             ways["published"] = Way(
                 published_stage2(options.published, model, anatomy, batches, criterion, options.sparsity)
             )

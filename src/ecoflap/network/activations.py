@@ -86,9 +86,10 @@ class _ScratchFile:
 
     def write(self, data: memoryview) -> int:
         """Where in the file ``data`` is now. Raises StorageError if there is no room for it."""
-        free = self._free.get(len(data))
-        offset = free.pop() if free else self._end
-        if not free and offset == self._end:
+        if free := self._free.get(len(data)):
+            offset = free.pop()
+        else:
+            offset = self._end
             self._end += -(-len(data) // _PAGE) * _PAGE
         done = 0
         with storage(self._folder):
