@@ -61,7 +61,7 @@ def spread(anatomy: Anatomy, count: int) -> Anatomy:
 def prepared(
     options: argparse.Namespace, samples: int | None = None, dtype: str = "float32"
 ) -> tuple[nn.Module, list[Batch], Objective, Anatomy]:
-    """Model, calibration batches, loss and anatomy that the command line asks for, of so many samples (``--batches``)."""
+    """Model, calibration batches, loss and anatomy that the command line asks for; by default ``--batches`` full."""
     values: dict[str, Any] = {
         "model": None if options.model == "embedded" else options.model,
         "calibration": options.calibration,
