@@ -272,6 +272,7 @@ def prune(
                 loss=objective,
                 shares=shares,
                 options=options,
+                tokens=choice,
                 seed=seed,
                 progress=progress,
                 workers=workers,

@@ -74,6 +74,7 @@ def allocation_for(
         loss=plan.objective,
         shares=recipe.shares(),
         options=search_options(recipe.search_options),
+        tokens=TokenChoice(recipe.tokens, recipe.top_tokens),
         seed=recipe.seed,
         progress=progress,
         journal=journal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -15,10 +16,14 @@ from ecoflap.allocation import Allocation
 from ecoflap.calibration.objectives import on_device
 from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
 from ecoflap.network.anatomy import discover
+from ecoflap.pruning.criteria import make_criterion
+from ecoflap.pruning.patterns import Unstructured
 from ecoflap.search.divergence import Divergence
 from ecoflap.search.refine import BY, PHASES, Found, SearchOptions, refine
 from ecoflap.search.shares import budgets_of
 from ecoflap.search.start import search_allocation, search_options
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.dense import dense_statistics
 
 
 class Journal:
@@ -239,6 +244,31 @@ def test_the_search_takes_the_first_samples() -> None:
         search_allocation(
             it.model, it.anatomy, uneven(it.anatomy), it.batches, options=SearchOptions(samples=99), **arguments
         )
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_the_search_measures_what_the_criterion_will_do(criterion: str) -> None:
+    """With a choice of tokens the criterion removes others, and so does the model that is searched on."""
+    it = subject("llava")
+    start, tokens = even(it.anatomy), TokenChoice("text")
+    found = search_allocation(
+        it.model, it.anatomy, start, it.batches, criterion=criterion, compare=None, loss=it.loss,
+        shares={"sparsity": 0.5}, options=SearchOptions(rounds=0, metric="loss"), tokens=tokens,
+    )  # fmt: skip
+    pruned = copy.deepcopy(it.model)
+    statistics = dict(
+        one
+        for _, block in dense_statistics(it.model, it.anatomy, it.batches, it.loss, kind="gram", tokens=tokens)
+        for one in block.items()
+    )
+    for layer in it.anatomy.layers:
+        weight, zeros = pruned.get_parameter(layer.name), {row.name: row.zeros for row in start.layers}[layer.name]
+        result = make_criterion(criterion)(weight.detach(), statistics[layer.name], zeros, Unstructured(None))
+        with torch.no_grad():
+            weight.copy_(result.weight)
+    indices = range(len(it.batches))
+    expected = sum(float(it.loss_of(pruned, i) - it.loss_of(it.model, i)) for i in indices) / len(it.batches)
+    assert found.history == (pytest.approx(expected, rel=1e-4),)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ecoflap.stages import allocation_for
 
 _log = logging.getLogger("ecoflap")
 # What is decided after the search, or (the criterion) enters it by its order alone.
-_LATER = frozenset(("criterion", "criterion_options", "pattern", "offload_activations", "tokens", "top_tokens"))
+_LATER = frozenset(("criterion", "criterion_options", "pattern", "offload_activations"))
 
 
 def order_of(recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ from ecoflap.registry import check_option_names
 from ecoflap.search.compensated import compensated
 from ecoflap.search.order import Order
 from ecoflap.search.refine import Found, SearchJournal, SearchOptions, refine
+from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.dense import dense_norms, dense_statistics
 from ecoflap.workers import ALONE, Workers
 
@@ -47,6 +48,7 @@ def search_allocation(
     loss: Objective,
     shares: Mapping[str, Any],
     options: SearchOptions,
+    tokens: TokenChoice = ALL,
     seed: int = 0,
     progress: Progress | None = None,
     journal: SearchJournal | None = None,
@@ -56,6 +58,7 @@ def search_allocation(
 
     Args:
         batches: calibration batches; all of them make the statistics, the first ``options.samples`` are searched on.
+        tokens: which tokens count in the statistics, as the criterion has it.
         compare: the user's ``row`` or ``matrix``; None for the criterion's own.
         journal: the same for all workers.
         workers: those who have model and batches alike.
@@ -68,11 +71,11 @@ def search_allocation(
     run, ranked = on_device(loss), _compare(compare)
     if rule.statistics == "gram" and options.weights == "own":
         grams: dict[str, Any] = {}
-        for _, found in dense_statistics(model, anatomy, batches, run, kind="gram", workers=workers):
+        for _, found in dense_statistics(model, anatomy, batches, run, kind="gram", tokens=tokens, workers=workers):
             grams.update(found)
         order: Order = compensated(grams, rule, rule.damping, ranked)
     else:
-        norms = dense_norms(model, anatomy, batches, run, workers=workers)
+        norms = dense_norms(model, anatomy, batches, run, tokens=tokens, workers=workers)
         order = Order.of(norms, needs=rule.statistics, compare=ranked)
     return refine(
         model,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ecoflap.calibration.padding import TokenMasks, token_masks
+from ecoflap.calibration.padding import TokenMasks, placeholders, token_masks
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.drive import Run, TowerDriver
 from ecoflap.network.offload import resident
@@ -33,6 +33,7 @@ def dense_statistics(
     kind: str = "norm",
     skip: Collection[str] = (),
     offload: bool | str = False,
+    tokens: TokenChoice = ALL,
     workers: Workers = ALONE,
 ) -> Iterator[tuple[Block, Mapping[str, InputStatistics | None]]]:
     """Each block with the statistics of its layers' inputs, as soon as they are gathered.
@@ -47,6 +48,7 @@ def dense_statistics(
         kind: "norm" (Wanda) or "gram" (SparseGPT's Hessian).
         skip: names of blocks whose statistics nobody wants; after the last one that is wanted a tower is left.
         offload: keep block inputs elsewhere: "cpu" (or True) or "disk".
+        tokens: which tokens of a tower that reads text and pictures count.
         workers: those among whom the batches are shared out; all get all statistics.
 
     Yields:
@@ -58,7 +60,8 @@ def dense_statistics(
     decoder = decoder_of(anatomy)
     part = share_of(len(batches), workers)
     batches = [batches[number] for number in part.batches]
-    masks = {index: token_masks(batch, decoder is not None) for index, batch in enumerate(batches)}
+    visual = placeholders(model)
+    masks = {index: token_masks(batch, decoder is not None, visual) for index, batch in enumerate(batches)}
     with evaluating(model), cache_disabled(model):  # a captured cache would be filled twice, and hide k and v
         for tower in anatomy.towers:
             wanted = [block for block in tower.blocks if block.layers and block.name not in skip]
@@ -73,7 +76,7 @@ def dense_statistics(
                 with resident(model, block.name):
                     gathered = gather(
                         model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder),
-                        part=part, workers=workers, outputs=True,
+                        tokens, part=part, workers=workers, outputs=True,
                     )  # fmt: skip
                 found = {layer.name: gathered.statistics(layer) for layer in block.layers}
                 yield block, {name: got if got is not None and got.tokens else None for name, got in found.items()}
@@ -88,6 +91,7 @@ def dense_norms(
     run: Run,
     *,
     offload: bool | str = False,
+    tokens: TokenChoice = ALL,
     workers: Workers = ALONE,
 ) -> dict[str, InputStatistics]:
     """``InputNorm`` of every prunable layer of the dense model, by parameter name; ``.norm`` is (columns,) fp32.
@@ -95,7 +99,7 @@ def dense_norms(
     Layers that no token reached are not in it. Arguments and errors as in :func:`dense_statistics`.
     """
     found: dict[str, InputStatistics] = {}
-    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload, workers=workers):
+    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload, tokens=tokens, workers=workers):
         found.update({name: got for name, got in statistics.items() if got is not None})
     return found
 
