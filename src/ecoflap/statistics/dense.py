@@ -99,7 +99,8 @@ def dense_norms(
     Layers that no token reached are not in it. Arguments and errors as in :func:`dense_statistics`.
     """
     found: dict[str, InputStatistics] = {}
-    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload, tokens=tokens, workers=workers):
+    everything = dense_statistics(model, anatomy, batches, run, offload=offload, tokens=tokens, workers=workers)
+    for _, statistics in everything:
         found.update({name: got for name, got in statistics.items() if got is not None})
     return found
 
