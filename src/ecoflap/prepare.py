@@ -44,8 +44,8 @@ from ecoflap.progress import Progress
 from ecoflap.pruning.criteria import make_criterion
 from ecoflap.pruning.names import CRITERIA, reads_data
 from ecoflap.recipe import Recipe
-from ecoflap.search.refine import SearchOptions
 from ecoflap.search.start import search_options
+from ecoflap.search.state import SearchOptions
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.tokens import check_choice
 from ecoflap.workers import ALONE, Workers

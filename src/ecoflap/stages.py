@@ -11,8 +11,8 @@ from ecoflap.importance.scores import Importance
 from ecoflap.prepare import Prepared, measure, shared_out
 from ecoflap.progress import Progress
 from ecoflap.pruning.walk import BlockJournal
-from ecoflap.search.refine import SearchJournal
 from ecoflap.search.start import search_allocation, search_options
+from ecoflap.search.state import SearchJournal
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.workers import ALONE, Workers
 

@@ -80,6 +80,39 @@ def test_more_positions_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPa
         assert divergence.value(0) == pytest.approx(whole, rel=1e-5)
 
 
+def every_text(batch: Any, image: int | None) -> list[tuple[int, int]]:
+    """Each output at a real token that is no part of a picture, and those that a label belongs to."""
+    real = (
+        batch["attention_mask"] != 0
+        if image is None
+        else (batch["attention_mask"] != 0) & (batch["input_ids"] != image)
+    )
+    return sorted({*(tuple(at) for at in real.nonzero().tolist()), *next_tokens(batch)})
+
+
+@pytest.mark.parametrize("name", ["llama", "llava", "blip2_opt", "t5"])
+def test_kl_over_the_whole_text(name: str) -> None:
+    it = subject(name)
+    image = getattr(it.model.config, "image_token_index", None) or getattr(it.model.config, "image_token_id", None)
+    batches = []
+    for batch in it.batches:  # a third is labelled, the rest is what questions and prompts are
+        labels = batch["labels"].clone()
+        labels[:, torch.arange(labels.shape[1]) % 3 != 0] = -100
+        batches.append({**batch, "labels": batch["labels"] if name == "t5" else labels})
+    masks = random_masks(it.anatomy, kept=0.8)
+    pruned = really_pruned(it.model, masks)
+    counted = [same_tokens(batch) if name == "t5" else every_text(batch, image) for batch in batches]
+    if name != "t5":
+        assert all(len(places) > len(next_tokens(batch)) for places, batch in zip(counted, batches, strict=True))
+    with quiet(it.model):
+        expected = [by_hand(it.model, pruned, batch, at) for batch, at in zip(batches, counted, strict=True)]
+    with quiet(it.model), MaskedModel(it.model, it.anatomy) as masked:
+        divergence = Divergence(it.model, batches, it.loss, positions="text")
+        divergence.record()
+        masked.set(masks)
+        assert [divergence.value(index) for index in range(len(batches))] == pytest.approx(expected, rel=1e-3)
+
+
 def test_padding_does_not_count_where_there_are_no_labels() -> None:
     it = subject("llama")
     batch = {key: value for key, value in it.batches[0].items() if key != "labels"}

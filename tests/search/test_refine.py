@@ -19,9 +19,10 @@ from ecoflap.network.anatomy import discover
 from ecoflap.pruning.criteria import make_criterion
 from ecoflap.pruning.patterns import Unstructured
 from ecoflap.search.divergence import Divergence
-from ecoflap.search.refine import BY, PHASES, Found, SearchOptions, refine
+from ecoflap.search.refine import Found, refine
 from ecoflap.search.shares import budgets_of
 from ecoflap.search.start import search_allocation, search_options
+from ecoflap.search.state import BY, PHASES, SearchOptions
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_statistics
 

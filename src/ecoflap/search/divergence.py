@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoflap.calibration.models import is_encoder_decoder
+from ecoflap.calibration.padding import placeholders, token_masks
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import Objective
 from ecoflap.registry import unknown
@@ -17,6 +18,7 @@ from ecoflap.search.kl import mean_kl
 from ecoflap.workers import ALONE, Workers, part
 
 METRICS = ("auto", "kl", "loss")
+POSITIONS = ("labels", "text")
 T = TypeVar("T")
 
 
@@ -33,6 +35,8 @@ class Divergence:
         batches: calibration batches.
         objective: loss of a batch that lies anywhere, the same in every call.
         metric: ``kl``, ``loss``, or ``auto``: ``kl`` where the objective runs one forward that gives logits.
+        positions: of ``kl``: ``labels``, those that a label belongs to; ``text``, all of real tokens that are not a
+            part of a picture. In a decoder behind an encoder, and without labels, the two are the same.
         workers: those among whom :meth:`each` shares out the batches; each records its own.
     """
 
@@ -42,10 +46,14 @@ class Divergence:
         batches: Sequence[Any],
         objective: Objective,
         metric: str = "auto",
+        positions: str = "labels",
         workers: Workers = ALONE,
     ) -> None:
         if metric not in METRICS:
             raise unknown("metric", metric, list(METRICS))
+        if positions not in POSITIONS:
+            raise unknown("positions", positions, list(POSITIONS))
+        self._of_text = positions == "text"
         self._model, self._batches, self._objective = model, batches, objective
         self.metric = metric
         self._workers = workers
@@ -123,9 +131,24 @@ class Divergence:
             counts = labels.to(logits.device) != -100
             if not is_encoder_decoder(self._model) and _continues(self._model):  # an output is about the next token
                 counts = torch.cat([counts[:, 1:], counts.new_zeros(len(counts), 1)], dim=1)
+            if self._of_text:
+                counts = self._text(index, counts)
         elif real is not None and not is_encoder_decoder(self._model):  # there it is the mask of the encoder's text
             counts = real.to(logits.device) != 0
         return counts
+
+    def _text(self, index: int, labelled: Tensor) -> Tensor:
+        """``labelled`` and all other real tokens of the text, in a model that reads it in one sequence."""
+        batch = self._batches[index]
+        if is_encoder_decoder(self._model) or not hasattr(batch, "get"):
+            return labelled
+        masks = token_masks(batch, False, placeholders(self._model))
+        text = torch.ones_like(labelled)
+        if masks.encoder is not None and masks.encoder.shape == labelled.shape:
+            text &= masks.encoder.to(labelled.device)
+        if masks.image is not None and masks.image.shape == labelled.shape:
+            text &= ~masks.image.to(labelled.device)
+        return labelled | text
 
     def _given(self, index: int, name: str, shape: torch.Size) -> Tensor | None:
         """The batch's tensor of this name, if it is about the positions of a text of this shape."""

@@ -12,120 +12,29 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.calibration.objectives import Objective, on_device
-from ecoflap.errors import InvalidOption
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy
 from ecoflap.network.replay import Replay
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent, Task
-from ecoflap.registry import unknown
 from ecoflap.search.attribution import by_gradient, by_probes
-from ecoflap.search.divergence import METRICS, Divergence
+from ecoflap.search.divergence import Divergence
 from ecoflap.search.masked import MaskedModel
 from ecoflap.search.order import Order, local_errors
+from ecoflap.search.orders import Orders
 from ecoflap.search.shares import Budgets, Shares, between, budgets_of, flattened
+from ecoflap.search.state import PHASES, NoJournal, SearchJournal, SearchOptions, State
 from ecoflap.workers import ALONE, Workers
 
-BY = ("probes", "gradient")
-WEIGHTS = ("own", "masked")
-PHASES = {"block": ("block",), "kind": ("block", "kind"), "layer": ("block", "layer")}
 STEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the way to the solution, tried in turns until a shorter one is no better
 _SWAP = 0.02  # of the smaller layer's weights
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How the search goes.
-
-    Attributes:
-        by: what costs are found with: ``probes`` (forward passes alone, one a unit and batch, replayed up to it) or
-            ``gradient`` (one backward pass a batch for all).
-        granularity: what gets a share of its own in the end: ``block``, ``kind`` (blocks, then a factor for each kind
-            of matrix in a tower) or ``layer``. With ``probes``, ``layer`` takes a probe for every matrix.
-        metric: ``kl`` (of the outputs to the dense model's), ``loss``, or ``auto``.
-        rounds: most rounds for blocks, and as many again for what follows; 0 leaves the allocation as it is.
-        tolerance: a round that lowers the loss by less than this part of it is the last.
-        weights: what is measured for a criterion that updates the weights it keeps: its ``own``, or Wanda's ``masked``
-            ones, which are cheap and the same for all criteria that read inputs.
-        samples: the search uses the first whole batches with so many calibration samples; 0 takes all.
-        swaps: at the end, so many tries to move 2 % of a layer's zeros to another one, kept where the loss falls.
-    """
-
-    by: str = "gradient"
-    granularity: str = "layer"
-    metric: str = "auto"
-    rounds: int = 8
-    tolerance: float = 0.005
-    weights: str = "own"
-    samples: int = 0
-    swaps: int = 0
-
-    def __post_init__(self) -> None:
-        choices = (("by", BY), ("granularity", tuple(PHASES)), ("metric", METRICS), ("weights", WEIGHTS))
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), list(known))
-        for name in ("rounds", "samples", "swaps"):
-            if getattr(self, name) < 0:
-                raise InvalidOption(f"{name} of the search must be at least 0, not {getattr(self, name)}")
-        if not 0 <= self.tolerance < 1:
-            raise InvalidOption(f"the search's tolerance must be from 0 to 1, not {self.tolerance}")
-
-
-@dataclass(frozen=True)
-class State:
-    """Where the search stands.
-
-    Attributes:
-        phase: number of the phase, 0 for blocks; ``round`` rounds of it are done, ``swaps`` swaps were tried.
-        zeros: layer name to its zeros; ``loss`` is what was measured there.
-        scales: log of each layer's scale, averaged over the rounds of this phase; empty at its beginning.
-        step: the longest step that the next round tries: twice the one that was best in the last round.
-        history: the loss at the beginning and after every step that was taken.
-    """
-
-    zeros: Mapping[str, int]
-    loss: float
-    phase: int = 0
-    round: int = 0
-    swaps: int = 0
-    scales: Mapping[str, float] | None = None
-    step: float = STEPS[0]
-    history: tuple[float, ...] = ()
-
-    def steps(self, rounds: int) -> int:
-        """Of the progress: so many are behind, where a phase has at most so many rounds."""
-        return self.phase * rounds + self.round + self.swaps
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> State:
-        return cls(**{**data, "history": tuple(data["history"])})
-
-
-class SearchJournal(Protocol):
-    """Where the search keeps its state after every round."""
-
-    def load(self) -> dict[str, Any] | None: ...
-
-    def save(self, state: dict[str, Any]) -> None: ...
-
-
-class _NoJournal:
-    def load(self) -> dict[str, Any] | None:
-        return None
-
-    def save(self, state: dict[str, Any]) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -142,7 +51,7 @@ def refine(
     anatomy: Anatomy,
     allocation: Allocation,
     batches: Sequence[Any],
-    order: Order,
+    order: Order | Orders,
     *,
     loss: Objective,
     shares: Mapping[str, Any],
@@ -162,7 +71,7 @@ def refine(
     Args:
         allocation: where to begin.
         batches: to measure on.
-        order: in which the criterion removes weights.
+        order: in which the criterion removes weights; or what finds it, where it depends on inputs.
         loss: objective; also the measure, where the outputs' divergence can't be.
         shares: options of the allocation: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity.
         seed: of the swaps.
@@ -174,15 +83,18 @@ def refine(
         NonFiniteLoss: a loss is NaN or infinite.
     """
     options = options or SearchOptions()
-    journal = journal or _NoJournal()
+    journal = journal or NoJournal()
     names = ("sparsity", "max_sparsity", "min_sparsity", "budget", "tower_sparsity")
     limits = {name: shares[name] for name in names if name in shares}
     with ExitStack() as state:
         for context in (evaluating(model), cache_disabled(model)):
             state.enter_context(context)
-        divergence = Divergence(model, batches, on_device(loss), options.metric, workers)
+        divergence = Divergence(model, batches, on_device(loss), options.metric, options.positions, workers)
         divergence.record()
-        steps = len(PHASES[options.granularity]) * options.rounds + options.swaps
+        phases = [(name, False) for name in PHASES[options.granularity]]
+        if options.inputs == "pruned":
+            phases += [(name, True) for name in PHASES[options.granularity]]
+        steps = len(phases) * options.rounds + options.swaps
         kept = journal.load()
         begun = State.from_json(kept) if kept else None
         done = 0 if begun is None else begun.steps(options.rounds)
@@ -190,10 +102,10 @@ def refine(
         masked = state.enter_context(MaskedModel(model, anatomy))
         replay = state.enter_context(Replay(model, anatomy.replayable))
         search = _Search(
-            model, anatomy, order, Shares(anatomy.layers, local_errors(model, anatomy, order), limits),
-            budgets_of(allocation, limits), divergence, masked, replay, options, journal.save, task,
+            model, anatomy, order, limits, budgets_of(allocation, limits), phases, divergence, masked, replay, options,
+            journal.save, task, {row.name: row.zeros for row in allocation.layers},
         )  # fmt: skip
-        here = begun or search.start(allocation)
+        here = begun or search.start()
         here = search.swapped(search.settled(here), seed)
     rows = tuple(replace(row, zeros=here.zeros[row.name]) for row in allocation.layers)
     single = options.granularity != "block" or options.swaps or allocation.granularity == "layer"
@@ -211,37 +123,69 @@ def _highest(allocation: Allocation, limits: Mapping[str, Any]) -> float:
 class _Search:
     model: nn.Module
     anatomy: Anatomy
-    order: Order
-    shares: Shares
+    orders: Order | Orders
+    limits: Mapping[str, Any]
     budgets: Budgets
+    phases: Sequence[tuple[str, bool]]  # with its name, whether a phase goes by the inputs in the pruned model
     divergence: Divergence
     masked: MaskedModel
     replay: Replay
     options: SearchOptions
     save: Callable[[dict[str, Any]], None]
     task: Task
+    given: Mapping[str, int]
+    order: Order | None = None
+    shares: Shares = field(init=False)
+    _at: Mapping[str, int] | None = None  # where the order was found; None: in the dense model
+    _zeros: Mapping[str, int] | None = None  # what the model computes with, by the present order
 
-    def start(self, allocation: Allocation) -> State:
+    def start(self) -> State:
         """The given allocation, or the same sparsity for all layers of a budget where that measures lower.
 
         Blocks interact: what looks best for each alone can be far off together.
         """
-        given = {row.name: row.zeros for row in allocation.layers}
-        flat = flattened(given, self.shares.layers, self.budgets)
-        loss, zeros = self._measure(given), given
-        if flat != given and (other := self._measure(flat)) < loss:
+        self._in_dense()
+        flat = flattened(self.given, self.anatomy.layers, self.budgets)
+        loss, zeros = self._measure(self.given), self.given
+        if flat != self.given and (other := self._measure(flat)) < loss:
             loss, zeros = other, flat
         return State(zeros, loss, history=(loss,))
 
+    def _in_dense(self) -> None:
+        """From here on the order is that of the dense model."""
+        if self.order is None:
+            self._order_is(self.orders if isinstance(self.orders, Order) else self.orders.dense())
+
+    def _in_pruned(self, zeros: Mapping[str, int]) -> None:
+        """From here on the order is that of the model pruned to ``zeros``, and it computes with those weights."""
+        if zeros != self._at and isinstance(self.orders, Orders):
+            self.order = None  # Hessians are large: two sets of them need not exist at once
+            with self.replay.forcing(*self.anatomy.replayable):
+                self._order_is(self.orders.along(zeros, self.masked))
+            self._zeros = zeros
+        self._at = zeros
+
+    def _walked(self, zeros: Mapping[str, int]) -> float:
+        self._in_pruned(zeros)
+        return self._measure(zeros)
+
+    def _order_is(self, order: Order) -> None:
+        self.order, self._zeros = order, None
+        self.shares = Shares(self.anatomy.layers, local_errors(self.model, self.anatomy, order), self.limits)
+
     def settled(self, here: State) -> State:
         """Rounds of every phase, until one gains too little."""
-        phases = PHASES[self.options.granularity]
         done = here.steps(self.options.rounds)
-        while here.phase < len(phases):
-            at = f"{phases[here.phase]} {here.round + 1}"
+        while here.phase < len(self.phases):
+            phase, walking = self.phases[here.phase]
+            at = f"{phase} {here.round + 1}" + " along the walk" * walking
+            if not walking:
+                self._in_dense()
+            elif here.round == 0 and not self.phases[here.phase - 1][1]:
+                here = self._compared(here)
             if here.round < self.options.rounds:
                 before = here.loss
-                here = self._round(here, phases[here.phase])
+                here = self._round(here, phase, walking)
             if here.round >= self.options.rounds or before - here.loss < self.options.tolerance * before:
                 here = replace(here, phase=here.phase + 1, round=0, scales=None, step=STEPS[0])
             self.save(here.to_json())
@@ -249,7 +193,15 @@ class _Search:
             done = here.steps(self.options.rounds)
         return here
 
-    def _round(self, here: State, phase: str) -> State:
+    def _compared(self, here: State) -> State:
+        """With a walk to each: where the search by dense inputs has ended, or the given allocation."""
+        candidates = [here.zeros] if self.given == here.zeros else [self.given, here.zeros]
+        loss, zeros = min(((self._walked(zeros), zeros) for zeros in candidates), key=lambda found: found[0])
+        return replace(here, zeros=zeros, loss=loss, history=(*here.history, loss))
+
+    def _round(self, here: State, phase: str, walking: bool) -> State:
+        if walking:
+            self._in_pruned(here.zeros)
         self._mask(here.zeros)
         fresh = self.shares.scales(here.zeros, *self._costs(phase))
         # The average with earlier rounds evens out noise and swings between two; where it leads nowhere, this round's
@@ -257,10 +209,25 @@ class _Search:
         former = here.scales or fresh
         averaged = {name: (value + former[name]) / 2 for name, value in fresh.items()}
         for scales in (averaged,) if averaged == fresh else (averaged, fresh):
-            best = self._stepped(here, self.shares.best(scales, "block" if phase == "block" else "layer"))
+            move = self._confirmed if walking else self._stepped
+            best = move(here, self.shares.best(scales, "block" if phase == "block" else "layer"))
             if best is not here:
                 break
         return replace(best, round=here.round + 1, scales=scales)
+
+    def _confirmed(self, here: State, goal: Mapping[str, int]) -> State:
+        """The best step, if the loss is lower there with the order found there, too; else a shorter one."""
+        best = self._stepped(here, goal)
+        while best is not here:
+            loss = self._walked(best.zeros)
+            if loss < here.loss:
+                return replace(best, loss=loss, history=(*here.history, loss))
+            self._in_pruned(here.zeros)
+            shorter = best.step / 4  # it is twice the one taken
+            best = self._stepped(replace(here, step=shorter), goal)
+            if best.zeros == here.zeros:
+                return here
+        return best
 
     def _stepped(self, here: State, goal: Mapping[str, int]) -> State:
         """The best step from ``here`` towards ``goal``; ``here`` itself if none lowers the loss."""
@@ -297,9 +264,10 @@ class _Search:
 
     def swapped(self, here: State, seed: int) -> State:
         """Single moves of zeros from one layer to another, taken where the measured loss falls."""
-        cap, floor = self.shares.options.get("max_sparsity"), self.shares.options.get("min_sparsity") or 0.0
+        cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
         sizes = {layer.name: layer.numel for layer in self.anatomy.layers}
         while here.swaps < self.options.swaps:
+            self._in_dense()
             names, giver, taker = self._pair(seed, here.swaps)
             amount = max(1, round(_SWAP * min(sizes[giver], sizes[taker])))
             amount = min(amount, here.zeros[giver] - math.ceil(floor * sizes[giver]),
@@ -333,6 +301,10 @@ class _Search:
         return math.fsum(values) / len(values)
 
     def _mask(self, zeros: Mapping[str, int]) -> None:
+        if zeros == self._zeros:
+            return
+        self._zeros = zeros
+        assert self.order is not None
         self.masked.set(
             {layer: self.order.stand_in(self.model, layer, zeros[layer.name]) for layer in self.anatomy.layers}
         )

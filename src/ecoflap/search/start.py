@@ -16,9 +16,11 @@ from ecoflap.pruning.patterns import Compare
 from ecoflap.registry import check_option_names
 from ecoflap.search.compensated import compensated
 from ecoflap.search.order import Order
-from ecoflap.search.refine import Found, SearchJournal, SearchOptions, refine
+from ecoflap.search.orders import Orders
+from ecoflap.search.refine import Found, refine
+from ecoflap.search.state import SearchJournal, SearchOptions
 from ecoflap.statistics.choice import ALL, TokenChoice
-from ecoflap.statistics.dense import dense_norms, dense_statistics
+from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -69,20 +71,19 @@ def search_allocation(
     """
     rule: Any = make_criterion(criterion, criterion_options)
     run, ranked = on_device(loss), _compare(compare)
-    if rule.statistics == "gram" and options.weights == "own":
-        grams: dict[str, Any] = {}
-        for _, found in dense_statistics(model, anatomy, batches, run, kind="gram", tokens=tokens, workers=workers):
-            grams.update(found)
-        order: Order = compensated(grams, rule, rule.damping, ranked)
-    else:
-        norms = dense_norms(model, anatomy, batches, run, tokens=tokens, workers=workers)
-        order = Order.of(norms, needs=rule.statistics, compare=ranked)
+    own = rule.statistics == "gram" and options.weights == "own"
+
+    def made(statistics: Mapping[str, InputStatistics]) -> Order:
+        if own:
+            return compensated(statistics, rule, rule.damping, ranked)
+        return Order.of(statistics, needs=rule.statistics, compare=ranked)
+
     return refine(
         model,
         anatomy,
         allocation,
         first_samples(batches, options.samples or None),
-        order,
+        Orders(model, anatomy, batches, run, "gram" if own else "norm", made, tokens, workers),
         loss=loss,
         shares=shares,
         options=options,

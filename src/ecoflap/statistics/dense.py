@@ -35,6 +35,7 @@ def dense_statistics(
     offload: bool | str = False,
     tokens: TokenChoice = ALL,
     workers: Workers = ALONE,
+    changing: bool = False,
 ) -> Iterator[tuple[Block, Mapping[str, InputStatistics | None]]]:
     """Each block with the statistics of its layers' inputs, as soon as they are gathered.
 
@@ -50,6 +51,7 @@ def dense_statistics(
         offload: keep block inputs elsewhere: "cpu" (or True) or "disk".
         tokens: which tokens of a tower that reads text and pictures count.
         workers: those among whom the batches are shared out; all get all statistics.
+        changing: the caller changes what a block computes while it has its statistics, and the next blocks see that.
 
     Yields:
         Blocks in the order of a forward, each with layer name to statistics; None where no token reached the layer.
@@ -76,12 +78,15 @@ def dense_statistics(
                 with resident(model, block.name):
                     gathered = gather(
                         model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder),
-                        tokens, part=part, workers=workers, outputs=True,
+                        tokens, part=part, workers=workers, outputs=not changing,
                     )  # fmt: skip
                 found = {layer.name: gathered.statistics(layer) for layer in block.layers}
                 yield block, {name: got if got is not None and got.tokens else None for name, got in found.items()}
                 if block == wanted[-1]:
                     break
+                if changing:
+                    with resident(model, block.name):
+                        driver.run(index)
 
 
 def dense_norms(

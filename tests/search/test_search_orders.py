@@ -1,0 +1,175 @@
+"""A search by the inputs in the pruned model: it measures what stage 2 makes, to the bit, and never ends above it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from searching import Subject, bits, even, quiet, subject, uneven
+
+from ecoflap import api
+from ecoflap.allocation import Allocation
+from ecoflap.errors import InvalidOption, UnknownName
+from ecoflap.network.parts import Layer
+from ecoflap.search.divergence import Divergence
+from ecoflap.search.masked import MaskedModel
+from ecoflap.search.order import Order
+from ecoflap.search.orders import Orders
+from ecoflap.search.refine import Found, refine
+from ecoflap.search.start import search_allocation
+from ecoflap.search.state import SearchOptions
+from ecoflap.statistics.choice import TokenChoice
+
+
+class Journal:
+    def __init__(self, kept: str | None = None) -> None:
+        self.kept, self.saved = kept, list[str]()
+
+    def load(self) -> dict[str, Any] | None:
+        return None if self.kept is None else json.loads(self.kept)
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.saved.append(json.dumps(state))
+
+
+def walked(it: Subject, allocation: Allocation, criterion: str, tokens: str = "all") -> Subject:
+    """The same at work on a copy that stage 2 has pruned."""
+    model = copy.deepcopy(it.model)
+    api.prune_to(
+        model, it.anatomy, allocation, it.batches, criterion=criterion, pattern="unstructured", loss=it.loss,
+        tokens=TokenChoice(tokens),
+    )  # fmt: skip
+    return Subject(model, it.anatomy, it.batches, it.loss)
+
+
+def divergence_of(it: Subject, pruned: Subject) -> float:
+    divergence = Divergence(it.model, it.batches, it.loss)
+    with quiet(it.model):
+        divergence.record()
+    divergence._model = pruned.model
+    with quiet(pruned.model):
+        return math.fsum(divergence.value(index) for index in range(len(it.batches))) / len(it.batches)
+
+
+def search(it: Subject, start: Allocation, criterion: str, journal: Journal | None = None, **options: Any) -> Found:
+    return search_allocation(
+        it.model, it.anatomy, start, it.batches, criterion=criterion, compare=None, loss=it.loss,
+        shares={"sparsity": 0.5, "max_sparsity": 0.8}, options=SearchOptions(inputs="pruned", **options),
+        journal=journal,
+    )  # fmt: skip
+
+
+FAMILIES = ("llama", "gpt2", "llava", "t5", "blip2_t5", "clip", "shared_llama", "experts")
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("name", "tokens"), [*((name, "all") for name in FAMILIES), ("llava", "text"), ("blip2_t5", "text")]
+)
+def test_the_walk_is_that_of_stage_2(name: str, criterion: str, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    it, before = subject(name), bits(subject(name).model)
+    start = uneven(it.anatomy)
+    zeros = {row.name: row.zeros for row in start.layers}
+    pruned = walked(it, start, criterion, tokens)
+    seen: list[Orders] = []
+
+    def caught(*arguments: Any, **_: Any) -> Found:
+        seen.append(arguments[4])
+        return Found(start, (0.0,), "kl")
+
+    monkeypatch.setattr("ecoflap.search.start.refine", caught)
+    search_allocation(
+        it.model, it.anatomy, start, it.batches, criterion=criterion, compare=None, loss=it.loss, shares={},
+        options=SearchOptions(inputs="pruned"), tokens=TokenChoice(tokens),
+    )  # fmt: skip
+    with quiet(it.model), MaskedModel(it.model, it.anatomy) as masked:
+        order = seen[0].along(zeros, masked)
+        losses = [it.loss_of(it.model, index) for index in range(len(it.batches))]
+        for layer in it.anatomy.layers:
+            assert torch.equal(_weight(it, order, layer, zeros[layer.name]), _stored(pruned, layer))
+    assert losses == [pruned.loss_of(pruned.model, index) for index in range(len(it.batches))]
+    assert bits(it.model) == before
+
+
+def _stored(it: Subject, layer: Layer) -> torch.Tensor:
+    weight = it.model.get_parameter(layer.name).detach()
+    return weight.t() if layer.transposed else weight
+
+
+def _weight(it: Subject, order: Order, layer: Layer, zeros: int) -> torch.Tensor:
+    """(out, in): the layer pruned by this order."""
+    found = order.stand_in(it.model, layer, zeros)
+    return _stored(it, layer).masked_fill(~found, 0) if found.dtype == torch.bool else found
+
+
+@pytest.mark.parametrize(
+    ("name", "criterion", "by"),
+    [("llama", "wanda", "gradient"), ("llama", "sparsegpt", "gradient"), ("llava", "wanda", "probes"),
+     ("t5", "sparsegpt", "probes"), ("llama", "magnitude", "gradient")],
+)  # fmt: skip
+def test_the_last_loss_is_that_of_the_pruned_model(name: str, criterion: str, by: str) -> None:
+    it, before = subject(name), bits(subject(name).model)
+    start = uneven(it.anatomy)
+    found = search(it, start, criterion, rounds=2, by=by)
+    assert bits(it.model) == before
+    assert all("forward" not in module.__dict__ for module in it.model.modules())
+    last = divergence_of(it, walked(it, found.allocation, criterion))
+    assert found.history[-1] == pytest.approx(last, rel=1e-5)
+    assert last <= divergence_of(it, walked(it, start, criterion)) * (1 + 1e-5)
+    assert sum(row.zeros for row in found.allocation.layers) == sum(row.zeros for row in start.layers)
+    assert all(row.zeros < 0.8 * row.weights + 1 for row in found.allocation.layers)
+
+
+def test_it_ends_no_higher_than_the_search_by_dense_inputs() -> None:
+    it = subject("llama")
+    start = even(it.anatomy)
+    ends = {}
+    for inputs in ("dense", "pruned"):
+        found = search_allocation(
+            it.model, it.anatomy, start, it.batches, criterion="sparsegpt", compare=None, loss=it.loss,
+            shares={"sparsity": 0.5}, options=SearchOptions(inputs=inputs, rounds=2),
+        )  # fmt: skip
+        ends[inputs] = divergence_of(it, walked(it, found.allocation, "sparsegpt"))
+    assert ends["pruned"] <= ends["dense"] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_from_every_state_it_ends_with_the_same_bits(criterion: str) -> None:
+    it, journal = subject("llama"), Journal()
+    start = uneven(it.anatomy)
+    whole = search(it, start, criterion, journal, rounds=2, tolerance=0.0)
+    assert len(journal.saved) >= 4
+    for number, state in enumerate(journal.saved):
+        later = Journal(state)
+        found = search(it, start, criterion, later, rounds=2, tolerance=0.0)
+        assert (found.allocation, found.history) == (whole.allocation, whole.history)
+        assert later.saved == journal.saved[number + 1 :]
+
+
+def test_an_order_that_is_given_stays() -> None:
+    """Of a criterion whose order no input decides, walks change nothing."""
+    it = subject("llama")
+    order = Order.of({}, needs="none", compare=None)
+    limits = {"sparsity": 0.5, "max_sparsity": 0.8}
+    found = {
+        inputs: refine(
+            it.model, it.anatomy, uneven(it.anatomy), it.batches, order, loss=it.loss, shares=limits,
+            options=SearchOptions(inputs=inputs, rounds=8, granularity="block"),
+        )
+        for inputs in ("dense", "pruned")
+    }  # fmt: skip
+    assert found["pruned"].history[: len(found["dense"].history)] == found["dense"].history
+    assert found["pruned"].history[-1] <= found["dense"].history[-1]
+
+
+def test_what_cannot_be_asked() -> None:
+    with pytest.raises(UnknownName, match="pruned"):
+        SearchOptions(inputs="sparse")
+    with pytest.raises(UnknownName, match="text"):
+        SearchOptions(positions="answers")
+    with pytest.raises(InvalidOption, match="swaps need inputs=dense"):
+        SearchOptions(inputs="pruned", swaps=1)
