@@ -208,33 +208,23 @@ class _Search:
         # own costs may.
         former = here.scales or fresh
         averaged = {name: (value + former[name]) / 2 for name, value in fresh.items()}
-        for scales in (averaged,) if averaged == fresh else (averaged, fresh):
-            move = self._confirmed if walking else self._stepped
-            best = move(here, self.shares.best(scales, "block" if phase == "block" else "layer"))
+        tried = (averaged,) if averaged == fresh else (averaged, fresh)
+        unit = "block" if phase == "block" else "layer"
+        # Solved for before any step: a walk brings errors of its own.
+        goals = [(scales, self.shares.best(scales, unit)) for scales in tried]
+        best, kept = here, fresh
+        for scales, goal in goals:
+            best, kept = self._stepped(here, goal, walking), scales
             if best is not here:
                 break
-        return replace(best, round=here.round + 1, scales=scales)
+        return replace(best, round=here.round + 1, scales=kept)
 
-    def _confirmed(self, here: State, goal: Mapping[str, int]) -> State:
-        """The best step, if the loss is lower there with the order found there, too; else a shorter one."""
-        best = self._stepped(here, goal)
-        while best is not here:
-            loss = self._walked(best.zeros)
-            if loss < here.loss:
-                return replace(best, loss=loss, history=(*here.history, loss))
-            self._in_pruned(here.zeros)
-            shorter = best.step / 4  # it is twice the one taken
-            best = self._stepped(replace(here, step=shorter), goal)
-            if best.zeros == here.zeros:
-                return here
-        return best
-
-    def _stepped(self, here: State, goal: Mapping[str, int]) -> State:
+    def _stepped(self, here: State, goal: Mapping[str, int], walking: bool) -> State:
         """The best step from ``here`` towards ``goal``; ``here`` itself if none lowers the loss."""
         best = here
         for step in (length for length in STEPS if length <= here.step):
             zeros = between(here.zeros, goal, step, self.budgets)
-            loss = self._measure(zeros)
+            loss = self._walked(zeros) if walking else self._measure(zeros)
             if loss >= best.loss and best is not here:
                 break
             if loss < best.loss:
