@@ -19,10 +19,11 @@ from ecoflap.network.anatomy import discover
 from ecoflap.pruning.criteria import make_criterion
 from ecoflap.pruning.patterns import Unstructured
 from ecoflap.search.divergence import Divergence
-from ecoflap.search.refine import Found, refine
+from ecoflap.search.order import Order
+from ecoflap.search.refine import Found, _Search, refine
 from ecoflap.search.shares import budgets_of
 from ecoflap.search.start import search_allocation, search_options
-from ecoflap.search.state import BY, PHASES, SearchOptions
+from ecoflap.search.state import BY, PHASES, SearchOptions, State
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_statistics
 
@@ -114,6 +115,47 @@ def test_the_loss_falls_within_budgets_and_caps(name: str, by: str, granularity:
         assert floor * row.weights - slack - 1 < row.zeros < 0.8 * row.weights + slack + 1
     assert found.allocation.max_sparsity == 0.8
     assert found.metric == ("loss" if name == "uncalled" else "kl")
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("budget", ["global", "tower"])
+def test_a_block_that_nobody_reads_goes_first(by: str, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a LLaVA that takes the features of the last block but one: at once, however short the steps are."""
+    monkeypatch.setattr("ecoflap.search.refine.STEPS", (0.0625,))
+    it = subject("llava")
+    unread = it.anatomy.towers[0].blocks[-1]
+    found = search(it, even(it.anatomy, budget=budget), shares={"budget": budget}, by=by, granularity="block", rounds=1)
+    rows = {row.name: row for row in found.allocation.layers}
+    for layer in unread.layers:
+        assert rows[layer.name].zeros - math.floor(0.8 * layer.numel) in (0, 1)  # blocks are solved for as a whole
+
+
+def test_what_costs_nothing_because_nothing_was_lost_stays() -> None:
+    """A layer that has lost only zeros, or no token, is not taken for one that nobody reads."""
+    it = subject("llava")
+    unread = it.anatomy.towers[0].blocks[-1]
+    limits = {"sparsity": 0.5, "max_sparsity": 0.8, "budget": "tower"}
+    norms = dict(order_of(it).norms)
+    for layer in unread.layers:
+        del norms[layer.name]
+    order = Order(norms, weighted=True, compare="row")
+    start = even(it.anatomy, budget="tower")
+    begun: list[dict[str, int]] = []
+
+    class Watching(_Search):
+        def _stepped(self, here: State, goal: Any, walking: bool) -> State:
+            begun.append(dict(here.zeros))
+            return here
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ecoflap.search.refine._Search", Watching)
+        for one in (order, order_of(it)):
+            refine(
+                it.model, it.anatomy, start, it.batches, one, loss=it.loss, shares=limits,
+                options=SearchOptions(rounds=1, granularity="block"),
+            )  # fmt: skip
+    assert begun[0] == zeros_of(start)
+    assert begun[1] != zeros_of(start)
 
 
 def test_nothing_to_do_leaves_the_allocation_or_the_even_one() -> None:

@@ -14,7 +14,7 @@ from searching import even, subject, uneven
 from torch import Tensor
 
 from ecoflap.network.parts import Layer
-from ecoflap.search.shares import Shares, between, budgets_of, flattened
+from ecoflap.search.shares import Shares, between, budgets_of, filled, flattened
 
 
 def layers(blocks: int = 4) -> list[Layer]:
@@ -172,3 +172,27 @@ def test_flattened_is_the_even_allocation_of_the_same_budgets(options: dict[str,
     assert len(budgets) == (2 if options else 1)
     zeros = flattened({row.name: row.zeros for row in given_.layers}, it.anatomy.layers, budgets)
     assert zeros == {row.name: row.zeros for row in flat.layers}
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), budget=st.sampled_from(["global", "tower"]), cap=st.sampled_from([None, 0.6, 0.95]),
+       floor=st.sampled_from([0.0, 0.3]))  # fmt: skip
+def test_idle_layers_are_emptied_within_their_budget(
+    data: st.DataObject, budget: str, cap: float | None, floor: float
+) -> None:
+    of = layers()
+    highest = {one.name: math.floor((cap or 1.0) * one.numel) for one in of}
+    lowest = {one.name: math.ceil(floor * one.numel) for one in of}
+    zeros = {name: data.draw(st.integers(lowest[name], highest[name])) for name in highest}
+    idle = data.draw(st.sets(st.sampled_from(sorted(zeros))))
+    names = list(zeros)
+    budgets = [names] if budget == "global" else [[n for n in names if n.startswith(t)] for t in ("vision", "language")]
+    found = filled(zeros, idle, of, budgets, cap, floor)
+    assert list(found) == names
+    for members in budgets:
+        assert sum(found[one] for one in members) == sum(zeros[one] for one in members)
+        taking, giving = [n for n in members if n in idle], [n for n in members if n not in idle]
+        assert all(zeros[one] <= found[one] <= highest[one] for one in taking)
+        assert all(lowest[one] <= found[one] <= zeros[one] for one in giving)
+        full = all(found[one] == highest[one] for one in taking)
+        assert full or all(found[one] == lowest[one] for one in giving)

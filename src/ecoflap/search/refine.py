@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,12 +29,15 @@ from ecoflap.search.divergence import Divergence
 from ecoflap.search.masked import MaskedModel
 from ecoflap.search.order import Order, local_errors
 from ecoflap.search.orders import Orders
-from ecoflap.search.shares import Budgets, Shares, between, budgets_of, flattened
+from ecoflap.search.shares import Budgets, Shares, between, budgets_of, filled, flattened
 from ecoflap.search.state import PHASES, NoJournal, SearchJournal, SearchOptions, State
 from ecoflap.workers import ALONE, Workers
 
 STEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the way to the solution, tried in turns until a shorter one is no better
 _SWAP = 0.02  # of the smaller layer's weights
+
+
+Costs = tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None, Collection[str]]
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,8 @@ class _Search:
         if walking:
             self._in_pruned(here.zeros)
         self._mask(here.zeros)
-        fresh = self.shares.scales(here.zeros, *self._costs(phase))
+        blocks, kinds, layers, idle = self._costs(phase)
+        fresh = self.shares.scales(here.zeros, blocks, kinds, layers)
         # The average with earlier rounds evens out noise and swings between two; where it leads nowhere, this round's
         # own costs may.
         former = here.scales or fresh
@@ -212,12 +216,31 @@ class _Search:
         unit = "block" if phase == "block" else "layer"
         # Solved for before any step: a walk brings errors of its own.
         goals = [(scales, self.shares.best(scales, unit)) for scales in tried]
+        here = self._emptied(here, idle, walking)
         best, kept = here, fresh
         for scales, goal in goals:
             best, kept = self._stepped(here, goal, walking), scales
             if best is not here:
                 break
         return replace(best, round=here.round + 1, scales=kept)
+
+    def _emptied(self, here: State, idle: Collection[str], walking: bool) -> State:
+        """Idle layers at the cap, if the loss is lower then: no part of the way to that is better than all of it."""
+        assert self.order is not None
+        # An expert that no token reached costs nothing here and may elsewhere; so may a layer that lost but zeros.
+        known = {
+            layer.name
+            for layer in self.anatomy.layers
+            if layer.name in idle
+            and layer.name in self.order.norms
+            and self.shares.error(layer, here.zeros[layer.name])
+        }
+        cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
+        zeros = filled(here.zeros, known, self.anatomy.layers, self.budgets, cap, floor)
+        if zeros == here.zeros:
+            return here
+        loss = self._walked(zeros) if walking else self._measure(zeros)
+        return replace(here, zeros=zeros, loss=loss, history=(*here.history, loss)) if loss < here.loss else here
 
     def _stepped(self, here: State, goal: Mapping[str, int], walking: bool) -> State:
         """The best step from ``here`` towards ``goal``; ``here`` itself if none lowers the loss."""
@@ -232,8 +255,11 @@ class _Search:
                 best = replace(here, zeros=zeros, loss=loss, step=longest, history=(*here.history, loss))
         return best
 
-    def _costs(self, phase: str) -> tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None]:
-        """Of the blocks, and as the phase needs them of the kinds and layers."""
+    def _costs(self, phase: str) -> Costs:
+        """Of the blocks, and as the phase needs them of the kinds and layers; last, the layers that cost exactly 0.
+
+        No output depends on those: they lie behind the block whose features are taken from a vision tower.
+        """
         blocks, kinds, layers = self.shares.blocks, self.shares.kinds, {x.name: [x] for x in self.anatomy.layers}
         if self.options.by == "gradient":
             costs = by_gradient(self.model, self.masked, self.divergence, self.anatomy.layers, self.anatomy.replayable)
@@ -241,15 +267,18 @@ class _Search:
                 {name: math.fsum(costs[one.name] for one in members) for name, members in units.items()}
                 for units in (blocks, kinds)
             ]
-            return sums[0], None if phase == "block" else sums[1], costs if phase == "layer" else None
+            idle = {name for name, cost in costs.items() if cost == 0}
+            return sums[0], None if phase == "block" else sums[1], costs if phase == "layer" else None, idle
 
         def probed(units: Mapping[str, Sequence[Any]]) -> dict[str, float]:
             return by_probes(self.masked, self.replay, self.divergence, units)
 
+        of_blocks = probed(blocks)
         return (
-            probed(blocks),
+            of_blocks,
             None if phase == "block" else probed(kinds),
             probed(layers) if phase == "layer" else None,
+            {one.name for block, members in blocks.items() if of_blocks[block] == 0 for one in members},
         )
 
     def swapped(self, here: State, seed: int) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -134,6 +134,38 @@ def between(here: Mapping[str, int], there: Mapping[str, int], step: float, budg
     for names in budgets:
         exact = [here[name] + part * (there[name] - here[name]) for name in names]
         found.update(zip(names, round_to_total(exact, sum(here[name] for name in names), names), strict=True))
+    return found
+
+
+def filled(
+    zeros: Mapping[str, int],
+    idle: Collection[str],
+    layers: Sequence[Layer],
+    budgets: Budgets,
+    cap: float | None,
+    floor: float,
+) -> dict[str, int]:
+    """``zeros`` with those of ``idle`` layers at the cap, and as many fewer in the others of their budget.
+
+    The others give in proportion to what they have above ``floor``; where that is less than the idle ones could take,
+    these take it in proportion to their room. Every budget's sum stays exact.
+    """
+    sizes = {layer.name: layer.numel for layer in layers}
+    found = dict(zeros)
+    for names in budgets:
+        room = {
+            one: max(0, math.floor((1.0 if cap is None else cap) * sizes[one]) - zeros[one])
+            for one in names
+            if one in idle
+        }
+        spare = {one: max(0, zeros[one] - math.ceil(floor * sizes[one])) for one in names if one not in idle}
+        takers, givers = sum(room.values()), sum(spare.values())
+        amount = min(takers, givers)
+        if amount:
+            moved = {one: Fraction(amount * count, takers) for one, count in room.items()}
+            moved |= {one: -Fraction(amount * count, givers) for one, count in spare.items()}
+            exact = [zeros[one] + moved[one] for one in names]
+            found.update(zip(names, round_to_total(exact, sum(zeros[one] for one in names), names), strict=True))
     return found
 
 
