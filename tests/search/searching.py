@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,19 @@ from ecoflap.statistics.dense import dense_norms
 
 # Options of a short search on curves, through the command line.
 JOB = ("--importance", "sensitivity", "--search-options", "rounds=2", "--search-options", "swaps=3")
+
+
+class Journal:
+    """States as a file would keep them; the search begins at ``kept``."""
+
+    def __init__(self, kept: str | None = None) -> None:
+        self.kept, self.saved = kept, list[str]()
+
+    def load(self) -> dict[str, Any] | None:
+        return None if self.kept is None else json.loads(self.kept)
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.saved.append(json.dumps(state))
 
 
 def shared_llama() -> nn.Module:

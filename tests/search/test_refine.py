@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from searching import Subject, bits, even, order_of, quiet, really_pruned, subject, uneven
+from searching import Journal, Subject, bits, even, order_of, quiet, really_pruned, subject, uneven
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
@@ -26,19 +25,6 @@ from ecoflap.search.start import search_allocation, search_options
 from ecoflap.search.state import BY, PHASES, SearchOptions, State
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_statistics
-
-
-class Journal:
-    """States as a file would keep them; the search begins at ``kept``."""
-
-    def __init__(self, kept: str | None = None) -> None:
-        self.kept, self.saved = kept, list[str]()
-
-    def load(self) -> dict[str, Any] | None:
-        return None if self.kept is None else json.loads(self.kept)
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.saved.append(json.dumps(state))
 
 
 def search(

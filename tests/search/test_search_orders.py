@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from searching import Subject, bits, even, quiet, subject, uneven
+from searching import Journal, Subject, bits, even, quiet, subject, uneven
 
 from ecoflap import api
 from ecoflap.allocation import Allocation
@@ -23,17 +22,6 @@ from ecoflap.search.refine import Found, refine
 from ecoflap.search.start import search_allocation
 from ecoflap.search.state import SearchOptions
 from ecoflap.statistics.choice import TokenChoice
-
-
-class Journal:
-    def __init__(self, kept: str | None = None) -> None:
-        self.kept, self.saved = kept, list[str]()
-
-    def load(self) -> dict[str, Any] | None:
-        return None if self.kept is None else json.loads(self.kept)
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.saved.append(json.dumps(state))
 
 
 def walked(it: Subject, allocation: Allocation, criterion: str, tokens: str = "all") -> Subject:

@@ -23,7 +23,7 @@ from ecoflap.network.drive import TowerDriver
 from ecoflap.network.parts import Anatomy, Block
 from ecoflap.network.trace import evaluating, tensors_in
 from ecoflap.statistics.choice import TokenChoice
-from ecoflap.statistics.dense import decoder_of, dense_norms, gather, sequence_of
+from ecoflap.statistics.dense import decoder_of, dense_statistics, gather, sequence_of
 from ecoflap.statistics.inputs import STATISTICS
 from ecoflap.statistics.tokens import check_choice, largest
 
@@ -130,7 +130,8 @@ def test_statistics_are_those_of_the_chosen_tokens(name: str, choice: TokenChoic
 def test_statistics_of_the_dense_model_know_the_choice(choice: TokenChoice) -> None:
     """Every block of the language tower; the vision tower's count all."""
     model, anatomy, batches, loss = made("pico llava")
-    found = dense_norms(model, anatomy, batches, loss, tokens=choice)
+    blocks = dense_statistics(model, anatomy, batches, loss, tokens=choice)
+    found = {name: got for _, of_block in blocks for name, got in of_block.items()}
     for tower in anatomy.towers:
         for block in tower.blocks:
             calls, inputs = watched(model, block, batches, loss)
@@ -140,8 +141,10 @@ def test_statistics_of_the_dense_model_know_the_choice(choice: TokenChoice) -> N
                     x.double().reshape(-1, x.shape[-1]) if kept is None else x.double()[kept[index]]
                     for index, x in enumerate(inputs[layer.name])
                 ]
+                statistics = found[layer.name]
+                assert statistics is not None
                 expected = torch.cat(rows).square().sum(0).sqrt()
-                torch.testing.assert_close(found[layer.name].norm.double(), expected, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(statistics.norm.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["pico llava", "pico blip2_t5"])

@@ -96,7 +96,6 @@ def dense_norms(
     run: Run,
     *,
     offload: bool | str = False,
-    tokens: TokenChoice = ALL,
     workers: Workers = ALONE,
 ) -> dict[str, InputStatistics]:
     """``InputNorm`` of every prunable layer of the dense model, by parameter name; ``.norm`` is (columns,) fp32.
@@ -104,8 +103,7 @@ def dense_norms(
     Layers that no token reached are not in it. Arguments and errors as in :func:`dense_statistics`.
     """
     found: dict[str, InputStatistics] = {}
-    everything = dense_statistics(model, anatomy, batches, run, offload=offload, tokens=tokens, workers=workers)
-    for _, statistics in everything:
+    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload, workers=workers):
         found.update({name: got for name, got in statistics.items() if got is not None})
     return found
 
