@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import picos
@@ -14,8 +15,9 @@ from console import Command, prose, questions
 from ecoflap.classes import class_names, class_templates
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS, TaskResult
-from ecoflap.evaluations import check_evaluations, evaluations_of, options_of, rehearse
+from ecoflap.evaluations import check_evaluations, evaluate, evaluations_of, options_of, rehearse
 from ecoflap.network.checkpoint import load
+from ecoflap.progress import Silent
 from ecoflap.recipe import Recipe
 
 
@@ -227,3 +229,35 @@ def test_suites_of_lm_eval_are_tasks() -> None:
     assert Recipe.parse({"task": "lm_eval:arc_easy"}).task == ("lm_eval:arc_easy",)
     with pytest.raises(UnknownName, match="lm_eval:NAME"):
         Recipe.parse({"task": "lm_eval:"})
+
+
+def rows(model: Any, processor: Any, *, data: Any, batch_size: int) -> TaskResult:
+    """A task whose result is the batch size that it was given."""
+    return TaskResult("rows", "rows", float(batch_size), None, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 32),
+        ({"batch_size": 64}, 64),
+        ({"test_batch_size": 3}, 3),
+        ({"model": "x"}, 8),
+        ({"model": "x", "batch_size": 2}, 2),
+        ({"model": "x", "batch_size": 2, "test_batch_size": 16}, 16),
+    ],
+)
+def test_rows_of_a_forward(fields: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS._entries, "rows", f"{__name__}:rows")
+    recipe = Recipe(task=("rows",), test="data", **fields)
+    checkpoint: Any = SimpleNamespace(model=None, processor=None)
+    (entry,) = evaluations_of(recipe)
+    assert evaluate(checkpoint, entry, recipe, Silent()).value == expected
+
+
+def test_the_batch_size_of_evaluate_is_the_tests(run: Command, tmp_path: Path) -> None:
+    """Its two names are one option; ``batch_size`` of a recipe file holds where neither is said."""
+    (tmp_path / "recipe.yaml").write_text("batch_size: 0\n", "utf-8")
+    for name in ("--batch-size", "--test-batch-size"):
+        run("evaluate", name, "0").refused("-batch-size: 0")
+    run("evaluate", "--recipe", tmp_path / "recipe.yaml").refused("batch_size")

@@ -67,6 +67,7 @@ FULL: dict[str, Any] = {
     "test_prompt": "{question}!",
     "test_image_folder": "pictures",
     "test_samples": 9,
+    "test_batch_size": 5,
     "seed": 11,
     "device": "cpu",
     "device_map": "auto",

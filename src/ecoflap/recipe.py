@@ -138,6 +138,9 @@ class Recipe(BaseModel):
     test_prompt: str | None = Field(None, description="Template of the test's prompt, with {question}.")
     test_image_folder: str | None = Field(None, description="Where the pictures of the test data lie.")
     test_samples: int | None = Field(None, ge=1, description="Evaluate on so many samples only.")
+    test_batch_size: int | None = Field(
+        None, ge=1, description="Samples a forward of the evaluation. Default: the batch size, or 32 (embedded model)."
+    )
     evaluations: tuple[Evaluation, ...] | None = Field(
         None, description="Several tests, in a recipe file alone: name, task, test, columns, ... of each."
     )
