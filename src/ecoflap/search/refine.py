@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -138,7 +138,7 @@ class _Search:
     task: Task
     given: Mapping[str, int]
     order: Order | None = None
-    shares: Shares = field(init=False)
+    _shares: Shares | None = None  # of the present order
     _at: Mapping[str, int] | None = None  # where the order was found; None: in the dense model
     _zeros: Mapping[str, int] | None = None  # what the model computes with, by the present order
 
@@ -173,8 +173,16 @@ class _Search:
         return self._measure(zeros)
 
     def _order_is(self, order: Order) -> None:
-        self.order, self._zeros = order, None
-        self.shares = Shares(self.anatomy.layers, local_errors(self.model, self.anatomy, order), self.limits)
+        self.order, self._zeros, self._shares = order, None, None
+
+    @property
+    def shares(self) -> Shares:
+        """By the present order. Found when it is asked for: of a walk that only a loss is wanted of, nobody does."""
+        if self._shares is None:
+            assert self.order is not None
+            errors = local_errors(self.model, self.anatomy, self.order)
+            self._shares = Shares(self.anatomy.layers, errors, self.limits)
+        return self._shares
 
     def settled(self, here: State) -> State:
         """Rounds of every phase, until one gains too little."""
