@@ -46,7 +46,7 @@ def divergence_of(it: Subject, pruned: Subject) -> float:
 def search(it: Subject, start: Allocation, criterion: str, journal: Journal | None = None, **options: Any) -> Found:
     return search_allocation(
         it.model, it.anatomy, start, it.batches, criterion=criterion, compare=None, loss=it.loss,
-        shares={"sparsity": 0.5, "max_sparsity": 0.8}, options=SearchOptions(inputs="pruned", **options),
+        shares={"sparsity": 0.5, "max_sparsity": 0.8}, options=SearchOptions(**{"inputs": "both", **options}),
         journal=journal,
     )  # fmt: skip
 
@@ -95,14 +95,16 @@ def _weight(it: Subject, order: Order, layer: Layer, zeros: int) -> torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("name", "criterion", "by"),
-    [("llama", "wanda", "gradient"), ("llama", "sparsegpt", "gradient"), ("llava", "wanda", "probes"),
-     ("t5", "sparsegpt", "probes"), ("llama", "magnitude", "gradient")],
+    ("name", "criterion", "by", "inputs"),
+    [("llama", "wanda", "gradient", "both"), ("llama", "sparsegpt", "gradient", "both"),
+     ("llava", "wanda", "probes", "both"), ("t5", "sparsegpt", "probes", "both"),
+     ("llama", "magnitude", "gradient", "both"), ("llama", "sparsegpt", "gradient", "pruned"),
+     ("llava", "wanda", "gradient", "pruned"), ("t5", "wanda", "probes", "pruned")],
 )  # fmt: skip
-def test_the_last_loss_is_that_of_the_pruned_model(name: str, criterion: str, by: str) -> None:
+def test_the_last_loss_is_that_of_the_pruned_model(name: str, criterion: str, by: str, inputs: str) -> None:
     it, before = subject(name), bits(subject(name).model)
     start = uneven(it.anatomy)
-    found = search(it, start, criterion, rounds=2, by=by)
+    found = search(it, start, criterion, rounds=2, by=by, inputs=inputs)
     assert bits(it.model) == before
     assert all("forward" not in module.__dict__ for module in it.model.modules())
     last = divergence_of(it, walked(it, found.allocation, criterion))
@@ -116,24 +118,24 @@ def test_it_ends_no_higher_than_the_search_by_dense_inputs() -> None:
     it = subject("llama")
     start = even(it.anatomy)
     ends = {}
-    for inputs in ("dense", "pruned"):
+    for inputs in ("dense", "both"):
         found = search_allocation(
             it.model, it.anatomy, start, it.batches, criterion="sparsegpt", compare=None, loss=it.loss,
             shares={"sparsity": 0.5}, options=SearchOptions(inputs=inputs, rounds=2),
         )  # fmt: skip
         ends[inputs] = divergence_of(it, walked(it, found.allocation, "sparsegpt"))
-    assert ends["pruned"] <= ends["dense"] * (1 + 1e-5)
+    assert ends["both"] <= ends["dense"] * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
-def test_from_every_state_it_ends_with_the_same_bits(criterion: str) -> None:
+@pytest.mark.parametrize(("criterion", "inputs"), [("wanda", "both"), ("sparsegpt", "both"), ("wanda", "pruned")])
+def test_from_every_state_it_ends_with_the_same_bits(criterion: str, inputs: str) -> None:
     it, journal = subject("llama"), Journal()
     start = uneven(it.anatomy)
-    whole = search(it, start, criterion, journal, rounds=2, tolerance=0.0)
-    assert len(journal.saved) >= 4
+    whole = search(it, start, criterion, journal, rounds=2, tolerance=0.0, inputs=inputs)
+    assert len(journal.saved) >= 3
     for number, state in enumerate(journal.saved):
         later = Journal(state)
-        found = search(it, start, criterion, later, rounds=2, tolerance=0.0)
+        found = search(it, start, criterion, later, rounds=2, tolerance=0.0, inputs=inputs)
         assert (found.allocation, found.history) == (whole.allocation, whole.history)
         assert later.saved == journal.saved[number + 1 :]
 
@@ -148,10 +150,35 @@ def test_an_order_that_is_given_stays() -> None:
             it.model, it.anatomy, uneven(it.anatomy), it.batches, order, loss=it.loss, shares=limits,
             options=SearchOptions(inputs=inputs, rounds=8, granularity="block"),
         )
-        for inputs in ("dense", "pruned")
+        for inputs in ("dense", "pruned", "both")
     }  # fmt: skip
-    assert found["pruned"].history[: len(found["dense"].history)] == found["dense"].history
-    assert found["pruned"].history[-1] <= found["dense"].history[-1]
+    dense = found["dense"].history
+    assert found["both"].history[: len(dense)] == dense
+    assert found["both"].history[-1] <= dense[-1]
+    # Of walks alone the first one measures the start once more.
+    assert (found["pruned"].history[0], *found["pruned"].history[2:]) == dense
+    assert found["pruned"].allocation == found["dense"].allocation
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+def test_weights_move_across_towers_where_the_search_may(inputs: str) -> None:
+    it = subject("llava")
+    start = even(it.anatomy, budget="tower")
+
+    def tower_zeros(allocation: Allocation) -> dict[str, int]:
+        towers = {row.tower for row in allocation.layers}
+        return {tower: sum(row.zeros for row in allocation.layers if row.tower == tower) for tower in towers}
+
+    given, free = (
+        search_allocation(
+            it.model, it.anatomy, start, it.batches, criterion="wanda", compare=None, loss=it.loss,
+            shares={"sparsity": 0.5, "budget": "tower"},
+            options=SearchOptions(inputs=inputs, rounds=2, budget=budget),
+        ).allocation
+        for budget in ("given", "global")
+    )  # fmt: skip
+    assert tower_zeros(given) == tower_zeros(start) != tower_zeros(free)
+    assert free.zeros == start.zeros
 
 
 def test_what_cannot_be_asked() -> None:
@@ -159,5 +186,8 @@ def test_what_cannot_be_asked() -> None:
         SearchOptions(inputs="sparse")
     with pytest.raises(UnknownName, match="text"):
         SearchOptions(positions="answers")
-    with pytest.raises(InvalidOption, match="swaps need inputs=dense"):
-        SearchOptions(inputs="pruned", swaps=1)
+    with pytest.raises(UnknownName, match="global"):
+        SearchOptions(budget="tower")
+    for inputs in ("pruned", "both"):
+        with pytest.raises(InvalidOption, match="swaps need inputs=dense"):
+            SearchOptions(inputs=inputs, swaps=1)

@@ -89,14 +89,15 @@ def refine(
     journal = journal or NoJournal()
     names = ("sparsity", "max_sparsity", "min_sparsity", "budget", "tower_sparsity")
     limits = {name: shares[name] for name in names if name in shares}
+    if options.budget == "global":
+        limits["budget"] = "global"
     with ExitStack() as state:
         for context in (evaluating(model), cache_disabled(model)):
             state.enter_context(context)
         divergence = Divergence(model, batches, on_device(loss), options.metric, options.positions, workers)
         divergence.record()
-        phases = [(name, False) for name in PHASES[options.granularity]]
-        if options.inputs == "pruned":
-            phases += [(name, True) for name in PHASES[options.granularity]]
+        walking = {"dense": (False,), "pruned": (True,), "both": (False, True)}[options.inputs]
+        phases = [(name, by_walks) for by_walks in walking for name in PHASES[options.granularity]]
         steps = len(phases) * options.rounds + options.swaps
         kept = journal.load()
         begun = State.from_json(kept) if kept else None
@@ -192,7 +193,7 @@ class _Search:
             at = f"{phase} {here.round + 1}" + " along the walk" * walking
             if not walking:
                 self._in_dense()
-            elif here.round == 0 and not self.phases[here.phase - 1][1]:
+            elif here.round == 0 and not (here.phase and self.phases[here.phase - 1][1]):
                 here = self._compared(here)
             if here.round < self.options.rounds:
                 before = here.loss

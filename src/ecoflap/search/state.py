@@ -11,11 +11,13 @@ from ecoflap.registry import unknown
 from ecoflap.search.divergence import METRICS, POSITIONS
 
 BY = ("probes", "gradient")
-INPUTS = ("dense", "pruned")
+INPUTS = ("dense", "pruned", "both")
+BUDGETS = ("given", "global")
 WEIGHTS = ("own", "masked")
 PHASES = {"block": ("block",), "kind": ("block", "kind"), "layer": ("block", "layer")}
 CHOICES: Mapping[str, Collection[str]] = {
     "by": BY, "granularity": PHASES, "metric": METRICS, "positions": POSITIONS, "weights": WEIGHTS, "inputs": INPUTS,
+    "budget": BUDGETS,
 }  # fmt: skip
 
 
@@ -36,8 +38,11 @@ class SearchOptions:
         weights: what is measured for a criterion that updates the weights it keeps: its ``own``, or Wanda's ``masked``
             ones, which are cheap and the same for all criteria that read inputs.
         inputs: what decides which weights of a layer go: its inputs in the ``dense`` model, or in the ``pruned`` one,
-            as in stage 2. ``pruned`` begins where the search by ``dense`` ends, or at the given allocation if a walk
-            shows that to be better, and ends every round with a walk over all calibration samples, whose loss counts.
+            as in stage 2: then every step is measured after a walk over all calibration samples. ``both`` searches by
+            ``dense`` first, and goes on by ``pruned`` from there, or from the given allocation if a walk shows that
+            to be better.
+        budget: the ``given`` one of the allocation, or ``global``: begin within a budget for each tower, and move
+            weights across towers all the same.
         samples: the search uses the first whole batches with so many calibration samples; 0 takes all.
         swaps: at the end, so many tries to move 2 % of a layer's zeros to another one, kept where the loss falls.
     """
@@ -50,6 +55,7 @@ class SearchOptions:
     tolerance: float = 0.005
     weights: str = "own"
     inputs: str = "dense"
+    budget: str = "given"
     samples: int = 0
     swaps: int = 0
 
@@ -60,7 +66,7 @@ class SearchOptions:
         for name in ("rounds", "samples", "swaps"):
             if getattr(self, name) < 0:
                 raise InvalidOption(f"{name} of the search must be at least 0, not {getattr(self, name)}")
-        if self.swaps and self.inputs == "pruned":
+        if self.swaps and self.inputs != "dense":
             raise InvalidOption("the search's swaps need inputs=dense: a walk for each would take too long")
         if not 0 <= self.tolerance < 1:
             raise InvalidOption(f"the search's tolerance must be from 0 to 1, not {self.tolerance}")
