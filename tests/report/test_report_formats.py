@@ -107,3 +107,14 @@ def test_units_follow_the_metric(metric, text):
 def test_change_of_metrics_that_are_shown_times_100():
     assert formats.metric_change("CIDEr", 1.053, 0.9) == "−15.3 points"
     assert formats.metric_change("IR@1", 0.5, 0.625) == "+12.5 points"
+
+
+def test_long_names() -> None:
+    """Of two methods what differs stays visible, at either end; of a path its end does."""
+    rules, last = ("wanda", "sparsegpt"), (32, 64)
+    methods = [f"zeroth-order + {rule} (search, search_options samples={n})" for rule in rules for n in last]
+    short = [formats.shortened(method, 26) for method in methods]
+    assert len(set(short)) == 4
+    assert {len(name) for name in short} == {26}
+    assert formats.shortened("model.layers.10.mlp.up_proj", 12) == "…mlp.up_proj"
+    assert formats.shortened("short", 5) == "short"

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 from ecoflap.comparison.record import Cell, Comparison, Test
 from ecoflap.comparison.tables import columns_of, mean_seconds
 from ecoflap.files import write_atomically
-from ecoflap.report.formats import in_per_cent, significant, task_title
+from ecoflap.report.formats import in_per_cent, shortened, significant, task_title
 
 _STYLE = {
     "svg.hashsalt": "ecoflap",  # the same comparison gives the same bytes
@@ -52,7 +52,7 @@ def draw_quality(comparison: Comparison, folder: Path) -> None:
         figure.legend(handles, labels, loc="outside right upper")
         seeds = len(comparison.seeds)
         spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "± one standard error of the test"
-        panels[0].set_title(f"{_short(comparison.model, 24)}: {spread}", loc="left", fontsize=10)
+        panels[0].set_title(f"{shortened(comparison.model, 24)}: {spread}", loc="left", fontsize=10)
         _save(figure, folder, "quality")
 
 
@@ -65,7 +65,7 @@ def _quality_panel(axes: Axes, comparison: Comparison, test: Test) -> None:
         places, means = [s for s, _ in found], [summary.mean for _, summary in found]
         axes.plot(
             places, means, color=colour, marker=_MARKERS[index % len(_MARKERS)], markersize=4.5, linewidth=1.5,
-            linestyle=_DASHES[index // 10 % len(_DASHES)], label=_short(method.title, 44),
+            linestyle=_DASHES[index // 10 % len(_DASHES)], label=shortened(method.title, 44),
         )  # fmt: skip
         errors = [summary.error or 0.0 for _, summary in found]
         low = [mean - error for mean, error in zip(means, errors, strict=True)]
@@ -102,7 +102,7 @@ def draw_cost(comparison: Comparison, folder: Path) -> None:
         cuda = any(cell.peak_cuda_bytes is not None for group in cells for cell in group)
         figure = Figure(figsize=(10.5 if cuda else 8.5, 1.4 + 0.3 * len(methods)), layout="constrained")
         panels = figure.subplots(1, 3 if cuda else 2, sharey=True)
-        _time_panel(panels[0], [_short(method.title, 44) for method in methods], cells)
+        _time_panel(panels[0], [shortened(method.title, 44) for method in methods], cells)
         _memory_panel(panels[1], "peak memory of the process (GB)", [_peak(g, "peak_memory_bytes") for g in cells])
         if cuda:
             _memory_panel(panels[2], "peak CUDA memory (GB)", [_peak(g, "peak_cuda_bytes") for g in cells])
@@ -135,11 +135,6 @@ def _memory_panel(axes: Axes, label: str, values: Sequence[int | None]) -> None:
 
 def _peak(cells: Sequence[Cell], field: str) -> int | None:
     return max((value for cell in cells if (value := getattr(cell, field)) is not None), default=None)
-
-
-def _short(text: str, most: int) -> str:
-    """The end of a long text, which tells most."""
-    return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def _colour(index: int) -> tuple[float, float, float, float]:

@@ -103,3 +103,11 @@ def task_title(task: str, metric: str) -> str:
 def _signed(value: float, digits: int) -> str:
     rounded = round(value, digits)
     return f"{abs(rounded):.{digits}f}" if rounded == 0 else f"{'+' if rounded > 0 else '−'}{abs(rounded):.{digits}f}"
+
+
+def shortened(name: str, most: int) -> str:
+    """At most ``most`` characters: the end of a path, which tells most; of words, such as a method's, both ends."""
+    if len(name) <= most:
+        return name
+    head = (most - 1) * 4 // 5 if " " in name else 0
+    return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import escape
 
 from ecoflap.report.charts import DASHES, Axis, Chart, Heat, Series
+from ecoflap.report.formats import shortened
 
 # As the markers of static.py and of the legend.
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star")
@@ -100,7 +101,7 @@ def _names(names: Sequence[Any], most: int = 60) -> dict[str, Any]:
     return {
         "tickmode": "array",
         "tickvals": places,
-        "ticktext": [plain(name if len(name) <= _NAME else f"…{name[1 - _NAME :]}") for name in texts],
+        "ticktext": [plain(shortened(name, _NAME)) for name in texts],
     }
 
 

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from ecoflap.report.charts import HUES, Axis, Chart, Heat, Rule, Series
+from ecoflap.report.formats import shortened
 
 # Colours that stand for the page's CSS variables; they are replaced in the SVG after drawing.
 _NAMES = ("ink", "line", "vision", "language", "bridge", "other", "card", "heat", "cold")
@@ -116,7 +117,7 @@ def _bars(axes: Axes, series: Series, chart: Chart, base: dict[Any, float], inde
         base.update({place: base.get(place, 0.0) + value for place, value in zip(places, values, strict=True)})
     if named and index == 0:
         axis = axes.yaxis if chart.horizontal else axes.xaxis
-        axis.set_ticks(range(len(series.x)), [_short(str(name)) for name in series.x])
+        axis.set_ticks(range(len(series.x)), [shortened(str(name), _NAME) for name in series.x])
         if chart.horizontal:
             axes.set_ylim(len(series.x) - 0.4, -0.6)  # the first on top
 
@@ -159,14 +160,10 @@ def _heat(axes: Axes, heat: Heat) -> None:
     columns = list(range(0, len(heat.columns), every))
     long = max((len(heat.columns[i]) for i in columns), default=0) > 5
     turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
-    axes.set_xticks(columns, [_short(heat.columns[i]) for i in columns], **turn)
+    axes.set_xticks(columns, [shortened(heat.columns[i], _NAME) for i in columns], **turn)
     every = max(1, len(heat.rows) // 24)
     rows = list(range(0, len(heat.rows), every))
-    axes.set_yticks(rows, [_short(heat.rows[i]) for i in rows])
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
+    axes.set_yticks(rows, [shortened(heat.rows[i], _NAME) for i in rows])
 
 
 def _clean(figure: Figure, prefix: str) -> str:
