@@ -85,6 +85,31 @@ def test_only_labelled_rows_are_multiplied(name: str) -> None:
     assert counted.rows == int((labels[:, 1:] if shifts else labels).ne(-100).sum())
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_only_masked_positions_are_multiplied(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build().eval()
+    (batch,) = family.batches(3, 3, padding=True)
+    batch = {key: value for key, value in batch.items() if key != "labels"} | {"labels": None}
+    if name == "t5" or name == "blip2_t5":
+        batch["decoder_input_ids"] = batch["input_ids"]
+    inner = [p for n, p in model.named_parameters() if p.dim() == 2 and p is not heads(model)[0].weight]
+    with cache_disabled(model):
+        plain = model(**batch).logits
+        mask = torch.rand(plain.shape[:-1], generator=torch.Generator().manual_seed(1)) < 0.3
+        exact = torch.autograd.grad(plain[mask].square().sum(), inner, allow_unused=True)
+        counted = Counted(heads(model)[0])
+        with logits_on_demand(model):
+            logits = model(**batch).logits
+        found = logits[mask]  # after the context, too
+    assert type(found) is Tensor
+    assert counted.rows == int(mask.sum()) > 0
+    torch.testing.assert_close(found, plain[mask])
+    for mine, theirs in zip(torch.autograd.grad(found.square().sum(), inner, allow_unused=True), exact, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_that_is_trained_gets_its_gradient() -> None:
     family = FAMILIES["llama"]
     model = family.build(tied=False).eval()
@@ -163,6 +188,9 @@ USES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "sliced": lambda logits, labels: logits[:, 1:3],
     "sliced and used": lambda logits, labels: logits[:, 1:3].exp(),
     "picked": lambda logits, labels: logits[labels > 2] + 1,
+    "picked by all axes": lambda logits, labels: logits[(labels > 2)[..., None].expand(logits.shape)],
+    "picked by number": lambda logits, labels: logits[labels[:, 0] % 2],
+    "picked samples": lambda logits, labels: logits[labels[:, 0] > 2],
     "classes first": lambda logits, labels: functional.cross_entropy(logits.transpose(1, 2), labels),
     "per row": lambda logits, labels: functional.cross_entropy(
         logits.view(-1, logits.size(-1)), labels.view(-1), reduction="none"
@@ -193,7 +221,7 @@ USES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def test_whatever_is_done_with_logits_gives_what_it_gave(
     use: str, batch: int, length: int, classes: int, seed: int
 ) -> None:
-    if use == "one sample":
+    if use in ("one sample", "picked by number"):
         batch += 1
     model = Writer(USES[use], classes)
     generator = torch.Generator().manual_seed(seed)

@@ -38,8 +38,9 @@ def logits_on_demand(model: nn.Module) -> Iterator[None]:
     """Inside, a head's output (see :func:`heads`) is not computed until it is known what for.
 
     ``cross_entropy`` of it, after reshaping, slicing, casting or scaling, then multiplies only the rows whose target is
-    not ignored, in parts, and forms the gradient of a part with its value where gradients are on. Anything else that
-    is done with the logits computes them whole, as the head itself would have. Losses and gradients agree with the
+    not ignored, in parts, and forms the gradient of a part with its value where gradients are on; and a bool mask of
+    positions multiplies only those. Anything else that is done with the logits computes them whole, as the head itself
+    would have. Losses and gradients agree with the
     plain forward's within the rounding of fp32: matrix products of other shapes, and sums in another order.
     """
 
@@ -146,6 +147,8 @@ def _put_off(func: Any, logits: _Logits, rest: tuple[Any, ...], kwargs: dict[str
     """What ``func`` makes of logits without computing them, or their loss; None where they are needed whole."""
     if func is functional.cross_entropy:
         return _loss(logits, *rest, **kwargs)
+    if func is Tensor.__getitem__ and isinstance(rest[0], Tensor):
+        return _chosen(logits, rest[0])
     if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((rest, kwargs))):
         return None
     product, numbers, steps = logits._product, logits._numbers, logits._steps
@@ -157,6 +160,20 @@ def _put_off(func: Any, logits: _Logits, rest: tuple[Any, ...], kwargs: dict[str
         moved = _viewed(func, numbers.unsqueeze(-1).expand(logits.shape), rest, kwargs)
         return None if moved is None else _Logits._made(product, moved, steps, logits.dtype)
     return None
+
+
+def _chosen(logits: _Logits, mask: Tensor) -> Tensor | None:
+    """The rows where a bool ``mask`` of the leading shape is true, computed; None for any other index."""
+    if mask.dtype != torch.bool or mask.shape != logits._numbers.shape:
+        return None
+    return _rows(logits, logits._product.rows(logits._numbers[mask]))
+
+
+def _rows(logits: _Logits, hidden: Tensor) -> Tensor:
+    found: Tensor = logits._product.forward(hidden)
+    for step in logits._steps:
+        found = step(found)
+    return found
 
 
 def _applied(func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor) -> Tensor:
@@ -197,12 +214,10 @@ def _loss(
     if not plain or logits.dim() != 2 or target.dim() != 1 or target.is_floating_point() or len(logits) != len(target):
         return None
     counted = target != ignore_index
-    product, steps = logits._product, logits._steps
+    product = logits._product
 
     def loss_of(hidden: Tensor, wanted: Tensor) -> Tensor:
-        found = product.forward(hidden)
-        for step in steps:
-            found = step(found)
+        found = _rows(logits, hidden)
         return functional.cross_entropy(found, wanted, reduction="sum", label_smoothing=label_smoothing)
 
     frozen = not any(parameter.requires_grad for parameter in product.head.parameters())

@@ -13,6 +13,7 @@ from ecoflap.calibration.models import is_encoder_decoder
 from ecoflap.calibration.padding import placeholders, token_masks
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.probe import Objective
+from ecoflap.network.logits import logits_on_demand
 from ecoflap.registry import unknown
 from ecoflap.search.kl import mean_kl
 from ecoflap.workers import ALONE, Workers, part
@@ -118,7 +119,8 @@ class Divergence:
         outputs: list[Any] = []
         handle = self._model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
         try:
-            return self._objective(self._model, self._batches[index]), outputs
+            with logits_on_demand(self._model):
+                return self._objective(self._model, self._batches[index]), outputs
         finally:
             handle.remove()
 
