@@ -161,7 +161,7 @@ def prune(
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.network.anatomy.discover`.
         tokens: what enters the criterion's statistics where a language tower reads visual tokens, too: ``all``,
-            ``text``, ``text+top`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
+            ``text``, ``text+top``, ``text+attended`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
         offload_activations: keep block inputs elsewhere between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
             memory-mapped file that goes with the process.
         max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.

@@ -91,10 +91,13 @@ class Recipe(BaseModel):
     )
     tokens: str = Field(
         "all",
-        description="What counts in the statistics of towers that read text and pictures: all, text, text+top or atv.",
+        description="What counts in the statistics of towers that read text and pictures: all, text, text+top, "
+        "text+attended or atv.",
     )
     top_tokens: float | None = Field(
-        None, description="Of text+top: share of the visual tokens, default 0.2; of atv: its factor, default 1."
+        None,
+        description="Of text+top and text+attended: share of the visual tokens, default 0.2; of atv: its factor, "
+        "default 1.",
     )
     calibration: str | None = Field(None, description="Calibration data: file, folder or dataset id.")
     columns: dict[str, str] = Field(default_factory=dict, description="Columns of the data: image, question, answer...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import picos
@@ -31,7 +32,10 @@ SHARED = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "idefics3", "smolvlm",
     "gemma3", "paligemma", "internvl", "mistral3", "glm4v", "aya_vision", "ovis2", "florence2",
 )  # fmt: skip
-CHOICES = (TokenChoice("text"), TokenChoice("text+top", 0.4), TokenChoice("atv"), TokenChoice("atv", 0.5))
+CHOICES = (
+    TokenChoice("text"), TokenChoice("text+top", 0.4), TokenChoice("text+attended", 0.4), TokenChoice("atv"),
+    TokenChoice("atv", 0.5),
+)  # fmt: skip
 
 
 def made(name: str) -> tuple[nn.Module, Anatomy, list[Any], Any]:
@@ -46,8 +50,35 @@ def made(name: str) -> tuple[nn.Module, Anatomy, list[Any], Any]:
     return found.fresh(), found.anatomy, found.padded, found.loss
 
 
+def attention_maps(model: nn.Module, block: Block, batches: list[Any], loss: Any) -> list[Tensor]:
+    """(batch, heads, tokens, tokens) of each batch, as the model's own eager attention returns them."""
+    maps: list[Tensor] = []
+    within = dict(model.get_submodule(block.name).named_modules())
+    layers = [module for name, module in within.items() if "Attention" in type(module).__name__]
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        found = [one for one in tensors_in(output) if one.dim() == 4 and one.shape[-1] == one.shape[-2]]
+        if found and len(maps) == runs:  # the innermost module returns first
+            maps.append(found[-1])
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), evaluating(model), cache_disabled(model):
+        for runs, batch in enumerate(batches):  # noqa: B007  # the hook reads it
+            loss(model, batch)
+    model.set_attn_implementation("sdpa")
+    for handle in handles:
+        handle.remove()
+    assert len(maps) == len(batches)
+    return maps
+
+
 def by_hand(
-    choice: TokenChoice, batches: list[Any], model: nn.Module, calls: list[tuple[Tensor, Tensor]]
+    choice: TokenChoice,
+    batches: list[Any],
+    model: nn.Module,
+    calls: list[tuple[Tensor, Tensor]],
+    maps: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """(batch, tokens) of each batch: the tokens that count, from what enters and leaves the block."""
     identifier = placeholders(model)[0]
@@ -55,13 +86,18 @@ def by_hand(
     images = [batch["input_ids"] == identifier for batch in batches]
     mean = torch.cat([drift[image] for drift, image in zip(drifts, images, strict=True)]).mean()
     kept = []
-    for batch, image, drift, (x, _) in zip(batches, images, drifts, calls, strict=True):
+    for number, (batch, image, drift, (x, _)) in enumerate(zip(batches, images, drifts, calls, strict=True)):
         keep = (batch["attention_mask"] == 1) & ~image
         for row in range(len(image)):
             visual = image[row].nonzero().flatten().tolist()
             texts = int(keep[row].sum())
             if choice.name == "text+top":
                 ranked = sorted(visual, key=lambda at: -float(x[row, at].double().norm()))
+                keep[row, ranked[: round(0.4 * len(visual))]] = True
+            elif choice.name == "text+attended":
+                assert maps is not None
+                given = maps[number][row].double().mean(0)[keep[row]].mean(0)
+                ranked = sorted(visual, key=lambda at: -float(given[at]))
                 keep[row, ranked[: round(0.4 * len(visual))]] = True
             elif choice.name == "atv":
                 ranked = sorted(visual, key=lambda at: -float(drift[row, at]))
@@ -110,7 +146,8 @@ def test_statistics_are_those_of_the_chosen_tokens(name: str, choice: TokenChoic
             gathered = gather(model, driver, index, block, STATISTICS["norm"], masks, sequence, choice)
             driver.run(index)
             calls, inputs = watched(model, block, batches, loss)
-            kept = by_hand(choice, batches, model, calls)
+            maps = attention_maps(model, block, batches, loss) if choice.name == "text+attended" else None
+            kept = by_hand(choice, batches, model, calls, maps)
             text = sum(int((batch["attention_mask"] == 1).sum()) for batch in batches)
             counted = sum(int(keep.sum()) for keep in kept)
             assert 0 < counted <= text
@@ -135,7 +172,9 @@ def test_statistics_of_the_dense_model_know_the_choice(choice: TokenChoice) -> N
     for tower in anatomy.towers:
         for block in tower.blocks:
             calls, inputs = watched(model, block, batches, loss)
-            kept = by_hand(choice, batches, model, calls) if tower.modality == "language" else None
+            language = tower.modality == "language"
+            maps = attention_maps(model, block, batches, loss) if language else None
+            kept = by_hand(choice, batches, model, calls, maps) if language else None
             for layer in block.layers:
                 rows = [
                     x.double().reshape(-1, x.shape[-1]) if kept is None else x.double()[kept[index]]
@@ -165,13 +204,12 @@ def test_only_towers_that_see_pictures_change(name: str) -> None:
 
 def test_the_choice_reaches_sparsegpt_too() -> None:
     weights = []
-    for choice in ("all", "text+top", "atv"):
+    for choice in ("all", "text+top", "text+attended", "atv"):
         model, anatomy, batches, loss = made("pico llava")
         api.prune(model, batches, 0.5, importance="uniform", criterion="sparsegpt", tokens=choice, loss=loss)
         name = next(layer.name for layer in anatomy.layers if "language" in layer.name)
         weights.append(model.get_parameter(name).detach().clone())
-    assert not torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+    assert all(not torch.equal(one, other) for one, other in combinations(weights, 2))
 
 
 def test_what_the_processor_says_goes_before_the_ids() -> None:
@@ -198,7 +236,14 @@ def test_what_changes_nothing_is_refused() -> None:
     check_choice(TokenChoice(), model, text, "none")
     with pytest.raises(UnknownName, match="text"):
         TokenChoice("txt")
-    for name, amount in (("text", 0.1), ("text+top", 1.5), ("text+top", -0.1), ("atv", -1.0), ("all", 0.5)):
+    for name, amount in (
+        ("text", 0.1),
+        ("text+top", 1.5),
+        ("text+top", -0.1),
+        ("text+attended", 2.0),
+        ("atv", -1.0),
+        ("all", 0.5),
+    ):
         with pytest.raises(InvalidOption, match="top_tokens"):
             TokenChoice(name, amount)
     assert IGNORED == -100

@@ -72,7 +72,7 @@ def test_the_pruned_model_is_that_of_one_worker(name: str, criterion: str, count
     assert found == [by_one(name, criterion)] * count
 
 
-@pytest.mark.parametrize("tokens", ["text", "text+top", "atv"])
+@pytest.mark.parametrize("tokens", ["text", "text+top", "text+attended", "atv"])
 def test_the_choice_of_tokens_is_that_of_all_batches(tokens: str) -> None:
     found = together(3, lambda workers: pruned(workers, "llava", "wanda", tokens=tokens))
     assert found == [by_one("llava", "wanda", tokens)] * 3

@@ -9,7 +9,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.registry import unknown
 
 # What is chosen beside all text, and the amount where none is given.
-AMOUNTS: Mapping[str, float | None] = {"all": None, "text": None, "text+top": 0.2, "atv": 1.0}
+AMOUNTS: Mapping[str, float | None] = {"all": None, "text": None, "text+top": 0.2, "text+attended": 0.2, "atv": 1.0}
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,12 @@ class TokenChoice:
 
     Attributes:
         name: "all"; "text": no visual token; "text+top": text and, of each sample, the visual tokens whose vectors are
-            longest as they enter the block; "atv": text and the visual tokens that the block turns most, as many as
-            it turns them on the whole (ATV-Pruning, Li et al. 2026, arXiv 2603.16001).
-        amount: of "text+top" the share of a sample's visual tokens; of "atv" its factor α. None: 0.2 and 1.
+            longest as they enter the block; "text+attended": text and, of each sample, the visual tokens that the text
+            attends to most in the block (mean over heads and queries; the rank of FastV, Chen et al. 2024, arXiv
+            2403.06764); "atv": text and the visual tokens that the block turns most, as many as it turns them on the
+            whole (ATV-Pruning, Li et al. 2026, arXiv 2603.16001).
+        amount: of "text+top" and "text+attended" the share of a sample's visual tokens; of "atv" its factor α. None:
+            0.2 and 1.
 
     Raises:
         UnknownName, InvalidOption: at once, for another name or an amount out of its range.
@@ -34,8 +37,8 @@ class TokenChoice:
             raise unknown("choice of tokens", self.name, list(AMOUNTS))
         if self.amount is not None and AMOUNTS[self.name] is None:
             raise InvalidOption(f"top_tokens {self.amount:g} says how many visual tokens count: tokens '{self.name}' "
-                                "has none to count, take text+top or atv")  # fmt: skip
-        most = 1.0 if self.name == "text+top" else float("inf")
+                                "has none to count, take text+top, text+attended or atv")  # fmt: skip
+        most = 1.0 if self.name in ("text+top", "text+attended") else float("inf")
         if self.amount is not None and not 0 <= self.amount <= most:
             raise InvalidOption(f"top_tokens {self.amount:g} of tokens '{self.name}' must be 0 to {most:g}")
 

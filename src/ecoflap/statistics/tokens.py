@@ -14,6 +14,7 @@ from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.network.drive import BlockCall, TowerDriver
 from ecoflap.network.parts import Block
 from ecoflap.network.trace import tensors_in
+from ecoflap.statistics.attention import TextAttention
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.workers import ALONE, Workers
 
@@ -54,15 +55,19 @@ def chooser(
 ) -> Chooser | None:
     """The tokens that count in each call of a block (by its number among the calls); None where all do.
 
-    The driver has taken the block's inputs. "atv" runs the block once more on all of them.
+    The driver has taken the block's inputs. "atv" and "text+attended" run the block once more on all of them.
 
     Args:
         masks: of the batches that this worker runs; how many visual tokens count is decided on those of all.
+
+    Raises:
+        InvalidOption: "text+attended", where the block's attention can't be seen.
     """
     shared = sequence == "encoder" and any(mask.image is not None for mask in masks.values())
     if choice.name == "all" or not any(workers.gather(shared)):
         return None
     drifts = _drifts(model, driver, index, block) if choice.name == "atv" else []
+    attended = _attended(driver, index, block, masks) if choice.name == "text+attended" else []
     reach = choice.used
     if choice.name == "atv":
         seen = [drift[_visual(masks[batch], drift, block)].cpu() for batch, drift in drifts]
@@ -74,15 +79,16 @@ def chooser(
         if mask.image is None:
             return None
         x = tensors_in((call.args, call.kwargs))[0]
-        visual = _visual(mask, x, block)
-        text = ~visual if mask.encoder is None else mask.encoder.to(x.device) & ~visual
+        visual, text = _parted(mask, x, block)
         if choice.name == "text":
             return text
         if choice.name == "atv":
             wanted = [round(reach * count) for count in text.sum(1).tolist()]
             return text | largest(drifts[number][1], visual, wanted)
         wanted = [round(reach * count) for count in visual.sum(1).tolist()]
-        return text | largest(torch.linalg.vector_norm(x.float(), dim=-1), visual, wanted)
+        seen = attended[number] if attended else None
+        scores = torch.linalg.vector_norm(x.float(), dim=-1) if seen is None else seen
+        return text | largest(scores, visual, wanted)
 
     return choose
 
@@ -111,6 +117,33 @@ def _visual(mask: TokenMasks, x: Tensor, block: Block) -> Tensor:
             "visual ones can't be told from others: leave out --tokens"
         )
     return mask.image.to(x.device)
+
+
+def _parted(mask: TokenMasks, x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """(batch, tokens) bool for ``x``: the visual tokens, and the real ones of the text."""
+    visual = _visual(mask, x, block)
+    return visual, ~visual if mask.encoder is None else mask.encoder.to(x.device) & ~visual
+
+
+def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int, TokenMasks]) -> list[Tensor | None]:
+    """(batch, tokens), what the text gives to each token, for each call; None where there is no picture."""
+    pictures: list[bool] = []
+
+    def before(call: BlockCall) -> None:
+        mask = masks[call.batch]
+        pictures.append(mask.image is not None)
+        x = tensors_in((call.args, call.kwargs))[0]
+        attention.begin(_parted(mask, x, block)[1] if pictures[-1] else None)
+
+    attention = TextAttention()
+    with attention:
+        driver.observe(index, before)
+    if any(picture and seen is None for picture, seen in zip(pictures, attention.received, strict=True)):
+        raise InvalidOption(
+            f"tokens 'text+attended' can't see the attention of {block.name}: take text+top, or load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    return attention.received
 
 
 def _drifts(model: nn.Module, driver: TowerDriver, index: int, block: Block) -> list[tuple[int, Tensor]]:
