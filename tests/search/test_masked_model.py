@@ -155,20 +155,6 @@ def test_the_derivative_of_the_removed_part(name: str, recompute: bool) -> None:
     assert sum(value != 0 for value in expected.values()) > len(expected) / 2
 
 
-def test_a_part_that_is_half_way() -> None:
-    it = subject("gpt2")
-    masks = random_masks(it.anatomy)
-    layer = it.anatomy.layers[0]
-    halved = really_pruned(it.model, masks)
-    with torch.no_grad():
-        weight = it.model.get_parameter(layer.name)
-        halved.get_parameter(layer.name).copy_(torch.where(masks[layer].t(), weight, weight / 2))
-    with quiet(it.model), MaskedModel(it.model, it.anatomy) as masked:
-        masked.set(masks)
-        with masked.removed_part({layer.name: torch.tensor(0.5)}):
-            assert torch.equal(it.loss_of(it.model), it.loss_of(halved))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_replay_gives_the_same_losses(name: str) -> None:
     """Either one around the other; where a layer turns dense, the blocks that hold it are computed again."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ecoflap.network.forward import Forward, forward_replaced
 from ecoflap.network.parts import Anatomy, Layer
@@ -29,6 +30,21 @@ class PackedMask:
         """The mask that was packed."""
         bits = (self._bits[:, None] >> _places(self._bits)) & 1
         return bits.flatten()[: self.shape.numel()].view(self.shape).bool()
+
+
+class _Partly(torch.autograd.Function):
+    """W + t·(changed W − W) at t = 1, with its derivative by t: no product of the weight's size in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, changed: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(changed, weight)
+        return changed.view_as(changed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        changed, weight = ctx.saved_tensors
+        return (changed - weight).mul_(outer).sum(dtype=torch.float32), None, None
 
 
 def _places(like: Tensor) -> Tensor:
@@ -99,9 +115,9 @@ class MaskedModel:
 
     @contextmanager
     def removed_part(self, parts: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let layer ``name`` compute with W + t·(masked W − W), t = ``parts[name]``, a scalar at 1.
+        """Let layer ``name`` compute with W + t·(masked W − W), t = ``parts[name]``, a scalar that is 1.
 
-        The derivative by t is then ⟨∇L at the masked weights, masked W − W⟩.
+        The value is that of the masked weights, and its derivative by t ⟨∇L there, masked W − W⟩.
         """
         outer, self._parts = self._parts, dict(parts)
         try:
@@ -126,11 +142,9 @@ class MaskedModel:
         originals = [owner._parameters["weight"] for owner in owners]
         weight = self._model.get_parameter(layer.name).detach()
         part = self._parts.get(layer.name)
-        if isinstance(packed, PackedMask):
-            removed = torch.zeros((), dtype=weight.dtype, device=weight.device) if part is None else weight * (1 - part)
-            stand_in = torch.where(packed.unpacked(), weight, removed)
-        else:
-            stand_in = packed if part is None else packed + (packed - weight) * (part - 1)
+        stand_in = weight.masked_fill(~packed.unpacked(), 0) if isinstance(packed, PackedMask) else packed
+        if part is not None:
+            stand_in = _Partly.apply(part, stand_in, weight)  # type: ignore[no-untyped-call]
         try:
             for owner in owners:
                 owner._parameters["weight"] = stand_in  # type: ignore[assignment]  # a graph can't begin at a Parameter
