@@ -55,6 +55,21 @@ def test_plotly_accepts_every_property(charts):
         go.Figure(painted(figure(chart)))  # raises on a name or value that it does not know
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.001, -0.3])
+def test_an_axis_of_differences_has_whole_per_cents_to_mark(apart):
+    data = comparison()
+    for cell in data["cells"]:
+        cell["towers"] = dict.fromkeys(cell["towers"], max(0.0, cell["sparsity"] + apart))
+    content = Comparison.model_validate(data)
+    found = compare_charts.tower_charts(content)
+    assert found
+    differences = [max(-sparsity, apart) for sparsity in content.sparsities]
+    for chart in found:
+        low, high = chart.y.limits
+        assert low < min(differences) and max(differences) < high
+        assert low <= -0.02 and high >= 0.02  # at least five marks, a point apart
+
+
 def test_still_drawings_have_no_colour_of_their_own(charts):
     for index, chart in enumerate(charts):
         drawing = svg(chart, f"p{index}")

@@ -7,6 +7,7 @@ from ecoflap.report.charts import Axis, Chart, Rule, Series, log_ticks, style
 from ecoflap.report.comparison import Comparison, Test, mean
 
 _CONTRAST = 20.0  # values whose largest is so many times the smallest are shown on a logarithmic scale
+_LEAST = 0.02  # each way on an axis of differences: less has no whole per cent to mark
 _GIGABYTE = 1e9
 
 
@@ -112,8 +113,8 @@ def tower_charts(content: Comparison) -> list[Chart]:
     apart = [value - cell.sparsity for cell in content.cells for value in cell.towers.values() if value is not None]
     if not apart:
         return []
-    margin = 0.1 * max(max(apart) - min(apart), 0.02)
-    limits = min(*apart, 0.0) - margin, max(*apart, 0.0) + margin
+    low, high = min(*apart, -_LEAST), max(*apart, _LEAST)
+    limits = low - 0.1 * (high - low), high + 0.1 * (high - low)
     for tower in content.towers:
         series = []
         for index, method in enumerate(content.methods):
