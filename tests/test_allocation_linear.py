@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ecoflap.allocation import RULES, Allocation, LayerSize, allocate
@@ -65,6 +65,7 @@ def test_linear_is_the_published_map(scores: list[float], sparsity: float, sprea
     st.sampled_from([0.3, 0.5, 0.6]),
     st.sampled_from([0.1, 0.3]),
 )
+@example([(2.0, 1481), (2.0, 1481), (2.0, 1481), (3.0, 4682)], 0.3, 0.1)  # 2737.5 zeros in all
 def test_linear_relative_is_the_published_map(groups: list[tuple[float, int]], sparsity: float, spread: float) -> None:
     alphas, sizes = [a for a, _ in groups], [n for _, n in groups]
     expected = alphapruning_ratios(alphas, sizes, sparsity, spread)
@@ -73,7 +74,8 @@ def test_linear_relative_is_the_published_map(groups: list[tuple[float, int]], s
     layers = [layer(f"l{i:02}", n, max(alphas) - a) for i, (a, n) in enumerate(groups)]
     allocation = allocate(layers, sparsity=sparsity, rule="linear-relative", spread=spread)
     for row, ratio in zip(allocation.layers, expected, strict=True):
-        assert abs(row.zeros - ratio * row.weights) <= 1.001
+        # Each row is rounded by less than one weight, and the budget that they share by up to half of one.
+        assert abs(row.zeros - ratio * row.weights) <= 1.501
 
 
 @st.composite
