@@ -44,7 +44,7 @@ def received(query: Tensor, key: Tensor, text: Tensor, allowed: Tensor, bias: Te
 @settings(deadline=None)
 @given(
     seed=st.integers(0, 999), batch=st.integers(1, 3), tokens=st.integers(1, 9), groups=st.sampled_from([1, 2]),
-    kind=st.sampled_from(["none", "causal", "bool", "bool of all", "float", "float per head"]),
+    kind=st.sampled_from(["none", "causal", "bool", "bool of all", "bool of two axes", "float", "float per head"]),
     scale=st.sampled_from([None, 0.3]), parts=st.integers(1, 4), eager=st.booleans(),
 )  # fmt: skip
 def test_the_attention_that_the_text_gives(
@@ -61,6 +61,7 @@ def test_the_attention_that_the_text_gives(
         allowed = allowed.tril()
     elif kind.startswith("bool"):
         mask = torch.rand(*leading, tokens, tokens, generator=generator) < 0.7
+        mask = mask[0, 0] if kind == "bool of two axes" else mask
         allowed = mask.expand(batch, 4, -1, -1)
     elif kind.startswith("float"):
         mask = torch.randn(*leading, tokens, tokens, generator=generator)

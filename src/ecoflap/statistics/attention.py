@@ -60,17 +60,18 @@ class TextAttention(TorchFunctionMode):
             return
         tokens = query.shape[2]
         factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:3], tokens)
         for row in range(len(query)):
             keys = key[row].float().repeat_interleave(query.shape[1] // key.shape[1], dim=0)
-            bias = None if attn_mask is None else attn_mask[row if len(attn_mask) > 1 else 0]
             for some in torch.split(self._text[row].nonzero().flatten(), _QUERIES):
                 scores = query[row][:, some].float() @ keys.transpose(1, 2) * factor
                 if is_causal:
                     ahead = torch.arange(tokens, device=some.device)[None] > some[:, None]
                     scores = scores.masked_fill(ahead, -torch.inf)
-                if bias is not None:
-                    of_these = bias.expand(-1, tokens, -1)[:, some]
-                    if bias.dtype == torch.bool:
+                if attn_mask is not None:
+                    of_these = attn_mask[row][:, some]
+                    if of_these.dtype == torch.bool:
                         scores = scores.masked_fill(~of_these, -torch.inf)
                     else:
                         scores = scores + of_these

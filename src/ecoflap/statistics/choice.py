@@ -19,7 +19,7 @@ class TokenChoice:
     Attributes:
         name: "all"; "text": no visual token; "text+top": text and, of each sample, the visual tokens whose vectors are
             longest as they enter the block; "text+attended": text and, of each sample, the visual tokens that the text
-            attends to most in the block (mean over heads and queries; the rank of FastV, Chen et al. 2024, arXiv
+            attends to most in the block (mean over heads and queries; after FastV, Chen et al. 2024, arXiv
             2403.06764); "atv": text and the visual tokens that the block turns most, as many as it turns them on the
             whole (ATV-Pruning, Li et al. 2026, arXiv 2603.16001).
         amount: of "text+top" and "text+attended" the share of a sample's visual tokens; of "atv" its factor α. None:

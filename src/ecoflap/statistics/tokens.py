@@ -67,7 +67,7 @@ def chooser(
     if choice.name == "all" or not any(workers.gather(shared)):
         return None
     drifts = _drifts(model, driver, index, block) if choice.name == "atv" else []
-    attended = _attended(driver, index, block, masks) if choice.name == "text+attended" else []
+    attended = _attended(driver, index, block, masks) if choice.name == "text+attended" else {}
     reach = choice.used
     if choice.name == "atv":
         seen = [drift[_visual(masks[batch], drift, block)].cpu() for batch, drift in drifts]
@@ -86,8 +86,7 @@ def chooser(
             wanted = [round(reach * count) for count in text.sum(1).tolist()]
             return text | largest(drifts[number][1], visual, wanted)
         wanted = [round(reach * count) for count in visual.sum(1).tolist()]
-        seen = attended[number] if attended else None
-        scores = torch.linalg.vector_norm(x.float(), dim=-1) if seen is None else seen
+        scores = attended[number] if attended else torch.linalg.vector_norm(x.float(), dim=-1)
         return text | largest(scores, visual, wanted)
 
     return choose
@@ -125,8 +124,8 @@ def _parted(mask: TokenMasks, x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     return visual, ~visual if mask.encoder is None else mask.encoder.to(x.device) & ~visual
 
 
-def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int, TokenMasks]) -> list[Tensor | None]:
-    """(batch, tokens), what the text gives to each token, for each call; None where there is no picture."""
+def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int, TokenMasks]) -> dict[int, Tensor]:
+    """(batch, tokens), what the text gives to each token, by the number of each call that has a picture."""
     pictures: list[bool] = []
 
     def before(call: BlockCall) -> None:
@@ -143,7 +142,7 @@ def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int,
             f"tokens 'text+attended' can't see the attention of {block.name}: take text+top, or load the model with "
             "attn_implementation='sdpa' or 'eager'"
         )
-    return attention.received
+    return {number: seen for number, seen in enumerate(attention.received) if seen is not None}
 
 
 def _drifts(model: nn.Module, driver: TowerDriver, index: int, block: Block) -> list[tuple[int, Tensor]]:
