@@ -154,7 +154,7 @@ def prune(
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
         allocation: use this one, and skip stage 1.
         search: improve the allocation by measuring the pruned model; by default where ``sensitivity`` is measured here.
-        search_options: see :class:`ecoflap.search.refine.SearchOptions`.
+        search_options: see :class:`ecoflap.search.state.SearchOptions`.
         importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
         importance_error: sample a layer only until its standard error is this share of its score.
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.

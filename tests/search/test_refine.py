@@ -19,7 +19,8 @@ from ecoflap.pruning.criteria import make_criterion
 from ecoflap.pruning.patterns import Unstructured
 from ecoflap.search.divergence import Divergence
 from ecoflap.search.order import Order
-from ecoflap.search.refine import Found, _Search, refine
+from ecoflap.search.refine import Found, refine
+from ecoflap.search.rounds import Search
 from ecoflap.search.shares import budgets_of
 from ecoflap.search.start import search_allocation, search_options
 from ecoflap.search.state import BY, PHASES, SearchOptions, State
@@ -107,7 +108,7 @@ def test_the_loss_falls_within_budgets_and_caps(name: str, by: str, granularity:
 @pytest.mark.parametrize("budget", ["global", "tower"])
 def test_a_block_that_nobody_reads_goes_first(by: str, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a LLaVA that takes the features of the last block but one: at once, however short the steps are."""
-    monkeypatch.setattr("ecoflap.search.refine.STEPS", (0.0625,))
+    monkeypatch.setattr("ecoflap.search.rounds.STEPS", (0.0625,))
     it = subject("llava")
     unread = it.anatomy.towers[0].blocks[-1]
     found = search(it, even(it.anatomy, budget=budget), shares={"budget": budget}, by=by, granularity="block", rounds=1)
@@ -128,13 +129,13 @@ def test_what_costs_nothing_because_nothing_was_lost_stays() -> None:
     start = even(it.anatomy, budget="tower")
     begun: list[dict[str, int]] = []
 
-    class Watching(_Search):
+    class Watching(Search):
         def _stepped(self, here: State, goal: Any, walking: bool) -> State:
             begun.append(dict(here.zeros))
             return here
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ecoflap.search.refine._Search", Watching)
+        patch.setattr("ecoflap.search.refine.Search", Watching)
         for one in (order, order_of(it)):
             refine(
                 it.model, it.anatomy, start, it.batches, one, loss=it.loss, shares=limits,

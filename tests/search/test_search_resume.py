@@ -17,7 +17,7 @@ from searching import JOB
 
 from ecoflap.search import sensitivity as measure
 from ecoflap.search.divergence import Divergence
-from ecoflap.search.refine import _Search
+from ecoflap.search.rounds import Search
 
 
 class _Crash(Exception):
@@ -53,7 +53,7 @@ def test_a_crash_in_the_search(
     prune: Command, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(_Search, name, _failing(getattr(_Search, name), at))
+        patch.setattr(Search, name, _failing(getattr(Search, name), at))
         outcome = prune(*JOB, "-o", "run")
     assert outcome.code == 1
     assert "lightning" in outcome.err

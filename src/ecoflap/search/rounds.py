@@ -1,0 +1,221 @@
+"""The rounds of a search: what every part costs now, the best shares for that, and a step towards them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ecoflap.network.parts import Anatomy
+from ecoflap.progress import Task
+from ecoflap.search.attribution import by_gradient, by_probes
+from ecoflap.search.pruned import PrunedModel
+from ecoflap.search.shares import Budgets, Shares, between, filled, flattened
+from ecoflap.search.state import SearchOptions, State
+
+STEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the way to the solution, tried in turns until a shorter one is no better
+_SWAP = 0.02  # of the smaller layer's weights
+
+Costs = tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None, Collection[str]]
+
+
+@dataclass
+class Search:
+    """From a given allocation to one whose measured loss is lower, round by round.
+
+    Attributes:
+        pruned: the model, pruned and measured.
+        limits: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity, where given.
+        budgets: those that every step keeps.
+        phases: name of each, and whether it goes by the inputs in the pruned model.
+        save: is given the state after every round.
+        task: progress; told what is being measured, too, since a round may take minutes.
+        given: zeros to begin with.
+    """
+
+    pruned: PrunedModel
+    limits: Mapping[str, Any]
+    budgets: Budgets
+    phases: Sequence[tuple[str, bool]]
+    options: SearchOptions
+    save: Callable[[dict[str, Any]], None]
+    task: Task
+    given: Mapping[str, int]
+    _shares: Shares | None = None
+    _at_work: str = "start"  # the round
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Of the model."""
+        return self.pruned.anatomy
+
+    @property
+    def shares(self) -> Shares:
+        """By the present order."""
+        errors = self.pruned.errors
+        if self._shares is None or self._shares.errors is not errors:
+            self._shares = Shares(self.anatomy.layers, errors, self.limits)
+        return self._shares
+
+    def start(self) -> State:
+        """The given allocation, or the same sparsity for all layers of a budget where that measures lower.
+
+        Blocks interact: what looks best for each alone can be far off together.
+        """
+        self._tell("statistics")
+        self.pruned.by_dense()
+        flat = flattened(self.given, self.anatomy.layers, self.budgets)
+        loss, zeros = self._measured(self.given, "given"), self.given
+        if flat != self.given and (other := self._measured(flat, "even")) < loss:
+            loss, zeros = other, flat
+        return State(zeros, loss, history=(loss,))
+
+    def settled(self, here: State) -> State:
+        """Rounds of every phase, until one gains too little."""
+        done = here.steps(self.options.rounds)
+        while here.phase < len(self.phases):
+            phase, walking = self.phases[here.phase]
+            self._at_work = f"{phase} {here.round + 1}" + " along the walk" * walking
+            if not walking:
+                self.pruned.by_dense()
+            elif here.round == 0 and not (here.phase and self.phases[here.phase - 1][1]):
+                here = self._compared(here)
+            if here.round < self.options.rounds:
+                before = here.loss
+                here = self._round(here, phase, walking)
+            if here.round >= self.options.rounds or before - here.loss < self.options.tolerance * before:
+                here = replace(here, phase=here.phase + 1, round=0, scales=None, step=STEPS[0])
+            self.save(here.to_json())
+            behind = here.steps(self.options.rounds)  # a phase that ends early skips its rest
+            self.task.advance(behind - done, self._at_work)
+            done = behind
+        return here
+
+    def _compared(self, here: State) -> State:
+        """With a walk to each: where the search by dense inputs has ended, or the given allocation."""
+        candidates = [here.zeros] if self.given == here.zeros else [self.given, here.zeros]
+        losses = ((self._measured(zeros, "begin", walking=True), zeros) for zeros in candidates)
+        loss, zeros = min(losses, key=lambda found: found[0])
+        return replace(here, zeros=zeros, loss=loss, history=(*here.history, loss))
+
+    def _round(self, here: State, phase: str, walking: bool) -> State:
+        self._tell("costs")
+        if walking:
+            self.pruned.by_pruned(here.zeros)
+        self.pruned.mask(here.zeros)
+        blocks, kinds, layers, idle = self._costs(phase)
+        fresh = self.shares.scales(here.zeros, blocks, kinds, layers)
+        # The average with earlier rounds evens out noise and swings between two; where it leads nowhere, this round's
+        # own costs may.
+        former = here.scales or fresh
+        averaged = {name: (value + former[name]) / 2 for name, value in fresh.items()}
+        tried = (averaged,) if averaged == fresh else (averaged, fresh)
+        unit = "block" if phase == "block" else "layer"
+        # Solved for before any step: a walk brings errors of its own.
+        goals = [(scales, self.shares.best(scales, unit)) for scales in tried]
+        here = self._emptied(here, idle, walking)
+        best, kept = here, fresh
+        for scales, goal in goals:
+            best, kept = self._stepped(here, goal, walking), scales
+            if best is not here:
+                break
+        return replace(best, round=here.round + 1, scales=kept)
+
+    def _emptied(self, here: State, idle: Collection[str], walking: bool) -> State:
+        """Idle layers at the cap, if the loss is lower then: no part of the way to that is better than all of it."""
+        assert self.pruned.order is not None
+        shares, norms = self.shares, self.pruned.order.norms
+        # An expert that no token reached costs nothing here and may elsewhere; so may a layer that lost but zeros.
+        known = {
+            layer.name
+            for layer in self.anatomy.layers
+            if layer.name in idle and layer.name in norms and shares.error(layer, here.zeros[layer.name])
+        }
+        cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
+        zeros = filled(here.zeros, known, self.anatomy.layers, self.budgets, cap, floor)
+        if zeros == here.zeros:
+            return here
+        loss = self._measured(zeros, "unread layers empty", walking)
+        return replace(here, zeros=zeros, loss=loss, history=(*here.history, loss)) if loss < here.loss else here
+
+    def _stepped(self, here: State, goal: Mapping[str, int], walking: bool) -> State:
+        """The best step from ``here`` towards ``goal``; ``here`` itself if none lowers the loss."""
+        best = here
+        for step in (length for length in STEPS if length <= here.step):
+            zeros = between(here.zeros, goal, step, self.budgets)
+            loss = self._measured(zeros, f"{step:.3g} of the way", walking)
+            if loss >= best.loss and best is not here:
+                break
+            if loss < best.loss:
+                longest = min(2 * step, STEPS[0])
+                best = replace(here, zeros=zeros, loss=loss, step=longest, history=(*here.history, loss))
+        return best
+
+    def _costs(self, phase: str) -> Costs:
+        """Of the blocks, and as the phase needs them of the kinds and layers; last, the layers that cost exactly 0.
+
+        No output depends on those: they lie behind the block whose features are taken from a vision tower.
+        """
+        pruned, shares = self.pruned, self.shares
+        blocks, kinds, layers = shares.blocks, shares.kinds, {x.name: [x] for x in self.anatomy.layers}
+        if self.options.by == "gradient":
+            costs = by_gradient(
+                pruned.model, pruned.masked, pruned.divergence, self.anatomy.layers, self.anatomy.replayable
+            )
+            sums = [
+                {name: math.fsum(costs[one.name] for one in members) for name, members in units.items()}
+                for units in (blocks, kinds)
+            ]
+            idle = {name for name, cost in costs.items() if cost == 0}
+            return sums[0], None if phase == "block" else sums[1], costs if phase == "layer" else None, idle
+
+        def probed(units: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+            return by_probes(pruned.masked, pruned.replay, pruned.divergence, units)
+
+        of_blocks = probed(blocks)
+        return (
+            of_blocks,
+            None if phase == "block" else probed(kinds),
+            probed(layers) if phase == "layer" else None,
+            {one.name for block, members in blocks.items() if of_blocks[block] == 0 for one in members},
+        )
+
+    def swapped(self, here: State, seed: int) -> State:
+        """Single moves of zeros from one layer to another, taken where the measured loss falls."""
+        cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
+        sizes = {layer.name: layer.numel for layer in self.anatomy.layers}
+        while here.swaps < self.options.swaps:
+            self._at_work = "swaps"
+            self.pruned.by_dense()
+            names, giver, taker = self._pair(seed, here.swaps)
+            amount = max(1, round(_SWAP * min(sizes[giver], sizes[taker])))
+            amount = min(amount, here.zeros[giver] - math.ceil(floor * sizes[giver]),
+                         math.floor((1.0 if cap is None else cap) * sizes[taker]) - here.zeros[taker])  # fmt: skip
+            here = replace(here, swaps=here.swaps + 1)
+            if len(names) > 1 and giver != taker and amount > 0:
+                zeros = {**here.zeros, giver: here.zeros[giver] - amount, taker: here.zeros[taker] + amount}
+                loss = self._measured(zeros, str(here.swaps))
+                if loss < here.loss:
+                    here = replace(here, zeros=zeros, loss=loss, history=(*here.history, loss))
+            self.save(here.to_json())
+            self.task.advance(1, self._at_work)
+        return here
+
+    def _pair(self, seed: int, number: int) -> tuple[Sequence[str], str, str]:
+        """Two layers of one budget, by (seed, number) alone, so that a resumed search goes on as it would have."""
+        digest = hashlib.sha256(f"ecoflap swap {seed} {number}".encode()).digest()
+        draw = random.Random(int.from_bytes(digest[:8], "big"))
+        names = draw.choices(self.budgets, weights=[len(budget) for budget in self.budgets])[0]
+        giver, taker = draw.choice(names), draw.choice(names)
+        return names, giver, taker
+
+    def _measured(self, zeros: Mapping[str, int], what: str, walking: bool = False) -> float:
+        self._tell(what)
+        return self.pruned.measure(zeros, walking=walking)
+
+    def _tell(self, what: str) -> None:
+        """No step is done, but a look at the screen shows what goes on, and a signal is heard."""
+        self.task.advance(0, f"{self._at_work}: {what}")

@@ -1,0 +1,75 @@
+"""What a search says while it works, and where it can be stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from searching import Journal, subject, uneven
+
+from ecoflap.search.pruned import PrunedModel
+from ecoflap.search.refine import Found
+from ecoflap.search.start import search_allocation
+from ecoflap.search.state import SearchOptions
+
+
+class _Watch:
+    """Progress that keeps what it hears, and interrupts at the ``stop``-th word."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.heard, self.steps, self.total, self._stop = list[str](), 0, 0, stop
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0, weights: Any = None) -> Iterator[_Watch]:
+        self.total, self.steps = total, done
+        yield self
+
+    def advance(self, steps: int = 1, detail: str = "") -> None:
+        self.steps += steps
+        self.heard.append(detail)
+        if len(self.heard) == self._stop:
+            raise KeyboardInterrupt
+
+
+def _search(watch: _Watch, journal: Journal, options: dict[str, Any]) -> Found:
+    it = subject("llama")
+    return search_allocation(
+        it.model, it.anatomy, uneven(it.anatomy), it.batches, criterion="wanda", compare=None, loss=it.loss,
+        shares={"sparsity": 0.5, "max_sparsity": 0.8}, options=SearchOptions(rounds=3, tolerance=0.0, **options),
+        progress=watch, journal=journal,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"swaps": 3}, {"by": "probes"}, {"inputs": "both"}, {"inputs": "pruned"}])
+def test_each_measurement_is_announced_and_may_be_the_last(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round may take minutes. What stops in the middle of one goes on with it, and ends with the same bits."""
+    watch, before = _Watch(), list[int]()  # the words heard when a measurement began
+    measure = PrunedModel.measure
+
+    def noted(self: PrunedModel, zeros: Any, *, walking: bool) -> float:
+        before.append(len(watch.heard))
+        return measure(self, zeros, walking=walking)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrunedModel, "measure", noted)
+        whole = _search(watch, Journal(), options)
+    assert watch.steps == watch.total
+    assert len(before) > 6
+    assert before[0] > 0
+    assert before == sorted(set(before))  # a word of its own for each
+    assert any("costs" in text for text in watch.heard)
+    for index, text in enumerate(watch.heard):
+        if text.startswith("layer 2") and "of the way" in text:
+            journal = Journal()
+            with pytest.raises(KeyboardInterrupt):
+                _search(_Watch(stop=index + 1), journal, options)
+            again = _search(_Watch(), Journal(journal.saved[-1]), options)
+            assert again.allocation == whole.allocation
+            assert again.history == whole.history
+            break
+    else:
+        pytest.fail("no step in the second round of matrices")
