@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ecoflap import api
 from ecoflap.errors import InvalidOption
+from ecoflap.network.drive import Enough
 from ecoflap.statistics import attention
 from ecoflap.statistics.attention import TextAttention
 
@@ -107,6 +109,34 @@ def test_other_attention_is_not_of_these_tokens() -> None:
         F.scaled_dot_product_attention(x, x, x)
     assert seen.received[:2] == [None, None]
     torch.testing.assert_close(seen.received[2].sum(1), torch.full((2,), 2.0))  # of two attentions, the sum
+
+
+@pytest.mark.parametrize("attentions", [1, 2])
+def test_calls_end_with_their_last_attention(attentions: int) -> None:
+    """Once the first one with text has shown how many there are; and what is received is the same."""
+    generator = torch.Generator().manual_seed(attentions)
+    texts = [None, *(torch.rand(2, 4, generator=generator) < 0.7 for _ in range(3)), None]
+    texts[2] = torch.ones(2, 4, dtype=torch.bool)
+    inputs = [torch.randn(attentions, 2, 2, 4, 3, generator=generator) for _ in texts]
+
+    def called(early: bool) -> tuple[list[Tensor | None], list[int]]:
+        whole = []
+        with TextAttention(early) as seen:
+            for number, (text, of_call) in enumerate(zip(texts, inputs, strict=True)):
+                seen.begin(text)
+                with suppress(Enough):
+                    for x in of_call:
+                        F.scaled_dot_product_attention(x, x, x)
+                    whole.append(number)
+        return seen.received, whole
+
+    expected, everything = called(early=False)
+    found, whole = called(early=True)
+    assert everything == [0, 1, 2, 3, 4]
+    assert whole == [0, 1, 4]  # those without text, and the first one with some
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
 
 
 def test_eager_and_fused_attention_choose_alike() -> None:

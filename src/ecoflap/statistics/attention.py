@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ecoflap.network.drive import Enough
+
 _SOFTMAX = frozenset((F.softmax, torch.softmax, Tensor.softmax))
+_NONE = torch.zeros(0, 0, dtype=torch.bool)
 _QUERIES = 64  # rows of a sample's attention map at a time: (heads, 64, tokens) in fp32 exist of it
 
 
@@ -21,19 +24,27 @@ class TextAttention(TorchFunctionMode):
     are queries (eager attention). Kernels that are neither (flash-attn's own, flex attention) go unseen. Nothing that
     is computed inside changes.
 
+    Args:
+        early: the first call with text is seen to its end, to know how many self-attentions a call has; later ones
+            end with the last of theirs, by :class:`~ecoflap.network.drive.Enough`.
+
     Attributes:
         received: for each call of the block, (batch, tokens) fp32: the mean over heads and the text's tokens of the
             weight on each token; of several self-attentions, their sum. None if none was seen in that call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, early: bool = False) -> None:
         super().__init__()
         self.received: list[Tensor | None] = []
-        self._text = torch.zeros(0, 0, dtype=torch.bool)
+        self._text = _NONE
+        self._early, self._seen = early, 0  # self-attentions of this call
+        self._of_a_call: int | None = None
 
     def begin(self, text: Tensor | None) -> None:
         """A call of the block begins; ``text``, (batch, tokens) bool, are those whose queries count."""
-        self._text = torch.zeros(0, 0, dtype=torch.bool) if text is None else text
+        if self._early and self._of_a_call is None and self._seen:
+            self._of_a_call = self._seen
+        self._text, self._seen = _NONE if text is None else text, 0
         self.received.append(None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,6 +54,8 @@ class TextAttention(TorchFunctionMode):
             self._see_product(*args, **kwargs)
         elif func in _SOFTMAX:
             self._see_map(result, kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None)
+        if self._seen == self._of_a_call:
+            raise Enough
         return result
 
     def _see_product(
@@ -58,6 +71,7 @@ class TextAttention(TorchFunctionMode):
     ) -> None:
         if query.dim() != 4 or not self._of_these(len(query), query.shape[2], key.shape[2]):
             return
+        self._seen += 1
         tokens = query.shape[2]
         factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
         if attn_mask is not None:
@@ -80,6 +94,7 @@ class TextAttention(TorchFunctionMode):
     def _see_map(self, weights: Tensor, dim: int | None) -> None:
         if weights.dim() != 4 or dim not in (-1, 3) or not self._of_these(len(weights), *weights.shape[2:]):
             return
+        self._seen += 1
         for row in range(len(weights)):
             self._add(row, weights[row][:, self._text[row]].float().nan_to_num().sum(1).mean(0))
 

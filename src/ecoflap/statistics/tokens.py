@@ -55,7 +55,8 @@ def chooser(
 ) -> Chooser | None:
     """The tokens that count in each call of a block (by its number among the calls); None where all do.
 
-    The driver has taken the block's inputs. "atv" and "text+attended" run the block once more on all of them.
+    The driver has taken the block's inputs. "atv" runs the block once more on all of them, and "text+attended" once
+    more up to its attention.
 
     Args:
         masks: of the batches that this worker runs; how many visual tokens count is decided on those of all.
@@ -134,7 +135,7 @@ def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int,
         x = tensors_in((call.args, call.kwargs))[0]
         attention.begin(_parted(mask, x, block)[1] if pictures[-1] else None)
 
-    attention = TextAttention()
+    attention = TextAttention(early=True)
     with attention:
         driver.observe(index, before)
     if any(picture and seen is None for picture, seen in zip(pictures, attention.received, strict=True)):
