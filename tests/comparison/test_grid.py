@@ -15,10 +15,13 @@ from ecoflap.comparison import is_compare
 from ecoflap.comparison.grid import run_grid
 from ecoflap.comparison.kept import KeptWeights
 from ecoflap.comparison.record import Comparison, read_comparison
+from ecoflap.comparison.scores import key_of
 from ecoflap.errors import EcoflapError, InvalidOption, NonFiniteLoss, OutputExists, ResumeMismatch
 from ecoflap.importance import zeroth_order
+from ecoflap.importance.names import IMPORTANCES
 from ecoflap.network.fingerprint import fingerprint
 from ecoflap.pipeline import run_recipe
+from ecoflap.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -75,6 +78,16 @@ def test_what_is_shared_is_done_once(data: Path, tmp_path: Path, monkeypatch: py
     assert len(seconds) == 1
     assert seconds != {0.0}
     assert {c.seconds.importance for c in made.cells if c.method == "wanda"} == {0.0}
+
+
+@pytest.mark.parametrize("importance", sorted(IMPORTANCES))
+def test_scores_do_not_depend_on_what_stage_2_counts(importance: str) -> None:
+    choices: list[dict[str, Any]] = [
+        {}, {"tokens": "text"}, {"tokens": "text+attended"}, {"tokens": "text+top", "top_tokens": 0.5},
+    ]  # fmt: skip
+    assert len({key_of(Recipe(importance=importance, **choice)) for choice in choices}) == 1
+    others: list[dict[str, Any]] = [{"seed": 1}, {"samples": 64}, {"importance_samples": 16}]
+    assert len({key_of(Recipe(importance=importance, **other)) for other in [{}, *others]}) == 4
 
 
 def _counting(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:

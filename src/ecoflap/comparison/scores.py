@@ -31,6 +31,8 @@ _LATER = frozenset((
 ))  # fmt: skip
 # Fields that came later: left out where they say nothing, or files of older grids would get other names.
 _NEWER = frozenset(("importance_error",))
+# Stage 1 reads none of these, but older grids have their defaults in the names of files.
+_UNREAD = {"tokens": "all", "top_tokens": None}
 
 
 class Took(BaseModel):
@@ -50,13 +52,14 @@ class Took(BaseModel):
 
 
 def key_of(recipe: Recipe) -> str:
-    """A file's name that tells apart what gives other scores: measure, options, samples, seed, choice of tokens."""
+    """A file's name that tells apart what gives other scores: measure, options, samples, seed."""
     reads = getattr(MEASURES.get(recipe.importance), "reads", ())
     decides = {
         name: value
         for name, value in recipe.to_dict().items()
         if name not in SHARED and (name not in _LATER or name in reads) and (value is not None or name not in _NEWER)
     }
+    decides |= _UNREAD
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"{recipe.importance}-seed{recipe.seed}-{digest[:8]}"
 
