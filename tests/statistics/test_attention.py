@@ -16,7 +16,7 @@ from torch import Tensor
 from ecoflap import api
 from ecoflap.errors import InvalidOption
 from ecoflap.network.drive import Enough
-from ecoflap.statistics import attention
+from ecoflap.statistics import attention, tokens
 from ecoflap.statistics.attention import TextAttention
 
 
@@ -123,6 +123,7 @@ def test_calls_end_with_their_last_attention(attentions: int) -> None:
         whole = []
         with TextAttention(early) as seen:
             for number, (text, of_call) in enumerate(zip(texts, inputs, strict=True)):
+                of_call = of_call.clone()  # what comes between two calls ends nothing
                 seen.begin(text)
                 with suppress(Enough):
                     for x in of_call:
@@ -137,6 +138,24 @@ def test_calls_end_with_their_last_attention(attentions: int) -> None:
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2_opt", "qwen2_5_vl"])
+def test_the_early_end_chooses_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several batches, some of them whole only because they come first."""
+    pruned = []
+    for ending in (True, False):
+        monkeypatch.setattr(tokens, "TextAttention", lambda early, ending=ending: TextAttention(ending))
+        found = case(name)
+        model = found.fresh()
+        batches = [*found.padded, *found.batches, *found.padded]
+        assert len(batches) > 3
+        api.prune(
+            model, batches, 0.5, importance="uniform", criterion="wanda", tokens="text+attended",
+            loss=found.loss,
+        )  # fmt: skip
+        pruned.append(model.state_dict())
+    assert all(torch.equal(pruned[0][key], pruned[1][key]) for key in pruned[0])
 
 
 def test_eager_and_fused_attention_choose_alike() -> None:

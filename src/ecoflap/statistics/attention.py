@@ -48,13 +48,13 @@ class TextAttention(TorchFunctionMode):
         self.received.append(None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, before = kwargs or {}, self._seen
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._see_product(*args, **kwargs)
         elif func in _SOFTMAX:
             self._see_map(result, kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None)
-        if self._seen == self._of_a_call:
+        if before < self._seen == self._of_a_call:  # not at what runs between this call and the next
             raise Enough
         return result
 
