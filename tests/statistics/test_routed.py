@@ -95,5 +95,7 @@ def test_a_layer_that_is_never_called_has_the_statistics_of_its_inputs(criterion
     for batch in batches:
         statistics.update(torch.tanh(batch["x"]))
     zeros, pattern = allocation_of(anatomy)[layer.name].zeros, with_default(parse_pattern("unstructured", "row"), "row")
-    expected = rule(model.get_parameter(layer.name), statistics, zeros, pattern)
-    assert torch.equal(after.get_parameter(layer.name), expected.weight)
+    expected = rule(model.get_parameter(layer.name), statistics, zeros, pattern).weight
+    found = after.get_parameter(layer.name).detach()
+    assert torch.equal(found == 0, expected == 0)
+    torch.testing.assert_close(found, expected)  # not to the bit: the walk sums its batches in another order
