@@ -22,7 +22,7 @@ class PrunedModel:
 
     Attributes:
         orders: in which the criterion removes weights; or what finds it, where it depends on inputs.
-        order: the present one; None before :meth:`by_dense` or :meth:`by_pruned`.
+        order: the present one; None before :meth:`by_dense` or a walk.
     """
 
     model: nn.Module
@@ -52,20 +52,21 @@ class PrunedModel:
         if self.order is None:
             self._order_is(self.orders if isinstance(self.orders, Order) else self.orders.dense())
 
-    def by_pruned(self, zeros: Mapping[str, int]) -> None:
-        """From here on the order is that of the model pruned to ``zeros``, and it computes with those weights."""
-        if zeros != self._at and isinstance(self.orders, Orders):
-            self.order = None  # Hessians are large: two sets of them need not exist at once
-            with self.replay.forcing(*self.anatomy.replayable):
-                self._order_is(self.orders.along(zeros, self.masked))
+    def prune(self, zeros: Mapping[str, int], *, walking: bool) -> None:
+        """Compute with ``zeros`` zeros in each layer: after a walk to there, whose order is then the present one, or by
+        the present order."""
+        if walking:
+            self._walk(zeros)
+        if zeros != self._zeros:
             self._zeros = zeros
-        self._at = zeros
+            assert self.order is not None
+            self.masked.set(
+                {layer: self.order.stand_in(self.model, layer, zeros[layer.name]) for layer in self.anatomy.layers}
+            )
 
     def measure(self, zeros: Mapping[str, int], *, walking: bool) -> float:
-        """The divergence at ``zeros``, mean over the batches: after a walk to there, or by the present order."""
-        if walking:
-            self.by_pruned(zeros)
-        self.mask(zeros)
+        """The divergence at ``zeros``, mean over the batches; arguments as of :meth:`prune`."""
+        self.prune(zeros, walking=walking)
 
         def value(index: int) -> float:
             self.replay.reset()  # its memory is of one batch, and of other masks
@@ -74,15 +75,13 @@ class PrunedModel:
         values = self.divergence.each(value)
         return math.fsum(values) / len(values)
 
-    def mask(self, zeros: Mapping[str, int]) -> None:
-        """Compute with ``zeros`` zeros in each layer, by the present order."""
-        if zeros == self._zeros:
-            return
-        self._zeros = zeros
-        assert self.order is not None
-        self.masked.set(
-            {layer: self.order.stand_in(self.model, layer, zeros[layer.name]) for layer in self.anatomy.layers}
-        )
+    def _walk(self, zeros: Mapping[str, int]) -> None:
+        if zeros != self._at and isinstance(self.orders, Orders):
+            self.order = None  # Hessians are large: two sets of them need not exist at once
+            with self.replay.forcing(*self.anatomy.replayable):
+                self._order_is(self.orders.along(zeros, self.masked))
+            self._zeros = zeros
+        self._at = zeros
 
     def _order_is(self, order: Order) -> None:
         self.order, self._zeros, self._errors = order, None, None

@@ -103,9 +103,7 @@ class Search:
 
     def _round(self, here: State, phase: str, walking: bool) -> State:
         self._tell("costs")
-        if walking:
-            self.pruned.by_pruned(here.zeros)
-        self.pruned.mask(here.zeros)
+        self.pruned.prune(here.zeros, walking=walking)
         blocks, kinds, layers, idle = self._costs(phase)
         fresh = self.shares.scales(here.zeros, blocks, kinds, layers)
         # The average with earlier rounds evens out noise and swings between two; where it leads nowhere, this round's
@@ -187,8 +185,8 @@ class Search:
         """Single moves of zeros from one layer to another, taken where the measured loss falls."""
         cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
         sizes = {layer.name: layer.numel for layer in self.anatomy.layers}
+        self._at_work = "swaps"
         while here.swaps < self.options.swaps:
-            self._at_work = "swaps"
             self.pruned.by_dense()
             names, giver, taker = self._pair(seed, here.swaps)
             amount = max(1, round(_SWAP * min(sizes[giver], sizes[taker])))
