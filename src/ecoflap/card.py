@@ -33,6 +33,7 @@ _TASK_TYPES = {
     "knn": "image-feature-extraction",
     "nlvr2": "visual-question-answering",
     "perplexity": "text-generation",
+    "answer-perplexity": "visual-question-answering",
     "multiple-choice": "multiple-choice",
 }
 _PLACES = (

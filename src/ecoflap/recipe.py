@@ -131,7 +131,7 @@ class Recipe(BaseModel):
     task: tuple[str, ...] | None = Field(
         None,
         description="Tasks to evaluate before and after: vqa, captioning, retrieval, zero-shot, image-classification, "
-        "knn, nlvr2, perplexity, multiple-choice, or lm_eval:NAME for a suite of lm-eval.",
+        "knn, nlvr2, perplexity, answer-perplexity, multiple-choice, or lm_eval:NAME for a suite of lm-eval.",
     )
     task_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict, description="Options of the tasks: rule=exact, shots=5."

@@ -10,6 +10,7 @@ import pairs
 import pico
 import picos
 import pytest
+import test_answer_perplexity
 import test_captioning
 import test_image_classification
 import test_knn
@@ -35,6 +36,11 @@ def llava() -> tuple[Any, Any]:
 def vqa(folder: Path) -> Run:
     data = test_vqa_task.questions_file(folder, ["red", "circle", "no", "two", "star"])
     return lambda **options: test_vqa_task.run(*llava(), data, batch_size=1, **options)
+
+
+def answer_perplexity(folder: Path) -> Run:
+    data = test_vqa_task.questions_file(folder, ["red", "circle", "no", "two", "star"])
+    return lambda **options: test_answer_perplexity.run(*llava(), data, batch_size=1, **options)
 
 
 def captioning(folder: Path) -> Run:
@@ -99,7 +105,19 @@ def multiple_choice(folder: Path) -> Run:
 
 @pytest.mark.parametrize(
     "task",
-    [vqa, captioning, retrieval, reranked, zero_shot, image_classification, knn, nlvr2, perplexity, multiple_choice],
+    [
+        vqa,
+        answer_perplexity,
+        captioning,
+        retrieval,
+        reranked,
+        zero_shot,
+        image_classification,
+        knn,
+        nlvr2,
+        perplexity,
+        multiple_choice,
+    ],
 )
 def test_the_result_is_that_of_one_worker(task: Callable[[Path], Run], tmp_path: Path) -> None:
     run = task(tmp_path)

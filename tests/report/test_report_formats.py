@@ -85,6 +85,7 @@ def test_counts_and_titles():
     assert formats.percent(0.51234, 2) == "51.23 %"
     assert formats.task_title("vqa", "accuracy") == "vqa accuracy"
     assert formats.task_title("perplexity", "perplexity") == "perplexity"
+    assert formats.task_title("answer-perplexity", "perplexity") == "answer-perplexity"
 
 
 @pytest.mark.parametrize(

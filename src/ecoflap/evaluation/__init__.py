@@ -65,6 +65,7 @@ TASKS = _Tasks(
         "knn": "ecoflap.evaluation.knn:run",
         "nlvr2": "ecoflap.evaluation.nlvr2:run",
         "perplexity": "ecoflap.evaluation.perplexity:run",
+        "answer-perplexity": "ecoflap.evaluation.answer_perplexity:run",
         "multiple-choice": "ecoflap.evaluation.multiple_choice:run",
     },
 )

@@ -16,6 +16,7 @@ from ecoflap.calibration.sources import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.progress import Progress, Silent
 
+BUNDLED = "the bundled test set"  # as settings call it
 Chunk = list[tuple[int, Sample]]  # (row of the source, sample)
 
 
@@ -47,6 +48,13 @@ def open_data(
         prompt_template=prompt_template,
         image_folder=image_folder,
     )
+
+
+def bundled_questions() -> Path:
+    """The test questions that come with the embedded model."""
+    from ecoflap import demo  # imported late: only runs on the embedded model need it
+
+    return Path(demo.test_path())
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -136,7 +136,7 @@ def _answered(
         prompt = template.replace("{question}", sentence_of(sample) or "")
         plain = replace(sample, prompt=prompt, question=None, messages=None, captions=None, label=None)
         asked += [replace(plain, text=answer.capitalize()) for answer in ANSWERS]
-    return answer_likelihoods(model, processor, asked, source, length).view(-1, len(ANSWERS))
+    return answer_likelihoods(model, processor, asked, source, length).total.view(-1, len(ANSWERS))
 
 
 def _truth(index: int, sample: Sample, source: str) -> int:

@@ -16,7 +16,7 @@ from ecoflap.calibration.prompts import Prompter
 from ecoflap.calibration.sample import Sample
 from ecoflap.calibration.sources import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.common import Chunk, common_settings, in_chunks, open_data, pictures
+from ecoflap.evaluation.common import BUNDLED, Chunk, bundled_questions, common_settings, in_chunks, open_data, pictures
 from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.results import TaskResult, mean_and_stderr
 from ecoflap.evaluation.shared import Shared
@@ -81,7 +81,7 @@ def run(
         prompt_template = "{question}"
     reader = open_data(
         "vqa",
-        _bundled() if data is None else data,
+        bundled_questions() if data is None else data,
         samples=samples,
         seed=seed,
         batch_size=batch_size,
@@ -132,15 +132,9 @@ def run(
         max_new_tokens=longest,
         beams=beams,
         length_penalty=length_penalty,
-    ) | ({"data": "the bundled test set"} if data is None else {})
+    ) | ({"data": BUNDLED} if data is None else {})
     by_group = {kind: mean_and_stderr(group)[0] for kind, group in sorted(groups.items())} or None
     return TaskResult("vqa", "accuracy", value, stderr, len(predictions), settings, by_group, predictions)
-
-
-def _bundled() -> Path:
-    from ecoflap import demo  # imported late: only runs on the embedded model need it
-
-    return Path(demo.test_path())
 
 
 def _truth(sample: Sample) -> str:

@@ -96,8 +96,8 @@ def scientific(value: float, digits: int = 2) -> str:
 
 
 def task_title(task: str, metric: str) -> str:
-    """A task and its metric as one heading; the metric is not repeated where the task has its name."""
-    return task if task == metric else f"{task} {metric}"
+    """A task and its metric as one heading; the metric is not repeated where the task's name ends with it."""
+    return task if task.endswith(metric) else f"{task} {metric}"
 
 
 def _signed(value: float, digits: int) -> str:
