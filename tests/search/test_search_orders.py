@@ -155,9 +155,21 @@ def test_an_order_that_is_given_stays() -> None:
     dense = found["dense"].history
     assert found["both"].history[: len(dense)] == dense
     assert found["both"].history[-1] <= dense[-1]
-    # Of walks alone the first one measures the start once more.
-    assert (found["pruned"].history[0], *found["pruned"].history[2:]) == dense
-    assert found["pruned"].allocation == found["dense"].allocation
+    assert found["pruned"] == found["dense"]
+
+
+def test_walks_decide_where_a_search_by_walks_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The given allocation or an even one: the better of the two that stage 2 makes, and no dense order is found."""
+    monkeypatch.setattr(Orders, "dense", None)
+    it = subject("llama")
+    poor = uneven(it.anatomy)
+    good = search(it, poor, "sparsegpt", rounds=2, inputs="pruned").allocation
+    flat = divergence_of(it, walked(it, even(it.anatomy), "sparsegpt"))
+    for start, better in ((poor, False), (good, True)):
+        given = divergence_of(it, walked(it, start, "sparsegpt"))
+        assert (given < flat) == better
+        found = search(it, start, "sparsegpt", rounds=0, inputs="pruned")
+        assert found.history == (pytest.approx(min(given, flat), rel=1e-5),)
 
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])

@@ -76,12 +76,13 @@ class PrunedModel:
         return math.fsum(values) / len(values)
 
     def _walk(self, zeros: Mapping[str, int]) -> None:
-        if zeros != self._at and isinstance(self.orders, Orders):
+        if isinstance(self.orders, Order):  # that no input decides
+            self.by_dense()
+        elif zeros != self._at:
             self.order = None  # Hessians are large: two sets of them need not exist at once
             with self.replay.forcing(*self.anatomy.replayable):
                 self._order_is(self.orders.along(zeros, self.masked))
-            self._zeros = zeros
-        self._at = zeros
+            self._zeros = self._at = zeros
 
     def _order_is(self, order: Order) -> None:
         self.order, self._zeros, self._errors = order, None, None

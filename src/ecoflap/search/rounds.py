@@ -63,15 +63,20 @@ class Search:
     def start(self) -> State:
         """The given allocation, or the same sparsity for all layers of a budget where that measures lower.
 
-        Blocks interact: what looks best for each alone can be far off together.
+        Blocks interact: what looks best for each alone can be far off together. Both are measured as the first phase
+        measures.
         """
-        self._tell("statistics")
-        self.pruned.by_dense()
+        walking = self.phases[0][1]
+        if not walking:
+            self._tell("statistics")
+            self.pruned.by_dense()
         flat = flattened(self.given, self.anatomy.layers, self.budgets)
-        loss, zeros = self._measured(self.given, "given"), self.given
-        if flat != self.given and (other := self._measured(flat, "even")) < loss:
-            loss, zeros = other, flat
-        return State(zeros, loss, history=(loss,))
+        candidates = [self.given] if flat == self.given else [self.given, flat]
+        losses = [
+            self._measured(zeros, name, walking) for zeros, name in zip(candidates, ("given", "even"), strict=False)
+        ]
+        best = losses.index(min(losses))
+        return State(candidates[best], losses[best], history=(losses[best],))
 
     def settled(self, here: State) -> State:
         """Rounds of every phase, until one gains too little."""
@@ -81,7 +86,7 @@ class Search:
             self._at_work = f"{phase} {here.round + 1}" + " along the walk" * walking
             if not walking:
                 self.pruned.by_dense()
-            elif here.round == 0 and not (here.phase and self.phases[here.phase - 1][1]):
+            elif here.round == 0 and here.phase and not self.phases[here.phase - 1][1]:
                 here = self._compared(here)
             if here.round < self.options.rounds:
                 before = here.loss
