@@ -140,8 +140,9 @@ def test_from_every_state_it_ends_with_the_same_bits(criterion: str, inputs: str
         assert later.saved == journal.saved[number + 1 :]
 
 
-def test_an_order_that_is_given_stays() -> None:
-    """Of a criterion whose order no input decides, walks change nothing."""
+def test_an_order_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a criterion whose order no input decides, walks change nothing but the length of the first step."""
+    monkeypatch.setattr("ecoflap.search.rounds._WALKED", 1.0)
     it = subject("llama")
     order = Order.of({}, needs="none", compare=None)
     limits = {"sparsity": 0.5, "max_sparsity": 0.8}

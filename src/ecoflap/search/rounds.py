@@ -17,6 +17,7 @@ from ecoflap.search.shares import Budgets, Shares, between, filled, flattened
 from ecoflap.search.state import SearchOptions, State
 
 STEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the way to the solution, tried in turns until a shorter one is no better
+_WALKED = 0.25  # the longest step at first where each one costs a walk: whole ones lead too far nearly always
 _SWAP = 0.02  # of the smaller layer's weights
 
 Costs = tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None, Collection[str]]
@@ -76,7 +77,7 @@ class Search:
             self._measured(zeros, name, walking) for zeros, name in zip(candidates, ("given", "even"), strict=False)
         ]
         best = losses.index(min(losses))
-        return State(candidates[best], losses[best], history=(losses[best],))
+        return State(candidates[best], losses[best], step=self._first_step(0), history=(losses[best],))
 
     def settled(self, here: State) -> State:
         """Rounds of every phase, until one gains too little."""
@@ -92,12 +93,17 @@ class Search:
                 before = here.loss
                 here = self._round(here, phase, walking)
             if here.round >= self.options.rounds or before - here.loss < self.options.tolerance * before:
-                here = replace(here, phase=here.phase + 1, round=0, scales=None, step=STEPS[0])
+                following = here.phase + 1
+                step = here.step if walking else self._first_step(following)
+                here = replace(here, phase=following, round=0, scales=None, step=step)
             self.save(here.to_json())
             behind = here.steps(self.options.rounds)  # a phase that ends early skips its rest
             self.task.advance(behind - done, self._at_work)
             done = behind
         return here
+
+    def _first_step(self, phase: int) -> float:
+        return _WALKED if phase < len(self.phases) and self.phases[phase][1] else STEPS[0]
 
     def _compared(self, here: State) -> State:
         """With a walk to each: where the search by dense inputs has ended, or the given allocation."""
