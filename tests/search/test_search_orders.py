@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from ecoflap.search.divergence import Divergence
 from ecoflap.search.masked import MaskedModel
 from ecoflap.search.order import Order
 from ecoflap.search.orders import Orders
+from ecoflap.search.pruned import PrunedModel
 from ecoflap.search.refine import Found, refine
 from ecoflap.search.start import search_allocation
 from ecoflap.search.state import SearchOptions
@@ -141,8 +145,9 @@ def test_from_every_state_it_ends_with_the_same_bits(criterion: str, inputs: str
 
 
 def test_an_order_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a criterion whose order no input decides, walks change nothing but the length of the first step."""
+    """Of a criterion whose order no input decides, walks change nothing but which steps are tried."""
     monkeypatch.setattr("ecoflap.search.rounds._WALKED", 1.0)
+    monkeypatch.setattr("ecoflap.search.rounds.STEPS", (1.0,))
     it = subject("llama")
     order = Order.of({}, needs="none", compare=None)
     limits = {"sparsity": 0.5, "max_sparsity": 0.8}
@@ -171,6 +176,34 @@ def test_walks_decide_where_a_search_by_walks_begins(monkeypatch: pytest.MonkeyP
         assert (given < flat) == better
         found = search(it, start, "sparsegpt", rounds=0, inputs="pruned")
         assert found.history == (pytest.approx(min(given, flat), rel=1e-5),)
+
+
+def test_the_first_lower_step_along_walks_is_taken_and_its_walk_serves_the_next_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    it, walks, losses = subject("llama"), [], []
+    along, measure = Orders.along, PrunedModel.measure
+
+    def walking(self: Orders, zeros: Mapping[str, int], masked: MaskedModel) -> Order:
+        walks.append(dict(zeros))
+        return along(self, zeros, masked)
+
+    def measuring(self: PrunedModel, zeros: Mapping[str, int], *, walking: bool) -> float:
+        losses.append(measure(self, zeros, walking=walking))
+        return losses[-1]
+
+    monkeypatch.setattr(Orders, "along", walking)
+    monkeypatch.setattr(PrunedModel, "measure", measuring)
+    journal = Journal()
+    found = search(it, even(it.anatomy), "sparsegpt", journal, rounds=4, inputs="pruned", granularity="block")
+    assert len(found.history) > 2
+    lowest = list(itertools.accumulate(losses, min))
+    assert list(found.history) == sorted(set(lowest), reverse=True)
+    assert len(walks) == len(losses)
+    steps = [json.loads(state) for state in journal.saved]
+    assert [len(one["history"]) for one in steps] == list(range(2, len(steps) + 2))
+    lengths = [one["step"] for one in steps]
+    assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])

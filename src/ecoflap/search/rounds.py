@@ -151,7 +151,7 @@ class Search:
         return replace(here, zeros=zeros, loss=loss, history=(*here.history, loss)) if loss < here.loss else here
 
     def _stepped(self, here: State, goal: Mapping[str, int], walking: bool) -> State:
-        """The best step from ``here`` towards ``goal``; ``here`` itself if none lowers the loss."""
+        """The best step from ``here`` towards ``goal``, along walks the first that lowers the loss; else ``here``."""
         best = here
         for step in (length for length in STEPS if length <= here.step):
             zeros = between(here.zeros, goal, step, self.budgets)
@@ -159,8 +159,10 @@ class Search:
             if loss >= best.loss and best is not here:
                 break
             if loss < best.loss:
-                longest = min(2 * step, STEPS[0])
+                longest = step if walking else min(2 * step, STEPS[0])
                 best = replace(here, zeros=zeros, loss=loss, step=longest, history=(*here.history, loss))
+                if walking:  # a shorter one costs another walk; and this one's order is what the next round needs
+                    break
         return best
 
     def _costs(self, phase: str) -> Costs:
