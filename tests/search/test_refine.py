@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -105,13 +106,16 @@ def test_the_loss_falls_within_budgets_and_caps(name: str, by: str, granularity:
 
 
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("budget", ["global", "tower"])
-def test_a_block_that_nobody_reads_goes_first(by: str, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("budget", "inputs"), [("global", "dense"), ("tower", "dense"), ("tower", "pruned")])
+def test_a_block_that_nobody_reads_goes_first(
+    by: str, budget: str, inputs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a LLaVA that takes the features of the last block but one: at once, however short the steps are."""
     monkeypatch.setattr("ecoflap.search.rounds.STEPS", (0.0625,))
     it = subject("llava")
     unread = it.anatomy.towers[0].blocks[-1]
-    found = search(it, even(it.anatomy, budget=budget), shares={"budget": budget}, by=by, granularity="block", rounds=1)
+    options = {"by": by, "inputs": inputs, "granularity": "block", "rounds": 1}
+    found = search(it, even(it.anatomy, budget=budget), shares={"budget": budget}, **options)
     rows = {row.name: row for row in found.allocation.layers}
     for layer in unread.layers:
         assert rows[layer.name].zeros - math.floor(0.8 * layer.numel) in (0, 1)  # blocks are solved for as a whole
@@ -130,8 +134,8 @@ def test_what_costs_nothing_because_nothing_was_lost_stays() -> None:
     begun: list[dict[str, int]] = []
 
     class Watching(Search):
-        def _stepped(self, here: State, goal: Any, walking: bool) -> State:
-            begun.append(dict(here.zeros))
+        def _stepped(self, here: State, begin: Mapping[str, int], goal: Any, walking: bool) -> State:
+            begun.append(dict(begin))
             return here
 
     with pytest.MonkeyPatch.context() as patch:

@@ -125,36 +125,39 @@ class Search:
         unit = "block" if phase == "block" else "layer"
         # Solved for before any step: a walk brings errors of its own.
         goals = [(scales, self.shares.best(scales, unit)) for scales in tried]
-        here = self._emptied(here, idle, walking)
+        begin = self._emptied(here.zeros, idle)  # along walks measured with the step alone, to save one
+        if begin != here.zeros and not walking:
+            loss = self._measured(begin, "unread layers empty")
+            here = replace(here, zeros=begin, loss=loss, history=(*here.history, loss)) if loss < here.loss else here
+            begin = here.zeros
         best, kept = here, fresh
         for scales, goal in goals:
-            best, kept = self._stepped(here, goal, walking), scales
+            best, kept = self._stepped(here, begin, goal, walking), scales
             if best is not here:
                 break
         return replace(best, round=here.round + 1, scales=kept)
 
-    def _emptied(self, here: State, idle: Collection[str], walking: bool) -> State:
-        """Idle layers at the cap, if the loss is lower then: no part of the way to that is better than all of it."""
+    def _emptied(self, zeros: Mapping[str, int], idle: Collection[str]) -> Mapping[str, int]:
+        """Idle layers at the cap at once: no part of the way to that is better than all of it."""
         assert self.pruned.order is not None
         shares, norms = self.shares, self.pruned.order.norms
         # An expert that no token reached costs nothing here and may elsewhere; so may a layer that lost but zeros.
         known = {
             layer.name
             for layer in self.anatomy.layers
-            if layer.name in idle and layer.name in norms and shares.error(layer, here.zeros[layer.name])
+            if layer.name in idle and layer.name in norms and shares.error(layer, zeros[layer.name])
         }
         cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
-        zeros = filled(here.zeros, known, self.anatomy.layers, self.budgets, cap, floor)
-        if zeros == here.zeros:
-            return here
-        loss = self._measured(zeros, "unread layers empty", walking)
-        return replace(here, zeros=zeros, loss=loss, history=(*here.history, loss)) if loss < here.loss else here
+        return filled(zeros, known, self.anatomy.layers, self.budgets, cap, floor)
 
-    def _stepped(self, here: State, goal: Mapping[str, int], walking: bool) -> State:
-        """The best step from ``here`` towards ``goal``, along walks the first that lowers the loss; else ``here``."""
+    def _stepped(self, here: State, begin: Mapping[str, int], goal: Mapping[str, int], walking: bool) -> State:
+        """The best step from ``begin`` towards ``goal``, along walks the first with a lower loss than ``here``.
+
+        ``here`` itself, if none has.
+        """
         best = here
         for step in (length for length in STEPS if length <= here.step):
-            zeros = between(here.zeros, goal, step, self.budgets)
+            zeros = between(begin, goal, step, self.budgets)
             loss = self._measured(zeros, f"{step:.3g} of the way", walking)
             if loss >= best.loss and best is not here:
                 break
