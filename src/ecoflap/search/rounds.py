@@ -94,8 +94,7 @@ class Search:
                 here = self._round(here, phase, walking)
             if here.round >= self.options.rounds or before - here.loss < self.options.tolerance * before:
                 following = here.phase + 1
-                step = here.step if walking else self._first_step(following)
-                here = replace(here, phase=following, round=0, scales=None, step=step)
+                here = replace(here, phase=following, round=0, scales=None, step=self._first_step(following))
             self.save(here.to_json())
             behind = here.steps(self.options.rounds)  # a phase that ends early skips its rest
             self.task.advance(behind - done, self._at_work)
@@ -162,7 +161,7 @@ class Search:
             if loss >= best.loss and best is not here:
                 break
             if loss < best.loss:
-                longest = step if walking else min(2 * step, STEPS[0])
+                longest = min(2 * step, self._first_step(here.phase))
                 best = replace(here, zeros=zeros, loss=loss, step=longest, history=(*here.history, loss))
                 if walking:  # a shorter one costs another walk; and this one's order is what the next round needs
                     break

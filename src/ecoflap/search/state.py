@@ -80,8 +80,8 @@ class State:
         phase: number of the phase, 0 for blocks; ``round`` rounds of it are done, ``swaps`` swaps were tried.
         zeros: layer name to its zeros; ``loss`` is what was measured there.
         scales: log of each layer's scale, averaged over the rounds of this phase; empty at its beginning.
-        step: the longest step that the next round tries: twice the one that was best in the last round; along walks
-            the one that was taken.
+        step: the longest step that the next round tries: twice the one that was best in the last round, up to what a
+            phase begins with.
         history: the loss at the beginning and after every step that was taken.
     """
 
