@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -111,7 +110,8 @@ def test_a_block_that_nobody_reads_goes_first(
     by: str, budget: str, inputs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a LLaVA that takes the features of the last block but one: at once, however short the steps are."""
-    monkeypatch.setattr("ecoflap.search.rounds.STEPS", (0.0625,))
+    for steps in ("STEPS", "WALKED_STEPS"):
+        monkeypatch.setattr(f"ecoflap.search.rounds.{steps}", (0.025,))
     it = subject("llava")
     unread = it.anatomy.towers[0].blocks[-1]
     options = {"by": by, "inputs": inputs, "granularity": "block", "rounds": 1}
@@ -134,8 +134,8 @@ def test_what_costs_nothing_because_nothing_was_lost_stays() -> None:
     begun: list[dict[str, int]] = []
 
     class Watching(Search):
-        def _stepped(self, here: State, begin: Mapping[str, int], goal: Any, walking: bool) -> State:
-            begun.append(dict(begin))
+        def _stepped(self, here: State, towards: Any, walking: bool) -> State:
+            begun.append(dict(here.zeros))
             return here
 
     with pytest.MonkeyPatch.context() as patch:

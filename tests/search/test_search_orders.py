@@ -146,8 +146,8 @@ def test_from_every_state_it_ends_with_the_same_bits(criterion: str, inputs: str
 
 def test_an_order_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a criterion whose order no input decides, walks change nothing but which steps are tried."""
-    monkeypatch.setattr("ecoflap.search.rounds._WALKED", 1.0)
-    monkeypatch.setattr("ecoflap.search.rounds.STEPS", (1.0,))
+    monkeypatch.setattr("ecoflap.search.rounds.WALKED_STEPS", (0.1,))
+    monkeypatch.setattr("ecoflap.search.rounds.STEPS", (0.1,))
     it = subject("llama")
     order = Order.of({}, needs="none", compare=None)
     limits = {"sparsity": 0.5, "max_sparsity": 0.8}
@@ -201,8 +201,10 @@ def test_the_first_lower_step_along_walks_is_taken_and_its_walk_serves_the_next_
     assert list(found.history) == sorted(set(lowest), reverse=True)
     assert len(walks) == len(losses)
     steps = [json.loads(state) for state in journal.saved]
-    assert [len(one["history"]) for one in steps] == list(range(2, len(steps) + 2))
-    assert all(one["step"] <= 0.25 for one in steps[:-1])  # the last one: of what would follow
+    grown = [len(one["history"]) for one in steps]
+    assert grown[:-1] == list(range(2, len(steps) + 1))
+    assert grown[-1] in (len(steps), len(steps) + 1)  # the last round may find nothing lower
+    assert all(one["step"] <= 0.1 for one in steps[:-1])  # the last one: of what would follow
 
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])

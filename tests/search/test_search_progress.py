@@ -63,7 +63,7 @@ def test_each_measurement_is_announced_and_may_be_the_last(
     assert before == sorted(set(before))  # a word of its own for each
     assert any("costs" in text for text in watch.heard)
     for index, text in enumerate(watch.heard):
-        if text.startswith("layer 2") and "of the way" in text:
+        if text.startswith("layer 2") and "away" in text:
             journal = Journal()
             with pytest.raises(KeyboardInterrupt):
                 _search(_Watch(stop=index + 1), journal, options)

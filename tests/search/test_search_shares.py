@@ -72,6 +72,7 @@ def test_best_meets_every_budget_and_cap(
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999))
 def test_best_is_the_least_of_all_splits(seed: int) -> None:
+    """Or of those within a step."""
     few = [Layer(f"t.{i}.fc.weight", f"t.{i}.fc", f"t.{i}", "t", "", (2, 5)) for i in range(3)]
     shares = Shares(few, errors(few, seed), {"sparsity": 0.5})
     generator = torch.Generator().manual_seed(seed)
@@ -80,10 +81,16 @@ def test_best_is_the_least_of_all_splits(seed: int) -> None:
     def cost(zeros: dict[str, int]) -> float:
         return math.fsum(math.exp(scales[x.name]) * float(shares.errors[x.name][zeros[x.name]]) for x in few)
 
-    splits = (dict(zip(scales, split, strict=True)) for split in itertools.product(range(11), repeat=3))
-    least = min(cost(split) for split in splits if sum(split.values()) == 15)
+    every = (dict(zip(scales, split, strict=True)) for split in itertools.product(range(11), repeat=3))
+    splits = [split for split in every if sum(split.values()) == 15]
+    least = min(cost(split) for split in splits)
     assert cost(shares.best(scales, "layer")) == pytest.approx(least, rel=1e-9)
     assert cost(shares.best(scales, "block")) == pytest.approx(least, rel=1e-9)  # a layer a block
+    here = splits[seed % len(splits)]
+    for reach in (1, 2, 4):
+        near = [split for split in splits if all(abs(split[name] - here[name]) <= reach for name in here)]
+        least = min(cost(split) for split in near)
+        assert cost(shares.best(scales, "layer", here, reach / 10)) == pytest.approx(least, rel=1e-9)
     assert shares.best({name: value + 700 for name, value in scales.items()}, "layer") == shares.best(scales, "layer")
 
 
@@ -115,14 +122,16 @@ def test_scales_come_from_costs() -> None:
     for name, members in shares.blocks.items():
         mean = blocks[name] / sum(now[x.name] for x in members)
         for x in members:
-            assert math.exp(near[x.name]) == pytest.approx(min(max(true[x.name], mean / 2), mean * 2))
+            bounds = mean / shares.reach, mean * shares.reach
+            assert math.exp(near[x.name]) == pytest.approx(min(max(true[x.name], bounds[0]), bounds[1]))
     far = shares.scales(zeros, blocks, None, {name: value * 1e6 for name, value in now.items()})
     plain = shares.scales(zeros, blocks)
-    assert {name: far[name] - plain[name] for name in now} == pytest.approx(dict.fromkeys(now, math.log(2)))
+    assert {name: far[name] - plain[name] for name in now} == pytest.approx(dict.fromkeys(now, math.log(shares.reach)))
 
 
-@pytest.mark.parametrize("cost", [0.0, -5.0])
-def test_a_part_that_costs_nothing_is_cheap_but_not_free(cost: float) -> None:
+@pytest.mark.parametrize(("cost", "part"), [(0.0, 1e-3), (-5.0, 0.1), (1e-9, 0.1)])
+def test_a_part_that_costs_nothing_is_cheap_but_not_free(cost: float, part: float) -> None:
+    """Very cheap if no output depends on it at all."""
     all_layers = layers(2)
     shares = Shares(all_layers, errors(all_layers), {"sparsity": 0.5})
     zeros = {layer.name: layer.numel // 2 for layer in all_layers}
@@ -130,10 +139,37 @@ def test_a_part_that_costs_nothing_is_cheap_but_not_free(cost: float) -> None:
     found = shares.scales(zeros, blocks)
     assert all(math.isfinite(value) for value in found.values())
     now = sum(shares.error(x, zeros[x.name]) for x in shares.blocks["vision.0"])
-    assert math.exp(found["vision.0.q.weight"]) * now == pytest.approx(1e-3 * 3 / 4)
+    assert math.exp(found["vision.0.q.weight"]) * now == pytest.approx(part * 3 / 4)
     nothing = shares.scales(zeros, dict.fromkeys(shares.blocks, cost), dict.fromkeys(shares.kinds, cost),
                             {x.name: cost for x in all_layers})  # fmt: skip
     assert sum(shares.best(nothing, "layer").values()) == sum(x.numel for x in all_layers) // 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 99), granularity=st.sampled_from(["block", "layer"]),
+    budget=st.sampled_from(["global", "tower"]), cap=st.sampled_from([None, 0.8]),
+    step=st.sampled_from([0.4, 0.2, 0.1, 0.025]),
+)  # fmt: skip
+def test_a_step_keeps_every_budget_and_goes_no_further(
+    seed: int, granularity: str, budget: str, cap: float | None, step: float
+) -> None:
+    all_layers = layers()
+    shares = Shares(all_layers, errors(all_layers, seed), {"sparsity": 0.5, "budget": budget, "max_sparsity": cap})
+    generator = torch.Generator().manual_seed(seed)
+    before, now = (
+        {layer.name: 2 * float(torch.randn((), generator=generator)) for layer in all_layers} for _ in range(2)
+    )
+    here = shares.best(before, granularity)
+    zeros = shares.best(now, granularity, here, step)
+    for tower in ("vision", "language") if budget == "tower" else ("",):
+        names = [x.name for x in all_layers if x.name.startswith(tower)]
+        assert sum(zeros[name] for name in names) == sum(here[name] for name in names)
+    assert cap is None or all(zeros[x.name] <= cap * x.numel for x in all_layers) or granularity == "block"
+    for members in shares.blocks.values() if granularity == "block" else [[x] for x in all_layers]:
+        moved, size = sum(zeros[x.name] - here[x.name] for x in members), sum(x.numel for x in members)
+        assert abs(moved) <= (step + 0.1) * size + 1  # to the next of the ten levels, in whole weights
+    assert shares.best(before, granularity, here, step) == here
 
 
 @settings(max_examples=60, deadline=None)

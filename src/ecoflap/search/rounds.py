@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ecoflap.network.parts import Anatomy
@@ -16,8 +17,10 @@ from ecoflap.search.pruned import PrunedModel
 from ecoflap.search.shares import Budgets, Shares, between, filled, flattened
 from ecoflap.search.state import SearchOptions, State
 
-STEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the way to the solution, tried in turns until a shorter one is no better
-_WALKED = 0.25  # the longest step at first where each one costs a walk: whole ones lead too far nearly always
+# How far a sparsity may move, tried in turns until a shorter one is no better; and where each try costs a walk.
+STEPS = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625)
+WALKED_STEPS = (0.1, 0.05, 0.025)
+_FINE = 0.05  # a shorter step is a part of this one: local errors are known at every 2 % of the weights
 _SWAP = 0.02  # of the smaller layer's weights
 
 Costs = tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None, Collection[str]]
@@ -77,7 +80,7 @@ class Search:
             self._measured(zeros, name, walking) for zeros, name in zip(candidates, ("given", "even"), strict=False)
         ]
         best = losses.index(min(losses))
-        return State(candidates[best], losses[best], step=self._first_step(0), history=(losses[best],))
+        return State(candidates[best], losses[best], step=self._steps(0)[0], history=(losses[best],))
 
     def settled(self, here: State) -> State:
         """Rounds of every phase, until one gains too little."""
@@ -94,15 +97,15 @@ class Search:
                 here = self._round(here, phase, walking)
             if here.round >= self.options.rounds or before - here.loss < self.options.tolerance * before:
                 following = here.phase + 1
-                here = replace(here, phase=following, round=0, scales=None, step=self._first_step(following))
+                here = replace(here, phase=following, round=0, scales=None, step=self._steps(following)[0])
             self.save(here.to_json())
             behind = here.steps(self.options.rounds)  # a phase that ends early skips its rest
             self.task.advance(behind - done, self._at_work)
             done = behind
         return here
 
-    def _first_step(self, phase: int) -> float:
-        return _WALKED if phase < len(self.phases) and self.phases[phase][1] else STEPS[0]
+    def _steps(self, phase: int) -> Sequence[float]:
+        return WALKED_STEPS if phase < len(self.phases) and self.phases[phase][1] else STEPS
 
     def _compared(self, here: State) -> State:
         """With a walk to each: where the search by dense inputs has ended, or the given allocation."""
@@ -121,17 +124,15 @@ class Search:
         former = here.scales or fresh
         averaged = {name: (value + former[name]) / 2 for name, value in fresh.items()}
         tried = (averaged,) if averaged == fresh else (averaged, fresh)
-        unit = "block" if phase == "block" else "layer"
-        # Solved for before any step: a walk brings errors of its own.
-        goals = [(scales, self.shares.best(scales, unit)) for scales in tried]
+        unit, shares = "block" if phase == "block" else "layer", self.shares  # a walk brings errors of its own
         begin = self._emptied(here.zeros, idle)  # along walks measured with the step alone, to save one
         if begin != here.zeros and not walking:
             loss = self._measured(begin, "unread layers empty")
             here = replace(here, zeros=begin, loss=loss, history=(*here.history, loss)) if loss < here.loss else here
             begin = here.zeros
         best, kept = here, fresh
-        for scales, goal in goals:
-            best, kept = self._stepped(here, begin, goal, walking), scales
+        for scales in tried:
+            best, kept = self._stepped(here, partial(self._towards, shares, scales, unit, begin), walking), scales
             if best is not here:
                 break
         return replace(best, round=here.round + 1, scales=kept)
@@ -149,19 +150,30 @@ class Search:
         cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
         return filled(zeros, known, self.anatomy.layers, self.budgets, cap, floor)
 
-    def _stepped(self, here: State, begin: Mapping[str, int], goal: Mapping[str, int], walking: bool) -> State:
-        """The best step from ``begin`` towards ``goal``, along walks the first with a lower loss than ``here``.
+    def _towards(
+        self, shares: Shares, scales: Mapping[str, float], unit: str, begin: Mapping[str, int], step: float
+    ) -> Mapping[str, int]:
+        """The best shares no further than ``step`` from ``begin``."""
+        goal = shares.best(scales, unit, begin, max(step, _FINE))
+        return goal if step >= _FINE else between(begin, goal, step / _FINE, self.budgets)
 
-        ``here`` itself, if none has.
+    def _stepped(self, here: State, towards: Callable[[float], Mapping[str, int]], walking: bool) -> State:
+        """The best of the steps; along walks the first with a lower loss than ``here``; else ``here``.
+
+        Args:
+            towards: the best shares within so long a step.
         """
-        best = here
-        for step in (length for length in STEPS if length <= here.step):
-            zeros = between(begin, goal, step, self.budgets)
-            loss = self._measured(zeros, f"{step:.3g} of the way", walking)
+        best, last = here, here.zeros
+        for step in (length for length in self._steps(here.phase) if length <= here.step):
+            zeros = towards(step)
+            if zeros == last:  # the best shares lie nearer than either step
+                continue
+            last = zeros
+            loss = self._measured(zeros, f"up to {step:.3g} away", walking)
             if loss >= best.loss and best is not here:
                 break
             if loss < best.loss:
-                longest = min(2 * step, self._first_step(here.phase))
+                longest = min(2 * step, self._steps(here.phase)[0])
                 best = replace(here, zeros=zeros, loss=loss, step=longest, history=(*here.history, loss))
                 if walking:  # a shorter one costs another walk; and this one's order is what the next round needs
                     break

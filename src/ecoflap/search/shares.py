@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ecoflap.allocation import Allocation, LayerSize, allocate
@@ -16,7 +17,12 @@ from ecoflap.allocation.groups import make_pools
 from ecoflap.curve import Curve
 from ecoflap.network.parts import Layer
 
-_LEAST = 1e-3  # of the mean cost of a unit: one that seems free is taken for this cheap, not for free
+# Of the mean cost of a block: what a cheaper one is taken for. A cost at or below 0 is noise, or a loss that falls at
+# first on the way back to dense; taken at its word, such blocks would be emptied, and a fragile model with them.
+_LEAST = 0.1
+_IDLE = 1e-3  # of the mean, for blocks that cost exactly 0: no output depends on them
+_ROUNDING = 1e-9  # a level that is hit exactly but for the rounding of floats
+_OUTSIDE = 1e9  # the slope beyond the reach of a step, to the steepest one inside
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Shares:
     layers: Sequence[Layer]
     errors: Mapping[str, Tensor]
     options: Mapping[str, Any]
-    reach: float = 2.0
+    reach: float = 4.0
     _kinds: dict[tuple[str, str], list[Layer]] = field(init=False, repr=False)
     _blocks: dict[str, list[Layer]] = field(init=False, repr=False)
 
@@ -80,8 +86,9 @@ class Shares:
         """
         present = {layer.name: self.error(layer, zeros[layer.name]) for layer in self.layers}
         found: dict[str, float] = {}
-        least = _LEAST * math.fsum(max(cost, 0.0) for cost in blocks.values()) / len(blocks)
+        mean = math.fsum(max(cost, 0.0) for cost in blocks.values()) / len(blocks)
         for block, members in self._blocks.items():
+            least = mean * (_LEAST if blocks[block] else _IDLE)
             scale = max(blocks[block], least, 1e-30) / max(math.fsum(present[one.name] for one in members), 1e-30)
             found.update({one.name: scale for one in members})
         if kinds is not None:
@@ -96,19 +103,51 @@ class Shares:
                 found[layer.name] *= min(max(factor, 1 / self.reach), self.reach)
         return {name: math.log(scale) for name, scale in found.items()}
 
-    def best(self, scales: Mapping[str, float], granularity: str) -> dict[str, int]:
-        """Zeros of every layer with the least Σ c_l·E_l, exactly within the budget."""
+    def best(
+        self,
+        scales: Mapping[str, float],
+        granularity: str,
+        here: Mapping[str, int] | None = None,
+        step: float = 1.0,
+    ) -> dict[str, int]:
+        """Zeros of every layer with the least Σ c_l·E_l, exactly within the budget.
+
+        Args:
+            here: the present zeros, which keep the budget, too.
+            step: no unit's sparsity moves further than this from ``here``, but for the distance to the next level of
+                the local errors. Scales are those of the present allocation, and mean little far from it.
+        """
         groups = self._blocks if granularity == "block" else {layer.name: [layer] for layer in self.layers}
         top = max(scales.values())  # only ratios count
+        losses = {
+            name: sum((math.exp(scales[one.name] - top) * self.errors[one.name] for one in members), torch.zeros(()))
+            for name, members in groups.items()
+        }
+        if here is not None and step < 1:
+            steep = _OUTSIDE * max(float(curve.diff().max()) for curve in losses.values())
+            for name, members in groups.items():
+                share = sum(here[one.name] for one in members) / sum(one.numel for one in members)
+                losses[name] = _within(losses[name], share, step, steep)
         data = {}
-        for name, members in groups.items():
-            losses = sum(math.exp(scales[one.name] - top) * self.errors[one.name] for one in members)
-            assert not isinstance(losses, int)
-            count = len(losses) - 1
-            data[name] = Curve(tuple(i / count for i in range(1, count + 1)), tuple(losses[1:].tolist()))
+        for name, curve in losses.items():
+            count = len(curve) - 1
+            data[name] = Curve(tuple(i / count for i in range(1, count + 1)), tuple(curve[1:].tolist()))
         sizes = [LayerSize(a.name, a.tower, a.block, a.numel, None, a.modality, a.shape) for a in self.layers]
         found = allocate(sizes, granularity=granularity, rule="curves", data=data, **self.options)
         return {row.name: row.zeros for row in found.layers}
+
+
+def _within(losses: Tensor, share: float, step: float, steep: float) -> Tensor:
+    """(levels + 1,): free up to ``share`` - ``step``, all but forbidden from ``share`` + ``step`` on, as given between.
+
+    So a solver that takes the cheapest weights first ends inside, as there is a solution at ``share`` for every unit.
+    """
+    count = len(losses) - 1
+    low = max(0, math.floor((share - step) * count + _ROUNDING))
+    high = min(count, math.ceil((share + step) * count - _ROUNDING))
+    found = (losses - losses[low]).clamp(min=0)
+    found[high + 1 :] += steep * torch.arange(1, count - high + 1, dtype=found.dtype)
+    return found
 
 
 Budgets = Sequence[Sequence[str]]
