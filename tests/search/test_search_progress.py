@@ -73,3 +73,12 @@ def test_each_measurement_is_announced_and_may_be_the_last(
             break
     else:
         pytest.fail("no step in the second round of matrices")
+
+
+def test_the_log_has_a_line_for_each_round(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "ecoflap"):
+        found = _search(_Watch(), Journal(), {})
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("search:")]
+    assert lines[0] == f"search: begins with loss {found.history[0]:.4g}"
+    assert lines[1].startswith("search: block 1: loss")
+    assert lines[-1].endswith(f"to {found.history[-1]:.4g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,6 +17,8 @@ from ecoflap.search.attribution import by_gradient, by_probes
 from ecoflap.search.pruned import PrunedModel
 from ecoflap.search.shares import Budgets, Shares, between, filled, flattened
 from ecoflap.search.state import SearchOptions, State
+
+_log = logging.getLogger("ecoflap")
 
 # How far a sparsity may move, tried in turns until a shorter one is no better; and where each try costs a walk.
 STEPS = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625)
@@ -80,6 +83,7 @@ class Search:
             self._measured(zeros, name, walking) for zeros, name in zip(candidates, ("given", "even"), strict=False)
         ]
         best = losses.index(min(losses))
+        _log.info("search: begins with loss %.4g", losses[best])
         return State(candidates[best], losses[best], step=self._steps(0)[0], history=(losses[best],))
 
     def settled(self, here: State) -> State:
@@ -95,6 +99,7 @@ class Search:
             if here.round < self.options.rounds:
                 before = here.loss
                 here = self._round(here, phase, walking)
+                _log.info("search: %s: loss %.4g to %.4g", self._at_work, before, here.loss)
             if here.round >= self.options.rounds or before - here.loss < self.options.tolerance * before:
                 following = here.phase + 1
                 here = replace(here, phase=following, round=0, scales=None, step=self._steps(following)[0])
