@@ -134,7 +134,7 @@ def test_what_costs_nothing_because_nothing_was_lost_stays() -> None:
     begun: list[dict[str, int]] = []
 
     class Watching(Search):
-        def _stepped(self, here: State, towards: Any, walking: bool) -> State:
+        def _stepped(self, here: State, *args: Any) -> State:
             begun.append(dict(here.zeros))
             return here
 
@@ -146,7 +146,21 @@ def test_what_costs_nothing_because_nothing_was_lost_stays() -> None:
                 options=SearchOptions(rounds=1, granularity="block"),
             )  # fmt: skip
     assert begun[0] == zeros_of(start)
-    assert begun[1] != zeros_of(start)
+    assert begun[-1] != zeros_of(start)
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+def test_where_no_near_shares_are_lower_part_of_the_way_to_far_ones_is_tried(
+    inputs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for walks, which cost too much for that."""
+    monkeypatch.setattr(Search, "_near", lambda *args: (args[-2], "nowhere"))
+    it = subject("llama")
+    start = uneven(it.anatomy)
+    found = search(it, start, rounds=3, inputs=inputs)
+    assert (len(found.history) > 1) == (inputs == "dense")
+    if inputs == "dense":
+        assert measured(it, found.allocation) < min(measured(it, start), measured(it, even(it.anatomy)))
 
 
 def test_nothing_to_do_leaves_the_allocation_or_the_even_one() -> None:

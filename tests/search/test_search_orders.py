@@ -148,6 +148,7 @@ def test_an_order_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a criterion whose order no input decides, walks change nothing but which steps are tried."""
     monkeypatch.setattr("ecoflap.search.rounds.WALKED_STEPS", (0.1,))
     monkeypatch.setattr("ecoflap.search.rounds.STEPS", (0.1,))
+    monkeypatch.setattr("ecoflap.search.rounds.PARTS", ())
     it = subject("llama")
     order = Order.of({}, needs="none", compare=None)
     limits = {"sparsity": 0.5, "max_sparsity": 0.8}

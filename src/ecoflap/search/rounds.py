@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import random
@@ -23,6 +24,7 @@ _log = logging.getLogger("ecoflap")
 # How far a sparsity may move, tried in turns until a shorter one is no better; and where each try costs a walk.
 STEPS = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625)
 WALKED_STEPS = (0.1, 0.05, 0.025)
+PARTS = (0.5, 0.25, 0.125, 0.0625)  # of the way to the best shares wherever they lie; tried where no such step helps
 _FINE = 0.05  # a shorter step is a part of this one: local errors are known at every 2 % of the weights
 _SWAP = 0.02  # of the smaller layer's weights
 
@@ -125,19 +127,21 @@ class Search:
         blocks, kinds, layers, idle = self._costs(phase)
         fresh = self.shares.scales(here.zeros, blocks, kinds, layers)
         # The average with earlier rounds evens out noise and swings between two; where it leads nowhere, this round's
-        # own costs may.
+        # own costs may; but not at the price of more walks.
         former = here.scales or fresh
         averaged = {name: (value + former[name]) / 2 for name, value in fresh.items()}
-        tried = (averaged,) if averaged == fresh else (averaged, fresh)
+        tried = (averaged,) if walking or averaged == fresh else (averaged, fresh)
         unit, shares = "block" if phase == "block" else "layer", self.shares  # a walk brings errors of its own
         begin = self._emptied(here.zeros, idle)  # along walks measured with the step alone, to save one
         if begin != here.zeros and not walking:
             loss = self._measured(begin, "unread layers empty")
             here = replace(here, zeros=begin, loss=loss, history=(*here.history, loss)) if loss < here.loss else here
             begin = here.zeros
-        best, kept = here, fresh
-        for scales in tried:
-            best, kept = self._stepped(here, partial(self._towards, shares, scales, unit, begin), walking), scales
+        best, kept = here, averaged
+        for within, scales in itertools.product((True,) if walking else (True, False), tried):
+            steps = [length for length in self._steps(here.phase) if length <= here.step] if within else PARTS
+            towards = self._near if within else self._part
+            best, kept = self._stepped(here, partial(towards, shares, scales, unit, begin), steps, walking), scales
             if best is not here:
                 break
         return replace(best, round=here.round + 1, scales=kept)
@@ -155,26 +159,40 @@ class Search:
         cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
         return filled(zeros, known, self.anatomy.layers, self.budgets, cap, floor)
 
-    def _towards(
+    def _near(
         self, shares: Shares, scales: Mapping[str, float], unit: str, begin: Mapping[str, int], step: float
-    ) -> Mapping[str, int]:
-        """The best shares no further than ``step`` from ``begin``."""
+    ) -> tuple[Mapping[str, int], str]:
+        """The best shares no further than ``step`` from ``begin``, and their name."""
         goal = shares.best(scales, unit, begin, max(step, _FINE))
-        return goal if step >= _FINE else between(begin, goal, step / _FINE, self.budgets)
+        zeros = goal if step >= _FINE else between(begin, goal, step / _FINE, self.budgets)
+        return zeros, f"up to {step:.3g} away"
 
-    def _stepped(self, here: State, towards: Callable[[float], Mapping[str, int]], walking: bool) -> State:
+    def _part(
+        self, shares: Shares, scales: Mapping[str, float], unit: str, begin: Mapping[str, int], part: float
+    ) -> tuple[Mapping[str, int], str]:
+        """A part of the way from ``begin`` to the best shares, however far they are; and its name."""
+        return between(begin, shares.best(scales, unit), part, self.budgets), f"{part:.3g} of the way"
+
+    def _stepped(
+        self,
+        here: State,
+        towards: Callable[[float], tuple[Mapping[str, int], str]],
+        steps: Sequence[float],
+        walking: bool,
+    ) -> State:
         """The best of the steps; along walks the first with a lower loss than ``here``; else ``here``.
 
         Args:
-            towards: the best shares within so long a step.
+            towards: where a step leads, and its name.
+            steps: lengths, the longest first.
         """
         best, last = here, here.zeros
-        for step in (length for length in self._steps(here.phase) if length <= here.step):
-            zeros = towards(step)
+        for step in steps:
+            zeros, name = towards(step)
             if zeros == last:  # the best shares lie nearer than either step
                 continue
             last = zeros
-            loss = self._measured(zeros, f"up to {step:.3g} away", walking)
+            loss = self._measured(zeros, name, walking)
             if loss >= best.loss and best is not here:
                 break
             if loss < best.loss:
