@@ -21,8 +21,8 @@ DEFAULT_METHODS = (
     "zeroth-order+wanda",
     "zeroth-order+sparsegpt",
     # With half the samples and a few rounds: the grid is to end in ten minutes.
-    "zeroth-order+wanda:search=true,search_options=samples=64,search_options=rounds=3",
-    "zeroth-order+sparsegpt:search=true,search_options=samples=64,search_options=rounds=3",
+    "zeroth-order+wanda:search=true,search_options=samples=64,search_options=rounds=5",
+    "zeroth-order+sparsegpt:search=true,search_options=samples=64,search_options=rounds=5",
 )
 MOST = 1000  # sparsities of one grid; more is a slip of the pen
 # Fields of a run's recipe that mean nothing here: the methods, or the grid's axes, say them.
