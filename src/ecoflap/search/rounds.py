@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from ecoflap.network.parts import Anatomy
@@ -28,6 +28,7 @@ PARTS = (0.5, 0.25, 0.125, 0.0625)  # of the way to the best shares wherever the
 _FINE = 0.05  # a shorter step is a part of this one: local errors are known at every 2 % of the weights
 _SWAP = 0.02  # of the smaller layer's weights
 
+Goal = Callable[[float], Mapping[str, int]]  # the best shares within so long a step
 Costs = tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None, Collection[str]]
 
 
@@ -140,8 +141,9 @@ class Search:
         best, kept = here, averaged
         for within, scales in itertools.product((True,) if walking else (True, False), tried):
             steps = [length for length in self._steps(here.phase) if length <= here.step] if within else PARTS
-            towards = self._near if within else self._part
-            best, kept = self._stepped(here, partial(towards, shares, scales, unit, begin), steps, walking), scales
+            goal = cache(partial(shares.best, scales, unit, begin))  # several steps lead towards the same one
+            towards = partial(self._near if within else self._part, goal, begin)
+            best, kept = self._stepped(here, towards, steps, walking), scales
             if best is not here:
                 break
         return replace(best, round=here.round + 1, scales=kept)
@@ -159,19 +161,14 @@ class Search:
         cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
         return filled(zeros, known, self.anatomy.layers, self.budgets, cap, floor)
 
-    def _near(
-        self, shares: Shares, scales: Mapping[str, float], unit: str, begin: Mapping[str, int], step: float
-    ) -> tuple[Mapping[str, int], str]:
+    def _near(self, goal: Goal, begin: Mapping[str, int], step: float) -> tuple[Mapping[str, int], str]:
         """The best shares no further than ``step`` from ``begin``, and their name."""
-        goal = shares.best(scales, unit, begin, max(step, _FINE))
-        zeros = goal if step >= _FINE else between(begin, goal, step / _FINE, self.budgets)
-        return zeros, f"up to {step:.3g} away"
+        reach = max(step, _FINE)
+        return between(begin, goal(reach), step / reach, self.budgets), f"up to {step:.3g} away"
 
-    def _part(
-        self, shares: Shares, scales: Mapping[str, float], unit: str, begin: Mapping[str, int], part: float
-    ) -> tuple[Mapping[str, int], str]:
+    def _part(self, goal: Goal, begin: Mapping[str, int], part: float) -> tuple[Mapping[str, int], str]:
         """A part of the way from ``begin`` to the best shares, however far they are; and its name."""
-        return between(begin, shares.best(scales, unit), part, self.budgets), f"{part:.3g} of the way"
+        return between(begin, goal(1.0), part, self.budgets), f"{part:.3g} of the way"
 
     def _stepped(
         self,
