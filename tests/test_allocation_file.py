@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ecoflap.allocation import Allocation, LayerSize, allocate
+from ecoflap.allocation import Allocation, LayerSize, SearchRecord, allocate
 from ecoflap.errors import InvalidOption, UnknownName
 
 
@@ -27,6 +27,40 @@ def test_round_trip(sparsity: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Allocation.from_json(json.loads(json.dumps(allocation.to_json(), allow_nan=False))) == allocation
+
+
+def test_round_trip_of_a_search() -> None:
+    record = SearchRecord("kl", (0.5, 0.25), ("start", "block 1"), {"a": 40, "c": 110}, {"b": -0.125})
+    searched = replace(Allocation.from_json(written()), search=record)
+    data = json.loads(json.dumps(searched.to_json(), allow_nan=False))
+    assert data["search"] == {
+        "metric": "kl",
+        "losses": [0.5, 0.25],
+        "rounds": ["start", "block 1"],
+        "given": {"a": 40, "c": 110},
+        "costs": {"b": -0.125},
+    }
+    assert Allocation.from_json(data) == searched
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"losses": [0.5]}, "1 losses of 2 rounds"),
+        ({"losses": [], "rounds": []}, "0 losses of 0 rounds"),
+        ({"losses": [0.5, "low"]}, "must be numbers"),
+        ({"losses": [0.5, float("nan")]}, "must be numbers"),
+        ({"costs": {"b": None}}, "must be numbers"),
+        ({"given": {"a": 0.5}}, "must be numbers"),
+        ({"given": {"a": -1}}, "must be numbers"),
+        ({"costs": [1]}, "'costs' must be an object"),
+        ({"metric": 3}, "'metric' must be a text"),
+    ],
+)
+def test_a_broken_search_is_named(wrong: dict[str, Any], said: str) -> None:
+    record = SearchRecord("kl", (0.5, 0.25), ("start", "block 1"), {"a": 40}, {"b": 0.1})
+    with pytest.raises(InvalidOption, match=f"allocation: search.*{said}"):
+        Allocation.from_json(written() | {"search": record.to_json() | wrong})
 
 
 def test_schema() -> None:

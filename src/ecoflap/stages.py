@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from ecoflap.allocation import Allocation
 from ecoflap.api import check_allocation, prune_to
@@ -80,9 +81,9 @@ def allocation_for(
         journal=journal,
         workers=workers,
     )
-    losses = ", ".join(f"{loss:.4g}" for loss in found.history)
-    _log.info("allocation search, %s after every step: %s", found.metric, losses)
-    return found.allocation
+    losses = ", ".join(f"{loss:.4g}" for loss in found.record.losses)
+    _log.info("allocation search, %s after every step: %s", found.record.metric, losses)
+    return replace(found.allocation, search=found.record)
 
 
 def pruned_to(

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 from browsing import Tab
-from synthetic import write_analyses, write_comparison, write_run
+from synthetic import searched, write_analyses, write_comparison, write_run
 
 from ecoflap.report import write_compare, write_report
 
@@ -25,7 +25,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return write_report(write_analyses(write_run(tmp_path_factory.mktemp("run"))))
+    return write_report(write_analyses(write_run(tmp_path_factory.mktemp("run"), allocation=searched())))
 
 
 @pytest.fixture(scope="module")

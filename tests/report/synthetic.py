@@ -79,6 +79,21 @@ def allocation(seed: int = 1) -> dict:
     }
 
 
+def searched(steps: int = 5) -> dict:
+    """An allocation that a search has come to."""
+    rng, found = random.Random(2), allocation()
+    given = {layer["name"]: round(layer["weights"] * rng.uniform(0.4, 0.6)) for layer in found["layers"]}
+    blocks = dict.fromkeys(layer["block"] for layer in found["layers"])
+    search = {
+        "metric": "kl",
+        "losses": [0.8 * exp(-0.3 * step) for step in range(steps)],
+        "rounds": ["start", *(f"block {step}" for step in range(1, steps))],
+        "given": given,
+        "costs": {block: rng.uniform(-0.002, 0.02) for block in blocks},
+    }
+    return found | {"search": search}
+
+
 def metrics() -> dict:
     def vqa(shift: float) -> dict:
         groups = {"easy-vqa/color": 0.991, "easy-vqa/shape": 0.984, "scenes/count": 0.712, "scenes/relation": 0.655}

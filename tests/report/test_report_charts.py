@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import ATTACK
-from synthetic import TOWERS, agreement, comparison, distributions, effects, landscape, write_run
+from synthetic import TOWERS, agreement, comparison, distributions, effects, landscape, searched, write_run
 
-from ecoflap.report import analyses, analysis_charts, compare_charts, run_charts
+from ecoflap.report import analyses, analysis_charts, compare_charts, run_charts, search_charts
 from ecoflap.report.charts import DASHES, HUES, Axis, Chart, Rule, Series, log_ticks, places, style, tower_styles
 from ecoflap.report.comparison import Comparison
 from ecoflap.report.data import read_run
@@ -21,7 +21,8 @@ COLOUR = re.compile(r"var\(--([a-z0-9]+)\)( [\d.]+)?")
 
 @pytest.fixture(scope="module")
 def charts(tmp_path_factory):
-    run = read_run(write_run(tmp_path_factory.mktemp("run")))
+    run = read_run(write_run(tmp_path_factory.mktemp("run"), allocation=searched()))
+    assert run.allocation is not None
     content = Comparison.model_validate(comparison())
     quality = compare_charts.quality_chart(content, content.each_test[0])
     assert quality is not None
@@ -30,6 +31,8 @@ def charts(tmp_path_factory):
         *run_charts.importance_charts(run.blocks()),
         *run_charts.layer_importance_charts(run),
         *run_charts.heat_charts(run),
+        *search_charts.loss_charts(run.allocation.search),
+        *search_charts.cost_charts(run.allocation.search, run.blocks()),
         *analysis_charts.distribution_charts(analyses.Distributions.model_validate(distributions())),
         analysis_charts.agreement_chart(analyses.Agreement.model_validate(agreement())),
         *analysis_charts.effect_charts(analyses.Effects.model_validate(effects())),

@@ -88,10 +88,10 @@ def test_the_loss_falls_within_budgets_and_caps(name: str, by: str, granularity:
     assert bits(it.model) == before
     assert all("forward" not in module.__dict__ for module in it.model.modules())
     assert not it.model._forward_hooks
-    assert len(found.history) > 1
-    assert all(later < earlier for earlier, later in zip(found.history, found.history[1:], strict=False))
-    assert found.history[0] <= measured(it, start) * (1 + 1e-5)
-    assert found.history[-1] == pytest.approx(measured(it, found.allocation), rel=1e-4)
+    assert len(found.record.losses) > 1
+    assert all(later < earlier for earlier, later in zip(found.record.losses, found.record.losses[1:], strict=False))
+    assert found.record.losses[0] <= measured(it, start) * (1 + 1e-5)
+    assert found.record.losses[-1] == pytest.approx(measured(it, found.allocation), rel=1e-4)
     ours, theirs = zeros_of(found.allocation), zeros_of(start)
     assert list(ours) == list(theirs)
     for names in budgets_of(start, options):
@@ -101,7 +101,7 @@ def test_the_loss_falls_within_budgets_and_caps(name: str, by: str, granularity:
         slack = 0 if granularity != "block" else 1
         assert floor * row.weights - slack - 1 < row.zeros < 0.8 * row.weights + slack + 1
     assert found.allocation.max_sparsity == 0.8
-    assert found.metric == ("loss" if name == "uncalled" else "kl")
+    assert found.record.metric == ("loss" if name == "uncalled" else "kl")
 
 
 @pytest.mark.parametrize("by", BY)
@@ -158,7 +158,7 @@ def test_where_no_near_shares_are_lower_part_of_the_way_to_far_ones_is_tried(
     it = subject("llama")
     start = uneven(it.anatomy)
     found = search(it, start, rounds=3, inputs=inputs)
-    assert (len(found.history) > 1) == (inputs == "dense")
+    assert (len(found.record.losses) > 1) == (inputs == "dense")
     if inputs == "dense":
         assert measured(it, found.allocation) < min(measured(it, start), measured(it, even(it.anatomy)))
 
@@ -169,7 +169,7 @@ def test_nothing_to_do_leaves_the_allocation_or_the_even_one() -> None:
     better = min((start, flat), key=lambda one: measured(it, one))
     found = search(it, start, rounds=0, swaps=0)
     assert zeros_of(found.allocation) == zeros_of(better)
-    assert found.history == (pytest.approx(measured(it, better), rel=1e-5),)
+    assert found.record.losses == (pytest.approx(measured(it, better), rel=1e-5),)
     best = search(it, start, rounds=4).allocation  # measures lower than the even one: it stays
     again = search(it, best, rounds=0)
     assert zeros_of(again.allocation) == zeros_of(best)
@@ -192,7 +192,7 @@ def test_from_every_state_it_ends_with_the_same_bits(name: str, options: dict[st
     for number, state in enumerate(journal.saved):
         later = Journal(state)
         found = search(it, start, later, seed=3, tolerance=0.0, **options)
-        assert (found.allocation, found.history) == (whole.allocation, whole.history)
+        assert found == whole
         assert later.saved == journal.saved[number + 1 :]
 
 
@@ -200,11 +200,11 @@ def test_swaps_go_by_the_seed_alone() -> None:
     it = subject("llama")
     start = uneven(it.anatomy)
     first, again, other = (search(it, start, rounds=0, swaps=15, seed=seed) for seed in (1, 1, 2))
-    assert (first.allocation, first.history) == (again.allocation, again.history)
+    assert first == again
     assert zeros_of(other.allocation) != zeros_of(first.allocation)
-    assert len(first.history) > 1
+    assert len(first.record.losses) > 1
     torch.manual_seed(99)
-    assert search(it, start, rounds=0, swaps=15, seed=1).history == first.history
+    assert search(it, start, rounds=0, swaps=15, seed=1).record.losses == first.record.losses
 
 
 def test_swaps_stay_within_a_tower_and_its_cap() -> None:
@@ -263,15 +263,15 @@ def test_a_model_without_gradients_is_searched_by_probes_alone() -> None:
     assert bits(model) == before
     assert all("forward" not in module.__dict__ for module in model.modules())
     found = search(it, uneven(it.anatomy), by="probes")
-    assert found.metric == "loss"
-    assert found.history[-1] <= found.history[0]
+    assert found.record.metric == "loss"
+    assert found.record.losses[-1] <= found.record.losses[0]
 
 
 def test_probes_and_gradients_agree_on_where_to_go() -> None:
     """Both find a far better allocation than the one they begin with."""
     it = subject("llama")
     start = uneven(it.anatomy)
-    ends = {by: search(it, start, by=by, rounds=2).history[-1] for by in BY}
+    ends = {by: search(it, start, by=by, rounds=2).record.losses[-1] for by in BY}
     assert max(ends.values()) < min(measured(it, start), measured(it, even(it.anatomy)))
 
 
@@ -287,7 +287,7 @@ def test_the_search_takes_the_first_samples() -> None:
         few.model, few.anatomy, uneven(it.anatomy), few.batches, order_of(it), loss=it.loss, shares=limits,
         options=SearchOptions(rounds=1),
     )  # fmt: skip
-    assert (found.allocation, found.history) == (expected.allocation, expected.history)
+    assert found == expected
     with pytest.raises(CalibrationError, match="99"):
         search_allocation(
             it.model, it.anatomy, uneven(it.anatomy), it.batches, options=SearchOptions(samples=99), **arguments
@@ -316,7 +316,7 @@ def test_the_search_measures_what_the_criterion_will_do(criterion: str) -> None:
             weight.copy_(result.weight)
     indices = range(len(it.batches))
     expected = sum(float(it.loss_of(pruned, i) - it.loss_of(it.model, i)) for i in indices) / len(it.batches)
-    assert found.history == (pytest.approx(expected, rel=1e-4),)
+    assert found.record.losses == (pytest.approx(expected, rel=1e-4),)
 
 
 @pytest.mark.parametrize(

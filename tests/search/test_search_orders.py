@@ -14,7 +14,7 @@ import torch
 from searching import Journal, Subject, bits, even, quiet, subject, uneven
 
 from ecoflap import api
-from ecoflap.allocation import Allocation
+from ecoflap.allocation import Allocation, SearchRecord
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.network.parts import Layer
 from ecoflap.search.divergence import Divergence
@@ -71,7 +71,7 @@ def test_the_walk_is_that_of_stage_2(name: str, criterion: str, tokens: str, mon
 
     def caught(*arguments: Any, **_: Any) -> Found:
         seen.append(arguments[4])
-        return Found(start, (0.0,), "kl")
+        return Found(start, SearchRecord("kl", (0.0,), ("start",), zeros, {}))
 
     monkeypatch.setattr("ecoflap.search.start.refine", caught)
     search_allocation(
@@ -112,7 +112,7 @@ def test_the_last_loss_is_that_of_the_pruned_model(name: str, criterion: str, by
     assert bits(it.model) == before
     assert all("forward" not in module.__dict__ for module in it.model.modules())
     last = divergence_of(it, walked(it, found.allocation, criterion))
-    assert found.history[-1] == pytest.approx(last, rel=1e-5)
+    assert found.record.losses[-1] == pytest.approx(last, rel=1e-5)
     assert last <= divergence_of(it, walked(it, start, criterion)) * (1 + 1e-5)
     assert sum(row.zeros for row in found.allocation.layers) == sum(row.zeros for row in start.layers)
     assert all(row.zeros < 0.8 * row.weights + 1 for row in found.allocation.layers)
@@ -140,7 +140,7 @@ def test_from_every_state_it_ends_with_the_same_bits(criterion: str, inputs: str
     for number, state in enumerate(journal.saved):
         later = Journal(state)
         found = search(it, start, criterion, later, rounds=2, tolerance=0.0, inputs=inputs)
-        assert (found.allocation, found.history) == (whole.allocation, whole.history)
+        assert found == whole
         assert later.saved == journal.saved[number + 1 :]
 
 
@@ -159,10 +159,11 @@ def test_an_order_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         for inputs in ("dense", "pruned", "both")
     }  # fmt: skip
-    dense = found["dense"].history
-    assert found["both"].history[: len(dense)] == dense
-    assert found["both"].history[-1] <= dense[-1]
-    assert found["pruned"] == found["dense"]
+    dense = found["dense"].record.losses
+    assert found["both"].record.losses[: len(dense)] == dense
+    assert found["both"].record.losses[-1] <= dense[-1]
+    assert found["pruned"].allocation == found["dense"].allocation
+    assert found["pruned"].record.losses == dense
 
 
 def test_walks_decide_where_a_search_by_walks_begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +177,7 @@ def test_walks_decide_where_a_search_by_walks_begins(monkeypatch: pytest.MonkeyP
         given = divergence_of(it, walked(it, start, "sparsegpt"))
         assert (given < flat) == better
         found = search(it, start, "sparsegpt", rounds=0, inputs="pruned")
-        assert found.history == (pytest.approx(min(given, flat), rel=1e-5),)
+        assert found.record.losses == (pytest.approx(min(given, flat), rel=1e-5),)
 
 
 def test_the_first_lower_step_along_walks_is_taken_and_its_walk_serves_the_next_round(
@@ -197,9 +198,9 @@ def test_the_first_lower_step_along_walks_is_taken_and_its_walk_serves_the_next_
     monkeypatch.setattr(PrunedModel, "measure", measuring)
     journal = Journal()
     found = search(it, even(it.anatomy), "sparsegpt", journal, rounds=4, inputs="pruned", granularity="block")
-    assert len(found.history) > 2
+    assert len(found.record.losses) > 2
     lowest = list(itertools.accumulate(losses, min))
-    assert list(found.history) == sorted(set(lowest), reverse=True)
+    assert list(found.record.losses) == sorted(set(lowest), reverse=True)
     assert len(walks) == len(losses)
     steps = [json.loads(state) for state in journal.saved]
     grown = [len(one["history"]) for one in steps]

@@ -69,7 +69,7 @@ def test_each_measurement_is_announced_and_may_be_the_last(
                 _search(_Watch(stop=index + 1), journal, options)
             again = _search(_Watch(), Journal(journal.saved[-1]), options)
             assert again.allocation == whole.allocation
-            assert again.history == whole.history
+            assert again == whole
             break
     else:
         pytest.fail("no step in the second round of matrices")
@@ -79,6 +79,6 @@ def test_the_log_has_a_line_for_each_round(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level("INFO", "ecoflap"):
         found = _search(_Watch(), Journal(), {})
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("search:")]
-    assert lines[0] == f"search: begins with loss {found.history[0]:.4g}"
+    assert lines[0] == f"search: begins with loss {found.record.losses[0]:.4g}"
     assert lines[1].startswith("search: block 1: loss")
-    assert lines[-1].endswith(f"to {found.history[-1]:.4g}")
+    assert lines[-1].endswith(f"to {found.record.losses[-1]:.4g}")

@@ -7,6 +7,7 @@ docs/allocation.md.
 from ecoflap.allocation.checks import AGGREGATES, BUDGETS, GRANULARITIES
 from ecoflap.allocation.decide import allocate
 from ecoflap.allocation.parts import Allocation, LayerAllocation, LayerSize
+from ecoflap.allocation.record import SearchRecord
 from ecoflap.allocation.rules import RULES
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Allocation",
     "LayerAllocation",
     "LayerSize",
+    "SearchRecord",
     "allocate",
 ]

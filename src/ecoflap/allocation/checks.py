@@ -31,7 +31,7 @@ def choice(option: str, value: str, known: tuple[str, ...]) -> str:
 def field(entry: Any, key: str, kind: type, where: str) -> Any:
     value = entry.get(key) if isinstance(entry, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = {int: "a whole number", str: "a text", list: "a list"}[kind]
+        wanted = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}[kind]
         raise InvalidOption(f"{where}: '{key}' must be {wanted}, not {value!r}")
     return value
 

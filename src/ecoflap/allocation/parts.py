@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ecoflap.allocation.checks import AGGREGATES, GRANULARITIES, check_names, choice, field, fixed_ratio, unit
+from ecoflap.allocation.record import SearchRecord
 from ecoflap.allocation.rules import RULES
 from ecoflap.errors import InvalidOption
 from ecoflap.registry import unknown
@@ -48,7 +49,8 @@ class LayerAllocation:
 class Allocation:
     """Zeros for every layer, in the order of the layers given, with the options that led to them.
 
-    ``model_parameters`` counts all parameters of the model, prunable or not, where it is known.
+    ``model_parameters`` counts all parameters of the model, prunable or not, where it is known; ``search`` tells how a
+    search came to it, where there was one.
     """
 
     sparsity: float
@@ -59,6 +61,7 @@ class Allocation:
     layers: tuple[LayerAllocation, ...]
     model_parameters: int | None = None
     rule: str = "proportional"
+    search: SearchRecord | None = None
 
     @property
     def total_weights(self) -> int:
@@ -95,6 +98,8 @@ class Allocation:
         if self.model_parameters is not None:
             totals["model_sparsity"] = self.model_sparsity
         fields = {name: value for name, value in vars(self).items() if value is not None}
+        if self.search is not None:
+            fields["search"] = self.search.to_json()
         return {"format": 1, **totals, **fields, "layers": layers}
 
     @classmethod
@@ -121,6 +126,7 @@ class Allocation:
             layers=layers,
             model_parameters=_model_parameters(data, layers),
             rule=RULES.check(str(data.get("rule", "proportional"))),
+            search=SearchRecord.from_json(data["search"]) if data.get("search") is not None else None,
         )
         declared = data.get("total_weights", allocation.total_weights)
         if declared != allocation.total_weights:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ecoflap.errors import InvalidOption
 from ecoflap.report.analyses import Analyses, read_analyses
@@ -52,6 +52,27 @@ class LayerAllocation(Content):
     achieved: Fraction | None = None
 
 
+class Search(Content):
+    """How a search came to the allocation: losses of the rounds, the zeros that it was given, the blocks' costs."""
+
+    metric: str
+    losses: Annotated[list[Finite], Field(min_length=1)]
+    rounds: list[str]
+    given: dict[str, Count] = {}
+    costs: dict[str, Finite] = {}
+
+    @model_validator(mode="after")
+    def _a_round_for_each_loss(self) -> Self:
+        if len(self.rounds) != len(self.losses):
+            raise ValueError(f"{len(self.losses)} losses of {len(self.rounds)} rounds")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What was measured, in words."""
+        return "KL divergence from the dense model" if self.metric == "kl" else "Calibration loss"
+
+
 class Allocation(Content):
     """``allocation.json``."""
 
@@ -61,6 +82,7 @@ class Allocation(Content):
     aggregate: str = ""
     pattern: str = ""
     layers: list[LayerAllocation]
+    search: Search | None = None
 
 
 class OtherMetric(Content):
@@ -141,7 +163,8 @@ class Metrics(Content):
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One block summed over its layers; sparsities are fractions, the score is the sum of the layers' scores."""
+    """One block summed over its layers; sparsities are fractions, the score is the sum of the layers' scores; ``given``
+    is the sparsity that a search was given."""
 
     name: str
     tower: str
@@ -151,6 +174,7 @@ class BlockRow:
     achieved: float | None
     score: float | None
     stderr: float | None
+    given: float | None = None
 
     @property
     def shown(self) -> float:
@@ -206,6 +230,12 @@ class RunData:
             for name, (modality, weights, zeros) in totals.items()
         }
 
+    def given_sparsity(self) -> dict[str, float]:
+        """Layer name to the sparsity that a search was given; empty where there was none."""
+        found = self.allocation.search.given if self.allocation and self.allocation.search else {}
+        layers = self.allocation.layers if self.allocation else []
+        return {layer.name: min(found[layer.name] / layer.weights, 1.0) for layer in layers if layer.name in found}
+
     def blocks(self) -> list[BlockRow]:
         """The blocks in the order of the allocation, with the standard errors of their summed scores.
 
@@ -218,6 +248,7 @@ class RunData:
         for layer in self.allocation.layers:
             groups.setdefault((layer.tower, layer.block), []).append(layer)
         scores = self.scores
+        given = self.given_sparsity()
         together = self.importance is not None and self.importance.settings.get("probe") == "block"
         rows = []
         for (tower, block), layers in groups.items():
@@ -236,6 +267,9 @@ class RunData:
                     achieved=min(sum(achieved) / weights, 1.0) if len(achieved) == len(layers) else None,
                     score=sum(score.score for score in known) if len(known) == len(layers) else None,
                     stderr=error if len(errors) == len(layers) else None,
+                    given=sum(given[x.name] * x.weights for x in layers) / weights
+                    if all(x.name in given for x in layers)
+                    else None,
                 )
             )
         return rows

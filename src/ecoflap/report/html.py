@@ -115,6 +115,7 @@ def environment() -> Environment:
         size=formats.size,
         integer=formats.integer,
         scientific=formats.scientific,
+        significant=formats.significant,
         breakable=breakable,
         plain=plain,
     )

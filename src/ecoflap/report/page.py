@@ -8,7 +8,7 @@ from typing import Any
 
 from ecoflap.citations import citations
 from ecoflap.files import write_text
-from ecoflap.report import analysis_charts, command, disk, quality, records, run_charts
+from ecoflap.report import analysis_charts, command, disk, quality, records, run_charts, search_charts
 from ecoflap.report.data import BlockRow, Metrics, RunData, read_run
 from ecoflap.report.html import PanelGroup, Plots, environment
 from ecoflap.report.predictions import gallery
@@ -62,6 +62,7 @@ def render(run: RunData) -> str:
             towers=list(_towers(run, blocks)),
             unscored=sum(block.score is not None and block.score <= 0 for block in blocks),
             scores=run.scores,
+            given=run.given_sparsity(),
             galleries=_galleries(run),
             papers=citations("ecoflap", *(_text(name) for name in (method, rule, recipe.get("criterion")))),
             **panels,
@@ -73,9 +74,12 @@ def render(run: RunData) -> str:
 def _panels(run: RunData, blocks: list[BlockRow], plots: Plots) -> dict[str, PanelGroup]:
     found = run.analyses
     layers = run_charts.layer_importance_charts(run)
+    search = run.allocation.search if run.allocation else None
     return {
         "sparsity_panels": plots.group("sparsity", run_charts.sparsity_charts(run, blocks)),
         "heat_panels": plots.group("heat", run_charts.heat_charts(run)),
+        "search_panels": plots.group("search", search_charts.loss_charts(search)),
+        "cost_panels": plots.group("block-cost", search_charts.cost_charts(search, blocks)),
         "importance_panels": plots.group("importance", run_charts.importance_charts(blocks)),
         "layer_panels": plots.group("matrix", layers),
         "distribution_panels": plots.group(

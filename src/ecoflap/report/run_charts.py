@@ -8,15 +8,17 @@ from ecoflap.report import formats
 from ecoflap.report.charts import Axis, Chart, Heat, Rule, Series, Style, log_ticks, modality_colour, places, style
 from ecoflap.report.data import BlockRow, LayerAllocation, RunData
 
+_BEFORE = Style("ink", marker=2)
 MOST_KINDS = 16  # more kinds of matrices than that are not told apart by colours and dashes
 
 
 def sparsity_charts(run: RunData, blocks: list[BlockRow]) -> list[Chart]:
-    """Bars of sparsity per block, with the target and the cap; the same scale for every tower."""
+    """Bars of sparsity per block, with target, cap and where a search began; the same scale for every tower."""
     if not run.allocation:
         return []
     target, cap = run.allocation.sparsity, run.allocation.max_sparsity
-    top = min(1.0, max([target, cap or 0.0, *(block.shown for block in blocks)]) * 1.1 + 0.01)
+    highest = max(max(block.shown, block.given or 0.0) for block in blocks)
+    top = min(1.0, max(target, cap or 0.0, highest) * 1.1 + 0.01)
     rules = [Rule(target, f"target {100 * target:.3g} %", 1)]
     if cap is not None and cap < 1:
         rules.append(Rule(cap, f"cap {100 * cap:.3g} %", 2))
@@ -24,15 +26,21 @@ def sparsity_charts(run: RunData, blocks: list[BlockRow]) -> list[Chart]:
     for tower, own in by_tower(blocks).items():
         low, high = min(own, key=lambda block: block.shown), max(own, key=lambda block: block.shown)
         hover = [f"{b.name}\n{formats.percent(b.shown, 2)} of {formats.integer(b.weights)} weights" for b in own]
-        look = Style(modality_colour(own[0].modality))
+        bars = Series(
+            "pruned", "bar", range(len(own)), [b.shown for b in own], Style(modality_colour(own[0].modality)), hover
+        )
+        series = [bars]
+        if run.allocation.search:
+            said = [f"{b.name}\n{formats.percent(b.given, 2)} before the search" for b in own]
+            series.append(Series("before the search", "points", range(len(own)), [b.given for b in own], _BEFORE, said))
         charts.append(
             Chart(
                 caption=tower,
                 description=f"Sparsity of the {len(own)} blocks of {tower}, from {formats.percent(low.shown)} "
                 f"({low.name}) to {formats.percent(high.shown)} ({high.name}).",
-                x=_blocks(len(own)),
+                x=block_axis(len(own)),
                 y=Axis("sparsity", percent=True, limits=(0.0, top)),
-                series=[Series(tower, "bar", range(len(own)), [b.shown for b in own], look, hover)],
+                series=series,
                 rules=rules,
                 modality=own[0].modality,
             )
@@ -66,7 +74,7 @@ def importance_charts(blocks: list[BlockRow]) -> list[Chart]:
                 caption=tower,
                 description=f"Importance of the {len(own)} blocks of {tower}, from {formats.significant(low)} "
                 f"({lowest}) to {formats.significant(high)} ({highest}).",
-                x=_blocks(len(own)),
+                x=block_axis(len(own)),
                 y=Axis("score", log=True, limits=limits, ticks=log_ticks(limits)),
                 series=[points],
                 modality=own[0].modality,
@@ -106,7 +114,7 @@ def layer_importance_charts(run: RunData) -> list[Chart]:
                     caption=tower,
                     description=f"Importance of the matrices of {tower} by block and kind; the table of layers has "
                     "the numbers.",
-                    x=_blocks(len(blocks)),
+                    x=block_axis(len(blocks)),
                     y=Axis("score", log=True, limits=limits, ticks=log_ticks(limits)),
                     series=series,
                     modality=next(iter(kinds.values()))[0].modality,
@@ -149,7 +157,8 @@ def heat_charts(run: RunData) -> list[Chart]:
     return charts
 
 
-def _blocks(count: int) -> Axis:
+def block_axis(count: int) -> Axis:
+    """Of ``count`` blocks in the order of the model."""
     return Axis("block", limits=(-0.7, count - 0.3), ticks=places(count))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ecoflap.allocation import Allocation
+from ecoflap.allocation import Allocation, SearchRecord
 from ecoflap.calibration.objectives import Objective, on_device
 from ecoflap.network.cache import cache_disabled
 from ecoflap.network.parts import Anatomy
@@ -34,11 +34,10 @@ from ecoflap.workers import ALONE, Workers
 
 @dataclass(frozen=True)
 class Found:
-    """The allocation that the search ended with, the losses on the way, and what they are measured in."""
+    """The allocation that the search ended with, and the way there."""
 
     allocation: Allocation
-    history: tuple[float, ...]
-    metric: str
+    record: SearchRecord
 
 
 def refine(
@@ -106,7 +105,8 @@ def refine(
     single = options.granularity != "block" or options.swaps or allocation.granularity == "layer"
     granularity = "layer" if single else "block"
     found = replace(allocation, layers=rows, granularity=granularity, max_sparsity=_highest(allocation, limits))
-    return Found(found, here.history, divergence.metric)
+    record = SearchRecord(divergence.metric, here.history, here.rounds, given, here.costs or {})
+    return Found(found, record)
 
 
 def _highest(allocation: Allocation, limits: Mapping[str, Any]) -> float:

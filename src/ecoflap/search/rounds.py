@@ -87,7 +87,8 @@ class Search:
         ]
         best = losses.index(min(losses))
         _log.info("search: begins with loss %.4g", losses[best])
-        return State(candidates[best], losses[best], step=self._steps(0)[0], history=(losses[best],))
+        begun = State(candidates[best], losses[best], step=self._steps(0)[0])
+        return begun.moved(candidates[best], losses[best], self._at_work)
 
     def settled(self, here: State) -> State:
         """Rounds of every phase, until one gains too little."""
@@ -120,7 +121,7 @@ class Search:
         candidates = [here.zeros] if self.given == here.zeros else [self.given, here.zeros]
         losses = ((self._measured(zeros, "begin", walking=True), zeros) for zeros in candidates)
         loss, zeros = min(losses, key=lambda found: found[0])
-        return replace(here, zeros=zeros, loss=loss, history=(*here.history, loss))
+        return here.moved(zeros, loss, self._at_work)
 
     def _round(self, here: State, phase: str, walking: bool) -> State:
         self._tell("costs")
@@ -136,7 +137,7 @@ class Search:
         begin = self._emptied(here.zeros, idle)  # along walks measured with the step alone, to save one
         if begin != here.zeros and not walking:
             loss = self._measured(begin, "unread layers empty")
-            here = replace(here, zeros=begin, loss=loss, history=(*here.history, loss)) if loss < here.loss else here
+            here = here.moved(begin, loss, self._at_work) if loss < here.loss else here
             begin = here.zeros
         best, kept = here, averaged
         for within, scales in itertools.product((True,) if walking else (True, False), tried):
@@ -146,7 +147,7 @@ class Search:
             best, kept = self._stepped(here, towards, steps, walking), scales
             if best is not here:
                 break
-        return replace(best, round=here.round + 1, scales=kept)
+        return replace(best, round=here.round + 1, scales=kept, costs=blocks)
 
     def _emptied(self, zeros: Mapping[str, int], idle: Collection[str]) -> Mapping[str, int]:
         """Idle layers at the cap at once: no part of the way to that is better than all of it."""
@@ -194,7 +195,7 @@ class Search:
                 break
             if loss < best.loss:
                 longest = min(2 * step, self._steps(here.phase)[0])
-                best = replace(here, zeros=zeros, loss=loss, step=longest, history=(*here.history, loss))
+                best = replace(here.moved(zeros, loss, self._at_work), step=longest)
                 if walking:  # a shorter one costs another walk; and this one's order is what the next round needs
                     break
         return best
@@ -244,7 +245,7 @@ class Search:
                 zeros = {**here.zeros, giver: here.zeros[giver] - amount, taker: here.zeros[taker] + amount}
                 loss = self._measured(zeros, str(here.swaps))
                 if loss < here.loss:
-                    here = replace(here, zeros=zeros, loss=loss, history=(*here.history, loss))
+                    here = here.moved(zeros, loss, self._at_work)
             self.save(here.to_json())
             self.task.advance(1, self._at_work)
         return here

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from ecoflap.errors import InvalidOption
@@ -83,6 +83,8 @@ class State:
         step: the longest step that the next round tries: twice the one that was best in the last round, up to what a
             phase begins with.
         history: the loss at the beginning and after every step that was taken.
+        rounds: the names of the rounds that these are of.
+        costs: block name to what it cost in the last round.
     """
 
     zeros: Mapping[str, int]
@@ -93,6 +95,12 @@ class State:
     scales: Mapping[str, float] | None = None
     step: float = 1.0
     history: tuple[float, ...] = ()
+    rounds: tuple[str, ...] = ()
+    costs: Mapping[str, float] | None = None
+
+    def moved(self, zeros: Mapping[str, int], loss: float, at: str) -> State:
+        """After a step to ``zeros`` in the round called ``at``."""
+        return replace(self, zeros=zeros, loss=loss, history=(*self.history, loss), rounds=(*self.rounds, at))
 
     def steps(self, rounds: int) -> int:
         """Of the progress: so many are behind, where a phase has at most so many rounds."""
@@ -103,7 +111,7 @@ class State:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> State:
-        return cls(**{**data, "history": tuple(data["history"])})
+        return cls(**{**data, **{name: tuple(data[name]) for name in ("history", "rounds")}})
 
 
 class SearchJournal(Protocol):
