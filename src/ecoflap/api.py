@@ -276,7 +276,7 @@ def prune(
                 seed=seed,
                 progress=progress,
                 workers=workers,
-            ).allocation
+            ).recorded
     check_allocation(anatomy, allocation, pattern)
     result = prune_to(
         model,

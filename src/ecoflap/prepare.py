@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +47,7 @@ from ecoflap.recipe import Recipe
 from ecoflap.search.start import search_options
 from ecoflap.search.state import SearchOptions
 from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.dense import SharedNorms
 from ecoflap.statistics.tokens import check_choice
 from ecoflap.workers import ALONE, Workers
 
@@ -65,6 +66,7 @@ class Prepared:
         batches: the same, fixed once, on the CPU.
         importance: read from the file that the recipe names, else None.
         allocation: read from the file that the recipe names, else None.
+        norms: of the dense model's inputs; kept by a comparison for the cells that share the batches.
     """
 
     recipe: Recipe
@@ -76,6 +78,7 @@ class Prepared:
     objective_name: str
     importance: Importance | None = None
     allocation: Allocation | None = None
+    norms: SharedNorms = field(default_factory=SharedNorms, compare=False)
 
     def inputs(self) -> dict[str, str]:
         """What decides the result beside recipe and model: a digest of the batches, and the kind of device."""
@@ -336,6 +339,7 @@ def measure(
     progress: Progress,
     journal: EstimateJournal | None = None,
     workers: Workers = ALONE,
+    norms: SharedNorms | None = None,
 ) -> Importance:
     """Stage 1 with the recipe's importance, options, samples and seed."""
     return measure_importance(
@@ -350,5 +354,6 @@ def measure(
         progress=progress,
         journal=journal,
         workers=workers,
+        norms=norms,
         **dict[str, Any](recipe.importance_options),
     )

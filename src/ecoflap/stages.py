@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from ecoflap.allocation import Allocation
 from ecoflap.api import check_allocation, prune_to
@@ -37,8 +36,9 @@ def importance_for(
     if plan.recipe.importance == "uniform":
         return Importance.uniform(plan.anatomy.layers, plan.anatomy.total_parameters)
     return measure(
-        plan.recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, progress, journal, workers
-    )
+        plan.recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, progress, journal, workers,
+        plan.norms,
+    )  # fmt: skip
 
 
 def allocation_for(
@@ -80,10 +80,11 @@ def allocation_for(
         progress=progress,
         journal=journal,
         workers=workers,
+        norms=plan.norms,
     )
     losses = ", ".join(f"{loss:.4g}" for loss in found.record.losses)
     _log.info("allocation search, %s after every step: %s", found.record.metric, losses)
-    return replace(found.allocation, search=found.record)
+    return found.recorded
 
 
 def pruned_to(

@@ -17,11 +17,12 @@ from ecoflap.comparison.kept import KeptWeights
 from ecoflap.comparison.record import Comparison, read_comparison
 from ecoflap.comparison.scores import key_of
 from ecoflap.errors import EcoflapError, InvalidOption, NonFiniteLoss, OutputExists, ResumeMismatch
-from ecoflap.importance import zeroth_order
+from ecoflap.importance import probe, zeroth_order
 from ecoflap.importance.names import IMPORTANCES
 from ecoflap.network.fingerprint import fingerprint
 from ecoflap.pipeline import run_recipe
 from ecoflap.recipe import Recipe
+from ecoflap.search.orders import Orders
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -56,6 +57,26 @@ def test_a_cell_is_what_prune_gives(whole: Comparison, data: Path, tmp_path: Pat
     assert cell.achieved == metrics["sparsity"]["prunable"]
     assert cell.towers == {name: tower["sparsity"] for name, tower in metrics["sparsity"]["towers"].items()}
     assert whole.dense.value == metrics["dense"]["perplexity"]["value"]
+
+
+def test_the_dense_pass_is_shared(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, searched = [], []
+    monkeypatch.setattr(probe, "dense_norms", _counting(probe.dense_norms, measured))
+    monkeypatch.setattr(Orders, "_gathered", _counting(Orders._gathered, searched))
+    method = "wanda:search=true,search_options=rounds=1"
+    grid = grid_of(data, methods=f"owl+wanda,dlp+wanda,{method},owl+magnitude,{method},search_options=samples=2")
+    made = run_grid(grid, tmp_path / "grid")
+    # Once for each of the two seeds: OWL and DLP; four searches, all by the statistics of all samples.
+    assert (len(measured), len(searched)) == (2, 2)
+    last = [place for place in grid.places() if place.method.name.startswith("wanda")][-1]
+    run = run_recipe(grid.recipe_of(last), tmp_path / "run")
+    cell = next(c for c in made.cells if (c.method, c.sparsity, c.seed) == (last.method.name, last.sparsity, last.seed))
+    assert cell.error is None
+    assert cell.value == json.loads((run / "metrics.json").read_text("utf-8"))["pruned"]["perplexity"]["value"]
+    alone = run_recipe(grid.recipe_of(next(p for p in grid.places() if p.method.name == "dlp+wanda")), tmp_path / "dlp")
+    dlp = next((tmp_path / "grid" / "importance").glob("dlp-seed0-*.json"))
+    scores = [json.loads(path.read_text("utf-8"))["layers"] for path in (alone / "importance.json", dlp)]
+    assert scores[0] == scores[1]
 
 
 def test_what_is_shared_is_done_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

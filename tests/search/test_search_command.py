@@ -48,7 +48,18 @@ def test_the_search_begins_with_any_importance(prune: Command, tmp_path: Path, i
     job = ("--importance", importance, "--max-sparsity", 0.7)
     prune(*job, "-o", "plain").well()
     prune(*job, "--search", "--search-options", "granularity=block", "-o", "found").well()
-    plain, found = (read(tmp_path / name / "allocation.json")["layers"] for name in ("plain", "found"))
+    files = [read(tmp_path / name / "allocation.json") for name in ("plain", "found")]
+    plain, found = (content["layers"] for content in files)
+    record = files[1]["search"]
+    assert record["given"] == {row["name"]: row["zeros"] for row in plain}
+    assert len(record["losses"]) == len(record["rounds"]) > 1
+    assert record["losses"] == sorted(record["losses"], reverse=True)
+    assert (record["rounds"][:2], record["metric"]) == (["start", "block 1"], "kl")
+    assert set(record["costs"]) == {row["block"] for row in plain}
+    assert "search" not in files[0]
+    page = (tmp_path / "found" / "report.html").read_text("utf-8")
+    assert 'id="search"' in page
+    assert 'id="search"' not in (tmp_path / "plain" / "report.html").read_text("utf-8")
     assert sum(row["zeros"] for row in plain) == sum(row["zeros"] for row in found)
     assert [row["zeros"] for row in plain] != [row["zeros"] for row in found]
     assert all(row["zeros"] <= 0.7 * row["shape"][0] * row["shape"][1] + 1 for row in found)
@@ -98,6 +109,9 @@ def test_from_python() -> None:
     )  # fmt: skip
     plain = ecoflap.prune(picos.gpt2(), it.batches, sparsity=0.5, importance="uniform", criterion="magnitude")
     assert found.allocation.zeros == plain.allocation.zeros
+    assert plain.allocation.search is None
+    assert found.allocation.search is not None
+    assert found.allocation.search.given == {row.name: row.zeros for row in plain.allocation.layers}
     assert found.allocation.layers != plain.allocation.layers
 
 

@@ -13,7 +13,6 @@ from ecoflap.importance.scores import Estimate
 from ecoflap.network.offload import read_weight
 from ecoflap.network.parts import Layer
 from ecoflap.registry import unknown
-from ecoflap.statistics.dense import dense_statistics
 from ecoflap.statistics.inputs import InputStatistics
 
 SCOPES = ("block", "layer")
@@ -55,14 +54,13 @@ def one_each(
         return
     pool_of: dict[str, str] = {}
     found: dict[str, float] = {}
-    for block, statistics in dense_statistics(
-        context.model, context.anatomy, context.batches, context.objective, workers=context.workers
-    ):
+    norms = context.input_norms()
+    for block in context.anatomy.blocks:
         for pool, layers in (
             [(block.name, block.layers)] if scope == "block" else [(x.name, (x,)) for x in block.layers]
         ):
             pool_of |= {layer.name: pool for layer in layers}
-            parts = [_products(context, layer, statistics[layer.name]) for layer in layers]
+            parts = [_products(context, layer, norms.get(layer.name)) for layer in layers]
             reached = [part for part in parts if part is not None]
             if reached:
                 found[pool] = reduce(torch.cat(reached))

@@ -26,6 +26,7 @@ from ecoflap.network.perturb import gradients_set_aside
 from ecoflap.network.trace import evaluating
 from ecoflap.progress import Progress, Silent, Task
 from ecoflap.registry import check_option_names
+from ecoflap.statistics.dense import SharedNorms
 from ecoflap.workers import ALONE, Workers, part
 
 
@@ -140,6 +141,7 @@ def measure_importance(
     journal: EstimateJournal | None = None,
     error: float | None = None,
     workers: Workers = ALONE,
+    norms: SharedNorms | None = None,
     **options: Any,
 ) -> Importance:
     """Stage 1: a score for each prunable layer. The model is bit-identical afterwards, also after an exception.
@@ -159,6 +161,7 @@ def measure_importance(
         error: sample a layer only until its standard error is this share of its score, see
             :class:`~ecoflap.importance.stopping.Stopping`; batches × draws are the most. None takes them all.
         workers: those who have ``model`` and ``batches`` alike.
+        norms: of the dense model's inputs, shared with other measures on the same batches.
         options: of the importance: ``epsilon``, ``draws``, ``replay`` (zeroth order), ``variant`` (first order).
 
     Raises:
@@ -184,8 +187,9 @@ def measure_importance(
             state.enter_context(computing_in_fp32(model, upcast))
         known = {(e.layer, e.batch, e.draw): e.value for e in journal.estimates()}
         context = ProbeContext(
-            model, anatomy, batches, objective, seed, frozenset(known), workers=workers, upcast=frozenset(upcast)
-        )
+            model, anatomy, batches, objective, seed, frozenset(known), workers=workers, upcast=frozenset(upcast),
+            norms=norms or SharedNorms(),
+        )  # fmt: skip
         pieces = list(measure.pieces(context)) if hasattr(measure, "pieces") else None
         whole = _narrowed(context, pieces, pieces or (), known)
         weights = measure.efforts(whole) if hasattr(measure, "efforts") and rule is None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,8 @@ from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.scores import Estimate
 from ecoflap.network.logits import logits_on_demand
 from ecoflap.network.parts import Anatomy, Layer
+from ecoflap.statistics.dense import SharedNorms, dense_norms
+from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.workers import ALONE, Workers
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -28,6 +30,7 @@ class ProbeContext:
         remarks: what the measure finds out that belongs into the settings of its scores.
         workers: those who measure; each asks for the estimates of its own, all others are in its ``done``.
         upcast: blocks that compute in fp32, though their weights are kept as they were loaded.
+        norms: what other measures on the same batches have gathered.
     """
 
     model: nn.Module
@@ -39,6 +42,14 @@ class ProbeContext:
     remarks: dict[str, Any] = field(default_factory=dict)
     workers: Workers = ALONE
     upcast: frozenset[str] = frozenset()
+    norms: SharedNorms = field(default_factory=SharedNorms)
+
+    def input_norms(self) -> Mapping[str, InputStatistics]:
+        """Of the layers that tokens reached, ``.norm`` (columns,); the layers compute in fp32 here."""
+        return self.norms.of(
+            ("fp32", len(self.batches)),
+            lambda: dense_norms(self.model, self.anatomy, self.batches, self.objective, workers=self.workers),
+        )
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from ecoflap.network.parts import Anatomy, Block
 from ecoflap.search.masked import MaskedModel
 from ecoflap.search.order import Order
 from ecoflap.statistics.choice import ALL, TokenChoice
-from ecoflap.statistics.dense import dense_statistics
+from ecoflap.statistics.dense import SharedNorms, dense_statistics
 from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.workers import ALONE, Workers
 
@@ -29,6 +29,7 @@ class Orders:
         make: the order that statistics give, by layer name; layers that no token reached have none.
         tokens: which tokens count.
         workers: those who have model and batches alike.
+        norms: what other searches on the same batches have gathered.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Orders:
     make: Callable[[Mapping[str, InputStatistics]], Order]
     tokens: TokenChoice = ALL
     workers: Workers = ALONE
+    norms: SharedNorms = field(default_factory=SharedNorms)
 
     def dense(self) -> Order:
         """By the inputs that layers get in the dense model.
@@ -46,10 +48,15 @@ class Orders:
         Raises:
             NonFiniteLoss: an input is NaN or infinite.
         """
+        if self.kind == "norm":  # Hessians are too large to be kept for others
+            return self.make(self.norms.of(("own", self.tokens, len(self.batches)), self._gathered))
+        return self.make(self._gathered())
+
+    def _gathered(self) -> dict[str, InputStatistics]:
         every: dict[str, InputStatistics] = {}
         for _, found in self._blocks(changing=False):
             every.update(found)
-        return self.make(every)
+        return every
 
     def along(self, zeros: Mapping[str, int], masked: MaskedModel) -> Order:
         """By the inputs in the model pruned to ``zeros`` of each layer, with which ``masked`` computes afterwards.

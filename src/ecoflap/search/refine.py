@@ -39,6 +39,11 @@ class Found:
     allocation: Allocation
     record: SearchRecord
 
+    @property
+    def recorded(self) -> Allocation:
+        """The allocation, which tells the way itself."""
+        return replace(self.allocation, search=self.record)
+
 
 def refine(
     model: nn.Module,

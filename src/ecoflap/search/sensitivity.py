@@ -21,7 +21,6 @@ from ecoflap.registry import unknown
 from ecoflap.search.divergence import METRICS, Divergence
 from ecoflap.search.masked import MaskedModel
 from ecoflap.search.order import Order
-from ecoflap.statistics.dense import dense_norms
 
 ORDERS = ("wanda", "magnitude")
 
@@ -82,7 +81,7 @@ class Sensitivity:
         todo = [index for index in range(len(context.batches)) if self._open(context, anatomy.blocks, index)]
         if not any(context.workers.gather(bool(todo))):  # those with nothing left help with the statistics
             return
-        statistics = dense_norms(model, anatomy, context.batches, context.objective, workers=context.workers)
+        statistics = context.input_norms()
         order = Order.of(statistics, needs="none" if self.order == "magnitude" else "norm", compare=None)
         divergence = Divergence(model, context.batches, context.objective, self.metric)
         divergence.record()

@@ -20,6 +20,7 @@ from ecoflap.search.orders import Orders
 from ecoflap.search.refine import Found, refine
 from ecoflap.search.state import SearchJournal, SearchOptions
 from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.dense import SharedNorms
 from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.workers import ALONE, Workers
 
@@ -55,6 +56,7 @@ def search_allocation(
     progress: Progress | None = None,
     journal: SearchJournal | None = None,
     workers: Workers = ALONE,
+    norms: SharedNorms | None = None,
 ) -> Found:
     """:func:`ecoflap.search.refine.refine` from ``allocation``, for a registered local criterion.
 
@@ -64,6 +66,7 @@ def search_allocation(
         compare: the user's ``row`` or ``matrix``; None for the criterion's own.
         journal: the same for all workers.
         workers: those who have model and batches alike.
+        norms: of the same batches, shared with other searches.
 
     Raises:
         CalibrationError: fewer samples than the search is to have.
@@ -83,7 +86,7 @@ def search_allocation(
         anatomy,
         allocation,
         first_samples(batches, options.samples or None),
-        Orders(model, anatomy, batches, run, "gram" if own else "norm", made, tokens, workers),
+        Orders(model, anatomy, batches, run, "gram" if own else "norm", made, tokens, workers, norms or SharedNorms()),
         loss=loss,
         shares=shares,
         options=options,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -106,6 +106,22 @@ def dense_norms(
     for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload, workers=workers):
         found.update({name: got for name, got in statistics.items() if got is not None})
     return found
+
+
+class SharedNorms:
+    """Norms of the dense model's inputs, for those who ask for the same ones in turn: gathered for the first of them.
+
+    Of one model and one list of batches; none of its layers may differ from the dense model when it is asked.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Mapping[str, InputStatistics]] = {}
+
+    def of(self, key: Hashable, gather: Callable[[], Mapping[str, InputStatistics]]) -> Mapping[str, InputStatistics]:
+        """What ``gather`` gave when ``key`` was first asked for: precision, choice of tokens, how many batches."""
+        if key not in self._found:
+            self._found[key] = gather()
+        return self._found[key]
 
 
 def decoder_of(anatomy: Anatomy) -> Tower | None:
