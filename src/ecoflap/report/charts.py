@@ -121,6 +121,11 @@ class Chart:
     wide: bool = False  # takes the whole width of the page
 
     @property
+    def on_bars(self) -> bool:
+        """Whether points may stand on bars, from whose colour an outline sets them off."""
+        return any(series.kind == "bar" for series in self.series)
+
+    @property
     def legend(self) -> list[Entry]:
         """The series by name, where there are several."""
         entries = {series.name: Entry(series.name, series.style, series.kind) for series in self.series}

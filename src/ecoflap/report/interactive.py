@@ -128,6 +128,8 @@ def _traces(series: Series, chart: Chart) -> list[dict[str, Any]]:
         return [trace | {"x": middles, "mode": "lines", "line": line | {"shape": "hvh"}}]
     trace["mode"] = "markers" if series.kind == "points" else "lines+markers"
     trace["marker"] = {"color": colour, "symbol": _SYMBOLS[series.style.marker], "size": 7 if len(x) <= 60 else 5}
+    if chart.on_bars:
+        trace["marker"] |= {"size": 10, "line": {"color": "var(--card)", "width": 1.5}}
     if series.error is not None:
         below, above = series.error_lengths(chart.y)
         trace["error_y"] = {

@@ -94,7 +94,8 @@ def _series(axes: Axes, chart: Chart) -> None:
             color=colour,
             linestyle="none" if series.kind == "points" else dash,
             marker=_MARKERS[series.style.marker],
-            markersize=4.5 if len(y) <= 60 else 3,
+            markersize=7 if chart.on_bars else 4.5 if len(y) <= 60 else 3,
+            markeredgecolor=_STAND_IN["card"] if chart.on_bars else colour,
             linewidth=1.5,
         )
 
