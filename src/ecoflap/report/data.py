@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,9 @@ from ecoflap.report.analyses import Analyses, read_analyses
 from ecoflap.report.predictions import FILE as PREDICTIONS
 from ecoflap.report.predictions import Predictions
 from ecoflap.report.reading import Content, Count, Finite, Fraction, read_mapping, read_model
+
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on; read by type checkers alone
 
 RECIPE, IMPORTANCE, ALLOCATION, METRICS = "recipe.yaml", "importance.json", "allocation.json", "metrics.json"
 

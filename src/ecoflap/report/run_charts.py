@@ -17,7 +17,7 @@ def sparsity_charts(run: RunData, blocks: list[BlockRow]) -> list[Chart]:
     if not run.allocation:
         return []
     target, cap = run.allocation.sparsity, run.allocation.max_sparsity
-    highest = max(max(block.shown, block.given or 0.0) for block in blocks)
+    highest = max((max(block.shown, block.given or 0.0) for block in blocks), default=0.0)
     top = min(1.0, max(target, cap or 0.0, highest) * 1.1 + 0.01)
     rules = [Rule(target, f"target {100 * target:.3g} %", 1)]
     if cap is not None and cap < 1:
