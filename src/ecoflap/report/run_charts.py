@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ecoflap.report import formats
 from ecoflap.report.charts import Axis, Chart, Heat, Rule, Series, Style, log_ticks, modality_colour, places, style
@@ -23,7 +23,7 @@ def sparsity_charts(run: RunData, blocks: list[BlockRow]) -> list[Chart]:
     if cap is not None and cap < 1:
         rules.append(Rule(cap, f"cap {100 * cap:.3g} %", 2))
     charts = []
-    for tower, own in by_tower(blocks).items():
+    for own in by_tower(blocks).values():
         low, high = min(own, key=lambda block: block.shown), max(own, key=lambda block: block.shown)
         hover = [f"{b.name}\n{formats.percent(b.shown, 2)} of {formats.integer(b.weights)} weights" for b in own]
         bars = Series(
@@ -33,18 +33,9 @@ def sparsity_charts(run: RunData, blocks: list[BlockRow]) -> list[Chart]:
         if run.allocation.search:
             said = [f"{b.name}\n{formats.percent(b.given, 2)} before the search" for b in own]
             series.append(Series("before the search", "points", range(len(own)), [b.given for b in own], _BEFORE, said))
-        charts.append(
-            Chart(
-                caption=tower,
-                description=f"Sparsity of the {len(own)} blocks of {tower}, from {formats.percent(low.shown)} "
-                f"({low.name}) to {formats.percent(high.shown)} ({high.name}).",
-                x=block_axis(len(own)),
-                y=Axis("sparsity", percent=True, limits=(0.0, top)),
-                series=series,
-                rules=rules,
-                modality=own[0].modality,
-            )
-        )
+        ends = f"{formats.percent(low.shown)} ({low.name}) to {formats.percent(high.shown)} ({high.name})"
+        scale = Axis("sparsity", percent=True, limits=(0.0, top))
+        charts.append(block_chart("Sparsity", ends, own, scale, series, rules))
     return charts
 
 
@@ -69,17 +60,9 @@ def importance_charts(blocks: list[BlockRow]) -> list[Chart]:
             [f"{b.name}\n{_score(b.score, b.stderr)}" for _, b in shown],
             [b.stderr for _, b in shown],
         )
-        charts.append(
-            Chart(
-                caption=tower,
-                description=f"Importance of the {len(own)} blocks of {tower}, from {formats.significant(low)} "
-                f"({lowest}) to {formats.significant(high)} ({highest}).",
-                x=block_axis(len(own)),
-                y=Axis("score", log=True, limits=limits, ticks=log_ticks(limits)),
-                series=[points],
-                modality=own[0].modality,
-            )
-        )
+        ends = f"{formats.significant(low)} ({lowest}) to {formats.significant(high)} ({highest})"
+        scale = Axis("score", log=True, limits=limits, ticks=log_ticks(limits))
+        charts.append(block_chart("Importance", ends, own, scale, [points]))
     return charts
 
 
@@ -114,7 +97,7 @@ def layer_importance_charts(run: RunData) -> list[Chart]:
                     caption=tower,
                     description=f"Importance of the matrices of {tower} by block and kind; the table of layers has "
                     "the numbers.",
-                    x=block_axis(len(blocks)),
+                    x=_blocks(len(blocks)),
                     y=Axis("score", log=True, limits=limits, ticks=log_ticks(limits)),
                     series=series,
                     modality=next(iter(kinds.values()))[0].modality,
@@ -157,8 +140,22 @@ def heat_charts(run: RunData) -> list[Chart]:
     return charts
 
 
-def block_axis(count: int) -> Axis:
-    """Of ``count`` blocks in the order of the model."""
+def block_chart(
+    what: str, ends: str, own: list[BlockRow], y: Axis, series: Sequence[Series], rules: Sequence[Rule] = ()
+) -> Chart:
+    """``what`` was found for the blocks ``own`` of one tower; ``ends`` says the lowest and the highest in words."""
+    return Chart(
+        caption=own[0].tower,
+        description=f"{what} of the {len(own)} blocks of {own[0].tower}, from {ends}.",
+        x=_blocks(len(own)),
+        y=y,
+        series=series,
+        rules=rules,
+        modality=own[0].modality,
+    )
+
+
+def _blocks(count: int) -> Axis:
     return Axis("block", limits=(-0.7, count - 0.3), ticks=places(count))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ecoflap.report import formats
 from ecoflap.report.charts import Axis, Chart, Series, Style, modality_colour, places
 from ecoflap.report.data import BlockRow, Search
-from ecoflap.report.run_charts import block_axis, by_tower
+from ecoflap.report.run_charts import block_chart, by_tower
 
 
 def loss_charts(search: Search | None) -> list[Chart]:
@@ -35,24 +35,16 @@ def cost_charts(search: Search | None, blocks: list[BlockRow]) -> list[Chart]:
     limits = _ends(list(costs.values()))
     charts = []
     for tower, own in by_tower(blocks).items():
-        known = [(costs[block.name], block.name) for block in own if block.name in costs]
+        known = [(costs[block.name], block.name, place) for place, block in enumerate(own) if block.name in costs]
         if not known:
             continue
-        (low, lowest), (high, highest) = min(known), max(known)
-        at = [(place, block.name) for place, block in enumerate(own) if block.name in costs]
-        hover = [f"{name}\n{formats.significant(costs[name])}" for _, name in at]
-        look = Style(modality_colour(own[0].modality))
-        charts.append(
-            Chart(
-                caption=tower,
-                description=f"Cost of the {len(own)} blocks of {tower}, from {formats.significant(low)} ({lowest}) to "
-                f"{formats.significant(high)} ({highest}).",
-                x=block_axis(len(own)),
-                y=Axis(f"cost ({search.metric})", limits=limits),
-                series=[Series(tower, "bar", [i for i, _ in at], [costs[name] for _, name in at], look, hover)],
-                modality=own[0].modality,
-            )
-        )
+        (low, lowest, _), (high, highest, _) = min(known), max(known)
+        values, _, at = zip(*known, strict=True)
+        hover = [f"{name}\n{formats.significant(cost)}" for cost, name, _ in known]
+        bars = Series(tower, "bar", at, values, Style(modality_colour(own[0].modality)), hover)
+        ends = f"{formats.significant(low)} ({lowest}) to {formats.significant(high)} ({highest})"
+        scale = Axis(f"cost ({search.metric})", limits=limits)
+        charts.append(block_chart("Cost", ends, own, scale, [bars]))
     return charts
 
 
