@@ -1,0 +1,1 @@
+"""Sparse weights that are stored, loaded and multiplied packed."""

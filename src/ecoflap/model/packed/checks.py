@@ -1,0 +1,90 @@
+"""Whether the parts of a packed weight agree: nothing reaches a kernel that did not pass here."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ecoflap.errors import CheckpointError
+from ecoflap.model.packed.format import GROUP_STEP, PackedWeight, chunks
+
+_LARGEST = 1 << 48  # of a dimension; beyond it a product of two overflows
+
+
+def check(packed: PackedWeight, name: str) -> None:
+    """Raises CheckpointError, with the layer's ``name``, unless all parts agree."""
+    if reason := _fault(packed):
+        raise CheckpointError(f"the packed weight '{name}' is damaged: {reason}; download or pack it again")
+
+
+def from_tensors(tensors: dict[str, Tensor], name: str, group_size: int = 0) -> PackedWeight:
+    """A weight from its stored parts, checked.
+
+    Raises:
+        CheckpointError: a part is missing, or the parts disagree.
+    """
+    missing = [part for part in ("compressed", "bitmask", "row_offsets", "shape") if part not in tensors]
+    if missing:
+        raise CheckpointError(f"the packed weight '{name}' lacks its {missing[0]}: download or pack it again")
+    shape = tensors["shape"]
+    if shape.dtype not in (torch.int64, torch.int32) or shape.dim() != 1 or not 0 < len(shape) <= 8:
+        raise CheckpointError(f"the packed weight '{name}' has no readable shape: download or pack it again")
+    packed = PackedWeight(
+        tensors["compressed"],
+        tensors["bitmask"],
+        tensors["row_offsets"],
+        tuple(shape.tolist()),
+        tensors.get("scales"),
+        group_size if "scales" in tensors else 0,
+    )
+    check(packed, name)
+    return packed
+
+
+def _fault(packed: PackedWeight) -> str:
+    shape, values, mask = packed.shape, packed.compressed, packed.bitmask
+    if not shape or any(not 0 <= size <= _LARGEST for size in shape):
+        return f"its shape is {list(shape)}"
+    rows, columns = prod(shape[:-1]), shape[-1]
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, -(-columns // 8)):
+        return f"its bitmask is {mask.dtype} {list(mask.shape)} for a weight of {list(shape)}"
+    if values.dim() != 1:
+        return f"its values have {values.dim()} dimensions"
+    if reason := _scales_fault(packed, rows, columns):
+        return reason
+    offsets = packed.row_offsets
+    if offsets.dtype != torch.int64 or tuple(offsets.shape) != (rows,):
+        return f"its row_offsets are {offsets.dtype} {list(offsets.shape)} for {rows} rows"
+    if columns % 8 and rows and bool((mask[:, -1] >> (columns % 8)).any()):
+        return "its bitmask has bits behind the last column"
+    counts = torch.cat([popcount(part) for part in chunks(mask)]) if rows else offsets
+    if not torch.equal(counts.cumsum(0) - counts, offsets):
+        return "bitmask and row_offsets disagree"
+    if (total := int(counts.sum())) != len(values):
+        return f"its bitmask tells of {total} values, and there are {len(values)}"
+    return ""
+
+
+def _scales_fault(packed: PackedWeight, rows: int, columns: int) -> str:
+    dtype, scales, size = packed.compressed.dtype, packed.scales, packed.group_size
+    if (dtype == torch.int8) != (scales is not None) or not (dtype.is_floating_point or scales is not None):
+        return f"its values are {dtype} {'without' if scales is None else 'with'} scales"
+    if scales is None:
+        return ""
+    if size < 0 or size % GROUP_STEP:
+        return f"its scales are for {size} columns each"
+    if bool((packed.compressed == -128).any()):
+        return "it holds the value -128, which our rounding never gives"
+    groups = -(-columns // size) if size else 1
+    if scales.dtype != torch.float32 or tuple(scales.shape) != (rows, max(groups, 1)):
+        return f"its scales are {scales.dtype} {list(scales.shape)}, expected float32 {[rows, groups]}"
+    return "" if bool(torch.isfinite(scales).all()) else "its scales are not finite"
+
+
+def popcount(mask: Tensor) -> Tensor:
+    """Bits that are set in each row of (R, B) bytes, as int64: sums of pairs, then of four, then of the byte."""
+    pairs = mask - ((mask >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((fours + (fours >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)

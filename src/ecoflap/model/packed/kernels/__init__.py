@@ -1,0 +1,55 @@
+"""Loads the compiled kernels, where the package has them, and hands them to torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+OFF = "ECOFLAP_NO_KERNELS"  # environment variable: run by torch alone
+CHOICE = "ECOFLAP_ISA"  # environment variable: avx512, avx2, neon or scalar instead of the best one
+_LIBRARY = Path(__file__).with_name("lib") / "ecoflap_kernels.so"  # no module: Python must not find it
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The library with its operators registered; None where there is none, or this torch is older than 2.10."""
+    if os.environ.get(OFF) or not _LIBRARY.is_file():
+        return None
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+        register = library.ecoflap_register
+        register.argtypes = [ctypes.c_void_p]
+        library.ecoflap_isa.restype = ctypes.c_char_p
+        library.ecoflap_choose.argtypes = [ctypes.c_char_p]
+        if choice := os.environ.get(CHOICE):
+            library.ecoflap_choose(choice.encode())
+        return None if register(_torch_library()._handle) else library
+    except (OSError, AttributeError):  # built for another machine or by another version
+        return None
+
+
+def isa() -> str:
+    """What multiplies: "avx512", "avx2", "neon", "scalar", or "torch" where there are no kernels."""
+    library = load()
+    return "torch" if library is None else str(library.ecoflap_isa().decode())
+
+
+def choose(name: str) -> bool:
+    """Take another instruction set from now on, for tests; False where this processor or build lacks it."""
+    library = load()
+    return library is not None and library.ecoflap_choose(name.encode()) == 0
+
+
+def bf16_products() -> bool:
+    """Whether dense bfloat16 products are as fast as they should be on the processor (those of float32 are else)."""
+    library = load()
+    return library is not None and bool(library.ecoflap_bf16_products())
+
+
+def _torch_library() -> ctypes.CDLL:
+    folder = Path(torch.__file__).parent / "lib"
+    return ctypes.CDLL(str(next(path for path in folder.glob("libtorch_cpu.*") if path.suffix in (".so", ".dylib"))))

@@ -1,0 +1,52 @@
+// Products with packed weights: what all instruction sets share. No header of torch or Python, no C++ library.
+//
+// A weight of R rows and C columns is stored as its non-zeros, row by row, and one bit a weight (format.py). Whoever calls
+// has checked that mask, offsets and values agree (checks.py): here they are trusted.
+#pragma once
+#include <stdint.h>
+
+enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3 };
+
+struct Matrix {
+  const void* values;       // (count)
+  const uint8_t* mask;      // (rows, mask_bytes)
+  const int64_t* offsets;   // (rows)
+  const float* scales;      // (rows, groups), int8 values alone
+  int64_t rows, columns, count, mask_bytes;
+  int64_t group;            // columns that share a scale, a multiple of 64, or not less than columns
+  int64_t groups;
+  int32_t kind;             // of the values
+  const void* tail;         // copy of the values from tail_offset on, with AHEAD bytes behind them (prepare_tail)
+  int64_t tail_offset;
+};
+
+// What a product writes: y[token * rows + row] = sum + bias[row], rounded once.
+struct Output {
+  void* y;
+  int32_t kind;             // BF16, FP16 or FP32
+  const void* bias;         // (rows) or null
+  int32_t bias_kind;
+};
+
+enum { AHEAD = 64 };        // bytes behind a row's values that a load may touch
+enum { LANES = 64 };        // rows of x are padded with zeros to a multiple of so many columns
+enum { MOST_TOKENS = 16 };  // that a product takes at once
+
+// One instruction set. x is (tokens, padded) float, zeros behind the last column, in the order that arrange makes.
+struct Isa {
+  const char* name;
+  void (*arrange)(const Matrix*, float* x, int64_t length);
+  void (*product)(const Matrix*, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high, const Output*);
+  void (*expand)(const Matrix*, int64_t low, int64_t high, void* dense, int32_t kind);  // rows to (high - low, columns)
+};
+
+extern const Isa scalar_isa;
+#ifdef ECOFLAP_AVX2
+extern const Isa avx2_isa;
+#endif
+#ifdef ECOFLAP_AVX512
+extern const Isa avx512_isa;
+#endif
+#ifdef ECOFLAP_NEON
+extern const Isa neon_isa;
+#endif

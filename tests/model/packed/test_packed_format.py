@@ -1,0 +1,195 @@
+"""One weight, packed and unpacked: against numpy's packbits, to the bit, and whatever is damaged is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption
+from ecoflap.model.packed.checks import check, from_tensors
+from ecoflap.model.packed.format import pack_weight, packed_bytes, unpack_weight, worth_packing
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+
+
+def sparse(rows, columns, sparsity, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    return weight.to(dtype)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 70), sparsity=st.floats(0, 1), dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_every_bit_comes_back_and_the_mask_is_numpys(rows, columns, sparsity, dtype, seed):
+    weight = sparse(rows, columns, sparsity, dtype, seed)
+    packed = pack_weight(weight)
+    check(packed, "w")
+    assert torch.equal(bits(unpack_weight(packed)), bits(weight))
+    if dtype is torch.float32:
+        dense = weight.numpy()
+        assert np.array_equal(packed.bitmask.numpy(), np.packbits(dense != 0, axis=1, bitorder="little"))
+        assert np.array_equal(packed.compressed.numpy(), dense[dense != 0])
+        assert packed.row_offsets.tolist() == [int((dense[:row] != 0).sum()) for row in range(rows)]
+        assert packed.nbytes == packed_bytes(weight)
+
+
+def test_special_values_and_a_few_negative_zeros_come_back():
+    weight = sparse(40, 50, 0.5)
+    weight[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+    assert torch.equal(bits(unpack_weight(pack_weight(weight))), bits(weight))
+
+
+def test_a_mask_that_was_multiplied_leaves_no_stored_zeros():
+    weight = sparse(40, 50, 0.5) * -1.0  # its zeros are -0
+    packed = pack_weight(weight)
+    assert len(packed.compressed) == int(weight.count_nonzero())
+    assert torch.equal(unpack_weight(packed), weight)  # -0 == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (5,), (2, 3, 9), (1, 1)])
+def test_odd_shapes(shape):
+    weight = torch.randn(shape)
+    packed = pack_weight(weight)
+    check(packed, "w")
+    assert packed.shape == shape
+    assert torch.equal(unpack_weight(packed), weight)
+
+
+def test_a_part_that_is_not_contiguous():
+    weight = sparse(30, 20, 0.5).t()
+    assert torch.equal(unpack_weight(pack_weight(weight)), weight)
+
+
+@pytest.mark.parametrize("group_size", [0, 64, 128])
+def test_int8_is_within_half_a_step_of_its_groups_largest(group_size):
+    weight = sparse(8, 300, 0.6)
+    packed = pack_weight(weight, "int8", group_size)
+    check(packed, "w")
+    back = unpack_weight(packed)
+    size = group_size or 300
+    for first in range(0, 300, size):
+        part = weight[:, first : first + size]
+        step = part.abs().amax(dim=1, keepdim=True) / 127
+        assert ((back[:, first : first + size] - part).abs() <= step * 0.5001).all()
+    assert packed.nbytes <= packed_bytes(weight, "int8", group_size)
+    assert packed.compressed.dtype == torch.int8
+    assert (back[weight == 0] == 0).all()
+
+
+def test_int8_of_rows_without_weights_and_of_tiny_ones():
+    weight = torch.zeros(3, 64)
+    weight[1, 5] = 1e-44  # over 127 it underflows
+    packed = pack_weight(weight, "int8")
+    check(packed, "w")
+    assert torch.isfinite(unpack_weight(packed)).all()
+
+
+def test_what_is_worth_packing():
+    assert worth_packing(sparse(64, 64, 0.5, torch.bfloat16))
+    assert not worth_packing(sparse(64, 64, 0.02, torch.bfloat16))
+    assert worth_packing(sparse(64, 64, 0.0, torch.bfloat16), "int8")
+    assert not worth_packing(torch.zeros(8))
+    assert not worth_packing(torch.zeros(64, 64, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("values", "group_size"), [("int3", 0), ("int8", 63), ("int8", -64)])
+def test_wrong_options(values, group_size):
+    with pytest.raises(InvalidOption):
+        pack_weight(torch.ones(2, 2), values, group_size)
+
+
+def broken(packed, name):
+    flipped = packed.bitmask.clone()
+    flipped[0, 0] ^= 1
+    behind = packed.bitmask.clone()
+    behind[0, -1] |= 128
+    shifted = packed.row_offsets.clone()
+    shifted[1] += 1
+    changes = {
+        "flipped bit": {"bitmask": flipped},
+        "bit behind the last column": {"bitmask": behind},
+        "offset": {"row_offsets": shifted},
+        "negative offsets": {"row_offsets": -packed.row_offsets},
+        "short values": {"compressed": packed.compressed[:-1]},
+        "long values": {"compressed": torch.cat([packed.compressed, packed.compressed])},
+        "matrix of values": {"compressed": packed.compressed[None]},
+        "shape": {"shape": (packed.shape[0] + 1, packed.shape[1])},
+        "columns": {"shape": (packed.shape[0], packed.shape[1] + 8)},
+        "negative shape": {"shape": (-packed.shape[0], -packed.shape[1])},
+        "huge shape": {"shape": (1 << 62, 1 << 62)},
+        "mask's dtype": {"bitmask": packed.bitmask.to(torch.int32)},
+        "offsets' dtype": {"row_offsets": packed.row_offsets.to(torch.int32)},
+        "offsets as floats": {"row_offsets": packed.row_offsets.float()},
+        "int8 without scales": {"compressed": packed.compressed.to(torch.int8)},
+        "scales of floats": {"scales": torch.ones(packed.shape[0], 1)},
+    }
+    return dataclasses.replace(packed, **changes[name])
+
+
+NAMES = [
+    "flipped bit", "bit behind the last column", "offset", "negative offsets", "short values", "long values",
+    "matrix of values", "shape", "columns", "negative shape", "huge shape", "mask's dtype", "offsets' dtype",
+    "offsets as floats", "int8 without scales", "scales of floats",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_is_told_in_one_line(name):
+    with pytest.raises(CheckpointError, match=r"'a\.b\.weight' is damaged") as caught:
+        check(broken(pack_weight(sparse(6, 21, 0.5)), name), "a.b.weight")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda scales: scales * float("inf"),
+    lambda scales: scales[:, :1],
+    lambda scales: scales[:-1],
+    lambda scales: scales.half(),
+    lambda scales: scales[0],
+])  # fmt: skip
+def test_damaged_scales(change):
+    packed = pack_weight(sparse(6, 200, 0.5), "int8", 64)
+    with pytest.raises(CheckpointError, match="scales"):
+        check(dataclasses.replace(packed, scales=change(packed.scales)), "w")
+
+
+@given(data=st.data())
+def test_whatever_is_in_a_file_is_whole_or_refused(data):
+    """Random bytes, dtypes, shapes in any part: a weight of its shape comes out, or one line."""
+    int8 = data.draw(st.booleans())
+    tensors = pack_weight(sparse(5, 70, 0.5), *(("int8", 64) if int8 else ())).tensors()
+    for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=2)):
+        whole = tensors[name]
+        kind = data.draw(st.sampled_from(["bytes", "dtype", "cut", "gone", "value"]))
+        if kind == "gone":
+            tensors.pop(name, None)
+            break
+        raw = bytearray(whole.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if kind == "cut":
+            whole = whole.flatten()[: data.draw(st.integers(0, whole.numel()))]
+        elif kind == "dtype":
+            whole = whole.to(data.draw(st.sampled_from([torch.int8, torch.uint8, torch.int64, torch.float16])))
+        elif kind == "value" and raw:
+            whole = whole.clone()
+            whole.view(-1)[data.draw(st.integers(0, whole.numel() - 1))] = data.draw(st.sampled_from([0, 1, 127]))
+        elif raw:
+            raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+            whole = torch.frombuffer(raw, dtype=whole.dtype).reshape(whole.shape).clone()
+        tensors[name] = whole
+    line = ""
+    try:
+        packed = from_tensors(tensors, "w", 64 if int8 else 0)
+        assert unpack_weight(packed).shape == packed.shape
+    except EcoflapError as error:  # nothing else may come
+        line = str(error)
+    assert "\n" not in line
