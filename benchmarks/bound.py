@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecoflap.network.parts import Layer
-from ecoflap.network.tangents import differentiable_attention
+from ecoflap.model.parts import Layer
+from ecoflap.model.patching import differentiable_attention
 
 
 def block_flops(model: nn.Module, blocks: Sequence[str], run: Callable[[], Any]) -> tuple[dict[str, int], int]:

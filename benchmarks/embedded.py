@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ecoflap import Importance, Recipe, measure_importance, prune
-from ecoflap.calibration.objectives import resolve
-from ecoflap.evaluations import evaluate, evaluations_of
-from ecoflap.files import write_json
-from ecoflap.network.checkpoint import load
-from ecoflap.prepare import calibration_batches
-from ecoflap.progress import Silent
+from ecoflap.data.objectives import resolve
+from ecoflap.model.checkpoint import load
+from ecoflap.run.evaluations import evaluate, evaluations_of
+from ecoflap.run.prepare import calibration_batches
+from ecoflap.support.files import write_json
+from ecoflap.support.progress import Silent
 
 
 def main() -> None:

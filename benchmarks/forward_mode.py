@@ -16,10 +16,10 @@ from replay import Kept, parser_of, prepared, spread
 from torch import Tensor, nn
 
 from ecoflap import measure_importance
-from ecoflap.calibration.models import Batch
-from ecoflap.calibration.objectives import Objective
+from ecoflap.data.model_facts import Batch
+from ecoflap.data.objectives import Objective
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.parts import Anatomy
+from ecoflap.model.parts import Anatomy
 
 WAYS = ("forward mode, fp32", "zeroth order, fp32", "forward mode, bfloat16", "zeroth order, bfloat16")
 

@@ -23,11 +23,11 @@ from torch import nn
 
 from ecoflap import Importance, allocate, measure_importance
 from ecoflap.api import prune_to
-from ecoflap.calibration.objectives import on_device, resolve
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.parts import Anatomy
-from ecoflap.resources import Usage, measured
+from ecoflap.data.objectives import on_device, resolve
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
+from ecoflap.run.provenance import Usage, measured
 
 STAGE_1: dict[str, tuple[str, dict[str, Any]]] = {
     "zeroth order, plain loop": ("zeroth-order", {"replay": False}),

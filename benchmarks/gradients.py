@@ -22,11 +22,11 @@ from apart import Failed, run_apart
 from replay import parser_of, prepared, spread
 
 from ecoflap import measure_importance
-from ecoflap.calibration.objectives import on_device
-from ecoflap.importance.probe import ProbeContext
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.fp32 import computing_in_fp32, half_blocks
-from ecoflap.resources import Usage, measured
+from ecoflap.data.objectives import on_device
+from ecoflap.importance.base import ProbeContext
+from ecoflap.model.patching import cache_disabled
+from ecoflap.model.precision import computing_in_fp32, half_blocks
+from ecoflap.run.provenance import Usage, measured
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "forward only": ("", {}),

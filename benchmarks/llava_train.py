@@ -33,7 +33,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ecoflap.calibration.rows import DEFAULT_TEMPLATE
+from ecoflap.data.rows import DEFAULT_TEMPLATE
 
 WARMUP = 50
 CAPTION_PROMPT = "A picture of"

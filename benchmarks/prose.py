@@ -16,10 +16,10 @@ from typing import Any
 
 from ecoflap import Importance, Recipe, prune
 from ecoflap.evaluation import TASKS
-from ecoflap.files import write_json
-from ecoflap.network.checkpoint import Checkpoint, load
-from ecoflap.prepare import calibration_batches
-from ecoflap.progress import Silent
+from ecoflap.model.checkpoint import Checkpoint, load
+from ecoflap.run.prepare import calibration_batches
+from ecoflap.support.files import write_json
+from ecoflap.support.progress import Silent
 
 
 def perplexity(checkpoint: Checkpoint, test: str, windows: int, length: int) -> dict[str, float | None]:

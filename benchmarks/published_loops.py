@@ -26,8 +26,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ecoflap.network.offload import home_of
-from ecoflap.network.parts import Anatomy
+from ecoflap.model.offload import home_of
+from ecoflap.model.parts import Anatomy
 
 
 class _Block(nn.Module):

@@ -20,15 +20,15 @@ from bound import block_flops, replay_bound
 from torch import nn
 
 from ecoflap import Recipe, measure_importance
-from ecoflap.calibration.models import Batch
-from ecoflap.calibration.objectives import Objective, on_device, resolve
+from ecoflap.data.model_facts import Batch
+from ecoflap.data.objectives import Objective, on_device, resolve
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.checkpoint import load
-from ecoflap.network.logits import logits_on_demand
-from ecoflap.network.parts import Anatomy
-from ecoflap.prepare import calibration_batches
+from ecoflap.model.anatomy import discover
+from ecoflap.model.checkpoint import load
+from ecoflap.model.lazy_logits import logits_on_demand
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
+from ecoflap.run.prepare import calibration_batches
 
 
 class Kept:

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.api import allocate, prune_to
-from ecoflap.calibration.models import Batch
-from ecoflap.calibration.objectives import Objective, on_device
-from ecoflap.files import write_json
+from ecoflap.data.model_facts import Batch
+from ecoflap.data.objectives import Objective, on_device
 from ecoflap.importance.scores import Importance
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.parts import Anatomy
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
+from ecoflap.support.files import write_json
 
 
 @dataclass

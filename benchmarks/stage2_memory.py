@@ -20,17 +20,16 @@ from typing import Any
 
 import torch
 from apart import Failed, run_apart
+from memory import expected_memory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ecoflap.api import allocate, prune_to
-from ecoflap.calibration.objectives import default_objective, on_device
-from ecoflap.files import write_json
+from ecoflap.data.objectives import default_objective, on_device
 from ecoflap.importance.scores import Importance
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.heap import trim
-from ecoflap.pruning.memory import expected_memory
-from ecoflap.resources import Usage, measured
+from ecoflap.model.anatomy import discover
+from ecoflap.model.patching import cache_disabled, trim
+from ecoflap.run.provenance import Usage, measured
+from ecoflap.support.files import write_json
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 NEEDS = {"wanda": "norm", "sparsegpt": "gram"}

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # makes the embedded model; not in the package
 
 import hypothesis
 import pytest
@@ -34,7 +35,7 @@ def _seeded() -> None:
 @pytest.fixture
 def pageless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs write no ``report.html``, half of a pico run's time: for tests that look at anything else."""
-    monkeypatch.setattr("ecoflap.pipeline.write_report", lambda _: None)
+    monkeypatch.setattr("ecoflap.run.pipeline.write_report", lambda _: None)
 
 
 @pytest.fixture

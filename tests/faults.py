@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ecoflap.errors import StorageError
-from ecoflap.journal import EstimateFile
+from ecoflap.run.journal import EstimateFile
 
 KILLED, FULL, DONE, WRONG = 137, 28, 0, 70
 _GROWING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -52,7 +52,7 @@ def broken(job: Callable[[], object], folder: Path, at: int, kind: str) -> int:
         nonlocal count
         if count + 1 == at:
             os.write(self._file.fileno(), b'["model.layers.0.self_attn')
-        from ecoflap.files import storage
+        from ecoflap.support.files import storage
 
         with storage(folder):
             tick(growing=True)

@@ -20,7 +20,7 @@ from ecoflap.allocation.curves import Curve, LeastLoss
 from ecoflap.allocation.groups import Group
 from ecoflap.errors import InfeasibleAllocation, InvalidOption
 from ecoflap.importance.scores import Importance, Score
-from ecoflap.network.parts import Layer
+from ecoflap.model.parts import Layer
 
 LOSSES = st.floats(-1.0, 10.0, allow_nan=False, width=16)
 

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ecoflap.allocation import RULES, Allocation, LayerSize, allocate
-from ecoflap.allocation.apportion import level
+from ecoflap.allocation.rules import level
 from ecoflap.errors import InfeasibleAllocation, InvalidOption, UnknownName
 
 RULE_NAMES = ("linear", "linear-relative")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from picos import FAMILIES
 
-from ecoflap.network.anatomy import discover
+from ecoflap.model.anatomy import discover
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ecoflap.network.checkpoint import fingerprint, load
+from ecoflap.model.checkpoint import fingerprint, load
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ecoflap.calibration.objectives import default_objective, on_device
-from ecoflap.network.anatomy import discover
+from ecoflap.data.objectives import default_objective, on_device
+from ecoflap.model.anatomy import discover
 
 # A loop of the published shape, for this test: one sample a call, the first output of each, hooks on the linear layers.
 LOOP = """

@@ -15,13 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ecoflap
-from ecoflap.card import write_card, write_model_card
-from ecoflap.card_page import MARKER, addressed
 from ecoflap.errors import InvalidOption
-from ecoflap.markdown import escaped, fenced
-from ecoflap.pipeline import run_recipe
-from ecoflap.recipe import Recipe
-from ecoflap.run import RunDirectory
+from ecoflap.report.card import write_card, write_model_card
+from ecoflap.report.card_page import MARKER, addressed, escaped, fenced
+from ecoflap.run.directory import RunDirectory
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.recipe import Recipe
 
 EVIL = 'a|b`*_[x](http://evil.example)<script>alert(1)</script>\n# head & "quote"'
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from ecoflap.citations import CITATIONS, PAPERS, citations
-from ecoflap.importance.names import IMPORTANCES
-from ecoflap.pruning.names import CRITERIA
+from ecoflap.importance.registry import IMPORTANCES
+from ecoflap.pruning.registry import CRITERIA
+from ecoflap.report.citations import CITATIONS, PAPERS, citations
 
 OURS = {"uniform", "sensitivity"}  # no paper of others to name
 

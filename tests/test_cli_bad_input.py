@@ -264,7 +264,7 @@ def test_evaluate_without_a_task_and_inspect_of_nothing(run: Command, made: Simp
 def test_what_nobody_foresaw_is_one_line_unless_asked_for(
     run: Command, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ecoflap import commands
+    from ecoflap.run import commands
 
     def breaks(*_: object) -> None:
         raise ZeroDivisionError("the moon is full")

@@ -19,8 +19,8 @@ from console import TEXT, Command, prose, questions
 from rich.console import Console
 
 import ecoflap
-from ecoflap.recipe import FILE_ONLY, Recipe, flag_of
-from ecoflap.terminal import Bars, Lines, messages, progress_on
+from ecoflap.cli.terminal import Bars, Lines, messages, progress_on
+from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_warnings_of_others_are_not(capfd: pytest.CaptureFixture[str]) -> None:
         warnings.showwarning = messages._warning
         warnings.warn_explicit("for programmers", UserWarning, "/lib/torch/nn.py", 1)
         warnings.warn_explicit("for you", UserWarning, "/lib/ecoflap/allocation.py", 1)
-        logging.getLogger("ecoflap.network").warning("two\nlines")
+        logging.getLogger("ecoflap.model").warning("two\nlines")
         logging.getLogger("ecoflap").info("a detail")
     assert capfd.readouterr().err == "ecoflap: warning: for you\necoflap: warning: two lines\n"
 

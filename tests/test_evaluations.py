@@ -12,13 +12,13 @@ import pytest
 import yaml
 from console import Command, prose, questions
 
-from ecoflap.classes import class_names, class_templates
+from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS, TaskResult
-from ecoflap.evaluations import check_evaluations, evaluate, evaluations_of, options_of, rehearse
-from ecoflap.network.checkpoint import load
-from ecoflap.progress import Silent
-from ecoflap.recipe import Recipe
+from ecoflap.model.checkpoint import load
+from ecoflap.run.evaluations import check_evaluations, evaluate, evaluations_of, options_of, rehearse
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.progress import Silent
 
 
 def spy(model: Any, processor: Any, *, data: Any, samples: Any, columns: Any = None, classes: Any = None,

@@ -14,10 +14,10 @@ import yaml
 from console import TEXT, Command, model_weights, prose, questions, same_result
 from transformers import LlavaForConditionalGeneration
 
-from ecoflap import pipeline
 from ecoflap.errors import InvalidOption, UnknownName
-from ecoflap.pruning import global_walk, iterative_gradient
-from ecoflap.recipe import Recipe
+from ecoflap.pruning import whole_model
+from ecoflap.run import pipeline
+from ecoflap.run.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +150,11 @@ def _failing(function: Callable[..., object], at: int) -> Callable[..., object]:
 @pytest.mark.parametrize(
     ("place", "name", "at", "rounds"),
     [
-        (iterative_gradient, "visit_gradients", 0, 0),
-        (iterative_gradient, "visit_gradients", 4, 1),
-        (global_walk._Cutter, "_apply", 1, 2),
-        (global_walk, "_packed", 50, 2),
-        (global_walk, "achieved", 0, 3),
+        (whole_model, "visit_gradients", 0, 0),
+        (whole_model, "visit_gradients", 4, 1),
+        (whole_model._Cutter, "_apply", 1, 2),
+        (whole_model, "_packed", 50, 2),
+        (whole_model, "achieved", 0, 3),
     ],
 )
 @pytest.mark.usefixtures("pageless")

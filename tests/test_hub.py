@@ -19,9 +19,9 @@ from safetensors.torch import load
 
 import ecoflap
 from ecoflap.errors import HubError, InvalidOption
-from ecoflap.hub import check_account, push
-from ecoflap.pipeline import run_recipe
-from ecoflap.recipe import Recipe
+from ecoflap.report.hub import check_account, push
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.recipe import Recipe
 
 FAST = {"criterion": "magnitude", "importance": "uniform", "samples": 2, "test_samples": 2}
 OPTIONS = ("--criterion", "magnitude", "--importance", "uniform", "--samples", 2, "--test-samples", 2)

@@ -20,10 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ecoflap import api
 from ecoflap.errors import InvalidOption
-from ecoflap.network.checkpoint import fingerprint, load
-from ecoflap.network.offload import is_offloaded
-from ecoflap.pipeline import run_recipe
-from ecoflap.recipe import Recipe
+from ecoflap.model.checkpoint import fingerprint, load
+from ecoflap.model.offload import is_offloaded
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("pageless")
 
@@ -137,9 +137,9 @@ def test_a_whole_run_and_one_that_was_killed(tmp_path: Path) -> None:
 
 _KILLED = """
 import os, signal, sys
-from ecoflap.journal import BlockFiles
-from ecoflap.pipeline import run_recipe
-from ecoflap.recipe import Recipe
+from ecoflap.run.journal import BlockFiles
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.recipe import Recipe
 saved = []
 def save(self, block, pruned, save=BlockFiles.save):
     if len(saved) == 4:
@@ -163,13 +163,13 @@ run_recipe(Recipe.load([sys.argv[1]], {}), sys.argv[2])
 def test_what_needs_the_whole_model_is_refused_before_it_is_loaded(
     run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("ecoflap.large.load", _never)
+    monkeypatch.setattr("ecoflap.importance.offloaded.load", _never)
     data = prose(tmp_path / "prose.txt")
     run("prune", "absent", "--calibration", data, *TEXT, "--device-map", "disk", *options).refused(*words)
 
 
 def test_a_comparison_needs_the_whole_model(run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ecoflap.large.load", _never)
+    monkeypatch.setattr("ecoflap.importance.offloaded.load", _never)
     data = prose(tmp_path / "prose.txt")
     options = ("--methods", "wanda", "--sparsities", "0.5", "--task", "perplexity", "--test", data)
     run("compare", "absent", "--calibration", data, *options, "--device-map", "disk").refused(

@@ -15,11 +15,11 @@ from console import model_weights, prose, questions
 
 from ecoflap.errors import CalibrationError, InvalidOption, OutputExists
 from ecoflap.evaluation import TaskResult
-from ecoflap.evaluations import tasks_of
-from ecoflap.pipeline import quality, run_recipe
-from ecoflap.prepare import check_importance_options
-from ecoflap.recipe import Recipe
-from ecoflap.run import RunFailed, Stopped
+from ecoflap.run.directory import RunFailed, Stopped
+from ecoflap.run.evaluations import tasks_of
+from ecoflap.run.pipeline import quality, run_recipe
+from ecoflap.run.prepare import check_importance_options
+from ecoflap.run.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("pageless")
 
@@ -124,7 +124,7 @@ def test_errors_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise ZeroDivisionError("inside")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ecoflap.pipeline.pruned_to", broken)
+        patch.setattr("ecoflap.run.pipeline.pruned_to", broken)
         with pytest.raises(RunFailed, match=r"ZeroDivisionError: inside \(the traceback is in .*log\.txt") as failed:
             run_recipe(recipe, tmp_path / "run")
     assert isinstance(failed.value.__cause__, ZeroDivisionError)
@@ -136,7 +136,7 @@ def test_errors_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ecoflap.pipeline.pruned_to", stopped)
+        patch.setattr("ecoflap.run.pipeline.pruned_to", stopped)
         with pytest.raises(Stopped) as stop:
             run_recipe(recipe, tmp_path / "run", resume=True)
     assert stop.value.path == tmp_path / "run"

@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ecoflap import display
+from ecoflap.cli import terminal
+from ecoflap.cli.terminal import Bars, Lines, Pace
+from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.measure import measure_importance
-from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.zeroth_order import ZerothOrder
-from ecoflap.network.anatomy import discover
-from ecoflap.network.effort import suffix_efforts, walk_efforts
-from ecoflap.pace import Pace
-from ecoflap.terminal import Bars, Lines
+from ecoflap.model.anatomy import discover
+from ecoflap.model.effort import suffix_efforts, walk_efforts
 
 
 class Clock:
@@ -221,7 +220,7 @@ def test_efforts_leave_out_what_is_done() -> None:
     st.floats(0, 1e7), st.none() | st.floats(0, 1e7), st.sampled_from(["", "model.layers.11.mlp.up_proj.weight"]),
 )  # fmt: skip
 def test_a_line_fits(width: int, name: str, total: int, elapsed: float, left: float | None, detail: str) -> None:
-    told = display.line(width, name, total // 2, total, elapsed, left, "12.3 GB", detail)
+    told = terminal.line(width, name, total // 2, total, elapsed, left, "12.3 GB", detail)
     assert len(told) <= width
     if width >= 45:
         assert f"{total // 2}/{total}" in told
@@ -230,15 +229,15 @@ def test_a_line_fits(width: int, name: str, total: int, elapsed: float, left: fl
 
 
 def test_what_a_line_shows() -> None:
-    line = display.line(80, "importance", 403, 1680, 3700, 5025, "1.2 GB", "language.block.0.q.weight")
+    line = terminal.line(80, "importance", 403, 1680, 3700, 5025, "1.2 GB", "language.block.0.q.weight")
     assert (
         line == "importance   ━······· 403/1680 left 1:23:45 1.2 GB …language.block.0.q.weight"[:80] or len(line) <= 80
     )
-    assert display.line(40, "importance", 403, 1680, 3700, 5025, "1.2 GB", "x" * 40) == (
+    assert terminal.line(40, "importance", 403, 1680, 3700, 5025, "1.2 GB", "x" * 40) == (
         "importance  403/1680 left 1:23:45 1.2 GB"
     )
-    assert display.clock(5) == "0:05"
-    assert display.clock(3600 * 76 + 300) == "3d 04:05"
+    assert terminal.clock(5) == "0:05"
+    assert terminal.clock(3600 * 76 + 300) == "3d 04:05"
 
 
 def test_a_stage_in_a_stage_on_a_terminal() -> None:

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecoflap.allocation import RULES
-from ecoflap.calibration.objectives import OBJECTIVES
-from ecoflap.cli.common import Command
-from ecoflap.comparison.recipe import Grid
+from ecoflap.cli.app import Command
+from ecoflap.cli.options import PANELS, with_recipe_options
+from ecoflap.data.objectives import OBJECTIVES
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS
-from ecoflap.importance.names import IMPORTANCES
-from ecoflap.options import PANELS, with_recipe_options
-from ecoflap.pruning.names import CRITERIA
-from ecoflap.recipe import FILE_ONLY, Recipe
-from ecoflap.report.command import reproduce
+from ecoflap.importance.registry import IMPORTANCES
+from ecoflap.pruning.registry import CRITERIA
+from ecoflap.report.formats import reproduce
+from ecoflap.run.compare.recipe import Grid
+from ecoflap.run.recipe import FILE_ONLY, Recipe
 
 FULL: dict[str, Any] = {
     "model": "some where/model",

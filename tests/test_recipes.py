@@ -15,13 +15,13 @@ import yaml
 from families import blip, dual, vision
 from families.family import Family
 
-from ecoflap.calibration import load_samples, make_batches
-from ecoflap.calibration.objectives import OBJECTIVES
-from ecoflap.classes import class_names, class_templates
-from ecoflap.evaluations import check_evaluations
-from ecoflap.network.checkpoint import load
-from ecoflap.pipeline import run_recipe
-from ecoflap.recipe import Recipe
+from ecoflap.data import load_samples, make_batches
+from ecoflap.data.class_names import class_names, class_templates
+from ecoflap.data.objectives import OBJECTIVES
+from ecoflap.model.checkpoint import load
+from ecoflap.run.evaluations import check_evaluations
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 METHODS = sorted((FOLDER / "methods").glob("*.yaml"))

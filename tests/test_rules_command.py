@@ -12,7 +12,7 @@ import yaml
 from console import TEXT, Command, command, prose
 
 from ecoflap.errors import InvalidOption, UnknownName
-from ecoflap.recipe import Recipe
+from ecoflap.run.recipe import Recipe
 
 
 @pytest.fixture

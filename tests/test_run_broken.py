@@ -14,13 +14,13 @@ from faults import DONE, FULL, KILLED, broken
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ecoflap import pipeline
-from ecoflap.comparison.grid import run_grid
-from ecoflap.comparison.recipe import Grid
-from ecoflap.files import write_text
-from ecoflap.measurement import measure_to
-from ecoflap.progress import Silent
-from ecoflap.recipe import Recipe
+from ecoflap.run import pipeline
+from ecoflap.run.commands import measure_to
+from ecoflap.run.compare.grid import run_grid
+from ecoflap.run.compare.recipe import Grid
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.files import write_text
+from ecoflap.support.progress import Silent
 
 FEW = {"samples": 4, "batch_size": 2, "sequence_length": 12, "importance_samples": 2, "test_samples": 2}
 BREAKS = st.lists(st.tuples(st.integers(1, 120), st.sampled_from(["kill", "full"])), min_size=1, max_size=4)

@@ -16,7 +16,7 @@ import transformers
 import yaml
 from console import TEXT, Command, Outcome, model_weights, prose, questions, same_result
 
-from ecoflap.recipe import Recipe
+from ecoflap.run.recipe import Recipe
 
 
 def pruned(run: Command, folder: Path, *options: object, name: str = "llama", **how: Any) -> Outcome:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from console import TEXT, Command, command, llama_and_prose, same_result
 
-from ecoflap import files
 from ecoflap.errors import StorageError
+from ecoflap.support import files
 
 
 @pytest.fixture(scope="module")

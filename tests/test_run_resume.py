@@ -19,16 +19,16 @@ import yaml
 from console import TEXT, Command, prose, same_result
 
 from ecoflap.importance import zeroth_order
-from ecoflap.journal import BlockFiles, EstimateFile
 from ecoflap.pruning import walk
 from ecoflap.pruning.walk import PrunedBlock
-from ecoflap.recipe import Recipe
+from ecoflap.run.journal import BlockFiles, EstimateFile
+from ecoflap.run.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its data, and ``whole``: an undisturbed run."""
-    from ecoflap.pipeline import run_recipe
+    from ecoflap.run.pipeline import run_recipe
 
     folder = tmp_path_factory.mktemp("resume")
     picos.write_checkpoint("llama", folder / "llama")
@@ -114,7 +114,7 @@ def test_a_crash_in_stage_2(
 def test_a_crash_near_the_end(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from ecoflap import pipeline
+    from ecoflap.run import pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, name, _failing(getattr(pipeline, name), 0, _Crash("hail")))
@@ -250,7 +250,7 @@ def test_a_stop_in_process(
 
 
 def test_a_stop_before_the_run_began(prune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ecoflap import prepare
+    from ecoflap.run import prepare
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "load_checkpoint", _failing(prepare.load_checkpoint, 0, KeyboardInterrupt()))
@@ -266,7 +266,7 @@ def test_a_stop_before_the_run_began(prune: Command, tmp_path: Path, monkeypatch
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Recipe, Path]:
     """A job of some seconds in each stage, as a command and as a recipe, and the folder with its result ``whole``."""
-    from ecoflap.pipeline import run_recipe
+    from ecoflap.run.pipeline import run_recipe
 
     folder = tmp_path_factory.mktemp("slow")
     picos.write_checkpoint("llama", folder / "llama")
@@ -303,7 +303,7 @@ def _lines(path: Path) -> int:
 
 
 def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Recipe, Path]) -> None:
-    from ecoflap.pipeline import run_recipe
+    from ecoflap.run.pipeline import run_recipe
 
     job, recipe, folder = slow
     run = folder / "killed"

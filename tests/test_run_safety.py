@@ -13,15 +13,15 @@ import pytest
 import torch
 from console import TEXT, Command, poisoned_llama, prose, same_result
 
-from ecoflap import files
+from ecoflap.cli.signals import Stops
 from ecoflap.errors import ResumeMismatch
 from ecoflap.importance import zeroth_order
 from ecoflap.importance.scores import Estimate
-from ecoflap.journal import BlockFiles, EstimateFile, SearchFile
 from ecoflap.pruning import walk
 from ecoflap.pruning.walk import PrunedBlock
-from ecoflap.results import Results
-from ecoflap.stopping import Stops
+from ecoflap.run.directory import Results
+from ecoflap.run.journal import BlockFiles, EstimateFile, SearchFile
+from ecoflap.support import files
 
 PROBE = zeroth_order.ZerothOrder.projection
 
@@ -29,8 +29,8 @@ PROBE = zeroth_order.ZerothOrder.projection
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its data, and ``whole``: an undisturbed run."""
-    from ecoflap.pipeline import run_recipe
-    from ecoflap.recipe import Recipe
+    from ecoflap.run.pipeline import run_recipe
+    from ecoflap.run.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("safe")
     picos.write_checkpoint("llama", folder / "llama")

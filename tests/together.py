@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ecoflap.exchange import pack, unpack
-from ecoflap.workers import ALONE, Workers
+from ecoflap.support.processes import pack, unpack
+from ecoflap.support.workers import ALONE, Workers
 
 T = TypeVar("T")
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ecoflap.support.lazy import lazily
 
 if TYPE_CHECKING:
-    from ecoflap.analysis.perform import analyse
     from ecoflap.api import PruneResult, allocate, inspect, prune
-    from ecoflap.card import write_model_card
-    from ecoflap.comparison.entry import compare
-    from ecoflap.hub import push
     from ecoflap.importance.measure import measure_importance
     from ecoflap.importance.scores import Importance, Score
-    from ecoflap.network.checkpoint import load, save
-    from ecoflap.recipe import Recipe
+    from ecoflap.model.checkpoint import load
+    from ecoflap.model.save import save
+    from ecoflap.report.analysis.run import analyse
+    from ecoflap.report.card import write_model_card
+    from ecoflap.report.hub import push
+    from ecoflap.run.compare.compare import compare
+    from ecoflap.run.recipe import Recipe
 
 __all__ = [
     "Importance",
@@ -43,22 +45,18 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 _HOMES = {
     "Importance": "ecoflap.importance.scores",
     "PruneResult": "ecoflap.api",
-    "Recipe": "ecoflap.recipe",
+    "Recipe": "ecoflap.run.recipe",
     "Score": "ecoflap.importance.scores",
     "allocate": "ecoflap.api",
-    "analyse": "ecoflap.analysis.perform",
-    "compare": "ecoflap.comparison.entry",
+    "analyse": "ecoflap.report.analysis.run",
+    "compare": "ecoflap.run.compare.compare",
     "inspect": "ecoflap.api",
-    "load": "ecoflap.network.checkpoint",
+    "load": "ecoflap.model.checkpoint",
     "measure_importance": "ecoflap.importance.measure",
     "prune": "ecoflap.api",
-    "push": "ecoflap.hub",
-    "save": "ecoflap.network.save",
-    "write_model_card": "ecoflap.card",
+    "push": "ecoflap.report.hub",
+    "save": "ecoflap.model.save",
+    "write_model_card": "ecoflap.report.card",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'ecoflap' has no attribute '{name}'")
+__getattr__ = lazily(__name__, _HOMES)

@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoflap.allocation import Allocation, LayerAllocation, LayerSize
+from ecoflap.allocation import Allocation, LayerSize
 from ecoflap.allocation import allocate as allocate_sizes
+from ecoflap.allocation.curves import Curve
+from ecoflap.allocation.fits import check_allocation, check_same_layers
 from ecoflap.allocation.groups import make_pools
-from ecoflap.curve import Curve
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.files import read_json
-from ecoflap.importance.names import own_rule
+from ecoflap.importance.registry import own_rule
 from ecoflap.importance.scores import Importance, Score, check_granularity
-from ecoflap.network.parts import Anatomy, Layer
-from ecoflap.workers import ALONE, Workers
+from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.support.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ecoflap.calibration.objectives import Objective
-    from ecoflap.progress import Progress
+    from ecoflap.data.objectives import Objective
     from ecoflap.pruning.walk import BlockJournal
     from ecoflap.statistics.choice import TokenChoice
+    from ecoflap.support.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -154,32 +153,33 @@ def prune(
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
         allocation: use this one, and skip stage 1.
         search: improve the allocation by measuring the pruned model; by default where ``sensitivity`` is measured here.
-        search_options: see :class:`ecoflap.search.state.SearchOptions`.
+        search_options: see :class:`ecoflap.search.options.SearchOptions`.
         importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
         importance_error: sample a layer only until its standard error is this share of its score.
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
-        include, exclude, towers: patterns, see :func:`ecoflap.network.anatomy.discover`.
+        include, exclude, towers: patterns, see :func:`ecoflap.model.anatomy.discover`.
         tokens: what enters the criterion's statistics where a language tower reads visual tokens, too: ``all``,
             ``text``, ``text+top``, ``text+attended`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
         offload_activations: keep block inputs elsewhere between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
             memory-mapped file that goes with the process.
         max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.
-        workers: processes that have model and batches alike and share the work, see :mod:`ecoflap.processes`.
+        workers: processes that have model and batches alike and share the work, see :mod:`ecoflap.support.processes`.
 
     Raises:
         EcoflapError: says what is wrong and how to mend it; the model is untouched unless the walk had begun.
     """
-    from ecoflap.calibration.objectives import default_objective, on_device
-    from ecoflap.importance.measure import first_samples, make_measure, measure_importance
+    from ecoflap.data.batches import first_samples
+    from ecoflap.data.objectives import default_objective, on_device
+    from ecoflap.importance.measure import make_measure, measure_importance
+    from ecoflap.importance.offloaded import check_model
     from ecoflap.importance.stopping import stopping_of
-    from ecoflap.large import check_model
-    from ecoflap.network.anatomy import discover
-    from ecoflap.network.cache import cache_disabled
+    from ecoflap.model.anatomy import discover
+    from ecoflap.model.patching import cache_disabled
     from ecoflap.pruning.criteria import make_criterion
-    from ecoflap.pruning.names import is_global, reads_data, refuse_with_global
-    from ecoflap.search.start import search_allocation
-    from ecoflap.search.start import search_options as checked_search_options
+    from ecoflap.pruning.registry import is_global, reads_data, refuse_with_global
+    from ecoflap.search.search import search_allocation
+    from ecoflap.search.search import search_options as checked_search_options
     from ecoflap.statistics.choice import TokenChoice
     from ecoflap.statistics.tokens import check_choice
 
@@ -327,15 +327,14 @@ def prune_to(
         journal: what an interrupted run has done, and where more goes; the same for all workers.
         workers: those who have model and batches alike; a global criterion is computed by all of them.
     """
-    from ecoflap.calibration.objectives import default_objective, on_device
-    from ecoflap.large import check_model
-    from ecoflap.network.activations import offload_kind
-    from ecoflap.pruning.criteria import make_criterion
-    from ecoflap.pruning.global_criteria import GlobalCriterion
-    from ecoflap.pruning.global_walk import prune_globally
-    from ecoflap.pruning.names import refuse_with_global
-    from ecoflap.pruning.patterns import parse_pattern, with_default
+    from ecoflap.allocation.patterns import parse_pattern, with_default
+    from ecoflap.data.objectives import default_objective, on_device
+    from ecoflap.importance.offloaded import check_model
+    from ecoflap.model.activation_store import offload_kind
+    from ecoflap.pruning.criteria import GlobalCriterion, make_criterion
+    from ecoflap.pruning.registry import refuse_with_global
     from ecoflap.pruning.walk import walk
+    from ecoflap.pruning.whole_model import prune_globally
     from ecoflap.statistics.choice import TokenChoice
     from ecoflap.statistics.tokens import check_choice
 
@@ -390,47 +389,6 @@ def flat(anatomy: Anatomy, rule: str = "proportional") -> Importance:
     return Importance("flat", {"rule": rule}, anatomy.layers, scores, curves)
 
 
-def check_same_layers(anatomy: Anatomy, given: Allocation | Importance) -> None:
-    """What was given is of this very model: same layers, same sizes. Raises InvalidOption with the first difference."""
-    kind = "allocation" if isinstance(given, Allocation) else "importance"
-    sizes = {layer.name: layer.numel for layer in anatomy.layers}
-    theirs = {row.name: row.weights if isinstance(row, LayerAllocation) else row.numel for row in given.layers}
-    for name in (*sizes, *theirs):
-        if sizes.get(name) != theirs.get(name):
-            in_model = f"{sizes[name]} weights" if name in sizes else "no prunable layer of that name"
-            in_file = f"{theirs[name]} weights" if name in theirs else "no entry"
-            raise InvalidOption(
-                f"the {kind} is of another model, or made with other include or exclude patterns: {name}: "
-                f"{in_model} in the model, {in_file} in the {kind}"
-            )
-
-
-def check_allocation(anatomy: Anatomy, allocation: Allocation, pattern: str) -> None:
-    """Raises InvalidOption where the allocation is of another model, or can't be made with the pattern."""
-    from ecoflap.pruning.patterns import check_fits, parse_pattern
-
-    check_same_layers(anatomy, allocation)
-    parsed = parse_pattern(pattern)
-    for layer in anatomy.layers:
-        try:
-            check_fits(parsed, layer.shape, allocation[layer.name].zeros)
-        except InvalidOption as error:
-            raise InvalidOption(f"layer {layer.name}: {error}") from error
-
-
-def read_allocation(path: str | Path) -> Allocation:
-    """Read an ``allocation.json``, perhaps edited by hand.
-
-    Raises:
-        InvalidOption: it can't be read or is no allocation; the message names the file and the layer.
-    """
-    data = read_json(path, "the allocation")
-    try:
-        return Allocation.from_json(data)
-    except InvalidOption as error:
-        raise InvalidOption(f"{path}: {error}") from error
-
-
 def inspect(
     model: nn.Module,
     batch: Mapping[str, Any] | None = None,
@@ -440,9 +398,9 @@ def inspect(
     towers: Sequence[str] | None = None,
 ) -> Anatomy:
     """Towers, blocks, prunable layers, and what stays dense with the reason; ``batch`` lets it watch a forward."""
-    from ecoflap.calibration.models import to_device
-    from ecoflap.network.anatomy import discover
-    from ecoflap.network.cache import cache_disabled
+    from ecoflap.data.model_facts import to_device
+    from ecoflap.model.anatomy import discover
+    from ecoflap.model.patching import cache_disabled
 
     with cache_disabled(model):
         placed = None if batch is None else to_device(batch, model)

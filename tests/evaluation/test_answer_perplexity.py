@@ -9,7 +9,7 @@ import test_vqa_task
 import torch
 from picos import scramble
 
-from ecoflap.calibration import load_samples
+from ecoflap.data import load_samples
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.evaluation import TASKS
 

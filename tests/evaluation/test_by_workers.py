@@ -22,7 +22,7 @@ import test_vqa_task
 import test_zero_shot
 from together import together
 
-from ecoflap.workers import Workers
+from ecoflap.support.workers import Workers
 
 Run = Callable[..., Any]
 

@@ -11,14 +11,14 @@ import pairs
 import pico
 import pytest
 
-from ecoflap.calibration.prompts import Prompter
-from ecoflap.calibration.sample import Sample
+from ecoflap.data.prompts import Prompter
+from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency, UnknownName
-from ecoflap.evaluation import TASKS, caption_scores
+from ecoflap.evaluation import TASKS, captioning
 from ecoflap.evaluation.generate import generate
-from ecoflap.evaluation.results import mean_and_stderr
+from ecoflap.evaluation.task import mean_and_stderr
 
-has_package = pytest.mark.skipif(not caption_scores.has_package(), reason="pycocoevalcap is not installed")
+has_package = pytest.mark.skipif(not captioning.has_package(), reason="pycocoevalcap is not installed")
 has_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java here")
 
 
@@ -61,13 +61,13 @@ def test_cider_against_its_formula() -> None:
 
     references = [[text() for _ in range(chance.randint(1, 5))] for _ in range(12)]
     candidates = [chance.choice([text(), truths[0], truths[-1] + " a"]) for truths in references]
-    scores = caption_scores.cider(candidates, references)
+    scores = captioning.cider(candidates, references)
     assert scores == pytest.approx(cider_by_formula(candidates, references))
     assert min(scores) < 1 < max(scores)
 
 
 def test_simple_words() -> None:
-    assert caption_scores.simple_words([["A dog, two cats.", ""], [" It's\nRED "]]) == [
+    assert captioning.simple_words([["A dog, two cats.", ""], [" It's\nRED "]]) == [
         ["a dog two cats", ""],
         ["it s red"],
     ]
@@ -76,7 +76,7 @@ def test_simple_words() -> None:
 @has_package
 @has_java
 def test_ptb_tokens_by_the_package(capfd: pytest.CaptureFixture[str]) -> None:
-    words = caption_scores.ptb([["A dog, two cats.", "It isn't\nred!"], [""], ["one", ""]])
+    words = captioning.ptb([["A dog, two cats.", "It isn't\nred!"], [""], ["one", ""]])
     assert words == [["a dog two cats", "it is n't red"], [""], ["one", ""]]
     assert capfd.readouterr().err == ""
 
@@ -140,9 +140,9 @@ def test_published_tokens_and_their_label(tmp_path: Path) -> None:
 
 def test_both_metrics_and_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = pairs.blip("captions")
-    monkeypatch.setattr(caption_scores, "check", lambda metrics, tokenizer: None)
-    monkeypatch.setattr(caption_scores, "cider", lambda said, truth: [float(i) for i in range(len(said))])
-    monkeypatch.setattr(caption_scores, "spice", lambda said, truth: [0.1 * len(of_one) for of_one in truth])
+    monkeypatch.setattr(captioning, "check", lambda metrics, tokenizer: None)
+    monkeypatch.setattr(captioning, "cider", lambda said, truth: [float(i) for i in range(len(said))])
+    monkeypatch.setattr(captioning, "spice", lambda said, truth: [0.1 * len(of_one) for of_one in truth])
     result = run(model, processor, captions_file(tmp_path), metrics="spice, CIDEr", new_tokens=3)
     assert (result.metric, result.value) == ("CIDEr (simple words)", 2.0)
     assert result.others["SPICE (simple words)"].value == pytest.approx(0.3)
@@ -161,13 +161,13 @@ def test_what_is_missing_is_said_before_captions_are_made(tmp_path: Path, monkey
         run(model, processor, None)
     with pytest.raises(InvalidOption, match="generates text"):
         run(*pico.clip(), data)
-    monkeypatch.setattr(caption_scores, "has_package", lambda: True)
-    monkeypatch.setattr(caption_scores.shutil, "which", lambda name: None)
+    monkeypatch.setattr(captioning, "has_package", lambda: True)
+    monkeypatch.setattr(captioning.shutil, "which", lambda name: None)
     with pytest.raises(MissingDependency, match=r"needs Java.*tokenizer=simple"):
         run(model, processor, data, tokenizer="ptb")
     with pytest.raises(MissingDependency, match=r"needs Java.*metrics=CIDEr"):
         run(model, processor, data, metrics="SPICE")
-    monkeypatch.setattr(caption_scores, "has_package", lambda: False)
+    monkeypatch.setattr(captioning, "has_package", lambda: False)
     with pytest.raises(MissingDependency, match=r"pip install 'ecoflap\[captions\]'"):
         run(model, processor, data)
 
@@ -180,16 +180,16 @@ def test_spice_without_its_models(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route")
 
     monkeypatch.setattr(spice, "get_stanford_models", refuse)
-    monkeypatch.setattr(caption_scores.shutil, "which", lambda name: "/usr/bin/java")
+    monkeypatch.setattr(captioning.shutil, "which", lambda name: "/usr/bin/java")
     with pytest.raises(MissingDependency, match=r"can't download them.*no route.*metrics=CIDEr") as caught:
-        caption_scores.check(["SPICE"], "simple")
+        captioning.check(["SPICE"], "simple")
     assert "\n" not in str(caught.value)
 
 
 def test_a_failing_program_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     code = "import sys; print('Loading', file=sys.stderr); sys.exit('java.lang.OutOfMemoryError: heap')"
     found = r"^SPICE failed \(java.lang.OutOfMemoryError: heap\): mend Java, or give --task-option metrics=CIDEr$"
-    with pytest.raises(MissingDependency, match=found), caption_scores.java_program("SPICE", "metrics=CIDEr"):
+    with pytest.raises(MissingDependency, match=found), captioning.java_program("SPICE", "metrics=CIDEr"):
         subprocess.check_call([sys.executable, "-c", code])
     assert capfd.readouterr().err == ""
 

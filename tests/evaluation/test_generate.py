@@ -5,8 +5,8 @@ import pico
 import pytest
 import torch
 
-from ecoflap.calibration.prompts import Prompter
-from ecoflap.calibration.sample import Sample
+from ecoflap.data.prompts import Prompter
+from ecoflap.data.sample import Sample
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.generate import generate
 

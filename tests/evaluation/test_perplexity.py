@@ -12,7 +12,7 @@ import torch
 
 from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption, NonFiniteLoss
 from ecoflap.evaluation import TASKS, perplexity
-from ecoflap.progress import Silent
+from ecoflap.support.progress import Silent
 
 
 def prose(folder: Path, words: int = 150) -> Path:

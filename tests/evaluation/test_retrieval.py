@@ -9,7 +9,7 @@ from picos import scramble
 
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss, UnknownName
 from ecoflap.evaluation import TASKS
-from ecoflap.evaluation.recall import ranks
+from ecoflap.evaluation.retrieval import ranks
 
 PICTURES, CAPTIONS = 8, 2
 

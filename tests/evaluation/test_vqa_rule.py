@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecoflap.evaluation.results import mean_and_stderr
-from ecoflap.evaluation.vqa_rule import exact_match, normalize, plain_match, soft_accuracy
+from ecoflap.evaluation.task import mean_and_stderr
+from ecoflap.evaluation.vqa import exact_match, normalize, plain_match, soft_accuracy
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import pico
 import pytest
 import torch
 
-from ecoflap.calibration import load_samples
-from ecoflap.calibration.prompts import Prompter
-from ecoflap.calibration.sample import Sample
+from ecoflap.data import load_samples
+from ecoflap.data.prompts import Prompter
+from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS
 from ecoflap.evaluation.generate import generate
-from ecoflap.progress import Silent
+from ecoflap.support.progress import Silent
 
 QUESTIONS = ["what color is the circle", "what shape", "is there a big square on the left", "how many", "what is it"]
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecoflap.allocation import Allocation, LayerSize, allocate
-from ecoflap.calibration.objectives import Objective, on_device, resolve
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.parts import Anatomy, Layer
+from ecoflap.data.objectives import Objective, on_device, resolve
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.model.patching import cache_disabled
 
 FAMILIES: dict[str, Family] = {
     family.name: family for kind in (text, vision, moe, vlm, dual, blip) for family in kind.FAMILIES

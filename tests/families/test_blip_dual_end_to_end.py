@@ -14,14 +14,15 @@ from families.family import Family
 from families.vlm_words import picture
 from torch import Tensor, nn
 
-from ecoflap import pipeline
-from ecoflap.calibration import load_samples, make_batches, resolve
-from ecoflap.calibration.objectives import on_device
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.checkpoint import Checkpoint, save
-from ecoflap.network.trace import tensors_in
-from ecoflap.pipeline import run_recipe
-from ecoflap.recipe import Recipe
+from ecoflap.data import load_samples, make_batches, resolve
+from ecoflap.data.objectives import on_device
+from ecoflap.model.checkpoint import Checkpoint
+from ecoflap.model.patching import cache_disabled
+from ecoflap.model.save import save
+from ecoflap.model.trace import tensors_in
+from ecoflap.run import pipeline
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.recipe import Recipe
 
 FAMILIES = {family.name: family for family in (*blip.FAMILIES, *dual.FAMILIES)}
 ASKED = ("blip2_t5", "blip2_opt", "instructblip_t5", "instructblip_vicuna", "blip_vqa")  # the others get captions

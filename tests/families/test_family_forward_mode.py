@@ -6,12 +6,11 @@ import pytest
 import torch
 from families.matrix import FAMILIES, case
 
+from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.forward_mode import derivative
-from ecoflap.importance.probe import ProbeContext
 from ecoflap.importance.projections import Probe
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.replay import Replay
-from ecoflap.network.tangents import differentiable_attention
+from ecoflap.model.patching import cache_disabled, differentiable_attention
+from ecoflap.model.replay import Replay
 
 # An activation function of its own, and the product with stacked experts.
 WITHOUT = {"bloom": "jvp", "mixtral": "_grouped_mm", "qwen3_moe": "_grouped_mm"}

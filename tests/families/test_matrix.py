@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from ecoflap import api
 from ecoflap.importance.measure import measure_importance
-from ecoflap.importance.noise import noise
+from ecoflap.importance.projections import noise
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.drive import BlockCall, TowerDriver
-from ecoflap.network.parts import Anatomy
-from ecoflap.network.perturb import swapped
-from ecoflap.network.replay import Replay
-from ecoflap.network.trace import tensors_in
+from ecoflap.model.block_runner import BlockCall, TowerDriver
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled, swapped
+from ecoflap.model.replay import Replay
+from ecoflap.model.trace import tensors_in
 
 CRITERIA = ("wanda", "sparsegpt", "magnitude")
 every_family = pytest.mark.parametrize("name", FAMILIES)

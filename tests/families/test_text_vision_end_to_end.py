@@ -17,11 +17,11 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from ecoflap import pipeline
-from ecoflap import run as files
-from ecoflap.network.trace import tensors_in
-from ecoflap.recipe import Recipe
-from ecoflap.report import summary_table
+from ecoflap.cli.tables import summary_table
+from ecoflap.model.trace import tensors_in
+from ecoflap.run import names as files
+from ecoflap.run import pipeline
+from ecoflap.run.recipe import Recipe
 
 FAMILIES = {f.name: f for f in (*text.FAMILIES, *vision.FAMILIES, *moe.FAMILIES) if f.processor is not None}
 VISION = {family.name for family in vision.FAMILIES}

@@ -13,8 +13,8 @@ from families.family import Family
 from families.vlm_words import picture
 from torch import nn
 
-from ecoflap.calibration import Sample, SampleSet, batch_size_of, is_encoder_decoder, make_batches
-from ecoflap.calibration.prompts import Prompter, tokenizer_of
+from ecoflap.data import Sample, SampleSet, batch_size_of, is_encoder_decoder, make_batches
+from ecoflap.data.prompts import Prompter, tokenizer_of
 from ecoflap.errors import CalibrationError
 from ecoflap.evaluation.generate import generate
 

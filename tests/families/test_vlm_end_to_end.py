@@ -13,10 +13,11 @@ from families.family import Family
 from families.vlm_words import picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ecoflap import pipeline
-from ecoflap.network.checkpoint import Checkpoint, load, save
-from ecoflap.pipeline import run_recipe
-from ecoflap.recipe import Recipe
+from ecoflap.model.checkpoint import Checkpoint, load
+from ecoflap.model.save import save
+from ecoflap.run import pipeline
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.recipe import Recipe
 
 FAMILIES = tuple(family for family in vlm.FAMILIES if family.processor is not None)
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

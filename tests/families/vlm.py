@@ -15,7 +15,7 @@ from families.family import Batches, Family
 from families.vlm_words import picture
 from torch import nn
 
-from ecoflap.calibration import Sample, SampleSet, make_batches
+from ecoflap.data import Sample, SampleSet, make_batches
 
 SIZES = ((16, 16), (40, 16), (16, 33), (24, 24))  # width, height: square, broad, tall, larger
 QUESTIONS = (("what color is the big circle ?", "blue and red"), ("how many ?", "two"),

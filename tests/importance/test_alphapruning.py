@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from picos import FAMILIES
 
 from ecoflap import api
-from ecoflap.calibration.objectives import default_objective
+from ecoflap.data.objectives import default_objective
 from ecoflap.importance.alphapruning import above_peak, hill, spectrum
 from ecoflap.importance.measure import measure_importance
-from ecoflap.network.anatomy import discover
+from ecoflap.model.anatomy import discover
 
 
 def with_singular_values(values: list[float], rows: int, seed: int = 0) -> torch.Tensor:

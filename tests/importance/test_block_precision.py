@@ -12,8 +12,8 @@ from picos import FAMILIES
 from torch import nn
 
 from ecoflap import measure_importance
-from ecoflap.network.anatomy import discover
-from ecoflap.network.fp32 import computing_in_fp32
+from ecoflap.model.anatomy import discover
+from ecoflap.model.precision import computing_in_fp32
 
 
 def _pair(family: Any, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:

@@ -11,12 +11,12 @@ from picos import FAMILIES
 from torch import Tensor
 
 from ecoflap import measure_importance
-from ecoflap.calibration.objectives import default_objective
+from ecoflap.data.objectives import default_objective
 from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.importance.scores import Importance
-from ecoflap.network import heap
-from ecoflap.network import recompute as recomputation
-from ecoflap.network.cache import cache_disabled
+from ecoflap.model import patching
+from ecoflap.model import recompute as recomputation
+from ecoflap.model.patching import cache_disabled
 
 FORMULAS: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
     "gradient": lambda w, g: torch.stack(g).abs().mean(0).sum(),
@@ -82,7 +82,7 @@ def test_recomputing_gives_freed_memory_back_every_few_blocks(monkeypatch: pytes
     def note() -> None:
         nonlocal trims
         trims += 1
-        heap.trim()
+        patching.trim()
 
     monkeypatch.setattr(recomputation, "trim", note)
     family = FAMILIES["blip2_t5"]  # 3 + 2 + 2 + 2 blocks

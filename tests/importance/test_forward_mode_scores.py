@@ -13,10 +13,10 @@ from picos import FAMILIES
 from torch import Tensor, nn
 
 from ecoflap import measure_importance
-from ecoflap.calibration.models import to_device
+from ecoflap.data.model_facts import to_device
 from ecoflap.errors import InvalidOption, UnknownName
-from ecoflap.importance.noise import noise
-from ecoflap.network.cache import cache_disabled
+from ecoflap.importance.projections import noise
+from ecoflap.model.patching import cache_disabled
 
 
 def measured(model: nn.Module, batches: list[Any], name: str = "forward-mode", **options: Any) -> dict[Any, float]:

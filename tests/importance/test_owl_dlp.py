@@ -15,16 +15,15 @@ from picos import FAMILIES
 from torch import Tensor, nn
 
 from ecoflap import api
-from ecoflap.calibration.objectives import default_objective
+from ecoflap.data.objectives import default_objective
 from ecoflap.errors import InvalidOption, NonFiniteLoss, UnknownName
-from ecoflap.importance.dlp import lower_median, relative_importance
 from ecoflap.importance.measure import measure_importance
-from ecoflap.importance.names import IMPORTANCES, own_rule
-from ecoflap.importance.owl import outlier_share
+from ecoflap.importance.outliers import lower_median, outlier_share, relative_importance
+from ecoflap.importance.registry import IMPORTANCES, own_rule
 from ecoflap.importance.scores import Importance
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.parts import Anatomy
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
 
 NAMES = ("llama", "gpt2", "t5", "llava", "clip")
 

@@ -11,7 +11,7 @@ from picos import FAMILIES
 
 from ecoflap import measure_importance
 from ecoflap.errors import UnknownName
-from ecoflap.importance.rounding import rounding_share
+from ecoflap.importance.zeroth_order import rounding_share
 
 
 def test_half_precision_is_told_with_what_it_costs(recwarn: pytest.WarningsRecorder) -> None:
@@ -54,8 +54,8 @@ def test_the_share_is_the_error_that_is_put_in(sigma: float) -> None:
     def loss(*_: object) -> torch.Tensor:
         return torch.zeros(())
 
-    from ecoflap.importance.probe import ProbeContext
-    from ecoflap.network.anatomy import discover
+    from ecoflap.importance.base import ProbeContext
+    from ecoflap.model.anatomy import discover
 
     context = ProbeContext(model, discover(model, batches[0]), batches, loss, seed=0)
     for _ in range(200):

@@ -12,12 +12,12 @@ from picos import FAMILIES
 from torch import nn
 
 from ecoflap import measure_importance
-from ecoflap.calibration.models import to_device
-from ecoflap.calibration.objectives import default_objective
+from ecoflap.data.model_facts import to_device
+from ecoflap.data.objectives import default_objective
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss, UnknownName
-from ecoflap.importance.noise import noise, noise_key
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
+from ecoflap.importance.projections import noise, noise_key
+from ecoflap.model.anatomy import discover
+from ecoflap.model.patching import cache_disabled
 
 
 def gradients(model: nn.Module, batch: Any, names: list[str]) -> dict[str, torch.Tensor]:

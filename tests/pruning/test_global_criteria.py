@@ -14,12 +14,11 @@ import ecoflap
 from ecoflap.allocation import Allocation
 from ecoflap.api import prune_to
 from ecoflap.errors import InfeasibleAllocation, InvalidOption, NonFiniteLoss, UnknownName
-from ecoflap.network.cache import cache_disabled
-from ecoflap.pruning.criteria import make_criterion
-from ecoflap.pruning.global_criteria import GlobalCriterion
-from ecoflap.pruning.iterative_gradient import IterativeGradient
-from ecoflap.pruning.names import CRITERIA, is_global, reads_data
+from ecoflap.model.patching import cache_disabled
+from ecoflap.pruning.criteria import GlobalCriterion, make_criterion
+from ecoflap.pruning.registry import CRITERIA, is_global, reads_data
 from ecoflap.pruning.walk import PrunedBlock
+from ecoflap.pruning.whole_model import IterativeGradient
 
 GLOBAL = ["global-magnitude", "iterative-gradient"]
 

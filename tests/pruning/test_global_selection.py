@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ecoflap.errors import NonFiniteLoss
-from ecoflap.pruning.global_selection import keys_of, lowest
+from ecoflap.pruning.whole_model import keys_of, lowest
 
 NUMBERS = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, 1.0000001, 2.0, 1e-45, 3e38, 0.5]),

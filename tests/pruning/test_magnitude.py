@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ecoflap.allocation.patterns import NofM, Pattern, Unstructured
 from ecoflap.errors import NonFiniteLoss, UnknownName
 from ecoflap.pruning.magnitude import Magnitude
-from ecoflap.pruning.names import CRITERIA, is_global
-from ecoflap.pruning.patterns import NofM, Pattern, Unstructured
+from ecoflap.pruning.registry import CRITERIA, is_global
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ecoflap.network.anatomy import discover
-from ecoflap.network.parts import Anatomy, Layer
-from ecoflap.pruning.memory import Memory, expected_memory, working_bytes
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy, Layer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from memory import Memory, expected_memory, working_bytes
 
 
 class Block(nn.Module):

@@ -11,17 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ecoflap.allocation.patterns import NofM, Unstructured, parse_pattern, sparsity_of_pattern
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.pruning.patterns import (
-    NofM,
-    Unstructured,
-    _kth_lowest,
-    lowest_by_counts,
-    lowest_mask,
-    parse_pattern,
-    row_quotas,
-    sparsity_of_pattern,
-)
+from ecoflap.pruning.masks import _kth_lowest, lowest_by_counts, lowest_mask, row_quotas
 
 ROW, MATRIX = Unstructured("row"), Unstructured("matrix")
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ecoflap.allocation.patterns import NofM, Pattern, Unstructured
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.pruning.magnitude import Magnitude
-from ecoflap.pruning.patterns import NofM, Pattern, Unstructured
 from ecoflap.pruning.sparsegpt import SparseGPT
 from ecoflap.statistics.inputs import InputGram, InputNorm
 

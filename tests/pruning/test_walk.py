@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from ecoflap import api
 from ecoflap.allocation import Allocation, LayerSize, allocate
-from ecoflap.calibration.models import is_encoder_decoder
-from ecoflap.calibration.objectives import default_objective
-from ecoflap.calibration.padding import token_masks
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.parts import Anatomy, Layer
-from ecoflap.network.trace import evaluating
-from ecoflap.pruning.names import CRITERIA
-from ecoflap.pruning.patterns import parse_pattern, with_default
+from ecoflap.allocation.patterns import parse_pattern, with_default
+from ecoflap.data.model_facts import is_encoder_decoder, token_masks
+from ecoflap.data.objectives import default_objective
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.model.patching import cache_disabled
+from ecoflap.model.trace import evaluating
+from ecoflap.pruning.registry import CRITERIA
 from ecoflap.pruning.walk import PrunedBlock, walk
 from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.inputs import InputGram, InputNorm

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ecoflap.allocation.patterns import NofM, Pattern, Unstructured
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.pruning.criteria import zero_out
-from ecoflap.pruning.patterns import NofM, Pattern, Unstructured
 from ecoflap.pruning.wanda import Wanda
 from ecoflap.statistics.inputs import InputGram, InputNorm, all_finite
 

@@ -4,9 +4,9 @@ import pytest
 from pages import ATTACK, Page, assert_safe, assert_self_contained, read
 from synthetic import METHODS, TOWERS, comparison, write_comparison
 
-from ecoflap.citations import CITATIONS
 from ecoflap.errors import InvalidOption, StorageError
 from ecoflap.report import write_compare
+from ecoflap.report.citations import CITATIONS
 from ecoflap.report.comparison import Comparison
 
 

@@ -18,7 +18,7 @@ from synthetic import (
 
 from ecoflap.errors import InvalidOption
 from ecoflap.report import write_report
-from ecoflap.report.predictions import EXAMPLES, TaskPredictions, gallery
+from ecoflap.report.data import EXAMPLES, TaskPredictions, gallery
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,26 @@ from hypothesis import strategies as st
 from pages import ATTACK
 from synthetic import TOWERS, agreement, comparison, distributions, effects, landscape, searched, write_run
 
-from ecoflap.report import analyses, analysis_charts, compare_charts, run_charts, search_charts
-from ecoflap.report.charts import DASHES, HUES, Axis, Chart, Rule, Series, log_ticks, places, style, tower_styles
+from ecoflap.report import compare_page, data
+from ecoflap.report.charts import analysis as analysis_charts
+from ecoflap.report.charts import run as run_charts
+from ecoflap.report.charts.chart import (
+    DASHES,
+    HUES,
+    Axis,
+    Chart,
+    Rule,
+    Series,
+    log_ticks,
+    places,
+    style,
+    tower_styles,
+)
+from ecoflap.report.charts.plotly import figure
+from ecoflap.report.charts.svg import svg
 from ecoflap.report.comparison import Comparison
 from ecoflap.report.data import read_run
 from ecoflap.report.html import in_script
-from ecoflap.report.interactive import figure
-from ecoflap.report.static import svg
 
 COLOUR = re.compile(r"var\(--([a-z0-9]+)\)( [\d.]+)?")
 
@@ -24,23 +37,23 @@ def charts(tmp_path_factory):
     run = read_run(write_run(tmp_path_factory.mktemp("run"), allocation=searched()))
     assert run.allocation is not None
     content = Comparison.model_validate(comparison())
-    quality = compare_charts.quality_chart(content, content.each_test[0])
+    quality = compare_page.quality_chart(content, content.each_test[0])
     assert quality is not None
     return [
         *run_charts.sparsity_charts(run, run.blocks()),
         *run_charts.importance_charts(run.blocks()),
         *run_charts.layer_importance_charts(run),
         *run_charts.heat_charts(run),
-        *search_charts.loss_charts(run.allocation.search),
-        *search_charts.cost_charts(run.allocation.search, run.blocks()),
-        *analysis_charts.distribution_charts(analyses.Distributions.model_validate(distributions())),
-        analysis_charts.agreement_chart(analyses.Agreement.model_validate(agreement())),
-        *analysis_charts.effect_charts(analyses.Effects.model_validate(effects())),
-        *analysis_charts.share_charts(analyses.Effects.model_validate(effects())),
-        *analysis_charts.landscape_charts(analyses.Landscape.model_validate(landscape())),
+        *run_charts.loss_charts(run.allocation.search),
+        *run_charts.cost_charts(run.allocation.search, run.blocks()),
+        *analysis_charts.distribution_charts(data.Distributions.model_validate(distributions())),
+        analysis_charts.agreement_chart(data.Agreement.model_validate(agreement())),
+        *analysis_charts.effect_charts(data.Effects.model_validate(effects())),
+        *analysis_charts.share_charts(data.Effects.model_validate(effects())),
+        *analysis_charts.landscape_charts(data.Landscape.model_validate(landscape())),
         quality,
-        *compare_charts.cost_charts(content),
-        *compare_charts.tower_charts(content),
+        *compare_page.cost_charts(content),
+        *compare_page.tower_charts(content),
     ]
 
 
@@ -64,7 +77,7 @@ def test_an_axis_of_differences_has_whole_per_cents_to_mark(apart):
     for cell in data["cells"]:
         cell["towers"] = dict.fromkeys(cell["towers"], max(0.0, cell["sparsity"] + apart))
     content = Comparison.model_validate(data)
-    found = compare_charts.tower_charts(content)
+    found = compare_page.tower_charts(content)
     assert found
     differences = [max(-sparsity, apart) for sparsity in content.sparsities]
     for chart in found:

@@ -6,11 +6,10 @@ import pytest
 from rich.console import Console
 from synthetic import RECIPE, allocation, importance, metrics, write_run
 
+from ecoflap.cli.tables import quality_table, summary_table
 from ecoflap.errors import InvalidOption
-from ecoflap.listings import quality_table
 from ecoflap.report.data import read_run
 from ecoflap.report.page import render
-from ecoflap.report.tables import summary_table
 
 
 def test_blocks_sum_their_layers(tmp_path):

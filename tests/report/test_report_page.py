@@ -10,9 +10,10 @@ from pages import ATTACK, Page, assert_safe, assert_self_contained, read
 from rich.console import Console
 from synthetic import RECIPE, allocation, importance, metrics, write_comparison, write_run
 
+from ecoflap.cli.tables import summary_table
 from ecoflap.errors import InvalidOption, StorageError
-from ecoflap.report import rebuild, summary_table, write_report
-from ecoflap.report.command import reproduce
+from ecoflap.report import rebuild, write_report
+from ecoflap.report.formats import reproduce
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from families.vision import Eva
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation, LayerSize, allocate
-from ecoflap.calibration.objectives import Objective, on_device, resolve
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.parts import Anatomy, Layer
+from ecoflap.data.objectives import Objective, on_device, resolve
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.model.patching import cache_disabled
 from ecoflap.search.order import Order
 from ecoflap.statistics.dense import dense_norms
 

@@ -10,12 +10,12 @@ from searching import Subject, bits, quiet, random_masks, really_pruned, subject
 from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.parts import Layer
-from ecoflap.network.replay import Replay
-from ecoflap.search.attribution import by_gradient, by_probes
+from ecoflap.model.parts import Layer
+from ecoflap.model.patching import cache_disabled
+from ecoflap.model.replay import Replay
+from ecoflap.search.costs import by_gradient, by_probes
 from ecoflap.search.divergence import Divergence
-from ecoflap.search.masked import MaskedModel
+from ecoflap.search.masked_model import MaskedModel
 
 NAMES = ["llama", "gpt2", "t5", "blip2_t5", "clip", "shared_llama", "experts", "uncalled"]
 

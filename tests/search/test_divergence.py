@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss, UnknownName
 from ecoflap.search.divergence import Divergence
-from ecoflap.search.masked import MaskedModel
+from ecoflap.search.masked_model import MaskedModel
 
 
 def logits_of(model: nn.Module, batch: Any) -> Tensor:
@@ -76,7 +76,7 @@ def test_more_positions_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPa
         divergence.record()
         masked.set(masks)
         whole = divergence.value(0)
-        monkeypatch.setattr("ecoflap.search.kl._NUMBERS", 200)
+        monkeypatch.setattr("ecoflap.model.lazy_logits._KL_NUMBERS", 200)
         assert divergence.value(0) == pytest.approx(whole, rel=1e-5)
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecoflap.search import kl
-from ecoflap.search.kl import mean_kl
+from ecoflap.model import lazy_logits
+from ecoflap.model.lazy_logits import mean_kl
 
 
 def direct(dense: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def test_value_and_gradient(rows: int, classes: int, at_once: int, seed: int) ->
     random = torch.Generator().manual_seed(seed)
     dense, changed = (3 * torch.randn(rows, classes, generator=random) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kl, "_NUMBERS", at_once)
+        patch.setattr(lazy_logits, "_NUMBERS", at_once)
         value = mean_kl(dense, changed.requires_grad_())
         (2 * value).backward()
     expected = changed.detach().double().requires_grad_()

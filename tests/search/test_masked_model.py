@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searching import bits, quiet, random_masks, really_pruned, subject
 
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.recompute import recomputing
-from ecoflap.network.replay import Replay
-from ecoflap.search.masked import MaskedModel, PackedMask
+from ecoflap.model.patching import cache_disabled
+from ecoflap.model.recompute import recomputing
+from ecoflap.model.replay import Replay
+from ecoflap.search.masked_model import MaskedModel, PackedMask
 
 NAMES = ["blip2_t5", "llava", "clip", "vit", "t5", "llama", "gpt2", "bert", "shared_llama", "experts", "uncalled"]
 
@@ -33,7 +33,7 @@ def test_a_mask_is_packed_and_unpacked(shape: list[int], seed: int, turned: bool
 @pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["packed", "whole"])
 def _kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks as bits, and masked weights."""
-    monkeypatch.setattr("ecoflap.search.masked._READY", request.param)
+    monkeypatch.setattr("ecoflap.search.masked_model._READY", request.param)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,18 +12,17 @@ from searching import Journal, Subject, bits, even, order_of, quiet, really_prun
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
-from ecoflap.calibration.objectives import on_device
+from ecoflap.allocation.patterns import Unstructured
+from ecoflap.data.objectives import on_device
 from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
-from ecoflap.network.anatomy import discover
+from ecoflap.model.anatomy import discover
 from ecoflap.pruning.criteria import make_criterion
-from ecoflap.pruning.patterns import Unstructured
 from ecoflap.search.divergence import Divergence
+from ecoflap.search.options import BY, PHASES, SearchOptions, State
 from ecoflap.search.order import Order
-from ecoflap.search.refine import Found, refine
 from ecoflap.search.rounds import Search
-from ecoflap.search.shares import budgets_of
-from ecoflap.search.start import search_allocation, search_options
-from ecoflap.search.state import BY, PHASES, SearchOptions, State
+from ecoflap.search.search import Found, refine, search_allocation, search_options
+from ecoflap.search.solve import budgets_of
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_statistics
 
@@ -139,7 +138,7 @@ def test_what_costs_nothing_because_nothing_was_lost_stays() -> None:
             return here
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ecoflap.search.refine.Search", Watching)
+        patch.setattr("ecoflap.search.search.Search", Watching)
         for one in (order, order_of(it)):
             refine(
                 it.model, it.anatomy, start, it.batches, one, loss=it.loss, shares=limits,

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from searching import subject
 from torch import Tensor, nn
 
-from ecoflap.network.parts import Layer
+from ecoflap.allocation.patterns import Unstructured
+from ecoflap.model.parts import Layer
 from ecoflap.pruning.magnitude import Magnitude
-from ecoflap.pruning.patterns import Unstructured
 from ecoflap.pruning.wanda import Wanda
 from ecoflap.search.order import LEVELS, Order, local_errors
 from ecoflap.statistics.dense import dense_norms

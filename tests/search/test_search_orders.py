@@ -16,15 +16,13 @@ from searching import Journal, Subject, bits, even, quiet, subject, uneven
 from ecoflap import api
 from ecoflap.allocation import Allocation, SearchRecord
 from ecoflap.errors import InvalidOption, UnknownName
-from ecoflap.network.parts import Layer
+from ecoflap.model.parts import Layer
 from ecoflap.search.divergence import Divergence
-from ecoflap.search.masked import MaskedModel
+from ecoflap.search.masked_model import MaskedModel
+from ecoflap.search.options import SearchOptions
 from ecoflap.search.order import Order
-from ecoflap.search.orders import Orders
-from ecoflap.search.pruned import PrunedModel
-from ecoflap.search.refine import Found, refine
-from ecoflap.search.start import search_allocation
-from ecoflap.search.state import SearchOptions
+from ecoflap.search.pruned_model import Orders, PrunedModel
+from ecoflap.search.search import Found, refine, search_allocation
 from ecoflap.statistics.choice import TokenChoice
 
 
@@ -73,7 +71,7 @@ def test_the_walk_is_that_of_stage_2(name: str, criterion: str, tokens: str, mon
         seen.append(arguments[4])
         return Found(start, SearchRecord("kl", (0.0,), ("start",), zeros, {}))
 
-    monkeypatch.setattr("ecoflap.search.start.refine", caught)
+    monkeypatch.setattr("ecoflap.search.search.refine", caught)
     search_allocation(
         it.model, it.anatomy, start, it.batches, criterion=criterion, compare=None, loss=it.loss, shares={},
         options=SearchOptions(inputs="pruned"), tokens=TokenChoice(tokens),

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from searching import Journal, subject, uneven
 
-from ecoflap.search.pruned import PrunedModel
-from ecoflap.search.refine import Found
-from ecoflap.search.start import search_allocation
-from ecoflap.search.state import SearchOptions
+from ecoflap.search.options import SearchOptions
+from ecoflap.search.pruned_model import PrunedModel
+from ecoflap.search.search import Found, search_allocation
 
 
 class _Watch:

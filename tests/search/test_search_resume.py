@@ -38,8 +38,8 @@ def _failing(function: Callable[..., Any], at: int) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def whole(made: Path) -> Path:
     """An undisturbed run."""
-    from ecoflap.pipeline import run_recipe
-    from ecoflap.recipe import Recipe
+    from ecoflap.run.pipeline import run_recipe
+    from ecoflap.run.recipe import Recipe
 
     recipe = Recipe(
         model=str(made / "llama"), calibration=str(made / "prose.txt"), samples=6, batch_size=2, sequence_length=12,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from searching import even, subject, uneven
 from torch import Tensor
 
-from ecoflap.network.parts import Layer
-from ecoflap.search.shares import Shares, between, budgets_of, filled, flattened
+from ecoflap.model.parts import Layer
+from ecoflap.search.solve import Shares, between, budgets_of, filled, flattened
 
 
 def layers(blocks: int = 4) -> list[Layer]:

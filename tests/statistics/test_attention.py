@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ecoflap import api
 from ecoflap.errors import InvalidOption
-from ecoflap.network.drive import Enough
-from ecoflap.statistics import attention, tokens
-from ecoflap.statistics.attention import TextAttention
+from ecoflap.model.block_runner import Enough
+from ecoflap.statistics import tokens
+from ecoflap.statistics.tokens import TextAttention
 
 
 def received(query: Tensor, key: Tensor, text: Tensor, allowed: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -69,7 +69,7 @@ def test_the_attention_that_the_text_gives(
         mask = torch.randn(*leading, tokens, tokens, generator=generator)
         bias = mask.expand(batch, 4, -1, -1)
     used = 5**-0.5 if scale is None else scale
-    before, attention._QUERIES = attention._QUERIES, parts
+    before, tokens._QUERIES = tokens._QUERIES, parts
     try:
         with TextAttention() as seen:
             seen.begin(text)
@@ -81,7 +81,7 @@ def test_the_attention_that_the_text_gives(
                 options = {"is_causal": kind == "causal", "scale": scale, "enable_gqa": groups > 1}
                 F.scaled_dot_product_attention(query, key, key, attn_mask=mask, **options)
     finally:
-        attention._QUERIES = before
+        tokens._QUERIES = before
     (found,) = seen.received
     if not text.any():
         assert found is None or not found.any()

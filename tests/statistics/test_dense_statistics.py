@@ -10,10 +10,10 @@ from families.moe import mixture_of_modules
 from picos import FAMILIES
 from torch import Tensor, nn
 
-from ecoflap.calibration.objectives import default_objective
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.parts import Anatomy
+from ecoflap.data.objectives import default_objective
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
 from ecoflap.statistics.dense import dense_norms, dense_statistics
 from ecoflap.statistics.inputs import InputGram
 

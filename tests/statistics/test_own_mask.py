@@ -11,14 +11,14 @@ from families import blip, dual
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ecoflap.calibration.objectives import on_device, resolve
-from ecoflap.calibration.padding import token_masks
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.drive import TowerDriver
+from ecoflap.data.model_facts import token_masks
+from ecoflap.data.objectives import on_device, resolve
+from ecoflap.model.anatomy import discover
+from ecoflap.model.block_runner import TowerDriver
+from ecoflap.model.patching import cache_disabled
 from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.inputs import InputNorm
-from ecoflap.statistics.own_mask import own_masks
+from ecoflap.statistics.real_tokens import own_masks
 
 FAMILIES = {family.name: family for family in (*blip.FAMILIES, *dual.FAMILIES)}
 # Texts that end in padding, each with its mask; the columns of what is added.

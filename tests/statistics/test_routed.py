@@ -14,12 +14,12 @@ from families.vision import Eva
 from torch import nn
 
 from ecoflap import api
-from ecoflap.network.anatomy import discover
+from ecoflap.allocation.patterns import parse_pattern, with_default
+from ecoflap.model.anatomy import discover
 from ecoflap.pruning.magnitude import Magnitude
-from ecoflap.pruning.names import CRITERIA
-from ecoflap.pruning.patterns import parse_pattern, with_default
+from ecoflap.pruning.registry import CRITERIA
 from ecoflap.statistics.inputs import InputGram, InputNorm
-from ecoflap.statistics.routed import RoutedTokens, row_hashes
+from ecoflap.statistics.real_tokens import RoutedTokens, row_hashes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ecoflap import api
-from ecoflap.calibration.objectives import default_objective
-from ecoflap.calibration.padding import IGNORED, placeholders, token_masks
+from ecoflap.data.model_facts import IGNORED, placeholders, token_masks
+from ecoflap.data.objectives import default_objective
 from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.drive import TowerDriver
-from ecoflap.network.parts import Anatomy, Block
-from ecoflap.network.trace import evaluating, tensors_in
+from ecoflap.model.anatomy import discover
+from ecoflap.model.block_runner import TowerDriver
+from ecoflap.model.parts import Anatomy, Block
+from ecoflap.model.patching import cache_disabled
+from ecoflap.model.trace import evaluating, tensors_in
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import decoder_of, dense_statistics, gather, sequence_of
 from ecoflap.statistics.inputs import STATISTICS

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from together import together
 
-from ecoflap.exchange import pack, unpack
-from ecoflap.network.parts import Layer
-from ecoflap.statistics.collect import keepers_of
+from ecoflap.model.parts import Layer
+from ecoflap.statistics.dense import keepers_of
 from ecoflap.statistics.inputs import InputGram, InputNorm
-from ecoflap.workers import GROUPS, Workers, launched, part, share_of
+from ecoflap.support.processes import pack, unpack
+from ecoflap.support.workers import GROUPS, Workers, launched, part, share_of
 
 
 @given(st.integers(0, 50), st.integers(1, 12))

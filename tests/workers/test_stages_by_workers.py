@@ -14,17 +14,17 @@ from together import together
 from torch import nn
 
 from ecoflap import api
-from ecoflap.calibration.objectives import default_objective
+from ecoflap.data.objectives import default_objective
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.fingerprint import fingerprint
-from ecoflap.network.parts import Anatomy
+from ecoflap.model.anatomy import discover
+from ecoflap.model.checkpoint import fingerprint
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
 from ecoflap.pruning.walk import PrunedBlock
 from ecoflap.statistics.dense import dense_norms
-from ecoflap.workers import ALONE, Workers
+from ecoflap.support.workers import ALONE, Workers
 
 
 def made(name: str, number: int = 10) -> tuple[nn.Module, Anatomy, list[Any]]:

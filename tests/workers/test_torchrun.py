@@ -18,8 +18,8 @@ import psutil
 import pytest
 from console import poisoned_llama, prose, same_result
 
-from ecoflap.pipeline import run_recipe
-from ecoflap.recipe import Recipe
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.recipe import Recipe
 
 # The number of threads decides the last bits of a sum on a CPU; torchrun gives each worker one by default.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -4,10 +4,10 @@ Budgets, groups, caps and rounding are the same for every rule; a rule says how 
 docs/allocation.md.
 """
 
+from ecoflap.allocation.allocate import allocate
 from ecoflap.allocation.checks import AGGREGATES, BUDGETS, GRANULARITIES
-from ecoflap.allocation.decide import allocate
-from ecoflap.allocation.parts import Allocation, LayerAllocation, LayerSize
-from ecoflap.allocation.record import SearchRecord
+from ecoflap.allocation.groups import LayerSize
+from ecoflap.allocation.parts import Allocation, LayerAllocation, SearchRecord
 from ecoflap.allocation.rules import RULES
 
 __all__ = [

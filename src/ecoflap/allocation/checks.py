@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from ecoflap.errors import InvalidOption
-from ecoflap.registry import unknown
+from ecoflap.support.registry import unknown
 
 GRANULARITIES = ("block", "layer", "tower")
 AGGREGATES = ("sum", "mean", "layer-mean")
@@ -46,7 +46,7 @@ def fixed_ratio(pattern: str) -> tuple[Fraction, int] | None:
     """The sparsity that an N:M ``pattern`` fixes and its M; None for "unstructured"."""
     if pattern == "unstructured":
         return None
-    from ecoflap.pruning.patterns import NofM, parse_pattern  # imports torch, which nothing else here needs
+    from ecoflap.allocation.patterns import NofM, parse_pattern  # imports torch, which nothing else here needs
 
     parsed = parse_pattern(pattern)
     return (parsed.sparsity, parsed.group) if isinstance(parsed, NofM) else None

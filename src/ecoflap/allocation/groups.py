@@ -9,9 +9,21 @@ from fractions import Fraction
 from typing import Any
 
 from ecoflap.allocation.checks import unit
-from ecoflap.allocation.parts import LayerSize
 from ecoflap.errors import InfeasibleAllocation
-from ecoflap.registry import unknown
+from ecoflap.support.registry import unknown
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What the allocation needs to know of a layer: where it stands, how many weights, its score (None: not scored)."""
+
+    name: str
+    tower: str
+    block: str
+    weights: int
+    score: float | None
+    modality: str = ""
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

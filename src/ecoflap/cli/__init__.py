@@ -10,12 +10,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from ecoflap.cli import prune, runs, stages  # their commands add themselves to the application
-from ecoflap.cli.common import Ended, app
+from ecoflap.cli.app import Ended, app
+from ecoflap.cli.signals import stops
+from ecoflap.cli.terminal import messages
 from ecoflap.errors import EcoflapError
-from ecoflap.run import Stopped
-from ecoflap.stopping import stops
-from ecoflap.terminal import messages
-from ecoflap.workers import launched
+from ecoflap.run.directory import Stopped
+from ecoflap.support.workers import launched
 
 __all__ = ["TRACEBACK", "app", "main", "prune", "runs", "stages"]
 
@@ -88,7 +88,7 @@ def _fail(message: str, code: int) -> NoReturn:
         sys.exit(code)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the launcher ends all workers as soon as one has ended
-    from ecoflap.elastic import first_to_fail
+    from ecoflap.support.torchrun import first_to_fail
 
     if first_to_fail():
         sys.stderr.write(line)

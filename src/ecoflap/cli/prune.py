@@ -10,26 +10,16 @@ from typing import Annotated
 
 import typer
 
-from ecoflap.cli.common import (
-    GRID_FIELDS,
-    PRIVATE,
-    Command,
-    Json,
-    Quiet,
-    app,
-    flag,
-    print_json,
-    progress_to,
-    say_line,
-)
-from ecoflap.comparison.folder import PAGE, TABLE, GridDirectory
-from ecoflap.comparison.recipe import Grid
+from ecoflap.cli.app import GRID_FIELDS, PRIVATE, Command, Json, Quiet, app, flag, print_json, progress_to, say_line
+from ecoflap.cli.options import OUTPUT, with_recipe_options
+from ecoflap.cli.terminal import standard_error, standard_output
 from ecoflap.errors import EcoflapError, InvalidOption
-from ecoflap.options import OUTPUT, with_recipe_options
-from ecoflap.recipe import Recipe
-from ecoflap.run import METRICS, MODEL, REPORT, RunDirectory
-from ecoflap.terminal import standard_error, standard_output
-from ecoflap.workers import ALONE, launched
+from ecoflap.run.compare.folder import PAGE, TABLE, GridDirectory
+from ecoflap.run.compare.recipe import Grid
+from ecoflap.run.directory import RunDirectory
+from ecoflap.run.names import METRICS, MODEL, REPORT
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.workers import ALONE, launched
 
 
 @app.command(cls=Command, short_help="The whole job: a run directory with the sparse model and report.html.")
@@ -65,7 +55,7 @@ def prune(
     first = (launched() or ALONE).first
     if first:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            from ecoflap.elastic import begun
+            from ecoflap.support.torchrun import begun
 
             resume, overwrite = (True, False) if begun(output) else (resume, overwrite)
         _check_hub(push_to_hub, private)
@@ -73,8 +63,8 @@ def prune(
         examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
         if examined.complete and not quiet:
             standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
-    from ecoflap.pipeline import run_recipe
-    from ecoflap.processes import joined
+    from ecoflap.run.pipeline import run_recipe
+    from ecoflap.support.processes import joined
 
     say = None if quiet or as_json or not first else say_line
     with joined() as workers:
@@ -84,7 +74,7 @@ def prune(
         )  # fmt: skip
     if not first:
         return
-    from ecoflap.report import summary_table
+    from ecoflap.cli.tables import summary_table
 
     pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     if as_json:
@@ -101,7 +91,7 @@ def prune(
 
 def _note_begun(output: Path) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # else there is no need to import torch.distributed
-        from ecoflap.elastic import note_begun
+        from ecoflap.support.torchrun import note_begun
 
         note_begun(output)
 
@@ -112,7 +102,7 @@ def _check_hub(repo_id: str | None, private: bool) -> None:
         if private:
             raise InvalidOption("--private says how to upload: give --push-to-hub REPO_ID, too")
         return
-    from ecoflap.hub import check_account, check_name
+    from ecoflap.report.hub import check_account, check_name
 
     check_name(repo_id)
     check_account()
@@ -122,7 +112,7 @@ def _pushed(run: Path, repo_id: str | None, private: bool, bars: bool) -> tuple[
     """The address of what was uploaded, or why it was not: the run is whole either way."""
     if repo_id is None:
         return None, None
-    from ecoflap.hub import later, push
+    from ecoflap.report.hub import later, push
 
     try:
         return push(run, repo_id, private=private, bars=bars), None
@@ -166,8 +156,8 @@ def compare(
     examined = GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume)
     if examined.complete and not quiet:
         standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
-    from ecoflap.comparison.grid import run_grid
-    from ecoflap.comparison.listing import comparison_tables
+    from ecoflap.run.compare.grid import run_grid
+    from ecoflap.run.compare.tables import comparison_tables
 
     say = None if quiet or as_json else say_line
     comparison = run_grid(

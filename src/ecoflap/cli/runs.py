@@ -7,20 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ecoflap.cli.common import (
-    PRIVATE,
-    Command,
-    Json,
-    Quiet,
-    app,
-    flag,
-    print_json,
-    progress_to,
-)
-from ecoflap.options import OUTPUT
-from ecoflap.recipe import OPTIONS, Recipe
-from ecoflap.run import ANALYSIS, REPORT
-from ecoflap.terminal import messages
+from ecoflap.cli.app import PRIVATE, Command, Json, Quiet, app, flag, print_json, progress_to
+from ecoflap.cli.options import OUTPUT
+from ecoflap.cli.terminal import messages
+from ecoflap.run.names import ANALYSIS, REPORT
+from ecoflap.run.recipe import OPTIONS, Recipe
 
 
 @app.command(cls=Command, short_help="Pictures that explain a run: distributions, agreement, loss landscape, ...")
@@ -50,8 +41,8 @@ def analyse(
         ecoflap analyse runs/first --what importance --what allocation
         ecoflap analyse runs/first --what landscape --samples 8 --overwrite
     """
-    from ecoflap.analysis import analyse as analyse_run
-    from ecoflap.commands import find_own_modules
+    from ecoflap.report.analysis.run import analyse as analyse_run
+    from ecoflap.run.commands import find_own_modules
 
     # Read as the recipe reads numbers, so that a fault has one wording wherever it is found.
     count = None if samples is None else Recipe.parse({"samples": samples}, OPTIONS).samples
@@ -111,7 +102,7 @@ def push_run(
         ecoflap push runs/first me/llama-sparse
         ecoflap push runs/first llama-sparse --private --revision p60
     """
-    from ecoflap.hub import push
+    from ecoflap.report.hub import push
 
     messages.quiet = quiet
     address = push(run, repo_id, private=private, revision=revision, bars=not (quiet or as_json))

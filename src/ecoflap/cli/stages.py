@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ecoflap.cli.common import (
+from ecoflap.cli.app import (
     DATA_FIELDS,
     MODEL_FIELDS,
     PART_FIELDS,
@@ -25,9 +25,9 @@ from ecoflap.cli.common import (
     print_json,
     progress_to,
 )
-from ecoflap.options import with_recipe_options
-from ecoflap.recipe import Recipe
-from ecoflap.terminal import messages, standard_output
+from ecoflap.cli.options import with_recipe_options
+from ecoflap.cli.terminal import messages, standard_output
+from ecoflap.run.recipe import Recipe
 
 
 @app.command(cls=Command, short_help="Towers, blocks and layers: what is prunable, what stays dense and why.")
@@ -42,8 +42,8 @@ def inspect(recipe: Recipe, as_json: Json = False) -> None:
         ecoflap inspect path/to/blip2 --calibration vqa.jsonl
         ecoflap inspect path/to/llama --json
     """
-    from ecoflap.commands import inspect_model
-    from ecoflap.listings import anatomy_json, anatomy_tables
+    from ecoflap.cli.tables import anatomy_json, anatomy_tables
+    from ecoflap.run.commands import inspect_model
 
     anatomy, note = inspect_model(recipe)
     if as_json:
@@ -70,8 +70,8 @@ def importance(
         ecoflap importance path/to/llama --calibration prose.txt --sequence-length 512 --importance-samples 64
         ecoflap importance path/to/llama --calibration prose.txt --importance first-order
     """
-    from ecoflap.measurement import measure_to
-    from ecoflap.processes import joined
+    from ecoflap.run.commands import measure_to
+    from ecoflap.support.processes import joined
 
     progress = progress_to(quiet or as_json)
     with joined() as workers:
@@ -103,14 +103,14 @@ def allocate(
         ecoflap allocate runs/first/importance.json --sparsity 0.6
         ecoflap allocate importance.json --sparsity 0.6 --max-sparsity 0.8 --granularity layer --output layers.json
     """
-    from ecoflap.commands import allocate_file
+    from ecoflap.run.commands import allocate_file
 
     messages.quiet = quiet
     allocation, target = allocate_file(scores, recipe, output, overwrite)
     if as_json:
         print_json(allocation.to_json())
     elif not quiet:
-        from ecoflap.listings import allocation_table
+        from ecoflap.cli.tables import allocation_table
 
         standard_output().print(allocation_table(allocation))
         typer.echo(f"allocation  {target}")
@@ -138,8 +138,8 @@ def evaluate(
         ecoflap evaluate path/to/llama --task lm_eval:hellaswag --batch-size 16
         ecoflap evaluate runs/blip2/model --recipe recipes/blip2/blip2-flan-t5-xl.yaml --output metrics.json
     """
-    from ecoflap.commands import evaluate_model, refuse_existing
-    from ecoflap.processes import joined
+    from ecoflap.run.commands import evaluate_model, refuse_existing
+    from ecoflap.support.processes import joined
 
     if output is not None:
         refuse_existing(output, overwrite)
@@ -148,12 +148,12 @@ def evaluate(
     if not workers.first:
         return
     if output is not None:
-        from ecoflap.files import write_json
+        from ecoflap.support.files import write_json
 
         write_json(output, {"format": 1, "model": recipe.model, "results": results})
     if as_json:
         print_json(results)
     elif not quiet:
-        from ecoflap.listings import quality_table
+        from ecoflap.cli.tables import quality_table
 
         standard_output().print(quality_table(results))

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ecoflap.evaluation.results import Measured, TaskResult
-from ecoflap.progress import Progress
-from ecoflap.registry import Registry, unknown
+from ecoflap.evaluation.task import Measured, TaskResult
+from ecoflap.support.progress import Progress
+from ecoflap.support.registry import Registry, unknown
 
 SUITES = "lm_eval:"  # what the name of a suite of the lm-eval package begins with
 

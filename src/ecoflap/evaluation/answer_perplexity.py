@@ -15,15 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoflap.calibration.sample import Sample
+from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.answers import answer_likelihoods
-from ecoflap.evaluation.common import BUNDLED, bundled_questions, check_finite, common_settings, in_chunks, open_data
-from ecoflap.evaluation.results import TaskResult
-from ecoflap.evaluation.shared import Shared
-from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress
-from ecoflap.workers import ALONE, Workers
+from ecoflap.evaluation.likelihood import answer_likelihoods
+from ecoflap.evaluation.task import (
+    BUNDLED,
+    Shared,
+    TaskResult,
+    bundled_questions,
+    check_finite,
+    common_settings,
+    in_chunks,
+    open_data,
+)
+from ecoflap.model.trace import evaluating
+from ecoflap.support.progress import Progress
+from ecoflap.support.workers import ALONE, Workers
 
 TASK = "answer-perplexity"
 

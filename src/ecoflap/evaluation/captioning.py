@@ -1,27 +1,187 @@
-"""Captioning: a caption for each picture, scored by CIDEr and SPICE against the captions that people wrote."""
+"""Captioning: a caption for each picture, scored by CIDEr and SPICE against the captions that people wrote.
+
+CIDEr and SPICE of captions by the ``pycocoevalcap`` package, with what it needs checked before captions are made.
+
+Sources: CIDEr, Vedantam et al., CVPR 2015; SPICE, Anderson et al., ECCV 2016. The package runs two Java
+programs: Stanford's PTB tokenizer (its jar comes along) and SPICE (the package downloads its language models once).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ecoflap.calibration.prompts import Prompter, image_processor_of
-from ecoflap.calibration.sample import Sample
-from ecoflap.errors import InvalidOption
-from ecoflap.evaluation import caption_scores
-from ecoflap.evaluation.common import captions_of, common_settings, in_chunks, open_data, pictures
+from ecoflap.data.prompts import Prompter, image_processor_of
+from ecoflap.data.sample import Sample
+from ecoflap.errors import InvalidOption, MissingDependency
 from ecoflap.evaluation.generate import generate
-from ecoflap.evaluation.results import TaskResult, measured
-from ecoflap.evaluation.shared import Shared
-from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress
-from ecoflap.workers import ALONE, Workers
+from ecoflap.evaluation.task import (
+    Shared,
+    TaskResult,
+    captions_of,
+    common_settings,
+    in_chunks,
+    measured,
+    open_data,
+    pictures,
+)
+from ecoflap.model.trace import evaluating
+from ecoflap.support.progress import Progress
+from ecoflap.support.registry import unknown
+from ecoflap.support.workers import ALONE, Workers
+
+Tokenize = Callable[[list[list[str]]], list[list[str]]]
+METRICS = ("CIDEr", "SPICE")
+TOKENIZERS = ("ptb", "simple")
+INSTALL = "pip install 'ecoflap[captions]'"
+
+
+def wanted(metrics: str) -> list[str]:
+    """Metric names from "CIDEr,SPICE", whatever their case.
+
+    Raises:
+        UnknownName: none of :data:`METRICS`.
+    """
+    known = {metric.lower(): metric for metric in METRICS}
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    for name in names:
+        if name.lower() not in known:
+            raise unknown("caption metric", name, list(METRICS))
+    if not names:
+        raise InvalidOption(f"metrics is empty: choose from {', '.join(METRICS)}")
+    return [metric for metric in METRICS if metric.lower() in {name.lower() for name in names}]
+
+
+def check(metrics: Sequence[str], tokenizer: str) -> None:
+    """Make sure that these metrics can be computed here; SPICE's models are fetched by its package if need be.
+
+    Raises:
+        UnknownName: no such tokenizer.
+        MissingDependency: the package, Java or SPICE's models are not there.
+    """
+    if tokenizer not in TOKENIZERS:
+        raise unknown("tokenizer", tokenizer, list(TOKENIZERS))
+    if not has_package():
+        raise MissingDependency(f"task 'captioning' needs the package pycocoevalcap: {INSTALL}")
+    java = shutil.which("java") is not None
+    if "SPICE" in metrics:
+        if not java:
+            raise MissingDependency(
+                "SPICE needs Java, and there is no program 'java': install it (SPICE was written for Java 8), or "
+                "give --task-option metrics=CIDEr"
+            )
+        _spice()
+    if tokenizer == "ptb" and not java:
+        raise MissingDependency(
+            "the PTB tokenizer needs Java, and there is no program 'java': install it (Debian: default-jre-headless), "
+            "or give --task-option tokenizer=simple, whose CIDEr does not compare with published ones"
+        )
+
+
+def has_package() -> bool:
+    """Whether pycocoevalcap is installed."""
+    return find_spec("pycocoevalcap") is not None
+
+
+def simple_words(captions: list[list[str]]) -> list[list[str]]:
+    """Each caption as its runs of letters and digits in lower case, with one space between; no Java needed."""
+    return [[" ".join(re.findall(r"\w+", caption.lower())) for caption in of_one] for of_one in captions]
+
+
+def ptb(captions: list[list[str]]) -> list[list[str]]:
+    """Each caption as the Penn Treebank tokens that the COCO evaluation counts: lower case, without punctuation.
+
+    Raises:
+        MissingDependency: the Java program failed.
+    """
+    tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
+    # A caption is a line of the program's input, and an empty one at the end would be lost; a full stop is dropped.
+    lines = {i: [{"caption": " ".join(c.split()) or "."} for c in of_one] for i, of_one in enumerate(captions)}
+    with java_program("the PTB tokenizer of pycocoevalcap", "tokenizer=simple"):
+        words: dict[int, list[str]] = tokenizer.tokenize(lines)
+        if [len(words.get(i, ())) for i in range(len(captions))] != [len(of_one) for of_one in captions]:
+            raise OSError("it gave another number of captions back")
+    return [words[i] for i in range(len(captions))]
+
+
+def tokenize_with(name: str) -> Tokenize:
+    """The function behind a name of :data:`TOKENIZERS`."""
+    return {"ptb": ptb, "simple": simple_words}[name]
+
+
+def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr(-D) of each tokenised candidate against its tokenised references, 0..10.
+
+    Words weigh by their rarity among the references of all pictures, so that a picture's score depends on the others.
+    """
+    scorer: Any = import_module("pycocoevalcap.cider.cider").Cider()
+    truth = {i: list(of_one) for i, of_one in enumerate(references)}
+    _, scores = scorer.compute_score(truth, {i: [said] for i, said in enumerate(candidates)})
+    return [float(score) for score in scores]
+
+
+def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """SPICE's F-score of each tokenised candidate against its tokenised references, 0..1.
+
+    Raises:
+        MissingDependency: its models are missing, or the Java program failed.
+    """
+    scorer = _spice()
+    truth = {i: list(of_one) for i, of_one in enumerate(references)}
+    with java_program("SPICE", "metrics=CIDEr"):
+        _, scores = scorer.compute_score(truth, {i: [said] for i, said in enumerate(candidates)})
+    return [float(score["All"]["f"]) for score in scores]
+
+
+def _spice() -> Any:
+    """SPICE, its models downloaded by the package where they are not there yet."""
+    module = import_module("pycocoevalcap.spice.spice")
+    folder = os.path.join(os.path.dirname(str(module.__file__)), "lib")
+    try:
+        with redirect_stdout(sys.stderr):
+            return module.Spice()
+    except OSError as error:  # URLError is one
+        reason = getattr(error, "reason", None) or error
+        raise MissingDependency(
+            f"SPICE needs the models of Stanford CoreNLP 3.6.0, and pycocoevalcap can't download them ({reason}): put "
+            f"stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar into {folder}, or give --task-option "
+            "metrics=CIDEr"
+        ) from error
+
+
+@contextmanager
+def java_program(name: str, way_out: str) -> Iterator[None]:
+    """Runs a Java program of the package quietly: what it says on standard error is kept for the message."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as heard:
+        saved = os.dup(2)
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        except Exception as error:  # the package lets through whatever it runs into: OSError, CalledProcessError, ...
+            heard.seek(0)
+            lines = [line.strip() for line in heard.read().decode(errors="replace").splitlines() if line.strip()]
+            why = next((line for line in lines if "rror" in line or "xception" in line), str(error) or repr(error))
+            raise MissingDependency(f"{name} failed ({why}): mend Java, or give --task-option {way_out}") from error
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
 
 MAX_NEW_TOKENS = 30  # of a caption: BLIP-2's published setting for COCO
 CHAT_PROMPT = "Describe the image in one short sentence."  # a chat has to be asked; other models just begin
@@ -79,7 +239,7 @@ def run(
         MissingDependency: the extra ``captions``, Java or SPICE's models are missing.
         CalibrationError: no pictures, or no captions.
     """
-    names = caption_scores.wanted(metrics)
+    names = wanted(metrics)
     if not callable(getattr(model, "generate", None)) or image_processor_of(processor) is None:
         raise InvalidOption("task 'captioning' needs a model that generates text from pictures, and its processor")
     reader = open_data(
@@ -91,7 +251,7 @@ def run(
         columns=columns,
         image_folder=image_folder,
     )
-    caption_scores.check(names, tokenizer)
+    check(names, tokenizer)
     prompter = Prompter(model, processor)
     decoding: dict[str, Any] = {
         "new_tokens": new_tokens,
@@ -150,8 +310,8 @@ def _label(metric: str, tokenizer: str) -> str:
 
 
 def _scores(names: list[str], tokenizer: str, shown: list[_Picture]) -> dict[str, list[float]]:
-    tokenize = caption_scores.tokenize_with(tokenizer)
+    tokenize = tokenize_with(tokenizer)
     said = [of_one[0] for of_one in tokenize([[picture.said] for picture in shown])]
     truth = tokenize([picture.references for picture in shown])
-    functions = {"CIDEr": caption_scores.cider, "SPICE": caption_scores.spice}
+    functions = {"CIDEr": cider, "SPICE": spice}
     return {name: functions[name](said, truth) for name in names}

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from ecoflap.calibration.classified import class_number, label_of, numbered
-from ecoflap.calibration.sources import SampleReader
+from ecoflap.data.encode import class_number, label_of, numbered
+from ecoflap.data.samples import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.common import Chunk, check_finite
-from ecoflap.evaluation.recall import ranks
-from ecoflap.evaluation.results import TaskResult, measured
+from ecoflap.evaluation.retrieval import ranks
+from ecoflap.evaluation.task import Chunk, TaskResult, check_finite, measured
 
 DEPTH = 5  # of the second metric, where there are more classes
 

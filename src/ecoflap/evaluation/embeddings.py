@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ecoflap.calibration.matching import SCORES, matching_argument
-from ecoflap.calibration.models import is_dual_tower, parameters_of, to_device
-from ecoflap.calibration.pairs import encode_pairs, encode_texts
-from ecoflap.calibration.prompts import image_processor_of, tokenizer_of
-from ecoflap.calibration.sample import Sample
+from ecoflap.data.encode import encode_pairs, encode_texts
+from ecoflap.data.model_facts import is_dual_tower, parameters_of, to_device
+from ecoflap.data.objectives.matching import SCORES, matching_argument
+from ecoflap.data.prompts import image_processor_of, tokenizer_of
+from ecoflap.data.sample import Sample
 from ecoflap.errors import InvalidOption
-from ecoflap.evaluation.common import image_inputs
-from ecoflap.network.forward import Forward, forward_replaced
+from ecoflap.evaluation.task import image_inputs
+from ecoflap.model.patching import Forward, forward_replaced
 
 # Methods that embed a picture and a text: transformers' name, and that of OpenAI's and EVA's implementations.
 METHODS = (("get_image_features", "get_text_features"), ("encode_image", "encode_text"))

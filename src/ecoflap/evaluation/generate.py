@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoflap.calibration.answers import answers_by_decoder
-from ecoflap.calibration.models import is_encoder_decoder, to_device
-from ecoflap.calibration.prompts import Prompter, image_processor_of
-from ecoflap.calibration.sample import Sample
+from ecoflap.data.encode import answers_by_decoder
+from ecoflap.data.model_facts import is_encoder_decoder, to_device
+from ecoflap.data.prompts import Prompter, image_processor_of
+from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError, InvalidOption
 
 

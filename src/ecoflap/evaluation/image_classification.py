@@ -10,16 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoflap.calibration.classified import numbered
-from ecoflap.calibration.models import parameters_of, to_device
+from ecoflap.data.encode import numbered
+from ecoflap.data.model_facts import parameters_of, to_device
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.classes import TopClasses, labels_of
-from ecoflap.evaluation.common import Chunk, common_settings, image_inputs, in_chunks, open_data, pictures
-from ecoflap.evaluation.results import TaskResult
-from ecoflap.evaluation.shared import Shared
-from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress
-from ecoflap.workers import ALONE, Workers
+from ecoflap.evaluation.task import (
+    Chunk,
+    Shared,
+    TaskResult,
+    common_settings,
+    image_inputs,
+    in_chunks,
+    open_data,
+    pictures,
+)
+from ecoflap.model.trace import evaluating
+from ecoflap.support.progress import Progress
+from ecoflap.support.workers import ALONE, Workers
 
 TASK = "image-classification"
 

@@ -16,21 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ecoflap.calibration.classified import sentence_of
-from ecoflap.calibration.models import parameters_of, takes_images, to_device
-from ecoflap.calibration.pairs import encode_texts
-from ecoflap.calibration.prompts import tokenizer_of
-from ecoflap.calibration.supervised_contrastive import mean_over_tokens
+from ecoflap.data.encode import encode_texts, sentence_of
+from ecoflap.data.model_facts import parameters_of, takes_images, to_device
+from ecoflap.data.objectives.supervised_contrastive import mean_over_tokens
+from ecoflap.data.prompts import tokenizer_of
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.classes import TopClasses, check_classes, label_names
-from ecoflap.evaluation.common import Chunk, check_finite, common_settings, image_inputs, in_chunks, open_data, pictures
 from ecoflap.evaluation.embeddings import embedder_of
-from ecoflap.evaluation.results import TaskResult
-from ecoflap.evaluation.shared import Shared
-from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress
-from ecoflap.registry import unknown
-from ecoflap.workers import ALONE, Workers
+from ecoflap.evaluation.task import (
+    Chunk,
+    Shared,
+    TaskResult,
+    check_finite,
+    common_settings,
+    image_inputs,
+    in_chunks,
+    open_data,
+    pictures,
+)
+from ecoflap.model.trace import evaluating
+from ecoflap.support.progress import Progress
+from ecoflap.support.registry import unknown
+from ecoflap.support.workers import ALONE, Workers
 
 POOLS = ("cls", "mean")
 Embed = Callable[[Chunk, str], Tensor]  # samples and their source -> [B, D], rows of length 1, fp32 on the CPU

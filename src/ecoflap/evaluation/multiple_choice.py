@@ -17,17 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ecoflap.calibration.models import needs_image
-from ecoflap.calibration.prompts import tokenizer_of
-from ecoflap.calibration.sample import Sample
-from ecoflap.calibration.sources import SampleReader
+from ecoflap.data.model_facts import needs_image
+from ecoflap.data.prompts import tokenizer_of
+from ecoflap.data.sample import Sample
+from ecoflap.data.samples import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.common import common_settings, in_chunks, open_data
 from ecoflap.evaluation.likelihood import Request, Scorer
-from ecoflap.evaluation.results import Measured, TaskResult, measured
-from ecoflap.evaluation.shared import Shared
-from ecoflap.progress import Progress
-from ecoflap.workers import ALONE, Workers
+from ecoflap.evaluation.task import Measured, Shared, TaskResult, common_settings, in_chunks, measured, open_data
+from ecoflap.support.progress import Progress
+from ecoflap.support.workers import ALONE, Workers
 
 TASK = "multiple-choice"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -14,17 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoflap.calibration.classified import encode_classified, sentence_of
-from ecoflap.calibration.models import parameters_of, to_device
-from ecoflap.calibration.sample import Sample
+from ecoflap.data.encode import encode_classified, sentence_of
+from ecoflap.data.model_facts import parameters_of, to_device
+from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation.answers import answer_likelihoods
-from ecoflap.evaluation.common import Chunk, check_finite, common_settings, in_chunks, open_data
-from ecoflap.evaluation.results import TaskResult, measured
-from ecoflap.evaluation.shared import Shared
-from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress
-from ecoflap.workers import ALONE, Workers
+from ecoflap.evaluation.likelihood import answer_likelihoods
+from ecoflap.evaluation.task import (
+    Chunk,
+    Shared,
+    TaskResult,
+    check_finite,
+    common_settings,
+    in_chunks,
+    measured,
+    open_data,
+)
+from ecoflap.model.trace import evaluating
+from ecoflap.support.progress import Progress
+from ecoflap.support.workers import ALONE, Workers
 
 TEMPLATE = 'Look at the two images. Is this statement true or false? "{question}" Answer:'
 ANSWERS = ("false", "true")  # by their number in published NLVR2 checkpoints

@@ -16,15 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ecoflap.calibration.models import can_take, is_encoder_decoder, to_device
-from ecoflap.calibration.packing import tokenize_corpus, window_length
-from ecoflap.calibration.prompts import tokenizer_of
-from ecoflap.calibration.sources import load_samples
+from ecoflap.data.model_facts import can_take, is_encoder_decoder, to_device
+from ecoflap.data.packing import tokenize_corpus, window_length
+from ecoflap.data.prompts import tokenizer_of
+from ecoflap.data.samples import load_samples
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
-from ecoflap.evaluation.results import TaskResult, mean_and_stderr
-from ecoflap.evaluation.shared import Shared
-from ecoflap.progress import Progress, Silent
-from ecoflap.workers import ALONE, Workers
+from ecoflap.evaluation.task import Shared, TaskResult, mean_and_stderr
+from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.workers import ALONE, Workers
 
 LOGITS_AT_ONCE = 2**24  # fp32 logits that the loss is computed on at a time (64 MiB), whatever the vocabulary
 

@@ -15,15 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ecoflap.calibration.zero_shot import DEFAULT_TEMPLATES, fill
+from ecoflap.data.objectives.zero_shot import DEFAULT_TEMPLATES, fill
 from ecoflap.evaluation.classes import TopClasses, check_classes, labels_of, numbers_of, own_classes
-from ecoflap.evaluation.common import Chunk, check_finite, common_settings, in_chunks, open_data, pictures
 from ecoflap.evaluation.embeddings import Matcher, TwoTowers, embedder_of, similarity
-from ecoflap.evaluation.results import TaskResult
-from ecoflap.evaluation.shared import Shared
-from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress, Silent
-from ecoflap.workers import ALONE, Workers
+from ecoflap.evaluation.task import (
+    Chunk,
+    Shared,
+    TaskResult,
+    check_finite,
+    common_settings,
+    in_chunks,
+    open_data,
+    pictures,
+)
+from ecoflap.model.trace import evaluating
+from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.workers import ALONE, Workers
 
 
 @torch.no_grad()

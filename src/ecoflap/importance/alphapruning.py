@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.probe import ProbeContext
+from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.offload import read_weight
-from ecoflap.registry import unknown
+from ecoflap.model.offload import read_weight
+from ecoflap.support.registry import unknown
 
 TAILS = ("half", "peak")
 

@@ -16,13 +16,13 @@ import torch
 from torch.autograd import forward_ad
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.probe import Key, ProbeContext
+from ecoflap.importance.base import Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.importance.zeroth_order import ZerothOrder
-from ecoflap.network.parts import Anatomy, Layer, Tower
-from ecoflap.network.replay import Replay
-from ecoflap.network.tangents import differentiable_attention, tangent_of, with_tangent
+from ecoflap.model.parts import Anatomy, Layer, Tower
+from ecoflap.model.patching import differentiable_attention, tangent_of, with_tangent
+from ecoflap.model.replay import Replay
 
 FALLBACK = "fallback"  # in the settings of an importance: towers whose scores are the zeroth order's, and why
 _TRIALS = 3  # noises with which a tower's derivatives are compared with differences of losses

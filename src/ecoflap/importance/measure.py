@@ -10,24 +10,22 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ecoflap.calibration.batches import batch_size_of
-from ecoflap.calibration.objectives import default_objective, on_device
-from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.importance.names import IMPORTANCES
-from ecoflap.importance.probe import ImportanceMeasure, Key, Objective, ProbeContext
+from ecoflap.data.batches import batch_size_of, first_samples
+from ecoflap.data.objectives import Objective, default_objective, on_device
+from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
+from ecoflap.importance.offloaded import check_model
+from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.importance.scores import Estimate, Importance, summarise
 from ecoflap.importance.stopping import check_budget, stopping_of, turns
-from ecoflap.large import check_model
-from ecoflap.network.anatomy import discover
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.fp32 import computing_in_fp32, half_blocks
-from ecoflap.network.parts import Anatomy
-from ecoflap.network.perturb import gradients_set_aside
-from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress, Silent, Task
-from ecoflap.registry import check_option_names
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled, gradients_set_aside
+from ecoflap.model.precision import computing_in_fp32, half_blocks
+from ecoflap.model.trace import evaluating
 from ecoflap.statistics.dense import SharedNorms
-from ecoflap.workers import ALONE, Workers, part
+from ecoflap.support.progress import Progress, Silent, Task
+from ecoflap.support.registry import check_option_names
+from ecoflap.support.workers import ALONE, Workers, part
 
 
 class EstimateJournal(Protocol):
@@ -60,27 +58,6 @@ def make_measure(name: str, options: dict[str, Any]) -> ImportanceMeasure:
     check_option_names("importance", name, [field.name for field in fields(factory)], options)
     measure: ImportanceMeasure = factory(**options)
     return measure
-
-
-def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
-    """The first whole batches that hold at least ``samples`` samples (all of them for None).
-
-    Raises:
-        CalibrationError: there are no batches, or fewer samples than asked.
-        InvalidOption: ``samples`` is below 1.
-    """
-    if not len(batches):
-        raise CalibrationError("no calibration batches: give at least one")
-    if samples is None:
-        return batches
-    if samples < 1:
-        raise InvalidOption(f"samples must be at least 1, not {samples}")
-    count = 0
-    for number, batch in enumerate(batches, 1):
-        count += batch_size_of(batch)
-        if count >= samples:
-            return batches[:number]
-    raise CalibrationError(f"{samples} samples were asked for importance, but the calibration batches hold {count}")
 
 
 def _is_native(measure: ImportanceMeasure) -> bool:

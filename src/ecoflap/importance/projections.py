@@ -1,7 +1,11 @@
-"""What measures that project the loss gradient on noise have in common: which probes there are, in what order."""
+"""What measures that project the loss gradient on noise have in common: which probes there are, in what order.
+
+Noise as a function of (seed, layer, batch, draw), so that no score depends on order, workers or resume.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,14 +14,29 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.noise import noise
-from ecoflap.importance.probe import Key, ProbeContext
+from ecoflap.importance.base import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.effort import forward_effort, suffix_efforts
-from ecoflap.network.parts import Layer
-from ecoflap.network.perturb import swapped
-from ecoflap.network.replay import Replay
-from ecoflap.registry import unknown
+from ecoflap.model.effort import forward_effort, suffix_efforts
+from ecoflap.model.parts import Layer
+from ecoflap.model.patching import swapped
+from ecoflap.model.replay import Replay
+from ecoflap.support.registry import unknown
+
+
+def noise_key(seed: int, layer: str, batch: int, draw: int) -> int:
+    """A 63-bit generator seed that is unique to the four of them (BLAKE2b of their text)."""
+    text = f"{seed}\x00{layer}\x00{batch}\x00{draw}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def noise(shape: torch.Size, device: torch.device, *, seed: int, layer: str, batch: int, draw: int) -> Tensor:
+    """Standard normal fp32 noise of ``shape`` for one probe, from a generator of its own on ``device``.
+
+    The global generators are neither read nor moved. CPU and CUDA generators give different numbers for one key.
+    """
+    generator = torch.Generator(device=device).manual_seed(noise_key(seed, layer, batch, draw))
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+
 
 PROBES = ("matrix", "block")
 PRECISIONS = ("fp32", "native")

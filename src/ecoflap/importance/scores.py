@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ecoflap.curve import Curve
+from ecoflap.allocation.curves import Curve
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.network.parts import Layer
+from ecoflap.model.parts import Layer
 
 # Relative standard deviation of |N(0, 1)|, by which one lone estimate scatters.
 HALF_NORMAL_SPREAD = math.sqrt(math.pi / 2 - 1)

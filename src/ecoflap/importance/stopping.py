@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.probe import Key
+from ecoflap.importance.base import Key
 from ecoflap.importance.scores import summarise
 
 LEAST = 3  # estimates of a layer, below which their scatter says nothing

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ecoflap.allocation.patterns import Pattern, with_default
 from ecoflap.pruning.criteria import Pruned, zero_out
-from ecoflap.pruning.patterns import Pattern, lowest_mask, with_default
+from ecoflap.pruning.masks import lowest_mask
 from ecoflap.statistics.inputs import InputStatistics
 
 

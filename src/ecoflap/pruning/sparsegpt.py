@@ -8,17 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ecoflap.allocation.patterns import NofM, Pattern, check_fits, with_default
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.pruning.criteria import Pruned, check_statistics, zero_out
-from ecoflap.pruning.patterns import (
-    NofM,
-    Pattern,
-    check_fits,
-    lowest_by_counts,
-    lowest_in_rows,
-    row_quotas,
-    with_default,
-)
+from ecoflap.pruning.masks import lowest_by_counts, lowest_in_rows, row_quotas
 from ecoflap.statistics.inputs import InputGram, InputStatistics, all_finite
 
 # Inside a slab, single columns update only the next few; the rest of the slab follows by one matmul.

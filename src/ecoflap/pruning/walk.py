@@ -1,4 +1,7 @@
-"""Stage 2: block by block through the towers, gather statistics, prune each layer to its share, go on."""
+"""Stage 2: block by block through the towers, gather statistics, prune each layer to its share, go on.
+
+Pruned blocks of an offloaded model that has no run directory: files that live as long as the model.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
-from ecoflap.calibration.padding import TokenMasks, placeholders, token_masks
-from ecoflap.errors import NonFiniteLoss
-from ecoflap.network.cache import cache_disabled
-from ecoflap.network.drive import Run, TowerDriver
-from ecoflap.network.effort import walk_efforts
-from ecoflap.network.heap import trim
-from ecoflap.network.offload import Offloaded, adopt, is_offloaded, resident
-from ecoflap.network.parts import Anatomy, Block, Layer, Tower
-from ecoflap.network.trace import evaluating
-from ecoflap.progress import Progress, Silent, Task
+from ecoflap.allocation.patterns import Pattern
+from ecoflap.data.model_facts import TokenMasks, placeholders, token_masks
+from ecoflap.errors import NonFiniteLoss, StorageError
+from ecoflap.model.block_runner import Run, TowerDriver
+from ecoflap.model.effort import walk_efforts
+from ecoflap.model.offload import Offloaded, adopt, is_offloaded, removed_with, resident, temporary_folder
+from ecoflap.model.parts import Anatomy, Block, Layer, Tower
+from ecoflap.model.patching import cache_disabled, trim
+from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.magnitude import Magnitude
-from ecoflap.pruning.patterns import Pattern
 from ecoflap.statistics.choice import ALL, TokenChoice
-from ecoflap.statistics.collect import keepers_of
-from ecoflap.statistics.dense import decoder_of, gather, sequence_of
+from ecoflap.statistics.dense import decoder_of, gather, keepers_of, sequence_of
 from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.inputs import STATISTICS, InputStatistics, all_finite
 from ecoflap.statistics.tokens import check_choice
-from ecoflap.workers import ALONE, Share, Workers, share_of
+from ecoflap.support.progress import Progress, Silent, Task
+from ecoflap.support.workers import ALONE, Share, Workers, share_of
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class _Walker:
         workers: Workers,
     ) -> None:
         if is_offloaded(model) and isinstance(journal, NoJournal):
-            from ecoflap.pruning.spill import SpilledBlocks
+            pass
 
             journal = SpilledBlocks(model)
         self.model, self.criterion, self.pattern, self.journal = model, criterion, pattern, journal
@@ -269,3 +272,27 @@ def achieved(model: nn.Module, allocation: Allocation) -> Allocation:
         for row in allocation.layers
     }
     return allocation.with_achieved({row.name: zeros[row.name] / row.weights for row in allocation.layers})
+
+
+class SpilledBlocks:
+    """A journal that keeps what the model itself can't hold, and that no later walk goes on from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.folder = temporary_folder()
+        removed_with(model, self.folder)
+
+    def place(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
+
+    def load(self, block: str) -> PrunedBlock | None:
+        return None
+
+    def save(self, block: str, pruned: PrunedBlock) -> None:
+        """Raises StorageError where there is no room."""
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
+        try:
+            save_file(tensors, self.place(block))
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"can't write {self.place(block)}: {error}; free some space, or set TMPDIR to a folder with more"
+            ) from error

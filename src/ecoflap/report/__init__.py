@@ -1,16 +1,32 @@
-"""The last room: the files of a run or of a comparison become a page and, for a run, a table on the terminal."""
+"""What is made of a finished run or comparison: page, charts, analyses, model card, upload.
+
+Knows everything but ``cli``. The names in ``__all__`` are imported when first used: a table needs no page.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ecoflap.report.compare_page import write_compare
-from ecoflap.report.comparison import FILE as COMPARISON
-from ecoflap.report.data import RunData, read_run
-from ecoflap.report.page import write_report
-from ecoflap.report.tables import summary_table
+from ecoflap.run.names import is_compare
+from ecoflap.support.lazy import lazily
 
-__all__ = ["RunData", "read_run", "rebuild", "summary_table", "write_compare", "write_report"]
+if TYPE_CHECKING:
+    from ecoflap.report.compare_page import write_compare
+    from ecoflap.report.data import RunData, read_run
+    from ecoflap.report.page import write_report
+
+__all__ = ["RunData", "read_run", "rebuild", "write_compare", "write_report"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "RunData": "ecoflap.report.data",
+        "read_run": "ecoflap.report.data",
+        "write_compare": "ecoflap.report.compare_page",
+        "write_report": "ecoflap.report.page",
+    },
+)
 
 
 def rebuild(folder: Path | str) -> Path:
@@ -20,4 +36,7 @@ def rebuild(folder: Path | str) -> Path:
         InvalidOption: the folder holds neither, or a file in it is broken.
         StorageError: the page could not be written; an older page stays as it was.
     """
-    return write_compare(folder) if (Path(folder) / COMPARISON).is_file() else write_report(folder)
+    from ecoflap.report.compare_page import write_compare
+    from ecoflap.report.page import write_report
+
+    return write_compare(folder) if is_compare(folder) else write_report(folder)

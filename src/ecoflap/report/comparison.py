@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ecoflap.errors import InvalidOption
+from ecoflap.report.data import Content, Count, Finite, Fraction, read_model
 from ecoflap.report.formats import task_title
-from ecoflap.report.reading import Content, Count, Finite, Fraction, read_model
+from ecoflap.run.names import COMPARISON
 
-FILE = "compare.json"
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -175,10 +175,10 @@ def read_comparison(folder: Path | str) -> Comparison:
     Raises:
         InvalidOption: it is not there, or a field is not what it should be; the message names it.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / COMPARISON
     found = read_model(path, Comparison)
     if found is None:
-        raise InvalidOption(f"{folder} holds no {FILE}: give the output folder of `ecoflap compare`")
+        raise InvalidOption(f"{folder} holds no {COMPARISON}: give the output folder of `ecoflap compare`")
     unknown = {cell.method for cell in found.cells} - {method.name for method in found.methods}
     if unknown:
         raise InvalidOption(f"{path}: cells of {', '.join(sorted(unknown))}, which methods does not name")

@@ -17,9 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ecoflap.report import formats
-from ecoflap.report.charts import Chart, Entry, Rule
-from ecoflap.report.interactive import figure, plain
-from ecoflap.report.static import svg
+from ecoflap.report.charts.chart import Chart, Entry, Rule
+from ecoflap.report.charts.plotly import figure, plain
+from ecoflap.report.charts.svg import svg
 
 _SCRIPTS = ("tables.js", "plots.js")
 

@@ -1,17 +1,83 @@
-"""``report.html``: one self-contained page, built from nothing but the files of a run directory."""
+"""``report.html``: one self-contained page, built from nothing but the files of a run directory.
+
+The results of the tasks before and after, formatted: the headline's cards and the table of quality.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecoflap.citations import citations
-from ecoflap.files import write_text
-from ecoflap.report import analysis_charts, command, disk, quality, records, run_charts, search_charts
-from ecoflap.report.data import BlockRow, Metrics, RunData, read_run
+from ecoflap.report import formats
+from ecoflap.report.charts import analysis as analysis_charts
+from ecoflap.report.charts import run as run_charts
+from ecoflap.report.citations import citations
+from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, gallery, read_run
 from ecoflap.report.html import PanelGroup, Plots, environment
-from ecoflap.report.predictions import gallery
+from ecoflap.support.files import write_text
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One line of the quality table, formatted."""
+
+    label: str
+    dense: str
+    pruned: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, formatted: the whole, further metrics of the whole, then each group of samples; ``n`` samples."""
+
+    name: str
+    title: str
+    n: str
+    whole: QualityRow
+    others: list[QualityRow]
+    groups: list[QualityRow]
+
+
+def tasks(metrics: Metrics) -> Iterator[Task]:
+    """The tasks of either model, in order."""
+    nothing = Quality(metric="")
+    for name in dict.fromkeys([*metrics.dense, *metrics.pruned]):
+        dense, pruned = metrics.dense.get(name, nothing), metrics.pruned.get(name, nothing)
+        metric = pruned.metric or dense.metric
+        before, after = dense.by_group or {}, pruned.by_group or {}
+        groups = [
+            _row(group, metric, (before.get(group), None), (after.get(group), None))
+            for group in dict.fromkeys([*before, *after])
+        ]
+        nowhere = OtherMetric()
+        others = [
+            _row(other, other, _pair(dense.others.get(other, nowhere)), _pair(pruned.others.get(other, nowhere)))
+            for other in dict.fromkeys([*dense.others, *pruned.others])
+        ]
+        label = f"all, {metric}" if others else "all"
+        whole = _row(label, metric, (dense.value, dense.stderr), (pruned.value, pruned.stderr))
+        counts = sorted({quality.n for quality in (dense, pruned) if quality.n is not None})
+        n = " / ".join(formats.integer(count) for count in counts)
+        yield Task(name, formats.task_title(name, metric), n, whole, others, groups)
+
+
+def _pair(measured: OtherMetric) -> tuple[float | None, float | None]:
+    return measured.value, measured.stderr
+
+
+def _row(
+    label: str, metric: str, dense: tuple[float | None, float | None], pruned: tuple[float | None, float | None]
+) -> QualityRow:
+    return QualityRow(
+        label=label,
+        dense=formats.metric_value(metric, *dense),
+        pruned=formats.metric_value(metric, *pruned),
+        change=formats.metric_change(metric, dense[0], pruned[0]),
+    )
+
 
 REPORT = "report.html"
 
@@ -49,16 +115,16 @@ def render(run: RunData) -> str:
         .render(
             run=run,
             metrics=metrics,
-            tasks=list(quality.tasks(metrics)),
-            options=list(records.options(recipe)),
-            records=list(records.records("", records.environment(recipe, metrics.environment))),
+            tasks=list(tasks(metrics)),
+            options=list(formats.options(recipe)),
+            records=list(formats.records("", formats.environment(recipe, metrics.environment))),
             dense=metrics.dense_by_reason(),
-            command=command.reproduce(recipe) if recipe else None,
+            command=formats.reproduce(recipe) if recipe else None,
             seconds=sum(seconds) if seconds else None,
             slowest=max(seconds, default=0.0) or 1.0,
             peak=max((s.peak_memory_bytes for s in metrics.stages if s.peak_memory_bytes is not None), default=None),
             cuda=any(stage.peak_cuda_bytes for stage in metrics.stages),
-            disk=disk.on_disk(run),
+            disk=formats.on_disk(run),
             towers=list(_towers(run, blocks)),
             unscored=sum(block.score is not None and block.score <= 0 for block in blocks),
             scores=run.scores,
@@ -78,8 +144,8 @@ def _panels(run: RunData, blocks: list[BlockRow], plots: Plots) -> dict[str, Pan
     return {
         "sparsity_panels": plots.group("sparsity", run_charts.sparsity_charts(run, blocks)),
         "heat_panels": plots.group("heat", run_charts.heat_charts(run)),
-        "search_panels": plots.group("search", search_charts.loss_charts(search)),
-        "cost_panels": plots.group("block-cost", search_charts.cost_charts(search, blocks)),
+        "search_panels": plots.group("search", run_charts.loss_charts(search)),
+        "cost_panels": plots.group("block-cost", run_charts.cost_charts(search, blocks)),
         "importance_panels": plots.group("importance", run_charts.importance_charts(blocks)),
         "layer_panels": plots.group("matrix", layers),
         "distribution_panels": plots.group(

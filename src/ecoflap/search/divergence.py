@@ -9,14 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ecoflap.calibration.models import is_encoder_decoder
-from ecoflap.calibration.padding import placeholders, token_masks
+from ecoflap.data.model_facts import is_encoder_decoder, placeholders, token_masks
+from ecoflap.data.objectives import Objective
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.probe import Objective
-from ecoflap.network.logits import logits_on_demand
-from ecoflap.registry import unknown
-from ecoflap.search.kl import mean_kl
-from ecoflap.workers import ALONE, Workers, part
+from ecoflap.model.lazy_logits import logits_on_demand, mean_kl
+from ecoflap.support.registry import unknown
+from ecoflap.support.workers import ALONE, Workers, part
 
 METRICS = ("auto", "kl", "loss")
 POSITIONS = ("labels", "text")

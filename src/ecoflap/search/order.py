@@ -1,4 +1,7 @@
-"""The order in which a local criterion removes a layer's weights, and the local error that this makes."""
+"""The order in which a local criterion removes a layer's weights, and the local error that this makes.
+
+SparseGPT's own weights in the search: what remains makes up for what goes, so masks alone would mislead.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ecoflap.network.parts import Anatomy, Layer
-from ecoflap.pruning.patterns import Compare, Unstructured, lowest_mask
-from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.allocation.patterns import Compare, Unstructured
+from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.pruning.criteria import Criterion
+from ecoflap.pruning.masks import lowest_mask
+from ecoflap.statistics.inputs import InputGram, InputStatistics
 
 LEVELS = 50  # steps of a local curve: 2 % of a layer's weights each
 
@@ -26,7 +31,7 @@ class Order:
         compare: rank within each output row, or over the whole matrix.
 
     SparseGPT's own order depends on the weights it has updated already; Wanda's may stand in for it (the two agree
-    where the inputs are uncorrelated), or :class:`ecoflap.search.compensated.Compensated` does it in full.
+    where the inputs are uncorrelated), or :class:`ecoflap.search.order.Compensated` does it in full.
     """
 
     norms: Mapping[str, Tensor]
@@ -47,7 +52,7 @@ class Order:
         return lowest_mask(scores, zeros, Unstructured(self.compare))
 
     def stand_in(self, model: nn.Module, layer: Layer, zeros: int) -> Tensor:
-        """What :class:`~ecoflap.search.masked.MaskedModel` computes with: a mask here, (out, in) bool."""
+        """What :class:`~ecoflap.search.masked_model.MaskedModel` computes with: a mask here, (out, in) bool."""
         return self.mask(model, layer, zeros)
 
     def errors(self, model: nn.Module, layer: Layer) -> Tensor:
@@ -93,3 +98,50 @@ def weight_of(model: nn.Module, layer: Layer) -> Tensor:
 def local_errors(model: nn.Module, anatomy: Anatomy, order: Order) -> dict[str, Tensor]:
     """:meth:`Order.errors` of every layer, by name."""
     return {layer.name: order.errors(model, layer) for layer in anatomy.layers}
+
+
+@dataclass(frozen=True)
+class Compensated(Order):
+    """Prunes each layer by a criterion with a Hessian, on the dense model's statistics, whenever its share changes.
+
+    Kept are the Hessian and its factor of every distinct input, 8 bytes · columns² each, and by the searched model one
+    copy of the weights. Layers that no token reached go by Wanda's order.
+    """
+
+    criterion: Criterion | None = None
+    grams: Mapping[str, InputGram] | None = None
+    damping: float = 0.01
+
+    def stand_in(self, model: nn.Module, layer: Layer, zeros: int) -> Tensor:
+        """(out, in): the pruned weight itself, in its dtype; a mask for a layer without statistics."""
+        gram = (self.grams or {}).get(layer.name)
+        if gram is None or self.criterion is None:
+            return self.mask(model, layer, zeros)
+        weight = model.get_parameter(layer.name).detach()
+        weight = weight.t() if layer.transposed else weight
+        return self.criterion(weight, gram, zeros, Unstructured(self.compare)).weight
+
+    def errors(self, model: nn.Module, layer: Layer) -> Tensor:
+        """As of :class:`Order`, of the scores that SparseGPT starts with: (w / U_jj)², UᵀU = H⁻¹."""
+        gram = (self.grams or {}).get(layer.name)
+        if gram is None:
+            return super().errors(model, layer)
+        weight = weight_of(model, layer)
+        scale = gram.inverse_factor(self.damping).diagonal().reciprocal().masked_fill(gram.dead, 0)
+        costs = (weight * scale.to(weight.device)).square()
+        return cumulated(costs if self.compare == "row" else costs.flatten()[None])
+
+
+def compensated(
+    statistics: Mapping[str, InputStatistics], criterion: Criterion, damping: float, compare: Compare | None
+) -> Compensated:
+    """For a criterion that needs Hessians; ``compare`` as the user says it."""
+    grams = {name: found for name, found in statistics.items() if isinstance(found, InputGram)}
+    return Compensated(
+        norms={name: gram.norm for name, gram in grams.items()},
+        weighted=True,
+        compare=compare or "matrix",
+        criterion=criterion,
+        grams=grams,
+        damping=damping,
+    )

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from ecoflap.network.parts import Anatomy
-from ecoflap.progress import Task
-from ecoflap.search.attribution import by_gradient, by_probes
-from ecoflap.search.pruned import PrunedModel
-from ecoflap.search.shares import Budgets, Shares, between, filled, flattened
-from ecoflap.search.state import SearchOptions, State
+from ecoflap.model.parts import Anatomy
+from ecoflap.search.costs import by_gradient, by_probes
+from ecoflap.search.options import SearchOptions, State
+from ecoflap.search.pruned_model import PrunedModel
+from ecoflap.search.solve import Budgets, Shares, between, filled, flattened
+from ecoflap.support.progress import Task
 
 _log = logging.getLogger("ecoflap")
 

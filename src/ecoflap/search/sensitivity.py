@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ecoflap.curve import Curve
+from ecoflap.allocation.curves import Curve
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.probe import Key, ProbeContext
+from ecoflap.importance.base import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
-from ecoflap.network.parts import Anatomy, Block
-from ecoflap.network.replay import Replay
-from ecoflap.registry import unknown
+from ecoflap.model.parts import Anatomy, Block
+from ecoflap.model.replay import Replay
 from ecoflap.search.divergence import METRICS, Divergence
-from ecoflap.search.masked import MaskedModel
+from ecoflap.search.masked_model import MaskedModel
 from ecoflap.search.order import Order
+from ecoflap.support.registry import unknown
 
 ORDERS = ("wanda", "magnitude")
 

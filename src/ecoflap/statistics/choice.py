@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ecoflap.errors import InvalidOption
-from ecoflap.registry import unknown
+from ecoflap.support.registry import unknown
 
 # What is chosen beside all text, and the amount where none is given.
 AMOUNTS: Mapping[str, float | None] = {"all": None, "text": None, "text+top": 0.2, "text+attended": 0.2, "atv": 1.0}

@@ -10,16 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ecoflap.calibration.padding import TokenMasks
+from ecoflap.data.model_facts import TokenMasks
 from ecoflap.errors import NonFiniteLoss
-from ecoflap.network.drive import BlockCall, Enough
-from ecoflap.network.parts import Block, Layer
-from ecoflap.network.trace import linear_weight, tensors_in
+from ecoflap.model.block_runner import BlockCall, Enough
+from ecoflap.model.parts import Block, Layer
+from ecoflap.model.trace import linear_weight, tensors_in
 from ecoflap.statistics.inputs import InputStatistics
-from ecoflap.statistics.own_mask import OwnMasks, own_masks
-from ecoflap.statistics.routed import RoutedTokens
+from ecoflap.statistics.real_tokens import OwnMasks, RoutedTokens, own_masks
 from ecoflap.statistics.tokens import Chooser
-from ecoflap.workers import Share
+from ecoflap.support.workers import Share
 
 
 class InputsDiverged(Exception):

@@ -45,8 +45,8 @@ def exact_products(x: Tensor) -> Iterator[None]:
 class _Accumulator:
     """A sum over tokens that follows its first input's device.
 
-    It may be made of several sums, one for each group of batches (:class:`ecoflap.workers.Share`): :meth:`begin` says
-    to which one the next inputs belong, and :meth:`close` must be called before anything is read.
+    It may be made of several sums, one for each group of batches (:class:`~ecoflap.support.workers.Share`):
+    :meth:`begin` says to which one the next inputs belong, and :meth:`close` must be called before anything is read.
 
     Attributes:
         apart: keep the sums of the groups, because those of another worker stand before them.

@@ -1,0 +1,126 @@
+"""What stage 2 needs beside the model, from shapes alone and one forward of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.model.block_runner import Enough, Run
+from ecoflap.model.parts import Anatomy, Block, Layer
+from ecoflap.model.patching import cache_disabled
+from ecoflap.model.trace import evaluating, tensors_in
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes above those of the model at the peak of stage 2.
+
+    Attributes:
+        inputs: what one block gets for all batches, and the outputs of one batch: where the model is, unless offloaded.
+        statistics: of one block, a sum for each distinct input.
+        working: fp32 copies while one layer is pruned.
+        forward: what one block makes of one batch: inputs and outputs of its layers.
+    """
+
+    inputs: int
+    statistics: int
+    working: int
+    forward: int
+
+    @property
+    def total(self) -> int:
+        """The peak: a block is run and its layers are pruned in turns. Sums of batches are made in two parts."""
+        return self.inputs + max(2 * self.statistics + self.forward, self.statistics + self.working)
+
+
+@dataclass
+class _Seen:
+    """What one forward of one batch showed of a block."""
+
+    arguments: int = 0
+    forward: int = 0
+    inputs: list[Tensor] = field(default_factory=list)  # distinct ones, as long as the block runs
+    columns: list[int] = field(default_factory=list)
+
+
+def expected_memory(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], run: Run, needs: str, offload: str = "none"
+) -> Memory:
+    """The expectation for :func:`ecoflap.pruning.walk.walk`; the formula is in ``docs/memory.md``.
+
+    Runs one forward of the first batch up to the last block.
+
+    Args:
+        batches: mappings of tensors; those after the first are taken to need as much for each number in them.
+        run: runs the model on a batch (an objective).
+        needs: what the criterion asks for: "none", "norm" or "gram".
+        offload: "cpu" and "disk" keep only one batch's inputs where the model is.
+    """
+    if needs == "none" or not len(batches):
+        return Memory(0, 0, max((working_bytes(layer, needs) for layer in anatomy.layers), default=0), 0)
+    found = [_of_block(block, seen, needs) for block, seen in _watch(model, anatomy, batches[0], run)]
+    share = sum(map(_numbers, batches)) / max(_numbers(batches[0]), 1) if offload == "none" else 1.0
+    whole = [Memory(round((share + 1) * one.inputs), one.statistics, one.working, one.forward) for one in found]
+    return max(whole, key=lambda one: one.total)
+
+
+def _of_block(block: Block, seen: _Seen, needs: str) -> Memory:
+    statistics = sum(FP32 * (columns**2 if needs == "gram" else columns) for columns in seen.columns)
+    working = max((working_bytes(layer, needs) for layer in block.layers), default=0)
+    return Memory(seen.arguments, statistics, working, seen.forward)
+
+
+def working_bytes(layer: Layer, needs: str) -> int:
+    """Fp32 copies and masks while ``layer`` is pruned: of its weight, and of its inputs' second moments."""
+    rows, columns = layer.shape
+    if needs != "gram":
+        return 3 * FP32 * rows * columns  # scores, the selection's copy of them, masks
+    # Factorising holds three more matrices of the moments and some; then the factor stays beside the weight.
+    return max(13 * columns**2, FP32 * columns**2 + 3 * FP32 * rows * columns)
+
+
+def _watch(model: nn.Module, anatomy: Anatomy, batch: Any, run: Run) -> list[tuple[Block, _Seen]]:
+    blocks = [block for block in anatomy.blocks if block.layers]
+    seen = {block.name: _Seen() for block in blocks}
+
+    def enter(block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+        storages = [tensor.untyped_storage() for tensor in tensors_in((args, kwargs))]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # views of one count once
+        seen[block.name].arguments = max(seen[block.name].arguments, sum(sizes.values()))
+
+    def leave(block: Block, module: nn.Module, args: Any, output: Any) -> None:
+        seen[block.name].inputs.clear()
+        if block is blocks[-1]:
+            raise Enough
+
+    def feed(layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+        one = seen[layer.block]
+        one.forward += output.nbytes + args[0].nbytes
+        if not any(tensor is args[0] for tensor in one.inputs):
+            one.inputs.append(args[0])
+            one.columns.append(layer.shape[1])
+
+    with ExitStack() as hooks, evaluating(model), cache_disabled(model), torch.no_grad(), suppress(Enough):
+        for block in blocks:
+            module = model.get_submodule(block.name)
+            handles = [module.register_forward_pre_hook(partial(enter, block), with_kwargs=True),
+                       module.register_forward_hook(partial(leave, block))]  # fmt: skip
+            handles += [
+                model.get_submodule(one.module).register_forward_hook(partial(feed, one)) for one in block.layers
+            ]
+            for handle in handles:
+                hooks.callback(handle.remove)
+        run(model, batch)
+    return [(block, seen[block.name]) for block in blocks]
+
+
+def _numbers(batch: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors_in(batch))

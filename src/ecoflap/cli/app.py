@@ -1,0 +1,173 @@
+"""What all commands share: the application, options that several have, progress and output.
+
+``--help`` as plain text: options under headings, names never cut off, whatever the terminal's width.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ecoflap.cli.options import OUTPUT
+from ecoflap.cli.signals import stops
+from ecoflap.cli.terminal import messages, progress_on, standard_error
+from ecoflap.errors import InvalidOption
+from ecoflap.run.compare.recipe import UNUSED, Grid
+from ecoflap.run.recipe import FILE_ONLY
+from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.workers import ALONE, launched
+
+NAMES = 30  # columns for an option's name; a longer one has its help on the next line
+_LAST = "Run and output"
+
+
+class PlainHelp(TyperCommand):
+    """A command whose options stand under their headings, with examples at the end."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        width = max(60, min(shutil.get_terminal_size().columns, 110)) - 1
+        blocks = [f"Usage: {ctx.command_path} {' '.join(self._usage(ctx))}"]
+        text, _, examples = (self.help or "").partition("Examples:")
+        blocks += [textwrap.fill(" ".join(paragraph.split()), width) for paragraph in text.strip().split("\n\n")]
+        panels: dict[str, list[str]] = {}
+        for parameter in self.get_params(ctx):
+            row = _row(parameter, ctx)
+            if row is not None:
+                panels.setdefault(_panel(parameter), []).append(_entry(*row, width))
+        headings = sorted(panels, key=lambda heading: heading == _LAST)  # stable: all others as they come
+        blocks += ["\n".join([f"{heading}:", *panels[heading]]) for heading in headings]
+        if examples:
+            blocks.append("Examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "))
+        formatter.write("\n\n".join(blocks) + "\n")
+
+    def _usage(self, ctx: Any) -> list[str]:
+        arguments = [_name(p) for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        return [*arguments, "[OPTIONS]"]
+
+
+def _name(parameter: Any) -> str:
+    return str(parameter.metavar or parameter.name.upper())
+
+
+def _panel(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    return str(getattr(parameter, "rich_help_panel", None) or _LAST)
+
+
+def _row(parameter: Any, ctx: Any) -> tuple[str, str] | None:
+    if getattr(parameter, "hidden", False):
+        return None
+    if parameter.param_type_name == "argument":
+        return _name(parameter), parameter.help or ""
+    short = [name for name in parameter.opts if not name.startswith("--")]
+    names = ", ".join([*short, *(name for name in parameter.opts if name.startswith("--"))])
+    if not parameter.is_flag:
+        names += f" {_name(parameter)}"
+    return names, parameter.help or ""
+
+
+def _entry(names: str, text: str, width: int) -> str:
+    indent = " " * (NAMES + 2)
+    lines = textwrap.wrap(" ".join(text.split()), width - len(indent), break_on_hyphens=False) or [""]
+    if len(names) + 2 > NAMES:
+        return "\n".join([f"  {names}", *(indent + line for line in lines)]).rstrip()
+    return "\n".join([f"  {names:<{NAMES}}{lines[0]}", *(indent + line for line in lines[1:])]).rstrip()
+
+
+SHARED = ("prune", "importance", "evaluate")  # commands that several workers can do together
+
+
+class Ended(BaseException):
+    """Carries a KeyboardInterrupt past typer, which would make a bare exit code of it."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        super().__init__()
+        self.stop = stop
+
+
+class Command(PlainHelp):
+    """A command that can be stopped with a word, and whose ``--offload-activations`` may stand alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_with_value(args)))
+
+    def invoke(self, ctx: Any) -> Any:
+        if launched() is not None and ctx.info_name not in SHARED:
+            raise InvalidOption(
+                f"{ctx.info_name} is one process's work: start it without torchrun or accelerate launch"
+            )
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Ended(stop) from stop
+
+
+def _with_value(args: list[str]) -> Iterator[str]:
+    """``--offload-activations`` without a value is "cpu", with ``--no-`` in front "none": once it had no values."""
+    for word, following in zip_longest(args, args[1:], fillvalue=""):
+        yield "--offload-activations" if word == "--no-offload-activations" else word
+        if word == "--no-offload-activations":
+            yield "none"
+        elif word == "--offload-activations" and (not following or following.startswith("-")):
+            yield "cpu"
+
+
+app = typer.Typer(
+    name="ecoflap",
+    help="Make a vision-language model sparse: importance per layer, allocation, local pruning (ECoFLaP). "
+    "'ecoflap COMMAND --help' shows a command's options.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def flag(*names: str, text: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=OUTPUT)
+
+
+Quiet = Annotated[bool, flag("--quiet", "-q", text="Print nothing but errors.")]
+Json = Annotated[bool, flag("--json", text="Print the result as JSON, and nothing else, on standard output.")]
+Overwrite = Annotated[bool, flag("--overwrite", text="Replace the file that is there.")]
+PRIVATE = "Make the Hub's repository private. Default: public, as on the Hub."
+MODEL_FIELDS = ("device", "device_map", "max_memory", "dtype", "trust_remote_code")
+PART_FIELDS = ("include", "exclude", "towers")
+SOURCE_FIELDS = ("calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts")
+DATA_FIELDS = (*SOURCE_FIELDS, "samples", "batch_size", "sequence_length", "seed")
+TEST_FIELDS = ("task", "task_options", "test", "test_image_folder", "test_columns", "test_prompt", "test_samples")
+
+SHARE_FIELDS = (
+    "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
+    "rule", "spread",
+)  # fmt: skip
+
+GRID_FIELDS = tuple(name for name in Grid.model_fields if name not in {"model", "seed", *UNUSED, *FILE_ONLY})
+SCORE_FIELDS = ("importance", "importance_options", "importance_samples", "importance_error")
+
+
+def file_option(text: str) -> Any:
+    return typer.Option("--output", "-o", metavar="FILE", help=text, show_default=False, rich_help_panel=OUTPUT)
+
+
+def progress_to(quiet: bool) -> Progress:
+    """Where progress goes, and whether warnings are told: by the first of several workers alone."""
+    messages.quiet = stops.quiet = quiet = quiet or not (launched() or ALONE).first
+    return stops.progress(Silent() if quiet else progress_on(standard_error()))
+
+
+def say_line(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,225 @@
+"""Tables for the terminal, and their JSON: a model's anatomy, an allocation, the results of tasks.
+
+The one table that a run prints on the terminal when it ends.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from ecoflap.allocation import Allocation
+from ecoflap.model.parts import Anatomy
+from ecoflap.report import formats
+from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _listing_row(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(cell) for cell in cells))  # Text: brackets in a name are no markup
+
+
+def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
+    """Towers with their sizes; kinds of layers in each tower; what stays dense and why."""
+    total = anatomy.total_parameters
+    towers = _table(note, "tower", "modality", "blocks", "layers", "prunable weights", "of the model")
+    for tower in anatomy.towers:
+        share = _percent(tower.numel / total)
+        _listing_row(
+            towers,
+            tower.name,
+            tower.modality,
+            str(len(tower.blocks)),
+            str(len(tower.layers)),
+            f"{tower.numel:,}",
+            share,
+        )
+    towers.add_section()
+    share = _percent(anatomy.prunable_parameters / total)
+    blocks = str(len(anatomy.blocks))
+    _listing_row(towers, "all", "", blocks, str(len(anatomy.layers)), f"{anatomy.prunable_parameters:,}", share)
+    half = _percent(0.5 * anatomy.prunable_parameters / total)
+    caption = f"sparsity 50.0 % of the prunable weights is {half} of the whole model\n"
+    towers.caption = Text(caption, justify="left")
+    towers.caption_justify = "left"
+    yield towers
+
+    kinds = _table("layers", "in each block of the tower", "shape", "matrices", "weights")
+    for tower in anatomy.towers:
+        count: dict[tuple[str, tuple[int, int]], int] = defaultdict(int)
+        for layer in tower.layers:
+            count[(layer.name.removeprefix(layer.block + "."), layer.shape)] += 1
+        _listing_row(kinds, f"{tower.name}:", "", "", "")
+        for (name, shape), times in count.items():
+            _listing_row(kinds, f"  {name}", f"{shape[0]} × {shape[1]}", str(times), f"{times * shape[0] * shape[1]:,}")
+    yield kinds
+
+    if anatomy.unprunable:
+        dense = _table("dense, inside blocks", "reason", "weights", "of the model", "for example")
+        reasons: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        for entry in anatomy.unprunable:
+            reasons[entry.reason].append((entry.name, entry.numel))
+        for reason, entries in reasons.items():
+            size = sum(numel for _, numel in entries)
+            _listing_row(dense, reason, f"{size:,}", _percent(size / total), entries[0][0])
+        dense.add_section()
+        size = sum(entry.numel for entry in anatomy.unprunable)
+        _listing_row(dense, "all", f"{size:,}", _percent(size / total), "")
+        yield dense
+
+
+def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
+    """The same as plain data, every layer named."""
+    return {
+        "total_parameters": anatomy.total_parameters,
+        "prunable_parameters": anatomy.prunable_parameters,
+        "prunable_share": anatomy.prunable_parameters / anatomy.total_parameters,
+        "dense_parameters": sum(entry.numel for entry in anatomy.unprunable),
+        "traced": anatomy.traced,
+        "towers": [
+            {
+                "name": tower.name,
+                "modality": tower.modality,
+                "blocks": [
+                    {
+                        "name": block.name,
+                        "layers": [{"name": layer.name, "shape": list(layer.shape)} for layer in block.layers],
+                    }
+                    for block in tower.blocks
+                ],
+            }
+            for tower in anatomy.towers
+        ],
+        "dense": [{"name": e.name, "reason": e.reason, "weights": e.numel} for e in anatomy.unprunable],
+    }
+
+
+def allocation_table(allocation: Allocation) -> Table:
+    """Sparsity per tower, and the least and most sparse of its blocks."""
+    title = f"sparsity {allocation.sparsity:g}, cap {allocation.max_sparsity:g}, per {allocation.granularity}"
+    table = _table(title, "tower", "weights", "zeros", "sparsity", "lowest block", "highest block")
+    towers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for row in allocation.layers:
+        sums = towers[row.tower][row.block]
+        sums[0] += row.weights
+        sums[1] += row.zeros
+    for tower, blocks in towers.items():
+        weights, zeros = (sum(sums[i] for sums in blocks.values()) for i in (0, 1))
+        shares = [sums[1] / sums[0] for sums in blocks.values()]
+        low, high = _percent(min(shares)), _percent(max(shares))
+        _listing_row(table, tower, f"{weights:,}", f"{zeros:,}", _percent(zeros / weights), low, high)
+    table.add_section()
+    total, zeros = allocation.total_weights, allocation.zeros
+    _listing_row(table, "all prunable weights", f"{total:,}", f"{zeros:,}", _percent(zeros / total), "", "")
+    if allocation.model_parameters and allocation.model_sparsity is not None:
+        share = _percent(allocation.model_sparsity)
+        _listing_row(table, "the whole model", f"{allocation.model_parameters:,}", f"{zeros:,}", share, "", "")
+    return table
+
+
+def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row a task, one for each of its further metrics, and one a group of its samples."""
+    from ecoflap.report import formats  # the package of the page: too heavy for the allocation's table
+
+    table = _table("", "task", "value", "n")
+    for task, result in results.items():
+        value = formats.metric_value(result["metric"], result["value"], result["stderr"])
+        _listing_row(table, formats.task_title(task, result["metric"]), value, f"{result['n']:,}")
+        for metric, other in (result.get("others") or {}).items():
+            _listing_row(table, f"  {metric}", formats.metric_value(metric, other["value"], other["stderr"]), "")
+        for group, part in (result["by_group"] or {}).items():
+            _listing_row(table, f"  {group}", formats.metric_value(result["metric"], part), "")
+    return table
+
+
+NAMED = 8  # layers without tokens that the terminal lists; the rest are in metrics.json and on the page
+
+
+def summary_table(run: RunData | Path | str) -> Table:
+    """Dense against pruned quality, sparsity per tower, time and memory per stage.
+
+    Args:
+        run: a run directory, or what :func:`ecoflap.report.data.read_run` made of it.
+
+    Raises:
+        InvalidOption: as ``read_run``.
+    """
+    data = run if isinstance(run, RunData) else read_run(run)
+    metrics = data.metrics or Metrics()
+    table = Table(title=Text(data.model), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "dense", "pruned", "change"):
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+
+    nothing = Quality(metric="")
+    for task in dict.fromkeys([*metrics.dense, *metrics.pruned]):
+        dense, pruned = metrics.dense.get(task, nothing), metrics.pruned.get(task, nothing)
+        metric = pruned.metric or dense.metric
+        _quality_row(
+            table,
+            formats.task_title(task, metric),
+            formats.metric_value(metric, dense.value, dense.stderr),
+            formats.metric_value(metric, pruned.value, pruned.stderr),
+            formats.metric_change(metric, dense.value, pruned.value),
+        )
+        for other in dict.fromkeys([*dense.others, *pruned.others]):
+            before, after = dense.others.get(other, OtherMetric()), pruned.others.get(other, OtherMetric())
+            _quality_row(
+                table,
+                f"  {other}",
+                formats.metric_value(other, before.value, before.stderr),
+                formats.metric_value(other, after.value, after.stderr),
+                formats.metric_change(other, before.value, after.value),
+            )
+    if not metrics.dense and not metrics.pruned:
+        _quality_row(table, "quality", formats.MISSING, formats.MISSING)
+
+    table.add_section()
+    _quality_row(table, "sparsity, prunable weights", "", formats.percent(metrics.sparsity.prunable))
+    _quality_row(table, "sparsity, whole model", "", formats.percent(metrics.sparsity.model))
+    for name, tower in data.tower_sparsity().items():
+        _quality_row(table, f"  {tower.modality}: {name}", "", formats.percent(tower.sparsity))
+    left = metrics.dense_by_reason()
+    if left:
+        shares = [share for _, _, share in left.values() if share is not None]
+        _quality_row(
+            table, "left dense inside blocks, of the model", "", formats.percent(sum(shares) if shares else None)
+        )
+        for reason, (_, size, share) in left.items():
+            _quality_row(table, f"  {reason}", "", formats.percent(share), f"{size:,} weights")
+    if metrics.unreached:
+        _quality_row(table, "by magnitude, since no token reached it", "", f"{len(metrics.unreached)} layers")
+        for layer in metrics.unreached[:NAMED]:
+            _quality_row(table, f"  {layer}")
+        if len(metrics.unreached) > NAMED:
+            _quality_row(table, "  … all in metrics.json")
+
+    table.add_section()
+    for stage in metrics.stages:
+        memory = formats.size(stage.peak_memory_bytes)
+        if stage.peak_cuda_bytes:
+            memory += f" + {formats.size(stage.peak_cuda_bytes)} on the GPU"
+        _quality_row(table, f"time, {stage.name}", "", formats.duration(stage.seconds), f"peak {memory}")
+    seconds = [stage.seconds for stage in metrics.stages if stage.seconds is not None]
+    _quality_row(table, "time, all stages", "", formats.duration(sum(seconds) if seconds else None))
+    return table
+
+
+def _quality_row(table: Table, *cells: str) -> None:
+    """Add a row of plain text: brackets in a name are no markup."""
+    table.add_row(*(Text(cell) for cell in cells))

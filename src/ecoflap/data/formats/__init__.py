@@ -1,0 +1,119 @@
+"""Readers of published data formats, one a file; what a file or folder is, is found out from its structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ecoflap.data.formats import coco, flickr, gqa, karpathy, nlvr2, vqa
+from ecoflap.data.formats.csv import CsvTable
+from ecoflap.data.formats.json import CompressedLinesTable, JsonDocument, JsonLinesTable, ObjectTable
+from ecoflap.data.formats.place import Place, head, no_splits
+from ecoflap.data.formats.text import COMPRESSED, TextFiles
+from ecoflap.data.formats.text import SUFFIXES as TEXT_SUFFIXES
+from ecoflap.data.formats.webdataset import open_tars
+from ecoflap.data.tables import ParquetTable, Table
+from ecoflap.errors import CalibrationError
+
+Opened: TypeAlias = "Table | TextFiles"
+
+ACCEPTED = (
+    ".parquet, .jsonl, .json, .csv, .tsv, .txt, .tar, a folder of these, a folder of images (with metadata.jsonl, with "
+    "captions beside them, or one folder a class), or a hub data set owner/name"
+)
+LINES = (".jsonl", ".ndjson", ".json")
+DATA_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COMPRESSED)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A format that data sets are published in as one JSON document.
+
+    Attributes:
+        name: as people know it.
+        patterns: of the files' names, by which they are found in a folder.
+        open: gives the table, or None for a document of another format.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    open: Callable[[JsonDocument, Place], Table | None]
+
+
+PUBLISHED = (
+    Published("VQAv2 or OK-VQA", vqa.PATTERNS, vqa.open_vqa),
+    Published("COCO or NoCaps captions", coco.PATTERNS, coco.open_coco),
+    Published("Karpathy splits", karpathy.PATTERNS, karpathy.open_karpathy),
+    Published("GQA", gqa.PATTERNS, gqa.open_gqa),
+)
+
+
+def open_file(place: Place) -> Opened:
+    """Open a data file.
+
+    Raises:
+        CalibrationError: it is empty, cannot be read, or is of no known format.
+    """
+    path = place.path
+    if path.stat().st_size == 0:
+        raise CalibrationError(f"{path} is empty: it holds no samples")
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        return _open_compressed(place)
+    if suffix == ".json":
+        return _open_json(place)
+    if suffix in (".csv", ".txt", ".token") and (table := flickr.open_flickr(place)) is not None:
+        return table
+    no_splits(place)
+    if suffix in TEXT_SUFFIXES:
+        return TextFiles([path], place.source)
+    if suffix == ".tar":
+        return open_tars([path], place.source)
+    if suffix == ".parquet":
+        return ParquetTable([path], place.source)
+    if suffix in LINES:
+        return _adapted(JsonLinesTable(path, place.source))
+    if suffix in (".csv", ".tsv"):
+        return CsvTable(path, place.source)
+    raise CalibrationError(f"{path}: unknown format '{path.suffix}'; accepted are {ACCEPTED}")
+
+
+def _open_compressed(place: Place) -> Opened:
+    no_splits(place)
+    inner = place.path.with_suffix("").suffix.lower()
+    if inner in LINES:
+        return _adapted(CompressedLinesTable(place.path, place.source))
+    if inner in TEXT_SUFFIXES:
+        return TextFiles([place.path], place.source)
+    raise CalibrationError(
+        f"{place.path}: only JSON lines and plain text can be read compressed (.jsonl.gz, .json.gz, .txt.gz, .zst): "
+        "decompress it first"
+    )
+
+
+def _open_json(place: Place) -> Table:
+    """A JSON document of a published format, a list of objects, an object with one such list, or JSON lines."""
+    document = JsonDocument(place.path, place.source)
+    if document.kind == "lines":
+        no_splits(place)
+        return _adapted(JsonLinesTable(place.path, place.source))
+    for published in PUBLISHED:
+        if (table := published.open(document, place)) is not None:
+            return table
+    no_splits(place)
+    if len(document.lists) == 1:
+        return _adapted(ObjectTable(next(iter(document.lists.values())), place.source, place.path.parent))
+    if document.kind == "object" and document.lists:
+        raise CalibrationError(
+            f"{place.source} holds several lists ({', '.join(document.lists)}), and is of no format that is known: "
+            "give a file with one list of objects, one a sample"
+        )
+    if document.kind == "object" and b"\n" not in head(place.path).strip():  # JSON lines with a single line
+        return _adapted(JsonLinesTable(place.path, place.source))
+    raise CalibrationError(f"{place.source} must hold a list of objects, one a sample")
+
+
+def _adapted(table: Table) -> Table:
+    """A table in one of the published formats that are plain rows, in the columns that everyone has."""
+    return nlvr2.nlvr2(table) if nlvr2.fits(table.columns) else table

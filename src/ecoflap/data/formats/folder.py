@@ -1,0 +1,162 @@
+"""What a folder of data is: saved by ``datasets``, a published data set, shards of one format, texts, or images.
+
+Folders that ``datasets.save_to_disk`` has written, memory-mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from ecoflap.data.formats import ACCEPTED, DATA_SUFFIXES, PUBLISHED, Opened, imagenet, open_file
+from ecoflap.data.formats.image_folder import holds_images, open_images
+from ecoflap.data.formats.place import Place, no_splits, of_split
+from ecoflap.data.formats.text import COMPRESSED, TextFiles
+from ecoflap.data.formats.text import SUFFIXES as TEXT_SUFFIXES
+from ecoflap.data.formats.webdataset import open_tars
+from ecoflap.data.images import SUFFIXES as IMAGE_SUFFIXES
+from ecoflap.data.tables import ArrowTable, JoinedTable, ParquetTable, Table
+from ecoflap.errors import CalibrationError
+
+
+def open_saved(place: Place) -> Table | None:
+    """The data set, or the asked split ("train" by default) of a dictionary of them; None if it is none.
+
+    Raises:
+        CalibrationError: it cannot be read, or has no such split.
+    """
+    path = place.path
+    if not ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        return None
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise CalibrationError(
+            f"{path} looks like a saved data set but cannot be read ({type(error).__name__})"
+        ) from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        no_splits(place)
+        return ArrowTable(loaded, place.source, path)
+    split = place.split or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
+    if split not in loaded:
+        raise CalibrationError(f"{place.source} has the splits {', '.join(loaded)}: give one of them after a colon")
+    return ArrowTable(loaded[split], place.source, path)
+
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
+FLICKR = ("results.csv", "results_*.token", "Flickr8k.token.txt", "captions.txt")
+LOOKED_AT = 1000  # files of a folder by which it is told whether it holds images
+
+
+def open_folder(place: Place) -> Opened:
+    """Open a folder of data.
+
+    Raises:
+        CalibrationError: there is nothing in it that is understood, or the asked split is not there.
+    """
+    for attempt in (open_saved, _metadata, _published, _shards, _images, _data, _texts, open_images):
+        if (opened := attempt(place)) is not None:
+            return opened
+    raise CalibrationError(
+        f"folder {place.path} holds no data that is understood: {ACCEPTED}, or one saved by `datasets`"
+    )
+
+
+def _metadata(place: Place) -> Opened | None:
+    """The image folder of ``datasets``: a table that names the images, beside them or in each split's folder."""
+    for folder in (place.path, place.path / (place.split or "train")):
+        file = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+        if file is not None:
+            return open_file(place.at(file) if folder == place.path else Place(file, str(file)))
+    return None
+
+
+def _published(place: Place) -> Opened | None:
+    """Annotation files of published data sets, by their names; their structure is looked at when they are opened."""
+    for folder in (place.path, place.path / "annotations"):
+        for published in PUBLISHED:
+            files = sorted({file for pattern in published.patterns for file in folder.glob(pattern)})
+            if files:
+                named = any(place.split in file.stem for file in files) if place.split else True
+                if len(files) == 1 and not named:  # the split is inside
+                    return open_file(place.at(files[0]))
+                file = of_split(files, place, f"{published.name} files")
+                return open_file(Place(file, str(file)))
+        found = next((file for pattern in FLICKR for file in sorted(folder.glob(pattern))), None)
+        if found is not None:
+            return open_file(place.at(found))
+    return None
+
+
+def _shards(place: Place) -> Opened | None:
+    for folder in (place.path, place.path / (place.split or "train")):
+        files = _files(folder, (".tar",)) if folder.is_dir() else []
+        if files:
+            return open_tars(_of_split(files, place) if folder == place.path else files, place.source)
+    return None
+
+
+def _images(place: Place) -> Opened | None:
+    """Images in the folder itself, or ImageNet's lists of them: texts beside them are captions."""
+    names = [file.name for file in islice(place.path.iterdir(), LOOKED_AT)]
+    lists = (*imagenet.MAPPINGS, *imagenet.SOLUTIONS)
+    found = any(name in lists or name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+    return open_images(place) if found else None
+
+
+def _data(place: Place) -> Opened | None:
+    """Files of one data format, in the folder or in its ``data`` folder, as repositories on the hub have them."""
+    for folder in (place.path, place.path / "data"):
+        for suffix in DATA_SUFFIXES if folder.is_dir() else ():
+            files = _files(folder, (suffix,))
+            if suffix in COMPRESSED:
+                files = [file for file in files if file.with_suffix("").suffix not in TEXT_SUFFIXES]
+            files = _of_split(files, place)
+            if suffix == ".parquet" and files:
+                return ParquetTable(files, place.source)
+            if files:
+                return _joined([open_file(Place(file, str(file))) for file in files], place.source)
+    return None
+
+
+def _joined(tables: Sequence[Opened], source: str) -> Opened:
+    if len(tables) == 1:
+        return tables[0]
+    rows: list[Table] = [table for table in tables if not isinstance(table, TextFiles)]
+    return JoinedTable(rows, source)
+
+
+def _texts(place: Place) -> Opened | None:
+    """Text files, or those in sub-folders; not a class folder's README."""
+    suffixes = (*TEXT_SUFFIXES[:2], *TEXT_SUFFIXES[3:], *(f"{t}{c}" for t in TEXT_SUFFIXES for c in COMPRESSED))
+    if holds_images(place.path):
+        return None
+    files = _files(place.path, suffixes)
+    files = files or sorted(f for f in place.path.rglob("*") if f.name.lower().endswith(suffixes) and f.is_file())
+    if not files:
+        return None
+    no_splits(place)
+    return TextFiles(files, place.source)
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.name.lower().endswith(suffixes) and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def _of_split(files: Sequence[Path], place: Place) -> list[Path]:
+    """Files named after the asked split; by default those named "train" where the names tell splits apart."""
+    wanted = [file for file in files if file.name.startswith(place.split or "train")]
+    if place.split is None:
+        others = [file for file in files if file.name.startswith(("test", "val", "dev"))]
+        return wanted if wanted and others else list(files)
+    if files and not wanted:
+        names = ", ".join(file.name for file in files[:5])
+        raise CalibrationError(f"{place.source}: no file is named after the split '{place.split}': there is {names}")
+    return wanted

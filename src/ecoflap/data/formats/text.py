@@ -1,0 +1,119 @@
+"""Plain text to be packed: whole files, or seeded pieces of them when there is more than anyone needs.
+
+Files compressed with gzip, bzip2, xz or zstandard, read as a stream.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+
+from ecoflap.errors import CalibrationError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+@contextmanager
+def open_binary(file: Path, source: str) -> Iterator[BinaryIO]:
+    """The decompressed bytes of ``file``, by its suffix; a file without such a suffix as it is.
+
+    Raises:
+        CalibrationError: it is damaged, or ends too early.
+    """
+    try:
+        with _opened(file) as stream:
+            yield stream
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise CalibrationError(f"{source} cannot be decompressed ({error}): is it whole?") from error
+
+
+def _opened(file: Path) -> BinaryIO:
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return cast(BinaryIO, gzip.open(file))
+    if suffix == ".bz2":
+        return cast(BinaryIO, bz2.open(file))
+    if suffix == ".xz":
+        return cast(BinaryIO, lzma.open(file))
+    if suffix == ".zst":
+        import pyarrow as pa  # has the decoder that Python gets only in 3.14
+
+        return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(file), compression="zstd"), 1 << 20))
+    return file.open("rb")
+
+
+SUFFIXES = (".txt", ".text", ".md", ".raw", ".tokens")
+READ_WHOLE = 64 << 20  # bytes; of more text than this, seeded pieces are read
+PIECE = 65_536  # bytes of a piece; one for each window that is asked for
+
+
+class TextFiles:
+    """Text files, in the order of their names; one document a file."""
+
+    def __init__(self, files: Sequence[Path], source: str) -> None:
+        self.source, self._files = source, list(files)
+        self._sizes = [file.stat().st_size for file in files]
+        if not any(document.strip() for document in self._some()):
+            raise CalibrationError(f"{source} is empty: give a text with something in it")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def draw(self, windows: int | None, seed: int) -> Iterator[tuple[int, str]]:
+        """(number, text) of the documents; of much text, of one seeded piece of it for each window.
+
+        Args:
+            windows: how many are going to be cut from the text; None for all of it.
+        """
+        if windows is None or sum(self._sizes) <= READ_WHOLE:
+            yield from ((number, self._whole(file)) for number, file in enumerate(self._files))
+            return
+        pieces = [
+            (file, start)
+            for file, size in zip(self._files, self._sizes, strict=True)
+            for start in range(0, size, PIECE)
+        ]
+        order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+        for number in order[:windows].tolist():
+            yield number, self._piece(*pieces[number])
+
+    def _some(self) -> Iterator[str]:
+        if sum(self._sizes) <= READ_WHOLE:
+            return (self._whole(file) for file in self._files)
+        return (self._piece(file, 0) for file in self._files)
+
+    def _whole(self, file: Path) -> str:
+        with open_binary(file, str(file)) as stream:
+            return _decoded(stream.read(), file, 0)
+
+    def _piece(self, file: Path, start: int) -> str:
+        """The whole lines of a piece; of a piece without line ends, the whole characters."""
+        if file.suffix.lower() in COMPRESSED:
+            return self._whole(file) if start == 0 else ""
+        with file.open("rb") as stream:
+            stream.seek(start)
+            data = stream.read(PIECE)
+            if start:
+                data = data[data.find(b"\n") + 1 :]
+            if stream.read(1):
+                data = data[: data.rfind(b"\n") + 1] or data
+        if b"\n" in data:
+            return _decoded(data, file, start)
+        return data.decode("utf-8", errors="ignore")
+
+
+def _decoded(data: bytes, file: Path, start: int) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{file} is not UTF-8 text (byte {start + error.start}): convert it first") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,193 @@
+"""Puts prompt and image into the words that a processor expects: chat template, image placeholder, or plain."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ecoflap.data.chat import answer_turn, plain_prompt, turns_of
+from ecoflap.data.model_facts import image_token_id, parameters_of
+from ecoflap.data.sample import Sample
+from ecoflap.errors import CalibrationError
+from ecoflap.model.files import quiet
+
+
+def tokenizer_of(processor: Any) -> Any | None:
+    """The text half of a processor (or the tokenizer itself); None if there is none."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return processor
+    return getattr(processor, "tokenizer", None)
+
+
+def image_processor_of(processor: Any) -> Any | None:
+    """The image half of a processor (or the image processor itself); None if there is none."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return None
+    half = getattr(processor, "image_processor", None)
+    if half is None and getattr(processor, "tokenizer", None) is None and callable(processor):
+        half = processor
+    return half
+
+
+@contextmanager
+def padding_token(tokenizer: Any) -> Iterator[None]:
+    """Gives a tokenizer without pad token the end token for the time of a call; what is saved later is unchanged."""
+    if tokenizer is None or tokenizer.pad_token_id is not None:
+        yield
+        return
+    substitute = tokenizer.eos_token or tokenizer.unk_token
+    if substitute is None:
+        raise CalibrationError("the tokenizer has neither a pad, an end nor an unknown token to pad with")
+    tokenizer.pad_token = substitute
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = None
+
+
+@contextmanager
+def padded_on(tokenizer: Any, side: str) -> Iterator[None]:
+    """Pads on ``side`` for the time of a call, also where a processor looks at its tokenizer alone (Kosmos-2).
+
+    A fast tokenizer notes in itself how it padded last, and would save that: it is as before afterwards.
+    """
+    before, backend = getattr(tokenizer, "padding_side", None), getattr(tokenizer, "_tokenizer", None)
+    padding = getattr(backend, "padding", None)
+    if before is not None:
+        tokenizer.padding_side = side
+    try:
+        yield
+    finally:
+        if before is not None:
+            tokenizer.padding_side = before
+        if backend is not None and padding is None and getattr(backend, "padding", None) is not None:
+            backend.no_padding()
+
+
+class Prompter:
+    """Renders prompts for one model and processor, and encodes them together with the images.
+
+    How images are announced in the text is found out once, on the first sample: by the chat template where
+    there is one, by the processor itself (BLIP-2, PaliGemma), or by the placeholder in front of the prompt (LLaVA).
+
+    Raises:
+        CalibrationError: the processor puts in another number of placeholders than the model has image queries.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = tokenizer_of(processor)
+        self._model = model
+        self._chat = bool(getattr(processor, "chat_template", None))
+        self._parts = processor is not self.tokenizer  # a processor's template wants parts, a tokenizer's a string
+        self._placeholder: str | None = None  # of the first image, None until it is known
+
+    @property
+    def is_chat(self) -> bool:
+        return self._chat
+
+    @property
+    def takes_suffix(self) -> bool:
+        """Whether the processor wants the answer apart from the prompt, to let the model see the prompt whole."""
+        return self._parts and not self._chat and "suffix" in inspect.signature(self.processor.__call__).parameters
+
+    def render(self, sample: Sample) -> str:
+        """The text before the answer."""
+        if self._chat:
+            return self._template(turns_of(sample, parts=self._parts), add_generation_prompt=True)
+        prompt = plain_prompt(sample)
+        if not sample.images:
+            return prompt
+        if self._placeholder is None:
+            self._placeholder = self._find_placeholder(prompt, sample.images[0])
+        if self._placeholder and self._placeholder not in prompt:
+            return f"{self._placeholder * len(sample.images)}\n{prompt}"
+        return prompt
+
+    def render_answered(self, sample: Sample) -> str:
+        """The same text, the answer ``sample.text`` and its end: the template's own, else the end token."""
+        prompt, answer = self.render(sample), (sample.text or "").strip()
+        joined = prompt + ("" if not prompt or prompt[-1].isspace() else " ") + answer
+        if self._chat:
+            turns = [*turns_of(sample, parts=self._parts), answer_turn(answer, parts=self._parts)]
+            whole = self._template(turns).rstrip()
+            if whole.startswith(prompt.rstrip()) and whole[len(prompt.rstrip()) :].lstrip().startswith(answer):
+                joined = whole  # else the template does not know what an assistant says
+        end = getattr(self.tokenizer, "eos_token", None)
+        closed = not joined.endswith(answer)  # a template may close the turn with a token of its own
+        return joined if closed or not end or self._ends(joined) else joined + str(end)
+
+    def _template(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        return str(self.processor.apply_chat_template(turns, tokenize=False, **options))
+
+    def _ends(self, text: str) -> bool:
+        assert self.tokenizer is not None
+        return bool(self.token_ids(text)[-1:] == [self.tokenizer.eos_token_id])
+
+    def _find_placeholder(self, prompt: str, image: Image.Image) -> str:
+        """What must stand in front of the prompt so that the image is seen: "" where the processor sees to it."""
+        identifier = image_token_id(self._model, self.processor)
+        if identifier is None:
+            return ""  # the image does not go through the text (cross-attention)
+        assert self.tokenizer is not None
+        placeholder = str(
+            getattr(self.processor, "image_token", "") or self.tokenizer.convert_ids_to_tokens(identifier)
+        )
+        for candidate in ("", placeholder):
+            text = f"{candidate}\n{prompt}" if candidate else prompt
+            try:
+                count = int((self.encode([text], [(image,)])["input_ids"] == identifier).sum())
+            except (ValueError, IndexError, RuntimeError, StopIteration):
+                continue  # processors refuse an image that the text does not announce
+            queries = getattr(self._model.config, "num_query_tokens", None)
+            if count and isinstance(queries, int) and count != queries:
+                break
+            if count:
+                return candidate
+        raise CalibrationError(
+            "the processor does not put the image placeholder tokens that the model needs into the text: check "
+            "num_query_tokens, image_token and patch_size in its processor_config.json"
+        )
+
+    def encode(
+        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], side: str = "right", **more: Any
+    ) -> dict[str, Any]:
+        """Tensors for rendered ``texts`` and the images of each, padded on ``side`` to the longest of the batch.
+
+        Args:
+            more: passed on to the processor.
+        """
+        options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt", **more}
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if self._chat and bos and all(text.startswith(bos) for text in texts):
+            options["add_special_tokens"] = False  # the template has put it there
+        with padding_token(self.tokenizer), padded_on(self.tokenizer, side), quiet():
+            if any(images):
+                encoded = dict(self.processor(images=[list(each) for each in images], text=list(texts), **options))
+            else:
+                assert self.tokenizer is not None
+                encoded = dict(self.tokenizer(list(texts), **options))
+        if "suffix" not in more:
+            encoded.pop("labels", None)  # a processor's own, where nothing was said
+        if "token_type_ids" not in parameters_of(self._model):
+            encoded.pop("token_type_ids", None)
+        return encoded
+
+    def encode_suffixes(
+        self, prompts: Sequence[str], answers: Sequence[str], images: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, Any]:
+        """As :meth:`encode` with the answers apart, and ``labels`` that are -100 but on the answers and their ends."""
+        return self.encode(prompts, images, suffix=list(answers))
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a rendered text without its image, with the special tokens that :meth:`encode` adds."""
+        assert self.tokenizer is not None
+        bos = getattr(self.tokenizer, "bos_token", None)
+        special = not (self._chat and bos and text.startswith(bos))
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -1,0 +1,329 @@
+"""Calibration and test samples: drawn once with the seed from any local format, broken ones skipped and counted.
+
+Finds out what a calibration source is (file, folder, tars, hub data set) and opens it as a table or a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ecoflap.data.columns import guess_columns, parts
+from ecoflap.data.formats import ACCEPTED, open_file
+from ecoflap.data.formats.folder import open_folder
+from ecoflap.data.formats.hub import Address, HubStream, refuse_addresses
+from ecoflap.data.formats.place import Place
+from ecoflap.data.formats.text import TextFiles
+from ecoflap.data.formats.webdataset import expand, open_tars
+from ecoflap.data.images import BrokenSample, ImageFinder
+from ecoflap.data.rows import RowReader, check_template
+from ecoflap.data.sample import Sample
+from ecoflap.data.tables import Row, Table, Taken
+from ecoflap.errors import CalibrationError
+
+__all__ = ["HubStream", "TextFiles", "open_source"]
+
+
+def open_source(source: str | Path) -> Table | TextFiles | HubStream:
+    """Open a calibration or test source: a path, ``path:split``, a brace pattern of tars, or the id of a hub data set.
+
+    Raises:
+        CalibrationError: it does not exist, is empty, cannot be read, or is of no known format.
+    """
+    text = str(source)
+    place = _local(text)
+    if place is not None:
+        opened: Table | TextFiles = open_folder(place) if place.path.is_dir() else open_file(place)
+    elif "{" in text:
+        opened = open_tars([Path(name).expanduser() for name in expand(text)], text)
+    elif (address := Address.parse(text)) is not None and _may_be_hub(text):
+        return HubStream(address, text)
+    else:
+        raise CalibrationError(f"no file or folder '{source}': check the path ({ACCEPTED})")
+    if len(opened) == 0:
+        raise CalibrationError(f"{source} is empty: it holds no samples")
+    return opened
+
+
+def _local(text: str) -> Place | None:
+    """The file or folder that ``text`` names, with a split after a colon if there is one."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return Place(path, text)
+    name, colon, split = text.rpartition(":")
+    if colon and split and Path(name).expanduser().exists():
+        return Place(Path(name).expanduser(), text, split)
+    return None
+
+
+def _may_be_hub(text: str) -> bool:
+    """Whether ``text`` looks more like an id than like a path with a mistake in it."""
+    name = Path(text.partition(":")[0])
+    return not Path(name.parts[0]).exists() and not name.suffix[1:].isalpha()
+
+
+__all__ = ["Sample", "SampleReader", "SampleSet", "load_samples"]
+BROKEN_LIMIT = 0.05  # more broken samples than this stop the run: the file, not a sample, is at fault then
+CHARACTERS_PER_WINDOW = 65_536  # documents of a text data set read for each window that is asked for
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Samples that were drawn, and how.
+
+    ``indices`` are rows of the source; ``skipped`` counts broken rows on the way; ``columns`` maps roles to columns.
+    ``windows`` is set for plain text alone: the samples are documents then, and that many windows of the
+    sequence length are to be cut from them (-1: as many as there are). ``classes`` are the names of all classes of the
+    data set in the order of their numbers, where it says them: folder names, or the names of a class column.
+    """
+
+    samples: tuple[Sample, ...]
+    indices: tuple[int, ...]
+    skipped: int
+    source: str
+    columns: dict[str, str]
+    windows: int | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line for people: what was drawn from where, by which columns."""
+        if self.windows is None:
+            count = f"{len(self.samples)} sample{'' if len(self.samples) == 1 else 's'} of "
+        else:
+            count = f"{'all' if self.windows < 0 else self.windows} windows of the text of "
+        return _summary(count, self.source, self.columns, self.skipped)
+
+    def by_row(self) -> SampleSet:
+        """The same without packing: each row of a table of texts is a sample of its own, as classifiers want it.
+
+        Raises:
+            CalibrationError: there are fewer rows than samples were asked for.
+        """
+        if self.windows is None:
+            return self
+        count = len(self.samples) if self.windows < 0 else self.windows
+        if "label" in self.columns and len(self.samples) < count:
+            raise CalibrationError(
+                f"{self.source} holds {len(self.samples)} usable samples, {count} were asked for: lower the number of "
+                "samples or give more data"
+            )
+        return replace(self, samples=self.samples[:count], indices=self.indices[:count], windows=None)
+
+
+class SampleReader:
+    """Iterates (index, :class:`Sample`) of a source, in the seeded order, one sample in memory at a time.
+
+    ``skipped`` and ``columns`` are up to date while iterating; ``classes`` as in :class:`SampleSet`. Parameters and
+    errors as :func:`load_samples`.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | None,
+        *,
+        samples: int | None,
+        seed: int,
+        columns: Mapping[str, str] | None = None,
+        prompt_template: str | None = None,
+        image_folder: str | Path | None = None,
+    ) -> None:
+        if samples is not None and samples < 1:
+            raise CalibrationError(f"samples must be at least 1, not {samples}")
+        if prompt_template is not None:
+            check_template(prompt_template)
+        self._table = open_source(_bundled() if source is None else source)
+        self.source = "the bundled samples" if source is None else str(source)
+        self.columns: dict[str, str] = {}
+        self.classes: tuple[str, ...] | None = None
+        if not isinstance(self._table, TextFiles):
+            if not columns:
+                refuse_addresses(self._table.columns, self.source)
+            self.columns = guess_columns(self._table.columns, columns, self.source)
+            finder = ImageFinder(self._table.folder, _image_folder(image_folder))
+            self._read = RowReader(self.columns, self._table.columns, self._table.class_names, finder, prompt_template)
+            self.classes = self._read.classes
+        # Text alone in a table: rows are documents to be packed, like a text file.
+        self.is_text = not ({"image", "question", "prompt", "messages"} & self.columns.keys())
+        self.skipped = 0
+        self._samples, self._seed = samples, seed
+
+    @property
+    def summary(self) -> str:
+        """One line for people: from where the samples come, by which columns."""
+        return _summary("", self.source, self.columns, self.skipped)
+
+    def __len__(self) -> int:
+        """Samples that an iteration will give at most."""
+        if isinstance(self._table, TextFiles):
+            return len(self._table)
+        if isinstance(self._table, HubStream):
+            return self._samples or 0
+        return len(self._table) if self._samples is None else min(self._samples, len(self._table))
+
+    def __iter__(self) -> Iterator[tuple[int, Sample]]:
+        if isinstance(self._table, TextFiles):
+            drawn = self._table.draw(self._samples, self._seed)
+            yield from ((number, Sample(text=text)) for number, text in drawn if text.strip())
+            return
+        self.skipped, good, characters = 0, 0, 0
+        for index, row in self._rows():
+            try:
+                sample = self._read(row)
+            except BrokenSample as error:
+                self._skip(index, error)
+                continue
+            yield index, sample
+            good += 1
+            characters += len(sample.text or "")
+            if self._samples is not None and (
+                characters >= self._samples * CHARACTERS_PER_WINDOW if self.is_text else good == self._samples
+            ):
+                break
+        if good == 0:
+            reason = f" (the first broken one is {self._reason})" if self.skipped else ""
+            raise CalibrationError(f"{self.source} holds no usable sample{reason}")
+        if self.skipped > BROKEN_LIMIT * (good + self.skipped):
+            raise CalibrationError(
+                f"{self.source}: {self.skipped} of {good + self.skipped} samples are broken ({self._reason}), more "
+                f"than {BROKEN_LIMIT:.0%}: repair the data"
+            )
+        if self._samples is not None and good < self._samples and not self.is_text:
+            broken = f" and {self.skipped} broken ones" if self.skipped else ""
+            raise CalibrationError(
+                f"{self.source} holds {good} usable samples{broken}, {self._samples} were asked for: lower the number "
+                "of samples or give more data"
+            )
+
+    def at(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample]]:
+        """(index, sample) of these rows of the source, in the order of ``indices``; broken ones are left out.
+
+        A stream of the hub is read again up to the last of them, in its own order. Plain text has no rows.
+        """
+        if isinstance(self._table, TextFiles):
+            return
+        if isinstance(self._table, HubStream):
+            wanted = set(indices)
+            for index, sample in self:
+                if index in wanted:
+                    yield index, sample
+                    wanted.remove(index)
+                if not wanted:
+                    return
+            return
+        for index, row in zip(indices, self._table.take(list(indices), self._wanted()), strict=True):
+            with suppress(BrokenSample):
+                yield index, self._read(row)
+
+    def _wanted(self) -> list[str]:
+        """The columns of the table that are read."""
+        known = self._table.columns if not isinstance(self._table, TextFiles) else []
+        return list(dict.fromkeys(name for entry in self.columns.values() for name in parts(entry, known)))
+
+    def _rows(self) -> Iterator[tuple[int, Row | BrokenSample]]:
+        """(index, row): a seeded permutation when a number of samples is asked for, the file's order otherwise."""
+        table = self._table
+        assert not isinstance(table, TextFiles)
+        if isinstance(table, HubStream):
+            yield from table.draw(None if self._samples is None else self._seed)
+            return
+        if self._samples is None:
+            order = torch.arange(len(table))
+        else:
+            order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self._seed))
+        wanted = self._wanted()
+        for chunk in torch.split(order, self._step(getattr(table, "row_bytes", None))):
+            numbers = [int(number) for number in chunk]
+            rows: Taken = table.take(numbers, wanted)
+            yield from zip(numbers, rows, strict=True)
+
+    def _step(self, row_bytes: int | None) -> int:
+        """Rows that are taken at once: rows of one parquet row group, or of one pass over a file, are read together."""
+        if self._samples is None:
+            return 64 if row_bytes is None else 65_536
+        if row_bytes is not None and self.is_text:
+            return 2 * self._samples * CHARACTERS_PER_WINDOW // max(row_bytes, 1) + self._samples
+        return max(self._samples, 16)
+
+    def _skip(self, index: int, error: BrokenSample) -> None:
+        if self.skipped == 0:
+            self._reason = f"row {index}: {error}"
+        self.skipped += 1
+        target = len(self)
+        if target and not self.is_text and self.skipped > BROKEN_LIMIT * (target + self.skipped):
+            raise CalibrationError(
+                f"{self.source}: more than {BROKEN_LIMIT:.0%} of the samples are broken, the first is {self._reason}"
+            )
+
+
+def load_samples(
+    source: str | Path | None,
+    *,
+    samples: int | None,
+    seed: int,
+    columns: Mapping[str, str] | None = None,
+    prompt_template: str | None = None,
+    image_folder: str | Path | None = None,
+) -> SampleSet:
+    """Draw ``samples`` samples of ``source`` by a seeded permutation.
+
+    Args:
+        source: None for the bundled calibration set; a file or folder in any format of
+            :mod:`ecoflap.data.formats`, optionally with a split after a colon;
+            a brace pattern of tars; the id of a hub data set.
+        samples: how many; None for all, in the order of the file.
+        seed: of the permutation.
+        columns: role to column name, over the guess (see :func:`ecoflap.data.columns.guess_columns`).
+        prompt_template: with ``{question}``; default "Question: {question} Short answer:" for a question column, and
+            the text as it is for a prompt column.
+        image_folder: where the pictures lie that the data names by relative paths; by default beside the data, or in
+            one of the usual folders there.
+
+    Raises:
+        CalibrationError: nothing there, unreadable, too few samples, missing columns, over 5 % broken.
+    """
+    reader = SampleReader(
+        source,
+        samples=samples,
+        seed=seed,
+        columns=columns,
+        prompt_template=prompt_template,
+        image_folder=image_folder,
+    )
+    drawn = list(reader)
+    windows = (samples if samples is not None else -1) if reader.is_text else None
+    return SampleSet(
+        samples=tuple(sample for _, sample in drawn),
+        indices=tuple(index for index, _ in drawn),
+        skipped=reader.skipped,
+        source=reader.source,
+        columns=dict(reader.columns),
+        windows=windows,
+        classes=reader.classes,
+    )
+
+
+def _summary(count: str, source: str, columns: Mapping[str, str], skipped: int) -> str:
+    roles = ", ".join(f"{role}={column}" for role, column in columns.items())
+    said = count + source
+    said += f": {roles}" if roles else ""
+    return f"{said}; {skipped} broken skipped" if skipped else said
+
+
+def _image_folder(folder: str | Path | None) -> Path | None:
+    if folder is None:
+        return None
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise CalibrationError(f"the image folder {path} is not there")
+    return path
+
+
+def _bundled() -> Path:
+    from ecoflap.data import embedded  # imported late: only runs on the embedded model need it
+
+    return Path(embedded.calibration_path())

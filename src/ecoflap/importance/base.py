@@ -1,0 +1,123 @@
+"""What an importance measure gets to work with, and the protocol that it fulfils.
+
+No importance at all: every layer gets the target sparsity, as in plain Wanda or SparseGPT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ecoflap.data.objectives import Objective
+from ecoflap.errors import NonFiniteLoss
+from ecoflap.importance.scores import Estimate
+from ecoflap.model.lazy_logits import logits_on_demand
+from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.statistics.dense import SharedNorms, dense_norms
+from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.support.workers import ALONE, Workers
+
+Key = tuple[str, int, int]  # of an estimate: layer, batch, draw
+
+
+@dataclass
+class ProbeContext:
+    """The model (in eval mode, computing in fp32), its layers, and the fixed calibration batches.
+
+    Attributes:
+        done: (layer, batch, draw) of estimates that an interrupted run already has.
+        remarks: what the measure finds out that belongs into the settings of its scores.
+        workers: those who measure; each asks for the estimates of its own, all others are in its ``done``.
+        upcast: blocks that compute in fp32, though their weights are kept as they were loaded.
+        norms: what other measures on the same batches have gathered.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    batches: Sequence[Any]
+    objective: Objective
+    seed: int
+    done: frozenset[Key] = field(default_factory=frozenset)
+    remarks: dict[str, Any] = field(default_factory=dict)
+    workers: Workers = ALONE
+    upcast: frozenset[str] = frozenset()
+    norms: SharedNorms = field(default_factory=SharedNorms)
+
+    def input_norms(self) -> Mapping[str, InputStatistics]:
+        """Of the layers that tokens reached, ``.norm`` (columns,); the layers compute in fp32 here."""
+        return self.norms.of(
+            ("fp32", len(self.batches)),
+            lambda: dense_norms(self.model, self.anatomy, self.batches, self.objective, workers=self.workers),
+        )
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.anatomy.layers
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return self.anatomy.replayable
+
+    def blocks_of(self, layer: Layer) -> tuple[str, ...]:
+        """The blocks that must be computed when this matrix changes: all that hold it, if it is shared."""
+        if not layer.aliases:
+            return (layer.block,)
+        return tuple(block for block in self.blocks if any(m.startswith(block + ".") for m in layer.modules))
+
+    def loss_tensor(self, index: int, layer: str | None = None) -> Tensor:
+        """The scalar fp32 loss of one calibration batch, with its graph where gradients are on.
+
+        Raises:
+            NonFiniteLoss: it is NaN or infinite; names the batch and, in a probe, the layer.
+        """
+        with logits_on_demand(self.model):
+            loss = self.objective(self.model, self.batches[index])
+        if not math.isfinite(value := float(loss.detach())):
+            where = f" while {layer} is perturbed" if layer else ""
+            raise NonFiniteLoss(
+                f"the loss of calibration batch {index} is {value}{where}: check its samples, "
+                "or leave it out of the calibration data",
+                index,
+            )
+        return loss
+
+    def loss(self, index: int, layer: str | None = None) -> float:
+        """:meth:`loss_tensor` as a number."""
+        return float(self.loss_tensor(index, layer))
+
+
+class ImportanceMeasure(Protocol):
+    """Yields estimates; averaging, journal, resume and precision are the caller's (``measure.py``).
+
+    A method ``efforts(context)`` may say how long each estimate to come takes, in any unit. Class attributes may
+    say more: ``rule``, the allocation rule that the scores are made for (else "proportional"; ``names.py`` repeats it);
+    ``noisy``, False where a lone estimate has no standard error of its own; ``scatter``, the smallest relative standard
+    deviation of one estimate, where sampling may stop when there are enough (``stopping.py``).
+
+    A method ``upcast(anatomy)`` names the blocks that need not be converted to fp32 as a whole: each is while it runs,
+    and ``context.model`` has their weights in the checkpoint's dtype. Without it the whole model is fp32 meanwhile.
+
+    A method ``pieces(context)`` lets several workers share the estimates: it gives their keys in the order of
+    ``estimates``, those together that are measured together. Without it all workers measure all of them.
+    """
+
+    def steps(self, context: ProbeContext) -> int:
+        """Number of estimates that a run from scratch yields."""
+
+    def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
+        """All estimates that are not in ``context.done``, in a fixed order."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Yields nothing; the allocation knows the name and gives every layer the target sparsity."""
+
+    def steps(self, context: ProbeContext) -> int:
+        return 0
+
+    def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
+        yield from ()

@@ -1,0 +1,354 @@
+"""Towers, blocks and prunable layers of any model, read from the model itself.
+
+Which lists of modules are stacks of blocks: outermost lists whose elements feed one another.
+
+Which modality a tower has: a small table of words found in module paths, as data.
+
+Why a weight inside a block is not pruned, in words for the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecoflap.errors import AnatomyError
+from ecoflap.model.experts import Experts, expert_groups
+from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
+from ecoflap.model.trace import Run, Trace, plain_forward, trace
+
+# Parts of module paths whose linear layers only make a table of positions: the paper's method leaves those dense.
+POSITION_WORDS = ("position_bias", "pos_bias", "rel_pos", "cpb_mlp")
+# Names of a state-space mixer's own parameters (Mamba and its kin), beside its convolution and its linear layers.
+STATE_SPACE_NAMES = ("A_log", "D", "dt_bias", "x_proj_weight", "dt_proj_weight")
+
+
+def makes_positions(path: str) -> bool:
+    """Whether the module at ``path`` is part of a small network that makes position biases."""
+    return any(word in path for word in POSITION_WORDS)
+
+
+def quantised(module: nn.Module) -> tuple[str, int] | None:
+    """The reason and the number of weights if ``module`` is a linear layer in a quantisation library's own format.
+
+    Known by its sizes (``in_features``, ``out_features``) without a floating 2-D weight of at least two bytes each:
+    packed integers (bitsandbytes, GPTQ, AWQ, HQQ, torch.ao) and eight-bit floats alike.
+    """
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    inputs, outputs = (size if isinstance(size, int) else 0 for size in sizes)
+    weight = module._parameters.get("weight")
+    if not (inputs and outputs) or (weight is not None and weight.is_floating_point() and weight.element_size() > 1):
+        return None
+    if weight is None and module._modules and any(True for _ in module.parameters()):
+        return None  # a composite, such as an adapter around a layer of its own
+    stored = str(weight.dtype).removeprefix("torch.") if weight is not None else type(module).__name__
+    return f"quantised ({stored})", inputs * outputs
+
+
+def reason_for(name: str, parameter: Tensor, module: nn.Module) -> str:
+    """Why ``parameter``, called ``name`` in ``module``, is no prunable matrix."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return f"convolution ({kind})"
+    if name in STATE_SPACE_NAMES:
+        return f"state-space parameter of {kind}"
+    if "router" in kind.lower():
+        return f"router of experts ({kind})"
+    if parameter.dim() == 3 and "expert" in kind.lower():
+        return f"fused 3-D expert weights of {kind}"
+    return f"{parameter.dim()}-D weight of {kind}"
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A stack of blocks: its path, its elements in the order of their calls, and who drives them."""
+
+    path: str
+    elements: tuple[str, ...]
+    driver: str
+    calls: int = 1
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """An inner module with a weight matrix below it: a block, not a lone layer."""
+    children = list(module.children())
+    return bool(children) and any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
+    """Stacks of blocks in ``model``, in the order of their first call (of definition without a trace).
+
+    A ``ModuleList`` or ``Sequential`` whose elements hold matrices is a stack if, in the traced forward, each element
+    passes something on to the next one, as it is or changed on the way. Experts and deep-stack mergers, which stand
+    side by side, are not. A stack whose elements are themselves stacks of blocks, or of one class and made of stacks of
+    like blocks (the stages of a Swin), gives way to those.
+    """
+    found: list[BlockList] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        if any(path.startswith(element + ".") for stack in found for element in stack.elements):
+            continue  # inside a block already: T5's list of sublayers, experts
+        elements = [
+            f"{path}.{name}" if path else name for name, child in module.named_children() if _holds_matrix(child)
+        ]
+        if not elements or _is_stages(model, elements):
+            continue
+        if trace is None:
+            found.append(BlockList(path, tuple(elements), path.rpartition(".")[0]))
+            continue
+        elements = sorted((element for element in elements if element in trace.calls), key=trace.position)
+        links = sum((a, b) in trace.chained for a, b in pairwise(elements))
+        if elements and links >= (len(elements) - 1) / 2:
+            driver = trace.drivers[elements[0]]
+            found.append(BlockList(path, tuple(elements), driver, trace.calls.get(driver, 1)))
+    if trace is not None:
+        found.sort(key=lambda stack: trace.position(stack.elements[0]))
+    return found
+
+
+def _is_stages(model: nn.Module, elements: list[str]) -> bool:
+    """Every element is a list of blocks, or contains a list of like blocks that holds most of it."""
+    for element in elements:
+        stage = model.get_submodule(element)
+        if isinstance(stage, nn.ModuleList):
+            continue  # a list of lists: its parent calls the blocks themselves
+        inner = [
+            child
+            for child in stage.children()
+            if isinstance(child, nn.ModuleList | nn.Sequential)
+            and len({type(block) for block in child}) == 1
+            and all(_holds_matrix(block) for block in child)
+        ]
+        inner_size = sum(parameter.numel() for child in inner for parameter in child.parameters())
+        if inner_size < 0.5 * sum(parameter.numel() for parameter in stage.parameters()):
+            return False
+    return True
+
+
+# First match wins, so the bridges (which often have "vision" or "text" further up in their path) come first.
+WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("bridge", ("qformer", "resampler", "perceiver", "connector", "projector", "abstractor", "merger", "aligner")),
+    (
+        "vision",
+        ("vision", "visual", "image", "vit", "deit", "beit", "dinov2", "dinov3", "swin", "timm", "patch", "pixel"),
+    ),
+    ("audio", ("audio", "speech", "wav2vec")),
+    ("language", ("text", "language", "lm", "decoder", "llm", "transformer", "bert", "gpt")),
+)
+
+VISION_ONLY_FIELDS = ("patch_size", "num_channels")
+
+
+def modality_of(path: str, config: Any = None) -> str:
+    """Modality of the tower whose ``ModuleList`` sits at ``path``.
+
+    Args:
+        path: module path, for example ``"model.vision_tower.encoder.layers"``.
+        config: the model's configuration; one with patch fields and no text part makes an unnamed tower a vision one.
+    """
+    components = path.lower().split(".")
+    for modality, words in WORDS:
+        if any(word in component for component in components for word in words):
+            return modality
+    vision_only = any(hasattr(config, field) for field in VISION_ONLY_FIELDS) and not hasattr(config, "text_config")
+    return "vision" if vision_only else "language"
+
+
+def discover(
+    model: nn.Module,
+    batch: Any = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    towers: Sequence[str] | None = None,
+    run: Run = plain_forward,
+) -> Anatomy:
+    """Find the towers, blocks and prunable layers of ``model``.
+
+    Args:
+        model: any module.
+        batch: one batch; with it a forward is watched, which gives the true order and leaves out what never runs.
+        include: patterns (``*``, ``?``) of layers or towers to prune although they are left out by default (bridges
+            such as the Q-Former).
+        exclude: patterns of layers or towers to leave dense; wins over ``include``.
+        towers: patterns of paths of module lists; only these become towers.
+        run: how one batch is run (a loss function, say); by default ``model(**batch)``.
+
+    Raises:
+        AnatomyError: nothing to prune was found, or a pattern selects nothing.
+    """
+    lists = block_lists(model, None)
+    traced: Trace | None = None
+    if batch is not None:
+        elements = [path for found in lists for path in found.elements]
+        inner = [path for group in expert_groups(model, elements) for path in group.elements]
+        traced = trace(model, batch, {*elements, *inner}, run)
+        lists = block_lists(model, traced)
+    if towers is not None:
+        lists = [found for found in lists if _matches(found.path, towers)]
+        if not lists:
+            raise AnatomyError(
+                f"towers={list(towers)}: no list of blocks has such a path; 'ecoflap inspect' shows them"
+            )
+    blocks = [path for found in lists for path in found.elements]
+    experts = Experts(expert_groups(model, blocks, traced), traced)
+    reader = _Reader(model, traced, experts, include, exclude)
+    found_towers = [reader.tower(found) for found in lists]
+    for pattern in (*include, *exclude):
+        if pattern not in reader.used_patterns:
+            raise AnatomyError(f"pattern '{pattern}' selects no layer or tower; 'ecoflap inspect' shows their names")
+    anatomy = Anatomy(
+        towers=tuple(tower for tower in found_towers if tower.numel),
+        unprunable=tuple(reader.unprunable),
+        replayable=tuple(path for found in lists for path in found.elements),
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()) + reader.packed_away,
+        traced=traced is not None,
+        products=_products(traced, {path for found in lists for path in found.elements}),
+    )
+    if not anatomy.towers:
+        raise AnatomyError(f"nothing to prune in {type(model).__name__}{_why_nothing(model, anatomy)}")
+    return anatomy
+
+
+def _products(traced: Trace | None, blocks: Collection[str]) -> dict[str, int]:
+    """Those of the trace's modules, by the block that holds each of them ("" for none)."""
+    found: dict[str, int] = {}
+    for path, count in traced.products.items() if traced else ():
+        owner = path
+        while owner and owner not in blocks:
+            owner = owner.rpartition(".")[0]
+        found[owner] = found.get(owner, 0) + count
+    return found
+
+
+def _why_nothing(model: nn.Module, anatomy: Anatomy) -> str:
+    if anatomy.unprunable:
+        return f" ({'; '.join(sorted({entry.reason for entry in anatomy.unprunable}))})"
+    stray = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    if not stray:
+        return ": no list of repeated blocks with linear layers"
+    return (
+        f": its {stray:,} weights in linear layers lie outside of any nn.ModuleList or nn.Sequential of blocks that "
+        "feed one another, and only such blocks are pruned; put the repeated blocks into one"
+    )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that selects ``name``: equal, a parent path, or a glob."""
+    for pattern in patterns:
+        if name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern):
+            return pattern
+    return None
+
+
+class _Reader:
+    """Reads layers out of blocks, keeping track of shared weights and of what stays dense."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Trace | None,
+        experts: Experts,
+        include: Sequence[str],
+        exclude: Sequence[str],
+    ) -> None:
+        self.model, self.traced, self.experts, self.include, self.exclude = model, traced, experts, include, exclude
+        self.packed_away = 0  # weights of quantised layers beyond the entries that their parameters have
+        self.unprunable: list[Unprunable] = []
+        self.used_patterns: set[str] = set()
+        self.names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(id(parameter), []).append(name)
+        self.seen: set[int] = set()
+
+    def tower(self, found: BlockList) -> Tower:
+        modality = modality_of(found.path, getattr(self.model, "config", None))
+        blocks = tuple(
+            Block(path, found.path, index, tuple(self._layers(path, found.path, modality)))
+            for index, path in enumerate(found.elements)
+        )
+        return Tower(found.path, modality, blocks, found.driver, found.calls)
+
+    def _layers(self, block: str, tower: str, modality: str) -> Iterable[Layer]:
+        prefix_done: list[str] = []
+        for path, module in self.model.get_submodule(block).named_modules(prefix=block):
+            if any(path.startswith(done + ".") for done in prefix_done):
+                continue
+            if isinstance(module, nn.MultiheadAttention):
+                prefix_done.append(path)
+                self._dense(path, "packed nn.MultiheadAttention", sum(p.numel() for p in module.parameters()))
+                continue
+            packed = quantised(module)
+            if packed is not None:
+                prefix_done.append(path)
+                self._dense(f"{path}.weight", *packed)
+                self.packed_away += packed[1] - sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+                continue
+            is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            for name, parameter in module.named_parameters(recurse=False):
+                full = f"{path}.{name}"
+                if id(parameter) in self.seen:
+                    continue
+                if not (is_linear and name == "weight" and parameter.dim() == 2):
+                    if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
+                        self._dense(full, reason_for(name, parameter, module), parameter.numel())
+                    continue
+                self.seen.add(id(parameter))
+                reason = self._reason_to_skip(full, path, tower, modality, parameter)
+                if reason:
+                    self._dense(full, reason, parameter.numel())
+                    continue
+                transposed = not isinstance(module, nn.Linear)
+                rows, columns = parameter.shape
+                yield Layer(
+                    name=full,
+                    module=path,
+                    block=block,
+                    tower=tower,
+                    modality=modality,
+                    shape=(columns, rows) if transposed else (rows, columns),
+                    transposed=transposed,
+                    aliases=tuple(other for other in self.names[id(parameter)] if other != full),
+                    expert=self.experts.of(path),
+                    uncalled=self._uncalled(path, parameter),
+                )
+
+    def _reason_to_skip(self, name: str, module: str, tower: str, modality: str, weight: nn.Parameter) -> str | None:
+        included = _matches(name, self.include) or _matches(tower, self.include)
+        excluded = _matches(name, self.exclude) or _matches(tower, self.exclude)
+        self.used_patterns.update(pattern for pattern in (included, excluded) if pattern)
+        if excluded:
+            return "excluded"
+        for other in self.names[id(weight)]:
+            if isinstance(self.model.get_submodule(other.rpartition(".")[0]), nn.Embedding):
+                return f"shared with the embedding {other}"
+        running = self.experts.running(module) or self._uncalled(module, weight)
+        if self.traced is not None and module not in self.traced.calls and not running:
+            return self._unseen(module, self.traced)
+        if makes_positions(module) and not included:
+            return "makes position biases, dense by default (--include)"
+        if self.experts.routed_by(module, weight.shape[0]) and not included:
+            return "router of experts, dense by default (--include)"
+        if modality == "bridge" and not included:
+            return "bridge between towers, dense by default (--include)"
+        return None
+
+    def _uncalled(self, module: str, weight: nn.Parameter) -> bool:
+        traced = self.traced
+        return traced is not None and module not in traced.calls and id(weight) in traced.multiplied
+
+    def _unseen(self, module: str, traced: Trace) -> str:
+        parent = module.rpartition(".")[0]
+        if parent in traced.calls and not isinstance(self.model.get_submodule(parent), nn.ModuleList | nn.ModuleDict):
+            kind = type(self.model.get_submodule(parent)).__name__
+            return f"not reached by the traced forward ({kind} never called it: unused, or it reads the weight itself)"
+        return "not reached by the traced forward"
+
+    def _dense(self, name: str, reason: str, numel: int) -> None:
+        self.unprunable.append(Unprunable(name, reason, numel))

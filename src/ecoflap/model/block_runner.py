@@ -1,0 +1,163 @@
+"""Runs one tower block by block on all batches, with the arguments that its parent's own forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecoflap.model.activation_store import Offload, offload_kind
+from ecoflap.model.parts import Tower
+from ecoflap.model.patching import Forward, forward_replaced
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+class _Reached(BaseException):
+    """Ends a forward early. Not an Exception, so that no model's own handler swallows it."""
+
+
+class Enough(BaseException):
+    """Ends the forward of a block that is observed; see :meth:`TowerDriver.observe`."""
+
+
+@dataclass
+class BlockCall:
+    """One call of a block: the batch it belongs to and its arguments."""
+
+    batch: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class _Item:
+    """One call of the tower's driver: its arguments, and the output of the last block that ran."""
+
+    call: BlockCall
+    output: Any = None
+
+
+class TowerDriver:
+    """Steps through the blocks of one tower.
+
+    For each block, the parent's forward is called with its own arguments while the blocks before return the output of
+    the block just before (T5's position biases travel in it), and the block itself only takes note of its arguments.
+    Kept at any time: the parent's arguments and the inputs or outputs of one block, for all batches.
+
+    Args:
+        model: in eval mode, without a KV cache.
+        tower: which one; the towers before it are run as they are now, pruned or not.
+        batches: what ``run`` takes.
+        run: runs the model on one batch.
+        offload: "cpu" or "disk" keep what is kept there, and move it to its device for each call (True: "cpu").
+        folder: of the file, for "disk"; by default the system's folder for temporary files.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tower: Tower,
+        batches: Sequence[Any],
+        run: Run,
+        *,
+        offload: bool | str = False,
+        folder: Path | None = None,
+    ) -> None:
+        self._driver = model.get_submodule(tower.driver)
+        self._blocks = [model.get_submodule(block.name) for block in tower.blocks]
+        self._offload = Offload(offload_kind(offload), folder)
+        self._calls: list[tuple[_Item, BlockCall]] = []
+        self._items = [
+            _Item(call)
+            for index, batch in enumerate(batches)
+            for call in self._driver_calls(model, tower, index, batch, run)
+        ]
+
+    def _driver_calls(self, model: nn.Module, tower: Tower, index: int, batch: Any, run: Run) -> list[BlockCall]:
+        found: list[BlockCall] = []
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found.append(BlockCall(index, *self._offload.keep((args, kwargs))))
+            # The last call need not be run here; an earlier one must, since what follows may depend on it.
+            if len(found) == tower.calls:
+                raise _Reached
+
+        handle = self._driver.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with suppress(_Reached), torch.no_grad():
+                run(model, batch)
+        finally:
+            handle.remove()
+        return found
+
+    def enter(self, index: int) -> int:
+        """Take the inputs of block ``index`` for all batches; the blocks before it must have been run.
+
+        Returns:
+            The number of calls; 0 if the parent does not call this block.
+        """
+        self._calls = []
+        for item in self._items:
+            arguments = self._capture(item, index)
+            if arguments is not None:
+                item.output = None  # of the block before; what this one needs of it is among its arguments
+                self._calls.append((item, BlockCall(item.call.batch, *arguments)))
+        return len(self._calls)
+
+    def _capture(self, item: _Item, index: int) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        taken: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def skip(forward: Forward) -> Forward:
+            return lambda *args, **kwargs: self._offload.use(item.output)
+
+        def take(forward: Forward) -> Forward:
+            def taking(*args: Any, **kwargs: Any) -> Any:
+                taken.append(self._offload.keep((args, kwargs)))
+                raise _Reached
+
+            return taking
+
+        args, kwargs = self._offload.use((item.call.args, item.call.kwargs))
+        with ExitStack() as wraps, torch.no_grad():
+            for number, block in enumerate(self._blocks[: index + 1]):
+                wraps.enter_context(forward_replaced(block, take if number == index else skip))
+            with suppress(_Reached):
+                self._driver(*args, **kwargs)
+        return taken[0] if taken else None
+
+    def observe(self, index: int, before: Callable[[BlockCall], None]) -> None:
+        """Run block ``index`` on the inputs taken by :meth:`enter`, for what hooks see of it; outputs are not kept.
+
+        A hook that has seen enough of a call may raise :class:`Enough`, and the next call begins.
+
+        Args:
+            before: called with each call (arguments on their device) just before the block runs.
+        """
+        for _, call in self._calls:
+            args, kwargs = self._offload.use((call.args, call.kwargs))
+            before(BlockCall(call.batch, args, kwargs))
+            with suppress(Enough), torch.no_grad():
+                self._blocks[index](*args, **kwargs)
+
+    def run(self, index: int, before: Callable[[BlockCall], None] | None = None, *, last: bool = False) -> None:
+        """Run block ``index`` on the inputs taken by :meth:`enter`, and keep its outputs for the next block.
+
+        Args:
+            before: as in :meth:`observe`.
+            last: give up each input once it has been used; only :meth:`enter` may follow.
+        """
+        for number, (item, call) in enumerate(self._calls):
+            args, kwargs = self._offload.use((call.args, call.kwargs))
+            if last:
+                self._calls[number] = (item, BlockCall(call.batch, (), {}))
+            if before is not None:
+                before(BlockCall(call.batch, args, kwargs))
+            with torch.no_grad():
+                item.output = self._offload.keep(self._blocks[index](*args, **kwargs))
+            del args, kwargs, call

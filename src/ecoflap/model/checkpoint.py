@@ -1,0 +1,385 @@
+"""Loads a model with its processor: the embedded VLM, a folder, a GGUF file or a hub id, always as its own class.
+
+One hash for all weights of a model: tells whether two models are bit-identical, and a run that of another model.
+
+A checkpoint's processor without its video half, for pictures where what reads videos (torchvision) is missing.
+
+Silences transformers' and accelerate's own bars and reports while we load and save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers.processing_utils import VideosKwargs
+from transformers.video_processing_utils import VideoProcessorMixin
+
+from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
+from ecoflap.model.device_map import dispatching
+from ecoflap.model.files import Files, first_line, locate, quiet
+from ecoflap.model.offload import Offloaded
+
+_CHUNK = 1 << 24  # elements moved to the CPU at a time, so that hashing needs no copy of a large tensor
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 (64 hex digits) over name, dtype, shape and bytes of every entry of the state dict, sorted by name.
+
+    A tensor that appears under several names (tied weights) counts once, under the first name. The result does not
+    depend on device, memory layout or the order of registration. What an offloaded model keeps elsewhere is read weight
+    by weight.
+    """
+    digest, weights = hashlib.sha256(), Offloaded(model)
+    for name, tensor in _distinct(model):
+        header = f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0"
+        digest.update(header.encode())
+        flat = weights.read(tensor).reshape(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            chunk = flat[start : start + _CHUNK].cpu().contiguous()
+            digest.update(chunk.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _distinct(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Entries of the state dict by name, each storage view once."""
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        place = id(tensor) if tensor.is_meta else tensor.data_ptr()  # an offloaded weight has one placeholder
+        view = (tensor.device, place, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and view in seen:
+            continue
+        seen.add(view)
+        yield name, tensor
+
+
+_SETTINGS = ("video_preprocessor_config.json", "preprocessor_config.json")  # where the video half's settings may stand
+
+
+class NoVideo(VideoProcessorMixin):  # type: ignore[misc]
+    """Stands where a video processor should: keeps its settings, to be saved as they came, and reads no video."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self._settings = dict(settings)
+
+    def __getattr__(self, name: str) -> Any:
+        settings = self.__dict__.get("_settings", {})
+        if name in settings or name in VideosKwargs.__annotations__:
+            return settings.get(name)
+        raise AttributeError(f"the video half of this processor was not loaded, so it has no {name}")
+
+    def __call__(self, *videos: Any, **options: Any) -> Any:
+        raise NotImplementedError("the video half of this processor was not loaded: pip install torchvision")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._settings)
+
+
+def without_video(processor_class: Any) -> Any:
+    """The same class, of the same name, that takes a :class:`NoVideo`."""
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        if isinstance(argument, NoVideo):
+            return NoVideo
+        return processor_class.check_argument_for_proper_class(self, name, argument)
+
+    body = {"check_argument_for_proper_class": check, "__module__": processor_class.__module__}
+    return type(processor_class.__name__, (processor_class,), body)
+
+
+def load_without_video(folder: Path, options: dict[str, Any]) -> Any | None:
+    """The processor that ``folder`` describes with a :class:`NoVideo`; None if its class has no video half.
+
+    Args:
+        options: of ``from_pretrained``.
+    """
+    found = _read(folder / "processor_config.json")
+    name = found.get("processor_class") or next(
+        (
+            values["processor_class"]
+            for file in (*_SETTINGS, "tokenizer_config.json")
+            if (values := _read(folder / file)).get("processor_class")
+        ),
+        None,
+    )
+    processor_class = getattr(transformers, str(name), None)
+    if processor_class is None or "video_processor" not in processor_class.get_attributes():
+        return None
+    settings, _ = processor_class.get_processor_dict(folder, **options)
+    video = settings.get("video_processor") or next((v for file in _SETTINGS if (v := _read(folder / file))), {})
+    halves = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+    arguments = [
+        NoVideo(video) if half == "video_processor" else halves[half].from_pretrained(folder, **options)
+        for half in processor_class.get_attributes()
+    ]
+    return without_video(processor_class).from_args_and_dict(arguments, settings)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    return values if isinstance(values, dict) else {}
+
+
+__all__ = ["Checkpoint", "fingerprint", "load", "model_dtype"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_FALLBACKS = (  # asked in this order when config.json names no class
+    "AutoModelForImageTextToText",
+    "AutoModelForZeroShotImageClassification",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+
+_PROCESSORS = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json",
+                    "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model and what is needed to save it as it came.
+
+    ``processor`` is what AutoProcessor, AutoTokenizer or AutoImageProcessor gave, or None; ``dtype`` that of most
+    weights; ``shard_sizes`` the bytes of each weight file of the source (empty for GGUF); ``warnings`` one line each.
+    """
+
+    model: PreTrainedModel
+    processor: Any | None
+    source: str
+    dtype: torch.dtype
+    shard_sizes: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def load(
+    source: str | Path | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """Load a checkpoint in evaluation mode, as the class that its configuration names (so its heads are kept).
+
+    Args:
+        source: a folder with config.json and safetensors, a .gguf file or a folder with one, a hub id, or None for
+            the embedded VLM.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU if there is one) or a torch device.
+        trust_remote_code: run model code that comes with the checkpoint; only for sources that you trust.
+        gguf_file: which GGUF file of the folder or hub repository to read.
+        device_map: for a model larger than the memory: "disk" leaves its weights in their files, from which a module's
+            are read while it runs; "auto", "balanced", "balanced_low_0" or "sequential" fill the GPUs, then the
+            computer's memory, then the disk. ``device`` then says where what is on the disk is computed.
+        max_memory: what such a map may use of a device: "0" (a GPU's number) or "cpu" to "20GiB".
+
+    Raises:
+        CheckpointError: missing, broken, pickled only, quantised, of an unknown class, or with weights missing.
+        InvalidOption: unknown dtype or unusable device or device map.
+        MissingDependency: a GGUF file without the packages that read it.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InvalidOption(f"dtype '{dtype}' is not one of auto, {', '.join(DTYPES)}")
+    place = _device(device)
+    name = "embedded VLM" if source is None else str(source)
+    files = locate(_embedded() if source is None else source, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    if files.gguf_file is not None:
+        _require_gguf()
+        if device_map is not None:
+            raise InvalidOption(f"a GGUF file is unpacked in memory: leave out device_map {device_map}")
+    with quiet(), dispatching(device_map, max_memory) as dispatch:
+        model_class = _model_class(files, trust_remote_code)
+        model, warnings = _load_model(files, model_class, name, dtype, trust_remote_code, dispatch.options)
+        model = dispatch.finish(model, place)
+        processor, failed = _load_processor(files, trust_remote_code)
+    for line in (lines := [*warnings, *failed]):
+        _log.warning(line)
+    sizes = tuple(shard.stat().st_size for shard in files.shards)
+    return Checkpoint(model.eval(), processor, name, model_dtype(model), sizes, tuple(lines))
+
+
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The floating dtype of most weights; ``model.dtype`` is that of the first, which families may keep in fp32."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda kind: counts[kind], default=torch.get_default_dtype())
+
+
+def _embedded() -> Path:
+    from ecoflap.data import embedded  # not at import: the package's data is only needed here
+
+    return Path(embedded.model_path())
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidOption(f"device '{device}' cannot be used ({first_line(error)}): try cpu, cuda or auto") from error
+    return place
+
+
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependency("a GGUF file needs gguf: pip install 'ecoflap[gguf]'")
+
+
+def _model_class(files: Files, trust_remote_code: bool) -> Any:
+    """The transformers class that the configuration names, else the first Auto class that knows its type."""
+    config = files.config
+    for name in config.get("architectures") or []:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and hasattr(found, "from_pretrained"):
+            return found
+    if "auto_map" in config and not trust_remote_code:
+        raise CheckpointError(
+            f"the model in '{files.folder}' needs code that comes with it: read that code, "
+            "then allow it with trust_remote_code"
+        )
+    if config.get("auto_map") and trust_remote_code:
+        names = [name for name in config["auto_map"] if name.startswith("AutoModel")]
+        return getattr(transformers, names[0] if names else "AutoModel")
+    return _auto_class(files)
+
+
+def _auto_class(files: Files) -> Any:
+    config, where = files.config, f"'{files.folder / (files.gguf_file or '')}'"
+    try:
+        options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
+        kind = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True, **options)
+    except Exception as error:  # unknown type, invalid values, unreadable header: transformers raises many kinds
+        named = config.get("architectures") or config.get("model_type") or "none"
+        raise CheckpointError(
+            f"{where} names no model class that transformers {transformers.__version__} knows "
+            f"({named}): {first_line(error)}"
+        ) from error
+    for name in _FALLBACKS:
+        auto = getattr(transformers, name, None)
+        if auto is not None and type(kind) in auto._model_mapping:
+            return auto
+    raise CheckpointError(
+        f"transformers {transformers.__version__} has no model for type '{kind.model_type}' of {where}"
+    )
+
+
+def _load_model(
+    files: Files, model_class: Any, name: str, dtype: str, trust_remote_code: bool, spread: Mapping[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    options: dict[str, Any] = {**spread, **({"trust_remote_code": True} if trust_remote_code else {})}
+    bars: AbstractContextManager[object] = nullcontext()
+    if files.gguf_file is not None:
+        bars = redirect_stderr(io.StringIO())  # its reader draws a bar that no setting of transformers stops
+        options["gguf_file"] = files.gguf_file
+        if hasattr(transformers, "GgufConfig"):  # plain weights, not packed ones
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    try:
+        with bars:
+            model, info = model_class.from_pretrained(
+                files.folder,
+                dtype=DTYPES.get(dtype, "auto"),
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, with names
+                output_loading_info=True,
+                **options,
+            )
+    except (EcoflapError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises many kinds for a bad checkpoint
+        raise CheckpointError(f"'{name}' cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
+    if files.gguf_file is not None:
+        # The weights are plain now; with the record of their former packing the model would refuse to be saved.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model, _review(info, name, type(model).__name__)
+
+
+def _review(info: dict[str, Any], name: str, model_class: str) -> list[str]:
+    """Lines about weights that did not match; missing or misshapen ones are errors, as they would be random."""
+    if info["mismatched_keys"]:
+        key, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"'{name}' does not fit its configuration: {key} is {tuple(stored)} in the file and {tuple(expected)} in "
+            f"{model_class} ({len(info['mismatched_keys'])} such weights)"
+        )
+    missing = sorted(info["missing_keys"])
+    needed = [key for key in missing if not re.search(r"(^|\.)pooler\.", key)]
+    if needed:
+        raise CheckpointError(
+            f"'{name}' lacks {len(needed)} weights of {model_class} ({_some(needed)}): they would be random; "
+            "the checkpoint is incomplete or of another class"
+        )
+    lines = []
+    if missing:
+        lines.append(
+            f"'{name}' has no weights for {_some(missing)}: left at random, harmless unless the loss uses them"
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        lines.append(
+            f"'{name}' holds {len(unexpected)} weights that {model_class} does not use ({_some(unexpected)}): left out"
+        )
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _load_processor(files: Files, trust_remote_code: bool) -> tuple[Any | None, list[str]]:
+    """The first of processor, tokenizer, image processor that the folder's files give, and a line if they give none."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    kinds: tuple[str, ...] = _PROCESSORS
+    if files.gguf_file is not None:
+        options["gguf_file"] = files.gguf_file
+        kinds = ("AutoTokenizer",)
+    elif not any((files.folder / name).is_file() for name in _PROCESSOR_FILES):
+        return None, []
+    reasons: list[str] = []
+    for kind in kinds:
+        try:
+            found = getattr(transformers, kind).from_pretrained(files.folder, **options)
+        except Exception as error:  # tells only that this kind is not what the folder holds
+            reasons.append(first_line(error))
+            if kind == "AutoProcessor" and (found := _without_video(files.folder, options)) is not None:
+                why = reasons[0].partition(". ")[0]  # what follows says how to install, and goes on in the next line
+                return found, [f"the processor in '{files.folder}' reads no videos here ({why}); images it does"]
+            continue
+        return found, [f"only a {kind[4:].lower()} could be loaded: {reason}" for reason in reasons[:1]]
+    return None, [f"the processor in '{files.folder}' cannot be loaded ({reasons[0]}): texts and images need one"]
+
+
+def _without_video(folder: Path, options: dict[str, Any]) -> Any | None:
+    """The processor without its video half; None where it has none, or that is not what failed."""
+    try:
+        return load_without_video(folder, options)
+    except Exception:  # the first reason is the one that is told
+        return None

@@ -1,0 +1,106 @@
+"""Experts of a mixture inside a block: lists of like modules of which a router picks some for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from ecoflap.model.trace import Trace
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """One mixture.
+
+    Attributes:
+        path: of the list of experts, or of the module that holds them as one stacked parameter.
+        elements: paths of the experts; empty where they are stacked.
+        size: number of experts.
+    """
+
+    path: str
+    elements: tuple[str, ...]
+    size: int
+
+    @property
+    def home(self) -> str:
+        """The module that holds experts and router."""
+        return self.path.rpartition(".")[0]
+
+
+def expert_groups(model: nn.Module, blocks: Iterable[str], trace: Trace | None = None) -> list[ExpertGroup]:
+    """The mixtures inside ``blocks``.
+
+    A ``ModuleList`` or ``ModuleDict`` of two or more modules of one class with matrices is one, unless the traced
+    forward handed a tensor from one element to the next (that is a chain); so is a module with experts in its name
+    whose parameters are stacked along a first dimension of the same size.
+    """
+    found: list[ExpertGroup] = []
+    for block in blocks:
+        inside: list[ExpertGroup] = []
+        for path, module in model.get_submodule(block).named_modules(prefix=block):
+            if any(path.startswith(group.path + ".") for group in inside):
+                continue
+            inside += _listed(path, module, trace) or _stacked(path, module)
+        found += inside
+    return found
+
+
+def _listed(path: str, module: nn.Module, trace: Trace | None) -> list[ExpertGroup]:
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return []
+    children = {name: child for name, child in module.named_children() if any(p.dim() >= 2 for p in child.parameters())}
+    if len(children) < 2 or len({type(child) for child in children.values()}) > 1:
+        return []
+    elements = tuple(f"{path}.{name}" for name in children)
+    if trace is not None:
+        called = sorted((element for element in elements if element in trace.calls), key=trace.position)
+        if any(pair in trace.chained for pair in pairwise(called)):
+            return []
+    return [ExpertGroup(path, elements, len(elements))]
+
+
+def _stacked(path: str, module: nn.Module) -> list[ExpertGroup]:
+    sizes = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
+    named = "expert" in path.rpartition(".")[2].lower() or "expert" in type(module).__name__.lower()
+    return [ExpertGroup(path, (), sizes.pop())] if named and len(sizes) == 1 else []
+
+
+class Experts:
+    """What the reader of a model asks of its mixtures."""
+
+    def __init__(self, groups: Iterable[ExpertGroup], trace: Trace | None) -> None:
+        self._groups = tuple(groups)
+        self._trace = trace
+
+    def of(self, module: str) -> str:
+        """Path of the expert that holds the module at this path; "" if none does."""
+        return next((element for element in self._elements() if _within(module, element)), "")
+
+    def running(self, module: str) -> bool:
+        """Whether the module belongs to a mixture of which the traced forward reached some expert."""
+        if self._trace is None:
+            return False
+        calls = self._trace.calls
+        return any(
+            any(_within(module, element) for element in group.elements)
+            and any(element in calls for element in group.elements)
+            for group in self._groups
+        )
+
+    def routed_by(self, module: str, outputs: int) -> bool:
+        """Whether a linear layer with so many outputs is the router of a mixture: beside it, one output an expert."""
+        return any(
+            outputs == group.size and _within(module, group.home) and not _within(module, group.path)
+            for group in self._groups
+        )
+
+    def _elements(self) -> Iterator[str]:
+        return (element for group in self._groups for element in group.elements)
+
+
+def _within(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent + ".")

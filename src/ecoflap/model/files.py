@@ -1,0 +1,254 @@
+"""Where a checkpoint's files are: a local folder, a GGUF file or a hub id, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from ecoflap.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_SECONDS = 10.0  # how long to wait for the hub before saying that it can't be reached
+
+
+@dataclass(frozen=True)
+class Files:
+    """A checkpoint on the local disk, its weight files known to be whole."""
+
+    folder: Path
+    config: dict[str, Any]  # config.json; empty for GGUF, which carries its configuration in its header
+    gguf_file: str | None = None
+    shards: tuple[Path, ...] = ()
+
+
+def locate(source: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Files:
+    """Find and check the files of ``source``; a hub id is downloaded into the hub's cache first.
+
+    Raises:
+        CheckpointError: nothing there, no weights that we read, a broken file; one line with what to do.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _from_file(path, gguf_file)
+    if not path.is_dir():
+        if isinstance(source, Path) or _means_path(str(source)):
+            raise CheckpointError(f"no model folder '{source}'{_near(path)}")
+        path = _download(str(source), gguf_file, trust_remote_code)
+    return _from_folder(path, gguf_file)
+
+
+def _means_path(name: str) -> bool:
+    """Whether a name that is no folder can only be a mistyped path: then the hub is not asked."""
+    if name.startswith((".", "/", "~")) or name.endswith((".gguf", ".safetensors")):
+        return True
+    first = name.split("/")[0]
+    return not _HUB_ID.fullmatch(name) or ("/" in name and Path(first).is_dir())
+
+
+def _near(path: Path) -> str:
+    """A hint with the entry next to ``path`` whose name is most like it."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f": '{parent}' does not exist either; give a folder, a .gguf file or a hub id"
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f": did you mean '{parent / near[0]}'?" if near else ": give a folder, a .gguf file or a hub id"
+
+
+def _from_file(path: Path, gguf_file: str | None) -> Files:
+    if path.suffix == ".gguf" and gguf_file in (None, path.name):
+        return _gguf(path)
+    if path.suffix in _PICKLED:
+        raise CheckpointError(
+            f"'{path}' is a pickled file, which can run code when opened and is not read: "
+            "save the model as safetensors and give its folder"
+        )
+    raise CheckpointError(f"'{path}' is a file: give the folder that holds it with its config.json, or a .gguf file")
+
+
+def _gguf(path: Path) -> Files:
+    if not path.is_file():
+        found = sorted(p.name for p in path.parent.glob("*.gguf"))
+        raise CheckpointError(
+            f"no GGUF file '{path.name}' in '{path.parent}': "
+            + (f"choose from {', '.join(found)}" if found else "it holds none")
+        )
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise CheckpointError(f"'{path}' is not a GGUF file or is broken: download or copy it again")
+    return Files(path.parent, {}, path.name)
+
+
+def _from_folder(folder: Path, gguf_file: str | None) -> Files:
+    if gguf_file is not None:
+        return _gguf(folder / gguf_file)
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not (folder / "config.json").is_file():
+        return _without_config(folder, names)
+    config = _json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{folder / 'config.json'}' is not a model configuration: it holds no JSON object")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise CheckpointError(
+            f"the weights in '{folder}' are quantised ({method}), so there are no single weights to prune: "
+            "give the unquantised checkpoint"
+        )
+    return Files(folder, config, None, _shards(folder, names, config))
+
+
+def _without_config(folder: Path, names: list[str]) -> Files:
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if len(ggufs) == 1:
+        return _gguf(folder / ggufs[0])
+    if ggufs:
+        raise CheckpointError(f"'{folder}' holds {len(ggufs)} GGUF files ({', '.join(ggufs)}): give the path of one")
+    if "adapter_config.json" in names:
+        raise CheckpointError(f"'{folder}' holds an adapter: merge it into its base model and save that first")
+    below = [entry for entry in names if (folder / entry / "config.json").is_file()]
+    hint = f"did you mean '{folder / below[0]}'?" if below else "give a folder made by save_pretrained"
+    raise CheckpointError(f"'{folder}' is no model folder, it has no config.json: {hint}")
+
+
+def _shards(folder: Path, names: list[str], config: dict[str, Any]) -> tuple[Path, ...]:
+    """The safetensors files of a folder, every one present and whole."""
+    if WEIGHTS in names:
+        shards: list[Path] = [folder / WEIGHTS]
+    elif INDEX in names:
+        index = _json(folder / INDEX)
+        try:
+            shards = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"'{folder / INDEX}' has no weight_map: download or copy it again") from None
+        if outside := [shard.name for shard in shards if shard.parent != folder]:
+            raise CheckpointError(f"'{folder / INDEX}' names files outside its folder ({outside[0]}): not read")
+    else:
+        raise _no_weights(folder, names, config)
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"'{folder}' is incomplete: {shard.name} is missing; download or copy it again")
+        try:
+            with safe_open(shard, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"'{shard}' is broken or incomplete ({first_line(error)}): download or copy it again"
+            ) from error
+    return tuple(shards)
+
+
+def _no_weights(folder: Path, names: list[str], config: dict[str, Any]) -> CheckpointError:
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    if pickled:
+        model_class = (config.get("architectures") or ["AutoModel"])[0]
+        return CheckpointError(
+            f"'{folder}' holds only pickled weights ({pickled[0]}), which can run code when opened and are not read: "
+            f'convert them once where you trust them, with python -c "from transformers import {model_class} as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", and give that folder"
+        )
+    return CheckpointError(f"'{folder}' has a config.json but no weights: {WEIGHTS} or {INDEX} is needed")
+
+
+def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path:
+    """The local snapshot of a hub repository: its configuration files, safetensors and nothing else.
+
+    One short request says whether the hub answers at all; without it a snapshot in the hub's cache is used.
+    """
+    near = _near(Path(name))
+    local = near if "did you mean" in near else "; it is no local folder either"
+    try:
+        info = huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"the hub model '{name}' asks for consent: accept it on its page and log in with hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub knows no model '{name}' (or it is private: log in with hf auth login){local}"
+        ) from error
+    except Exception as error:  # whatever the HTTP client in use raises: no network, offline mode, a server error
+        try:
+            # Not snapshot_download: it refuses a snapshot without the files that we never fetch.
+            known = gguf_file or "config.json"
+            found = Path(huggingface_hub.hf_hub_download(name, known, local_files_only=True))
+            return found.parents[known.count("/")]
+        except OSError:
+            raise CheckpointError(
+                f"the hub cannot be reached for '{name}' and its cache does not hold it{local}"
+            ) from error
+    names = [entry.rfilename for entry in info.siblings or []]
+    try:
+        wanted = hub_files(names, gguf_file, trust_remote_code)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:
+        raise CheckpointError(
+            f"the download of '{name}' failed ({first_line(error)}): run again to resume it"
+        ) from error
+
+
+def hub_files(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> list[str]:
+    """Which of a repository's files to download: card, top-level configuration and tokenizer files, one set of weights.
+
+    Weights are the GGUF file that was asked for, else ``model.safetensors``, else the shards of its index, else the
+    only GGUF file. Code is left out unless it is trusted, pickled files always.
+    """
+    suffixes = (".json", ".txt", ".model", ".jinja", *((".py",) if trust_remote_code else ()))
+    top = [name for name in names if "/" not in name]
+    wanted = [name for name in top if name.endswith(suffixes) or name == "README.md"]  # which names the licence
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if gguf_file is not None:
+        return [*wanted, gguf_file]
+    if WEIGHTS in top:
+        return [name for name in wanted if name != INDEX] + [WEIGHTS]
+    if INDEX in top:
+        return wanted + [name for name in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
+    return wanted + (ggufs if len(ggufs) == 1 else [])
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"'{path}' cannot be read ({first_line(error)}): download or copy it again") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for messages of ours that quote it."""
+    text = str(error).strip().splitlines()
+    return text[0].strip() if text else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and reports of their own; what matters of them we say ourselves."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    accelerate = logging.getLogger("accelerate")
+    level = accelerate.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    accelerate.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            yield
+    finally:
+        accelerate.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

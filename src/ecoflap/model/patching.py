@@ -1,0 +1,139 @@
+"""Replaces a module's forward for the time of a context, on the instance alone.
+
+Swaps a weight for another tensor inside a context, never writing into the parameter.
+
+Turns the key-value cache off everywhere: a replayed call with a filled cache silently skips k and v.
+
+Forward-mode derivatives (dual tensors) in a network: who carries one, and attention that passes them on.
+
+Gives freed memory back to the system where the C library would keep it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, wrap: Callable[[Forward], Forward]) -> Iterator[None]:
+    """``module.forward`` is ``wrap(old forward)`` inside; hooks still fire, and the old state returns at exit."""
+    own = module.__dict__.get("forward")  # an instance attribute if some other tool has wrapped it already
+    module.forward = wrap(module.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+
+def with_tangent(tensor: Tensor, tangent: Tensor) -> Tensor:
+    """A view of ``tensor`` that carries ``tangent`` (same shape and dtype) until the ``dual_level`` around it ends."""
+    dual: Tensor = forward_ad.make_dual(tensor, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def tangent_of(tensor: Tensor) -> Tensor | None:
+    """The forward-mode derivative that a tensor carries, in its shape; None where it carries none."""
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+def has_tangent(value: Any) -> bool:
+    """Whether this is a tensor that carries a forward-mode derivative."""
+    return isinstance(value, Tensor) and tangent_of(value) is not None
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """torch's scaled dot-product attention is computed by elementary operators inside: fused kernels have no forward
+    mode. The matrix of attention weights exists in memory meanwhile.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: Sequence[str], tensor: Tensor, name: str = "weight") -> Iterator[None]:
+    """Let the modules at these paths use ``tensor`` as their ``name`` parameter; the old ones return at exit.
+
+    Args:
+        model: owner of the modules.
+        modules: paths of all modules that share the parameter.
+        tensor: same shape as the parameter; not copied. A tangent that it carries (forward mode) is kept.
+    """
+    owners = [model.get_submodule(path) for path in modules]
+    originals = [owner._parameters[name] for owner in owners]
+    # A Parameter would lose the tangent; a module reads a plain tensor from here as well.
+    stand_in = tensor if has_tangent(tensor) else nn.Parameter(tensor, requires_grad=False)
+    try:
+        for owner in owners:
+            owner._parameters[name] = stand_in  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, original in zip(owners, originals, strict=True):
+            owner._parameters[name] = original
+
+
+@contextmanager
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """No parameter has a gradient inside the context, and each has its old one (and its flag) at exit."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, needed, gradient in before:
+            parameter.requires_grad_(needed)
+            parameter.grad = gradient
+
+
+def _configurations(config: Any, seen: set[int]) -> Iterator[Any]:
+    """``config`` and the configurations nested in its attributes, each once."""
+    if id(config) in seen or not hasattr(config, "__dict__"):
+        return
+    seen.add(id(config))
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            yield from _configurations(value, seen)
+
+
+@contextmanager
+def cache_disabled(model: nn.Module) -> Iterator[None]:
+    """``use_cache=False`` in every configuration that any submodule holds; the old values return at exit."""
+    seen: set[int] = set()
+    found: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        for attribute in ("config", "generation_config"):
+            for config in _configurations(getattr(module, attribute, None), seen):
+                if "use_cache" in vars(config):
+                    found.append((config, config.use_cache))
+    try:
+        for config, _ in found:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in found:
+            config.use_cache = value
+
+
+def trim() -> None:
+    """Return the pages of all freed pieces of the C library's heap, wherever they lie in it; only glibc knows how.
+
+    Small things that stay (the nodes of a graph) lie between large ones that are freed, and the heap grows around them
+    although most of it is empty. Pages that are used again cost a page fault each: not for inner loops.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,118 @@
+"""Computes in fp32 with a half-precision model: all of it converted, or each block while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.model.patching import Forward, forward_replaced
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def computing_in_fp32(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[None]:
+    """Half-precision parameters and buffers compute as fp32 inside the context, and their very bits are back at exit.
+
+    The way there and back is exact (every fp16 and bf16 number is an fp32 number), so no second copy is kept of what is
+    converted for the whole context: that takes twice its bytes meanwhile. What lies in ``blocks`` stays as it is, and
+    is fp32 while its block runs, so that the memory above the model is one block's fp32 weights and the converted rest
+    (embeddings, head). Results are the same to the bit. Parameter objects stay the same (ties survive).
+
+    Args:
+        blocks: paths of blocks that don't contain one another. A graph through them can't be taken backward in the
+            usual way, see :func:`ecoflap.model.recompute.reloading`.
+    """
+    modules = [model.get_submodule(path) for path in blocks]
+    inside = {id(tensor) for module in modules for tensor in _half(module) if not tensor.is_meta}
+    within = {id(child) for module in modules for child in module.modules()}
+    for child in model.modules():
+        if id(child) not in within:  # what others use as well is converted for good
+            inside -= {id(tensor) for tensor in _half(child, recurse=False)}
+    changed: list[tuple[Tensor, torch.dtype]] = []
+    config = getattr(model, "config", None)
+    configured = getattr(config, "dtype", None)
+    with ExitStack() as wraps:
+        try:
+            for tensor in _half(model):
+                if id(tensor) not in inside:
+                    changed.append((tensor, tensor.dtype))
+                    tensor.data = tensor.data.float()
+            for module in modules:
+                wraps.enter_context(forward_replaced(module, partial(_upcasting, module)))
+            yield
+        finally:
+            for tensor, dtype in changed:
+                tensor.data = tensor.data.to(dtype)
+            if config is not None and configured is not None:
+                config.dtype = configured
+
+
+@contextmanager
+def leaves_in_fp32(module: nn.Module) -> Iterator[None]:
+    """New leaves stand in the place of the module's parameters, in fp32 those of half precision: so are gradients then.
+
+    (A parameter whose values are exchanged for others under the same object has its gradients in its old type.)
+    """
+    new: dict[int, nn.Parameter] = {}
+    places = [
+        (owner, leaf, parameter)
+        for owner in module.modules()
+        for leaf, parameter in owner._parameters.items()
+        if parameter is not None and parameter.is_floating_point()
+    ]
+    try:
+        for owner, leaf, parameter in places:
+            if id(parameter) not in new:
+                values = parameter.detach()
+                values = values.float() if values.dtype in _HALF else values
+                new[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+            owner._parameters[leaf] = new[id(parameter)]
+        yield
+    finally:
+        for owner, leaf, parameter in places:
+            owner._parameters[leaf] = parameter
+
+
+def half_blocks(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``blocks`` that hold half-precision weights in memory, for :func:`computing_in_fp32`.
+
+    None of them where a block holds the model's first parameter, whose dtype inputs are given: nothing comes before the
+    blocks then that would make fp32 of them.
+    """
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    found = {path: [one for one in _half(model.get_submodule(path)) if not one.is_meta] for path in blocks}
+    if any(one is first for tensors in found.values() for one in tensors):
+        return ()
+    return tuple(path for path, tensors in found.items() if tensors)
+
+
+def _half(module: nn.Module, recurse: bool = True) -> list[Tensor]:
+    tensors = (*module.parameters(recurse), *module.buffers(recurse))
+    return [tensor for tensor in tensors if tensor.dtype in _HALF]
+
+
+def _upcasting(module: nn.Module, forward: Forward) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _upcast(module):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _upcast(module: nn.Module) -> Iterator[None]:
+    """The module's parameters and buffers have fp32 values inside, and the very storage that they had at exit."""
+    before = [(tensor, tensor.data) for tensor in _half(module)]
+    try:
+        for tensor, values in before:
+            tensor.data = values.float()
+        yield
+    finally:
+        for tensor, values in before:
+            tensor.data = values

@@ -1,0 +1,163 @@
+"""Backward passes that keep only the inputs of each block, and compute the rest of it again when its turn comes.
+
+Backward passes through blocks whose weights are made (read, or converted to fp32) for the forward, and made again
+when their gradient is due.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from ecoflap.model.offload import resident
+from ecoflap.model.patching import Forward, forward_replaced, trim
+from ecoflap.model.precision import leaves_in_fp32
+
+_TRIM_EVERY = 2  # calls of blocks
+
+
+@contextmanager
+def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """Inside the context, the graph of each of these blocks is dropped after its forward and rebuilt in the backward.
+
+    The activations that a backward needs are then those of one block and the inputs of all (Chen et al. 2016, "Training
+    Deep Nets with Sublinear Memory Cost"), for one more forward. Gradients are the same.
+
+    The heap is trimmed after every few blocks, without which most of what their forwards freed stayed with the process
+    (SmolLM2-135M, 8 × 128 tokens: 300 MiB at the end of the forward for 70 MiB in use).
+
+    Args:
+        model: without dropout (eval mode): random numbers are not replayed.
+        blocks: paths of blocks that don't contain one another.
+    """
+
+    calls = count(1)
+
+    def recomputed(forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            found = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            if next(calls) % _TRIM_EVERY == 0:
+                trim()
+            return found
+
+        return run
+
+    with ExitStack() as wraps:
+        for path in blocks:
+            wraps.enter_context(forward_replaced(model.get_submodule(path), recomputed))
+        yield
+
+
+Loaded = Callable[[str, bool], None]
+_TENSOR = object()  # stands for a tensor among a call's arguments
+
+
+@contextmanager
+def reloading(model: nn.Module, blocks: Sequence[str], loaded: Loaded) -> Iterator[None]:
+    """Inside the context, these blocks keep their inputs alone for the backward.
+
+    There the block is held in memory and in fp32, computed again with a graph, and taken backward at once, so that the
+    weights and activations of one block exist at a time. (Reloading in the midst of torch's own checkpoint would not
+    do: its graph holds on to the weights of the first forward.)
+
+    Args:
+        model: without dropout (eval mode): random numbers are not replayed.
+        blocks: paths of blocks that don't contain one another.
+        loaded: called with a block's path when it is held in memory, before it is computed for its gradients, and
+            whether this is for the last time: a block that runs twice a forward has its gradients in two parts. Its
+            parameters are new tensors each time.
+    """
+    calls: Counter[str] = Counter()
+
+    def due(path: str) -> None:
+        calls[path] -= 1
+        loaded(path, calls[path] == 0)
+
+    def wrapper(path: str) -> Callable[[Forward], Forward]:
+        def wrap(forward: Forward) -> Forward:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if not torch.is_grad_enabled():
+                    return forward(*args, **kwargs)
+                calls[path] += 1
+                found = _Call(model, path, forward, due).apply((args, kwargs))
+                trim()
+                return found
+
+            return run
+
+        return wrap
+
+    with ExitStack() as wraps:
+        for path in blocks:
+            wraps.enter_context(forward_replaced(model.get_submodule(path), wrapper(path)))
+        yield
+
+
+class _Call:
+    """One call of a block, as a function of the tensors among its arguments."""
+
+    def __init__(self, model: nn.Module, path: str, forward: Forward, due: Callable[[str], None]) -> None:
+        self._model, self._path, self._forward, self._due = model, path, forward, due
+        self._leaves: list[Any] = []
+        self._spec: Any = None
+        self._output: tuple[list[Any], Any] = ([], None)
+
+    def apply(self, arguments: Any) -> Any:
+        leaves, self._spec = pytree.tree_flatten(arguments)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # the graph keeps those
+        trigger = torch.zeros((), requires_grad=True)  # a graph, also where no input has one
+        found = iter(_Reloaded.apply(self, trigger, *tensors))  # type: ignore[no-untyped-call]
+        (leaves, spec), self._output = self._output, ([], None)
+        return pytree.tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The tensors among the outputs for these inputs."""
+        given = iter(tensors)
+        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        self._output = pytree.tree_flatten(self._forward(*args, **kwargs))
+        return tuple(leaf for leaf in self._output[0] if isinstance(leaf, Tensor))
+
+    def backward(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Leave in the leaves among ``inputs`` what the outputs' gradients give."""
+        module = self._model.get_submodule(self._path)
+        with torch.enable_grad(), resident(self._model, self._path), leaves_in_fp32(module):
+            self._due(self._path)
+            outputs = self.run(inputs)
+            pairs = [
+                (output, gradient)
+                for output, gradient in zip(outputs, gradients, strict=True)
+                if gradient is not None and output.requires_grad
+            ]
+            if pairs:
+                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            self._output = ([], None)  # whose graph would hold on to the block's weights
+            del outputs, pairs
+        trim()
+
+
+class _Reloaded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, trigger: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return call.run(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        needed = ctx.needs_input_grad[2:]
+        inputs = [
+            tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        ctx.call.backward(inputs, gradients)
+        return (None, None, *(tensor.grad for tensor in inputs))

@@ -1,0 +1,146 @@
+"""Re-runs a forward from where it changed: every block remembers its inputs and outputs for the current batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ecoflap.model.patching import forward_replaced, has_tangent
+
+
+@dataclass
+class _Call:
+    """One remembered call: the flattened arguments, the outputs, and the versions of all their tensors."""
+
+    leaves: list[Any]
+    spec: Any
+    output: Any
+    versions: list[int]
+
+    def current(self) -> bool:
+        """Nobody has written into a remembered tensor since."""
+        return self.versions == _versions((self.leaves, self.output))
+
+
+def _versions(tree: Any) -> list[int]:
+    return [leaf._version for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@dataclass
+class ReplayCounts:
+    """How many block calls were computed and how many were answered from memory."""
+
+    computed: int = 0
+    replayed: int = 0
+
+
+@dataclass
+class _Memory:
+    calls: list[_Call] = field(default_factory=list)
+
+
+class Replay:
+    """Memoises the blocks of a model for one batch at a time.
+
+    Inside the context, the first forward is recorded. A later forward of the same batch returns each block's
+    remembered outputs (the same tensor objects, so that the next block sees unchanged inputs) as long as the block's
+    inputs are the ones remembered: the same tensors, or else equal ones. A block named in :meth:`forcing` is always
+    computed; what follows is computed only where its inputs really differ. Nothing computed under :meth:`forcing`
+    replaces the memory. The loss is therefore, to the bit, that of the plain forward.
+
+    Forward-mode derivatives pass through: a call with a tangent among its inputs is always computed and never recorded
+    (its values may well be those remembered, its tangent is not), while one without is answered as ever, since what is
+    remembered has no tangent either.
+
+    A block's memory is valid only while its weights are those it was recorded with: whoever changes a weight must
+    force the blocks that hold it, or :meth:`reset`.
+
+    Args:
+        model: the model; put it in eval mode, without dropout or a KV cache.
+        blocks: paths of the blocks to memoise.
+
+    Not thread-safe. Block forwards are wrapped on the instances and put back at exit.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        self._modules = {path: model.get_submodule(path) for path in blocks}
+        self._memories: dict[str, _Memory] = {}
+        self._forced: frozenset[str] = frozenset()
+        self._recording = True
+        self._same: dict[tuple[int, int], Tensor] = {}  # equal pairs; holds the new one, so that its id stays its own
+        self._wraps = ExitStack()
+        self.counts = ReplayCounts()
+
+    def __enter__(self) -> Replay:
+        for path, module in self._modules.items():
+            self._wraps.enter_context(forward_replaced(module, partial(self._wrapper, path)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._wraps.close()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: call before another batch, or after weights were changed."""
+        self._memories.clear()
+        self._same.clear()
+
+    @contextmanager
+    def forcing(self, *blocks: str) -> Iterator[None]:
+        """Compute these blocks even if their inputs are unchanged (because their weights are)."""
+        outer = self._forced, self._recording
+        self._forced, self._recording = frozenset(blocks), False
+        try:
+            yield
+        finally:
+            self._forced, self._recording = outer
+            self._same.clear()
+
+    def _wrapper(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def replayed(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                return forward(*args, **kwargs)  # a remembered output has no graph
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            moving = any(has_tangent(leaf) for leaf in leaves)
+            if path not in self._forced and not moving:
+                for call in self._memories.get(path, _Memory()).calls:
+                    if self._matches(call, leaves, spec):
+                        self.counts.replayed += 1
+                        return call.output
+            self.counts.computed += 1
+            output = forward(*args, **kwargs)
+            if self._recording and not moving:
+                memory = self._memories.setdefault(path, _Memory())
+                memory.calls = [call for call in memory.calls if call.current()]
+                memory.calls.append(_Call(leaves, spec, output, _versions((leaves, output))))
+            return output
+
+        return replayed
+
+    def _matches(self, call: _Call, leaves: list[Any], spec: Any) -> bool:
+        if call.spec != spec or not call.current():
+            return False
+        return all(self._equal(old, new) for old, new in zip(call.leaves, leaves, strict=True))
+
+    def _equal(self, old: Any, new: Any) -> bool:
+        if old is new:
+            return True
+        if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+            return type(old) is type(new) and bool(old == new)
+        if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
+            return False
+        key = (id(old), id(new))
+        if key in self._same:
+            return True
+        if torch.equal(old, new):
+            # Masks and position embeddings are built anew in each forward and passed to all blocks: compared once.
+            self._same[key] = new
+            return True
+        return False

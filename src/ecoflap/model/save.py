@@ -1,0 +1,173 @@
+"""Writes a checkpoint that plain transformers loads with the same outputs: all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from ecoflap.errors import CheckpointError, OutputExists, StorageError
+from ecoflap.model.files import first_line, quiet
+from ecoflap.model.offload import is_offloaded
+from ecoflap.support.files import default_mode
+
+if TYPE_CHECKING:
+    from ecoflap.model.checkpoint import Checkpoint
+
+
+def save(checkpoint: Checkpoint, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write model, configuration, generation configuration and processor into ``folder``; the folder.
+
+    Weights keep the dtype that they have, parameter by parameter, and their ties; they are cut into as many files as
+    the source had. Everything is written into a hidden folder next to ``folder``, flushed to disk and renamed, so
+    ``folder`` is either absent, as before, or complete.
+
+    Args:
+        overwrite: replace a folder that already holds something.
+
+    Raises:
+        OutputExists: ``folder`` holds something and ``overwrite`` is false.
+        StorageError: disk full, no permission; nothing is left behind.
+        CheckpointError: transformers refuses to save this model.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if not overwrite and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        raise OutputExists(f"'{folder}' already holds something: choose another folder or overwrite it")
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    try:
+        _remove(partial)  # of a run that was killed
+        partial.mkdir(parents=True)
+        _write(checkpoint, partial)
+        _flush(partial)
+        _remove(old)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        _flush_entry(folder.parent)
+        _remove(old)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise StorageError(f"the model could not be written to '{folder}' ({reason}): nothing was kept") from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+    return folder
+
+
+def _write(checkpoint: Checkpoint, folder: Path) -> None:
+    model = checkpoint.model
+    with quiet():
+        try:
+            limit = _shard_limit(model, checkpoint.shard_sizes)
+            model.save_pretrained(folder, state_dict=_in_order(model), max_shard_size=limit)
+            if checkpoint.processor is not None:
+                checkpoint.processor.save_pretrained(folder)
+        except (OSError, SafetensorError):
+            raise
+        except Exception as error:  # many kinds; fast tokenizers report even a full disk as a bare Exception
+            if "(os error" in str(error):
+                raise OSError(first_line(error)) from error
+            raise CheckpointError(f"transformers cannot save {type(model).__name__}: {first_line(error)}") from error
+        finally:
+            model.config.dtype = checkpoint.dtype  # see below
+    # save_pretrained records the dtype of the first parameter, which is float32 where a family keeps that one so in
+    # a half-precision model: from_pretrained would then load all of it in float32.
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod(default_mode())  # safetensors makes its files private, whatever the umask
+
+
+def _in_order(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """The state dict of an offloaded model in the order in which transformers writes that of one in memory.
+
+    Without it, the same weights would lie in other files. None for a model in memory, which it puts in order itself.
+    """
+    if not is_offloaded(model):
+        return None
+    entries = model.state_dict()
+
+    def natural(name: str) -> list[tuple[str, int]]:
+        found = re.findall(r"(?:^|\.)([^.]*?)(\d*)(?=\.|$)", name)
+        return [(text, int(digits or -1)) for text, digits in found]
+
+    return {name: entries[name] for name in sorted(entries, key=natural)}
+
+
+def _shard_limit(model: torch.nn.Module, source: tuple[int, ...]) -> int | str:
+    """The bytes per weight file with which ``model`` is cut into as many files as the source, of about its sizes."""
+    if not source:
+        return "50GB"
+    sizes = _tensor_bytes(model)
+    total = sum(sizes)
+    if len(source) == 1:
+        return total + 1
+    likely = round(max(source) * total / sum(source))
+    if _count(sizes, likely) == len(source):
+        return likely
+    low, high = total // len(source), total + 1
+    while low < high:  # the smallest limit that needs no more files than the source has
+        middle = (low + high) // 2
+        if _count(sizes, middle) <= len(source):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _tensor_bytes(model: torch.nn.Module) -> list[int]:
+    entries = model.state_dict(keep_vars=True).values()
+    # Tied weights are stored once; an offloaded one has a placeholder, the same for all its names.
+    tensors = {id(t) if t.is_meta else (t.device, t.data_ptr()): t for t in entries}
+    return [tensor.nbytes for tensor in tensors.values()]
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """What the weights take in files."""
+    return sum(_tensor_bytes(model))
+
+
+def _count(sizes: list[int], limit: int) -> int:
+    """How many files transformers makes: tensors in order, a new file when the next one does not fit any more."""
+    files, filled = 0, 0
+    for size in sizes:
+        if size > limit:
+            files += 1  # a file of its own
+        elif filled and filled + size <= limit:
+            filled += size
+        else:
+            files, filled = files + 1, size
+    return files
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    """Force a file's or folder's content to the disk, where the system can."""
+    if os.name == "nt" and path.is_dir():
+        return  # folders can't be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    elif folder.exists():
+        folder.unlink()

@@ -1,0 +1,118 @@
+"""Do importance measures agree? Spearman's rank correlation of their block scores, each measure with each.
+
+Spearman's rank correlation in numpy: Pearson's of the ranks, ties getting their mean rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ecoflap.errors import EcoflapError
+from ecoflap.importance.registry import IMPORTANCES
+from ecoflap.importance.scores import Importance
+from ecoflap.report.analysis.drawing import drawing, panels
+from ecoflap.report.analysis.importance import block_scores
+from ecoflap.report.analysis.registry import Analysis, NotApplicable
+from ecoflap.support.progress import Labelled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ecoflap.report.analysis.subject import Subject
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs; ``[n]``."""
+    _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    mean_rank: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return mean_rank
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Rank correlation of two lists of one length, -1 to 1; None where one of them is constant or shorter than 2.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} values against {len(second)}")
+    if len(first) < 2:
+        return None
+    a, b = (ranked - ranked.mean() for ranked in (ranks(first), ranks(second)))
+    scale = np.sqrt((a @ a) * (b @ b))
+    return float(np.clip((a @ b) / scale, -1, 1)) if scale > 0 else None
+
+
+# What a measure may raise on a model that it can't work on: an operator without the derivative, a shape, memory.
+_UNFIT = (EcoflapError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def compute(subject: Subject) -> dict[str, Any]:
+    """All registered measures with their default options, the run's own scores in place of its measure.
+
+    ``spearman`` holds None where a measure gives all blocks one score; ``skipped`` says which measures can't work here.
+    """
+    from ecoflap.importance.measure import measure_importance
+
+    own, found, skipped = subject.importance, {}, {}
+    for name in IMPORTANCES:
+        if name == "uniform":
+            continue
+        if own is not None and own.method == name:
+            found[name] = own
+            continue
+        try:
+            found[name] = measure_importance(
+                subject.checkpoint.model,
+                subject.batches,
+                name,
+                seed=subject.recipe.seed,
+                loss=subject.objective,
+                anatomy=subject.anatomy,
+                progress=Labelled(subject.progress, name),
+            )
+        except _UNFIT as error:
+            skipped[name] = f"{(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
+    if len(found) < 2:
+        raise NotApplicable(f"fewer than two measures work on this model ({'; '.join(skipped.values())})")
+    scores = {name: block_values(importance) for name, importance in found.items()}
+    return {
+        "granularity": "block",
+        "measures": list(scores),
+        "spearman": [[spearman(first, second) for second in scores.values()] for first in scores.values()],
+        "n": len(next(iter(scores.values()))),
+        "samples": subject.measured_on,
+        "own": own.method if own is not None else None,
+        "skipped": skipped,
+    }
+
+
+def block_values(importance: Importance) -> list[float]:
+    """One score a block, in the order of the model, as :func:`block_scores` has them."""
+    return [score.score for blocks in block_scores(importance).values() for score in blocks.values()]
+
+
+def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
+    """The matrix by colour and in numbers: 1 the same order of blocks, 0 none, -1 the reverse."""
+    names = data["measures"]
+    grid = np.array([[np.nan if value is None else value for value in row] for row in data["spearman"]], dtype=float)
+    with drawing():
+        size = 0.62 * len(names)
+        figure, ((axes,),) = panels(1, 1, width=size + 2.6, height=size + 1.0)
+        shown = axes.imshow(grid, cmap="PuOr_r", vmin=-1, vmax=1)
+        axes.grid(False)
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        for (row, column), value in np.ndenumerate(grid):
+            told = "–" if np.isnan(value) else f"{value:.2f}"
+            colour = "white" if value > 0.7 or value < -0.55 else "black"  # readable on the map's dark ends
+            axes.text(column, row, told, ha="center", va="center", fontsize=8, color=colour)
+        axes.set_title(f"rank correlation of {data['n']} blocks")
+        figure.colorbar(shown, ax=axes, label="Spearman", shrink=0.8)
+        return {"": figure}
+
+
+ANALYSIS = Analysis(draw, compute)

@@ -1,0 +1,92 @@
+"""Before and after: counts of right and wrong answers, and examples of each kind; drawn of ``predictions.json``."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.report.analysis.drawing import BLUE, GREEN, GREY, ORANGE, drawing
+from ecoflap.report.analysis.registry import Analysis, NotApplicable
+from ecoflap.run.names import PREDICTIONS
+from ecoflap.run.predictions import KINDS, outcome, spread
+from ecoflap.support.files import read_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ecoflap.report.analysis.subject import Subject
+
+COLUMNS = 4  # examples of a kind in the picture; the page shows more
+TITLES = dict(zip(KINDS, ("both right", "only dense right", "only pruned right", "both wrong"), strict=True))
+_COLOURS = dict(zip(KINDS, (GREEN, BLUE, ORANGE, GREY), strict=True))
+
+
+def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
+    """A picture for each task."""
+    path = subject.path / PREDICTIONS
+    if not path.is_file():
+        raise NotApplicable("no task of the run says which answers are right")
+    tasks = read_json(path, "the answers")["tasks"]
+    stems = {name: "-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "task") for name in tasks}
+    return {stems[name]: _figure(name, task, subject.path) for name, task in tasks.items()}
+
+
+def _figure(name: str, task: Mapping[str, Any], folder: Path) -> Figure:
+    from matplotlib.figure import Figure
+
+    found = {kind: [row for row in task["rows"] if outcome(row) == kind] for kind in KINDS}
+    shown = {kind: rows for kind, rows in found.items() if rows}
+    with drawing():
+        figure = Figure(figsize=(8.4, 1.1 + 1.75 * len(shown)), layout="constrained")
+        grid = figure.add_gridspec(1 + len(shown), COLUMNS, height_ratios=[0.55] + [1.75] * len(shown))
+        _bar(figure.add_subplot(grid[0, :]), name, task["counts"])
+        for line, (kind, rows) in enumerate(shown.items(), 1):
+            # Those with a picture come first: they were spread over all rows when they were chosen.
+            pictured = [row for row in rows if row["picture"]] or rows
+            chosen = [pictured[place] for place in spread(range(len(pictured)), COLUMNS)]
+            for column in range(COLUMNS):
+                axes = figure.add_subplot(grid[line, column])
+                axes.axis("off")
+                if column < len(chosen):
+                    _example(axes, chosen[column], folder)
+                if column == 0:
+                    axes.set_title(f"{TITLES[kind]} ({len(rows)})", color=_COLOURS[kind], fontweight="bold")
+    return figure
+
+
+def _bar(axes: Axes, name: str, counts: Mapping[str, int]) -> None:
+    total, left = sum(counts.values()) or 1, 0
+    for kind in KINDS:
+        axes.barh([0], [counts[kind]], left=left, color=_COLOURS[kind], label=f"{TITLES[kind]} {counts[kind]}")
+        if counts[kind] > 0.06 * total:
+            share = f"{100 * counts[kind] / total:.0f} %"
+            axes.text(left + counts[kind] / 2, 0, share, ha="center", va="center", color="white")
+        left += counts[kind]
+    axes.set_xlim(0, total)
+    axes.axis("off")
+    axes.set_title(f"{name}: {total} samples", parse_math=False)
+    axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, 0.05), fontsize=8, handlelength=1, borderaxespad=0)
+
+
+def _example(axes: Axes, row: Mapping[str, Any], folder: Path) -> None:
+    import matplotlib.image
+
+    told = textwrap.wrap(row["question"] or "", 30)[:2]
+    told += [f"truth: {_cut(row['truth'])}", f"dense: {_cut(row['dense'])}", f"pruned: {_cut(row['pruned'])}"]
+    path = (folder / row["picture"]).resolve() if row["picture"] else None
+    inside = path is not None and path.is_relative_to(folder.resolve()) and path.is_file()
+    if path is not None and inside:
+        axes.imshow(matplotlib.image.imread(path, format="png"))
+    axes.text(0.5 if inside else 0, -0.04 if inside else 0.9, "\n".join(told), transform=axes.transAxes, va="top",
+              ha="center" if inside else "left", fontsize=7, parse_math=False)  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    return textwrap.shorten(text, 28, placeholder=" …") or "(nothing)"
+
+
+ANALYSIS = Analysis(draw)

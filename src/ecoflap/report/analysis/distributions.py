@@ -1,0 +1,190 @@
+"""How weights, gradients and local scores are distributed in each tower: why no one threshold fits all towers.
+
+Local score: Wanda's |w|·‖x‖ (Sun et al. 2023, arXiv 2306.11695). The comparison is that of Sung et al. 2024 (ECoFLaP,
+arXiv 2310.02998), figure 2.
+
+Histograms of log10|x| that are filled piece by piece: no tensor is kept, and all have edges of one grid.
+
+The gradient of the calibration loss with respect to each prunable matrix, its mean over the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ecoflap.data.objectives import Objective
+from ecoflap.importance.base import ProbeContext
+from ecoflap.importance.gradient import visit_gradients
+from ecoflap.model.parts import Anatomy
+from ecoflap.report.analysis.drawing import colour_of, drawing, panels, title_of
+from ecoflap.report.analysis.registry import Analysis
+from ecoflap.support.progress import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    pass
+    from ecoflap.report.analysis.subject import Subject
+
+KINDS = {"weight": "|weight|", "gradient": "|gradient|", "local": "local score |w|·‖x‖"}
+
+
+def compute(subject: Subject) -> dict[str, Any]:
+    """Histograms per tower of the dense model, over all its prunable weights.
+
+    ``gradient``: of the mean gradient over the calibration batches. ``local``: the norm of each input over all real
+    tokens of the batches. Layers that no token reached have no local score.
+    """
+    pass
+    pass
+    from ecoflap.report.analysis.subject import computing
+    from ecoflap.statistics.dense import dense_statistics
+
+    model, anatomy, batches = subject.checkpoint.model, subject.anatomy, subject.batches
+    counts: dict[str, dict[str, LogHistogram]] = {
+        tower.name: {kind: LogHistogram() for kind in KINDS} for tower in anatomy.towers
+    }
+    total = len(batches) + sum(1 for block in anatomy.blocks if block.layers)
+    with computing(model), subject.progress.stage("distributions", total=total) as task:
+        gradients = mean_gradients(model, anatomy, batches, subject.objective, task)
+        for layer in anatomy.layers:
+            counts[layer.tower]["weight"].add(model.get_parameter(layer.name))
+            counts[layer.tower]["gradient"].add(gradients.pop(layer.name))
+        for block, statistics in dense_statistics(model, anatomy, batches, subject.objective):
+            for layer in block.layers:
+                found = statistics[layer.name]
+                if found is not None:
+                    weight = model.get_parameter(layer.name).detach()
+                    norm = found.norm[:, None] if layer.transposed else found.norm
+                    counts[layer.tower]["local"].add(weight * norm)
+            task.advance(1, block.name)
+    return {
+        "samples": subject.measured_on,
+        "towers": {
+            tower.name: {
+                "modality": tower.modality,
+                **{kind: histogram.to_json() for kind, histogram in counts[tower.name].items()},
+            }
+            for tower in anatomy.towers
+        },
+    }
+
+
+def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
+    """A row a tower, a column a quantity; one scale a column, so that towers compare. The line is the median."""
+    towers = data["towers"]
+    from matplotlib.ticker import MaxNLocator
+
+    with drawing():
+        figure, rows = panels(len(towers), len(KINDS), height=1.7)
+        for column, (kind, label) in enumerate(KINDS.items()):
+            edges = [edge for tower in towers.values() for edge in tower[kind]["log10_edges"] if tower[kind]["share"]]
+            for row, (name, tower) in zip(rows, towers.items(), strict=True):
+                axes, found, colour = row[column], tower[kind], colour_of(tower["modality"])
+                if found["share"]:
+                    share = 100 * np.array(found["share"])
+                    axes.stairs(share, found["log10_edges"], fill=True, color=colour, alpha=0.75)
+                    axes.axvline(np.log10(found["median"]), color="black", linewidth=1, linestyle="--")
+                    note = f"median {found['median']:.1e}" + (f"\n{found['zeros']:.0%} zeros" if found["zeros"] else "")
+                    axes.text(0.03, 0.96, note, transform=axes.transAxes, va="top", fontsize=7)
+                    axes.set_xlim(*_visible(towers, kind, min(edges), max(edges)))
+                    axes.set_ylim(0, 1.25 * share.max())
+                axes.xaxis.set_major_formatter(lambda decade, _: f"$10^{{{decade:g}}}$")
+                axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+                if column == 0:
+                    axes.set_title(title_of(name, tower["modality"]))
+                    axes.set_ylabel("% of weights")
+            rows[-1][column].set_xlabel(label)
+        return {"": figure}
+
+
+def _visible(towers: Mapping[str, Any], kind: str, low: float, high: float) -> tuple[float, float]:
+    """The range in which all but a thousandth of any tower's values lie: a few tiny ones would flatten the rest."""
+    starts, ends = [], []
+    for tower in towers.values():
+        share, edges = np.array(tower[kind]["share"]), tower[kind]["log10_edges"]
+        if not len(share):
+            continue
+        below = np.cumsum(share) / share.sum()
+        starts.append(edges[int(np.searchsorted(below, 0.001))])
+        ends.append(edges[int(np.searchsorted(below, 0.9999)) + 1] if below[-2:][0] < 0.9999 else edges[-1])
+    return max(low, min(starts)), min(high, max(ends))
+
+
+ANALYSIS = Analysis(draw, compute)
+LOW, HIGH = -46, 40  # decades: all that fp32 can hold
+FINE = 100  # bins a decade while counting: the median is known to 1.2 %
+COARSE = 10  # bins a decade in the result
+
+
+class LogHistogram:
+    """Counts values by the logarithm of their size."""
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros((HIGH - LOW) * FINE, dtype=torch.int64)
+        self._zeros = 0
+
+    def add(self, values: Tensor) -> None:
+        """Count all entries of ``values`` (any shape, finite)."""
+        sizes = values.detach().abs().flatten()
+        sizes = sizes[sizes > 0].double()
+        self._zeros += values.numel() - len(sizes)
+        bins = ((sizes.log10() - LOW) * FINE).floor().long().clamp_(0, len(self._counts) - 1)
+        self._counts += torch.bincount(bins, minlength=len(self._counts)).cpu()
+
+    def to_json(self) -> dict[str, Any]:
+        """``log10_edges`` (n + 1, a tenth of a decade apart), ``share`` of all values in each bin (n), ``median`` and
+        ``zeros``.
+
+        The median is that of the values that are not zero (None without any), ``zeros`` the share of exact zeros.
+        Shares and zeros add up to 1.
+        """
+        found = int(self._counts.sum())
+        total = found + self._zeros
+        if not found:
+            return {"log10_edges": [0.0], "share": [], "median": None, "zeros": 1.0 if total else None}
+        coarse = self._counts.view(-1, FINE // COARSE).sum(dim=1)
+        filled = coarse.nonzero().flatten()
+        first, last = int(filled[0]), int(filled[-1]) + 1
+        return {
+            "log10_edges": [round(LOW + place / COARSE, 6) for place in range(first, last + 1)],
+            "share": [int(count) / total for count in coarse[first:last]],
+            "median": 10 ** self._middle(found),
+            "zeros": self._zeros / total,
+        }
+
+    def _middle(self, found: int) -> float:
+        """log10 of the median, values being spread evenly inside their bin."""
+        sums = self._counts.cumsum(0)
+        place = int((sums < found / 2).sum())
+        inside = (found / 2 - int(sums[place]) + int(self._counts[place])) / int(self._counts[place])
+        return LOW + (place + inside) / FINE
+
+
+def mean_gradients(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], objective: Objective, task: Task
+) -> dict[str, Tensor]:
+    """∇L of the mean loss over ``batches`` by parameter name, in the shape of the parameter; zeros where L has none.
+
+    One backward a batch. Memory: one number a prunable weight, and one block's activations. The model and its own
+    gradients are as before afterwards.
+
+    Raises:
+        NonFiniteLoss: names the batch.
+        InvalidOption: the model can't be differentiated.
+    """
+    context = ProbeContext(model, anatomy, batches, objective, seed=0)
+    means = {layer.name: torch.zeros_like(model.get_parameter(layer.name).detach()) for layer in anatomy.layers}
+
+    def add(name: str, weight: Tensor, gradient: Tensor) -> None:
+        means[name].add_(gradient, alpha=1 / len(batches))
+
+    for index in range(len(batches)):
+        visit_gradients(context, index, add, instead="leave out --what distributions")
+        task.advance(1, f"gradient of batch {index}")
+    return means

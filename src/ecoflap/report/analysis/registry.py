@@ -1,0 +1,49 @@
+"""The table of analyses: a new one is one file and one line here. Those that read files alone come first.
+
+An analysis is a function from a run to JSON, and one from that JSON to drawings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.support.registry import Registry
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ecoflap.report.analysis.subject import Subject
+
+ANALYSES: Registry[Analysis] = Registry(
+    "analysis",
+    {
+        "importance": "ecoflap.report.analysis.importance:ANALYSIS",
+        "allocation": "ecoflap.report.analysis.allocation:ANALYSIS",
+        "before-after": "ecoflap.report.analysis.before_after:ANALYSIS",
+        "distributions": "ecoflap.report.analysis.distributions:ANALYSIS",
+        "agreement": "ecoflap.report.analysis.agreement:ANALYSIS",
+        "effects": "ecoflap.report.analysis.effects:ANALYSIS",
+        "landscape": "ecoflap.report.analysis.landscape:ANALYSIS",
+    },
+)
+
+
+class NotApplicable(Exception):
+    """This run has nothing for the analysis to work on; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis.
+
+    Attributes:
+        draw: ``draw(data, subject)`` gives drawings by what is added to the analysis's name for their files ("" for an
+            only one). It may raise :class:`NotApplicable`.
+        compute: ``compute(subject)`` gives the content of its JSON file, finite numbers or None alone. Without it, the
+            analysis is drawn of the run's own files, and ``data`` is an empty mapping.
+    """
+
+    draw: Callable[[Mapping[str, Any], Subject], Mapping[str, Figure]]
+    compute: Callable[[Subject], dict[str, Any]] | None = None

@@ -1,0 +1,146 @@
+"""Does the analyses of a run: what is there already is kept, files are written whole, the page is made again."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.errors import EcoflapError, InvalidOption
+from ecoflap.report.analysis.registry import ANALYSES, NotApplicable
+from ecoflap.run.directory import RunDirectory
+from ecoflap.support.files import read_json, write_atomically, write_json
+from ecoflap.support.progress import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ecoflap.report.analysis.subject import Subject
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one analysis.
+
+    Attributes:
+        state: ``done``, ``kept`` (it was there already) or ``skipped`` (the run has nothing for it).
+        files: its files.
+        note: why it was skipped, or what was left out of it.
+    """
+
+    state: str
+    files: tuple[Path, ...] = ()
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "files": [str(path) for path in self.files]}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by a signal; analyses that were done by then are kept."""
+
+    told = "the same command goes on from here"
+
+
+def analyse(
+    run: str | Path,
+    what: Sequence[str] | str | None = None,
+    *,
+    samples: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Outcome]:
+    """Analyse a complete run: JSON, PNG and SVG under ``run``/analysis, and its ``report.html`` again.
+
+    Args:
+        run: the run directory; its recipe says which model and which data.
+        what: names of :data:`ANALYSES`, or one; None: all that the run has something for.
+        samples: calibration samples to measure on; by default as many as stage 1 of the run, fewer for large models.
+        overwrite: measure again what is there already.
+
+    Returns:
+        What became of each, by name. In Python, ``ecoflap.analyse``.
+
+    Raises:
+        UnknownName: no such analysis.
+        InvalidOption: no complete run, or it has nothing for an analysis that ``what`` names.
+        EcoflapError: the model or the data of the run can't be read, another process is at work in it, ...
+    """
+    from ecoflap.report import write_report
+    from ecoflap.report.analysis.subject import Subject
+
+    asked = [what] if isinstance(what, str) else what
+    names = [name for name in ANALYSES if name in [ANALYSES.check(one) for one in asked]] if asked else list(ANALYSES)
+    subject = Subject(run, samples, progress)
+    outcomes: dict[str, Outcome] = {}
+    with RunDirectory(subject.path) as directory:
+        directory.lock()
+        directory.sweep()
+        try:
+            for name in names:
+                try:
+                    outcomes[name] = _one(name, subject, overwrite)
+                except NotApplicable as reason:
+                    if asked:
+                        raise InvalidOption(f"{subject.path}: no analysis '{name}': {reason}") from reason
+                    outcomes[name] = Outcome("skipped", note=str(reason))
+        except KeyboardInterrupt as stop:
+            raise Interrupted(*stop.args) from stop
+        finally:
+            if any(outcome.files for outcome in outcomes.values()):
+                write_report(subject.path)
+    return outcomes
+
+
+def _one(name: str, subject: Subject, overwrite: bool) -> Outcome:
+    analysis = ANALYSES.get(name)
+    path = subject.folder / f"{name}.json"
+    state, made, data = "done", [], {}
+    if analysis.compute is not None:
+        made.append(path)
+        if path.exists() and not overwrite:
+            state, data = "kept", read_json(path, "the analysis")
+        else:
+            data = {"format": 1, **_finite(_computed(analysis.compute, subject))}
+            write_json(path, data)
+    for suffix, figure in analysis.draw(data, subject).items():
+        made += _save(figure, subject.folder / f"{name}{suffix}")
+    skipped = data.get("skipped", {})
+    note = "; ".join(f"without {one}: {reason}" for one, reason in skipped.items())
+    return Outcome(state, tuple(made), note)
+
+
+def _computed(compute: Callable[[Subject], dict[str, Any]], subject: Subject) -> dict[str, Any]:
+    """What the analysis finds. A model or data that can't be read ends all; what one analysis can't do, only itself."""
+    _ = subject.anatomy  # reads both
+    try:
+        return compute(subject)
+    except EcoflapError as error:
+        raise NotApplicable(str(error)) from error
+
+
+def _finite(tree: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON does not have."""
+    if isinstance(tree, dict):
+        return {str(key): _finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _save(figure: Figure, stem: Path) -> list[Path]:
+    from ecoflap.report.analysis.drawing import DPI, drawing
+
+    made = []
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+        buffer = io.BytesIO()
+        with drawing():
+            figure.savefig(buffer, format=suffix[1:], dpi=DPI, metadata=metadata)
+        content = buffer.getvalue()
+        path = stem.with_name(stem.name + suffix)
+        write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))  # type: ignore[misc]
+        made.append(path)
+    return made

@@ -1,0 +1,237 @@
+"""Model cards: the README.md of a pruned model, in the Hub's format, from a run directory or from Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult
+
+from ecoflap.errors import InvalidOption
+from ecoflap.pruning.registry import CRITERIA, is_global
+from ecoflap.report import formats
+from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, put
+from ecoflap.report.citations import citations
+from ecoflap.report.data import METRICS, OtherMetric, Quality, RunData, read_run
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.files import read_json
+
+if TYPE_CHECKING:
+    from ecoflap.api import PruneResult
+
+MODEL = "model"
+# The Hub's names of the tasks; a suite of lm-eval is one of text.
+_TASK_TYPES = {
+    "vqa": "visual-question-answering",
+    "captioning": "image-to-text",
+    "retrieval": "image-text-retrieval",
+    "zero-shot": "zero-shot-image-classification",
+    "image-classification": "image-classification",
+    "knn": "image-feature-extraction",
+    "nlvr2": "visual-question-answering",
+    "perplexity": "text-generation",
+    "answer-perplexity": "visual-question-answering",
+    "multiple-choice": "multiple-choice",
+}
+_PLACES = (
+    "model", "calibration", "image_folder", "test", "test_image_folder", "importance", "allocation", "classes",
+    "class_prompts",
+)  # fmt: skip
+
+
+def write_card(run: str | Path) -> Path:
+    """Write ``README.md`` into the model folder of a run whose ``metrics.json`` is written, from the run's files.
+
+    The same files give the same bytes: there are no times in it. Places on this machine are cut to their last part.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        InvalidOption: it is no run directory, its model or metrics are not there yet, or a file is broken.
+        StorageError: the card can't be written; what was there is as it was.
+    """
+    data = read_run(run)
+    folder = data.path / MODEL
+    if not folder.is_dir() or data.metrics is None:
+        raise InvalidOption(f"{data.path} is not finished: 'ecoflap prune --resume' with its options goes on with it")
+    return put(folder, _of_run(data, processor_class(folder)))
+
+
+def write_model_card(
+    folder: str | Path,
+    result: PruneResult,
+    *,
+    base: str | None = None,
+    criterion: str = "wanda",
+    quality: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write ``README.md`` into ``folder``, where :func:`ecoflap.save` put the model that :func:`ecoflap.prune` pruned.
+
+    Args:
+        base: what the dense model was loaded from: a Hub id or a folder.
+        criterion: the one that the pruning used.
+        quality: task to ``{"metric", "value"}`` of the pruned model, with ``"dense"`` (the dense model's value),
+            ``"stderr"`` and ``"n"`` where known; left out: "not measured".
+
+    Returns:
+        The card's path.
+
+    Raises:
+        InvalidOption: ``folder`` holds no model.
+        StorageError: the card can't be written.
+    """
+    from ecoflap.run.directory import versions
+    from ecoflap.run.provenance import sparsity_summary
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InvalidOption(f"{folder} holds no model: save it there first, with ecoflap.save")
+    name = str(base) if base is not None else type(result.model).__name__
+    found = base_model(name)
+    scores = result.importance
+    given = quality or {}
+    pruned = {task: Quality(**{k: v for k, v in row.items() if k != "dense"}) for task, row in given.items()}
+    dense = {task: Quality(metric=str(row["metric"]), value=row.get("dense")) for task, row in given.items()}
+    recipe = {"criterion": criterion, "pattern": result.allocation.pattern}
+    sparsity = sparsity_summary(result.anatomy, result.allocation)
+    steps = [*_steps(scores.method if scores else None, scores.settings if scores else {}, recipe)]
+    card = Card(
+        title=_title(found.name, sparsity["prunable"]),
+        base=found,
+        model_class=type(result.model).__name__,
+        processor=processor_class(folder),
+        sparsity=sparsity,
+        steps=steps,
+        tags=_tags(criterion),
+        rows=[*_rows(dense, pruned, {})],
+        results=[*_results(pruned, {}, {})],
+        environment=versions(),
+    )
+    return put(folder, card)
+
+
+def _of_run(run: RunData, processor: str | None) -> Card:
+    metrics = run.metrics
+    assert metrics is not None
+    said = run.recipe or {}
+    order = [*(name for name in Recipe.model_fields if name in said), *sorted(set(said) - set(Recipe.model_fields))]
+    recipe = {name: _shortened(said[name], name) for name in order}
+    found = base_model(said.get("model"))
+    raw = read_json(run.path / METRICS, "the run's file")
+    data = {
+        task: _place(str(result["settings"]["data"]))
+        for part in ("dense", "pruned")
+        for task, result in raw.get(part, {}).items()
+        if (result.get("settings") or {}).get("data")
+    }
+    kinds = {str(entry.get("name")): str(entry.get("task")) for entry in recipe.get("evaluations") or ()}
+    importance = run.importance
+    steps = _steps(importance.method if importance else None, importance.settings if importance else {}, recipe)
+    return Card(
+        title=_title(found.name, metrics.sparsity.prunable),
+        base=found,
+        model_class=str(metrics.environment.get("model_class", "AutoModel")),
+        processor=processor,
+        sparsity=metrics.sparsity.model_dump(),
+        steps=[*steps],
+        tags=_tags(str(recipe.get("criterion", ""))),
+        rows=[*_rows(metrics.dense, metrics.pruned, data)],
+        results=[*_results(metrics.pruned, data, kinds)],
+        calibration=_calibration(raw.get("calibration")),
+        recipe=recipe,
+        environment=metrics.environment,
+    )
+
+
+def _title(name: str, sparsity: float | None) -> str:
+    return f"{name}, pruned to {formats.percent(sparsity)} sparsity"
+
+
+def _tags(criterion: str) -> list[str]:
+    return [*dict.fromkeys(tag for tag in ("ecoflap", "pruning", "pruned", "sparse", criterion) if tag)]
+
+
+def _steps(method: str | None, settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Step]:
+    """What decided the layers' shares, how weights were chosen, which inputs were counted."""
+    if recipe.get("criterion") in CRITERIA and is_global(str(recipe["criterion"])):
+        within = "each tower" if recipe.get("budget") == "tower" else "the whole model"
+        yield Step("Sparsity of each layer", f"as the criterion makes it, over the weights of {within}")
+    elif recipe.get("allocation"):
+        yield Step("Sparsity of each layer", f"from the file {recipe['allocation']}")
+    elif method == "uniform" or method is None:
+        yield Step("Sparsity of each layer", "the same for all layers")
+    else:
+        rule = str(settings.get("rule", "proportional"))
+        variant = settings.get("variant")
+        named = f"importance {method}" + (f", variant {variant}" if variant else "")
+        how = f"{named}; groups: {recipe.get('granularity', 'block')}; rule: {recipe.get('rule') or rule}"
+        yield Step("Sparsity of each layer", how, citations(method, str(variant), recipe.get("rule") or rule))
+    if recipe.get("search"):
+        yield Step("Then", "the shares improved by measuring the pruned model")
+    criterion = str(recipe.get("criterion", ""))
+    pattern = recipe.get("pattern") or "unstructured"
+    yield Step("Weights within a layer", f"criterion {criterion}, {pattern}", citations(criterion))
+    tokens = str(recipe.get("tokens", "all"))
+    if tokens != "all":
+        yield Step("Tokens that the criterion's statistics count", tokens, citations(tokens))
+
+
+def _rows(dense: Mapping[str, Quality], pruned: Mapping[str, Quality], data: Mapping[str, str]) -> Iterator[Row]:
+    nothing = Quality(metric="")
+    for task in dict.fromkeys([*dense, *pruned]):
+        before, after = dense.get(task, nothing), pruned.get(task, nothing)
+        whole = after.metric or before.metric
+        yield _row(task, data.get(task, ""), whole, after.n or before.n, before, after)
+        for other in dict.fromkeys([*before.others, *after.others]):
+            values = before.others.get(other, OtherMetric()), after.others.get(other, OtherMetric())
+            yield _row("", "", other, None, *values)
+
+
+def _row(
+    task: str, data: str, metric: str, n: int | None, dense: Quality | OtherMetric, pruned: Quality | OtherMetric
+) -> Row:
+    shown = [formats.metric_value(metric, part.value, part.stderr) for part in (dense, pruned)]
+    return Row(task, data, metric, "" if n is None else formats.integer(n), *shown)
+
+
+def _results(pruned: Mapping[str, Quality], data: Mapping[str, str], kinds: Mapping[str, str]) -> Iterator[EvalResult]:
+    """What the Hub lists: numbers of this model that are finite."""
+    for task, quality in pruned.items():
+        kind = _TASK_TYPES.get(kinds.get(task, task), "text-generation")
+        where = data.get(task, task)
+        values = {quality.metric: quality.value, **{name: other.value for name, other in quality.others.items()}}
+        for metric, value in values.items():
+            if value is not None:
+                slug = re.sub(r"[^\w/.-]+", "-", where).strip("-")
+                yield EvalResult(kind, slug, where, metric, value, task_name=task, metric_name=metric)
+
+
+def _calibration(record: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if not record:
+        return None
+    source = record.get("source")
+    return {
+        "samples": len(record.get("indices") or ()),
+        "source": _place(str(source)) if source else "the bundled calibration set",
+        "objective": record.get("objective"),
+    }
+
+
+def _shortened(value: Any, name: str) -> Any:
+    """A field of the recipe without folders of this machine."""
+    if name == "evaluations" and isinstance(value, list):
+        return [{key: _shortened(item, key) for key, item in entry.items()} for entry in value]
+    if name not in _PLACES:
+        return value
+    if isinstance(value, list | tuple):
+        return [_place(str(item)) for item in value]
+    return _place(value) if isinstance(value, str) else value
+
+
+def _place(text: str) -> str:
+    """An absolute path's last part; anything else as it is."""
+    path = PurePath(text)
+    return path.name if path.is_absolute() or text.startswith("~") else text

@@ -1,0 +1,264 @@
+"""The page of a model card: what it says, as one object, and that as Markdown with the Hub's head of YAML.
+
+The model that a pruned one comes from: its name, its place on the Hub, and what its own card says of its licence.
+
+Text made safe for Markdown: names, values and file contents stand in a page as they are, and mark nothing up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ecoflap.report import formats
+from ecoflap.report.citations import Citation
+from ecoflap.support.files import PARTIAL, storage, write_text
+
+README = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+_TEXTS = ("license", "license_name", "license_link", "pipeline_tag")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What is known of the dense model.
+
+    Attributes:
+        name: for readers; of a local folder its last part alone, since a card is made to be published.
+        hub_id: on the Hub, or None.
+        card: the fields of its own card's head that hold for the pruned model too: licence, task, language.
+    """
+
+    name: str
+    hub_id: str | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+def base_model(source: str | None) -> BaseModel:
+    """What a recipe's ``model`` names: a local folder or file, a Hub id, or None for the embedded model.
+
+    Nothing is downloaded: of a Hub id the snapshot in the cache is read.
+    """
+    if source is None:
+        from ecoflap.data import embedded
+
+        return BaseModel("embedded VLM of ecoflap", None, _readme_head(Path(embedded.model_path()) / README))
+    path = Path(source).expanduser()
+    if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(source):
+        folder = path.parent if path.suffix == ".gguf" else path
+        snapshot = _SNAPSHOT.search(f"{path.absolute()}/")
+        hub_id = "/".join(snapshot.groups()) if snapshot else None
+        return BaseModel(hub_id or path.absolute().name, hub_id, _licence_at(_readme_head(folder / README), hub_id))
+    cached = huggingface_hub.try_to_load_from_cache(source, README)
+    head = _readme_head(Path(cached)) if isinstance(cached, str) else {}
+    return BaseModel(source, source, _licence_at(head, source))
+
+
+def _readme_head(path: Path) -> dict[str, Any]:
+    """The fields of a card's head that are passed on; none where there is no card, or one that can't be read."""
+    try:
+        found = huggingface_hub.metadata_load(path) if path.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    card: dict[str, Any] = {name: found[name] for name in _TEXTS if isinstance(found.get(name), str)}
+    language = found.get("language")
+    languages = [language] if isinstance(language, str) else language
+    if isinstance(languages, list) and languages and all(isinstance(entry, str) for entry in languages):
+        card["language"] = languages
+    return card
+
+
+def _licence_at(card: dict[str, Any], hub_id: str | None) -> dict[str, Any]:
+    """A licence file that is named by its place beside the base is named by its address, or not at all."""
+    link = card.get("license_link")
+    if link is None or re.match(r"https?://", link):
+        return card
+    rest = {name: value for name, value in card.items() if name != "license_link"}
+    return {**rest, "license_link": f"https://huggingface.co/{hub_id}/blob/main/{link}"} if hub_id else rest
+
+
+# What may begin a mark within a line. Lists and headings begin a line, which no value of ours does.
+_MARKS = re.compile(r"([\\`*_{}\[\]#|~$@])")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x85\u2028\u2029]")
+
+
+class Raw(str):
+    """Markdown that was made here, and passes as it is."""
+
+    __slots__ = ()
+
+
+def escaped(value: Any) -> Raw:
+    """``value`` as one line of plain text: no marks, no HTML, no cell borders, no links."""
+    if isinstance(value, Raw):
+        return value
+    text = _MARKS.sub(r"\\\1", re.sub(r"[ \t\n]+", " ", _CONTROLS.sub(" ", str(value))).strip(" "))
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Raw(text.replace("://", ":&#47;/").replace("www.", "www&#46;"))  # bare addresses would become links
+
+
+def fenced(text: str, language: str = "") -> Raw:
+    """``text`` as a block of code, whose fence is longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    body = _CONTROLS.sub("�", text.replace("\r\n", "\n")).rstrip("\n")
+    return Raw(f"{fence}{language}\n{body}\n{fence}")
+
+
+KEPT = "README.base.md"  # a card that lay in the folder already and is not ours
+MARKER = Raw("<!-- model card by ecoflap -->")
+PLACE = "path/to/this/model"  # what the usage loads; an upload puts the repository's name there
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of the method: what was decided, how, and whose idea that is."""
+
+    what: str
+    how: str
+    papers: tuple[Citation, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the quality table, formatted."""
+
+    task: str
+    data: str
+    metric: str
+    n: str
+    dense: str
+    pruned: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    Attributes:
+        sparsity: as :func:`ecoflap.run.provenance.sparsity_summary` makes it.
+        steps: of the method, in their order.
+        rows: of the quality table; ``results`` the same for the card's head, of the pruned model alone.
+        recipe: fields to values, places shortened; empty where there was none.
+        processor: the class of transformers that loads the processor, or None.
+    """
+
+    title: str
+    base: BaseModel
+    model_class: str
+    processor: str | None
+    sparsity: Mapping[str, Any]
+    steps: Sequence[Step]
+    tags: Sequence[str]
+    rows: Sequence[Row] = ()
+    results: Sequence[EvalResult] = ()
+    calibration: Mapping[str, Any] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def papers(self) -> tuple[Citation, ...]:
+        """Each paper of the steps once."""
+        return tuple(dict.fromkeys(paper for step in self.steps for paper in step.papers))
+
+
+def render(card: Card) -> str:
+    """The whole file: YAML between two lines of dashes, then Markdown, with every name and value escaped."""
+    environment = Environment(
+        loader=PackageLoader("ecoflap.report"),
+        finalize=escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sparsity = card.sparsity
+    body = environment.get_template("card.md.j2").render(
+        card=card,
+        marker=MARKER,
+        zeros=sum(tower["zeros"] for tower in sparsity["towers"].values()),
+        version=card.environment.get("ecoflap", ""),
+        usage=fenced(_usage(card), "python"),
+        bibtex=fenced("\n\n".join(paper.bibtex for paper in card.papers), "bibtex"),
+        command=fenced(formats.reproduce(card.recipe), "sh") if card.recipe else "",
+        recipe=fenced(yaml.safe_dump(dict(card.recipe), sort_keys=False, allow_unicode=True), "yaml"),
+        percent=formats.percent,
+        integer=formats.integer,
+        hub=lambda name: Raw(f"https://huggingface.co/{name}"),
+        cited=_cited,
+    )
+    body = re.sub(r"\n{3,}", "\n\n", body).strip()
+    return str(ModelCard(f"---\n{_head(card).to_yaml()}\n---\n\n{body}\n").content)
+
+
+def _cited(papers: Sequence[Citation]) -> Raw:
+    links = "; ".join(f"[{escaped(paper.names)} {paper.year}]({paper.url})" for paper in papers)
+    return Raw(f" ({links})" if links else "")
+
+
+def _head(card: Card) -> ModelCardData:
+    name = card.title if card.results else None  # the head's model-index needs one
+    return ModelCardData(
+        base_model=card.base.hub_id,
+        library_name="transformers",
+        tags=list(card.tags),
+        model_name=name,
+        eval_results=list(card.results) or None,
+        **card.base.card,
+    )
+
+
+def _usage(card: Card) -> str:
+    classes = sorted({card.model_class, card.processor} - {None}, key=str)
+    lines = [f"from transformers import {', '.join(map(str, classes))}", ""]
+    lines.append(f'model = {card.model_class}.from_pretrained("{PLACE}")')
+    if card.processor:
+        lines.append(f'processor = {card.processor}.from_pretrained("{PLACE}")')
+    return "\n".join(lines)
+
+
+def addressed(text: str, repo_id: str) -> str:
+    """A card whose usage loads ``repo_id`` where it says so of no place yet."""
+    return text.replace(f'"{PLACE}"', f'"{repo_id}"')
+
+
+def processor_class(folder: Path) -> str | None:
+    """The class of transformers that loads the processor saved in ``folder``; None without one."""
+    has = {name: (folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor", "tokenizer")}
+    if has["processor"] or (has["preprocessor"] and has["tokenizer"]):
+        return "AutoProcessor"
+    return "AutoTokenizer" if has["tokenizer"] else "AutoImageProcessor" if has["preprocessor"] else None
+
+
+def put(folder: Path, card: Card) -> Path:
+    """Write ``card`` as README.md of ``folder`` in one step; a README that is not of ours is kept beside it.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        StorageError: it can't be written; what was there is as it was.
+    """
+    path = folder / README
+    with storage(path):
+        for left in folder.glob(f".{README}.*{PARTIAL}"):  # by a process that was killed
+            left.unlink()
+        if path.is_file() and MARKER not in path.read_text("utf-8", errors="replace"):
+            path.rename(_free(folder))
+    write_text(path, render(card))
+    return path
+
+
+def _free(folder: Path) -> Path:
+    names = [KEPT, *(f"README.base-{number}.md" for number in range(2, 1000))]
+    return next(folder / name for name in names if not (folder / name).exists())

@@ -1,0 +1,181 @@
+"""Uploads a pruned model with its card to the Hugging Face Hub, and says in one line why it could not."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
+
+from ecoflap.errors import EcoflapError, HubError, InvalidOption
+from ecoflap.report.card import MODEL, write_card
+from ecoflap.report.card_page import README, addressed
+from ecoflap.report.data import METRICS, RECIPE
+
+LOG_IN = "log in with 'hf auth login', or set HF_TOKEN to a token that may write"
+
+
+def check_name(repo_id: str) -> str:
+    """``repo_id`` itself if the Hub takes such a name: "name" (of the account that is logged in) or "owner/name".
+
+    Raises:
+        InvalidOption: it does not.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = " ".join(str(error).split())
+        raise InvalidOption(f"'{repo_id}' is no name of a repository, such as me/my-model: {reason}") from error
+    return repo_id
+
+
+def check_account() -> str:
+    """Ask the Hub who is logged in: the account's name.
+
+    Raises:
+        HubError: no token, one that is not accepted or may only read, or the Hub can't be reached.
+    """
+    with _explained("the Hub"):
+        account: dict[str, Any] = HfApi().whoami()
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise HubError(f"the token of {account.get('name')} may only read the Hub: {LOG_IN}")
+    return str(account.get("name"))
+
+
+def push(
+    run: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, bars: bool = False
+) -> str:
+    """Upload a finished run's model, or a folder with a model, in one commit; what the Hub has already is not sent.
+
+    The repository is made where there is none. Where its card says of no place yet what to load, it says ``repo_id``.
+
+    Args:
+        run: a run directory, or a folder with config.json.
+        repo_id: "owner/name", or "name" for one's own.
+        private: make it private; else it is public, or as the organisation's default has it.
+        revision: the branch to upload to, made where there is none; default: the main one.
+        bars: let the Hub's client show its progress on standard error.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InvalidOption: the name is none, the run is not finished, or ``private`` is asked for a public repository.
+        HubError: the Hub refuses or can't be reached.
+    """
+    check_name(repo_id)
+    folder = model_folder(Path(run))
+    check_account()
+    api = HfApi()
+    with _explained(repo_id), nullcontext() if bars else _without_bars():
+        where = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.repo_info(where.repo_id).private:
+            raise InvalidOption(f"{where.repo_id} is there already and is public: leave out --private, or rename it")
+        if revision is not None:
+            api.create_branch(where.repo_id, branch=revision, exist_ok=True)
+        added = [
+            CommitOperationAdd(path.relative_to(folder).as_posix(), _content(path, folder, where.repo_id))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+        done = api.create_commit(
+            where.repo_id, added, commit_message="Upload a model pruned with ecoflap", revision=revision
+        )
+    return str(done.commit_url)
+
+
+def model_folder(run: Path) -> Path:
+    """Where the model of a finished run lies, with its card; ``run`` itself where it is a model's folder.
+
+    Raises:
+        InvalidOption: neither, or the run is not finished.
+    """
+    if (run / "config.json").is_file():
+        return run
+    if not (run / RECIPE).is_file():
+        raise InvalidOption(f"{run} is neither a run directory nor a folder with a model: give one")
+    if not ((run / METRICS).is_file() and (run / MODEL / "config.json").is_file()):
+        raise InvalidOption(f"{run} is not finished: 'ecoflap prune --resume' with its options goes on with it")
+    if not (run / MODEL / README).is_file():
+        write_card(run)  # of a run by an earlier version
+    return run / MODEL
+
+
+def later(run: str | Path, repo_id: str, *, private: bool = False) -> str:
+    """The command that uploads a run later."""
+    return shlex.join(["ecoflap", "push", str(run), repo_id, *(["--private"] if private else [])])
+
+
+def _content(path: Path, folder: Path, repo_id: str) -> Path | bytes:
+    if path != folder / README:
+        return path
+    return addressed(path.read_text("utf-8", errors="replace"), repo_id).encode()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns whatever the Hub's client raises into one line with a remedy."""
+    try:
+        yield
+    except EcoflapError:
+        raise
+    except LocalTokenNotFoundError as error:
+        raise HubError(f"no token for the Hub was found: {LOG_IN}") from error
+    except OfflineModeIsEnabled as error:
+        raise HubError("the Hub is not asked, since HF_HUB_OFFLINE is set: unset it") from error
+    except HfHubHTTPError as error:
+        raise HubError(_refusal(error, what)) from error
+    except Exception as error:  # whatever the HTTP client in use raises: no network, a broken connection, no such name
+        inner = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if isinstance(inner, HfHubHTTPError):
+            raise HubError(_refusal(inner, what)) from error
+        reason = " ".join(str(inner).split()) or type(inner).__name__
+        raise HubError(f"the Hub at {huggingface_hub.constants.ENDPOINT} can't be reached ({reason})") from error
+
+
+def _refusal(error: HfHubHTTPError, what: str) -> str:
+    status = error.response.status_code
+    said = _said(error)
+    if status == 401:
+        return f"the Hub does not accept the token: {LOG_IN}"
+    if status == 403:
+        return f"the token may not write to {what}{said}: {LOG_IN}"
+    if status == 404:
+        return f"the Hub has no {what}, or the token may not see it{said}: check the name, and {LOG_IN}"
+    return f"the Hub refused {what} with {status}{said}"
+
+
+def _said(error: HfHubHTTPError) -> str:
+    """The server's own words, in brackets, where it has some."""
+    words = error.server_message
+    if not words:
+        try:
+            words = json.loads(error.response.text).get("error", "")
+        except (ValueError, AttributeError):
+            words = ""
+    return f" ({' '.join(str(words).split())})" if words else ""

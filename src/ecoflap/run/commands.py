@@ -1,0 +1,187 @@
+"""What the commands besides ``prune`` do, as functions: inspect, importance, allocate, evaluate.
+
+Stage 1 alone, into a file: what it has found lies in a folder beside the file until that is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ecoflap.errors import CalibrationError, InvalidOption, OutputExists
+from ecoflap.run.directory import RunDirectory
+from ecoflap.run.names import JOURNAL, LOG, RECIPE
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.files import write_json
+from ecoflap.support.workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    from ecoflap.allocation import Allocation
+    from ecoflap.importance.scores import Importance
+    from ecoflap.model.parts import Anatomy
+    from ecoflap.run.recipe import Recipe
+    from ecoflap.run.shared import SharedRun
+    from ecoflap.support.progress import Progress
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises OutputExists if ``path`` is there and may not be replaced, or is a folder."""
+    if path.is_dir():
+        raise OutputExists(f"{path} is a folder: give the name of a file as --output, such as {path / 'result.json'}")
+    if path.exists() and not overwrite:
+        raise OutputExists(f"{path} is there already: add --overwrite to replace it, or choose another --output")
+
+
+def find_own_modules(run: Path) -> None:
+    """Let a run's objective ``module:function`` be imported from the folder where the command was given."""
+    import sys
+
+    from ecoflap.run.directory import RunDirectory
+    from ecoflap.run.names import RECIPE
+
+    objective = RunDirectory(run).recorded().get("objective") if (run / RECIPE).is_file() else None
+    if ":" in str(objective) and "" not in sys.path:
+        sys.path.append("")
+
+
+def inspect_model(recipe: Recipe) -> tuple[Anatomy, str]:
+    """The anatomy of the recipe's model and a line that says how it was found.
+
+    With calibration data (bundled for the embedded model) one forward is watched; without, the order of blocks is that
+    of their definition, and layers that never run can't be told.
+    """
+    from ecoflap.data.objectives import resolve
+    from ecoflap.run.prepare import calibration_batches, find_layers, load_checkpoint
+
+    checkpoint = load_checkpoint(recipe)
+    batches = []
+    if recipe.model is None or recipe.calibration is not None:
+        few = recipe.model_copy(update={"samples": 2, "batch_size": 2})
+        batches = calibration_batches(few, checkpoint)[1]
+    objective = resolve(recipe.objective, checkpoint.model)
+    anatomy = find_layers(recipe, checkpoint.model, batches, objective)
+    how = "in the order of a forward" if anatomy.traced else "in the order of definition (--calibration watches a run)"
+    return anatomy, f"{type(checkpoint.model).__name__}, {anatomy.total_parameters:,} parameters; towers {how}"
+
+
+def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: bool) -> tuple[Allocation, Path]:
+    """Allocate from an importance.json (or the run directory that holds one) and write allocation.json."""
+    from ecoflap.api import allocate
+    from ecoflap.importance.scores import Importance
+    from ecoflap.support.files import write_json
+
+    source = scores / "importance.json" if scores.is_dir() else scores
+    target = output or source.with_name("allocation.json")
+    if output is None and (source.parent / "recipe.yaml").exists():
+        target = Path("allocation.json")  # a run's own allocation is part of its record
+    refuse_existing(target, overwrite)
+    allocation = allocate(Importance.load(source), **recipe.shares())
+    write_json(target, allocation.to_json())
+    return allocation, target
+
+
+def evaluate_model(recipe: Recipe, progress: Progress, workers: Workers = ALONE) -> dict[str, Any]:
+    """Results of the recipe's evaluations on its model, as in ``metrics.json``, by their names."""
+    from ecoflap.run.evaluations import check_evaluations, evaluate
+    from ecoflap.run.pipeline import quality
+    from ecoflap.run.prepare import load_checkpoint
+
+    entries = check_evaluations(recipe)
+    if not entries:
+        raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
+    checkpoint = load_checkpoint(recipe, workers=workers)
+    return {entry.name: quality(evaluate(checkpoint, entry, recipe, progress, workers)) for entry in entries}
+
+
+SUFFIX = ".journal"  # of the folder's name, after the file's
+
+
+class Measurement(RunDirectory):
+    """The folder of a measurement under way, by the rules of a run directory; it goes when the file is there."""
+
+    what: ClassVar[str] = "measurement that was interrupted"
+    ours: ClassVar[tuple[str, ...]] = (JOURNAL, LOG, RECIPE)
+
+
+def remove(folder: Path) -> None:
+    """Of a measurement, of which all is in the file."""
+    work = Measurement(folder)
+    for name in work.ours:
+        work.discard(name)
+    folder.rmdir()
+
+
+def measure_to(
+    recipe: Recipe,
+    output: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    workers: Workers = ALONE,
+) -> Importance:
+    """Measure the scores of the recipe's model and write them to ``output``.
+
+    Interrupted at any moment, it goes on with ``resume`` and ends with the same bytes.
+
+    Args:
+        overwrite: replace the file, and an interrupted measurement for it.
+        resume: go on with an interrupted measurement; begin one if there is none.
+        workers: those who call this alike; the first of them writes.
+
+    Raises:
+        OutputExists: the file, or an interrupted measurement for it, is there and neither option is given.
+        ResumeMismatch: options, versions, model or data are not those that the measurement began with.
+        EcoflapError: a subclass says what else is wrong.
+    """
+    pass
+    from ecoflap.run.shared import SharedRun
+
+    folder = output.with_name(output.name + SUFFIX)
+    begun = resume and folder.exists()
+    if workers.first:
+        refuse_existing(output, overwrite or begun)
+    _check(recipe)
+    recipe = recipe.resolved()
+    work = SharedRun.examine(folder, recipe, workers, overwrite=overwrite, resume=resume, kind=Measurement)
+    with work.locked():
+        return _measured(recipe, output, progress, work, workers)
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.model is not None and recipe.calibration is None:
+        raise CalibrationError("importance needs calibration data: give --calibration FILE")
+    if recipe.importance.endswith(".json"):
+        raise InvalidOption(f"importance {recipe.importance} is measured already: name a measure, such as zeroth-order")
+
+
+def _measured(recipe: Recipe, output: Path, progress: Progress, work: SharedRun, workers: Workers) -> Importance:
+    from ecoflap.data.batches import first_samples
+    from ecoflap.model.checkpoint import fingerprint
+    from ecoflap.run.log import explained, logging_to
+    from ecoflap.run.pipeline import importance_for
+    from ecoflap.run.prepare import check_importance_options, load_checkpoint, naming_samples, plan_on
+    from ecoflap.run.provenance import as_it_began
+
+    check_importance_options(recipe)
+    plan = plan_on(load_checkpoint(recipe, workers=workers), recipe)
+    first_samples(plan.batches, recipe.importance_samples)
+    work.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
+    with (
+        logging_to(work.log),
+        explained(work.path, work.log),
+        naming_samples(plan),
+        as_it_began(work.path / JOURNAL / "machine.json", plan.checkpoint.model, workers),
+    ):
+        journal = work.estimates()
+        try:
+            importance = importance_for(plan, progress, journal, workers)
+        finally:
+            journal.close()
+        if workers.first:
+            write_json(output, importance.to_json())
+            workers.gather(None)  # the others have closed their files there
+            remove(work.path)
+    if not workers.first:
+        workers.gather(None)
+    return importance

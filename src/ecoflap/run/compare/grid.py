@@ -1,0 +1,333 @@
+"""Works through a grid: what cells share is done once, every finished cell is a file, and a kill costs one cell.
+
+Looks at every cell of a grid before the work: slips are told at once, cells that can't be made are noted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from ecoflap.errors import EcoflapError, InfeasibleAllocation, InvalidOption, StorageError
+from ecoflap.importance.scores import Importance
+from ecoflap.model.checkpoint import Checkpoint, fingerprint
+from ecoflap.run.compare.folder import CELLS, DENSE, GridDirectory
+from ecoflap.run.compare.plots import command_of, write_results
+from ecoflap.run.compare.recipe import Grid, Place
+from ecoflap.run.compare.record import (
+    Cell,
+    Comparison,
+    MethodRecord,
+    Quality,
+    Test,
+    cell_of,
+    quality_of,
+    read_comparison,
+    test_of,
+)
+from ecoflap.run.compare.shared import KeptWeights, SharedScores, allocated
+from ecoflap.run.evaluations import check_evaluations, evaluate, evaluations_of, rehearse
+from ecoflap.run.log import explained, logging_to
+from ecoflap.run.names import JOURNAL, LOG
+from ecoflap.run.pipeline import pruned_to
+from ecoflap.run.prepare import (
+    Prepared,
+    check_plan,
+    check_recipe,
+    load_checkpoint,
+    naming_samples,
+    needs_data,
+    plan_on,
+)
+from ecoflap.run.provenance import Usage, as_it_began, environment, measured, sparsity_summary
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.progress import Progress, Silent, Task
+
+Group = tuple[int, int]  # seed and number of calibration samples: cells with the same two share their batches
+
+
+def group_of(recipe: Recipe) -> Group:
+    """Which cells a cell shares its calibration batches with."""
+    return recipe.seed, recipe.samples
+
+
+@dataclass
+class Plans:
+    """The cells of a grid.
+
+    Attributes:
+        recipes: of those that can be made, so far as is known.
+        errors: why not, for each of the others.
+    """
+
+    recipes: dict[Place, Recipe] = field(default_factory=dict)
+    errors: dict[Place, EcoflapError] = field(default_factory=dict)
+
+    def drop(self, place: Place, error: EcoflapError) -> None:
+        """The cell can't be made."""
+        self.recipes.pop(place, None)
+        self.errors[place] = error
+
+    def loader(self, group: Group) -> Recipe:
+        """The recipe to load a group's batches with: one that needs them, if there is one."""
+        found = [recipe for recipe in self.recipes.values() if group_of(recipe) == group]
+        return next(filter(needs_data, found), found[0])
+
+    def rehearse(self, base: Prepared) -> None:
+        """Drop the cells, of any seed but ``base``'s number of samples, that can't be allocated on its model."""
+        for place, recipe in list(self.recipes.items()):
+            if recipe.samples == base.recipe.samples:
+                try:
+                    check_plan(plan_of(base, recipe))
+                except EcoflapError as error:
+                    self.drop(place, error)
+
+    def check_any(self) -> None:
+        """Raises the first cell's error if none can be made."""
+        if not self.recipes:
+            raise next(iter(self.errors.values()))
+
+
+def planned(grid: Grid) -> Plans:
+    """The recipes of all cells, checked without a model.
+
+    Raises:
+        InvalidOption, UnknownName: a method can be made at no sparsity at all, or has an option that is not there;
+            nothing is evaluated.
+    """
+    if not check_evaluations(grid):
+        raise InvalidOption("what to compare by? give --task vqa or --task perplexity, and its data as --test FILE")
+    plans = Plans()
+    for place in grid.places():
+        try:
+            plans.recipes[place] = grid.recipe_of(place)
+        except EcoflapError as error:
+            plans.drop(place, error)
+            continue
+        try:
+            check_recipe(plans.recipes[place])
+        except EcoflapError as error:
+            raise _named(place, error) from error
+    for place, refusal in plans.errors.items():
+        hopeless = not any(other.method == place.method for other in plans.recipes)
+        if hopeless and not isinstance(refusal, InfeasibleAllocation):
+            raise _named(place, refusal) from refusal
+    plans.check_any()
+    return plans
+
+
+def _named(place: Place, error: EcoflapError) -> EcoflapError:
+    start = f"method '{place.method.name}'"
+    return error if str(error).startswith(start) else type(error)(f"{start}: {error}")
+
+
+def plan_of(base: Prepared, recipe: Recipe) -> Prepared:
+    """The plan of one cell, on the model and batches of its group."""
+    scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") else None
+    return replace(base, recipe=recipe, importance=scores, allocation=None)
+
+
+MACHINE = f"{JOURNAL}/machine.json"
+_log = logging.getLogger("ecoflap")
+
+
+def run_grid(
+    grid: Grid,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    low_memory: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Make every cell of ``grid`` and leave table, plots and page in ``output``.
+
+    Interrupted at any moment, it goes on with ``resume=True`` and ends with the same table (times aside). A cell that
+    can't be made (its sparsity can't be reached, a combination that does not exist) is recorded with the reason.
+
+    Args:
+        low_memory: keep the dense weights in a file of ``output`` while the work goes on, not in memory.
+        say: is told, a line each, what was chosen where the recipe left it open: columns of the data, objective.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it; before ``output`` is touched where a look at
+            the grid, or at one sample, can tell.
+        Stopped: by a signal, once the work had begun.
+        RunFailed: anything else went wrong; ``log.txt`` has the traceback.
+    """
+    with GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume) as folder:
+        if folder.complete:
+            return read_comparison(folder.path)
+        plans = planned(grid)
+        checkpoint = load_checkpoint(grid, "compare")
+        base = plan_on(checkpoint, plans.loader(group_of(next(iter(plans.recipes.values())))))
+        plans.rehearse(base)
+        plans.check_any()
+        rehearse(checkpoint, grid)
+        for line in base.choices():
+            if say is not None:
+                say(line)
+        folder.begin(grid, fingerprint(checkpoint.model), _inputs(base))
+        began, log = as_it_began(folder.path / MACHINE, checkpoint.model), folder.path / LOG
+        with logging_to(log), explained(folder.path, log), began:
+            _log.info("comparison %s in %s", "goes on" if folder.resumed else "begins", folder.path.absolute())
+            _log.info("recipe: %s", grid.model_dump(mode="json", exclude_defaults=True))
+            comparison = _Work(grid, folder, plans, base, progress or Silent(), low_memory).all()
+            write_results(folder.path, comparison)
+            folder.finish()
+            _log.info("complete: %s", folder.path)
+        return comparison
+
+
+def _inputs(plan: Prepared) -> dict[str, str]:
+    """Digests of what decides the cells of the plan's group, under names that tell one group from another."""
+    of = f"of seed {plan.recipe.seed}, {plan.recipe.samples} samples"
+    return {name if name == "device" else f"{name} {of}": value for name, value in plan.inputs().items()}
+
+
+class _Work:
+    """A grid under way: one model, put back to its dense weights after each cell."""
+
+    def __init__(
+        self, grid: Grid, folder: GridDirectory, plans: Plans, base: Prepared, progress: Progress, low_memory: bool
+    ) -> None:
+        self._grid, self._folder, self._plans, self._base, self._progress = grid, folder, plans, base, progress
+        self._group: Group = group_of(base.recipe)
+        self._scores = SharedScores(folder, progress)
+        self._entries = evaluations_of(grid)
+        path = folder.path / JOURNAL / "dense.safetensors" if low_memory else None
+        self._kept = KeptWeights(self._checkpoint.model, [layer.name for layer in base.anatomy.layers], path)
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        return self._base.checkpoint
+
+    def all(self) -> Comparison:
+        """Every cell that is not finished yet, then all of them together."""
+        tests = self._dense()
+        places = list(self._grid.places())
+        # By group, so that batches are loaded once; a method with samples of its own is a group for itself.
+        todo = sorted((p for p in places if not self._folder.whole(_file_of(p))), key=self._turn)
+        with self._progress.stage("compare", total=len(places), done=len(places) - len(todo)) as task:
+            for place in todo:
+                self._finish(place, task)
+        return Comparison(
+            model=self._checkpoint.source,
+            task=tests[0].task,
+            metric=tests[0].metric,
+            higher_is_better=tests[0].higher_is_better,
+            dense=tests[0].dense,
+            tests=tests,
+            methods=tuple(
+                MethodRecord(
+                    name=method.name,
+                    title=method.title,
+                    importance=method.importance,
+                    criterion=method.criterion,
+                    options=method.options,
+                    citations=method.citations,
+                )
+                for method in self._grid.known_methods()
+            ),
+            sparsities=self._grid.sparsities,
+            seeds=self._grid.seeds,
+            cells=tuple(self._read(place) for place in places),
+            recipe=self._grid.to_dict(),
+            environment=environment(self._checkpoint),
+            command=command_of(self._grid, self._folder.path),
+        )
+
+    def _turn(self, place: Place) -> tuple[int, int]:
+        recipe = self._plans.recipes.get(place)
+        return self._grid.seeds.index(place.seed), 0 if recipe is None else recipe.samples
+
+    def _read(self, place: Place) -> Cell:
+        name = _file_of(place)
+        try:
+            return Cell.model_validate(self._folder.read(name))
+        except ValidationError as error:
+            path = self._folder.path / name
+            raise InvalidOption(f"{path} is damaged: remove it, and --resume makes the cell again") from error
+
+    def _finish(self, place: Place, task: Task) -> None:
+        task.advance(0, str(place))
+        _log.info("cell %s: begins", place)
+        if place in self._plans.recipes:
+            self._load(self._plans.recipes[place])
+        recipe = self._plans.recipes.get(place)  # gone if its own samples show that it can't be made
+        try:
+            with naming_samples(self._base):
+                cell = self._cell(place, recipe) if recipe else cell_of(place, error=str(self._plans.errors[place]))
+        except StorageError:
+            raise
+        except (EcoflapError, torch.OutOfMemoryError, MemoryError) as error:
+            cell = cell_of(place, error=_line(error))
+        finally:
+            self._kept.restore()
+        if cell.error is not None:
+            _log.warning("%s can't be made: %s", place, cell.error)
+        self._folder.write(_file_of(place), cell.model_dump(mode="json"))
+        _log.info("cell %s: %s", place, cell.value)
+        task.advance(1, str(place))
+
+    def _load(self, recipe: Recipe) -> None:
+        """Have the calibration batches of the recipe's group at hand."""
+        if group_of(recipe) == self._group:
+            return
+        self._base = plan_on(self._checkpoint, self._plans.loader(group_of(recipe)))
+        self._folder.note(_inputs(self._base))
+        self._plans.rehearse(self._base)
+        self._group = group_of(recipe)
+
+    def _cell(self, place: Place, recipe: Recipe) -> Cell:
+        plan, usages = plan_of(self._base, recipe), list[Usage]()
+        importance, took = self._scores.of(plan)
+        allocation, usage = allocated(plan, importance, self._folder, self._progress)
+        usages.append(usage)
+        with measured("pruning", usages):
+            achieved, unreached = pruned_to(plan, allocation, self._progress)
+        for name in unreached:
+            _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
+        with measured("evaluation", usages):
+            results = self._evaluated()
+        return cell_of(
+            place, results=results, sparsity=sparsity_summary(plan.anatomy, achieved), took=took, usages=usages
+        )
+
+    def _evaluated(self) -> dict[str, Quality]:
+        # With the grid's own seed: all cells answer the same questions.
+        return {
+            entry.name: quality_of(evaluate(self._checkpoint, entry, self._grid, self._progress))
+            for entry in self._entries
+        }
+
+    def _dense(self) -> tuple[Test, ...]:
+        """The dense model's results, measured once."""
+        if not self._folder.whole(DENSE):
+            rows: Sequence[Test] = [
+                test_of(entry, evaluate(self._checkpoint, entry, self._grid, self._progress)) for entry in self._entries
+            ]
+            self._folder.write(DENSE, [row.model_dump(mode="json") for row in rows])
+        return tuple(Test.model_validate(row) for row in self._folder.read(DENSE))
+
+
+def _file_of(place: Place) -> str:
+    """The cell's file; a method whose name has other than plain characters, or is long, gets a digest."""
+    name = place.method.name
+    plain = re.sub(r"[^A-Za-z0-9+.=,-]+", "_", name)[:80]
+    if plain != name:
+        plain += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{CELLS}/{plain}_{place.sparsity!r}_seed{place.seed}.json"
+
+
+def _line(error: BaseException) -> str:
+    told = " ".join(str(error).split()) or type(error).__name__
+    return told if isinstance(error, EcoflapError) else f"out of memory: {told}"

@@ -1,0 +1,245 @@
+"""What ``compare.json`` holds: the schema, how it is read, and the figures of a method at a sparsity over the seeds.
+
+What evaluations, stages and walks say of a cell, as records of ``compare.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ecoflap.errors import InvalidOption
+from ecoflap.evaluation import TaskResult
+from ecoflap.run.compare.recipe import Place
+from ecoflap.run.compare.shared import Took
+from ecoflap.run.evaluations import Evaluation
+from ecoflap.run.names import COMPARISON
+from ecoflap.run.pipeline import quality
+from ecoflap.run.provenance import Usage
+from ecoflap.support.files import read_json
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Measured(_Record):
+    """A value with its standard error; None for what is not finite, or where there is one observation alone."""
+
+    value: float | None = None
+    stderr: float | None = None
+
+
+class Quality(Measured):
+    """One test's result on ``n`` observations."""
+
+    n: int = 0
+    others: dict[str, Measured] = Field(default_factory=dict, description="Further metrics of the same test.")
+
+
+class Test(_Record):
+    """One test that every cell was put to, and the dense model's result."""
+
+    __test__ = False  # no test of pytest's
+
+    name: str
+    task: str
+    metric: str
+    higher_is_better: bool
+    dense: Quality
+
+
+class Seconds(_Record):
+    """What the stages of a cell took; ``importance`` is of the one measurement that all cells with its seed share."""
+
+    importance: float = 0.0
+    allocation: float = 0.0
+    pruning: float = 0.0
+    evaluation: float = 0.0
+
+
+class MethodRecord(_Record):
+    """One method: ``name`` is how the command line writes it."""
+
+    name: str
+    title: str
+    importance: str
+    criterion: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    citations: tuple[str, ...] = Field((), description="Keys of ecoflap.report.citations.CITATIONS.")
+
+
+class Cell(_Record):
+    """One method at one sparsity with one seed. With an ``error``, nothing was measured.
+
+    ``value``, ``stderr``, ``n`` and ``others`` are those of the first test; ``tests`` has all by their names.
+    ``achieved`` is the share of zeros among the prunable weights, ``towers`` the same in each tower.
+    """
+
+    method: str
+    sparsity: float
+    seed: int
+    value: float | None = None
+    stderr: float | None = None
+    n: int = 0
+    others: dict[str, Measured] = Field(default_factory=dict)
+    tests: dict[str, Quality] = Field(default_factory=dict)
+    achieved: float | None = None
+    towers: dict[str, float] = Field(default_factory=dict)
+    seconds: Seconds = Seconds()
+    peak_memory_bytes: int | None = None
+    peak_cuda_bytes: int | None = None
+    error: str | None = None
+
+
+class Comparison(_Record):
+    """All of ``compare.json``. ``task``, ``metric``, ``higher_is_better`` and ``dense`` are those of the first test."""
+
+    format: Literal[1] = 1
+    model: str
+    task: str
+    metric: str
+    higher_is_better: bool
+    dense: Quality
+    tests: tuple[Test, ...]
+    methods: tuple[MethodRecord, ...]
+    sparsities: tuple[float, ...]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    command: str
+
+    def cells_of(self, method: str, sparsity: float | None = None) -> tuple[Cell, ...]:
+        """The method's cells, at one sparsity or at all, in the order of the seeds."""
+        return tuple(c for c in self.cells if c.method == method and sparsity in (None, c.sparsity))
+
+    def summary(self, method: str, sparsity: float, test: str | None = None) -> Summary | None:
+        """The method's figures at ``sparsity`` on ``test`` (the first one if none is named); None if there are none."""
+        name = test or self.tests[0].name
+        found = [cell.tests[name] for cell in self.cells_of(method, sparsity) if name in cell.tests]
+        return summarise(found)
+
+
+class Summary(_Record):
+    """Mean over ``seeds`` values, and their standard deviation; of one value, the standard error of its test."""
+
+    mean: float
+    error: float | None
+    seeds: int
+
+
+def summarise(results: Sequence[Measured]) -> Summary | None:
+    """Mean ± sample standard deviation (k − 1) of the finite values; None if there are none."""
+    values = [result.value for result in results if result.value is not None]
+    if not values:
+        return None
+    if len(values) > 1:
+        return Summary(mean=statistics.fmean(values), error=statistics.stdev(values), seeds=len(values))
+    return Summary(mean=values[0], error=next(r.stderr for r in results if r.value is not None), seeds=1)
+
+
+def leaders(column: dict[str, Summary], higher_is_better: bool) -> tuple[str | None, frozenset[str]]:
+    """The best method of one sparsity, and all that are as good within error, itself among them.
+
+    Two are as good if they differ by no more than √(a² + b²), a and b being their errors (0 where there is none).
+    """
+    if not column:
+        return None, frozenset()
+    pick = max if higher_is_better else min
+    best = pick(column, key=lambda name: column[name].mean)
+    top = column[best]
+    alike = {
+        name for name, s in column.items() if abs(s.mean - top.mean) <= math.hypot(s.error or 0.0, top.error or 0.0)
+    }
+    return best, frozenset(alike)
+
+
+def read_comparison(folder: str | Path) -> Comparison:
+    """The ``compare.json`` of a folder.
+
+    Raises:
+        InvalidOption: it is not there, or is none.
+    """
+    path = Path(folder) / COMPARISON
+    data = read_json(path, "the comparison")
+    try:
+        return Comparison.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidOption(
+            f"{path}: {where}: {first['msg']}: make it again with 'ecoflap compare --resume'"
+        ) from error
+
+
+# Words of metrics of which less is better; all others are shares, recalls or scores.
+_LESS = ("perplexity", "bits_per_byte", "loss", "error", "brier", "wer", "rmse")
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of ``metric`` is better: not for perplexities, losses and errors."""
+    return not any(word in metric.lower().replace(" ", "_") for word in _LESS)
+
+
+def quality_of(result: TaskResult) -> Quality:
+    """A task's result as a record."""
+    return Quality.model_validate(quality(result))
+
+
+def test_of(entry: Evaluation, dense: TaskResult) -> Test:
+    """One test, with what the dense model reached in it."""
+    return Test(
+        name=entry.name,
+        task=entry.task,
+        metric=dense.metric,
+        higher_is_better=higher_is_better(dense.metric),
+        dense=quality_of(dense),
+    )
+
+
+def cell_of(
+    place: Place,
+    *,
+    error: str | None = None,
+    results: Mapping[str, Quality] | None = None,
+    sparsity: Mapping[str, Any] | None = None,
+    took: Took | None = None,
+    usages: Sequence[Usage] = (),
+) -> Cell:
+    """A finished cell.
+
+    Args:
+        error: why it can't be made; then nothing else is given.
+        results: of the tests by their names, the first one first.
+        sparsity: see :func:`ecoflap.run.provenance.sparsity_summary`.
+        took: what the measurement of the importance took, by which cell ever.
+        usages: of the stages allocation, pruning and evaluation.
+    """
+    name, seed = place.method.name, place.seed
+    if error is not None or results is None or sparsity is None:
+        return Cell(method=name, sparsity=place.sparsity, seed=seed, error=error or "nothing was measured")
+    took = took or Took()
+    first = next(iter(results.values()))
+    memory = [took.peak_memory_bytes or 0, *(usage.peak_memory_bytes for usage in usages)]
+    cuda = [bytes_ for bytes_ in (took.peak_cuda_bytes, *(u.peak_cuda_bytes for u in usages)) if bytes_ is not None]
+    return Cell(
+        method=name,
+        sparsity=place.sparsity,
+        seed=seed,
+        value=first.value,
+        stderr=first.stderr,
+        n=first.n,
+        others=first.others,
+        tests=dict(results),
+        achieved=sparsity["prunable"],
+        towers={name: tower["sparsity"] for name, tower in sparsity["towers"].items()},
+        seconds=Seconds(importance=took.seconds, **{usage.name: usage.seconds for usage in usages}),
+        peak_memory_bytes=max(memory),
+        peak_cuda_bytes=max(cuda, default=None),
+    )

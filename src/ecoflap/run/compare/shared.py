@@ -1,0 +1,216 @@
+"""Stage 1 of a grid: each measure once a seed, kept as a file, for all sparsities and criteria.
+
+Allocations that were searched for: criteria that remove weights in one order share them, and a kill keeps them.
+
+The dense weights of what is pruned, kept beside the model, so that each cell starts from the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from ecoflap.allocation import Allocation
+from ecoflap.errors import EcoflapError, InvalidOption, StorageError
+from ecoflap.importance.registry import IMPORTANCES as MEASURES
+from ecoflap.importance.scores import Importance
+from ecoflap.pruning.criteria import make_criterion
+from ecoflap.run.compare.folder import IMPORTANCES, GridDirectory
+from ecoflap.run.compare.methods import SHARED
+from ecoflap.run.journal import EstimateFile, SearchFile
+from ecoflap.run.names import JOURNAL
+from ecoflap.run.pipeline import allocation_for, importance_for
+from ecoflap.run.prepare import Prepared, is_measured
+from ecoflap.run.provenance import Usage, measured
+from ecoflap.run.recipe import Recipe
+from ecoflap.search.search import search_options
+from ecoflap.support.files import write_tensors
+from ecoflap.support.progress import Progress
+
+_log = logging.getLogger("ecoflap")
+
+# What is decided after stage 1. A measure that reads some of it says so: ``reads = ("criterion", "pattern")``.
+_AFTER_STAGE_1 = frozenset((
+    "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule",
+    "spread", "search", "search_options", "allocation",
+    "criterion", "criterion_options", "pattern", "compare", "offload_activations",
+))  # fmt: skip
+
+# Fields that came later: left out where they say nothing, or files of older grids would get other names.
+_NEWER = frozenset(("importance_error",))
+# Stage 1 reads none of these, but older grids have their defaults in the names of files.
+_UNREAD = {"tokens": "all", "top_tokens": None}
+
+
+class Took(BaseModel):
+    """What a measurement took: seconds, and the process's memory at its peak."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    peak_cuda_bytes: int | None = None
+
+    @classmethod
+    def of(cls, usage: Usage) -> Took:
+        return cls(
+            seconds=usage.seconds, peak_memory_bytes=usage.peak_memory_bytes, peak_cuda_bytes=usage.peak_cuda_bytes
+        )
+
+
+def key_of(recipe: Recipe) -> str:
+    """A file's name that tells apart what gives other scores: measure, options, samples, seed."""
+    reads = getattr(MEASURES.get(recipe.importance), "reads", ())
+    decides = {
+        name: value
+        for name, value in recipe.to_dict().items()
+        if name not in SHARED
+        and (name not in _AFTER_STAGE_1 or name in reads)
+        and (value is not None or name not in _NEWER)
+    }
+    decides |= _UNREAD
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return f"{recipe.importance}-seed{recipe.seed}-{digest[:8]}"
+
+
+class SharedScores:
+    """The importances of a grid, measured when first asked for."""
+
+    def __init__(self, folder: GridDirectory, progress: Progress) -> None:
+        self._folder, self._progress = folder, progress
+        self._failed: dict[str, EcoflapError] = {}
+
+    def of(self, plan: Prepared) -> tuple[Importance, Took]:
+        """The scores that ``plan`` starts from, and what their measurement took (nothing if there was none).
+
+        Raises:
+            EcoflapError: they can't be measured; the same again for every cell that wants them.
+        """
+        if plan.importance is not None or not is_measured(plan.recipe):
+            return importance_for(plan, self._progress), Took()
+        key = key_of(plan.recipe)
+        name = f"{IMPORTANCES}/{key}.json"
+        if key in self._failed:
+            raise self._failed[key]
+        if not self._folder.whole(name):
+            try:
+                self._measure(plan, key, name)
+            except StorageError:
+                raise
+            except EcoflapError as error:
+                self._failed[key] = error
+                raise
+        data = self._folder.read(name)
+        return Importance.from_json(data, str(self._folder.path / name)), took_of(data, name)
+
+    def _measure(self, plan: Prepared, key: str, name: str) -> None:
+        journal = EstimateFile(self._folder.path / JOURNAL / f"{key}.jsonl")
+        usages: list[Usage] = []
+        _log.info("%s: begins", key)
+        try:
+            with measured("importance", usages):
+                importance = importance_for(plan, self._progress, journal)
+        finally:
+            journal.close()
+        (usage,) = usages
+        self._folder.write(name, {**importance.to_json(), "took": Took.of(usage).model_dump()})
+        _log.info("%s: done in %.1f s", key, usage.seconds)
+
+
+def took_of(data: Any, name: str) -> Took:
+    """What a kept file says that it took. Raises InvalidOption where the file is damaged."""
+    try:
+        return Took.model_validate(data.get("took", {}))
+    except ValidationError as error:
+        raise InvalidOption(f"{name} is damaged: remove it, and --resume measures it again") from error
+
+
+# What is decided after the search, or (the criterion) enters it by its order alone.
+_AFTER_SEARCH = frozenset(("criterion", "criterion_options", "pattern", "offload_activations"))
+
+
+def order_of(recipe: Recipe) -> str:
+    """What of the criterion enters the search: criteria of one order share what is found."""
+    needs = str(getattr(make_criterion(recipe.criterion), "statistics", "none"))
+    if needs == "gram" and search_options(recipe.search_options).weights == "own":
+        return f"{recipe.criterion} {sorted(recipe.criterion_options.items())}"
+    return "none" if needs == "none" else "norm"
+
+
+def search_key(recipe: Recipe) -> str:
+    """A file's name that tells apart what gives other allocations."""
+    decides = {name: value for name, value in recipe.to_dict().items() if name not in SHARED | _AFTER_SEARCH}
+    decides["statistics"] = order_of(recipe)
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return f"search-{recipe.importance.replace('/', '_')}-{recipe.sparsity:g}-seed{recipe.seed}-{digest[:8]}"
+
+
+def allocated(
+    plan: Prepared, importance: Importance, folder: GridDirectory, progress: Progress
+) -> tuple[Allocation, Usage]:
+    """The allocation of a cell, and what it took when it was made; only those that are searched for are kept.
+
+    Raises:
+        EcoflapError: as :func:`ecoflap.run.pipeline.allocation_for`.
+    """
+    usages: list[Usage] = []
+    if not plan.recipe.search:
+        with measured("allocation", usages):
+            allocation = allocation_for(plan, importance, progress)
+        return allocation, usages[0]
+    key = search_key(plan.recipe)
+    name = f"{IMPORTANCES}/{key}.json"
+    if not folder.whole(name):
+        with measured("allocation", usages):
+            found = allocation_for(plan, importance, progress, SearchFile(folder.path / JOURNAL / f"{key}.json"))
+        took = Took.of(usages[0])
+        folder.write(name, {**found.to_json(), "took": took.model_dump()})
+        _log.info("%s: done in %.1f s", key, took.seconds)
+    data = folder.read(name)
+    took = took_of(data, name)
+    return Allocation.from_json(data), Usage(
+        "allocation", took.seconds, took.peak_memory_bytes or 0, took.peak_cuda_bytes
+    )
+
+
+class KeptWeights:
+    """A copy of some parameters, in memory or in a file.
+
+    Args:
+        model: as it is to be again.
+        names: the parameters that are kept.
+        path: a safetensors file to keep them in; None keeps them in memory, on the CPU.
+
+    Raises:
+        StorageError: the file can't be written.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], path: Path | None = None) -> None:
+        self._model, self._names, self._path = model, tuple(names), path
+        self._kept: dict[str, Tensor] = {}
+        if path is None:
+            # On a GPU a copy there would take the room that the work needs.
+            self._kept = {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
+        else:
+            write_tensors(path, {name: model.get_parameter(name) for name in names})
+
+    def restore(self) -> None:
+        """Put every bit back where it was."""
+        from safetensors import safe_open
+
+        with torch.no_grad():
+            if self._path is None:
+                for name in self._names:
+                    self._model.get_parameter(name).copy_(self._kept[name])
+                return
+            with safe_open(self._path, framework="pt") as file:
+                for name in self._names:
+                    self._model.get_parameter(name).copy_(file.get_tensor(name))

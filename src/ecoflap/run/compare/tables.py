@@ -1,0 +1,210 @@
+"""A comparison as CSV (one row a cell) and as Markdown (methods by sparsities, cost, citations, command).
+
+A comparison as tables on the terminal: one a test.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from ecoflap.report.formats import duration, metric_value, size, task_title
+from ecoflap.run.compare.record import Cell, Comparison, MethodRecord, Summary, Test, leaders
+
+# One row of compare.csv begins with these; docs/compare.md says what they hold.
+COLUMNS = (
+    "method", "importance", "criterion", "options", "sparsity", "seed", "task", "metric", "value", "stderr", "n",
+    "dense", "dense_stderr", "achieved", "seconds_importance", "seconds_allocation", "seconds_pruning",
+    "seconds_evaluation", "peak_memory_bytes", "peak_cuda_bytes", "error",
+)  # fmt: skip
+
+NOTHING = "—"
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One row a cell, numbers in full; empty where nothing was measured.
+
+    After the fixed columns: ``tower:NAME`` for each tower's sparsity, ``other:METRIC`` for further metrics of the first
+    test, and ``test:NAME`` and ``test:NAME:stderr`` for each further test.
+    """
+    towers = list(dict.fromkeys(name for cell in comparison.cells for name in cell.towers))
+    others = list(dict.fromkeys(name for cell in comparison.cells for name in cell.others))
+    tests = [test.name for test in comparison.tests[1:]]
+    more = [f"tower:{name}" for name in towers] + [f"other:{name}" for name in others]
+    more += [f"test:{name}{end}" for name in tests for end in ("", ":stderr")]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*COLUMNS, *more])
+    methods = {method.name: method for method in comparison.methods}
+    for cell in comparison.cells:
+        row = [*_fixed(comparison, methods[cell.method], cell), *(cell.towers.get(name) for name in towers)]
+        row += [cell.others[name].value if name in cell.others else None for name in others]
+        for name in tests:
+            found = cell.tests.get(name)
+            row += [found and found.value, found and found.stderr]
+        writer.writerow(["" if value is None else value for value in row])
+    return out.getvalue()
+
+
+def _fixed(comparison: Comparison, method: MethodRecord, cell: Cell) -> list[object]:
+    made = cell.error is None
+    seconds = cell.seconds
+    took = [seconds.importance, seconds.allocation, seconds.pruning, seconds.evaluation] if made else [None] * 4
+    return [
+        method.name, method.importance, method.criterion, method.name.partition(":")[2], cell.sparsity, cell.seed,
+        comparison.task, comparison.metric, cell.value, cell.stderr, cell.n if made else None, comparison.dense.value,
+        comparison.dense.stderr, cell.achieved, *took, cell.peak_memory_bytes, cell.peak_cuda_bytes, cell.error,
+    ]  # fmt: skip
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The comparison for people: a table a test, what could not be made, cost, methods with papers, the command."""
+    several = len(comparison.seeds) > 1
+    spread = (
+        f"mean ± standard deviation over the seeds {', '.join(map(str, comparison.seeds))}"
+        if several
+        else f"± one standard error of the test; seed {comparison.seeds[0]}"
+    )
+    parts = [f"# Methods compared on {_plain(comparison.model)}"]
+    for test in comparison.tests:
+        better = "more" if test.higher_is_better else "less"
+        parts.append(f"## {_plain(task_title(test.name, test.metric))}")
+        dense = _value(test, test.dense.value, test.dense.stderr)
+        parts.append(f"Dense: {dense} (n = {test.dense.n}); {better} is better.")
+        parts.append(_quality(comparison, test))
+    parts.append(
+        f"Columns are sparsities, {spread}. Bold: the best of a column and all that are as good within error (they "
+        "differ from it by no more than √(a² + b²), a and b being the two numbers after ±)."
+    )
+    parts += _not_made(comparison)
+    parts += ["## Cost", _cost(comparison)]
+    parts.append(
+        "Seconds are means over the cells; the importance was measured once a seed for all sparsities and criteria "
+        "that share it. Memory is the whole process at its peak."
+    )
+    parts += ["## Methods", _methods(comparison), "## How to repeat it", f"```sh\n{comparison.command}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def columns_of(comparison: Comparison, test: Test) -> list[dict[str, Summary]]:
+    """For each sparsity the methods' figures on ``test``, those that have any."""
+    return [
+        {m.name: found for m in comparison.methods if (found := comparison.summary(m.name, s, test.name)) is not None}
+        for s in comparison.sparsities
+    ]
+
+
+def shown(comparison: Comparison, test: Test, summary: Summary | None, cells: Sequence[Cell]) -> str:
+    """One entry of the table: value ± error in the metric's unit, and how many seeds gave it if not all did."""
+    if summary is None:
+        return "not finite" if any(cell.error is None for cell in cells) else NOTHING
+    text = _value(test, summary.mean, summary.error)
+    seeds = len(comparison.seeds)
+    return text if summary.seeds == seeds else f"{text} ({summary.seeds} of {seeds} seeds)"
+
+
+def _quality(comparison: Comparison, test: Test) -> str:
+    columns = columns_of(comparison, test)
+    alike = [leaders(column, test.higher_is_better)[1] for column in columns]
+    rows = []
+    for method in comparison.methods:
+        row = [_plain(method.title)]
+        for sparsity, column, best in zip(comparison.sparsities, columns, alike, strict=True):
+            cells = comparison.cells_of(method.name, sparsity)
+            text = shown(comparison, test, column.get(method.name), cells)
+            row.append(f"**{text}**" if method.name in best else text)
+        rows.append(row)
+    return _table(["method", *(f"{sparsity:g}" for sparsity in comparison.sparsities)], rows)
+
+
+def _value(test: Test, value: float | None, error: float | None) -> str:
+    return metric_value(test.metric, value, error)
+
+
+def _not_made(comparison: Comparison) -> list[str]:
+    """Cells without a result, those with one reason in one line."""
+    reasons: dict[tuple[str, str], dict[float, None]] = {}
+    for cell in comparison.cells:
+        if cell.error is not None:
+            reasons.setdefault((cell.method, cell.error), {})[cell.sparsity] = None
+    lines = [
+        f"- {_plain(method)} at {', '.join(f'{sparsity:g}' for sparsity in found)}: {_plain(error)}"
+        for (method, error), found in reasons.items()
+    ]
+    return ["## What could not be made", "\n".join(lines)] if lines else []
+
+
+def _cost(comparison: Comparison) -> str:
+    cuda = any(cell.peak_cuda_bytes is not None for cell in comparison.cells)
+    stages = ("importance", "allocation", "pruning", "evaluation")
+    heads = ["method", *stages, "peak memory", *(["peak CUDA memory"] if cuda else [])]
+    rows = []
+    for method in comparison.methods:
+        cells = [cell for cell in comparison.cells_of(method.name) if cell.error is None]
+        row = [_plain(method.title), *(_seconds(cells, stage) for stage in stages)]
+        row.append(_most(cells, lambda cell: cell.peak_memory_bytes))
+        rows.append(row + ([_most(cells, lambda cell: cell.peak_cuda_bytes)] if cuda else []))
+    return _table(heads, rows)
+
+
+def mean_seconds(cells: Iterable[Cell], stage: str) -> float | None:
+    """Mean over the cells of what a stage took; None without cells."""
+    values = [float(getattr(cell.seconds, stage)) for cell in cells]
+    return sum(values) / len(values) if values else None
+
+
+def _seconds(cells: Sequence[Cell], stage: str) -> str:
+    mean = mean_seconds(cells, stage)
+    return NOTHING if mean is None else "0" if mean == 0 else duration(mean)
+
+
+def _most(cells: Sequence[Cell], of: Callable[[Cell], int | None]) -> str:
+    values = [value for cell in cells if (value := of(cell)) is not None]
+    return size(max(values)) if values else NOTHING
+
+
+def _methods(comparison: Comparison) -> str:
+    from ecoflap.report.citations import CITATIONS
+
+    rows = []
+    for method in comparison.methods:
+        papers = [CITATIONS[key] for key in method.citations if key in CITATIONS]
+        links = "; ".join(f"[{_plain(paper.short)}]({paper.url})" for paper in papers)
+        rows.append([_plain(method.title), _plain(method.name), links or NOTHING])
+    return _table(["method", "as the command writes it", "papers"], rows)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too."""
+    for mark in "\\|*_<>[]`":
+        text = text.replace(mark, f"&#{ord(mark)};")
+    return " ".join(text.split())
+
+
+def comparison_tables(comparison: Comparison) -> Iterator[Table]:
+    """Methods by sparsities; the best of a column and all as good within error are bold."""
+    for test in comparison.tests:
+        dense = metric_value(test.metric, test.dense.value, test.dense.stderr)
+        title = Text(f"{task_title(test.name, test.metric)}, dense {dense}")
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("method")
+        for sparsity in comparison.sparsities:
+            table.add_column(f"{sparsity:g}", justify="right", no_wrap=True)
+        columns = columns_of(comparison, test)
+        alike = [leaders(column, test.higher_is_better)[1] for column in columns]
+        for method in comparison.methods:
+            row = [Text(method.title)]
+            for sparsity, column, best in zip(comparison.sparsities, columns, alike, strict=True):
+                text = shown(comparison, test, column.get(method.name), comparison.cells_of(method.name, sparsity))
+                row.append(Text(text, style="bold" if method.name in best else ""))
+            table.add_row(*row)
+        yield table

@@ -1,0 +1,358 @@
+"""The run directory: what each stage leaves behind, who works in it, and what may be resumed.
+
+Files of a run that later stages start from, known again on resume: one edited by hand is not mistaken for it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
+
+from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch, StorageError
+from ecoflap.run.names import GRID, INPUTS, JOURNAL, METRICS, MODEL, OURS, RECIPE, REPORT, WRITTEN
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.files import (
+    PARTIAL,
+    json_text,
+    read_json,
+    read_sealed,
+    storage,
+    write_json,
+    write_sealed,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on; read by type checkers alone
+
+_log = logging.getLogger("ecoflap")
+
+
+class Results:
+    """JSON files in ``folder``, whose digests are noted in ``ledger`` just before each is put in place.
+
+    Noted before, so that a kill between the two leaves a digest too many, never a file without its own.
+    """
+
+    def __init__(self, folder: Path, ledger: Path) -> None:
+        self._folder, self._ledger = folder, ledger
+
+    def write(self, name: str, data: Any) -> None:
+        """Atomically write ``name`` as JSON. Raises StorageError."""
+        text = json_text(data)
+        known = read_sealed(self._ledger) or {}
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest not in known.get(name, ()):
+            write_sealed(self._ledger, {**known, name: [*known.get(name, ()), digest]})
+        write_text(self._folder / name, text)
+
+    def has(self, name: str) -> bool:
+        """Whether ``name`` is there as it was written; one that is no JSON is made again, with a warning.
+
+        A file whose digest nobody noted (the journal of a complete run is gone) is taken as it is.
+
+        Raises:
+            ResumeMismatch: it was edited.
+        """
+        path = self._folder / name
+        if not path.exists():
+            return False
+        content = path.read_bytes()
+        known = (read_sealed(self._ledger) or {}).get(name)
+        if known is not None and hashlib.sha256(content).hexdigest() in known:
+            return True
+        try:
+            json.loads(content)
+        except ValueError:
+            _log.warning("%s is damaged: it is made again", path)
+            return False
+        if known is None:
+            return True
+        option = Path(name).stem
+        raise ResumeMismatch(
+            f"can't resume {self._folder}: {name} is not as the run wrote it. Put it back, or remove it and it is made "
+            f"again; a file of your own begins another run: --{option} FILE"
+        )
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was stopped by a signal, and can go on: ``path`` is its directory, ``signal`` the reason given."""
+
+    def __init__(self, path: Path, signal: str) -> None:
+        super().__init__(signal)
+        self.path = path
+
+
+class RunFailed(EcoflapError):
+    """Something broke that is no fault of the input; the run's log has the traceback."""
+
+    exit_code = 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    from ecoflap import __version__
+
+    # From the installed packages' records: importing torch takes seconds, and a wrong option is told at once.
+    return {"ecoflap": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
+
+
+class RunDirectory:
+    """One run's files: :meth:`examine`, then :meth:`begin`; close it (or use it as a context) to let go of its lock.
+
+    A subclass keeps the files of another kind of work, under the same rules of who may write and what may go on.
+
+    Attributes:
+        what: the kind of work, for messages.
+        ours: the files in the order of removal.
+        inputs: the file that keeps digests of what else decides the result.
+    """
+
+    what: ClassVar[str] = "run"
+    ours: ClassVar[tuple[str, ...]] = OURS
+    inputs: ClassVar[str] = INPUTS
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.resumed = False
+        self.results = Results(path, path / WRITTEN)
+        self._lock: int | None = None
+
+    @classmethod
+    def examine(cls, path: str | Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Self:
+        """Look whether a run can begin or go on in ``path``; nothing is written yet.
+
+        Args:
+            recipe: resolved.
+            overwrite: replace the earlier run that is there; only files of a run are removed.
+            resume: continue the run that is there, if its recipe is the same; begin one if there is none.
+
+        Raises:
+            InvalidOption: both ``overwrite`` and ``resume``, or an input of the recipe lies in the run itself.
+            OutputExists: the folder holds something else, or a run and neither option is given.
+            ResumeMismatch: the recipe or a version differs; the message lists each difference.
+        """
+        if overwrite and resume:
+            raise InvalidOption("--overwrite starts again and --resume goes on: give one of them")
+        run = cls(Path(path))
+        if run.path.exists() and not run.path.is_dir():
+            raise OutputExists(f"{run.path} is a file, not a folder: choose another --output")
+        held = {entry.name for entry in run.path.iterdir()} if run.path.is_dir() else set()
+        held = {name for name in held if not run._leftover(name)}
+        if held and (RECIPE not in held or not run._is_ours()):
+            raise OutputExists(f"{run.path} holds something that is no {run.what} of ecoflap: choose another --output")
+        if held and not (overwrite or resume):
+            raise OutputExists(
+                f"{run.path} already holds a {run.what}: add --overwrite to replace it, --resume to continue it, "
+                "or choose another --output"
+            )
+        if held and resume:
+            run._check_same(recipe)
+            run.resumed = True
+        run._check_inputs_are_elsewhere(recipe)
+        return run
+
+    def begin(self, recipe: Recipe, fingerprint: str, inputs: Mapping[str, str]) -> None:
+        """Lock the folder; continue the run that :meth:`examine` found, or clear it and write the recipe.
+
+        Args:
+            fingerprint: of the model.
+            inputs: what else decides the result and is no option: digests of data, the kind of device.
+
+        Raises:
+            OutputExists: another process is at work in it.
+            ResumeMismatch: the model or an input is not the one that the run began with.
+            StorageError: the folder can't be made or written.
+        """
+        with storage(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        if self.resumed:
+            self._check_fingerprint(fingerprint)
+            self._check_inputs(inputs)
+        else:
+            self._clear()
+            self._write_recipe(recipe, fingerprint)
+        self.sweep()
+        with storage(self.path):
+            (self.path / JOURNAL).mkdir(exist_ok=True)
+        if not self.has(self.inputs):
+            self.write(self.inputs, dict(inputs))
+
+    def _write_recipe(self, recipe: Recipe, fingerprint: str) -> None:
+        data = {**recipe.to_dict(), "versions": versions(), "fingerprint": fingerprint}
+        write_text(self.path / RECIPE, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+    def _is_ours(self) -> bool:
+        """Whether the recipe file that is there is of this kind of work; one that can't be read may be replaced."""
+        try:
+            return GRID not in self.recorded()
+        except InvalidOption:
+            return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def lock(self) -> None:
+        """Work in the folder alone, until :meth:`close`; raises OutputExists if another process is at work in it."""
+        with storage(self.path):
+            self._lock = os.open(self.path, os.O_RDONLY)  # the folder itself: no lock file is left behind
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise OutputExists(
+                f"another process is at work in {self.path}: wait for it, or choose another --output"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+
+    def _clear(self) -> None:
+        for name in self.ours:
+            _remove(self.path / name)
+
+    def _leftover(self, name: str) -> bool:
+        """Whether ``name`` is a temporary file's, as a killed process leaves it."""
+        pattern = rf"\.({'|'.join(map(re.escape, self.ours))})\.(.*{re.escape(PARTIAL)}|partial|old)"
+        return re.fullmatch(pattern, name) is not None
+
+    def sweep(self) -> None:
+        """Remove temporary files that a killed process left."""
+        inner = [self.path / name for name in (*self.ours, f"{JOURNAL}/blocks") if name != MODEL]
+        for folder in (self.path, *inner):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if self._leftover(entry.name) or (folder != self.path and entry.name.endswith(PARTIAL)):
+                    _remove(entry)
+
+    def recorded(self) -> dict[str, Any]:
+        """The run's recipe file as it is: fields, versions, fingerprint."""
+        try:
+            data = yaml.safe_load((self.path / RECIPE).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidOption(f"can't read {self.path / RECIPE}: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise InvalidOption(f"{self.path / RECIPE} is damaged: start again with --overwrite")
+        return data
+
+    def _check_same(self, recipe: Recipe) -> None:
+        before, now = self.recorded(), {**recipe.to_dict(), "versions": versions()}
+        found = list(differences(before, now))
+        if found:
+            raise ResumeMismatch(
+                f"can't resume {self.path}, the result would differ: {'; '.join(found)}. "
+                "Use the same options and versions, or --overwrite"
+            )
+
+    def _check_fingerprint(self, fingerprint: str) -> None:
+        known = str(self.recorded().get("fingerprint"))
+        if known != fingerprint:
+            raise ResumeMismatch(
+                f"can't resume {self.path}: the model's weights are not those that the run began with "
+                f"(fingerprint {known[:12]}… then, {fingerprint[:12]}… now). Use the same checkpoint, or --overwrite"
+            )
+
+    def _check_inputs(self, inputs: Mapping[str, str]) -> None:
+        before = self.read(self.inputs) if self.has(self.inputs) else inputs
+        for name, value in inputs.items():
+            if before.get(name) != value:
+                raise ResumeMismatch(
+                    f"can't resume {self.path}: the {name} is not the one that the run began with "
+                    f"({str(before.get(name))[:12]} then, {value[:12]} now). Use the same one, or --overwrite"
+                )
+
+    def _check_inputs_are_elsewhere(self, recipe: Recipe) -> None:
+        ours = [(self.path / name).resolve() for name in self.ours]
+        for field in ("model", "calibration", "test", "importance", "allocation"):
+            value = getattr(recipe, field)
+            if value is None:
+                continue
+            place = Path(value).resolve()
+            if place.exists() and any(own in (place, *place.parents) for own in ours):
+                raise InvalidOption(
+                    f"{field} {value} is part of {self.path}, which is written anew: choose another --output"
+                )
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def whole(self, name: str) -> bool:
+        """Whether the JSON file ``name`` is there; one that is no JSON is to be made again, with a warning."""
+        if not self.has(name):
+            return False
+        try:
+            self.read(name)
+        except InvalidOption as error:
+            _log.warning("%s: it is made again", error)
+            return False
+        return True
+
+    def write(self, name: str, data: Any) -> None:
+        """Atomically write ``name`` as JSON."""
+        write_json(self.path / name, data)
+
+    def read(self, name: str) -> Any:
+        """Read a JSON file of the run; raises InvalidOption where it is damaged."""
+        return read_json(self.path / name, "the run's file")
+
+    def discard(self, name: str) -> None:
+        """Remove one of the run's files, if it is there."""
+        _remove(self.path / name)
+
+    def finish(self) -> None:
+        """All is written: the journal is no longer needed."""
+        with suppress(StorageError):
+            self.discard(JOURNAL)
+
+    @property
+    def complete(self) -> bool:
+        """The run to be resumed has nothing left to do: the page is written last of all."""
+        return self.resumed and self.has(METRICS) and self.has(REPORT)
+
+
+def _remove(path: Path) -> None:
+    with storage(path):
+        if path.is_dir() and not path.is_symlink():
+            # Out of sight at once: a folder of which a kill left a part would be taken for the whole.
+            old = path.with_name(f".{path.name}.old")
+            if old.exists() and path != old:
+                shutil.rmtree(old)
+            shutil.rmtree(path if path.name.startswith(".") else path.rename(old))
+        else:
+            path.unlink(missing_ok=True)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What a recipe says now and said otherwise before, a few words each."""
+    for name, value in now.items():
+        earlier = before.get(name)
+        if isinstance(value, dict) and isinstance(earlier, dict):
+            keys = dict.fromkeys([*earlier, *value])
+            yield from differences(
+                {f"{name} {key}": earlier.get(key) for key in keys}, {f"{name} {key}": value.get(key) for key in keys}
+            )
+        elif earlier != value:
+            yield f"{name}: {_shown(earlier)} then, {_shown(value)} now"
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value in (None, [], {}) else str(value)

@@ -1,0 +1,289 @@
+"""What is measured of a model: each test of a recipe with its task, data and options, and how it is run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from ecoflap.data.class_names import class_names, class_templates
+from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
+from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    from ecoflap.evaluation import TaskResult
+    from ecoflap.model.checkpoint import Checkpoint
+    from ecoflap.run.recipe import Recipe
+
+# What every task may be given; whatever else a task's function takes by keyword is one of its options.
+COMMON = frozenset((
+    "data", "samples", "batch_size", "sequence_length", "seed", "progress", "columns", "prompt_template",
+    "image_folder", "classes", "class_prompts", "workers",
+))  # fmt: skip
+OptionValue = float | int | bool | str
+
+
+class Evaluation(BaseModel):
+    """One entry of a recipe's ``evaluations``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = Field(description="vqa, captioning, ...: as --task.")
+    name: str = Field("", description="Under which the result is listed; default: the task.")
+    test: str | None = Field(None, description="Test data: as --test.")
+    columns: dict[str, str] = Field(default_factory=dict, description="As --test-columns.")
+    prompt: str | None = Field(None, description="As --test-prompt.")
+    image_folder: str | None = Field(None, description="As --test-image-folder.")
+    samples: int | None = Field(None, ge=1, description="As --test-samples.")
+    sequence_length: int | None = Field(None, ge=2, description="Instead of the recipe's.")
+    options: dict[str, OptionValue] = Field(default_factory=dict, description="As --task-option.")
+    classes: tuple[str, ...] | None = Field(None, description="As --classes.")
+    class_prompts: tuple[str, ...] | None = Field(None, description="As --class-prompts.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        for name in values:
+            if name not in cls.model_fields:
+                near = get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean '{near[0]}'?" if near else f"it may have {', '.join(cls.model_fields)}"
+                raise InvalidOption(f"evaluations: unknown field '{name}': {hint}")
+        return {"name": values.get("task", ""), **values}
+
+    @field_validator("classes", "class_prompts", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, name: str) -> str:
+        from ecoflap.evaluation import TASKS
+
+        return TASKS.check(name)
+
+
+def tasks_of(recipe: Recipe) -> tuple[str, ...]:
+    """Tasks where no ``evaluations`` are listed: those named, else what ``test`` fits; VQA on the embedded model."""
+    if recipe.task is not None:
+        return recipe.task
+    if recipe.test is not None:
+        return ("perplexity",) if _is_text(recipe.test) else ("vqa",)
+    return ("vqa",) if recipe.model is None else ()
+
+
+def _is_text(source: str) -> bool:
+    """Whether a source is plain text: a file by its name, a folder by what is in it."""
+    from ecoflap.data.formats.text import COMPRESSED, SUFFIXES
+    from ecoflap.data.samples import TextFiles, open_source
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        try:
+            return isinstance(open_source(source), TextFiles)
+        except CalibrationError:  # told when the task opens it
+            return False
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower() in SUFFIXES
+
+
+def evaluations_of(recipe: Recipe) -> tuple[Evaluation, ...]:
+    """All that is measured, in full: one entry a task, or the recipe's ``evaluations``.
+
+    With ``evaluations``, ``task`` chooses some of them by name, ``test_samples`` is a limit for each, and
+    ``task_options``, ``classes`` and ``class_prompts`` hold where an entry says nothing itself.
+    """
+    if recipe.evaluations is None:
+        entries = [
+            Evaluation.model_validate(
+                {
+                    "task": task,
+                    "test": recipe.test,
+                    "columns": recipe.test_columns,
+                    "prompt": recipe.test_prompt,
+                    "image_folder": recipe.test_image_folder,
+                    "samples": recipe.test_samples,
+                }
+            )
+            for task in tasks_of(recipe)
+        ]
+    else:
+        entries = [entry for entry in recipe.evaluations if recipe.task is None or entry.name in recipe.task]
+    return tuple(_completed(entry, recipe) for entry in entries)
+
+
+def _completed(entry: Evaluation, recipe: Recipe) -> Evaluation:
+    limits = [limit for limit in (entry.samples, recipe.test_samples) if limit is not None]
+    accepted = options_of(entry.task) if recipe.task_options else {}
+    general = {name: value for name, value in recipe.task_options.items() if name in accepted}
+    return entry.model_copy(
+        update={
+            "samples": min(limits, default=None),
+            "sequence_length": entry.sequence_length or recipe.sequence_length,
+            "options": {**general, **entry.options},
+            "classes": entry.classes or recipe.classes,
+            "class_prompts": entry.class_prompts or recipe.class_prompts,
+        }
+    )
+
+
+def options_of(task: str) -> dict[str, inspect.Parameter]:
+    """The options of a task beside those that all have: keyword-only parameters of its function.
+
+    Raises:
+        UnknownName: no such task.
+    """
+    return {name: parameter for name, parameter in _parameters(task).items() if name not in COMMON}
+
+
+def _parameters(task: str) -> dict[str, inspect.Parameter]:
+    from ecoflap.evaluation import TASKS
+
+    found = inspect.signature(TASKS.get(task), eval_str=True).parameters
+    return {name: p for name, p in found.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_evaluations(recipe: Recipe) -> tuple[Evaluation, ...]:
+    """:func:`evaluations_of`, its options and class files checked without a model.
+
+    Raises:
+        InvalidOption: a task does not have an option or takes no such value, or nothing takes a field that is set.
+    """
+    entries = evaluations_of(recipe)
+    known = {name: None for entry in entries for name in options_of(entry.task)}
+    tasks = ", ".join(f"'{task}'" for task in dict.fromkeys(entry.task for entry in entries))
+    for name in recipe.task_options:
+        if name not in known:
+            if not entries:
+                raise InvalidOption(f"task option {name} is given, but nothing is evaluated: give --task too")
+            raise InvalidOption(_unknown_option(name, list(known), f"task {tasks}"))
+    class_names(recipe.classes), class_templates(recipe.class_prompts)
+    if recipe.evaluations is None:
+        for field, argument in _TEST_FIELDS.items():
+            if getattr(recipe, field) and not any(argument in _parameters(entry.task) for entry in entries):
+                taker = f"task {tasks} does not take it" if entries else "nothing is evaluated: give --task too"
+                raise InvalidOption(f"{field} is given, but {taker}")
+    for entry in entries:
+        _check_entry(entry, recipe)
+    return entries
+
+
+_TEST_FIELDS = {"test_columns": "columns", "test_prompt": "prompt_template", "test_image_folder": "image_folder"}
+_ENTRY_FIELDS = {
+    "columns": "columns", "prompt": "prompt_template", "image_folder": "image_folder", "classes": "classes",
+    "class_prompts": "class_prompts",
+}  # fmt: skip
+
+
+def _check_entry(entry: Evaluation, recipe: Recipe) -> None:
+    accepted = options_of(entry.task)
+    where = "" if recipe.evaluations is None else f"evaluation '{entry.name}': "
+    for name, value in entry.options.items():
+        if name not in accepted:
+            raise InvalidOption(where + _unknown_option(name, list(accepted), f"task '{entry.task}'"))
+        _typed(name, value, accepted[name], where)
+    own = next((e for e in recipe.evaluations or () if e.name == entry.name), None)
+    for field, argument in _ENTRY_FIELDS.items():
+        if own is not None and getattr(own, field) and argument not in _parameters(entry.task):
+            raise InvalidOption(f"{where}task '{entry.task}' takes no {field}")
+    class_names(entry.classes), class_templates(entry.class_prompts)
+
+
+def _unknown_option(name: str, known: list[str], owner: str) -> str:
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{owner} has no option '{name}': {hint}{'choose from ' + ', '.join(known) if known else 'it has none'}"
+
+
+def _typed(name: str, value: OptionValue, parameter: inspect.Parameter, where: str) -> Any:
+    """``value`` as the parameter's annotation wants it."""
+    if parameter.annotation is inspect.Parameter.empty:
+        return value
+    if isinstance(value, bool) and "bool" not in str(parameter.annotation):
+        raise InvalidOption(f"{where}task option {name}={value}: true and false are no values of it")
+    try:
+        wanted = TypeAdapter(parameter.annotation, config=ConfigDict(coerce_numbers_to_str=True))
+        return wanted.validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Input ")
+        raise InvalidOption(f"{where}task option {name}={value}: it {reason}") from error
+
+
+def rehearse(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Run each evaluation on one sample, so that none can stop a run half-way.
+
+    Raises:
+        EcoflapError: what is wrong with each that can't work, all in one line.
+    """
+    failures: list[EcoflapError] = []
+    entries = check_evaluations(recipe)
+    for entry in entries:
+        try:
+            evaluate(checkpoint, entry.model_copy(update={"samples": 1}), recipe, Silent())
+        except EcoflapError as error:
+            failures.append(error if recipe.evaluations is None else type(error)(f"evaluation '{entry.name}': {error}"))
+        except _UNFIT as error:
+            failures.append(_unfit(error, entry, checkpoint))
+    if failures:
+        more = "" if len(failures) == 1 else f"{len(failures)} of {len(entries)} evaluations can't run. "
+        raise type(failures[0])(more + "; ".join(map(str, failures))) from failures[0]
+
+
+# What models and processors raise on inputs that are not for them.
+_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _unfit(error: Exception, entry: Evaluation, checkpoint: Checkpoint) -> EcoflapError:
+    told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    model, data = type(checkpoint.model).__name__, entry.test or "its data"
+    return InvalidOption(
+        f"task '{entry.task}' can't work on {model} with {data} ({told}): "
+        "choose another --task or --test; 'ecoflap evaluate' shows the traceback"
+    )
+
+
+def rows_of_a_test(recipe: Recipe) -> int:
+    """Samples a forward of an evaluation: the embedded model is so small that calls outweigh its arithmetic."""
+    return recipe.test_batch_size or (recipe.batch_size if recipe.model is not None else max(recipe.batch_size, 32))
+
+
+def evaluate(
+    checkpoint: Checkpoint, entry: Evaluation, recipe: Recipe, progress: Progress, workers: Workers = ALONE
+) -> TaskResult:
+    """One evaluation of :func:`evaluations_of` on a model; several workers share its samples where the task can."""
+    import torch
+
+    from ecoflap.evaluation import TASKS
+
+    parameters = _parameters(entry.task)
+    values: dict[str, Any] = {
+        "data": entry.test,
+        "samples": entry.samples,
+        "batch_size": rows_of_a_test(recipe),
+        "sequence_length": entry.sequence_length,
+        "seed": recipe.seed,
+        "progress": progress,
+        "workers": workers,
+        "columns": entry.columns or None,
+        "prompt_template": entry.prompt,
+        "image_folder": entry.image_folder,
+        "classes": class_names(entry.classes),
+        "class_prompts": class_templates(entry.class_prompts),
+    }
+    values = {name: value for name, value in values.items() if name in parameters}
+    options = {name: _typed(name, value, parameters[name], "") for name, value in entry.options.items()}
+    with torch.no_grad():
+        task: Any = TASKS.get(entry.task)
+        try:
+            result: TaskResult = task(checkpoint.model, checkpoint.processor, **values, **options)
+        except (CalibrationError, InvalidOption) as error:
+            if recipe.evaluations is not None or recipe.task is not None or recipe.test is None:
+                raise
+            raise type(error)(f"{error} (no task is named, so '{entry.task}' was tried: --task NAME)") from error
+    return result

@@ -1,0 +1,155 @@
+"""The journal of a run: estimates and pruned blocks, kept as they come, so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.importance.scores import Estimate
+from ecoflap.support.files import read_sealed, storage, write_sealed, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ecoflap.pruning.walk import PrunedBlock
+
+_log = logging.getLogger("ecoflap")
+
+
+class EstimateFile:
+    """Estimates of stage 1, one JSON line each with a check sum.
+
+    The first line that is not as it was written (cut off by a kill, zeros after a power cut) ends what is known: it
+    and all after it are dropped, and measured again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: list[Estimate] = []
+        whole = 0
+        for estimate, length in _lines(path):
+            self._known.append(estimate)
+            whole += length
+        with storage(path):
+            # Without a buffer: a line that can't be written is told by its own write, and not again at closing.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the stage runs
+            self._file.truncate(whole)
+
+    def estimates(self) -> Iterable[Estimate]:
+        return tuple(self._known)
+
+    def with_those_of(self, others: Iterable[Path]) -> tuple[Estimate, ...]:
+        """:meth:`estimates`, and those in the files of other workers, which are only read."""
+        return (*self._known, *(estimate for path in others for estimate, _ in _lines(path)))
+
+    def append(self, estimate: Estimate) -> None:
+        """Add one line. It reaches the system at once, so that a killed process loses nothing."""
+        row = [estimate.layer, estimate.batch, estimate.draw, estimate.value.hex()]  # hexadecimal: every bit
+        line = json.dumps([*row, _sum(row)]).encode() + b"\n"
+        with storage(self._path):
+            while line:
+                line = line[self._file.write(line) or 0 :]
+
+    def close(self) -> None:
+        with storage(self._path), self._file:
+            os.fsync(self._file.fileno())
+
+
+def _lines(path: Path) -> Iterator[tuple[Estimate, int]]:
+    """The estimates of a file up to the first line that is not whole, each with the bytes of its line."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        estimate = _read(line)
+        if estimate is None:
+            return
+        yield estimate, len(line)
+
+
+def _read(line: bytes) -> Estimate | None:
+    """One whole line; None for anything else."""
+    try:
+        *row, total = json.loads(line)
+        layer, batch, draw, value = row
+        whole = line.endswith(b"\n") and total == _sum(row)
+        return Estimate(str(layer), int(batch), int(draw), float.fromhex(value)) if whole else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _sum(row: list[Any]) -> int:
+    return zlib.crc32(json.dumps(row).encode())
+
+
+class BlockFiles:
+    """Pruned blocks of stage 2, one safetensors file each, with a digest of its weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
+
+    def bytes(self) -> int:
+        """What the files take that are there."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    def place(self, block: str) -> Path:
+        """The block's file, by which an offloaded model reads it."""
+        return self._path(block)
+
+    def load(self, block: str) -> PrunedBlock | None:
+        """The block; None where there is none, and with a warning where its file is damaged: it is pruned again."""
+        from safetensors import SafetensorError, safe_open
+
+        from ecoflap.pruning.walk import PrunedBlock
+
+        path = self._path(block)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.get("sha256") == _digest(weights):
+                return PrunedBlock(weights, tuple(json.loads(metadata["unreached"])))
+            reason = "it is not as it was written"
+        except (SafetensorError, OSError) as error:
+            reason = str(error)
+        _log.warning("%s is damaged (%s): block %s is pruned again", path, reason, block)
+        return None
+
+    def save(self, block: str, pruned: PrunedBlock) -> None:
+        """Raises StorageError: it could not be written; what was there is as it was."""
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
+        metadata = {"unreached": json.dumps(list(pruned.unreached)), "sha256": _digest(weights)}
+        write_tensors(self._path(block), weights, metadata)
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)  # a view: not one more copy
+    return digest.hexdigest()
+
+
+class SearchFile:
+    """Where the search for an allocation stands, as one JSON file; numbers are kept to the bit."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> dict[str, Any] | None:
+        """The state; None where there is none, or (with a warning) where it is damaged: the search begins again."""
+        return read_sealed(self._path)
+
+    def save(self, state: dict[str, Any]) -> None:
+        write_sealed(self._path, state)

@@ -1,0 +1,66 @@
+"""A run's log file, and how whatever ends a run early is told."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ecoflap.errors import EcoflapError, StorageError
+from ecoflap.run.directory import RunFailed, Stopped
+
+_log = logging.getLogger("ecoflap")
+
+
+@contextmanager
+def explained(run: Path, log: Path) -> Iterator[None]:
+    """Says of whatever ends the run in a folder early how to go on, and puts it into the log."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        _log.info("stopped")
+        raise Stopped(run, str(stop)) from stop
+    except StorageError as error:
+        _log.info("stopped: %s", error)
+        raise StorageError(f"{error}; then the same command with --resume goes on from here") from error
+    except EcoflapError as error:
+        _log.info("stopped: %s", error)
+        raise
+    except Exception as error:
+        _log.info("failed", exc_info=error)
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise RunFailed(
+            f"{type(error).__name__}: {line} (the traceback is in {log}; once mended, the "
+            "same command with --resume goes on from here)"
+        ) from error
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that never stops the run: on a full disk it keeps silent, and the next artifact's write complains."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """The package's messages go to the run's log file too."""
+    try:
+        handler = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"can't write {path}: {error.strerror}") from error
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    level = _log.level
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _log.setLevel(level)
+        _log.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()

@@ -1,0 +1,385 @@
+"""The whole job on one page: evaluation, importance, allocation, pruning, save, evaluation, report.
+
+The stages between a plan and a sparse model, as a run and each cell of a comparison call them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecoflap.allocation import Allocation
+from ecoflap.allocation.fits import check_allocation
+from ecoflap.allocation.parts import read_allocation
+from ecoflap.api import prune_to
+from ecoflap.evaluation import TaskResult
+from ecoflap.importance.measure import EstimateJournal
+from ecoflap.importance.scores import Importance
+from ecoflap.model.checkpoint import fingerprint
+from ecoflap.model.save import save, stored_bytes
+from ecoflap.pruning.walk import BlockJournal
+from ecoflap.report import write_report
+from ecoflap.report.card import write_card
+from ecoflap.run import names as files
+from ecoflap.run.evaluations import Evaluation, evaluate, evaluations_of
+from ecoflap.run.log import explained, logging_to
+from ecoflap.run.predictions import add_pictures, answers_of, compared
+from ecoflap.run.prepare import Prepared, measure, naming_samples, prepare, shared_out
+from ecoflap.run.provenance import (
+    Usage,
+    as_it_began,
+    calibration_record,
+    environment,
+    measured,
+    sparsity_summary,
+)
+from ecoflap.run.recipe import Recipe
+from ecoflap.run.shared import SharedRun
+from ecoflap.search.options import SearchJournal
+from ecoflap.search.search import search_allocation, search_options
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.support.files import check_room
+from ecoflap.support.progress import Labelled, Progress, Silent
+from ecoflap.support.workers import ALONE, Workers
+
+_log = logging.getLogger("ecoflap")
+
+
+def importance_for(
+    plan: Prepared, progress: Progress, journal: EstimateJournal | None = None, workers: Workers = ALONE
+) -> Importance:
+    """Stage 1: the scores that the recipe's file holds, none for ``uniform``, else measured ones.
+
+    Args:
+        journal: estimates that are known already, and where new ones go.
+        workers: those who have the plan alike; so below.
+
+    Raises:
+        EcoflapError: as :func:`ecoflap.measure_importance`.
+    """
+    if plan.importance is not None:
+        return plan.importance
+    if plan.recipe.importance == "uniform":
+        return Importance.uniform(plan.anatomy.layers, plan.anatomy.total_parameters)
+    return measure(
+        plan.recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, progress, journal, workers,
+        plan.norms,
+    )  # fmt: skip
+
+
+def allocation_for(
+    plan: Prepared,
+    importance: Importance,
+    progress: Progress,
+    journal: SearchJournal | None = None,
+    workers: Workers = ALONE,
+) -> Allocation:
+    """Scores to zeros for each layer, and the search from there where the recipe asks for it.
+
+    The one place where an allocation is made of an importance.
+
+    Args:
+        journal: of the search: what is done already, and where more goes.
+
+    Raises:
+        InfeasibleAllocation: the sparsity can't be reached.
+        InvalidOption: it can't be made with the pattern.
+    """
+    recipe, model = plan.recipe, plan.checkpoint.model
+    allocation = shared_out(recipe, importance)
+    check_allocation(plan.anatomy, allocation, recipe.pattern)
+    if not recipe.search:
+        return allocation
+    found = search_allocation(
+        model,
+        plan.anatomy,
+        allocation,
+        plan.batches,
+        criterion=recipe.criterion,
+        criterion_options=recipe.criterion_options,
+        compare=recipe.compare,
+        loss=plan.objective,
+        shares=recipe.shares(),
+        options=search_options(recipe.search_options),
+        tokens=TokenChoice(recipe.tokens, recipe.top_tokens),
+        seed=recipe.seed,
+        progress=progress,
+        journal=journal,
+        workers=workers,
+        norms=plan.norms,
+    )
+    losses = ", ".join(f"{loss:.4g}" for loss in found.record.losses)
+    _log.info("allocation search, %s after every step: %s", found.record.metric, losses)
+    return found.recorded
+
+
+def pruned_to(
+    plan: Prepared,
+    allocation: Allocation,
+    progress: Progress,
+    journal: BlockJournal | None = None,
+    workers: Workers = ALONE,
+) -> tuple[Allocation, tuple[str, ...]]:
+    """Stage 2, in place: the allocation with what was achieved, and the layers that no calibration token reached.
+
+    Args:
+        journal: blocks that are pruned already, and where new ones go.
+
+    Raises:
+        NonFiniteLoss: names the layer.
+    """
+    recipe = plan.recipe
+    return prune_to(
+        plan.checkpoint.model,
+        plan.anatomy,
+        allocation,
+        plan.batches,
+        criterion=recipe.criterion,
+        criterion_options=recipe.criterion_options,
+        budget=recipe.budget,
+        tower_sparsity=recipe.tower_sparsity,
+        pattern=recipe.pattern,
+        compare=recipe.compare,
+        loss=plan.objective,
+        offload_activations=recipe.offload_activations,
+        tokens=TokenChoice(recipe.tokens, recipe.top_tokens),
+        progress=progress,
+        journal=journal,
+        workers=workers,
+    )
+
+
+STAGES = f"{files.JOURNAL}/stages.json"
+MACHINE = f"{files.JOURNAL}/machine.json"
+_Kept = dict[str, dict[str, Any]]  # of each evaluation: its "result", and the "answers" sample by sample
+
+
+@dataclass
+class _Job:
+    """A run under way: what the stages share."""
+
+    plan: Prepared
+    run: SharedRun
+    progress: Progress
+    usages: list[Usage]
+    workers: Workers
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a stage, and keep its figures for a run that is resumed later."""
+        _log.info("%s: begins", name)
+        with measured(name, self.usages):
+            yield
+        _log.info("%s: done in %.1f s", name, self.usages[-1].seconds)
+        self.run.write_sealed(STAGES, [usage.to_json() for usage in self.usages])
+
+
+def run_recipe(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+    workers: Workers = ALONE,
+    begun: Callable[[], None] | None = None,
+) -> Path:
+    """Do all that ``recipe`` asks for, leaving every stage's file in ``output``.
+
+    Interrupted at any moment, it goes on with ``resume=True`` and ends with the same files to the bit (times aside).
+    Several workers end with the files of one; the first of them writes these.
+
+    Args:
+        say: is told, a line each, what was chosen where the recipe left it open: columns of the data, objective.
+        workers: those who call this alike.
+        begun: is called once the folder is this run's.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it. What the recipe asks for is checked before
+            ``output`` is touched.
+        Stopped: by a signal, once the run had begun.
+        RunFailed: anything else went wrong; the run's log has the traceback.
+    """
+    recipe = recipe.resolved()
+    run = SharedRun.examine(output, recipe, workers, overwrite=overwrite, resume=resume)
+    with run.locked():
+        if run.complete:
+            if run.first:
+                run.finish()
+            return run.path
+        plan = prepare(recipe, workers)
+        for line in plan.choices():
+            if say is not None:
+                say(line)
+        run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
+        if begun is not None:
+            begun()
+        with (
+            logging_to(run.log),
+            explained(run.path, run.log),
+            naming_samples(plan),
+            as_it_began(run.path / MACHINE, plan.checkpoint.model, workers),
+        ):
+            usages = [Usage(**row) for row in run.read_sealed(STAGES) or ()]
+            _stages(_Job(plan, run, progress or Silent(), usages, workers))
+        if not run.first:
+            workers.gather(None)
+        return run.path
+
+
+def _stages(job: _Job) -> None:
+    run, plan = job.run, job.plan
+    _log_start(job)
+    entries = evaluations_of(job.recipe)
+    dense = _evaluated(job, entries, "dense")
+    allocation, unreached = _prune(job, _allocation(job))
+    pruned = _evaluated(job, entries, "pruned")
+    if not run.first:
+        return
+    _write_predictions(job, entries, dense, pruned)
+    run.discard(files.REPORT)  # of an older state; a run with metrics and a page is complete
+    run.write(files.METRICS, {
+        "format": 1,
+        "dense": {name: kept["result"] for name, kept in dense.items()},
+        "pruned": {name: kept["result"] for name, kept in pruned.items()},
+        "sparsity": sparsity_summary(plan.anatomy, allocation),
+        "dense_weights": [{"name": u.name, "reason": u.reason, "weights": u.numel} for u in plan.anatomy.unprunable],
+        "unreached": list(unreached),
+        "stages": [usage.to_json() for usage in job.usages],
+        "calibration": calibration_record(plan.samples, plan.objective_name),
+        "environment": environment(plan.checkpoint),
+    })  # fmt: skip
+    write_card(run.path)  # into the model's folder; says what the metrics say
+    write_report(run.path)
+    job.workers.gather(None)  # the others have closed their files there
+    run.finish()
+    _log.info("complete: %s", run.path)
+
+
+def _log_start(job: _Job) -> None:
+    anatomy, recipe = job.plan.anatomy, job.recipe
+    _log.info("run %s in %s", "goes on" if job.run.resumed else "begins", job.run.path.absolute())
+    if job.workers.count > 1:
+        _log.info("worker %d of %d", job.workers.rank, job.workers.count)
+    _log.info("recipe: %s", recipe.model_dump(mode="json", exclude_defaults=True))
+    _log.info("environment: %s", environment(job.plan.checkpoint))
+    for line in job.plan.choices():
+        _log.info("%s", line)
+    for line in job.plan.checkpoint.warnings:
+        _log.info("the checkpoint: %s", line)
+    for tower in anatomy.towers:
+        _log.info("tower %s (%s): %d blocks, %d weights", tower.name, tower.modality, len(tower.blocks), tower.numel)
+
+
+def _allocation(job: _Job) -> Allocation:
+    run, plan = job.run, job.plan
+    importance = None if plan.allocation is not None else _importance(job)
+    if not run.has_result(files.ALLOCATION):
+        if importance is None:
+            allocation = plan.allocation
+        elif job.recipe.search:
+            with job.stage("allocation search"):
+                allocation = allocation_for(plan, importance, job.progress, run.search(), job.workers)
+        else:
+            allocation = allocation_for(plan, importance, job.progress)
+        assert allocation is not None
+        run.write_result(files.ALLOCATION, allocation.to_json())
+    return Allocation.from_json(job.workers.told(lambda: read_allocation(run.path / files.ALLOCATION).to_json()))
+
+
+def _importance(job: _Job) -> Importance:
+    run, plan = job.run, job.plan
+    if run.has_result(files.IMPORTANCE):
+        return Importance.from_json(job.workers.told(lambda: Importance.load(run.path / files.IMPORTANCE).to_json()))
+    if plan.importance is not None or job.recipe.importance == "uniform":
+        importance = importance_for(plan, job.progress)
+    else:
+        journal = run.estimates()
+        try:
+            with job.stage("importance"):
+                importance = importance_for(plan, job.progress, journal, job.workers)
+        finally:
+            journal.close()
+    run.write_result(files.IMPORTANCE, importance.to_json())
+    return importance
+
+
+def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ...]]:
+    run, plan = job.run, job.plan
+    blocks = run.blocks()
+    if run.first and not (run.path / files.MODEL).exists():
+        model = plan.checkpoint.model
+        layers = sum(model.get_parameter(layer.name).nbytes for layer in plan.anatomy.layers)
+        check_room(run.path, layers - blocks.bytes() + stored_bytes(model), "the pruned model, and its journal first,")
+    with job.stage("pruning"):
+        allocation, unreached = pruned_to(plan, allocation, job.progress, blocks, job.workers)
+    for name in unreached:
+        _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
+    run.write_result(files.ALLOCATION, allocation.to_json())
+    if run.first and not (run.path / files.MODEL).exists():
+        with job.stage("saving"), job.progress.stage("saving", total=1) as task:
+            save(plan.checkpoint, run.path / files.MODEL)
+            task.advance()
+    return allocation, unreached
+
+
+def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> _Kept:
+    """Results of all evaluations by their names; those that an interrupted run has done come from its journal."""
+    if not entries:
+        return {}
+    name = f"{files.JOURNAL}/{when}.json"
+    kept: dict[str, Any] = job.run.read_sealed(name) or {}
+    if any(entry.name not in kept for entry in entries):
+        progress = Labelled(job.progress, when)
+        with job.stage(f"evaluation, {when}"):
+            for entry in entries:
+                if entry.name in kept:
+                    continue
+                found = evaluate(job.plan.checkpoint, entry, job.recipe, progress, job.workers)
+                row = quality(found)
+                _log.info("%s, %s: %s %s", entry.name, when, row["metric"], row["value"])
+                kept[entry.name] = {"result": row, "answers": answers_of(found.predictions)}
+                job.run.write_sealed(name, kept)
+    return kept
+
+
+def _write_predictions(job: _Job, entries: Sequence[Evaluation], dense: _Kept, pruned: _Kept) -> None:
+    """``predictions.json`` and its pictures, of the tasks that say of each sample whether it was answered right."""
+    answers = ((name, kept["answers"], pruned[name]["answers"]) for name, kept in dense.items())
+    tasks = {name: compared(before, after) for name, before, after in answers if before and after}
+    if tasks:
+        add_pictures(tasks, entries, job.recipe.seed, job.run.path)
+        job.run.write(files.PREDICTIONS, {"format": 1, "tasks": tasks})
+
+
+def quality(result: TaskResult) -> dict[str, Any]:
+    """A task's result as in ``metrics.json``: without the single predictions, None for what is no finite number."""
+    return {
+        "metric": result.metric,
+        "value": _finite(result.value),
+        "stderr": _finite(result.stderr),
+        "n": result.n,
+        "others": {
+            name: {"value": _finite(other.value), "stderr": _finite(other.stderr)}
+            for name, other in result.others.items()
+        },
+        "by_group": result.by_group and {name: _finite(value) for name, value in result.by_group.items()},
+        "settings": result.settings,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

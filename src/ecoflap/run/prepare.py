@@ -1,0 +1,381 @@
+"""What comes before a run writes anything: load, calibrate, look at the model, and refuse what can't work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ecoflap.allocation import Allocation
+from ecoflap.allocation.fits import check_allocation, check_same_layers
+from ecoflap.allocation.parts import read_allocation
+from ecoflap.api import allocate, flat
+from ecoflap.data.batches import batch_size_of, first_samples, make_batches
+from ecoflap.data.class_names import class_names, class_templates
+from ecoflap.data.collate import collating_objective, unpacked
+from ecoflap.data.model_facts import Batch
+from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, on_device, resolve
+from ecoflap.data.prompts import tokenizer_of
+from ecoflap.data.samples import SampleSet, load_samples
+from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption, NonFiniteLoss
+from ecoflap.importance.measure import EstimateJournal, make_measure, measure_importance
+from ecoflap.importance.offloaded import check_blockwise, check_in_memory, check_model
+from ecoflap.importance.registry import IMPORTANCES, own_rule
+from ecoflap.importance.scores import Importance, check_granularity
+from ecoflap.importance.stopping import stopping_of
+from ecoflap.model.anatomy import discover
+from ecoflap.model.checkpoint import Checkpoint, load
+from ecoflap.model.device_map import DISK, check_device_map
+from ecoflap.model.offload import home_of, is_offloaded
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
+from ecoflap.pruning.criteria import make_criterion
+from ecoflap.pruning.registry import CRITERIA, reads_data
+from ecoflap.run.evaluations import check_evaluations, rehearse
+from ecoflap.run.provenance import digests_of
+from ecoflap.run.recipe import Recipe
+from ecoflap.search.options import SearchOptions
+from ecoflap.search.search import search_options
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.dense import SharedNorms
+from ecoflap.statistics.tokens import check_choice
+from ecoflap.support.processes import device_of
+from ecoflap.support.progress import Progress
+from ecoflap.support.workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load_checkpoint(recipe: Recipe, whole: str | None = None, workers: Workers = ALONE) -> Checkpoint:
+    """The recipe's model with its processor, on this worker's device.
+
+    Args:
+        whole: what is to be done that needs all weights in memory, for the message.
+
+    Raises:
+        InvalidOption: they are not.
+    """
+    if whole is not None and recipe.device_map == DISK:
+        raise InvalidOption(f"{whole} needs all weights in memory: leave out --device-map {DISK}")
+    found = load(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=device_of(recipe.device, workers),
+        trust_remote_code=recipe.trust_remote_code,
+        device_map=recipe.device_map,
+        max_memory=recipe.max_memory,
+    )
+    if whole is not None:
+        check_in_memory(found.model, whole)
+    return found
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the stages work on.
+
+    Attributes:
+        samples: the calibration samples; None where none are needed.
+        batches: the same, fixed once, on the CPU.
+        importance: read from the file that the recipe names, else None.
+        allocation: read from the file that the recipe names, else None.
+        norms: of the dense model's inputs; kept by a comparison for the cells that share the batches.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    samples: SampleSet | None
+    batches: Sequence[Batch]
+    objective: Objective
+    objective_name: str
+    importance: Importance | None = None
+    allocation: Allocation | None = None
+    norms: SharedNorms = field(default_factory=SharedNorms, compare=False)
+
+    def inputs(self) -> dict[str, str]:
+        """What decides the result beside recipe and model: a digest of the batches, and the kind of device."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for name, value in sorted(batch.items()):
+                digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+                digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        device = home_of(self.checkpoint.model).type
+        return {"calibration data": digest.hexdigest(), **digests_of(self.recipe), "device": device}
+
+    def place_of(self, batch: int) -> str:
+        """Where the samples of a batch are found: rows of the source, or how each window of its text begins."""
+        if self.samples is None:
+            return ""
+        sizes = [batch_size_of(one) for one in self.batches]
+        first, size = sum(sizes[:batch]), sizes[batch]
+        if self.samples.windows is None:
+            rows = self.samples.indices[first : first + size]
+            return f"rows {', '.join(map(str, rows))} of {self.samples.source}"
+        tokenizer = tokenizer_of(self.checkpoint.processor)
+        ids = self.batches[batch].get("input_ids")
+        begins = [] if tokenizer is None or ids is None else [tokenizer.decode(row[:8]) for row in ids]
+        told = "; ".join(f"“{' '.join(text.split())} …”" for text in begins)
+        return f"windows {first} to {first + size - 1} of the text of {self.samples.source}, which begin {told}"
+
+    def choices(self) -> Iterator[str]:
+        """Lines that say what was chosen where the recipe left it open: columns of the data, and the objective."""
+        if self.samples is None:
+            return
+        guessed = self.samples.columns and not self.recipe.columns
+        yield f"calibration: {self.samples.summary}{' (guessed; --columns sets them)' if guessed else ''}"
+        chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
+        yield f"objective: {self.objective_name}{chosen}"
+
+
+@contextmanager
+def naming_samples(plan: Prepared) -> Iterator[None]:
+    """An error about a calibration batch says which samples are in it."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        if error.batch is None or not (place := plan.place_of(error.batch)):
+            raise
+        raise NonFiniteLoss(f"{error} ({place})", error.batch) from error
+
+
+def is_measured(recipe: Recipe) -> bool:
+    """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
+    return recipe.allocation is None and recipe.importance in IMPORTANCES and recipe.importance != "uniform"
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether calibration samples decide the result."""
+    return reads_data(recipe.criterion) or is_measured(recipe) or bool(recipe.search)
+
+
+def prepare(recipe: Recipe, workers: Workers = ALONE) -> Prepared:
+    """Load and check all that ``recipe`` names, so that nothing of it can stop a run half-way.
+
+    Args:
+        recipe: resolved.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it.
+    """
+    check_recipe(recipe)
+    given = None if recipe.allocation is None else read_allocation(recipe.allocation)
+    scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
+    plan = plan_on(load_checkpoint(recipe, workers=workers), recipe, scores, given)
+    check_plan(plan)
+    rehearse(plan.checkpoint, recipe)
+    return plan
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What can be found wrong without a model: options of the importance, evaluations.
+
+    Raises:
+        InvalidOption, UnknownName: an option is not there, or takes no such value.
+    """
+    check_device_map(recipe.device_map, recipe.max_memory)
+    if recipe.device_map == DISK:
+        check_blockwise(recipe.importance if is_measured(recipe) else None, recipe.criterion, recipe.search)
+    if is_measured(recipe):
+        check_importance_options(recipe)
+    check_criterion_options(recipe)
+    check_search_options(recipe)
+    check_evaluations(recipe)
+
+
+def plan_on(
+    checkpoint: Checkpoint, recipe: Recipe, scores: Importance | None = None, given: Allocation | None = None
+) -> Prepared:
+    """The plan of ``recipe`` on a model that is loaded: calibration, objective, layers; :func:`check_plan` looks at it.
+
+    Args:
+        scores: read from the recipe's file, where it names one.
+        given: the allocation read from the recipe's file, where it names one.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it.
+    """
+    samples, batches = _calibrate(recipe, checkpoint)
+    name = objective_name(recipe.objective, checkpoint.model)
+    objective = resolve(name, checkpoint.model)
+    anatomy = find_layers(recipe, checkpoint.model, batches, objective)
+    return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given)
+
+
+def check_plan(plan: Prepared) -> None:
+    """Whether the plan's samples, scores and allocation fit each other and its model.
+
+    Raises:
+        CalibrationError: fewer samples than stage 1 is to have, or a choice of tokens where none is visual.
+        InvalidOption: scores or allocation are of another model, or can't be made with the pattern.
+        InfeasibleAllocation: the sparsity can't be reached.
+    """
+    recipe, anatomy = plan.recipe, plan.anatomy
+    measured = recipe.importance if is_measured(recipe) else None
+    check_model(plan.checkpoint.model, measured, recipe.criterion, recipe.search)
+    if is_measured(recipe):
+        first_samples(plan.batches, recipe.importance_samples)
+    if recipe.search:
+        first_samples(plan.batches, search_options(recipe.search_options).samples or None)
+    criterion = make_criterion(recipe.criterion, recipe.criterion_options)
+    tokens = TokenChoice(recipe.tokens, recipe.top_tokens)
+    check_choice(tokens, plan.checkpoint.model, plan.batches, getattr(criterion, "statistics", "none"))
+    if plan.importance is not None:
+        check_same_layers(anatomy, plan.importance)
+    rehearsed = (
+        Importance.uniform(anatomy.layers)
+        if recipe.importance == "uniform"
+        else flat(anatomy, own_rule(recipe.importance))
+    )
+    check_allocation(anatomy, plan.allocation or shared_out(recipe, plan.importance or rehearsed), recipe.pattern)
+
+
+def check_importance_options(recipe: Recipe) -> None:
+    """Raises InvalidOption for an option that the recipe's importance does not have, or a value of the wrong kind."""
+    _check_kinds("importance", IMPORTANCES.get(recipe.importance), recipe.importance_options)
+    made = make_measure(recipe.importance, dict[str, Any](recipe.importance_options))
+    check_granularity(vars(made), recipe.granularity)
+    stopping_of(recipe.importance, made, recipe.importance_error)
+
+
+def check_criterion_options(recipe: Recipe) -> None:
+    """Raises InvalidOption for an option that the recipe's criterion does not have, or a value of the wrong kind."""
+    _check_kinds("criterion", CRITERIA.get(recipe.criterion), recipe.criterion_options)
+    make_criterion(recipe.criterion, recipe.criterion_options)
+
+
+def check_search_options(recipe: Recipe) -> None:
+    """Raises InvalidOption for an option that the search does not have, or a value of the wrong kind."""
+    _check_kinds("search", SearchOptions, recipe.search_options)
+    search_options(recipe.search_options)
+
+
+def _check_kinds(what: str, factory: Any, options: Mapping[str, Any]) -> None:
+    kinds = {field.name: str(field.type) for field in fields(factory)}
+    for name, value in options.items():
+        wanted = _KINDS.get(kinds.get(name, ""), (object,))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kinds.get(name) in ("int", "float")):
+            raise InvalidOption(f"{what} option {name}={value}: it must be {_described(kinds[name])}")
+
+
+def _described(kind: str) -> str:
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a name"}[kind]
+
+
+def shared_out(recipe: Recipe, importance: Importance) -> Allocation:
+    """The allocation that the recipe makes of these scores."""
+    return allocate(importance, **recipe.shares(), pattern=recipe.pattern)
+
+
+def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet, list[Batch]]:
+    """The fixed calibration samples of a recipe, and their batches on the CPU."""
+    sample_set = load_samples(
+        recipe.calibration,
+        samples=recipe.samples,
+        seed=recipe.seed,
+        columns=recipe.columns,
+        prompt_template=recipe.prompt,
+        image_folder=recipe.image_folder,
+    )
+    wanted = collating_objective(recipe.objective, checkpoint.model)
+    sample_set = unpacked(sample_set, wanted, checkpoint.processor)  # as make_batches does: for the record
+    batches = make_batches(
+        sample_set,
+        checkpoint.model,
+        checkpoint.processor,
+        batch_size=recipe.batch_size,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+        objective=recipe.objective,
+        classes=class_names(recipe.classes),
+        class_prompts=class_templates(recipe.class_prompts),
+    )
+    return sample_set, batches
+
+
+def _calibrate(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet | None, list[Batch]]:
+    if recipe.calibration is None and recipe.model is not None:
+        if not needs_data(recipe):
+            return None, []
+        raise CalibrationError(
+            f"criterion '{recipe.criterion}' with importance '{recipe.importance}' needs calibration data: "
+            "give --calibration FILE (or --criterion magnitude --importance uniform, which need none)"
+        )
+    return calibration_batches(recipe, checkpoint)
+
+
+def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], objective: Objective) -> Anatomy:
+    """The anatomy as the first batch's forward shows it (as defined, without batches), its loss looked at first.
+
+    Raises:
+        NonFiniteLoss: the first batch's loss is NaN or infinite.
+        CalibrationError: the loss does not depend on the image, or the model can't take the batch.
+        AnatomyError: nothing to prune, or a pattern selects nothing.
+    """
+    with cache_disabled(model):
+        if batches:
+            try:
+                check_loss(model, batches[0], objective)
+                check_image_matters(model, batches[0], objective)
+            except EcoflapError:
+                raise
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                if "meta" in str(error) and is_offloaded(model):
+                    raise InvalidOption(
+                        f"{type(model).__name__} reads weights that accelerate does not load for it "
+                        f"({_first_line(error)}): it can't be used with --device-map"
+                    ) from error
+                raise CalibrationError(
+                    f"{type(model).__name__} can't take the calibration data ({_first_line(error)}): check the data, "
+                    "its columns, the sequence length and the objective"
+                ) from error
+        return discover(
+            model,
+            batches[0] if batches else None,
+            include=recipe.include,
+            exclude=recipe.exclude,
+            towers=recipe.towers,
+            run=on_device(objective),
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def measure(
+    recipe: Recipe,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    anatomy: Anatomy,
+    objective: Objective,
+    progress: Progress,
+    journal: EstimateJournal | None = None,
+    workers: Workers = ALONE,
+    norms: SharedNorms | None = None,
+) -> Importance:
+    """Stage 1 with the recipe's importance, options, samples and seed."""
+    return measure_importance(
+        model,
+        batches,
+        recipe.importance,
+        samples=recipe.importance_samples,
+        error=recipe.importance_error,
+        seed=recipe.seed,
+        loss=objective,
+        anatomy=anatomy,
+        progress=progress,
+        journal=journal,
+        workers=workers,
+        norms=norms,
+        **dict[str, Any](recipe.importance_options),
+    )

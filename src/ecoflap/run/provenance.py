@@ -1,0 +1,212 @@
+"""Digests of the files that a recipe names, so that a run is not resumed with others under the same names.
+
+What of the machine decides the last bits of a run: kept when it begins, and held to when it is resumed.
+
+What ``metrics.json`` says beside quality: achieved sparsity, calibration samples, environment.
+
+Wall time and peak memory of a stage, sampled while it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import nn
+
+from ecoflap.allocation import Allocation
+from ecoflap.data.samples import SampleSet
+from ecoflap.model.checkpoint import Checkpoint
+from ecoflap.model.offload import home_of
+from ecoflap.model.parts import Anatomy
+from ecoflap.run.directory import versions
+from ecoflap.run.evaluations import evaluations_of
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.files import read_sealed, write_sealed
+from ecoflap.support.workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    pass  # from Python 3.11 on; read by type checkers alone
+
+
+def digests_of(recipe: Recipe) -> dict[str, str]:
+    """What is read beside model and calibration data: test data, scores, an allocation, the user's own objective."""
+    named = {f"test data of {entry.name}": entry.test for entry in evaluations_of(recipe)}
+    scores = recipe.importance if recipe.importance.endswith(".json") else None
+    named |= {"allocation": recipe.allocation, "importance": scores}
+    found = {what: digest for what, source in named.items() if source and (digest := source_digest(source))}
+    module, colon, _ = str(recipe.objective).partition(":")
+    spec = importlib.util.find_spec(module) if colon else None
+    if spec is not None and spec.origin and (digest := source_digest(spec.origin)):
+        found["objective"] = digest
+    return found
+
+
+def source_digest(source: str) -> str | None:
+    """SHA-256 of a file's content; of a folder, of the names and sizes of all files in it.
+
+    The name of a split after a colon does not matter; None for what is no file or folder here (an id of the Hub).
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = Path(source.rpartition(":")[0]).expanduser()
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
+    if not path.is_dir() or path == Path():
+        return None
+    for entry in sorted(path.rglob("*")):
+        if entry.is_file():
+            digest.update(f"{entry.relative_to(path)}\0{entry.stat().st_size}\0".encode())
+    return digest.hexdigest()
+
+
+_log = logging.getLogger("ecoflap")
+
+
+def machine(model: nn.Module) -> dict[str, Any]:
+    """Threads of a CPU's sums, and the processors that the kernels are chosen for."""
+    device = home_of(model)
+    return {
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+@contextmanager
+def as_it_began(path: Path, model: nn.Module, workers: Workers = ALONE) -> Iterator[None]:
+    """A resumed run computes with as many threads as it began with, whatever this process was given.
+
+    So do all workers. Another processor can't be made the same: that is told, and the run goes on.
+
+    Args:
+        path: where the run keeps what it began with; written, by the first worker, if it is not there.
+    """
+    now = machine(model)
+    every = workers.gather(now)
+    before = workers.told(lambda: read_sealed(path))
+    if before is None:
+        before = every[0]
+        if workers.first:
+            write_sealed(path, now)
+    others = {f"{name} {before.get(name)} then, {one[name]} now": None for name in ("instructions", "GPU")
+              for one in every if before.get(name) != one[name]}  # fmt: skip
+    if others:
+        _log.warning(
+            "another machine (%s): the last bits may differ from those of an undisturbed run", "; ".join(others)
+        )
+    try:
+        if before["threads"] != now["threads"]:
+            _log.info("%d threads, as when the run began, not %d", before["threads"], now["threads"])
+            torch.set_num_threads(before["threads"])
+        yield
+    finally:
+        torch.set_num_threads(now["threads"])
+
+
+def sparsity_summary(anatomy: Anatomy, allocation: Allocation) -> dict[str, Any]:
+    """Achieved sparsity over the prunable weights, over all parameters, and per tower."""
+    zeros = {row.name: round((row.achieved or 0.0) * row.weights) for row in allocation.layers}
+    towers = {}
+    for tower in anatomy.towers:
+        count = sum(zeros[layer.name] for layer in tower.layers)
+        towers[tower.name] = {
+            "modality": tower.modality,
+            "weights": tower.numel,
+            "zeros": count,
+            "sparsity": count / tower.numel,
+        }
+    total = sum(zeros.values())
+    return {
+        "prunable": total / anatomy.prunable_parameters,
+        "model": total / anatomy.total_parameters,
+        "prunable_parameters": anatomy.prunable_parameters,
+        "model_parameters": anatomy.total_parameters,
+        "towers": towers,
+    }
+
+
+def environment(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where the numbers of a run were made."""
+    device = home_of(checkpoint.model)
+    return {
+        **versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "model_class": type(checkpoint.model).__name__,
+    }
+
+
+def calibration_record(sample_set: SampleSet | None, objective: str) -> dict[str, Any] | None:
+    """Which samples were drawn from where, and the name of the loss that was taken on them."""
+    if sample_set is None:
+        return None
+    return {
+        "source": sample_set.source,
+        "objective": objective,
+        "columns": sample_set.columns,
+        "skipped": sample_set.skipped,
+        "indices": list(sample_set.indices),
+    }
+
+
+INTERVAL = 0.02  # seconds between two looks at the resident memory
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one stage took. Memory is that of the whole process at its peak (resident, and CUDA where there is one)."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+    peak_cuda_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def measured(name: str, into: list[Usage]) -> Iterator[None]:
+    """Append the stage's :class:`Usage` to ``into`` at exit; nothing is appended if it raises."""
+    process = psutil.Process()
+    peak = process.memory_info().rss
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(INTERVAL):
+            peak = max(peak, process.memory_info().rss)
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    watcher = threading.Thread(target=watch, daemon=True, name=f"memory of {name}")
+    watcher.start()
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - begin
+        stop.set()
+        watcher.join()
+        peak = max(peak, process.memory_info().rss)
+    into.append(Usage(name, seconds, peak, torch.cuda.max_memory_allocated() if cuda else None))

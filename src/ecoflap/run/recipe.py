@@ -1,0 +1,442 @@
+"""What the user asked for: one validated object, from options, Python or YAML, and back to YAML in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ecoflap.data.class_names import is_file_entry
+from ecoflap.errors import EcoflapError, InvalidOption
+from ecoflap.run.evaluations import Evaluation
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.support.registry import unknown
+
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on; read by type checkers alone
+
+FILE_ONLY = ("evaluations",)  # fields that only a recipe file can say
+_FLAGS = {"task_options": "--task-option"}  # where it is not the field's name
+OPTIONS = "options"  # the source of a recipe that was given on the command line: messages name the flags
+
+
+def flag_of(field: str) -> str:
+    """The command line's name of a recipe's field."""
+    return _FLAGS.get(field, "--" + field.replace("_", "-"))
+
+
+class Recipe(BaseModel):
+    """All that decides the result of a run. The same recipe, model and versions give the same sparse model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(None, description="Hub id, folder or GGUF file; left out: the embedded model.")
+    sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="Fraction of the prunable weights to set to zero.")
+    max_sparsity: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="Cap of a group. Default: sparsity + 0.1; none where the rule bounds the shares itself (linear).",
+    )
+    min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
+    importance: str = Field(
+        "zeroth-order",
+        description="zeroth-order, forward-mode, gradient-norm, first-order, owl, alphapruning, dlp, sensitivity, "
+        "uniform, or a file: the importance.json of a run.",
+    )
+    importance_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict,
+        description="Options of the importance: epsilon, draws, variant, multiple, scope, tail, levels.",
+    )
+    granularity: Literal["block", "layer", "tower"] = Field("block", description="What shares one sparsity.")
+    aggregate: Literal["sum", "mean", "layer-mean"] | None = Field(
+        None, description="How a group's score is made of its layers'. Default: the rule's own (proportional: sum)."
+    )
+    budget: Literal["global", "tower"] = Field("global", description="'tower': each tower meets the sparsity itself.")
+    tower_sparsity: dict[str, float] = Field(
+        default_factory=dict, description="Sparsity of single towers or modalities."
+    )
+    rule: str | None = Field(
+        None,
+        description="How scores become sparsities: proportional, linear, linear-relative, curves (importance "
+        "sensitivity alone). Default: what the importance is made for.",
+    )
+    spread: float | None = Field(
+        None, ge=0.0, le=1.0, description="How far the rule lets groups differ. Default: the importance's own."
+    )
+    search: bool | None = Field(
+        None, description="Improve the allocation by measuring the pruned model. Default: with importance sensitivity."
+    )
+    search_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict,
+        description="Options of the search: by, granularity, metric, rounds, tolerance, samples, swaps.",
+    )
+    allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
+    criterion: str = Field(
+        "wanda",
+        description="wanda, sparsegpt, magnitude; over the whole model, without importance: global-magnitude, "
+        "iterative-gradient.",
+    )
+    criterion_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict, description="Options of the criterion: damping, slab (sparsegpt); rounds."
+    )
+    pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (N of M kept).")
+    compare: Literal["row", "matrix"] | None = Field(
+        None, description="Where scores are compared; default: the criterion's own (row for Wanda)."
+    )
+    tokens: str = Field(
+        "all",
+        description="What counts in the statistics of towers that read text and pictures: all, text, text+top, "
+        "text+attended or atv.",
+    )
+    top_tokens: float | None = Field(
+        None,
+        description="Of text+top and text+attended: share of the visual tokens, default 0.2; of atv: its factor, "
+        "default 1.",
+    )
+    calibration: str | None = Field(None, description="Calibration data: file, folder or dataset id.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Columns of the data: image, question, answer...")
+    prompt: str | None = Field(None, description="Template of the prompt, with {question}.")
+    objective: str | None = Field(
+        None,
+        description="The loss: lm, seq2seq, contrastive, zero-shot, itm-itc, classification, supervised-contrastive, "
+        "model, or your own module:function; default: by the model's class.",
+    )
+    image_folder: str | None = Field(None, description="Where the pictures of an annotation file lie.")
+    classes: tuple[str, ...] | None = Field(
+        None, description="Class names of zero-shot classification: a text file with one a line, or the names."
+    )
+    class_prompts: tuple[str, ...] | None = Field(
+        None, description="Templates with {} for the class name, or a text file of them. Default: a photo of a {}."
+    )
+    samples: int = Field(128, ge=1, description="Calibration samples of stage 2.")
+    importance_samples: int = Field(32, ge=1, description="Calibration samples of stage 1: the first of the samples.")
+    importance_error: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="Sample a layer only until its standard error is this share of its score: 0.1. At most samples × "
+        "draws.",
+    )
+    batch_size: int = Field(8, ge=1, description="Samples a forward.")
+    sequence_length: int | None = Field(None, ge=2, description="Tokens a sample of plain text.")
+    include: tuple[str, ...] = Field((), description="Layers or towers to prune that are dense by default.")
+    exclude: tuple[str, ...] = Field((), description="Layers or towers to leave dense.")
+    towers: tuple[str, ...] | None = Field(None, description="Paths of the module lists that are towers.")
+    task: tuple[str, ...] | None = Field(
+        None,
+        description="Tasks to evaluate before and after: vqa, captioning, retrieval, zero-shot, image-classification, "
+        "knn, nlvr2, perplexity, answer-perplexity, multiple-choice, or lm_eval:NAME for a suite of lm-eval.",
+    )
+    task_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict, description="Options of the tasks: rule=exact, shots=5."
+    )
+    test: str | None = Field(None, description="Test data of the task; left out: the bundled one.")
+    test_columns: dict[str, str] = Field(default_factory=dict, description="Columns of the test data.")
+    test_prompt: str | None = Field(None, description="Template of the test's prompt, with {question}.")
+    test_image_folder: str | None = Field(None, description="Where the pictures of the test data lie.")
+    test_samples: int | None = Field(None, ge=1, description="Evaluate on so many samples only.")
+    test_batch_size: int | None = Field(
+        None, ge=1, description="Samples a forward of the evaluation. Default: the batch size, or 32 (embedded model)."
+    )
+    evaluations: tuple[Evaluation, ...] | None = Field(
+        None, description="Several tests, in a recipe file alone: name, task, test, columns, ... of each."
+    )
+    seed: int = Field(0, ge=0, description="Of sample choice and noise.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device_map: str | None = Field(
+        None,
+        description="For a model larger than the memory: disk (weights are read when their block is due), or auto, "
+        "balanced, sequential: GPUs first, then memory, then disk.",
+    )
+    max_memory: dict[str, str] = Field(
+        default_factory=dict, description="What device-map auto may use of a GPU (by its number) or of cpu: 0=20GiB."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
+    offload_activations: Literal["none", "cpu", "disk"] = Field(
+        "none", description="Keep block inputs in the computer's memory (cpu) or in a file (disk) between blocks."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
+
+    @field_validator("include", "exclude", "towers", "task", "classes", "class_prompts", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("offload_activations", mode="before")
+    @classmethod
+    def _yes_is_cpu(cls, value: Any) -> Any:
+        return {True: "cpu", False: "none"}[value] if isinstance(value, bool) else value
+
+    @field_validator("criterion")
+    @classmethod
+    def _known_criterion(cls, name: str) -> str:
+        from ecoflap.pruning.registry import CRITERIA
+
+        return CRITERIA.check(name)
+
+    @field_validator("importance")
+    @classmethod
+    def _known_importance(cls, name: str) -> str:
+        from ecoflap.importance.registry import IMPORTANCES
+
+        if name.endswith(".json"):
+            return name
+        if name not in IMPORTANCES and Path(name).exists():
+            raise InvalidOption(f"importance '{name}' is no JSON file: give the importance.json of a run")
+        return IMPORTANCES.check(name)
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, rule: str | None) -> str | None:
+        from ecoflap.allocation import RULES
+
+        return rule and RULES.check(rule)
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str) -> str:
+        from ecoflap.allocation.patterns import parse_pattern
+
+        parse_pattern(pattern)
+        return pattern
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> Recipe:
+        if self.evaluations is None:
+            if self.task is not None:
+                from ecoflap.evaluation import TASKS
+
+                for name in self.task:
+                    TASKS.check(name)
+            return self
+        names = [entry.name for entry in self.evaluations]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InvalidOption(f"evaluations: '{twice}' is there twice: give each a name of its own")
+        for field in ("test", "test_columns", "test_prompt", "test_image_folder"):
+            if getattr(self, field):
+                raise InvalidOption(f"{field} and evaluations are both given: say it in the entries of evaluations")
+        for name in self.task or ():
+            if name not in names:
+                raise unknown("evaluation of this recipe", name, names)
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        TokenChoice(self.tokens, self.top_tokens)
+        if self.max_sparsity is not None and self.max_sparsity < self.sparsity:
+            raise InvalidOption(
+                f"max_sparsity {self.max_sparsity:g} is below sparsity {self.sparsity:g}: "
+                f"raise the cap to at least {self.sparsity:g} or lower the sparsity"
+            )
+        if self.importance_samples > self.samples and "importance_samples" in self.model_fields_set:
+            raise InvalidOption(
+                f"importance_samples {self.importance_samples} is more than samples {self.samples}: "
+                "stage 1 uses the first samples of stage 2"
+            )
+        return self
+
+    def shares(self) -> dict[str, Any]:
+        """The options of the allocation, as :func:`ecoflap.allocate` takes them."""
+        names = (
+            "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
+            "rule", "spread",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def resolved(self) -> Recipe:
+        """The same recipe with what follows from other fields filled in.
+
+        Raises:
+            InvalidOption: an N:M pattern stands with another sparsity or with an importance; an allocation can't be
+                read, or stands with another sparsity; a global criterion stands with what it decides itself.
+        """
+        from ecoflap.pruning.registry import is_global
+
+        changes: dict[str, Any] = self._fixed_by_criterion() if is_global(self.criterion) else {}
+        changes |= self._fixed_by_allocation()
+        if self.importance_samples > self.samples:
+            changes["importance_samples"] = self.samples
+        if self.pattern != "unstructured" and self.allocation is None:
+            changes |= self._fixed_by_pattern()
+        importance = changes.get("importance", self.importance)
+        changes["search"] = self._searches(importance)
+        if importance == "sensitivity" and self.criterion == "magnitude" and "order" not in self.importance_options:
+            changes["importance_options"] = {**self.importance_options, "order": "magnitude"}
+        sparsity = changes.get("sparsity", self.sparsity)
+        if self.max_sparsity is None and "max_sparsity" not in changes and not changes["search"]:
+            changes["max_sparsity"] = self._own_cap(sparsity, importance)
+        return self.model_copy(update=changes)
+
+    def _searches(self, importance: str) -> bool | None:
+        """Whether the allocation is searched: as the recipe says, else where curves are measured for it."""
+        from ecoflap.pruning.registry import is_global
+
+        obstacle = (
+            f"criterion '{self.criterion}' decides every layer's sparsity itself"
+            if is_global(self.criterion)
+            else f"pattern {self.pattern} fixes every layer's sparsity"
+            if self.pattern != "unstructured"
+            else f"allocation {self.allocation} is given"
+            if self.allocation is not None
+            else None
+        )
+        if self.search and obstacle is not None:
+            raise InvalidOption(f"search: {obstacle}, so there is nothing to search for")
+        if self.search is None and importance == "sensitivity" and obstacle is None:
+            return True
+        return self.search
+
+    def _own_cap(self, sparsity: float, importance: str) -> float | None:
+        """What the rule caps a group at where the user says nothing, so that the run's record has the number."""
+        from ecoflap.allocation import RULES
+        from ecoflap.importance.registry import own_rule
+        from ecoflap.support.files import read_json
+
+        rule = self.rule or own_rule(importance)
+        if self.rule is None and importance.endswith(".json"):
+            with suppress(EcoflapError):  # told where the file is really read
+                data = read_json(importance, "the importance")
+                settings = data.get("settings") if isinstance(data, dict) else None
+                rule = str(settings.get("rule", rule)) if isinstance(settings, dict) else rule
+        margin = None if rule not in RULES else RULES.get(rule)(None).margin
+        return None if margin is None else min(1.0, round(sparsity + float(margin), 10))
+
+    def _fixed_by_criterion(self) -> dict[str, Any]:
+        """A global criterion decides each layer's share, so there is neither importance nor cap."""
+        from ecoflap.pruning.registry import refuse_with_global
+
+        refuse_with_global(self.criterion, {name: getattr(self, name) for name in sorted(self.model_fields_set)})
+        return {"importance": "uniform", "importance_options": {}, "max_sparsity": 1.0}
+
+    def _fixed_by_allocation(self) -> dict[str, Any]:
+        """What the allocation file says where the recipe says nothing, so that the run's record is true."""
+        if self.allocation is None:
+            return {}
+        from ecoflap.allocation.parts import read_allocation
+
+        found = read_allocation(self.allocation)
+        exact = found.zeros / found.total_weights
+        named = round(exact, 6)
+        if "sparsity" in self.model_fields_set and abs(self.sparsity - exact) > 1e-4:
+            raise InvalidOption(
+                f"allocation {self.allocation} makes a sparsity of {named:g}, not {self.sparsity:g}: "
+                "leave out the sparsity, or make another allocation with 'ecoflap allocate'"
+            )
+        sparsity = self.sparsity if "sparsity" in self.model_fields_set else named
+        return {"sparsity": sparsity, "max_sparsity": max(self.max_sparsity or found.max_sparsity, sparsity)}
+
+    def _fixed_by_pattern(self) -> dict[str, Any]:
+        from ecoflap.allocation.patterns import parse_pattern, sparsity_of_pattern
+
+        exact = sparsity_of_pattern(parse_pattern(self.pattern))
+        assert exact is not None
+        ratio = float(exact)
+        if "sparsity" in self.model_fields_set and self.sparsity != ratio:
+            raise InvalidOption(
+                f"pattern {self.pattern} fixes the sparsity at {ratio:g}: leave out sparsity {self.sparsity:g}"
+            )
+        if "importance" in self.model_fields_set and self.importance != "uniform":
+            raise InvalidOption(
+                f"pattern {self.pattern} fixes every layer's sparsity at {ratio:g}, so importance "
+                f"'{self.importance}' could change nothing: leave it out or use 'uniform'"
+            )
+        return {"sparsity": ratio, "importance": "uniform", "importance_options": {}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain YAML and JSON types."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], source: str = "recipe") -> Self:
+        """A recipe from plain values; ``source`` says in messages where they come from.
+
+        Raises:
+            InvalidOption: one line that names the field and its value.
+            UnknownName: one that names the near ones.
+        """
+        for name in values:
+            if name not in cls.model_fields:
+                near = get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean '{near[0]}'?" if near else "'ecoflap prune --help' lists them"
+                raise InvalidOption(f"{source}: unknown field '{name}': {hint}")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise InvalidOption(_complaint(error, source)) from error
+        except EcoflapError as error:
+            if source == OPTIONS:
+                raise
+            raise type(error)(f"{source}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path | Sequence[str | Path], changes: dict[str, Any] | None = None) -> Self:
+        """Read YAML, with ``changes`` over it. A run's ``recipe.yaml`` is accepted as it is.
+
+        Args:
+            path: a file, or several: a field of a later one replaces the same field of those before.
+            changes: fields given otherwise, on the command line; they win.
+
+        Files of class names and class prompts are looked for in the current folder, then beside the recipe.
+
+        Raises:
+            InvalidOption: unreadable, no mapping, an unknown field, or a value out of range.
+        """
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        data: dict[str, Any] = {}
+        for file in paths:
+            found = _read(Path(file))
+            data |= found
+            # A fault is looked for where it is; a file that only adds to others may not stand alone.
+            cls.parse(data if len(paths) > 1 else found, f"recipe {file}")
+        if not changes:
+            return cls.parse(data, " + ".join(f"recipe {file}" for file in paths))
+        return cls.parse({**data, **changes}, OPTIONS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidOption(f"can't read the recipe {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InvalidOption(f"recipe {path}: lines of 'field: value' are expected, such as 'sparsity: 0.5'")
+    for added in ("versions", "fingerprint"):  # what a run writes beside the recipe
+        data.pop(added, None)
+    entries = data.get("evaluations")
+    for holder in (data, *(entries if isinstance(entries, list) else ())):
+        if isinstance(holder, dict):
+            _look_beside(holder, path.parent)
+    return data
+
+
+def _look_beside(holder: dict[str, Any], folder: Path) -> None:
+    """Files that come with a recipe are given relative to it."""
+    for field in ("classes", "class_prompts"):
+        value = holder.get(field)
+        entries = [value] if isinstance(value, str) else value
+        if not (isinstance(entries, list) and is_file_entry(entries, prompts=field == "class_prompts")):
+            continue
+        if not Path(entries[0]).exists() and (folder / entries[0]).is_file():
+            holder[field] = str(folder / entries[0])
+
+
+def _complaint(error: ValidationError, source: str) -> str:
+    """The first thing that is wrong, as one line: which field, its value, what it should be."""
+    first = error.errors()[0]
+    field, *inner = (str(part) for part in first["loc"])
+    name = flag_of(field) if source == OPTIONS else f"{source}: {field}"
+    where = " ".join((name, *inner))
+    if first["type"] in ("float_parsing", "int_parsing", "float_type", "int_type", "int_from_float"):
+        wanted = "a whole number" if first["type"].startswith("int") else "a number"
+        return f"{where}: {first['input']!r} is not {wanted}"
+    if first["type"] == "dict_type":
+        return f"{where}: {first['input']!r} should be a mapping, such as {{vision: 0.4}} for tower_sparsity"
+    shown = str(first["input"]) if isinstance(first["input"], str | int | float) else repr(first["input"])
+    return f"{where}: {shown or 'nothing'} {first['msg'].removeprefix('Input ')}"

@@ -1,0 +1,193 @@
+"""The run directory as several workers see it: the first one reads and writes, the others are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.errors import InvalidOption
+from ecoflap.run.directory import RunDirectory, versions
+from ecoflap.run.journal import BlockFiles, EstimateFile, SearchFile
+from ecoflap.run.names import JOURNAL, LOG
+from ecoflap.run.recipe import Recipe
+from ecoflap.support.files import read_sealed, write_sealed
+from ecoflap.support.workers import Workers
+
+if TYPE_CHECKING:
+    from ecoflap.importance.scores import Estimate
+    from ecoflap.pruning.walk import PrunedBlock
+
+
+class SharedRun:
+    """One run of several workers. All call the same methods in the same order.
+
+    Attributes:
+        path: the folder.
+        first: this is the worker that writes.
+        log: this worker's log file.
+        complete: nothing is left to do.
+        resumed: the run goes on; known when it has begun.
+    """
+
+    def __init__(self, path: Path, directory: RunDirectory | None, workers: Workers) -> None:
+        self.path, self._directory, self._workers = path, directory, workers
+        self.first = workers.first
+        self.log = path / (LOG if self.first else f"{JOURNAL}/log-{workers.rank}.txt")
+        self.complete = workers.told(lambda: self._own.complete)
+        self.resumed = False
+
+    @classmethod
+    def examine(
+        cls,
+        path: str | Path,
+        recipe: Recipe,
+        workers: Workers,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        kind: type[RunDirectory] = RunDirectory,
+    ) -> SharedRun:
+        """:meth:`RunDirectory.examine` by the first worker, of this kind of folder."""
+        path, directory = Path(path), None
+        if workers.first:
+            directory = kind.examine(path, recipe, overwrite=overwrite, resume=resume)
+        return cls(path, directory, workers)
+
+    def locked(self) -> AbstractContextManager[object]:
+        """Lets go of the folder at exit."""
+        return self._directory or nullcontext()
+
+    @property
+    def _own(self) -> RunDirectory:
+        assert self._directory is not None
+        return self._directory
+
+    def begin(self, recipe: Recipe, fingerprint: str, inputs: Mapping[str, str]) -> None:
+        """:meth:`RunDirectory.begin` by the first worker, once all are known to work on the same.
+
+        Raises:
+            InvalidOption: a worker has another model, other data or other versions than the first.
+        """
+        same = {"model": fingerprint, **inputs, **{f"version of {name}": v for name, v in versions().items()}}
+        told = self._workers.gather(same)
+        for rank, other in enumerate(told):
+            for name, value in told[0].items():
+                if other.get(name) != value:
+                    raise InvalidOption(
+                        f"worker {rank} has another {name} than worker 0 ({other.get(name)}, not {value}): "
+                        "give all machines the same files and versions"
+                    )
+        if self.first:
+            self._own.begin(recipe, fingerprint, inputs)
+        self.resumed = self._workers.told(lambda: self._own.resumed)  # so nobody writes before the folder is ready
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+
+    def has_result(self, name: str) -> bool:
+        """:meth:`Results.has <ecoflap.run.directory.Results.has>`."""
+        return self._workers.told(lambda: self._own.results.has(name))
+
+    def write_result(self, name: str, data: Any) -> None:
+        if self.first:
+            self._own.results.write(name, data)
+
+    def read_sealed(self, name: str) -> Any | None:
+        """A file of :meth:`write_sealed`; None where there is none that is whole."""
+        return self._workers.told(lambda: read_sealed(self.path / name))
+
+    def write_sealed(self, name: str, data: Any) -> None:
+        if self.first:
+            write_sealed(self.path / name, data)
+
+    def write(self, name: str, data: Any) -> None:
+        if self.first:
+            self._own.write(name, data)
+
+    def discard(self, name: str) -> None:
+        self._own.discard(name)
+
+    def finish(self) -> None:
+        """By the first worker, when all is written."""
+        self._own.finish()
+
+    def estimates(self) -> SharedEstimates:
+        """The journal of stage 1."""
+        return SharedEstimates(self.path / JOURNAL, self._workers)
+
+    def blocks(self) -> SharedBlocks:
+        """The journal of stage 2."""
+        return SharedBlocks(BlockFiles(self.path / JOURNAL / "blocks"), self._workers)
+
+    def search(self) -> SharedSearch:
+        """The journal of the search for an allocation."""
+        return SharedSearch(SearchFile(self.path / JOURNAL / "search.json"), self._workers)
+
+
+class SharedEstimates:
+    """Estimates of stage 1: each worker writes a file of its own, and all know those of all files."""
+
+    def __init__(self, folder: Path, workers: Workers) -> None:
+        def path(rank: int | str) -> Path:
+            return folder / ("importance.jsonl" if rank == 0 else f"importance-{rank}.jsonl")
+
+        self._file = EstimateFile(path(workers.rank))
+        others = (file for file in sorted(folder.glob(path("*").name)) if file != path(workers.rank))
+        known = workers.told(lambda: [[e.layer, e.batch, e.draw, e.value] for e in self._file.with_those_of(others)])
+        self._known: list[Any] = known
+
+    def estimates(self) -> Iterable[Estimate]:
+        from ecoflap.importance.scores import Estimate
+
+        return tuple(Estimate(*row) for row in self._known)
+
+    def append(self, estimate: Estimate) -> None:
+        self._file.append(estimate)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class SharedBlocks:
+    """Pruned blocks of stage 2: the first worker keeps them, and tells the others what an interrupted run had done."""
+
+    def __init__(self, files: BlockFiles, workers: Workers) -> None:
+        self._files, self._workers = files, workers
+        self.folder = files.folder
+
+    def load(self, block: str) -> PrunedBlock | None:
+        from ecoflap.pruning.walk import PrunedBlock
+
+        def read() -> Any:
+            found = self._files.load(block)
+            return None if found is None else {"weights": dict(found.weights), "unreached": found.unreached}
+
+        told = self._workers.told(read)
+        return None if told is None else PrunedBlock(told["weights"], tuple(told["unreached"]))
+
+    def save(self, block: str, pruned: PrunedBlock) -> None:
+        if self._workers.first:
+            self._files.save(block, pruned)
+        self._workers.gather(None)  # an offloaded model reads the file from now on, in all workers
+
+    def place(self, block: str) -> Path:
+        """:meth:`BlockFiles.place`."""
+        return self._files.place(block)
+
+    def bytes(self) -> int:
+        """:meth:`BlockFiles.bytes`."""
+        return self._files.bytes()
+
+
+class SharedSearch:
+    """The state of the search: the first worker keeps it."""
+
+    def __init__(self, file: SearchFile, workers: Workers) -> None:
+        self._file, self._workers = file, workers
+
+    def load(self) -> dict[str, Any] | None:
+        return self._workers.told(self._file.load)
+
+    def save(self, state: dict[str, Any]) -> None:
+        if self._workers.first:
+            self._file.save(state)

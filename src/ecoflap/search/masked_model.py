@@ -1,0 +1,154 @@
+"""A model that computes with masked weights, block by block, while its own stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.model.patching import Forward, forward_replaced
+
+_READY = 1 << 30  # bytes; up to here masked weights are kept whole: unpacking them costs every batch a pass over them
+
+
+class PackedMask:
+    """A bool mask of any shape as one bit an entry."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        flat = mask.flatten().to(torch.uint8)
+        flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+        self._bits = (flat << _places(flat)).sum(dim=1, dtype=torch.uint8)
+
+    def unpacked(self) -> Tensor:
+        """The mask that was packed."""
+        bits = (self._bits[:, None] >> _places(self._bits)) & 1
+        return bits.flatten()[: self.shape.numel()].view(self.shape).bool()
+
+
+class _Partly(torch.autograd.Function):
+    """W + t·(changed W − W) at t = 1, with its derivative by t: no product of the weight's size in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, changed: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(changed, weight)
+        return changed.view_as(changed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        changed, weight = ctx.saved_tensors
+        return (changed - weight).mul_(outer).sum(dtype=torch.float32), None, None
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
+
+
+class MaskedModel:
+    """Context in which blocks run with their weights masked.
+
+    The masked weights of a model whose layers take up to 1 GiB are kept; of a larger one, those of a block exist while
+    it runs, and kept is one bit a weight. The parameters themselves are not touched, so that nothing has to be put
+    back. Layers without a mask are dense.
+
+    Args:
+        model: in eval mode.
+        anatomy: its layers.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self._model = model
+        self._masks: dict[str, PackedMask | Tensor] = {}
+        self._dense: frozenset[str] = frozenset()
+        self._parts: dict[str, Tensor] = {}
+        self._wraps = ExitStack()
+        self._inside: dict[str, list[Layer]] = {}
+        self._whole = sum(model.get_parameter(layer.name).nbytes for layer in anatomy.layers) <= _READY
+        for layer in anatomy.layers:
+            for block in anatomy.replayable:
+                if any(module.startswith(f"{block}.") for module in layer.modules):
+                    self._inside.setdefault(block, []).append(layer)
+
+    def __enter__(self) -> MaskedModel:
+        for block, layers in self._inside.items():
+            wrap = partial(self._wrapper, layers)
+            self._wraps.enter_context(forward_replaced(self._model.get_submodule(block), wrap))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._wraps.close()
+
+    def blocks_of(self, layer: str) -> tuple[str, ...]:
+        """The blocks that run with this layer's weight."""
+        return tuple(block for block, layers in self._inside.items() if any(one.name == layer for one in layers))
+
+    def set(self, masks: Mapping[Layer, Tensor]) -> None:
+        """Give these layers masks, (out, in) bool, True = kept, or whole weights, (out, in); the others keep theirs."""
+        for layer, given in masks.items():
+            stand_in = given.t() if layer.transposed else given
+            if stand_in.dtype != torch.bool:
+                self._masks[layer.name] = stand_in
+            elif self._whole:
+                self._masks[layer.name] = self._model.get_parameter(layer.name).detach().masked_fill(~stand_in, 0)
+            else:
+                self._masks[layer.name] = PackedMask(stand_in)
+
+    def clear(self) -> None:
+        """No masks."""
+        self._masks.clear()
+
+    @contextmanager
+    def dense(self, layers: Collection[str]) -> Iterator[None]:
+        """These layers run dense inside the context."""
+        outer, self._dense = self._dense, self._dense | frozenset(layers)
+        try:
+            yield
+        finally:
+            self._dense = outer
+
+    @contextmanager
+    def removed_part(self, parts: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let layer ``name`` compute with W + t·(masked W − W), t = ``parts[name]``, a scalar that is 1.
+
+        The value is that of the masked weights, and its derivative by t ⟨∇L there, masked W − W⟩.
+        """
+        outer, self._parts = self._parts, dict(parts)
+        try:
+            yield
+        finally:
+            self._parts = outer
+
+    def _wrapper(self, layers: list[Layer], forward: Forward) -> Callable[..., Any]:
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as swaps:
+                for layer in layers:
+                    packed = self._masks.get(layer.name)
+                    if packed is not None and layer.name not in self._dense:
+                        swaps.enter_context(self._swapped(layer, packed))
+                return forward(*args, **kwargs)
+
+        return masked
+
+    @contextmanager
+    def _swapped(self, layer: Layer, packed: PackedMask | Tensor) -> Iterator[None]:
+        owners = [self._model.get_submodule(path) for path in layer.modules]
+        originals = [owner._parameters["weight"] for owner in owners]
+        weight = self._model.get_parameter(layer.name).detach()
+        part = self._parts.get(layer.name)
+        stand_in = weight.masked_fill(~packed.unpacked(), 0) if isinstance(packed, PackedMask) else packed
+        if part is not None:
+            stand_in = _Partly.apply(part, stand_in, weight)  # type: ignore[no-untyped-call]
+        try:
+            for owner in owners:
+                owner._parameters["weight"] = stand_in  # type: ignore[assignment]  # a graph can't begin at a Parameter
+            yield
+        finally:
+            for owner, original in zip(owners, originals, strict=True):
+                owner._parameters["weight"] = original

@@ -1,0 +1,130 @@
+"""What a search is asked for, where it stands after a round, and where that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from ecoflap.errors import InvalidOption
+from ecoflap.search.divergence import METRICS, POSITIONS
+from ecoflap.support.registry import unknown
+
+BY = ("probes", "gradient")
+INPUTS = ("dense", "pruned", "both")
+BUDGETS = ("given", "global")
+WEIGHTS = ("own", "masked")
+PHASES = {"block": ("block",), "kind": ("block", "kind"), "layer": ("block", "layer")}
+CHOICES: Mapping[str, Collection[str]] = {
+    "by": BY, "granularity": PHASES, "metric": METRICS, "positions": POSITIONS, "weights": WEIGHTS, "inputs": INPUTS,
+    "budget": BUDGETS,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How the search goes.
+
+    Attributes:
+        by: what costs are found with: ``probes`` (forward passes alone, one a unit and batch, replayed up to it) or
+            ``gradient`` (one backward pass a batch for all).
+        granularity: what gets a share of its own in the end: ``block``, ``kind`` (blocks, then a factor for each kind
+            of matrix in a tower) or ``layer``. With ``probes``, ``layer`` takes a probe for every matrix.
+        metric: ``kl`` (of the outputs to the dense model's), ``loss``, or ``auto``.
+        positions: where ``kl`` compares outputs: at ``labels``, or over the whole ``text``, questions and prompts
+            included.
+        rounds: most rounds for blocks, and as many again for what follows; 0 leaves the allocation as it is.
+        tolerance: a round that lowers the loss by less than this part of it is the last.
+        weights: what is measured for a criterion that updates the weights it keeps: its ``own``, or Wanda's ``masked``
+            ones, which are cheap and the same for all criteria that read inputs.
+        inputs: what decides which weights of a layer go: its inputs in the ``dense`` model, or in the ``pruned`` one,
+            as in stage 2: then every step is measured after a walk over all calibration samples. ``both`` searches by
+            ``dense`` first, and goes on by ``pruned`` from there, or from the given allocation if a walk shows that
+            to be better.
+        budget: the ``given`` one of the allocation, or ``global``: begin within a budget for each tower, and move
+            weights across towers all the same.
+        samples: the search uses the first whole batches with so many calibration samples; 0 takes all.
+        swaps: at the end, so many tries to move 2 % of a layer's zeros to another one, kept where the loss falls.
+    """
+
+    by: str = "gradient"
+    granularity: str = "layer"
+    metric: str = "auto"
+    positions: str = "labels"
+    rounds: int = 8
+    tolerance: float = 0.005
+    weights: str = "own"
+    inputs: str = "dense"
+    budget: str = "given"
+    samples: int = 0
+    swaps: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), list(known))
+        for name in ("rounds", "samples", "swaps"):
+            if getattr(self, name) < 0:
+                raise InvalidOption(f"{name} of the search must be at least 0, not {getattr(self, name)}")
+        if self.swaps and self.inputs != "dense":
+            raise InvalidOption("the search's swaps need inputs=dense: a walk for each would take too long")
+        if not 0 <= self.tolerance < 1:
+            raise InvalidOption(f"the search's tolerance must be from 0 to 1, not {self.tolerance}")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the search stands.
+
+    Attributes:
+        phase: number of the phase, 0 for blocks; ``round`` rounds of it are done, ``swaps`` swaps were tried.
+        zeros: layer name to its zeros; ``loss`` is what was measured there.
+        scales: log of each layer's scale, averaged over the rounds of this phase; empty at its beginning.
+        step: the longest step that the next round tries: twice the one that was best in the last round, up to what a
+            phase begins with.
+        history: the loss at the beginning and after every step that was taken.
+        rounds: the names of the rounds that these are of.
+        costs: block name to what it cost in the last round.
+    """
+
+    zeros: Mapping[str, int]
+    loss: float
+    phase: int = 0
+    round: int = 0
+    swaps: int = 0
+    scales: Mapping[str, float] | None = None
+    step: float = 1.0
+    history: tuple[float, ...] = ()
+    rounds: tuple[str, ...] = ()
+    costs: Mapping[str, float] | None = None
+
+    def moved(self, zeros: Mapping[str, int], loss: float, at: str) -> State:
+        """After a step to ``zeros`` in the round called ``at``."""
+        return replace(self, zeros=zeros, loss=loss, history=(*self.history, loss), rounds=(*self.rounds, at))
+
+    def steps(self, rounds: int) -> int:
+        """Of the progress: so many are behind, where a phase has at most so many rounds."""
+        return self.phase * rounds + self.round + self.swaps
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> State:
+        return cls(**{**data, **{name: tuple(data[name]) for name in ("history", "rounds")}})
+
+
+class SearchJournal(Protocol):
+    """Where the search keeps its state after every round."""
+
+    def load(self) -> dict[str, Any] | None: ...
+
+    def save(self, state: dict[str, Any]) -> None: ...
+
+
+class NoJournal:
+    def load(self) -> dict[str, Any] | None:
+        return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        pass

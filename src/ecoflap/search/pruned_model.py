@@ -1,0 +1,162 @@
+"""The searched model: pruned to any number of zeros a layer, by the dense model's order or a walk's, and measured.
+
+Where the order of removal comes from: the dense model, or one that is pruned up to each block, as in stage 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecoflap.model.block_runner import Run
+from ecoflap.model.parts import Anatomy, Block
+from ecoflap.model.replay import Replay
+from ecoflap.search.divergence import Divergence
+from ecoflap.search.masked_model import MaskedModel
+from ecoflap.search.order import Order, local_errors
+from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.dense import SharedNorms, dense_statistics
+from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.support.workers import ALONE, Workers
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Gathers statistics, and makes orders of them.
+
+    Attributes:
+        batches: calibration batches, those of stage 2.
+        run: runs the model on one of them.
+        kind: of statistics, "norm" or "gram".
+        make: the order that statistics give, by layer name; layers that no token reached have none.
+        tokens: which tokens count.
+        workers: those who have model and batches alike.
+        norms: what other searches on the same batches have gathered.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    batches: Sequence[Any]
+    run: Run
+    kind: str
+    make: Callable[[Mapping[str, InputStatistics]], Order]
+    tokens: TokenChoice = ALL
+    workers: Workers = ALONE
+    norms: SharedNorms = field(default_factory=SharedNorms)
+
+    def dense(self) -> Order:
+        """By the inputs that layers get in the dense model.
+
+        Raises:
+            NonFiniteLoss: an input is NaN or infinite.
+        """
+        if self.kind == "norm":  # Hessians are too large to be kept for others
+            return self.make(self.norms.of(("own", self.tokens, len(self.batches)), self._gathered))
+        return self.make(self._gathered())
+
+    def _gathered(self) -> dict[str, InputStatistics]:
+        every: dict[str, InputStatistics] = {}
+        for _, found in self._blocks(changing=False):
+            every.update(found)
+        return every
+
+    def along(self, zeros: Mapping[str, int], masked: MaskedModel) -> Order:
+        """By the inputs in the model pruned to ``zeros`` of each layer, with which ``masked`` computes afterwards.
+
+        Each block is pruned as soon as its statistics are there, and the next one sees what it makes of its inputs:
+        the walk of stage 2, except that no weight changes.
+
+        Raises:
+            NonFiniteLoss: an input is NaN or infinite.
+        """
+        masked.clear()
+        every: dict[str, InputStatistics] = {}
+        for block, found in self._blocks(changing=True):
+            order = self.make(found)
+            masked.set({layer: order.stand_in(self.model, layer, zeros[layer.name]) for layer in block.layers})
+            every.update(found)
+        return self.make(every)
+
+    def _blocks(self, changing: bool) -> Iterator[tuple[Block, dict[str, InputStatistics]]]:
+        blocks = dense_statistics(
+            self.model, self.anatomy, self.batches, self.run, kind=self.kind, tokens=self.tokens,
+            workers=self.workers, changing=changing,
+        )  # fmt: skip
+        for block, statistics in blocks:
+            yield block, {name: got for name, got in statistics.items() if got is not None}
+
+
+@dataclass
+class PrunedModel:
+    """Computes with the weights that an allocation leaves. The weights themselves stay.
+
+    Attributes:
+        orders: in which the criterion removes weights; or what finds it, where it depends on inputs.
+        order: the present one; None before :meth:`by_dense` or a walk.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    orders: Order | Orders
+    divergence: Divergence
+    masked: MaskedModel
+    replay: Replay
+    order: Order | None = None
+    _at: Mapping[str, int] | None = None  # where the order was found; None: in the dense model
+    _zeros: Mapping[str, int] | None = None  # what the model computes with, by the present order
+    _errors: Mapping[str, Tensor] | None = None  # by the present order
+
+    @property
+    def errors(self) -> Mapping[str, Tensor]:
+        """Of each layer, by the present order: see :meth:`ecoflap.search.order.Order.errors`.
+
+        Found when they are asked for: of a walk that only a loss is wanted of, nobody does.
+        """
+        if self._errors is None:
+            assert self.order is not None
+            self._errors = local_errors(self.model, self.anatomy, self.order)
+        return self._errors
+
+    def by_dense(self) -> None:
+        """From here on the order is that of the dense model."""
+        if self.order is None:
+            self._order_is(self.orders if isinstance(self.orders, Order) else self.orders.dense())
+
+    def prune(self, zeros: Mapping[str, int], *, walking: bool) -> None:
+        """Compute with ``zeros`` zeros in each layer: after a walk to there, whose order is then the present one, or by
+        the present order."""
+        if walking:
+            self._walk(zeros)
+        if zeros != self._zeros:
+            self._zeros = zeros
+            assert self.order is not None
+            self.masked.set(
+                {layer: self.order.stand_in(self.model, layer, zeros[layer.name]) for layer in self.anatomy.layers}
+            )
+
+    def measure(self, zeros: Mapping[str, int], *, walking: bool) -> float:
+        """The divergence at ``zeros``, mean over the batches; arguments as of :meth:`prune`."""
+        self.prune(zeros, walking=walking)
+
+        def value(index: int) -> float:
+            self.replay.reset()  # its memory is of one batch, and of other masks
+            return self.divergence.value(index)
+
+        values = self.divergence.each(value)
+        return math.fsum(values) / len(values)
+
+    def _walk(self, zeros: Mapping[str, int]) -> None:
+        if isinstance(self.orders, Order):  # that no input decides
+            self.by_dense()
+        elif zeros != self._at:
+            self.order = None  # Hessians are large: two sets of them need not exist at once
+            with self.replay.forcing(*self.anatomy.replayable):
+                self._order_is(self.orders.along(zeros, self.masked))
+            self._zeros = self._at = zeros
+
+    def _order_is(self, order: Order) -> None:
+        self.order, self._zeros, self._errors = order, None, None

@@ -1,0 +1,203 @@
+"""Searches the allocation with the least measured loss: cost every part, solve for the best shares, step, measure.
+
+"Sensitivity" allocation is this search; nothing in it is from one paper. What it builds on: measuring blocks pruned by
+the criterion itself and solving for levels (as SPDY, arXiv 2201.13096, and EvoPress, arXiv 2410.14649), with the costs
+taken at the present allocation, so that blocks interact, and the shape of the curves from the layers' local errors.
+
+Begins a search on a model as it is: statistics of the dense model, the criterion's order, the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ecoflap.allocation import Allocation, SearchRecord
+from ecoflap.allocation.patterns import Compare
+from ecoflap.data.batches import first_samples
+from ecoflap.data.objectives import Objective, on_device
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
+from ecoflap.model.replay import Replay
+from ecoflap.model.trace import evaluating
+from ecoflap.pruning.criteria import make_criterion
+from ecoflap.search.divergence import Divergence
+from ecoflap.search.masked_model import MaskedModel
+from ecoflap.search.options import PHASES, NoJournal, SearchJournal, SearchOptions, State
+from ecoflap.search.order import Order, compensated
+from ecoflap.search.pruned_model import Orders, PrunedModel
+from ecoflap.search.rounds import Search
+from ecoflap.search.solve import budgets_of
+from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.dense import SharedNorms
+from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.registry import check_option_names
+from ecoflap.support.workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Found:
+    """The allocation that the search ended with, and the way there."""
+
+    allocation: Allocation
+    record: SearchRecord
+
+    @property
+    def recorded(self) -> Allocation:
+        """The allocation, which tells the way itself."""
+        return replace(self.allocation, search=self.record)
+
+
+def refine(
+    model: nn.Module,
+    anatomy: Anatomy,
+    allocation: Allocation,
+    batches: Sequence[Any],
+    order: Order | Orders,
+    *,
+    loss: Objective,
+    shares: Mapping[str, Any],
+    options: SearchOptions | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    journal: SearchJournal | None = None,
+    workers: Workers = ALONE,
+) -> Found:
+    """Improve ``allocation`` by measuring the model masked by it. The model is as before afterwards.
+
+    Each round finds what every part costs at the present allocation, scales the layers' local errors to that, solves
+    for the shares with the least predicted loss under budget and caps, and steps towards them as far as the measured
+    loss falls. So the result is never worse than the start, on these batches and with these masks; the criterion then
+    prunes in its own way, block by block.
+
+    Args:
+        allocation: where to begin.
+        batches: to measure on.
+        order: in which the criterion removes weights; or what finds it, where it depends on inputs.
+        loss: objective; also the measure, where the outputs' divergence can't be.
+        shares: options of the allocation: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity.
+        seed: of the swaps.
+        journal: state of an interrupted search, and where the new one goes; the same for all workers.
+        workers: those who have model and batches alike; each runs a share of the batches.
+
+    Raises:
+        InvalidOption: the model can't be differentiated, or has no logits for ``metric=kl``.
+        NonFiniteLoss: a loss is NaN or infinite.
+    """
+    options = options or SearchOptions()
+    journal = journal or NoJournal()
+    names = ("sparsity", "max_sparsity", "min_sparsity", "budget", "tower_sparsity")
+    limits = {name: shares[name] for name in names if name in shares}
+    if options.budget == "global":
+        limits["budget"] = "global"
+    with ExitStack() as state:
+        for context in (evaluating(model), cache_disabled(model)):
+            state.enter_context(context)
+        divergence = Divergence(model, batches, on_device(loss), options.metric, options.positions, workers)
+        divergence.record()
+        walking = {"dense": (False,), "pruned": (True,), "both": (False, True)}[options.inputs]
+        phases = [(name, by_walks) for by_walks in walking for name in PHASES[options.granularity]]
+        steps = len(phases) * options.rounds + options.swaps
+        kept = journal.load()
+        begun = State.from_json(kept) if kept else None
+        done = 0 if begun is None else begun.steps(options.rounds)
+        task = state.enter_context((progress or Silent()).stage("allocation search", total=steps, done=done))
+        masked = state.enter_context(MaskedModel(model, anatomy))
+        replay = state.enter_context(Replay(model, anatomy.replayable))
+        pruned = PrunedModel(model, anatomy, order, divergence, masked, replay)
+        given = {row.name: row.zeros for row in allocation.layers}
+        search = Search(pruned, limits, budgets_of(allocation, limits), phases, options, journal.save, task, given)
+        here = begun or search.start()
+        here = search.swapped(search.settled(here), seed)
+    rows = tuple(replace(row, zeros=here.zeros[row.name]) for row in allocation.layers)
+    single = options.granularity != "block" or options.swaps or allocation.granularity == "layer"
+    granularity = "layer" if single else "block"
+    found = replace(allocation, layers=rows, granularity=granularity, max_sparsity=_highest(allocation, limits))
+    record = SearchRecord(divergence.metric, here.history, here.rounds, given, here.costs or {})
+    return Found(found, record)
+
+
+def _highest(allocation: Allocation, limits: Mapping[str, Any]) -> float:
+    cap = limits.get("max_sparsity")
+    return 1.0 if cap is None else float(cap)
+
+
+def search_options(options: Mapping[str, Any] | None) -> SearchOptions:
+    """``SearchOptions`` of these names.
+
+    Raises:
+        InvalidOption: there is no such option, or its value is out of range.
+        UnknownName: a value that is a name is unknown.
+    """
+    check_option_names("allocation", "search", [field.name for field in fields(SearchOptions)], options or {})
+    return SearchOptions(**(options or {}))
+
+
+def search_allocation(
+    model: nn.Module,
+    anatomy: Anatomy,
+    allocation: Allocation,
+    batches: Sequence[Any],
+    *,
+    criterion: str,
+    criterion_options: Mapping[str, Any] | None = None,
+    compare: str | None,
+    loss: Objective,
+    shares: Mapping[str, Any],
+    options: SearchOptions,
+    tokens: TokenChoice = ALL,
+    seed: int = 0,
+    progress: Progress | None = None,
+    journal: SearchJournal | None = None,
+    workers: Workers = ALONE,
+    norms: SharedNorms | None = None,
+) -> Found:
+    """:func:`ecoflap.search.search.refine` from ``allocation``, for a registered local criterion.
+
+    Args:
+        batches: calibration batches; all of them make the statistics, the first ``options.samples`` are searched on.
+        tokens: which tokens count in the statistics, as the criterion has it.
+        compare: the user's ``row`` or ``matrix``; None for the criterion's own.
+        journal: the same for all workers.
+        workers: those who have model and batches alike.
+        norms: of the same batches, shared with other searches.
+
+    Raises:
+        CalibrationError: fewer samples than the search is to have.
+        NonFiniteLoss, InvalidOption: as there.
+    """
+    rule: Any = make_criterion(criterion, criterion_options)
+    run, ranked = on_device(loss), _compare(compare)
+    own = rule.statistics == "gram" and options.weights == "own"
+
+    def made(statistics: Mapping[str, InputStatistics]) -> Order:
+        if own:
+            return compensated(statistics, rule, rule.damping, ranked)
+        return Order.of(statistics, needs=rule.statistics, compare=ranked)
+
+    return refine(
+        model,
+        anatomy,
+        allocation,
+        first_samples(batches, options.samples or None),
+        Orders(model, anatomy, batches, run, "gram" if own else "norm", made, tokens, workers, norms or SharedNorms()),
+        loss=loss,
+        shares=shares,
+        options=options,
+        seed=seed,
+        progress=progress,
+        journal=journal,
+        workers=workers,
+    )
+
+
+def _compare(text: str | None) -> Compare | None:
+    return "row" if text == "row" else "matrix" if text == "matrix" else None

@@ -1,0 +1,219 @@
+"""From what each part costs at the present allocation to the allocation that would cost least, and steps towards it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ecoflap.allocation import Allocation, LayerSize, allocate
+from ecoflap.allocation.curves import Curve
+from ecoflap.allocation.groups import make_pools
+from ecoflap.allocation.rules import round_to_total
+from ecoflap.model.parts import Layer
+
+# Of the mean cost of a block: what a cheaper one is taken for. A cost at or below 0 is noise, or a loss that falls at
+# first on the way back to dense; taken at its word, such blocks would be emptied, and a fragile model with them.
+_LEAST = 0.1
+_IDLE = 1e-3  # of the mean, for blocks that cost exactly 0: no output depends on them
+_ROUNDING = 1e-9  # a level that is hit exactly but for the rounding of floats
+_OUTSIDE = 1e9  # the slope beyond the reach of a step, to the steepest one inside
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Predicts the loss of an allocation by scaled local errors, Σ c_l·E_l(s_l), and minimises it.
+
+    Attributes:
+        layers: of the model, in its order.
+        errors: layer name to its local error at the sparsities 0, 1/n, …, 1.
+        options: of :func:`ecoflap.allocation.allocate`: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity.
+        reach: how far a single layer's scale may be from that of its block and kind: its cost is the noisiest.
+    """
+
+    layers: Sequence[Layer]
+    errors: Mapping[str, Tensor]
+    options: Mapping[str, Any]
+    reach: float = 4.0
+    _kinds: dict[tuple[str, str], list[Layer]] = field(init=False, repr=False)
+    _blocks: dict[str, list[Layer]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kinds: dict[tuple[str, str], list[Layer]] = {}
+        blocks: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            kinds.setdefault((layer.tower, layer.name.removeprefix(layer.block)), []).append(layer)
+            blocks.setdefault(layer.block, []).append(layer)
+        object.__setattr__(self, "_kinds", kinds)
+        object.__setattr__(self, "_blocks", blocks)
+
+    @property
+    def blocks(self) -> Mapping[str, Sequence[Layer]]:
+        """Block name to its layers."""
+        return self._blocks
+
+    @property
+    def kinds(self) -> Mapping[str, Sequence[Layer]]:
+        """Tower and name inside the block (all ``q_proj`` of a tower), to those layers."""
+        return {f"{tower}{name}": layers for (tower, name), layers in self._kinds.items()}
+
+    def error(self, layer: Layer, zeros: int) -> float:
+        """E_l at so many zeros, between the levels by a straight line."""
+        levels = self.errors[layer.name]
+        place = zeros / layer.numel * (len(levels) - 1)
+        low = min(int(place), len(levels) - 2)
+        return float(levels[low] + (levels[low + 1] - levels[low]) * (place - low))
+
+    def scales(
+        self,
+        zeros: Mapping[str, int],
+        blocks: Mapping[str, float],
+        kinds: Mapping[str, float] | None = None,
+        layers: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """log c_l for every layer, from what blocks, kinds and layers cost now.
+
+        Args:
+            zeros: of the present allocation.
+            blocks: cost of each block. A layer's c is its block's cost over its block's local error.
+            kinds: cost of each kind: a factor on top, the cost over what the blocks' scales predict.
+            layers: cost of each layer: another factor, within ``reach``.
+        """
+        present = {layer.name: self.error(layer, zeros[layer.name]) for layer in self.layers}
+        found: dict[str, float] = {}
+        mean = math.fsum(max(cost, 0.0) for cost in blocks.values()) / len(blocks)
+        for block, members in self._blocks.items():
+            least = mean * (_LEAST if blocks[block] else _IDLE)
+            scale = max(blocks[block], least, 1e-30) / max(math.fsum(present[one.name] for one in members), 1e-30)
+            found.update({one.name: scale for one in members})
+        if kinds is not None:
+            for kind, alike in self.kinds.items():
+                predicted = math.fsum(found[one.name] * present[one.name] for one in alike)
+                factor = min(max(kinds[kind] / max(predicted, 1e-30), 1 / self.reach**2), self.reach**2)
+                found.update({one.name: found[one.name] * factor for one in alike})
+        if layers is not None:
+            for layer in self.layers:
+                predicted = found[layer.name] * present[layer.name]
+                factor = layers[layer.name] / max(predicted, 1e-30)
+                found[layer.name] *= min(max(factor, 1 / self.reach), self.reach)
+        return {name: math.log(scale) for name, scale in found.items()}
+
+    def best(
+        self,
+        scales: Mapping[str, float],
+        granularity: str,
+        here: Mapping[str, int] | None = None,
+        step: float = 1.0,
+    ) -> dict[str, int]:
+        """Zeros of every layer with the least Σ c_l·E_l, exactly within the budget.
+
+        Args:
+            here: the present zeros, which keep the budget, too.
+            step: no unit's sparsity moves further than this from ``here``, but for the distance to the next level of
+                the local errors. Scales are those of the present allocation, and mean little far from it.
+        """
+        groups = self._blocks if granularity == "block" else {layer.name: [layer] for layer in self.layers}
+        top = max(scales.values())  # only ratios count
+        losses = {
+            name: sum((math.exp(scales[one.name] - top) * self.errors[one.name] for one in members), torch.zeros(()))
+            for name, members in groups.items()
+        }
+        if here is not None and step < 1:
+            steep = _OUTSIDE * max(float(curve.diff().max()) for curve in losses.values())
+            for name, members in groups.items():
+                share = sum(here[one.name] for one in members) / sum(one.numel for one in members)
+                losses[name] = _within(losses[name], share, step, steep)
+        data = {}
+        for name, curve in losses.items():
+            count = len(curve) - 1
+            data[name] = Curve(tuple(i / count for i in range(1, count + 1)), tuple(curve[1:].tolist()))
+        sizes = [LayerSize(a.name, a.tower, a.block, a.numel, None, a.modality, a.shape) for a in self.layers]
+        found = allocate(sizes, granularity=granularity, rule="curves", data=data, **self.options)
+        return {row.name: row.zeros for row in found.layers}
+
+
+def _within(losses: Tensor, share: float, step: float, steep: float) -> Tensor:
+    """(levels + 1,): free up to ``share`` - ``step``, all but forbidden from ``share`` + ``step`` on, as given between.
+
+    So a solver that takes the cheapest weights first ends inside, as there is a solution at ``share`` for every unit.
+    """
+    count = len(losses) - 1
+    low = max(0, math.floor((share - step) * count + _ROUNDING))
+    high = min(count, math.ceil((share + step) * count - _ROUNDING))
+    found = (losses - losses[low]).clamp(min=0)
+    found[high + 1 :] += steep * torch.arange(1, count - high + 1, dtype=found.dtype)
+    return found
+
+
+Budgets = Sequence[Sequence[str]]
+"""Names of the layers that share a budget, for each."""
+
+
+def budgets_of(allocation: Allocation, options: Mapping[str, Any]) -> Budgets:
+    """The budgets of an allocation that was made with these options."""
+    sizes = [LayerSize(r.name, r.tower, r.block, r.weights, None, r.modality, r.shape) for r in allocation.layers]
+    pools = make_pools(
+        sizes,
+        Fraction(str(allocation.sparsity)),
+        str(options.get("budget", "global")),
+        options.get("tower_sparsity") or {},
+    )
+    return [[layer.name for layer in pool.layers] for pool in pools]
+
+
+def between(here: Mapping[str, int], there: Mapping[str, int], step: float, budgets: Budgets) -> dict[str, int]:
+    """Zeros of each layer a part ``step`` of the way from ``here`` to ``there``; every budget's sum stays exact."""
+    part = Fraction(str(step))
+    found: dict[str, int] = {}
+    for names in budgets:
+        exact = [here[name] + part * (there[name] - here[name]) for name in names]
+        found.update(zip(names, round_to_total(exact, sum(here[name] for name in names), names), strict=True))
+    return found
+
+
+def filled(
+    zeros: Mapping[str, int],
+    idle: Collection[str],
+    layers: Sequence[Layer],
+    budgets: Budgets,
+    cap: float | None,
+    floor: float,
+) -> dict[str, int]:
+    """``zeros`` with those of ``idle`` layers at the cap, and as many fewer in the others of their budget.
+
+    The others give in proportion to what they have above ``floor``; where that is less than the idle ones could take,
+    these take it in proportion to their room. Every budget's sum stays exact.
+    """
+    sizes = {layer.name: layer.numel for layer in layers}
+    found = dict(zeros)
+    for names in budgets:
+        room = {
+            one: max(0, math.floor((1.0 if cap is None else cap) * sizes[one]) - zeros[one])
+            for one in names
+            if one in idle
+        }
+        spare = {one: max(0, zeros[one] - math.ceil(floor * sizes[one])) for one in names if one not in idle}
+        takers, givers = sum(room.values()), sum(spare.values())
+        amount = min(takers, givers)
+        if amount:
+            moved = {one: Fraction(amount * count, takers) for one, count in room.items()}
+            moved |= {one: -Fraction(amount * count, givers) for one, count in spare.items()}
+            exact = [zeros[one] + moved[one] for one in names]
+            found.update(zip(names, round_to_total(exact, sum(zeros[one] for one in names), names), strict=True))
+    return found
+
+
+def flattened(zeros: Mapping[str, int], layers: Sequence[Layer], budgets: Budgets) -> dict[str, int]:
+    """The same zeros spread evenly over the weights of each budget."""
+    sizes = {layer.name: layer.numel for layer in layers}
+    found: dict[str, int] = {}
+    for names in budgets:
+        total, whole = sum(zeros[name] for name in names), sum(sizes[name] for name in names)
+        exact = [Fraction(total * sizes[name], whole) for name in names]
+        found.update(zip(names, round_to_total(exact, total, names), strict=True))
+    return found

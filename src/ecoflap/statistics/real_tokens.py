@@ -1,0 +1,134 @@
+"""Which tokens of a call are real by the block's own attention masks, which its parent made for that very call.
+
+Which of the tokens that a router sent to an expert are real: found again by their content.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BLOCKED = -1e4  # an additive mask holds 0 and less than this (fp16 has no room for much less)
+# A block that leads queries and text through layers of their own (Q-Former) names the queries' layers so.
+QUERY_WORDS = ("query", "cross")
+
+
+@dataclass(frozen=True)
+class OwnMasks:
+    """Real tokens by the masks of one call of a block.
+
+    Attributes:
+        tokens: bool ``[batch, tokens]`` of the block's own sequence; None where its mask does not say (there is none,
+            or it is causal, so that it mixes order with padding).
+        others: the same for the encoder's sequence that the block attends to; None where it does not say.
+        attends: the block has an argument for the mask of ``others``: without a mask all of them are real.
+        queries: number of query tokens in front of the text, 0 where the block knows of none.
+    """
+
+    tokens: Tensor | None
+    others: Tensor | None
+    attends: bool
+    queries: int
+
+    def of(self, x: Tensor, module: str) -> Tensor | None:
+        """Real tokens of a layer's input: all of the block's own, its queries alone, or its text alone.
+
+        Args:
+            x: ``[batch, tokens, features]``, or ``[batch · tokens, features]``.
+            module: path of the layer, which tells queries from text if there are as many of either.
+        """
+        mask = self.tokens
+        if mask is None:
+            return None
+        if x.shape[:-1] in (mask.shape, (mask.numel(),)):
+            return mask.reshape(x.shape[:-1])
+        if x.dim() != 3 or len(x) != len(mask) or not self.queries:
+            return None
+        text = mask.shape[1] - self.queries
+        if x.shape[1] == self.queries and (text != self.queries or _names_queries(module)):
+            return mask[:, : self.queries]
+        return mask[:, self.queries :] if x.shape[1] == text else None
+
+
+def _names_queries(module: str) -> bool:
+    return any(word in module for word in QUERY_WORDS)
+
+
+def own_masks(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OwnMasks:
+    """The masks among the arguments of a call, found by the names of the block's parameters."""
+    try:
+        named = inspect.signature(type(block).forward).bind_partial(block, *args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return OwnMasks(None, None, False, 0)
+    named = {**named, **named.get("kwargs", {})}
+    queries = named.get("query_length")
+    return OwnMasks(
+        tokens=_real(named.get("attention_mask")),
+        others=_real(named.get("encoder_attention_mask")),
+        attends="encoder_attention_mask" in inspect.signature(type(block).forward).parameters,
+        queries=queries if isinstance(queries, int) else 0,
+    )
+
+
+def _real(mask: Any) -> Tensor | None:
+    """``[batch, keys]``, True where a key may be attended to, if that is the same for every query and head."""
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:  # of integers it marks real tokens; anything else may be one of queries and keys
+        return None if mask.is_floating_point() or mask.dtype == torch.bool else mask != 0
+    if mask.is_floating_point():
+        allowed = mask == 0
+        if not (allowed | (mask <= BLOCKED)).all():
+            return None  # it carries a position bias too
+    else:
+        allowed = mask != 0
+    first, last = allowed[:, :1, :1], allowed[:, :1, -1:]
+    if not (torch.equal(first, last) and (allowed == first).all()):
+        return None
+    return first[:, 0, 0]
+
+
+_CHUNK = 1 << 22  # numbers hashed at a time
+
+
+def row_hashes(x: Tensor) -> Tensor:
+    """A 64-bit hash of the bits of each row of ``x`` (tokens, features): (tokens,) int64.
+
+    Sums of products with fixed odd numbers modulo 2⁶⁴: no rounding, so that a copied row has the same hash wherever
+    it stands. Two unlike rows share one with a chance of about 2⁻⁶³.
+    """
+    x = x.detach().contiguous()
+    words = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(1 << 62), 1 << 62, (words.shape[1],), generator=generator) * 2 + 1
+    factors = factors.to(x.device)
+    rows = max(1, _CHUNK // max(1, words.shape[1]))
+    return torch.cat([(part.to(torch.int64) * factors).sum(1) for part in torch.split(words, rows)])
+
+
+class RoutedTokens:
+    """The tokens that entered a mixture, real and padded, of one call.
+
+    Args:
+        x: (..., features), what the mixture received.
+        real: bool, the leading dimensions of ``x``, True = real.
+    """
+
+    def __init__(self, x: Tensor, real: Tensor) -> None:
+        hashes = row_hashes(x.reshape(-1, x.shape[-1]))
+        self._all, self._real = hashes, hashes[real.reshape(-1)]
+
+    def real_among(self, x: Tensor) -> Tensor | None:
+        """(tokens,) bool: which rows of ``x`` (tokens, features) are copies of real tokens.
+
+        None if some row is no copy of any token, because the mixture scales what it routes: nothing is known then.
+        """
+        hashes = row_hashes(x.reshape(-1, x.shape[-1]))
+        if not torch.isin(hashes, self._all).all():
+            return None
+        return torch.isin(hashes, self._real)

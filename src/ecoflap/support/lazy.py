@@ -1,0 +1,26 @@
+"""Names of a package that are imported when first used, so that ``import ecoflap`` and ``--help`` need no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of ``package`` (PEP 562).
+
+    Args:
+        package: its ``__name__``, for the message.
+        homes: public name to the module that defines it.
+
+    Raises:
+        AttributeError: by what is returned, for a name that is not in ``homes``.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name in homes:
+            return getattr(import_module(homes[name]), name)
+        raise AttributeError(f"module '{package}' has no attribute '{name}'")
+
+    return getattribute

@@ -1,0 +1,170 @@
+"""Workers that are processes of torch.distributed: NCCL between GPUs, gloo for all else.
+
+What workers tell each other, as bytes: JSON for the structure, safetensors for the tensors in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ecoflap.errors import WorkerLost
+from ecoflap.support import torchrun
+from ecoflap.support.workers import ALONE, Workers, launched
+
+_TENSOR = "\0tensor"  # the one key of a dict that stands for a tensor
+_LENGTH = 8  # bytes of the number in front, the JSON's length
+
+
+def pack(tree: Any) -> bytes:
+    """A tree of dicts with string keys, lists, tuples, strings, numbers, None and tensors as bytes."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_plain(tree, tensors)).encode()
+    # Cloned: safetensors refuses tensors that share their memory.
+    kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return len(text).to_bytes(_LENGTH, "big") + text + (save_tensors(kept) if kept else b"")
+
+
+def unpack(data: bytes) -> Any:
+    """What :func:`pack` was given; tuples are lists, tensors lie on the CPU."""
+    end = _LENGTH + int.from_bytes(data[:_LENGTH], "big")
+    return _decoded(json.loads(data[_LENGTH:end]), load_tensors(data[end:]) if len(data) > end else {})
+
+
+def _plain(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        name = str(len(tensors))
+        tensors[name] = node
+        return {_TENSOR: name}
+    if isinstance(node, Mapping):
+        if not all(isinstance(key, str) for key in node):
+            raise TypeError("keys of what workers tell each other are strings")
+        return {key: _plain(value, tensors) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_plain(value, tensors) for value in node]
+    return node
+
+
+def _decoded(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(node, dict):
+        return tensors[node[_TENSOR]] if _TENSOR in node else {key: _decoded(v, tensors) for key, v in node.items()}
+    return [_decoded(value, tensors) for value in node] if isinstance(node, list) else node
+
+
+# How long a worker waits for another. One that ends is noticed at once, and torchrun notices a lost machine; this is
+# for a network that swallows everything, and must be longer than the slowest worker may lag behind.
+PATIENCE = timedelta(hours=4)
+
+
+@contextmanager
+def joined() -> Iterator[Workers]:
+    """This process among those that were launched with it; :data:`ALONE` for one that was started by itself.
+
+    Raises:
+        WorkerLost: the others can't be reached.
+    """
+    found = launched()
+    if found is None:
+        yield ALONE
+        return
+    devices = torch.cuda.device_count()
+    direct = devices >= int(os.environ.get("LOCAL_WORLD_SIZE", found.local + 1)) > 0
+    if devices:
+        torch.cuda.set_device(found.local % devices)
+    backend, options = "cpu:gloo,cuda:nccl" if direct else "gloo", dict[str, Any]()
+    with _whole():
+        if (store := torchrun.store()) is not None:
+            options = {"store": torchrun.round_of(store, found), "rank": found.rank, "world_size": found.count}
+        dist.init_process_group(backend, timeout=PATIENCE, **options)
+    workers = Processes(found.rank, found.count, found.local, direct)
+    yield workers
+    # Not after an error: with a worker gone this might wait for it, and the process ends anyway.
+    workers.gather(None)
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what all backends raise for a peer that is gone
+        raise WorkerLost("another worker has ended; the same command with --resume goes on from here") from error
+
+
+@dataclass(frozen=True)
+class Processes(Workers):
+    """One of several processes.
+
+    Attributes:
+        direct: tensors go from GPU to GPU; otherwise by way of the CPU, as when workers share a GPU.
+    """
+
+    direct: bool = False
+
+    def gather(self, tree: Any) -> list[Any]:
+        own = _bytes(pack(tree))
+        with _whole():
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+            dist.all_gather(sizes, torch.tensor([len(own)]))
+            longest = max(int(size) for size in sizes)
+            padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+            found = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(found, padded)
+        return [unpack(data[: int(size)].numpy().tobytes()) for data, size in zip(found, sizes, strict=True)]
+
+    def broadcast(self, tree: Any) -> Any:
+        data = _bytes(pack(tree) if self.first else b"")
+        size = torch.tensor([len(data)])
+        with _whole():
+            dist.broadcast(size, 0)
+            data = data if self.first else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, 0)
+        return unpack(data.numpy().tobytes())
+
+    def spread(self, tensor: Tensor, source: int) -> None:
+        with self._placed(tensor) as moved, _whole():
+            dist.broadcast(_raw(moved), source)
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        with self._placed(tensor) as moved, _whole():
+            dist.send(_raw(moved), to)
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        with self._placed(tensor) as moved, _whole():
+            dist.recv(_raw(moved), source)
+
+    @contextmanager
+    def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
+        """``tensor`` whole and where it can travel; what is written there is written into it."""
+        # A device map may have put it on another GPU than the one by which this worker speaks.
+        place = torch.device("cuda", torch.cuda.current_device()) if self.direct and tensor.is_cuda else "cpu"
+        moved = tensor.to(place).contiguous()
+        yield moved
+        if moved.data_ptr() != tensor.data_ptr() or moved.device != tensor.device:
+            tensor.copy_(moved)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes of a whole tensor: gloo does not know all dtypes."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def device_of(wanted: str, workers: Workers) -> str:
+    """The device of this worker: with ``auto`` and several workers, the GPU of its number on its machine."""
+    devices = torch.cuda.device_count() if wanted == "auto" and workers.count > 1 else 0
+    return f"cuda:{workers.local % devices}" if devices else wanted

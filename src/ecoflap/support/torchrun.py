@@ -1,0 +1,90 @@
+"""What torchrun's store, which outlives the workers, tells those that were started anew."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ecoflap.errors import WorkerLost
+from ecoflap.support.workers import Workers, launched
+
+_REACH = timedelta(seconds=10)  # to reach the store, which is there or not
+_COMING = timedelta(minutes=15)  # from the first worker's start to the last one's, imports and slow disks included
+_GLANCE = 0.02  # seconds between two looks
+ROUND = "ECOFLAP_ROUND"  # of this process's own environment: the name of its round, for who tells the user of an error
+
+
+def store() -> Any | None:
+    """The store of torchrun, a TCPStore; None where workers were launched otherwise, or it can't be reached."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_REACH
+        )
+    except (KeyError, ValueError, RuntimeError):
+        return None
+
+
+def round_of(store: Any, own: Workers) -> Any:
+    """The store under a prefix that these workers have for themselves.
+
+    torchrun gives workers that it starts anew the store of those before them, with the addresses of the dead in it;
+    and the count of restarts is not the same on all machines. So worker 0 names the round, and welcomes everyone: what
+    it finds may be a greeting of before, hence it goes on until all have answered by the name.
+
+    Raises:
+        WorkerLost: not all came.
+    """
+    name = uuid.uuid4().hex
+    deadline = time.monotonic() + _COMING.total_seconds()
+    if not own.first:
+        store.set(f"ecoflap/hello/{own.rank}", name)
+        store.wait([f"ecoflap/welcome/{name}"], _COMING)
+        name = store.get(f"ecoflap/welcome/{name}").decode()
+        store.set(f"ecoflap/here/{name}/{own.rank}", "yes")
+    missing = list(range(1, own.count)) if own.first else []
+    while missing:
+        for rank in missing:
+            if store.check([f"ecoflap/hello/{rank}"]):
+                store.set(f"ecoflap/welcome/{store.get(f'ecoflap/hello/{rank}').decode()}", name)
+        missing = [rank for rank in missing if not store.check([f"ecoflap/here/{name}/{rank}"])]
+        if time.monotonic() > deadline:
+            raise WorkerLost(f"worker {missing[0]} has not come: look at its machine's output, and launch again")
+        time.sleep(_GLANCE)
+    os.environ[ROUND] = name
+    return dist.PrefixStore(f"ecoflap/round/{name}", store)  # type: ignore[attr-defined]
+
+
+def first_to_fail() -> bool:
+    """Whether no other worker of this round has told the user yet why it ends."""
+    kept, found = store(), launched()
+    if kept is None or found is None:
+        return found is None or found.first
+    name = os.environ.get(ROUND, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    try:
+        return int(kept.add(f"ecoflap/failed/{name}", 1)) == 1
+    except RuntimeError:
+        return found.first
+
+
+def note_begun(run: Path) -> None:
+    """Let workers that are started anew know that the run in this folder is of this very launch."""
+    if (kept := store()) is not None:
+        kept.set(_begun(run), "yes")
+
+
+def begun(run: Path) -> bool:
+    """Whether this launch has begun the run in this folder, before its workers were started anew."""
+    kept = store()
+    return kept is not None and bool(kept.check([_begun(run)]))
+
+
+def _begun(run: Path) -> str:
+    return f"ecoflap/begun/{run.expanduser().absolute()}"

@@ -1,0 +1,41 @@
+"""A comparison whose process was killed goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from grids import grid_of, table
+
+from ecoflap.run.compare.grid import run_grid
+from ecoflap.run.compare.record import read_comparison
+
+
+def test_killed(data: Path) -> None:
+    text = str(data / "prose.txt")
+    job = [
+        sys.executable, "-m", "ecoflap", "compare", str(data / "llama"), "--calibration", text, "--test", text,
+        "--test-samples", "3", "--samples", "6", "--importance-samples", "4", "--batch-size", "2",
+        "--sequence-length", "12", "--methods", "wanda,zeroth-order+wanda", "--sparsities", "0.5:0.7:0.1",
+        "--seeds", "0,1", "-o", "killed", "--resume", "--quiet",
+    ]  # fmt: skip
+    cells = data / "killed" / "cells"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(job, cwd=data, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (len(list(cells.glob("*.json"))) if cells.is_dir() else 0) < 4:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == -9, err
+    assert not (data / "killed" / "compare.json").exists()
+    grid = grid_of(data, methods="wanda,zeroth-order+wanda", sparsities="0.5:0.7:0.1")
+    run_grid(grid, data / "killed", resume=True)
+    whole = run_grid(grid, data / "undisturbed")
+    assert table(read_comparison(data / "killed")) == table(whole)
+    for kind in ("importance", "cells"):
+        names = [sorted(path.name for path in (data / run / kind).iterdir()) for run in ("killed", "undisturbed")]
+        assert names[0] == names[1]

@@ -1,0 +1,1 @@
+"""Makes the embedded VLM: its data, its training and its scores. Not part of the package."""
