@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from embedded_vlm.data import Encoder, Pictures, description, normalise
 from embedded_vlm.easy_vqa import Picture
 from embedded_vlm.model import NUM_QUERIES
@@ -19,7 +21,6 @@ from embedded_vlm.questions import Question, ask_any, caption
 from embedded_vlm.scenes import Scene
 from embedded_vlm.steps import optimise
 from embedded_vlm.text import CAPTION_EVERY, by_kind, easy_caption, exact_match
-from torch import Tensor, nn
 
 IGNORE = -100
 TEMPERATURE = 32.0  # of the squared distance to a word's embedding; two random words are about 2 x 128 apart

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from embedded_vlm.easy_vqa import Picture
 from embedded_vlm.questions import KINDS, Question, ask, caption
 from embedded_vlm.scenes import Scene, render, sample_scene
-from PIL import Image
 
 CALIBRATION_SAMPLES = 256
 TEST_EASY = 750

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageChops
+from torch import Tensor
+
 from embedded_vlm.easy_vqa import Picture
 from embedded_vlm.model import IMAGE_SIZE, PATCH
 from embedded_vlm.questions import Question
 from embedded_vlm.scenes import COLORS, GRID, PICTURE_SIZE, SHAPES, Scene, Thing, render
 from embedded_vlm.tokenizer import FILLER
-from PIL import Image, ImageChops
-from torch import Tensor
 
 PATCHES = (IMAGE_SIZE // PATCH) ** 2
 IGNORE = -100

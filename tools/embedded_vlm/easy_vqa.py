@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ecoflap.errors import CalibrationError
 from embedded_vlm.questions import Question
 from embedded_vlm.scenes import COLORS, SHAPES
-
-from ecoflap.errors import CalibrationError
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from embedded_vlm.data import Encoder, description
 from embedded_vlm.easy_vqa import Picture
 from embedded_vlm.questions import CAPTION_PROMPT, Question, ask_any, caption
 from embedded_vlm.scenes import GRID, Scene, Thing, all_things, sample_scene
 from embedded_vlm.steps import optimise
-from torch import Tensor
 
 EASY_SHARE = 0.12
 CAPTION_EVERY = 6  # one batch in six is of captions

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from embedded_vlm.data import IGNORE, LABEL_SIZES, LABELS, Pictures, normalise
 from embedded_vlm.steps import optimise
-from torch import Tensor, nn
 
 EASY_EVERY = 3
 
