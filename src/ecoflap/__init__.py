@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from ecoflap.model.packed.register import register
 from ecoflap.support.lazy import lazily
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ecoflap.importance.measure import measure_importance
     from ecoflap.importance.scores import Importance, Score
     from ecoflap.model.checkpoint import load
+    from ecoflap.model.packed.convert import pack
     from ecoflap.model.save import save
     from ecoflap.report.analysis.run import analyse
     from ecoflap.report.card import write_model_card
@@ -30,6 +32,7 @@ __all__ = [
     "inspect",
     "load",
     "measure_importance",
+    "pack",
     "prune",
     "push",
     "save",
@@ -53,10 +56,12 @@ _HOMES = {
     "inspect": "ecoflap.api",
     "load": "ecoflap.model.checkpoint",
     "measure_importance": "ecoflap.importance.measure",
+    "pack": "ecoflap.model.packed.convert",
     "prune": "ecoflap.api",
     "push": "ecoflap.report.hub",
     "save": "ecoflap.model.save",
     "write_model_card": "ecoflap.report.card",
 }
 
+register()  # so that transformers loads packed checkpoints; imports nothing
 __getattr__ = lazily(__name__, _HOMES)

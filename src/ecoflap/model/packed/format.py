@@ -136,7 +136,7 @@ def packed_bytes(weight: Tensor, values: str = "auto", group_size: int = 0) -> i
 
 def worth_packing(weight: Tensor, values: str = "auto", group_size: int = 0) -> bool:
     """Whether packing makes ``weight`` smaller by more than a few per cent."""
-    if weight.dim() < 2 or not weight.is_floating_point() or weight.numel() < 1024:
+    if weight.dim() < 2 or not weight.is_floating_point():
         return False
     return packed_bytes(weight, values, group_size) < _WORTH * weight.nbytes
 

@@ -1,0 +1,113 @@
+"""Packs the sparse layers of a model in place, and unpacks them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecoflap.errors import InvalidOption
+from ecoflap.model.packed.format import pack_weight, worth_packing
+from ecoflap.model.packed.linear import PackedLinear
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """What :func:`pack` did.
+
+    Attributes:
+        layers: path of each packed layer.
+        dense_bytes: what their weights took before.
+        packed_bytes: what they take now.
+        other_bytes: all other parameters and buffers, which stay as they are.
+    """
+
+    layers: tuple[str, ...]
+    dense_bytes: int
+    packed_bytes: int
+    other_bytes: int
+
+
+def pack(model: nn.Module, *, values: str = "auto", group_size: int = 0) -> PackedModel:
+    """Pack the weight of every linear layer (``nn.Linear``, transformers' Conv1D) with enough zeros, in place.
+
+    The model computes the same within the rounding of a sum in float32 ("auto"), takes less memory, and saves with
+    ``save_pretrained`` as a packed checkpoint. Weights that several modules share and layers with less than about a
+    tenth of zeros stay dense.
+
+    Args:
+        values: "auto" keeps the dtype and every bit; "int8" rounds the non-zeros to 8 bits.
+        group_size: columns that share a scale of int8 values, a multiple of 64; 0: the whole row.
+
+    Raises:
+        InvalidOption: unknown ``values`` or group size, weights that are not in memory, or nothing to pack.
+    """
+    layers: list[str] = []
+    transposed: list[str] = []
+    before = after = 0
+    for name, layer in list(packable(model)):
+        if layer.weight.is_meta:
+            raise InvalidOption(f"'{name}' is not in memory: load the model without a device map to pack it")
+        if not worth_packing(layer.weight):
+            continue
+        turned = not isinstance(layer, nn.Linear)
+        weight = layer.weight.detach()
+        packed = pack_weight(weight.t().contiguous() if turned else weight, values, group_size)
+        before, after = before + weight.nbytes, after + packed.nbytes
+        replace(model, name, PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype))
+        layers.append(name)
+        transposed += [name] if turned else []
+    if not layers:
+        raise InvalidOption(f"no layer of {type(model).__name__} has enough zeros to get smaller: prune it first")
+    if hasattr(model, "save_pretrained"):
+        from ecoflap.model.packed.quantizer import mark
+
+        mark(model, values, group_size)
+    seen = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return PackedModel(tuple(layers), before, after, sum(seen.values()) - after)
+
+
+def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Put plain layers in the place of the packed ones, in ``dtype`` (None: each its own); ``model`` itself."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
+        weight = layer.dense_weight(dtype)
+        plain: Any
+        if layer.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                plain = Conv1D(layer.out_features, layer.in_features)
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=True)
+        plain.bias = layer.bias
+        plain.train(layer.training)
+        replace(model, name, plain)
+    return model
+
+
+def packable(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Linear layers by their paths whose weight no other module has or reads past their forward."""
+    owners = Counter(
+        id(weight) for module in model.modules() if (weight := module._parameters.get("weight")) is not None
+    )
+    inside = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)  # multiplies by its projections' weights itself
+        for name, _ in module.named_modules()
+    }
+    for name, module in model.named_modules():
+        plain = type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+        if plain and name and name not in inside and owners[id(module.weight)] == 1:
+            yield name, module
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at the path ``name``."""
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module

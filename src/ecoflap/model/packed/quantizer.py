@@ -1,0 +1,153 @@
+"""Packed checkpoints for transformers: what ``from_pretrained`` and ``save_pretrained`` ask of a quantisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ecoflap.errors import CheckpointError
+from ecoflap.model.packed.convert import pack, replace, unpack
+from ecoflap.model.packed.format import GROUP_STEP, VALUES, PackedWeight
+from ecoflap.model.packed.linear import PackedLinear
+
+METHOD = "ecoflap"
+VERSION = 1
+
+
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The entry ``quantization_config`` of a packed checkpoint's ``config.json``.
+
+    Args:
+        format: "bitmask", the only one.
+        values: "auto" or "int8", as in :func:`ecoflap.pack`.
+        group_size: columns that share a scale of int8 values; 0: the whole row.
+        layers: number of stored values of each packed layer.
+        transposed: those whose file holds the transpose of the layer's weight.
+        version: of the format.
+
+    Raises:
+        CheckpointError: a newer version or another format, or entries that can't be read.
+    """
+
+    def __init__(
+        self,
+        format: str = "bitmask",
+        values: str = "auto",
+        group_size: int = 0,
+        layers: dict[str, int] | None = None,
+        transposed: list[str] | None = None,
+        version: int = VERSION,
+        **_: Any,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        self.format, self.values, self.group_size, self.version = format, values, group_size, version
+        self.layers, self.transposed = layers or {}, transposed or []
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        if not isinstance(self.version, int) or self.version > VERSION or self.format != "bitmask":
+            raise CheckpointError(
+                f"the checkpoint is packed in format '{self.format}' {self.version}, and this ecoflap reads 'bitmask' "
+                f"up to {VERSION}: install a newer ecoflap"
+            )
+        whole = (
+            self.values in VALUES
+            and isinstance(self.group_size, int)
+            and self.group_size >= 0
+            and self.group_size % GROUP_STEP == 0
+            and isinstance(self.layers, dict)
+            and all(isinstance(count, int) and 0 <= count < 1 << 48 for count in self.layers.values())
+            and isinstance(self.transposed, list)
+        )
+        if not whole:
+            raise CheckpointError("the quantization_config in config.json is damaged: download or pack the model again")
+
+
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed layers into a model before its weights are loaded, and checks them afterwards."""
+
+    requires_calibration = False
+    is_trainable = True  # all but the packed weights; Trainer asks this even to evaluate
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **__: Any) -> bool:
+        """Which tensors may differ in shape from what the configuration led to expect: they are checked afterwards."""
+        path, _, name = param_name.rpartition(".")
+        return isinstance(model.get_submodule(path), PackedLinear) and name != "bias"
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        if not self.pre_quantized:
+            return model
+        config = self.quantization_config
+        for path, count in config.layers.items():
+            if (found := _find(model, path)) is None:
+                continue  # of a head that this class has not
+            name, layer = found
+            turned = path in config.transposed
+            weight = layer.weight
+            rows, columns = (weight.shape[1], weight.shape[0]) if turned else weight.shape
+            int8 = config.values == "int8"
+            groups = -(-columns // config.group_size) if config.group_size else 1
+            with torch.device("meta"):
+                packed = PackedWeight(
+                    torch.empty(count, dtype=torch.int8 if int8 else weight.dtype),
+                    torch.empty(rows, -(-columns // 8), dtype=torch.uint8),
+                    torch.empty(rows, dtype=torch.int64),
+                    (rows, columns),
+                    torch.empty(rows, groups, dtype=torch.float32) if int8 else None,
+                    config.group_size if int8 else 0,
+                )
+                made = PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype)
+            replace(model, name, made)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        if not self.pre_quantized:
+            pack(model, values=self.quantization_config.values, group_size=self.quantization_config.group_size)
+            return model
+        for name, layer in model.named_modules():
+            if not isinstance(layer, PackedLinear):
+                continue
+            for part, tensor in [*layer.named_parameters(), ("shape", layer.shape)]:
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    raise CheckpointError(f"the packed weight '{name}' lacks its {part}: download or pack it again")
+            layer.verify(name)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return unpack(model)
+
+
+def mark(model: Any, values: str, group_size: int) -> None:
+    """Tell transformers that ``model`` is packed, so that it saves the model as such."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    config = PackedConfig(
+        values=values,
+        group_size=group_size,
+        layers={name: layer.compressed.numel() for name, layer in layers.items()},
+        transposed=[name for name, layer in layers.items() if layer.transposed],
+    )
+    model.config.quantization_config = config
+    model.hf_quantizer = PackedQuantizer(config)
+    model.is_quantized, model.quantization_method = True, METHOD
+
+
+def _find(model: nn.Module, path: str) -> tuple[str, Any] | None:
+    """The linear layer at ``path``, or there without or with the prefix that a head adds to its backbone."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for name in (path, path.removeprefix(prefix), prefix + path):
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if hasattr(module, "weight") and getattr(module.weight, "dim", lambda: 0)() == 2:
+            return name, module
+    return None

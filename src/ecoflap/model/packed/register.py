@@ -1,0 +1,69 @@
+"""Makes packed checkpoints known to transformers without importing it: ``import ecoflap`` stays quick.
+
+transformers has no entry points, so its table of quantisations can only be filled once it is imported. Where it is,
+that is done at once; else a finder waits for the one module that holds the table, fills it as soon as that has been
+imported, and leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+_TABLE = "transformers.quantizers.auto"
+_log = logging.getLogger("ecoflap")
+
+
+def register() -> None:
+    """Register the method "ecoflap" now or as soon as transformers is imported; again is harmless."""
+    if _TABLE in sys.modules:
+        _fill(sys.modules[_TABLE])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _fill(table: Any) -> None:
+    try:
+        from ecoflap.model.packed.quantizer import METHOD, PackedConfig, PackedQuantizer
+
+        if METHOD not in table.AUTO_QUANTIZER_MAPPING:
+            table.register_quantization_config(METHOD)(PackedConfig)
+            table.register_quantizer(METHOD)(PackedQuantizer)
+    except Exception as error:  # of a transformers that we don't know: it must go on working without us
+        _log.warning("packed checkpoints can't be loaded with this transformers (%s)", error)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the table's module as it would be found anyway, and fills the table after its import."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    def __init__(self, real: Loader) -> None:
+        self._real = real
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._real.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None:
+            spec.loader = module.__loader__ = self._real  # as if we had never been there
+        self._real.exec_module(module)
+        _fill(module)
