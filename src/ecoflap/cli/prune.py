@@ -6,18 +6,19 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ecoflap.cli.app import GRID_FIELDS, PRIVATE, Command, Json, Quiet, app, flag, print_json, progress_to, say_line
 from ecoflap.cli.options import OUTPUT, with_recipe_options
+from ecoflap.cli.packed import packed_line, packed_to
 from ecoflap.cli.terminal import standard_error, standard_output
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.run.compare.folder import PAGE, TABLE, GridDirectory
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.directory import RunDirectory
-from ecoflap.run.names import METRICS, MODEL, REPORT
+from ecoflap.run.names import METRICS, MODEL, PACKED, REPORT
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.workers import ALONE, launched
 
@@ -39,6 +40,7 @@ def prune(
                      show_default=False, rich_help_panel=OUTPUT),
     ] = None,
     private: Annotated[bool, flag("--private", text=PRIVATE)] = False,
+    pack: Annotated[bool, flag("--pack", text="Write the model packed, too: RUN/packed.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -76,13 +78,20 @@ def prune(
         return
     from ecoflap.cli.tables import summary_table
 
+    packed = (
+        packed_to(str(run / MODEL), run / PACKED, "auto", 0, True, recipe.trust_remote_code, quiet) if pack else None
+    )
     pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     if as_json:
-        uploaded = {} if push_to_hub is None else {"pushed": pushed}
-        print_json({"run": str(run), **uploaded, **json.loads((run / METRICS).read_text("utf-8"))})
+        more: dict[str, Any] = {} if push_to_hub is None else {"pushed": pushed}
+        if packed is not None:
+            more["packed"] = packed
+        print_json({"run": str(run), **more, **json.loads((run / METRICS).read_text("utf-8"))})
     elif not quiet:
         standard_output().print(summary_table(run))
         typer.echo(f"model   {run / MODEL}\nreport  {run / REPORT}")
+        if packed is not None:
+            typer.echo(packed_line(packed))
         if pushed:
             typer.echo(f"pushed  {pushed}")
     if failure is not None:

@@ -22,6 +22,7 @@ from ecoflap.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PACKED, BITMASK = "ecoflap", "sparse-bitmask"  # quantisations whose weights can be unpacked
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_SECONDS = 10.0  # how long to wait for the hub before saying that it can't be reached
@@ -104,13 +105,42 @@ def _from_folder(folder: Path, gguf_file: str | None) -> Files:
     config = _json(folder / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"'{folder / 'config.json'}' is not a model configuration: it holds no JSON object")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "some method")
+    if method := quantisation(config):
+        if method == PACKED:
+            return Files(folder, config, None, _shards(folder, names, config))
+        if method == BITMASK:
+            raise CheckpointError(f"'{folder}' is packed by compressed-tensors: unpack it first, with 'ecoflap unpack'")
         raise CheckpointError(
             f"the weights in '{folder}' are quantised ({method}), so there are no single weights to prune: "
             "give the unquantised checkpoint"
         )
     return Files(folder, config, None, _shards(folder, names, config))
+
+
+def safetensors_of(folder: Path) -> tuple[Path, ...]:
+    """The weight files of a model folder, each present and whole.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    return _shards(folder, sorted(entry.name for entry in folder.iterdir()), {})
+
+
+def quantisation(config: dict[str, Any]) -> str | None:
+    """The method in ``config.json``: PACKED for ours, BITMASK for old sparse checkpoints, None for plain weights."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found and isinstance(config.get("sparsity_config"), dict):
+        found = {"sparsity_config": config["sparsity_config"]}
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        return "some method"
+    sparsity = found.get("sparsity_config")
+    plain = not found.get("config_groups") and found.get("quantization_status") in (None, "ignored")
+    formats = (found.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None)
+    if plain and BITMASK in formats:
+        return BITMASK
+    return str(found.get("quant_method", "some method"))
 
 
 def _without_config(folder: Path, names: list[str]) -> Files:

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,19 @@ def save(checkpoint: Checkpoint, folder: str | Path, *, overwrite: bool = False)
         StorageError: disk full, no permission; nothing is left behind.
         CheckpointError: transformers refuses to save this model.
     """
+    with replacing(folder, overwrite=overwrite) as partial:
+        _write(checkpoint, partial)
+    return Path(folder).expanduser().absolute()
+
+
+@contextmanager
+def replacing(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden folder beside ``folder`` to write a model into; it takes the place of ``folder`` if nothing fails.
+
+    Raises:
+        OutputExists: ``folder`` holds something and ``overwrite`` is false.
+        StorageError: disk full, no permission; nothing is left behind.
+    """
     folder = Path(folder).expanduser().absolute()
     if not overwrite and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         raise OutputExists(f"'{folder}' already holds something: choose another folder or overwrite it")
@@ -43,7 +58,7 @@ def save(checkpoint: Checkpoint, folder: str | Path, *, overwrite: bool = False)
     try:
         _remove(partial)  # of a run that was killed
         partial.mkdir(parents=True)
-        _write(checkpoint, partial)
+        yield partial
         _flush(partial)
         _remove(old)
         if folder.exists():
@@ -59,7 +74,6 @@ def save(checkpoint: Checkpoint, folder: str | Path, *, overwrite: bool = False)
             shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not folder.exists():
             old.rename(folder)
-    return folder
 
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:

@@ -89,7 +89,7 @@ def evaluate_model(recipe: Recipe, progress: Progress, workers: Workers = ALONE)
     entries = check_evaluations(recipe)
     if not entries:
         raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
-    checkpoint = load_checkpoint(recipe, workers=workers)
+    checkpoint = load_checkpoint(recipe, workers=workers, packed=True)
     return {entry.name: quality(evaluate(checkpoint, entry, recipe, progress, workers)) for entry in entries}
 
 

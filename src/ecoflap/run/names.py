@@ -7,10 +7,11 @@ from pathlib import Path
 RECIPE, IMPORTANCE, ALLOCATION = "recipe.yaml", "importance.json", "allocation.json"
 METRICS, REPORT, MODEL, LOG, JOURNAL = "metrics.json", "report.html", "model", "log.txt", "journal"
 PREDICTIONS, PICTURES, ANALYSIS = "predictions.json", "pictures", "analysis"
+PACKED = "packed"
 COMPARISON = "compare.json"
 # In the order of removal: what says that a run is complete goes first, what says that a folder is a run's goes last.
 # The journal outlives what was made under it: it says of which data that is.
-OURS = (METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, MODEL, ALLOCATION, IMPORTANCE, JOURNAL, LOG, RECIPE)
+OURS = (METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, PACKED, MODEL, ALLOCATION, IMPORTANCE, JOURNAL, LOG, RECIPE)
 INPUTS = f"{JOURNAL}/inputs.json"
 WRITTEN = f"{JOURNAL}/written.json"
 GRID = "methods"  # the field of a recipe file that makes its folder a comparison's, not a run's

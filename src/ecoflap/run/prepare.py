@@ -22,7 +22,7 @@ from ecoflap.data.model_facts import Batch
 from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, on_device, resolve
 from ecoflap.data.prompts import tokenizer_of
 from ecoflap.data.samples import SampleSet, load_samples
-from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption, NonFiniteLoss
+from ecoflap.errors import CalibrationError, CheckpointError, EcoflapError, InvalidOption, NonFiniteLoss
 from ecoflap.importance.measure import EstimateJournal, make_measure, measure_importance
 from ecoflap.importance.offloaded import check_blockwise, check_in_memory, check_model
 from ecoflap.importance.registry import IMPORTANCES, own_rule
@@ -31,6 +31,7 @@ from ecoflap.importance.stopping import stopping_of
 from ecoflap.model.anatomy import discover
 from ecoflap.model.checkpoint import Checkpoint, load
 from ecoflap.model.device_map import DISK, check_device_map
+from ecoflap.model.files import PACKED
 from ecoflap.model.offload import home_of, is_offloaded
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
@@ -52,14 +53,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load_checkpoint(recipe: Recipe, whole: str | None = None, workers: Workers = ALONE) -> Checkpoint:
+def load_checkpoint(
+    recipe: Recipe, whole: str | None = None, workers: Workers = ALONE, packed: bool = False
+) -> Checkpoint:
     """The recipe's model with its processor, on this worker's device.
 
     Args:
         whole: what is to be done that needs all weights in memory, for the message.
+        packed: whether weights may stay packed.
 
     Raises:
-        InvalidOption: they are not.
+        InvalidOption: they are not in memory.
+        CheckpointError: they are packed.
     """
     if whole is not None and recipe.device_map == DISK:
         raise InvalidOption(f"{whole} needs all weights in memory: leave out --device-map {DISK}")
@@ -71,6 +76,8 @@ def load_checkpoint(recipe: Recipe, whole: str | None = None, workers: Workers =
         device_map=recipe.device_map,
         max_memory=recipe.max_memory,
     )
+    if not packed and getattr(found.model, "quantization_method", None) == PACKED:
+        raise CheckpointError(f"'{found.source}' is packed: unpack it first, 'ecoflap unpack MODEL --output DIR'")
     if whole is not None:
         check_in_memory(found.model, whole)
     return found

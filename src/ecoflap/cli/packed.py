@@ -1,0 +1,121 @@
+"""Commands on packed models: pack, unpack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json
+from ecoflap.cli.options import OUTPUT
+from ecoflap.cli.terminal import messages
+from ecoflap.run.names import MODEL, RECIPE
+
+Folder = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False,
+                 rich_help_panel=OUTPUT),
+]  # fmt: skip
+Values = Annotated[
+    str,
+    typer.Option("--values", metavar="KIND", help="auto keeps every bit of the non-zeros; int8 rounds them to 8 bits "
+                 "with a scale for each row. Default: auto.", show_default=False, rich_help_panel="Packing"),
+]  # fmt: skip
+Overwrite = Annotated[bool, flag("--overwrite", text="Replace the folder that is there.")]
+
+
+@app.command("pack", cls=Command, short_help="Store a pruned model without its zeros: smaller, and faster to run.")
+def pack_model(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a pruned model's folder or hub id.",
+                            show_default=False)
+    ],
+    output: Folder,
+    values: Values = "auto",
+    group_size: Annotated[
+        int,
+        typer.Option("--group-size", metavar="N", help="Columns that share a scale of int8 values, a multiple of 64. "
+                     "Default: 0, the whole row.", show_default=False, rich_help_panel="Packing"),
+    ] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.",
+                           rich_help_panel="Packing")
+    ] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write the model of RUN, or MODEL, packed: each pruned layer as its non-zeros and one bit a weight.
+
+    transformers loads the folder once ecoflap is imported: 'import ecoflap' before from_pretrained.
+
+    Examples:
+        ecoflap pack runs/first --output packed
+        ecoflap pack path/to/pruned --output packed --values int8
+    """
+    told = packed_to(model_of(source), output, values, group_size, overwrite, trust_remote_code, quiet)
+    if as_json:
+        print_json(told)
+    elif not quiet:
+        typer.echo(packed_line(told))
+
+
+@app.command("unpack", cls=Command, short_help="Write the plain model of a packed one.")
+def unpack_model(
+    source: Annotated[Path, typer.Argument(metavar="PACKED", help="A packed model's folder.", show_default=False)],
+    output: Folder,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write the plain checkpoint of PACKED, to the bit where its values are not quantised.
+
+    Folders of compressed-tensors' former format sparse-bitmask are read, too.
+
+    Examples:
+        ecoflap unpack packed --output plain
+    """
+    from ecoflap.model.packed.checkpoint import unpack_checkpoint
+
+    messages.quiet = quiet
+    folder = unpack_checkpoint(source, output, overwrite=overwrite)
+    if as_json:
+        print_json({"model": str(folder)})
+    elif not quiet:
+        typer.echo(f"model   {folder}")
+
+
+def model_of(source: str) -> str:
+    """The model of a run directory; anything else as it is."""
+    path = Path(source).expanduser()
+    return str(path / MODEL) if (path / RECIPE).is_file() and (path / MODEL).is_dir() else source
+
+
+def packed_to(
+    source: str, output: Path, values: str, group_size: int, overwrite: bool, trust_remote_code: bool, quiet: bool
+) -> dict[str, Any]:
+    """Pack ``source`` into ``output``; what came of it, for ``--json``."""
+    from ecoflap.model.packed.checkpoint import pack_checkpoint
+
+    messages.quiet = quiet
+    made = pack_checkpoint(
+        source, output, values=values, group_size=group_size, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
+    return {
+        "model": str(output),
+        "values": values,
+        "layers": len(made.model.layers),
+        "layer_bytes": {"dense": made.model.dense_bytes, "packed": made.model.packed_bytes},
+        "file_bytes": {"dense": made.files_before, "packed": made.files_after},
+    }
+
+
+def packed_line(told: dict[str, Any]) -> str:
+    """What :func:`packed_to` told, for people."""
+    layers, files = told["layer_bytes"], told["file_bytes"]
+    return (
+        f"packed  {told['layers']} layers, {layers['packed'] / layers['dense']:.3f} of their bytes; "
+        f"files {files['packed'] / 1e6:.1f} MB instead of {files['dense'] / 1e6:.1f} MB\n"
+        f"packed  {told['model']}"
+    )

@@ -1,0 +1,210 @@
+"""Checkpoint folders: a pruned one to a packed one, and back, to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ecoflap.errors import CheckpointError
+from ecoflap.model.checkpoint import DTYPES, load
+from ecoflap.model.files import BITMASK, INDEX, PACKED, first_line, quantisation, safetensors_of
+from ecoflap.model.packed.checks import from_tensors
+from ecoflap.model.packed.convert import PackedModel, pack
+from ecoflap.model.packed.format import PARTS, unpack_weight
+from ecoflap.model.save import replacing, save
+from ecoflap.support.files import default_mode
+
+CARD = "README.md"
+_HEADING = "## Packed weights"
+_UNTRUE = "The zeros are stored like other numbers: files and memory are as large as the dense model's, and a runtime"
+_NOTE = f"""{_HEADING}
+
+The weights of the pruned layers are packed: their non-zeros and one bit a weight. Load the model with ecoflap, which
+multiplies by them as they are:
+
+```python
+import ecoflap  # before from_pretrained: it tells transformers how to read packed weights
+```
+
+Without that import transformers warns of an unknown quantization type and leaves the packed layers at random values.
+`ecoflap unpack` writes the plain checkpoint.
+"""
+
+
+@dataclass(frozen=True)
+class PackedFolder:
+    """What :func:`pack_checkpoint` wrote: ``folder``, and bytes of the weight files before and after."""
+
+    folder: Path
+    model: PackedModel
+    files_before: int
+    files_after: int
+
+
+def pack_checkpoint(
+    source: str | Path | None,
+    output: str | Path,
+    *,
+    values: str = "auto",
+    group_size: int = 0,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> PackedFolder:
+    """Write the checkpoint ``source`` packed into ``output``, with its processor and its card.
+
+    Args:
+        source: as for :func:`ecoflap.load`; it must fit into memory.
+        values, group_size: as for :func:`ecoflap.pack`.
+
+    Raises:
+        EcoflapError: as :func:`ecoflap.load`, :func:`ecoflap.pack` and :func:`ecoflap.save`.
+    """
+    found = load(source, device="cpu", trust_remote_code=trust_remote_code)
+    if getattr(found.model, "quantization_method", None) == PACKED:
+        raise CheckpointError(f"'{source}' is packed already: 'ecoflap unpack' writes the plain checkpoint")
+    told = pack(found.model, values=values, group_size=group_size)
+    folder = save(found, output, overwrite=overwrite)
+    if source is not None and (card := Path(source).expanduser() / CARD).is_file():
+        (folder / CARD).write_text(_packed_card(card.read_text("utf-8")), "utf-8")
+    return PackedFolder(folder, told, sum(found.shard_sizes), sum(file.stat().st_size for file in _weights(folder)))
+
+
+def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the plain checkpoint of a packed one: ours, or a ``sparse-bitmask`` one of compressed-tensors.
+
+    Weight file after weight file; what is not packed is copied as it is. Values that were not quantised come back to
+    the bit; int8 values become the numbers that they stand for, in the dtype that the configuration names.
+
+    Raises:
+        CheckpointError: it is not packed, or damaged.
+        OutputExists, StorageError: as :func:`ecoflap.save`.
+    """
+    source = Path(source).expanduser()
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"'{source}' is no model folder, it has no config.json: give a packed model's folder")
+    config = _config(source)
+    method = quantisation(config)
+    if method not in (PACKED, BITMASK):
+        raise CheckpointError(f"'{source}' is not packed ({method or 'plain weights'}): there is nothing to unpack")
+    with replacing(output, overwrite=overwrite) as folder:
+        for file in source.iterdir():
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, folder / file.name)
+        _write_weights(source, folder, _Unpacking.of(config, source))
+        plain = {key: value for key, value in config.items() if key not in _PACKED_KEYS}
+        (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", "utf-8")
+        if (card := folder / CARD).is_file():
+            card.write_text(_plain_card(card.read_text("utf-8")), "utf-8")
+        for file in folder.iterdir():
+            file.chmod(default_mode())
+    return Path(output)
+
+
+_PACKED_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+
+
+@dataclass(frozen=True)
+class _Unpacking:
+    """How the packed weights of a folder are read."""
+
+    dtype: torch.dtype
+    group_size: int
+    transposed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: dict[str, Any], folder: Path) -> _Unpacking:
+        ours = config.get("quantization_config") or {}
+        size, turned = ours.get("group_size", 0), ours.get("transposed", [])
+        if not isinstance(size, int) or not isinstance(turned, list):
+            raise CheckpointError(f"the quantization_config of '{folder}' is damaged: download or pack the model again")
+        dtype = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+        return cls(dtype, size, tuple(str(name) for name in turned))
+
+    def weight(self, name: str, parts: dict[str, Tensor]) -> Tensor:
+        packed = from_tensors(parts, name, self.group_size)
+        dense = unpack_weight(packed, self.dtype if packed.scales is not None else None)
+        layer = name.removesuffix(".weight")
+        turned = any(
+            layer == path or layer.endswith(f".{path}") or path.endswith(f".{layer}") for path in self.transposed
+        )
+        return dense.t().contiguous() if turned else dense
+
+
+def _write_weights(source: Path, folder: Path, unpacking: _Unpacking) -> None:
+    files = safetensors_of(source)
+    places: dict[str, Path] = {}
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                places |= dict.fromkeys(opened.keys(), file)
+        packed = _packed_names(places)
+        inside = {part for parts in packed.values() for part in parts.values()}
+        index: dict[str, str] = {}
+        total = 0
+        for file in files:
+            tensors: dict[str, Tensor] = {}
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    if name not in inside:
+                        tensors[name] = opened.get_tensor(name)
+            for name, parts in packed.items():
+                if places[parts["compressed"]] == file:
+                    tensors[name] = unpacking.weight(name, {part: _tensor(places, key) for part, key in parts.items()})
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            index |= dict.fromkeys(tensors, file.name)
+            save_file(tensors, folder / file.name, {"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"a weight file of '{source}' can't be read ({first_line(error)})") from error
+    if (source / INDEX).is_file():
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _packed_names(places: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """Name of each packed weight to its parts' names. Older files name the parts after the weight, ours the layer."""
+    groups: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in places:
+        layer, _, part = name.rpartition(".")
+        if part in PARTS:
+            groups[layer][part] = name
+    whole = {layer: parts for layer, parts in groups.items() if {"compressed", "bitmask"} <= set(parts)}
+    return {layer if layer.endswith(".weight") else f"{layer}.weight": parts for layer, parts in whole.items()}
+
+
+def _tensor(places: dict[str, Path], name: str) -> Tensor:
+    with safe_open(places[name], framework="pt") as opened:
+        found: Tensor = opened.get_tensor(name)
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{folder / 'config.json'}' can't be read: download or copy it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{folder / 'config.json'}' is not a model configuration: it holds no JSON object")
+    return config
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _packed_card(text: str) -> str:
+    lines = [line for line in text.splitlines() if not line.startswith(_UNTRUE)]
+    return "\n".join(lines).rstrip() + f"\n\n{_NOTE}"
+
+
+def _plain_card(text: str) -> str:
+    before, found, _ = text.partition(f"\n{_HEADING}")
+    return before.rstrip() + "\n" if found else text

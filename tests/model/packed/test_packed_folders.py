@@ -1,0 +1,175 @@
+"""Checkpoint folders packed and unpacked: to the bit, with all that lies beside, and never a crash on damaged ones."""
+
+import json
+import shutil
+
+import picos
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ecoflap
+from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, OutputExists
+from ecoflap.model.packed.checkpoint import pack_checkpoint, unpack_checkpoint
+from ecoflap.model.packed.format import pack_weight
+
+
+def pruned(family, folder, dtype=torch.float32, **options):
+    model = getattr(picos, family)().to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            module.weight.data.masked_fill_(torch.rand(module.weight.shape) < 0.7, 0)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def tensors(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(one, other):
+    left, right = tensors(one), tensors(other)
+    assert set(left) == set(right)
+    return all(torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8)) for name in left)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llava", "blip2_t5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_there_and_back_to_the_bit(family, dtype, tmp_path):
+    # As a run writes it: loading keeps some weights of T5 in float32, whatever the file had.
+    source = ecoflap.save(ecoflap.load(pruned(family, tmp_path / "source", dtype)), tmp_path / "pruned")
+    (source / "README.md").write_text("# A model\n\nThe zeros are stored like other numbers: files and memory are as "
+                                      "large as the dense model's, and a runtime must know.\n\nMore.\n")  # fmt: skip
+    told = pack_checkpoint(source, tmp_path / "packed")
+    assert told.files_after == sum(file.stat().st_size for file in (tmp_path / "packed").glob("*.safetensors"))
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "import ecoflap" in card
+    assert "stored like other numbers" not in card
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "plain")
+    assert same(source, tmp_path / "plain")
+    assert "import ecoflap" not in (tmp_path / "plain" / "README.md").read_text()
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert ecoflap.load(tmp_path / "plain").dtype is dtype
+
+
+def test_several_files_and_an_index(tmp_path):
+    source = pruned("llama", tmp_path / "pruned", max_shard_size="20KB")
+    count = len(list(source.glob("*.safetensors")))
+    assert count > 2
+    pack_checkpoint(source, tmp_path / "packed")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) == count
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "plain")
+    assert same(source, tmp_path / "plain")
+    index = json.loads((tmp_path / "plain" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors(source))
+    assert ecoflap.load(tmp_path / "plain").shard_sizes
+
+
+def test_int8_comes_back_near_in_the_models_dtype(tmp_path):
+    source = pruned("llama", tmp_path / "pruned", torch.bfloat16)
+    pack_checkpoint(source, tmp_path / "packed", values="int8")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "plain")
+    before, after = tensors(source), tensors(tmp_path / "plain")
+    for name, weight in before.items():
+        assert after[name].dtype == weight.dtype
+        if weight.dim() == 2:
+            step = weight.float().abs().amax(1, keepdim=True) / 127
+            assert ((after[name].float() - weight.float()).abs() <= step * 0.51 + weight.abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("style", ["layer", "weight"])
+@pytest.mark.parametrize("where", ["quantization_config", "sparsity_config", "compression_config"])
+def test_former_sparse_bitmask_files(style, where, tmp_path):
+    """As compressed-tensors wrote them before 0.15: parts named after the layer or its weight."""
+    source = pruned("llama", tmp_path / "pruned")
+    old = tmp_path / "old"
+    shutil.copytree(source, old)
+    written = {}
+    for name, tensor in tensors(source).items():
+        if tensor.dim() == 2 and "proj" in name:
+            base = name if style == "weight" else name.removesuffix(".weight")
+            written |= {f"{base}.{part}": value for part, value in pack_weight(tensor).tensors().items()}
+        else:
+            written[name] = tensor
+    save_file(written, old / "model.safetensors", {"format": "pt"})
+    config = json.loads((old / "config.json").read_text())
+    sparsity = {"format": "sparse-bitmask", "global_sparsity": 0.7, "sparsity_structure": "unstructured"}
+    config[where] = sparsity if where == "sparsity_config" else {
+        "quant_method": "compressed-tensors", "format": "dense", "sparsity_config": sparsity,
+    }  # fmt: skip
+    (old / "config.json").write_text(json.dumps(config))
+    if where != "sparsity_config":
+        with pytest.raises(CheckpointError, match="ecoflap unpack"):
+            ecoflap.load(old)
+    unpack_checkpoint(old, tmp_path / "plain")
+    assert same(source, tmp_path / "plain")
+
+
+def test_refusals(tmp_path):
+    source = pruned("llama", tmp_path / "pruned")
+    with pytest.raises(CheckpointError, match="not packed"):
+        unpack_checkpoint(source, tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        unpack_checkpoint(tmp_path, tmp_path / "plain")
+    pack_checkpoint(source, tmp_path / "packed")
+    with pytest.raises(CheckpointError, match="packed already"):
+        pack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    with pytest.raises(OutputExists):
+        unpack_checkpoint(tmp_path / "packed", source)
+    picos.llama().save_pretrained(tmp_path / "dense")
+    with pytest.raises(InvalidOption, match="prune it first"):
+        pack_checkpoint(tmp_path / "dense", tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "packed", "pruned"]
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    pack_checkpoint(pruned("llama", folder / "pruned"), folder / "packed")
+    return folder / "packed"
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_byte_may_be_wrong(data, packed_folder, tmp_path):
+    """Flipped bytes in a weight file or the configuration: one line, or a model; nothing else, and nothing half."""
+    broken = tmp_path / "broken"
+    shutil.rmtree(broken, ignore_errors=True)
+    shutil.copytree(packed_folder, broken)
+    file = broken / data.draw(st.sampled_from(["model.safetensors", "config.json"]))
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        limit = min(len(content), data.draw(st.sampled_from([400, len(content)]))) - 1
+        content[data.draw(st.integers(0, limit))] = data.draw(st.integers(0, 255))
+    file.write_bytes(bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 7]))]))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    line = ""
+    try:
+        unpack_checkpoint(broken, tmp_path / "out")
+    except EcoflapError as error:
+        line = str(error)
+    assert "\n" not in line
+    assert (tmp_path / "out").exists() == (not line)
+
+
+def test_the_commands(run, tmp_path):
+    source = pruned("llama", tmp_path / "pruned")
+    done = run("pack", str(source), "--output", "packed")
+    assert done.code == 0, done.err
+    assert "packed" in done.out
+    done = run("unpack", "packed", "--output", "plain", "--json")
+    assert done.code == 0
+    assert json.loads(done.out) == {"model": "plain"}
+    assert same(source, tmp_path / "plain")
+    done = run("pack", str(source), "--output", "packed")
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    done = run("pack", str(source), "--output", "other", "--values", "int3")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    done = run("inspect", "packed")
+    assert done.code == 2
+    assert "ecoflap unpack" in done.err
