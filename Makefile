@@ -1,12 +1,14 @@
 # Shortcuts for work on the package; CONTRIBUTING.md explains them.
 PYTHON ?= .venv/bin/python
 
-.PHONY: setup test check fix ci bench
+.PHONY: setup test test-fast check fix ci bench
 setup:
 	python3 -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt -e ".[dev,gguf]"
 test:
 	$(PYTHON) -m pytest
+test-fast:
+	$(PYTHON) -m pytest -m "not slow"
 check:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

@@ -1,9 +1,12 @@
 """Settings of every test: offline, seeded, few threads, no deadlines, Ctrl-C heard; any folder can import ``picos``."""
 
+from __future__ import annotations
+
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,11 +16,29 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # makes the embedd
 
 import hypothesis
 import pytest
-import torch
-from console import Command, command
+
+if TYPE_CHECKING:  # imported below where tests run: the process that only hands them out starts without torch
+    from console import Command
+
+MOST = 8  # workers; each holds torch, transformers and pico models, about 1 GB
 
 
-def pytest_configure() -> None:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core, up to ``MOST``; none for named files and tests, which end before workers have started.
+
+    Without workers, ``-s`` and ``--pdb`` work, too; ``-n 2`` asks for two in any case.
+    """
+    if not any(Path(argument).is_dir() for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST) if cores > 1 else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+
     torch.set_num_threads(1)
     # A shell starts background jobs with SIGINT ignored, and processes pass that on; tests send it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +50,8 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Each test starts from the same generator state, whatever ran before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -41,5 +64,7 @@ def pageless(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """The command line, called from a folder of the test's own."""
+    from console import command
+
     monkeypatch.chdir(tmp_path)
     return command(capfd, monkeypatch)
