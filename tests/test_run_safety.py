@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +99,35 @@ def test_a_second_signal_stops_at_once(prune: Command, tmp_path: Path, monkeypat
         outcome = prune("--quiet")
     assert (outcome.code, outcome.err) == (143, "ecoflap: stopped; the same command with --resume goes on from here\n")
     assert (tmp_path / "run" / "journal" / "importance.jsonl").read_bytes().count(b"\n") == 6
+
+
+WITHIN_A_CALL = """
+import hashlib
+from ecoflap.cli.signals import stops
+from ecoflap.support.progress import Silent
+with stops.listening(), stops.progress(Silent()).stage("pruning", total=2):
+    print("at work", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # many minutes, in which Python calls no handler
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_a_call_that_python_waits_for(sent: signal.Signals, code: int) -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", WITHIN_A_CALL], stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.readline() == "at work\n"
+            process.send_signal(sent)
+            assert process.stderr.readline() == "\n"
+            assert process.stderr.readline() == "ecoflap: stopping after this step; once more stops at once\n"
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == code
+            assert process.stderr.read().startswith("ecoflap: stopped at once;")
+        finally:
+            process.kill()
 
 
 def test_a_stage_that_is_over_is_written_first(

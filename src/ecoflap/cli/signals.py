@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
@@ -11,6 +12,8 @@ from types import FrameType
 from ecoflap.support.progress import Progress, Task
 
 TOLD = "\necoflap: stopping after this step; once more stops at once\n"
+AT_ONCE = "ecoflap: stopped at once; --resume goes on with what a run has written\n"
+PATIENCE = 1.0  # seconds after the second signal in which Python may still hear of it
 
 
 class Stops:
@@ -27,18 +30,45 @@ class Stops:
         self.quiet = False
         self._asked: str | None = None
         self._open = 0
+        self._telling = threading.Lock()  # taken by who tells that the work stops, and never given back
+        self._ends = threading.Event()  # the exception that ends the work is on its way, or the work is over
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Be the handler of both signals; one that this process was started deaf to (nohup, &) stays unheard."""
         self.quiet, self._asked, self._open = False, None, 0
+        self._telling, self._ends = threading.Lock(), threading.Event()
         heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self.hear) for number in heard}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader, heard, self._ends), name="signals", daemon=True).start()
         try:
             yield
         finally:
+            self._ends.set()
+            signal.set_wakeup_fd(others)
+            os.close(writer)  # the watcher reads the end, and closes the other side
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _watch(self, reader: int, heard: Sequence[int], ends: threading.Event) -> None:
+        """In a thread of its own: tell of the first signal, and end the process soon after the second one."""
+        came: list[int] = []
+        while numbers := os.read(reader, 64):
+            came += [number for number in numbers if number in heard]
+            if came and self._open:
+                self._tell()
+            if len(came) > 1 and not ends.wait(PATIENCE):
+                if not self.quiet:
+                    os.write(2, AT_ONCE.encode())
+                os._exit(143 if came[0] == signal.SIGTERM else 130)
+        os.close(reader)
+
+    def _tell(self) -> None:
+        if not self.quiet and self._telling.acquire(blocking=False):
+            os.write(2, TOLD.encode())  # not sys.stderr, which may be in the middle of a write itself
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
         """Raises KeyboardInterrupt, whose argument says which signal it was ("" for Ctrl-C): now, or at :meth:`check`.
@@ -48,9 +78,9 @@ class Stops:
         again = self._asked is not None
         self._asked = self._asked or ("SIGTERM" if number == signal.SIGTERM else "")
         if again or not self._open:
+            self._ends.set()
             raise KeyboardInterrupt(self._asked)
-        if not self.quiet:
-            os.write(2, TOLD.encode())  # not sys.stderr, which may be in the middle of a write itself
+        self._tell()
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if a signal has come."""
