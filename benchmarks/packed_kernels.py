@@ -57,14 +57,18 @@ def packed_pass(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]]) -> Pas
 
 
 def measure(passes: dict[str, Pass], counts: dict[str, int], repeats: int) -> dict[str, list[float]]:
-    """Seconds a matrix of each pass, interleaved; a first round warms up."""
+    """Seconds a matrix of each pass, interleaved; a first round warms up.
+
+    One thread is measured by its processor time, which other work on the machine changes less.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(repeats + 1):
         for name, run in passes.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:
-                times[name].append((time.perf_counter() - start) / counts[name])
+                times[name].append((clock() - start) / counts[name])
     return times
 
 

@@ -12,7 +12,6 @@ from torch.nn.functional import linear
 from ecoflap.model.packed import kernels
 from ecoflap.model.packed.format import PackedWeight, unpack_rows, unpack_weight
 
-FEW = 16  # tokens up to which kernels multiply without unpacking
 _TILE = 8 << 20  # bytes of rows that are unpacked at a time: they stay in the cache until they are multiplied
 _PARTS = "Tensor compressed, Tensor bitmask, Tensor row_offsets, Tensor scales"
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -86,7 +85,7 @@ def _tiled(
     fast = on_cpu and kernels.load() is not None and x.dtype in _KERNEL_DTYPES and compressed.dtype in (
         *_KERNEL_DTYPES, torch.int8,
     )  # fmt: skip
-    if fast and tokens <= FEW and not x.is_contiguous():
+    if fast and tokens <= kernels.most_tokens() and not x.is_contiguous():
         return multiply(x.contiguous(), compressed, bitmask, offsets, scales, bias, group_size)
     dtype = x.dtype if not on_cpu or (x.dtype is torch.bfloat16 and kernels.bf16_products()) else _wide(x.dtype)
     flat = x.reshape(tokens, columns).to(dtype)

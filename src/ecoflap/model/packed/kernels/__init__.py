@@ -24,6 +24,7 @@ def load() -> ctypes.CDLL | None:
         register = library.ecoflap_register
         register.argtypes = [ctypes.c_void_p]
         library.ecoflap_isa.restype = ctypes.c_char_p
+        library.ecoflap_most_tokens.restype = ctypes.c_int64
         library.ecoflap_choose.argtypes = [ctypes.c_char_p]
         if choice := os.environ.get(CHOICE):
             library.ecoflap_choose(choice.encode())
@@ -42,6 +43,12 @@ def choose(name: str) -> bool:
     """Take another instruction set from now on, for tests; False where this processor or build lacks it."""
     library = load()
     return library is not None and library.ecoflap_choose(name.encode()) == 0
+
+
+def most_tokens() -> int:
+    """Tokens up to which kernels multiply without unpacking; 0 without kernels."""
+    library = load()
+    return 0 if library is None else int(library.ecoflap_most_tokens())
 
 
 def bf16_products() -> bool:

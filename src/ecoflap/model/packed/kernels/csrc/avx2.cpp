@@ -168,4 +168,4 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
 }  // namespace
 
 extern const Isa avx2_isa;
-const Isa avx2_isa = {"avx2", arrange, product, expand};
+const Isa avx2_isa = {"avx2", 24, arrange, product, expand};

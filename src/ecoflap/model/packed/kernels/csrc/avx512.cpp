@@ -99,6 +99,7 @@ struct Dense {
   static Weights expand(const Value* values, Bits bits) { return load(values, bits); }
   static Weights scale(Weights weights, float scale) { return _mm512_mul_ps(weights, _mm512_set1_ps(scale)); }
   static void store(void* dense, int32_t kind, Weights weights, int64_t n) {
+    if (kind == FP32 && n == 16) return _mm512_storeu_ps(dense, weights);
     __mmask16 kept = (__mmask16)((1u << n) - 1);
     if (kind == FP32) return _mm512_mask_storeu_ps(dense, kept, weights);
     if (kind == FP16) return _mm256_mask_storeu_epi16(dense, kept, _mm512_cvtps_ph(weights, _MM_FROUND_TO_NEAREST_INT));
@@ -132,6 +133,7 @@ struct Moved {
   }
   static Weights scale(Weights weights, float) { return weights; }
   static void store(void* dense, int32_t, Weights weights, int64_t n) {
+    if (n == 32) return _mm512_storeu_si512(dense, weights);
     _mm512_mask_storeu_epi16(dense, (__mmask32)((1ull << n) - 1), weights);
   }
 };
@@ -150,7 +152,6 @@ template <class P>
 void few(const Matrix* matrix, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
          const Output* out) {
   int64_t token = 0;
-  for (; tokens - token >= 8; token += 8) rows_product<P, 2, 8>(matrix, x + token * padded, padded, token, low, high, out);
   for (; tokens - token >= 4; token += 4) rows_product<P, 4, 4>(matrix, x + token * padded, padded, token, low, high, out);
   for (; tokens - token >= 2; token += 2) rows_product<P, 4, 2>(matrix, x + token * padded, padded, token, low, high, out);
   if (token < tokens) rows_product<P, 6, 1>(matrix, x + token * padded, padded, token, low, high, out);
@@ -179,4 +180,4 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
 }  // namespace
 
 extern const Isa avx512_isa;
-const Isa avx512_isa = {"avx512", arrange, product, expand};
+const Isa avx512_isa = {"avx512", 64, arrange, product, expand};

@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
 #include <stdlib.h>
+#if defined(ECOFLAP_AVX512)
+#include <cpuid.h>
+#endif
 
 #include "numbers.h"
 
@@ -136,16 +139,21 @@ int ecoflap_choose(const char* name) {
   return 1;
 }
 
+int64_t ecoflap_most_tokens(void) { return isa()->most_tokens; }
+
 int ecoflap_bf16_products(void) {
 #if defined(ECOFLAP_AVX512)
-  return isa() == &avx512_isa && __builtin_cpu_supports("avx512bf16");
+  // Intel's matrix unit, or AMD's processors. Intel's vector products of bfloat16 alone are slower than float's.
+  unsigned a, b, c, d;
+  bool matrix_unit = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  return isa() == &avx512_isa && (matrix_unit || (__builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16")));
 #else
   return 0;
 #endif
 }
 
 int ecoflap_product(const Matrix* matrix, const void* x, int64_t tokens, const Output* out, Threads threads) {
-  if (!fits(matrix) || tokens < 0 || tokens > MOST_TOKENS || out->kind < BF16 || out->kind > FP32) return 1;
+  if (!fits(matrix) || tokens < 0 || out->kind < BF16 || out->kind > FP32) return 1;
   if (!tokens || !matrix->rows) return 0;
   Matrix whole = *matrix;
   Product p = {isa(), &whole, nullptr, (whole.columns + LANES - 1) / LANES * LANES, tokens, out};

@@ -30,11 +30,11 @@ struct Output {
 
 enum { AHEAD = 64 };        // bytes behind a row's values that a load may touch
 enum { LANES = 64 };        // rows of x are padded with zeros to a multiple of so many columns
-enum { MOST_TOKENS = 16 };  // that a product takes at once
 
 // One instruction set. x is (tokens, padded) float, zeros behind the last column, in the order that arrange makes.
 struct Isa {
   const char* name;
+  int64_t most_tokens;      // up to which products beat unpacking tiles for dense ones
   void (*arrange)(const Matrix*, float* x, int64_t length);
   void (*product)(const Matrix*, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high, const Output*);
   void (*expand)(const Matrix*, int64_t low, int64_t high, void* dense, int32_t kind);  // rows to (high - low, columns)

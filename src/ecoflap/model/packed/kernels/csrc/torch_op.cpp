@@ -116,7 +116,7 @@ void packed_linear(Value* stack, uint64_t, uint64_t) {
   int64_t width = columns(x), tokens = width ? numel(x) / width : 0;
   Matrix matrix;
   int32_t x_kind = kind(x), bias_kind = kind(bias);
-  bool ours = x_kind >= 0 && x_kind != INT8 && bias_kind >= 0 && tokens > 0 && tokens <= MOST_TOKENS && contiguous(x) &&
+  bool ours = x_kind >= 0 && x_kind != INT8 && bias_kind >= 0 && tokens > 0 && tokens <= ecoflap_most_tokens() && contiguous(x) &&
               contiguous(bias);
   bool taken;
   {
