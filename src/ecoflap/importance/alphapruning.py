@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.base import ProbeContext
+from ecoflap.importance.base import ImportanceMeasure, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.offload import read_weight
 from ecoflap.support.registry import unknown
@@ -20,7 +20,7 @@ TAILS = ("half", "peak")
 
 
 @dataclass(frozen=True)
-class AlphaPruning:
+class AlphaPruning(ImportanceMeasure):
     """The exponent α of a power law fitted to the largest eigenvalues of WᵀW by Hill's estimator (PL_Alpha_Hill); Lu et
     al., NeurIPS 2024, arXiv 2410.10912, section 3.
 
@@ -39,6 +39,7 @@ class AlphaPruning:
     spread: float = 0.3
     rule: ClassVar[str] = "linear-relative"
     noisy: ClassVar[bool] = False
+    blockwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tail not in TAILS:

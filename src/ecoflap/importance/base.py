@@ -1,4 +1,4 @@
-"""What an importance measure gets to work with, and the protocol that it fulfils.
+"""What an importance measure gets to work with, and the base class of all of them.
 
 No importance at all: every layer gets the target sparsity, as in plain Wanda or SparseGPT.
 """
@@ -6,12 +6,14 @@ No importance at all: every layer gets the target sparsity, as in plain Wanda or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ecoflap.allocation.curves import Curve
 from ecoflap.data.objectives import Objective
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.scores import Estimate
@@ -90,31 +92,64 @@ class ProbeContext:
         return float(self.loss_tensor(index, layer))
 
 
-class ImportanceMeasure(Protocol):
-    """Yields estimates; averaging, journal, resume and precision are the caller's (``measure.py``).
+class ImportanceMeasure(ABC):
+    """Base of all importances: yields estimates; averages, journal, resume and precision are the caller's
+    (``measure.py``).
 
-    A method ``efforts(context)`` may say how long each estimate to come takes, in any unit. Class attributes may
-    say more: ``rule``, the allocation rule that the scores are made for (else "proportional"; ``names.py`` repeats it);
-    ``noisy``, False where a lone estimate has no standard error of its own; ``scatter``, the smallest relative standard
-    deviation of one estimate, where sampling may stop when there are enough (``stopping.py``).
+    A subclass is a frozen dataclass: its fields are its options, its class attributes say what it is.
 
-    A method ``upcast(anatomy)`` names the blocks that need not be converted to fp32 as a whole: each is while it runs,
-    and ``context.model`` has their weights in the checkpoint's dtype. Without it the whole model is fp32 meanwhile.
-
-    A method ``pieces(context)`` lets several workers share the estimates: it gives their keys in the order of
-    ``estimates``, those together that are measured together. Without it all workers measure all of them.
+    Attributes:
+        rule: the allocation rule that the scores are made for.
+        noisy: False where a single estimate has no standard error of its own.
+        scatter: the smallest relative standard deviation of one estimate, where sampling may stop when there are enough
+            (``stopping.py``); None where estimates are not sampled.
+        blockwise: whether it needs the weights of one block at a time, so that the others may lie on the disk.
+        reads: fields of a recipe for stage 2 that change its scores, such as ``("criterion", "pattern")``.
+        precision: ``fp32``, or ``native``: the model computes in the checkpoint's dtype.
+        scope: ``block`` where only the sum over a block has a meaning.
     """
 
+    rule: ClassVar[str] = "proportional"
+    noisy: ClassVar[bool] = True
+    scatter: ClassVar[float | None] = None
+    blockwise: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
+    # Class attributes of some importances, options of others.
+    precision: str = "fp32"
+    scope: str | None = None
+
+    @abstractmethod
     def steps(self, context: ProbeContext) -> int:
         """Number of estimates that a run from scratch yields."""
 
+    @abstractmethod
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """All estimates that are not in ``context.done``, in a fixed order."""
 
+    def pieces(self, context: ProbeContext) -> Iterable[Sequence[Key]] | None:
+        """Keys of the estimates in the order of :meth:`estimates`, those together that are measured together.
+
+        Several workers share them. None: all workers measure all estimates.
+        """
+        return None
+
+    def upcast(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Blocks that are converted to fp32 only while they run, so that ``context.model`` has their stored weights.
+
+        Without any the whole model is fp32 meanwhile.
+        """
+        return ()
+
+    def curves(self, anatomy: Anatomy, known: Mapping[Key, float]) -> Mapping[str, Curve]:
+        """Block name to its loss over sparsity, made of the estimates; empty where the scores say all."""
+        return {}
+
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(ImportanceMeasure):
     """Yields nothing; the allocation knows the name and gives every layer the target sparsity."""
+
+    blockwise: ClassVar[bool] = True
 
     def steps(self, context: ProbeContext) -> int:
         return 0

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.base import Key, ProbeContext
+from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.importance.zeroth_order import ZerothOrder
@@ -29,7 +29,7 @@ _TRIALS = 3  # noises with which a tower's derivatives are compared with differe
 
 
 @dataclass(frozen=True)
-class ForwardMode:
+class ForwardMode(ImportanceMeasure):
     """g = ⟨z, ∇L⟩ with z ~ N(0, I) for each matrix alone, in one forward pass; the score is the mean of |g|.
 
     The noise is the zeroth order's (same seed, layer, batch, draw: same z), which is the limit of its estimates for
@@ -49,7 +49,7 @@ class ForwardMode:
             precision. A derivative is rounded there, but does not drown as a difference of losses does.
     """
 
-    scatter: ClassVar[float] = HALF_NORMAL_SPREAD
+    scatter: ClassVar[float | None] = HALF_NORMAL_SPREAD
 
     draws: int = 1
     replay: bool = True

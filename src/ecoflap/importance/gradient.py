@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.base import Key, ProbeContext
+from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.offload import Offloaded, read_weight
 from ecoflap.model.parts import Anatomy
@@ -143,7 +143,7 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class FirstOrder:
+class FirstOrder(ImportanceMeasure):
     """Elementwise gradient scores, summed per matrix (Sung et al. 2024, section 3.2 and its comparison of measures).
 
     Gradients are taken of each batch's mean loss. No gradient outlives its hook, and only one block's graph exists at a
@@ -155,7 +155,8 @@ class FirstOrder:
             batch, same scores.
     """
 
-    scatter: ClassVar[float] = 0.0  # between batches alone
+    scatter: ClassVar[float | None] = 0.0  # between batches alone
+    blockwise: ClassVar[bool] = True
 
     variant: str = "weight-gradient"
     recompute: bool = True
@@ -201,14 +202,15 @@ class FirstOrder:
 
 
 @dataclass(frozen=True)
-class GradientNorm:
+class GradientNorm(ImportanceMeasure):
     """√(2/π)·‖∇L‖₂ of each matrix, the mean of the zeroth-order estimate (Sung et al. 2024, section 3.2) without noise.
 
     Attributes:
         recompute: as in :class:`~ecoflap.importance.gradient.FirstOrder`.
     """
 
-    scatter: ClassVar[float] = 0.0  # between batches alone
+    scatter: ClassVar[float | None] = 0.0  # between batches alone
+    blockwise: ClassVar[bool] = True
 
     recompute: bool = True
 

@@ -62,7 +62,7 @@ def make_measure(name: str, options: dict[str, Any]) -> ImportanceMeasure:
 
 def _is_native(measure: ImportanceMeasure) -> bool:
     """Whether the measure asks for the checkpoint's own dtype (its option ``precision``) instead of fp32."""
-    return getattr(measure, "precision", "fp32") == "native"
+    return measure.precision == "native"
 
 
 def _keys(pieces: Iterable[Sequence[Key]]) -> frozenset[Key]:
@@ -160,14 +160,14 @@ def measure_importance(
             anatomy = discover(model, batches[0], run=objective)
         upcast: tuple[str, ...] = ()
         if not _is_native(measure):
-            upcast = half_blocks(model, measure.upcast(anatomy)) if hasattr(measure, "upcast") else ()
+            upcast = half_blocks(model, measure.upcast(anatomy))
             state.enter_context(computing_in_fp32(model, upcast))
         known = {(e.layer, e.batch, e.draw): e.value for e in journal.estimates()}
         context = ProbeContext(
             model, anatomy, batches, objective, seed, frozenset(known), workers=workers, upcast=frozenset(upcast),
             norms=norms or SharedNorms(),
         )  # fmt: skip
-        pieces = list(measure.pieces(context)) if hasattr(measure, "pieces") else None
+        pieces = None if (found := measure.pieces(context)) is None else list(found)
         whole = _narrowed(context, pieces, pieces or (), known)
         weights = measure.efforts(whole) if hasattr(measure, "efforts") and rule is None else None
         total = measure.steps(context) if pieces is None else len(known) + len(_keys(pieces) - whole.done)
@@ -180,15 +180,14 @@ def measure_importance(
                 known |= {(layer, batch, draw): value for layer, batch, draw, value in fresh}
                 if passed:
                     task.advance(passed)
-    noisy = getattr(measure, "noisy", True)
     values: dict[str, list[float]] = defaultdict(list)
     for (layer, _, _), value in known.items():
         values[layer].append(value)
     return Importance(
         method=importance,
         settings={
-            "rule": getattr(measure, "rule", "proportional"),
-            **({"scope": measure.scope} if hasattr(measure, "scope") else {}),
+            "rule": measure.rule,
+            **({} if measure.scope is None else {"scope": measure.scope}),
             **asdict(measure),  # type: ignore[call-overload]
             **context.remarks,
             **({} if rule is None else {"error": rule.error}),
@@ -198,6 +197,6 @@ def measure_importance(
             "model_parameters": anatomy.total_parameters,
         },
         layers=anatomy.layers,
-        scores={layer.name: summarise(values[layer.name], noisy) for layer in anatomy.layers},
-        curves=measure.curves(anatomy, known) if hasattr(measure, "curves") else {},
+        scores={layer.name: summarise(values[layer.name], measure.noisy) for layer in anatomy.layers},
+        curves=measure.curves(anatomy, known),
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.base import ProbeContext
+from ecoflap.importance.base import ImportanceMeasure, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.offload import read_weight
 from ecoflap.model.parts import Layer
@@ -90,7 +90,7 @@ def _products(context: ProbeContext, layer: Layer, statistics: InputStatistics |
 
 
 @dataclass(frozen=True)
-class Owl:
+class Owl(ImportanceMeasure):
     """The layerwise outlier distribution of Yin et al., ICML 2024, arXiv 2310.05175, section 3: the share of the
     products A_ij = |W_ij|·‖X_j‖₂ above M times their mean, ‖X_j‖₂ being over all calibration tokens of the dense model.
 
@@ -109,6 +109,7 @@ class Owl:
     spread: float = 0.08
     rule: ClassVar[str] = "linear"
     noisy: ClassVar[bool] = False
+    blockwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.multiple > 0:
@@ -130,7 +131,7 @@ def outlier_share(products: Tensor, multiple: float) -> float:
 
 
 @dataclass(frozen=True)
-class Dlp:
+class Dlp(ImportanceMeasure):
     """Chen et al., "DLP", ICML 2025, arXiv 2505.23807, section 3: U_l is the median of |W_ij|·‖X_j‖₂ in block l, ‖X_j‖₂
     over all calibration tokens of the dense model; the score is 1 − U_l / Σ_m U_m.
 
@@ -148,6 +149,7 @@ class Dlp:
     spread: float = 0.15
     rule: ClassVar[str] = "linear"
     noisy: ClassVar[bool] = False
+    blockwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_scope(self.scope)

@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.base import Key
+from ecoflap.importance.base import ImportanceMeasure, Key
 from ecoflap.importance.scores import summarise
 
 LEAST = 3  # estimates of a layer, below which their scatter says nothing
@@ -83,7 +82,7 @@ def turns(
             values.setdefault(key[0], []).append(known[key])
 
 
-def stopping_of(importance: str, measure: Any, error: float | None) -> Stopping | None:
+def stopping_of(importance: str, measure: ImportanceMeasure, error: float | None) -> Stopping | None:
     """The rule for a measure; None without ``error``.
 
     Raises:
@@ -91,7 +90,7 @@ def stopping_of(importance: str, measure: Any, error: float | None) -> Stopping 
     """
     if error is None:
         return None
-    if not hasattr(measure, "scatter"):
+    if measure.scatter is None:
         raise InvalidOption(
             f"importance_error: importance {importance} is not sampled, so it has no error to stop at; it is for "
             "zeroth-order, forward-mode, gradient-norm and first-order"

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.importance.base import Key, ProbeContext
+from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.model.parts import Anatomy
@@ -66,7 +66,7 @@ def tell_rounding(context: ProbeContext, project: Projection, epsilon: float) ->
 
 
 @dataclass(frozen=True)
-class ZerothOrder:
+class ZerothOrder(ImportanceMeasure):
     """g = (L(W + εz) − L(W − εz)) / 2ε for each matrix alone; the score is the mean of |g| over batches and draws.
 
     As g → ⟨z, ∇L⟩ with z ~ N(0, I), E|g| = √(2/π)·‖∇L‖₂, and one estimate scatters by 76 % of its mean.
@@ -82,7 +82,7 @@ class ZerothOrder:
             difference of losses; how little is measured, told in a warning, and kept as ``rounding`` in the settings.
     """
 
-    scatter: ClassVar[float] = HALF_NORMAL_SPREAD
+    scatter: ClassVar[float | None] = HALF_NORMAL_SPREAD
 
     epsilon: float = 1e-3
     draws: int = 1

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ecoflap.allocation.curves import Curve
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.base import Key, ProbeContext
+from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.parts import Anatomy, Block
 from ecoflap.model.replay import Replay
@@ -26,7 +27,7 @@ ORDERS = ("wanda", "magnitude")
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(ImportanceMeasure):
     """Divergence of the outputs when one block alone is pruned, at each level: a curve for every block.
 
     A score is the mean over levels and batches; a block's is split among its layers by their weights, so that only the
@@ -44,8 +45,8 @@ class Sensitivity:
     metric: str = "auto"
     precision: str = "native"
 
-    rule = "curves"
-    noisy = False
+    rule: ClassVar[str] = "curves"
+    noisy: ClassVar[bool] = False
     scope = "block"
 
     def __post_init__(self) -> None:
