@@ -18,7 +18,6 @@ from ecoflap.evaluation import TaskResult
 from ecoflap.run.directory import RunFailed, Stopped
 from ecoflap.run.evaluations import tasks_of
 from ecoflap.run.pipeline import quality, run_recipe
-from ecoflap.run.prepare import check_importance_options
 from ecoflap.run.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("pageless")
@@ -169,11 +168,11 @@ def test_what_is_evaluated() -> None:
 
 def test_importance_options_of_the_right_kind() -> None:
     for options in ({"epsilon": 1}, {"epsilon": 0.5, "draws": 2, "replay": False}, {}):
-        check_importance_options(Recipe(importance_options=options))
-    check_importance_options(Recipe(importance="first-order", importance_options={"variant": "norm"}))
+        Recipe(importance_options=options).method().check_options()
+    Recipe(importance="first-order", importance_options={"variant": "norm"}).method().check_options()
 
 
 def test_probes_of_blocks_say_nothing_of_single_layers() -> None:
-    check_importance_options(Recipe(importance_options={"probe": "block"}))
+    Recipe(importance_options={"probe": "block"}).method().check_options()
     with pytest.raises(InvalidOption, match="granularity"):
-        check_importance_options(Recipe(importance_options={"probe": "block"}, granularity="layer"))
+        Recipe(importance_options={"probe": "block"}, granularity="layer").method().check_options()

@@ -9,7 +9,8 @@ from ecoflap.model.packed.register import register
 from ecoflap.support.lazy import lazily
 
 if TYPE_CHECKING:
-    from ecoflap.api import PruneResult, allocate, inspect, prune
+    from ecoflap.api import PruneResult, inspect, prune
+    from ecoflap.importance.allocate import allocate
     from ecoflap.importance.measure import measure_importance
     from ecoflap.importance.scores import Importance, Score
     from ecoflap.model.checkpoint import load
@@ -50,7 +51,7 @@ _HOMES = {
     "PruneResult": "ecoflap.api",
     "Recipe": "ecoflap.run.recipe",
     "Score": "ecoflap.importance.scores",
-    "allocate": "ecoflap.api",
+    "allocate": "ecoflap.importance.allocate",
     "analyse": "ecoflap.report.analysis.run",
     "compare": "ecoflap.run.compare.compare",
     "inspect": "ecoflap.api",

@@ -1,30 +1,40 @@
-"""The Python interface: the two stages on any model and batches, without recipe, files or command line."""
+"""ECoFLaP (Sung, Yoon, Bansal, ICLR 2024, arXiv 2310.02998) on one page: importance, allocation, search, pruning.
+
+:func:`carry_out` is the algorithm; a run (:mod:`ecoflap.run.pipeline`) and a comparison call the same functions with a
+journal between them. :class:`~ecoflap.search.method.Method` holds one choice for each step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from ecoflap.allocation import Allocation, LayerSize
-from ecoflap.allocation import allocate as allocate_sizes
-from ecoflap.allocation.curves import Curve
-from ecoflap.allocation.fits import check_allocation, check_same_layers
-from ecoflap.allocation.groups import make_pools
-from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.importance.registry import own_rule
-from ecoflap.importance.scores import Importance, Score, check_granularity
-from ecoflap.model.parts import Anatomy, Layer
+from torch import nn
+
+from ecoflap.allocation import Allocation
+from ecoflap.allocation.allocate import AllocationOptions
+from ecoflap.allocation.fits import check_allocation
+from ecoflap.data.model_facts import to_device
+from ecoflap.data.objectives import Objective, default_objective, on_device
+from ecoflap.importance.allocate import allocate, allocate_scores
+from ecoflap.importance.measure import EstimateJournal, measure
+from ecoflap.importance.scores import Importance
+from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.patching import cache_disabled
+from ecoflap.pruning.prune import PruningOptions, prune_layers
+from ecoflap.pruning.walk import BlockJournal
+from ecoflap.search.method import Given, Method, make_method
+from ecoflap.search.options import SearchJournal
+from ecoflap.search.search import search_allocation
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.dense import SharedNorms
+from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ecoflap.data.objectives import Objective
-    from ecoflap.pruning.walk import BlockJournal
-    from ecoflap.statistics.choice import TokenChoice
-    from ecoflap.support.progress import Progress
+__all__ = ["Method", "PruneResult", "allocate", "inspect", "prune"]
 
 
 @dataclass(frozen=True)
@@ -48,59 +58,72 @@ class PruneResult:
     @property
     def sparsity(self) -> float:
         """Achieved fraction of zeros among the prunable weights."""
-        return (
-            sum((row.achieved or 0.0) * row.weights for row in self.allocation.layers) / self.allocation.total_weights
-        )
+        zeros = sum((row.achieved or 0.0) * row.weights for row in self.allocation.layers)
+        return zeros / self.allocation.total_weights
 
 
-def allocate(
-    importance: Importance,
-    sparsity: float,
-    *,
-    max_sparsity: float | None = None,
-    min_sparsity: float = 0.0,
-    granularity: str = "block",
-    aggregate: str | None = None,
-    budget: str = "global",
-    tower_sparsity: Mapping[str, float] | None = None,
-    pattern: str = "unstructured",
-    rule: str | None = None,
-    spread: float | None = None,
-) -> Allocation:
-    """Scores to an exact number of zeros for each layer; see :func:`ecoflap.allocation.allocate` for the options.
+def carry_out(
+    model: nn.Module,
+    batches: Sequence[Any],
+    method: Method,
+    work: Work,
+    given: Given = None,
+    **parts: Any,
+) -> PruneResult:
+    """Prune ``model`` in place by ``method``.
 
-    The importance ``uniform`` gives every layer the same sparsity. Without a rule, that which the importance was made
-    for is taken, with its spread.
-
-    Raises:
-        InvalidOption, InfeasibleAllocation, UnknownName: as there; or the scores are of whole blocks, and
-            ``granularity`` asks for single layers.
+    Args:
+        given: scores or an allocation that are known already.
+        parts: ``include``, ``exclude``, ``towers``: see :func:`ecoflap.model.anatomy.discover`.
     """
-    own = str(importance.settings.get("rule", "proportional"))
-    if spread is None and rule in (None, own):
-        spread = importance.settings.get("spread")
-    check_granularity(importance.settings, granularity)
-    allocation = allocate_sizes(
-        [_size(layer, importance.scores[layer.name].score) for layer in importance.layers],
-        sparsity=sparsity,
-        max_sparsity=max_sparsity,
-        min_sparsity=min_sparsity,
-        granularity=granularity,
-        aggregate=aggregate,
-        budget=budget,
-        tower_sparsity=tower_sparsity,
-        uniform=importance.method == "uniform",
-        pattern=pattern,
-        rule=rule or own,
-        spread=spread,
-        data=importance.curves,
-    )
-    parameters = importance.settings.get("model_parameters")
-    return replace(allocation, model_parameters=parameters) if isinstance(parameters, int) else allocation
+    method.check(model, batches)
+    with cache_disabled(model):
+        anatomy = discover(model, batches[0] if len(batches) else None, run=on_device(work.loss), **parts)
+    method.check_layers(anatomy, given)
+    scores, allocation = None, given
+    if not isinstance(allocation, Allocation):
+        scores = importance_of(model, anatomy, batches, method, work, given)
+        allocation = allocation_of(model, anatomy, batches, scores, method, work)
+    pruned = prune_layers(model, anatomy, allocation, batches, method.pruning, method.allocation, work)
+    return PruneResult(model, anatomy, scores, pruned.allocation, pruned.unreached)
 
 
-def _size(layer: Layer, score: float) -> LayerSize:
-    return LayerSize(layer.name, layer.tower, layer.block, layer.numel, score, layer.modality, layer.shape)
+def importance_of(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Any],
+    method: Method,
+    work: Work,
+    given: Given = None,
+    journal: EstimateJournal | None = None,
+    norms: SharedNorms | None = None,
+) -> Importance:
+    """Stage 1: the scores that are given, none for ``uniform``, else measured ones."""
+    if isinstance(given, Importance):
+        return given
+    if not method.importance.measured:
+        return Importance.uniform(anatomy.layers, anatomy.total_parameters)
+    return measure(model, anatomy, batches, method.importance, work, journal, norms)
+
+
+def allocation_of(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Any],
+    scores: Importance,
+    method: Method,
+    work: Work,
+    journal: SearchJournal | None = None,
+    norms: SharedNorms | None = None,
+) -> Allocation:
+    """Scores to zeros for each layer, and the search from there where the method asks for it."""
+    allocation = allocate_scores(scores, method.allocation)
+    check_allocation(anatomy, allocation, method.allocation.pattern)
+    if method.search is None:
+        return allocation
+    return search_allocation(
+        model, anatomy, allocation, batches, method.search, method.allocation, method.pruning, work, journal, norms
+    ).recorded
 
 
 def prune(
@@ -169,133 +192,17 @@ def prune(
     Raises:
         EcoflapError: says what is wrong and how to mend it; the model is untouched unless the walk had begun.
     """
-    from ecoflap.data.batches import first_samples
-    from ecoflap.data.objectives import default_objective, on_device
-    from ecoflap.importance.measure import make_measure, measure_importance
-    from ecoflap.importance.offloaded import check_model
-    from ecoflap.importance.stopping import stopping_of
-    from ecoflap.model.anatomy import discover
-    from ecoflap.model.patching import cache_disabled
-    from ecoflap.pruning.criteria import make_criterion
-    from ecoflap.pruning.registry import is_global, reads_data, refuse_with_global
-    from ecoflap.search.search import search_allocation
-    from ecoflap.search.search import search_options as checked_search_options
-    from ecoflap.statistics.choice import TokenChoice
-    from ecoflap.statistics.tokens import check_choice
-
-    choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
-    check_choice(choice, model, batches, getattr(make_criterion(criterion, criterion_options), "statistics", "none"))
-    if is_global(criterion):
-        refuse_with_global(
-            criterion,
-            {
-                "importance": importance.method if isinstance(importance, Importance) else importance,
-                "importance_options": importance_options,
-                "allocation": None if allocation is None else "that is given",
-                "pattern": pattern,
-                "compare": compare,
-                "max_sparsity": max_sparsity,
-                "min_sparsity": min_sparsity,
-                "granularity": granularity,
-                "aggregate": aggregate,
-                "rule": rule,
-                "spread": spread,
-                "search": search,
-                "search_options": search_options,
-            },
-        )
-        importance, max_sparsity = "uniform", 1.0
-    elif importance is None:
-        importance = "zeroth-order"
-    given = allocation is not None or not isinstance(importance, str)
-    searched = importance == "sensitivity" if search is None else search
-    check_model(model, None if given else str(importance), criterion, searched)
-    if search and allocation is not None:
-        raise InvalidOption("search: an allocation is given, so there is nothing to search for")
-    options = checked_search_options(search_options)
-    shares: dict[str, Any] = {
-        "sparsity": sparsity,
-        "max_sparsity": max_sparsity,
-        "min_sparsity": min_sparsity,
-        "granularity": granularity,
-        "aggregate": aggregate,
-        "budget": budget,
-        "tower_sparsity": tower_sparsity,
-        "pattern": pattern,
-        "rule": rule,
-        "spread": spread,
-    }
-    measured = allocation is None and not isinstance(importance, Importance) and importance != "uniform"
-    if not len(batches) and (measured or reads_data(criterion)):
-        raise CalibrationError("no calibration batches: give at least one")
-    if measured:  # a wrong option is told now, not after the forward passes
-        made = make_measure(str(importance), dict(importance_options or {}))
-        check_granularity(vars(made), granularity)
-        stopping_of(str(importance), made, importance_error)
-        first_samples(batches, importance_samples)
-    objective = loss or default_objective(model)
-    first = batches[0] if len(batches) else None
-    with cache_disabled(model):
-        anatomy = discover(model, first, include=include, exclude=exclude, towers=towers, run=on_device(objective))
-    scores: Importance | None = None
-    if allocation is None:
-        if importance == "uniform":
-            scores = Importance.uniform(anatomy.layers, anatomy.total_parameters)
-        elif isinstance(importance, Importance):
-            check_same_layers(anatomy, importance)
-            scores = importance
-        else:
-            allocate(flat(anatomy, own_rule(str(importance))), **shares)
-            scores = measure_importance(
-                model,
-                batches,
-                importance,
-                samples=importance_samples,
-                error=importance_error,
-                seed=seed,
-                loss=objective,
-                anatomy=anatomy,
-                progress=progress,
-                workers=workers,
-                **dict(importance_options or {}),
-            )
-        allocation = allocate(scores, **shares)
-        if importance == "sensitivity" if search is None else search:
-            allocation = search_allocation(
-                model,
-                anatomy,
-                allocation,
-                batches,
-                criterion=criterion,
-                criterion_options=criterion_options,
-                compare=compare,
-                loss=objective,
-                shares=shares,
-                options=options,
-                tokens=choice,
-                seed=seed,
-                progress=progress,
-                workers=workers,
-            ).recorded
-    check_allocation(anatomy, allocation, pattern)
-    result = prune_to(
-        model,
-        anatomy,
-        allocation,
-        batches,
-        criterion=criterion,
-        criterion_options=criterion_options,
-        budget=budget,
-        tower_sparsity=tower_sparsity,
-        pattern=pattern,
-        compare=compare,
-        loss=objective,
+    method = make_method(
+        sparsity=sparsity, max_sparsity=max_sparsity, min_sparsity=min_sparsity, granularity=granularity,
+        aggregate=aggregate, budget=budget, tower_sparsity=tower_sparsity, pattern=pattern, rule=rule, spread=spread,
+        importance=importance, importance_options=importance_options, importance_samples=importance_samples,
+        importance_error=importance_error, allocation=allocation, search=search, search_options=search_options,
+        criterion=criterion, criterion_options=criterion_options, compare=compare, tokens=tokens,
         offload_activations=offload_activations,
-        tokens=choice,
-        progress=progress,
-        workers=workers,
-    )
-    return PruneResult(model, anatomy, scores, result[0], result[1])
+    )  # fmt: skip
+    given = allocation if allocation is not None else importance if isinstance(importance, Importance) else None
+    work = Work(loss or default_objective(model), seed, progress or Silent(), workers)
+    return carry_out(model, batches, method, work, given, include=include, exclude=exclude, towers=towers)
 
 
 def prune_to(
@@ -319,74 +226,14 @@ def prune_to(
 ) -> tuple[Allocation, tuple[str, ...]]:
     """Stage 2 alone, for a given allocation: (allocation with achieved sparsities, layers without statistics).
 
-    Args:
-        allocation: of a global criterion only the sums count, one for each budget that ``budget`` and
-            ``tower_sparsity`` make; the allocation that is returned then has the zeros that each layer was given.
-        criterion, criterion_options: as in :func:`prune`.
-        budget, tower_sparsity: as in :func:`allocate`; not looked at by local criteria.
-        journal: what an interrupted run has done, and where more goes; the same for all workers.
-        workers: those who have model and batches alike; a global criterion is computed by all of them.
+    Options are those of :func:`prune`; ``journal`` holds what an interrupted run has done.
     """
-    from ecoflap.allocation.patterns import parse_pattern, with_default
-    from ecoflap.data.objectives import default_objective, on_device
-    from ecoflap.importance.offloaded import check_model
-    from ecoflap.model.activation_store import offload_kind
-    from ecoflap.pruning.criteria import GlobalCriterion, make_criterion
-    from ecoflap.pruning.registry import refuse_with_global
-    from ecoflap.pruning.walk import walk
-    from ecoflap.pruning.whole_model import prune_globally
-    from ecoflap.statistics.choice import TokenChoice
-    from ecoflap.statistics.tokens import check_choice
-
-    rule = make_criterion(criterion, criterion_options)
-    check_model(model, None, criterion)
-    offload = offload_kind(offload_activations)
     choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
-    objective = on_device(loss or default_objective(model))
-    if isinstance(rule, GlobalCriterion):
-        refuse_with_global(criterion, {"pattern": pattern, "compare": compare})
-        check_choice(choice, model, batches, "none")
-        result = prune_globally(
-            model,
-            anatomy,
-            allocation,
-            _budgets(anatomy, budget, tower_sparsity or {}),
-            batches,
-            rule,
-            objective=objective,
-            offload=offload != "none",
-            progress=progress,
-            journal=journal,
-        )
-        return result.allocation, result.unreached
-    result = walk(
-        model,
-        anatomy,
-        allocation,
-        batches,
-        rule,
-        with_default(parse_pattern(pattern, compare), rule.default_compare),
-        run=objective,
-        offload=offload,
-        tokens=choice,
-        progress=progress,
-        journal=journal,
-        workers=workers,
-    )
-    return result.allocation, result.unreached
-
-
-def _budgets(anatomy: Anatomy, budget: str, tower_sparsity: Mapping[str, float]) -> dict[str, str]:
-    """Layer to the name of the budget that it shares."""
-    pools = make_pools([_size(layer, 0.0) for layer in anatomy.layers], Fraction(0), budget, tower_sparsity)
-    return {layer.name: pool.name for pool in pools for layer in pool.layers}
-
-
-def flat(anatomy: Anatomy, rule: str = "proportional") -> Importance:
-    """Every layer as important as any other: to learn at once, before stage 1, whether an allocation is feasible."""
-    scores = {layer.name: Score(1.0, 0.0, 1) for layer in anatomy.layers}
-    curves = {block.name: Curve((1.0,), (1.0,)) for block in anatomy.blocks if block.layers}
-    return Importance("flat", {"rule": rule}, anatomy.layers, scores, curves)
+    options = PruningOptions(criterion, dict(criterion_options or {}), compare, choice, offload_activations)
+    shares = AllocationOptions(budget=budget, tower_sparsity=tower_sparsity, pattern=pattern)
+    work = Work(loss or default_objective(model), progress=progress or Silent(), workers=workers)
+    found = prune_layers(model, anatomy, allocation, batches, options, shares, work, journal)
+    return found.allocation, found.unreached
 
 
 def inspect(
@@ -398,10 +245,6 @@ def inspect(
     towers: Sequence[str] | None = None,
 ) -> Anatomy:
     """Towers, blocks, prunable layers, and what stays dense with the reason; ``batch`` lets it watch a forward."""
-    from ecoflap.data.model_facts import to_device
-    from ecoflap.model.anatomy import discover
-    from ecoflap.model.patching import cache_disabled
-
     with cache_disabled(model):
         placed = None if batch is None else to_device(batch, model)
         return discover(model, placed, include=include, exclude=exclude, towers=towers)

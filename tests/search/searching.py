@@ -17,12 +17,19 @@ from families.vision import Eva
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation, LayerSize, allocate
+from ecoflap.allocation.allocate import AllocationOptions
 from ecoflap.data.objectives import Objective, on_device, resolve
 from ecoflap.model.anatomy import discover
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.patching import cache_disabled
+from ecoflap.pruning.prune import PruningOptions
+from ecoflap.search.options import SearchJournal, SearchOptions
 from ecoflap.search.order import Order
+from ecoflap.search.search import Found, search_allocation
+from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.dense import dense_norms
+from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.work import Work
 
 # Options of a short search on curves, through the command line.
 JOB = ("--importance", "sensitivity", "--search-options", "rounds=2", "--search-options", "swaps=3")
@@ -144,3 +151,20 @@ def quiet(model: nn.Module) -> ExitStack:
     stack.enter_context(torch.no_grad())
     stack.enter_context(cache_disabled(model))
     return stack
+
+
+def searched(
+    it: Subject,
+    start: Allocation,
+    *,
+    criterion: str = "wanda",
+    shares: Mapping[str, Any],
+    options: SearchOptions,
+    tokens: TokenChoice = ALL,
+    progress: Progress | None = None,
+    journal: SearchJournal | None = None,
+) -> Found:
+    """``search_allocation`` for a criterion by its name."""
+    work = Work(it.loss, progress=progress or Silent())
+    pruning, limits = PruningOptions(criterion, tokens=tokens), AllocationOptions(**shares)
+    return search_allocation(it.model, it.anatomy, start, it.batches, options, limits, pruning, work, journal)

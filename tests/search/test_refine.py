@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from searching import Journal, Subject, bits, even, order_of, quiet, really_pruned, subject, uneven
+from searching import Journal, Subject, bits, even, order_of, quiet, really_pruned, searched, subject, uneven
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
@@ -21,7 +21,7 @@ from ecoflap.search.divergence import Divergence
 from ecoflap.search.options import BY, PHASES, SearchOptions, State
 from ecoflap.search.order import Order
 from ecoflap.search.rounds import Search
-from ecoflap.search.search import Found, refine, search_allocation, search_options
+from ecoflap.search.search import Found, refine, search_options
 from ecoflap.search.solve import budgets_of
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_statistics
@@ -276,11 +276,9 @@ def test_probes_and_gradients_agree_on_where_to_go() -> None:
 
 def test_the_search_takes_the_first_samples() -> None:
     it = subject("llama")
-    arguments = {"criterion": "wanda", "compare": None, "loss": it.loss, "shares": {"sparsity": 0.5}}
+    arguments = {"criterion": "wanda", "shares": {"sparsity": 0.5}}
     few = Subject(it.model, it.anatomy, it.batches[:1], it.loss)
-    found = search_allocation(
-        it.model, it.anatomy, uneven(it.anatomy), it.batches, options=SearchOptions(samples=1, rounds=1), **arguments
-    )
+    found = searched(it, uneven(it.anatomy), options=SearchOptions(samples=1, rounds=1), **arguments)
     limits = {"sparsity": 0.5}
     expected = refine(
         few.model, few.anatomy, uneven(it.anatomy), few.batches, order_of(it), loss=it.loss, shares=limits,
@@ -288,9 +286,7 @@ def test_the_search_takes_the_first_samples() -> None:
     )  # fmt: skip
     assert found == expected
     with pytest.raises(CalibrationError, match="99"):
-        search_allocation(
-            it.model, it.anatomy, uneven(it.anatomy), it.batches, options=SearchOptions(samples=99), **arguments
-        )
+        searched(it, uneven(it.anatomy), options=SearchOptions(samples=99), **arguments)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
@@ -298,8 +294,8 @@ def test_the_search_measures_what_the_criterion_will_do(criterion: str) -> None:
     """With a choice of tokens the criterion removes others, and so does the model that is searched on."""
     it = subject("llava")
     start, tokens = even(it.anatomy), TokenChoice("text")
-    found = search_allocation(
-        it.model, it.anatomy, start, it.batches, criterion=criterion, compare=None, loss=it.loss,
+    found = searched(
+        it, start, criterion=criterion,
         shares={"sparsity": 0.5}, options=SearchOptions(rounds=0, metric="loss"), tokens=tokens,
     )  # fmt: skip
     pruned = copy.deepcopy(it.model)

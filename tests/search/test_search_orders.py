@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from searching import Journal, Subject, bits, even, quiet, subject, uneven
+from searching import Journal, Subject, bits, even, quiet, searched, subject, uneven
 
 from ecoflap import api
 from ecoflap.allocation import Allocation, SearchRecord
@@ -22,7 +22,7 @@ from ecoflap.search.masked_model import MaskedModel
 from ecoflap.search.options import SearchOptions
 from ecoflap.search.order import Order
 from ecoflap.search.pruned_model import Orders, PrunedModel
-from ecoflap.search.search import Found, refine, search_allocation
+from ecoflap.search.search import Found, refine
 from ecoflap.statistics.choice import TokenChoice
 
 
@@ -46,8 +46,8 @@ def divergence_of(it: Subject, pruned: Subject) -> float:
 
 
 def search(it: Subject, start: Allocation, criterion: str, journal: Journal | None = None, **options: Any) -> Found:
-    return search_allocation(
-        it.model, it.anatomy, start, it.batches, criterion=criterion, compare=None, loss=it.loss,
+    return searched(
+        it, start, criterion=criterion,
         shares={"sparsity": 0.5, "max_sparsity": 0.8}, options=SearchOptions(**{"inputs": "both", **options}),
         journal=journal,
     )  # fmt: skip
@@ -72,8 +72,8 @@ def test_the_walk_is_that_of_stage_2(name: str, criterion: str, tokens: str, mon
         return Found(start, SearchRecord("kl", (0.0,), ("start",), zeros, {}))
 
     monkeypatch.setattr("ecoflap.search.search.refine", caught)
-    search_allocation(
-        it.model, it.anatomy, start, it.batches, criterion=criterion, compare=None, loss=it.loss, shares={},
+    searched(
+        it, start, criterion=criterion, shares={},
         options=SearchOptions(inputs="pruned"), tokens=TokenChoice(tokens),
     )  # fmt: skip
     with quiet(it.model), MaskedModel(it.model, it.anatomy) as masked:
@@ -121,8 +121,8 @@ def test_it_ends_no_higher_than_the_search_by_dense_inputs() -> None:
     start = even(it.anatomy)
     ends = {}
     for inputs in ("dense", "both"):
-        found = search_allocation(
-            it.model, it.anatomy, start, it.batches, criterion="sparsegpt", compare=None, loss=it.loss,
+        found = searched(
+            it, start, criterion="sparsegpt",
             shares={"sparsity": 0.5}, options=SearchOptions(inputs=inputs, rounds=2),
         )  # fmt: skip
         ends[inputs] = divergence_of(it, walked(it, found.allocation, "sparsegpt"))
@@ -217,8 +217,8 @@ def test_weights_move_across_towers_where_the_search_may(inputs: str) -> None:
         return {tower: sum(row.zeros for row in allocation.layers if row.tower == tower) for tower in towers}
 
     given, free = (
-        search_allocation(
-            it.model, it.anatomy, start, it.batches, criterion="wanda", compare=None, loss=it.loss,
+        searched(
+            it, start, criterion="wanda",
             shares={"sparsity": 0.5, "budget": "tower"},
             options=SearchOptions(inputs=inputs, rounds=2, budget=budget),
         ).allocation

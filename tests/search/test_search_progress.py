@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from searching import Journal, subject, uneven
+from searching import Journal, searched, subject, uneven
 
 from ecoflap.search.options import SearchOptions
 from ecoflap.search.pruned_model import PrunedModel
-from ecoflap.search.search import Found, search_allocation
+from ecoflap.search.search import Found
 
 
 class _Watch:
@@ -34,8 +34,8 @@ class _Watch:
 
 def _search(watch: _Watch, journal: Journal, options: dict[str, Any]) -> Found:
     it = subject("llama")
-    return search_allocation(
-        it.model, it.anatomy, uneven(it.anatomy), it.batches, criterion="wanda", compare=None, loss=it.loss,
+    return searched(
+        it, uneven(it.anatomy), criterion="wanda",
         shares={"sparsity": 0.5, "max_sparsity": 0.8}, options=SearchOptions(rounds=3, tolerance=0.0, **options),
         progress=watch, journal=journal,
     )  # fmt: skip

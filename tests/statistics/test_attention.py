@@ -16,7 +16,7 @@ from torch import Tensor
 from ecoflap import api
 from ecoflap.errors import InvalidOption
 from ecoflap.model.block_runner import Enough
-from ecoflap.statistics import tokens
+from ecoflap.statistics import tokens as choices
 from ecoflap.statistics.tokens import TextAttention
 
 
@@ -69,7 +69,7 @@ def test_the_attention_that_the_text_gives(
         mask = torch.randn(*leading, tokens, tokens, generator=generator)
         bias = mask.expand(batch, 4, -1, -1)
     used = 5**-0.5 if scale is None else scale
-    before, tokens._QUERIES = tokens._QUERIES, parts
+    before, choices._QUERIES = choices._QUERIES, parts
     try:
         with TextAttention() as seen:
             seen.begin(text)
@@ -81,7 +81,7 @@ def test_the_attention_that_the_text_gives(
                 options = {"is_causal": kind == "causal", "scale": scale, "enable_gqa": groups > 1}
                 F.scaled_dot_product_attention(query, key, key, attn_mask=mask, **options)
     finally:
-        tokens._QUERIES = before
+        choices._QUERIES = before
     (found,) = seen.received
     if not text.any():
         assert found is None or not found.any()
@@ -145,7 +145,7 @@ def test_the_early_end_chooses_the_same_tokens(name: str, monkeypatch: pytest.Mo
     """With several batches, some of them whole only because they come first."""
     pruned = []
     for ending in (True, False):
-        monkeypatch.setattr(tokens, "TextAttention", lambda early, ending=ending: TextAttention(ending))
+        monkeypatch.setattr(choices, "TextAttention", lambda early, ending=ending: TextAttention(ending))
         found = case(name)
         model = found.fresh()
         batches = [*found.padded, *found.batches, *found.padded]

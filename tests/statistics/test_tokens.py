@@ -18,6 +18,7 @@ from ecoflap import api
 from ecoflap.data.model_facts import IGNORED, placeholders, token_masks
 from ecoflap.data.objectives import default_objective
 from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
+from ecoflap.importance.allocate import flat
 from ecoflap.model.anatomy import discover
 from ecoflap.model.block_runner import TowerDriver
 from ecoflap.model.parts import Anatomy, Block
@@ -192,7 +193,7 @@ def test_only_towers_that_see_pictures_change(name: str) -> None:
     masks = []
     for choice in (TokenChoice(), TokenChoice("text")):
         model, anatomy, batches, loss = made(name)
-        allocation = api.allocate(api.flat(anatomy), 0.5, max_sparsity=0.5)
+        allocation = api.allocate(flat(anatomy), 0.5, max_sparsity=0.5)
         api.prune_to(
             model, anatomy, allocation, batches, criterion="wanda", pattern="unstructured", loss=loss, tokens=choice
         )

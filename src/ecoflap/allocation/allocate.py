@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +13,28 @@ from ecoflap.allocation.groups import LayerSize, infeasible, make_groups, make_p
 from ecoflap.allocation.parts import Allocation, LayerAllocation
 from ecoflap.allocation.rules import RULES, round_to_total
 from ecoflap.errors import InvalidOption, NonFiniteLoss
+
+
+@dataclass(frozen=True)
+class AllocationOptions:
+    """How scores become sparsities; :func:`allocate` says what each option does.
+
+    ``rule`` and ``spread`` None: those that the importance was made for.
+    """
+
+    sparsity: float = 0.5
+    max_sparsity: float | None = None
+    min_sparsity: float = 0.0
+    granularity: str = "block"
+    aggregate: str | None = None
+    budget: str = "global"
+    tower_sparsity: Mapping[str, float] | None = None
+    pattern: str = "unstructured"
+    rule: str | None = None
+    spread: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def allocate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -13,9 +13,9 @@ from torch import nn
 from ecoflap.data.batches import batch_size_of, first_samples
 from ecoflap.data.objectives import Objective, default_objective, on_device
 from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
-from ecoflap.importance.offloaded import check_model
+from ecoflap.importance.offloaded import check_offloaded
 from ecoflap.importance.registry import IMPORTANCES
-from ecoflap.importance.scores import Estimate, Importance, summarise
+from ecoflap.importance.scores import Estimate, Importance, check_granularity, summarise
 from ecoflap.importance.stopping import check_budget, stopping_of, turns
 from ecoflap.model.anatomy import discover
 from ecoflap.model.parts import Anatomy
@@ -24,7 +24,8 @@ from ecoflap.model.precision import computing_in_fp32, half_blocks
 from ecoflap.model.trace import evaluating
 from ecoflap.statistics.dense import SharedNorms
 from ecoflap.support.progress import Progress, Silent, Task
-from ecoflap.support.registry import check_option_names
+from ecoflap.support.registry import check_options
+from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers, part
 
 
@@ -55,7 +56,7 @@ def make_measure(name: str, options: dict[str, Any]) -> ImportanceMeasure:
         InvalidOption: it has no such option, or the value is out of range.
     """
     factory: Any = IMPORTANCES.get(name)
-    check_option_names("importance", name, [field.name for field in fields(factory)], options)
+    check_options("importance", name, factory, options)
     measure: ImportanceMeasure = factory(**options)
     return measure
 
@@ -105,6 +106,35 @@ def _measured(
     return [row for of_worker in told for row in of_worker]
 
 
+@dataclass(frozen=True)
+class ImportanceOptions:
+    """What stage 1 measures.
+
+    Attributes:
+        name: a registered importance; None where scores or an allocation are given.
+        options: the importance's own, such as ``epsilon`` or ``variant``.
+        samples: use the first whole batches with at least so many samples; None takes all.
+        error: sample a layer only until its standard error is this share of its score.
+    """
+
+    name: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    samples: int | None = None
+    error: float | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether forwards are needed: the scores come neither from a file nor from nothing."""
+        return self.name not in (None, "uniform")
+
+    def check(self, granularity: str) -> None:
+        """Raises InvalidOption or UnknownName for an option that is not there, or contradicts another one."""
+        if self.name is not None and self.measured:
+            made = make_measure(self.name, dict(self.options))
+            check_granularity(vars(made), granularity)
+            stopping_of(self.name, made, self.error)
+
+
 def measure_importance(
     model: nn.Module,
     batches: Sequence[Any],
@@ -146,25 +176,47 @@ def measure_importance(
         CalibrationError: no or too few samples.
         NonFiniteLoss: names the batch and the layer.
     """
-    measure = make_measure(importance, options)
-    check_model(model, importance)
-    rule = stopping_of(importance, measure, error)
-    batches = first_samples(batches, samples)
-    objective = on_device(loss or default_objective(model))
+    objective = loss or default_objective(model)
+    chosen = ImportanceOptions(importance, options, samples, error)
+    chosen.check("block")
+    check_offloaded(model, importance)
+    first_samples(batches, samples)
+    if anatomy is None:
+        with cache_disabled(model):
+            anatomy = discover(model, batches[0], run=on_device(objective))
+    work = Work(objective, seed, progress or Silent(), workers)
+    return measure(model, anatomy, batches, chosen, work, journal, norms)
+
+
+def measure(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Any],
+    options: ImportanceOptions,
+    work: Work,
+    journal: EstimateJournal | None = None,
+    norms: SharedNorms | None = None,
+) -> Importance:
+    """Stage 1 as :func:`measure_importance` has it, of a model whose layers are known."""
+    assert options.name is not None
+    importance, workers = options.name, work.workers
+    measure = make_measure(importance, dict(options.options))
+    check_offloaded(model, importance)
+    rule = stopping_of(importance, measure, options.error)
+    batches = first_samples(batches, options.samples)
+    objective = on_device(work.loss)
     journal = journal or _MemoryJournal()
     with ExitStack() as state:
         # Gradients of the user's own have the parameters' dtype, so they go before it changes and return after.
         for context_manager in (evaluating(model), cache_disabled(model), gradients_set_aside(model)):
             state.enter_context(context_manager)
-        if anatomy is None:
-            anatomy = discover(model, batches[0], run=objective)
         upcast: tuple[str, ...] = ()
         if not _is_native(measure):
             upcast = half_blocks(model, measure.upcast(anatomy))
             state.enter_context(computing_in_fp32(model, upcast))
         known = {(e.layer, e.batch, e.draw): e.value for e in journal.estimates()}
         context = ProbeContext(
-            model, anatomy, batches, objective, seed, frozenset(known), workers=workers, upcast=frozenset(upcast),
+            model, anatomy, batches, objective, work.seed, frozenset(known), workers=workers, upcast=frozenset(upcast),
             norms=norms or SharedNorms(),
         )  # fmt: skip
         pieces = None if (found := measure.pieces(context)) is None else list(found)
@@ -174,7 +226,7 @@ def measure_importance(
         if rule is not None:
             check_budget(rule, pieces or (), len(batches))
             total = len(known) + len(_keys(pieces or ()) - known.keys())
-        with (progress or Silent()).stage("importance", total, len(known), weights) as task:
+        with work.progress.stage("importance", total, len(known), weights) as task:
             for turn, passed in [(pieces, 0)] if rule is None or pieces is None else turns(pieces, known, rule):
                 fresh = _measured(measure, _narrowed(context, pieces, turn or (), known), journal, task, pieces)
                 known |= {(layer, batch, draw): value for layer, batch, draw, value in fresh}
@@ -191,7 +243,7 @@ def measure_importance(
             **asdict(measure),  # type: ignore[call-overload]
             **context.remarks,
             **({} if rule is None else {"error": rule.error}),
-            "seed": seed,
+            "seed": work.seed,
             "batches": len(batches),
             "samples": sum(batch_size_of(batch) for batch in batches),
             "model_parameters": anatomy.total_parameters,

@@ -24,6 +24,8 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ecoflap.errors import InvalidOption
+
 
 class _Slot(NamedTuple):
     """Where a module keeps a parameter, and the placeholder that stands there while it is offloaded."""
@@ -67,6 +69,9 @@ class _Hook(AlignDevicesHook):  # type: ignore[misc]
             for slot in self.slots:
                 slot.owner._parameters[slot.leaf] = slot.placeholder
         return output
+
+
+OFFLOADED = "some of the model's weights are on the disk or in the computer's memory (device map)"  # for messages
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -257,3 +262,9 @@ def temporary_folder() -> Path:
 def removed_with(owner: object, folder: Path) -> None:
     """The folder goes when ``owner`` does, or at exit."""
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+
+
+def check_in_memory(model: nn.Module, what: str) -> None:
+    """Raises InvalidOption where ``what`` is asked of an offloaded model."""
+    if is_offloaded(model):
+        raise InvalidOption(f"{what} needs all weights in memory, and {OFFLOADED}: leave out --device-map")

@@ -6,7 +6,6 @@ Criteria for the whole model: what a rule is that compares the weights of all la
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +18,7 @@ from ecoflap.model.parts import Layer
 from ecoflap.pruning.registry import CRITERIA
 from ecoflap.statistics.inputs import InputStatistics, all_finite
 from ecoflap.support.progress import Task
-from ecoflap.support.registry import check_option_names
+from ecoflap.support.registry import check_options
 
 Scores = Callable[[Layer], Tensor]
 
@@ -105,7 +104,7 @@ def make_criterion(name: str, options: Mapping[str, Any] | None = None) -> Crite
         InvalidOption: it has no such option, or the value is out of range.
     """
     factory: Any = CRITERIA.get(name)
-    check_option_names("criterion", name, [field.name for field in fields(factory)], options or {})
+    check_options("criterion", name, factory, options or {})
     made: Criterion | GlobalCriterion = factory(**(options or {}))
     return made
 

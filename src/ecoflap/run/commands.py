@@ -66,7 +66,7 @@ def inspect_model(recipe: Recipe) -> tuple[Anatomy, str]:
 
 def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: bool) -> tuple[Allocation, Path]:
     """Allocate from an importance.json (or the run directory that holds one) and write allocation.json."""
-    from ecoflap.api import allocate
+    from ecoflap.importance.allocate import allocate
     from ecoflap.importance.scores import Importance
     from ecoflap.support.files import write_json
 
@@ -160,10 +160,10 @@ def _measured(recipe: Recipe, output: Path, progress: Progress, work: SharedRun,
     from ecoflap.model.checkpoint import fingerprint
     from ecoflap.run.log import explained, logging_to
     from ecoflap.run.pipeline import importance_for
-    from ecoflap.run.prepare import check_importance_options, load_checkpoint, naming_samples, plan_on
+    from ecoflap.run.prepare import load_checkpoint, naming_samples, plan_on
     from ecoflap.run.provenance import as_it_began
 
-    check_importance_options(recipe)
+    recipe.method().importance.check(recipe.granularity)
     plan = plan_on(load_checkpoint(recipe, workers=workers), recipe)
     first_samples(plan.batches, recipe.importance_samples)
     work.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from ecoflap.allocation import Allocation
-from ecoflap.allocation.fits import check_allocation
 from ecoflap.allocation.parts import read_allocation
-from ecoflap.api import prune_to
+from ecoflap.api import allocation_of, importance_of
 from ecoflap.evaluation import TaskResult
 from ecoflap.importance.measure import EstimateJournal
 from ecoflap.importance.scores import Importance
 from ecoflap.model.checkpoint import fingerprint
 from ecoflap.model.save import save, stored_bytes
-from ecoflap.pruning.walk import BlockJournal
+from ecoflap.pruning.prune import prune_layers
+from ecoflap.pruning.walk import BlockJournal, WalkResult
 from ecoflap.report import write_report
 from ecoflap.report.card import write_card
 from ecoflap.run import names as files
 from ecoflap.run.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.predictions import add_pictures, answers_of, compared
-from ecoflap.run.prepare import Prepared, measure, naming_samples, prepare, shared_out
+from ecoflap.run.prepare import Prepared, naming_samples, prepare
 from ecoflap.run.provenance import (
     Usage,
     as_it_began,
@@ -41,8 +41,6 @@ from ecoflap.run.provenance import (
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.shared import SharedRun
 from ecoflap.search.options import SearchJournal
-from ecoflap.search.search import search_allocation, search_options
-from ecoflap.statistics.choice import TokenChoice
 from ecoflap.support.files import check_room
 from ecoflap.support.progress import Labelled, Progress, Silent
 from ecoflap.support.workers import ALONE, Workers
@@ -53,23 +51,10 @@ _log = logging.getLogger("ecoflap")
 def importance_for(
     plan: Prepared, progress: Progress, journal: EstimateJournal | None = None, workers: Workers = ALONE
 ) -> Importance:
-    """Stage 1: the scores that the recipe's file holds, none for ``uniform``, else measured ones.
-
-    Args:
-        journal: estimates that are known already, and where new ones go.
-        workers: those who have the plan alike; so below.
-
-    Raises:
-        EcoflapError: as :func:`ecoflap.measure_importance`.
-    """
-    if plan.importance is not None:
-        return plan.importance
-    if plan.recipe.importance == "uniform":
-        return Importance.uniform(plan.anatomy.layers, plan.anatomy.total_parameters)
-    return measure(
-        plan.recipe, plan.checkpoint.model, plan.batches, plan.anatomy, plan.objective, progress, journal, workers,
-        plan.norms,
-    )  # fmt: skip
+    """Stage 1 of a plan; ``journal`` holds estimates that are known already, and takes new ones."""
+    return importance_of(
+        *plan.parts, plan.recipe.method(), plan.work(progress, workers), plan.given, journal, plan.norms
+    )
 
 
 def allocation_for(
@@ -79,43 +64,10 @@ def allocation_for(
     journal: SearchJournal | None = None,
     workers: Workers = ALONE,
 ) -> Allocation:
-    """Scores to zeros for each layer, and the search from there where the recipe asks for it.
-
-    The one place where an allocation is made of an importance.
-
-    Args:
-        journal: of the search: what is done already, and where more goes.
-
-    Raises:
-        InfeasibleAllocation: the sparsity can't be reached.
-        InvalidOption: it can't be made with the pattern.
-    """
-    recipe, model = plan.recipe, plan.checkpoint.model
-    allocation = shared_out(recipe, importance)
-    check_allocation(plan.anatomy, allocation, recipe.pattern)
-    if not recipe.search:
-        return allocation
-    found = search_allocation(
-        model,
-        plan.anatomy,
-        allocation,
-        plan.batches,
-        criterion=recipe.criterion,
-        criterion_options=recipe.criterion_options,
-        compare=recipe.compare,
-        loss=plan.objective,
-        shares=recipe.shares(),
-        options=search_options(recipe.search_options),
-        tokens=TokenChoice(recipe.tokens, recipe.top_tokens),
-        seed=recipe.seed,
-        progress=progress,
-        journal=journal,
-        workers=workers,
-        norms=plan.norms,
+    """Scores to zeros for each layer, and the search from there where the recipe asks for it."""
+    return allocation_of(
+        *plan.parts, importance, plan.recipe.method(), plan.work(progress, workers), journal, plan.norms
     )
-    losses = ", ".join(f"{loss:.4g}" for loss in found.record.losses)
-    _log.info("allocation search, %s after every step: %s", found.record.metric, losses)
-    return found.recorded
 
 
 def pruned_to(
@@ -124,34 +76,11 @@ def pruned_to(
     progress: Progress,
     journal: BlockJournal | None = None,
     workers: Workers = ALONE,
-) -> tuple[Allocation, tuple[str, ...]]:
-    """Stage 2, in place: the allocation with what was achieved, and the layers that no calibration token reached.
-
-    Args:
-        journal: blocks that are pruned already, and where new ones go.
-
-    Raises:
-        NonFiniteLoss: names the layer.
-    """
-    recipe = plan.recipe
-    return prune_to(
-        plan.checkpoint.model,
-        plan.anatomy,
-        allocation,
-        plan.batches,
-        criterion=recipe.criterion,
-        criterion_options=recipe.criterion_options,
-        budget=recipe.budget,
-        tower_sparsity=recipe.tower_sparsity,
-        pattern=recipe.pattern,
-        compare=recipe.compare,
-        loss=plan.objective,
-        offload_activations=recipe.offload_activations,
-        tokens=TokenChoice(recipe.tokens, recipe.top_tokens),
-        progress=progress,
-        journal=journal,
-        workers=workers,
-    )
+) -> WalkResult:
+    """Stage 2, in place; ``journal`` holds blocks that are pruned already, and takes new ones."""
+    model, anatomy, batches = plan.parts
+    method, work = plan.recipe.method(), plan.work(progress, workers)
+    return prune_layers(model, anatomy, allocation, batches, method.pruning, method.allocation, work, journal)
 
 
 STAGES = f"{files.JOURNAL}/stages.json"
@@ -325,7 +254,8 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
         layers = sum(model.get_parameter(layer.name).nbytes for layer in plan.anatomy.layers)
         check_room(run.path, layers - blocks.bytes() + stored_bytes(model), "the pruned model, and its journal first,")
     with job.stage("pruning"):
-        allocation, unreached = pruned_to(plan, allocation, job.progress, blocks, job.workers)
+        pruned = pruned_to(plan, allocation, job.progress, blocks, job.workers)
+    allocation, unreached = pruned.allocation, pruned.unreached
     for name in unreached:
         _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
     run.write_result(files.ALLOCATION, allocation.to_json())

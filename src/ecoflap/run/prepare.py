@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ecoflap.allocation import Allocation
-from ecoflap.allocation.fits import check_allocation, check_same_layers
 from ecoflap.allocation.parts import read_allocation
-from ecoflap.api import allocate, flat
-from ecoflap.data.batches import batch_size_of, first_samples, make_batches
+from ecoflap.data.batches import batch_size_of, make_batches
 from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.collate import collating_objective, unpacked
 from ecoflap.data.model_facts import Batch
@@ -23,30 +21,24 @@ from ecoflap.data.objectives import Objective, check_image_matters, check_loss, 
 from ecoflap.data.prompts import tokenizer_of
 from ecoflap.data.samples import SampleSet, load_samples
 from ecoflap.errors import CalibrationError, CheckpointError, EcoflapError, InvalidOption, NonFiniteLoss
-from ecoflap.importance.measure import EstimateJournal, make_measure, measure_importance
-from ecoflap.importance.offloaded import check_blockwise, check_in_memory, check_model
-from ecoflap.importance.registry import IMPORTANCES, own_rule
-from ecoflap.importance.scores import Importance, check_granularity
-from ecoflap.importance.stopping import stopping_of
+from ecoflap.importance.registry import IMPORTANCES
+from ecoflap.importance.scores import Importance
 from ecoflap.model.anatomy import discover
 from ecoflap.model.checkpoint import Checkpoint, load
 from ecoflap.model.device_map import DISK, check_device_map
 from ecoflap.model.files import PACKED
-from ecoflap.model.offload import home_of, is_offloaded
+from ecoflap.model.offload import check_in_memory, home_of, is_offloaded
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
-from ecoflap.pruning.criteria import make_criterion
-from ecoflap.pruning.registry import CRITERIA, reads_data
+from ecoflap.pruning.offloaded import check_blockwise
+from ecoflap.pruning.registry import reads_data
 from ecoflap.run.evaluations import check_evaluations, rehearse
 from ecoflap.run.provenance import digests_of
 from ecoflap.run.recipe import Recipe
-from ecoflap.search.options import SearchOptions
-from ecoflap.search.search import search_options
-from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import SharedNorms
-from ecoflap.statistics.tokens import check_choice
 from ecoflap.support.processes import device_of
 from ecoflap.support.progress import Progress
+from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -83,9 +75,6 @@ def load_checkpoint(
     return found
 
 
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-
-
 @dataclass(frozen=True)
 class Prepared:
     """What the stages work on.
@@ -108,6 +97,20 @@ class Prepared:
     importance: Importance | None = None
     allocation: Allocation | None = None
     norms: SharedNorms = field(default_factory=SharedNorms, compare=False)
+
+    @property
+    def parts(self) -> tuple[nn.Module, Anatomy, Sequence[Batch]]:
+        """Model, layers and batches, as every stage takes them."""
+        return self.checkpoint.model, self.anatomy, self.batches
+
+    def work(self, progress: Progress, workers: Workers = ALONE) -> Work:
+        """What every stage is handed."""
+        return Work(self.objective, self.recipe.seed, progress, workers)
+
+    @property
+    def given(self) -> Importance | Allocation | None:
+        """What is known before the run: an allocation, or scores."""
+        return self.allocation if self.allocation is not None else self.importance
 
     def inputs(self) -> dict[str, str]:
         """What decides the result beside recipe and model: a digest of the batches, and the kind of device."""
@@ -191,11 +194,8 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check_device_map(recipe.device_map, recipe.max_memory)
     if recipe.device_map == DISK:
-        check_blockwise(recipe.importance if is_measured(recipe) else None, recipe.criterion, recipe.search)
-    if is_measured(recipe):
-        check_importance_options(recipe)
-    check_criterion_options(recipe)
-    check_search_options(recipe)
+        check_blockwise(recipe.importance if is_measured(recipe) else None, recipe.criterion, bool(recipe.search))
+    recipe.method().check_options()
     check_evaluations(recipe)
 
 
@@ -222,65 +222,11 @@ def check_plan(plan: Prepared) -> None:
     """Whether the plan's samples, scores and allocation fit each other and its model.
 
     Raises:
-        CalibrationError: fewer samples than stage 1 is to have, or a choice of tokens where none is visual.
-        InvalidOption: scores or allocation are of another model, or can't be made with the pattern.
-        InfeasibleAllocation: the sparsity can't be reached.
+        EcoflapError: as :meth:`~ecoflap.search.method.Method.check` and ``check_layers``.
     """
-    recipe, anatomy = plan.recipe, plan.anatomy
-    measured = recipe.importance if is_measured(recipe) else None
-    check_model(plan.checkpoint.model, measured, recipe.criterion, recipe.search)
-    if is_measured(recipe):
-        first_samples(plan.batches, recipe.importance_samples)
-    if recipe.search:
-        first_samples(plan.batches, search_options(recipe.search_options).samples or None)
-    criterion = make_criterion(recipe.criterion, recipe.criterion_options)
-    tokens = TokenChoice(recipe.tokens, recipe.top_tokens)
-    check_choice(tokens, plan.checkpoint.model, plan.batches, getattr(criterion, "statistics", "none"))
-    if plan.importance is not None:
-        check_same_layers(anatomy, plan.importance)
-    rehearsed = (
-        Importance.uniform(anatomy.layers)
-        if recipe.importance == "uniform"
-        else flat(anatomy, own_rule(recipe.importance))
-    )
-    check_allocation(anatomy, plan.allocation or shared_out(recipe, plan.importance or rehearsed), recipe.pattern)
-
-
-def check_importance_options(recipe: Recipe) -> None:
-    """Raises InvalidOption for an option that the recipe's importance does not have, or a value of the wrong kind."""
-    _check_kinds("importance", IMPORTANCES.get(recipe.importance), recipe.importance_options)
-    made = make_measure(recipe.importance, dict[str, Any](recipe.importance_options))
-    check_granularity(vars(made), recipe.granularity)
-    stopping_of(recipe.importance, made, recipe.importance_error)
-
-
-def check_criterion_options(recipe: Recipe) -> None:
-    """Raises InvalidOption for an option that the recipe's criterion does not have, or a value of the wrong kind."""
-    _check_kinds("criterion", CRITERIA.get(recipe.criterion), recipe.criterion_options)
-    make_criterion(recipe.criterion, recipe.criterion_options)
-
-
-def check_search_options(recipe: Recipe) -> None:
-    """Raises InvalidOption for an option that the search does not have, or a value of the wrong kind."""
-    _check_kinds("search", SearchOptions, recipe.search_options)
-    search_options(recipe.search_options)
-
-
-def _check_kinds(what: str, factory: Any, options: Mapping[str, Any]) -> None:
-    kinds = {field.name: str(field.type) for field in fields(factory)}
-    for name, value in options.items():
-        wanted = _KINDS.get(kinds.get(name, ""), (object,))
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kinds.get(name) in ("int", "float")):
-            raise InvalidOption(f"{what} option {name}={value}: it must be {_described(kinds[name])}")
-
-
-def _described(kind: str) -> str:
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a name"}[kind]
-
-
-def shared_out(recipe: Recipe, importance: Importance) -> Allocation:
-    """The allocation that the recipe makes of these scores."""
-    return allocate(importance, **recipe.shares(), pattern=recipe.pattern)
+    method = plan.recipe.method()
+    method.check(plan.checkpoint.model, plan.batches)
+    method.check_layers(plan.anatomy, plan.given)
 
 
 def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet, list[Batch]]:
@@ -357,32 +303,3 @@ def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], obje
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
-def measure(
-    recipe: Recipe,
-    model: nn.Module,
-    batches: Sequence[Batch],
-    anatomy: Anatomy,
-    objective: Objective,
-    progress: Progress,
-    journal: EstimateJournal | None = None,
-    workers: Workers = ALONE,
-    norms: SharedNorms | None = None,
-) -> Importance:
-    """Stage 1 with the recipe's importance, options, samples and seed."""
-    return measure_importance(
-        model,
-        batches,
-        recipe.importance,
-        samples=recipe.importance_samples,
-        error=recipe.importance_error,
-        seed=recipe.seed,
-        loss=objective,
-        anatomy=anatomy,
-        progress=progress,
-        journal=journal,
-        workers=workers,
-        norms=norms,
-        **dict[str, Any](recipe.importance_options),
-    )

@@ -20,6 +20,8 @@ from ecoflap.support.registry import unknown
 if TYPE_CHECKING:
     from typing import Self  # from Python 3.11 on; read by type checkers alone
 
+    from ecoflap.search.method import Method
+
 FILE_ONLY = ("evaluations",)  # fields that only a recipe file can say
 _FLAGS = {"task_options": "--task-option"}  # where it is not the field's name
 OPTIONS = "options"  # the source of a recipe that was given on the command line: messages name the flags
@@ -28,6 +30,16 @@ OPTIONS = "options"  # the source of a recipe that was given on the command line
 def flag_of(field: str) -> str:
     """The command line's name of a recipe's field."""
     return _FLAGS.get(field, "--" + field.replace("_", "-"))
+
+
+_SHARES = (
+    "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule",
+    "spread",
+)  # fmt: skip
+_METHOD = (
+    "importance", "importance_options", "importance_samples", "importance_error", "criterion", "criterion_options",
+    "compare", "offload_activations", "allocation", "search", "search_options",
+)  # fmt: skip
 
 
 class Recipe(BaseModel):
@@ -244,11 +256,18 @@ class Recipe(BaseModel):
 
     def shares(self) -> dict[str, Any]:
         """The options of the allocation, as :func:`ecoflap.allocate` takes them."""
-        names = (
-            "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
-            "rule", "spread",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _SHARES}
+
+    def method(self) -> Method:
+        """One choice for each step of the method, of a resolved recipe.
+
+        Raises:
+            InvalidOption, UnknownName: an option is not there, or contradicts another one.
+        """
+        from ecoflap.search.method import make_method
+
+        options = {name: getattr(self, name) for name in (*_SHARES, *_METHOD)}
+        return make_method(**options, pattern=self.pattern, tokens=TokenChoice(self.tokens, self.top_tokens))
 
     def resolved(self) -> Recipe:
         """The same recipe with what follows from other fields filled in.

@@ -9,14 +9,16 @@ Begins a search on a model as it is: statistics of the dense model, the criterio
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ecoflap.allocation import Allocation, SearchRecord
+from ecoflap.allocation.allocate import AllocationOptions
 from ecoflap.allocation.patterns import Compare
 from ecoflap.data.batches import first_samples
 from ecoflap.data.objectives import Objective, on_device
@@ -24,7 +26,7 @@ from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.replay import Replay
 from ecoflap.model.trace import evaluating
-from ecoflap.pruning.criteria import make_criterion
+from ecoflap.pruning.prune import PruningOptions
 from ecoflap.search.divergence import Divergence
 from ecoflap.search.masked_model import MaskedModel
 from ecoflap.search.options import PHASES, NoJournal, SearchJournal, SearchOptions, State
@@ -32,15 +34,14 @@ from ecoflap.search.order import Order, compensated
 from ecoflap.search.pruned_model import Orders, PrunedModel
 from ecoflap.search.rounds import Search
 from ecoflap.search.solve import budgets_of
-from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.dense import SharedNorms
 from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.support.progress import Progress, Silent
-from ecoflap.support.registry import check_option_names
+from ecoflap.support.registry import check_option_kinds, check_option_names
+from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers
 
-if TYPE_CHECKING:
-    from torch import nn
+_log = logging.getLogger("ecoflap")
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def search_options(options: Mapping[str, Any] | None) -> SearchOptions:
         UnknownName: a value that is a name is unknown.
     """
     check_option_names("allocation", "search", [field.name for field in fields(SearchOptions)], options or {})
+    check_option_kinds("search", SearchOptions, options or {})
     return SearchOptions(**(options or {}))
 
 
@@ -146,36 +148,28 @@ def search_allocation(
     anatomy: Anatomy,
     allocation: Allocation,
     batches: Sequence[Any],
-    *,
-    criterion: str,
-    criterion_options: Mapping[str, Any] | None = None,
-    compare: str | None,
-    loss: Objective,
-    shares: Mapping[str, Any],
     options: SearchOptions,
-    tokens: TokenChoice = ALL,
-    seed: int = 0,
-    progress: Progress | None = None,
+    shares: AllocationOptions,
+    pruning: PruningOptions,
+    work: Work,
     journal: SearchJournal | None = None,
-    workers: Workers = ALONE,
     norms: SharedNorms | None = None,
 ) -> Found:
-    """:func:`ecoflap.search.search.refine` from ``allocation``, for a registered local criterion.
+    """:func:`refine` from ``allocation``, for a registered local criterion.
 
     Args:
         batches: calibration batches; all of them make the statistics, the first ``options.samples`` are searched on.
-        tokens: which tokens count in the statistics, as the criterion has it.
-        compare: the user's ``row`` or ``matrix``; None for the criterion's own.
+        shares: budgets and caps that the search keeps to.
+        pruning: the criterion, and which tokens count in its statistics.
         journal: the same for all workers.
-        workers: those who have model and batches alike.
         norms: of the same batches, shared with other searches.
 
     Raises:
         CalibrationError: fewer samples than the search is to have.
         NonFiniteLoss, InvalidOption: as there.
     """
-    rule: Any = make_criterion(criterion, criterion_options)
-    run, ranked = on_device(loss), _compare(compare)
+    rule: Any = pruning.made()
+    run, ranked, workers = on_device(work.loss), _compare(pruning.compare), work.workers
     own = rule.statistics == "gram" and options.weights == "own"
 
     def made(statistics: Mapping[str, InputStatistics]) -> Order:
@@ -183,20 +177,24 @@ def search_allocation(
             return compensated(statistics, rule, rule.damping, ranked)
         return Order.of(statistics, needs=rule.statistics, compare=ranked)
 
-    return refine(
+    needs = "gram" if own else "norm"
+    found = refine(
         model,
         anatomy,
         allocation,
         first_samples(batches, options.samples or None),
-        Orders(model, anatomy, batches, run, "gram" if own else "norm", made, tokens, workers, norms or SharedNorms()),
-        loss=loss,
-        shares=shares,
+        Orders(model, anatomy, batches, run, needs, made, pruning.tokens, workers, norms or SharedNorms()),
+        loss=work.loss,
+        shares=shares.to_dict(),
         options=options,
-        seed=seed,
-        progress=progress,
+        seed=work.seed,
+        progress=work.progress,
         journal=journal,
         workers=workers,
     )
+    losses = ", ".join(f"{loss:.4g}" for loss in found.record.losses)
+    _log.info("allocation search, %s after every step: %s", found.record.metric, losses)
+    return found
 
 
 def _compare(text: str | None) -> Compare | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
@@ -38,6 +39,33 @@ def check_option_names(kind: str, name: str, known: Sequence[str], given: Iterab
         if option not in known:
             has = f"its options are {', '.join(known)}" if known else "it has no options"
             raise InvalidOption(f"{kind} '{name}' has no option '{option}': {has}")
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a name"),
+}
+
+
+def check_options(kind: str, name: str, factory: Any, given: Mapping[str, Any]) -> None:
+    """Check options for the dataclass ``factory``, which the ``kind`` called ``name`` is made by.
+
+    Raises:
+        InvalidOption: there is no such option, or its value is of the wrong kind.
+    """
+    check_option_names(kind, name, [field.name for field in fields(factory)], given)
+    check_option_kinds(kind, factory, given)
+
+
+def check_option_kinds(kind: str, factory: Any, given: Mapping[str, Any]) -> None:
+    """Raises InvalidOption for a value of another type than the field of ``factory`` that it is for."""
+    types = {field.name: str(field.type) for field in fields(factory)}
+    for option, value in given.items():
+        wanted, described = _KINDS.get(types[option], ((object,), ""))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and types[option] in ("int", "float")):
+            raise InvalidOption(f"{kind} option {option}={value}: it must be {described}")
 
 
 class Registry(Generic[T]):

@@ -293,13 +293,13 @@ class _Work:
         allocation, usage = allocated(plan, importance, self._folder, self._progress)
         usages.append(usage)
         with measured("pruning", usages):
-            achieved, unreached = pruned_to(plan, allocation, self._progress)
-        for name in unreached:
+            pruned = pruned_to(plan, allocation, self._progress)
+        for name in pruned.unreached:
             _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
         with measured("evaluation", usages):
             results = self._evaluated()
         return cell_of(
-            place, results=results, sparsity=sparsity_summary(plan.anatomy, achieved), took=took, usages=usages
+            place, results=results, sparsity=sparsity_summary(plan.anatomy, pruned.allocation), took=took, usages=usages
         )
 
     def _evaluated(self) -> dict[str, Quality]:

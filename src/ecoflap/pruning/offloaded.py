@@ -1,0 +1,32 @@
+"""What a whole method needs of a model that is not in memory, told before anything starts."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ecoflap.errors import InvalidOption
+from ecoflap.importance import offloaded
+from ecoflap.model.offload import OFFLOADED, adopt, is_offloaded
+from ecoflap.pruning.registry import is_global
+
+
+def check_blockwise(importance: str | None, criterion: str, search: bool = False) -> None:
+    """Raises InvalidOption for what needs more of a model than one block at a time.
+
+    Args:
+        importance: a measure's name; None for one that is measured already.
+    """
+    if is_global(criterion):
+        raise InvalidOption(f"criterion '{criterion}' needs all weights in memory, and {OFFLOADED}: take a local one, "
+                            "such as wanda")  # fmt: skip
+    if importance is not None:
+        offloaded.check_blockwise(importance)
+    if search:
+        raise InvalidOption(f"search prunes the whole model at a time, and {OFFLOADED}: add --no-search")
+
+
+def check_offloaded(model: nn.Module, importance: str | None, criterion: str, search: bool = False) -> None:
+    """:func:`check_blockwise` for an offloaded model, which is made ready for the work; nothing for another one."""
+    if is_offloaded(model):
+        adopt(model)
+        check_blockwise(importance, criterion, search)

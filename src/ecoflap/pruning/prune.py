@@ -1,0 +1,97 @@
+"""Stage 2 for a given allocation: the walk of a local criterion, or the rounds of one for the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.allocation.allocate import AllocationOptions
+from ecoflap.allocation.groups import make_pools
+from ecoflap.allocation.patterns import parse_pattern, with_default
+from ecoflap.data.objectives import on_device
+from ecoflap.importance.allocate import sizes_of
+from ecoflap.model.activation_store import offload_kind
+from ecoflap.pruning.criteria import Criterion, GlobalCriterion, make_criterion
+from ecoflap.pruning.offloaded import check_offloaded
+from ecoflap.pruning.registry import refuse_with_global
+from ecoflap.pruning.walk import BlockJournal, WalkResult, walk
+from ecoflap.pruning.whole_model import prune_globally
+from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.tokens import check_choice
+from ecoflap.support.work import Work
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ecoflap.allocation import Allocation
+    from ecoflap.model.parts import Anatomy
+
+
+@dataclass(frozen=True)
+class PruningOptions:
+    """How stage 2 prunes each layer to its sparsity.
+
+    Attributes:
+        criterion: a registered name, local or for the whole model; ``options`` are its own.
+        compare: ``row`` or ``matrix``: where scores are compared; None for the criterion's own.
+        tokens: what enters the statistics where a language tower reads visual tokens, too.
+        offload_activations: keep block inputs elsewhere between blocks: ``cpu`` or ``disk``.
+    """
+
+    criterion: str = "wanda"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    compare: str | None = None
+    tokens: TokenChoice = ALL
+    offload_activations: bool | str = "none"
+
+    def made(self) -> Criterion | GlobalCriterion:
+        """The criterion with its options; raises as :func:`~ecoflap.pruning.criteria.make_criterion`."""
+        return make_criterion(self.criterion, self.options)
+
+
+def prune_layers(
+    model: nn.Module,
+    anatomy: Anatomy,
+    allocation: Allocation,
+    batches: Sequence[Any],
+    options: PruningOptions,
+    shares: AllocationOptions,
+    work: Work,
+    journal: BlockJournal | None = None,
+) -> WalkResult:
+    """Prune ``model`` in place to the zeros that ``allocation`` gives each layer.
+
+    Args:
+        allocation: of a global criterion only the sums count, one for each budget that ``shares`` makes; the
+            allocation that is returned then has the zeros that each layer was given.
+        shares: pattern and budgets.
+        journal: what an interrupted run has done, and where more goes; the same for all workers.
+
+    Raises:
+        NonFiniteLoss: a layer's input or weight is not finite; names the layer.
+        InvalidOption: the criterion can't be used with these options.
+    """
+    criterion = options.made()
+    check_offloaded(model, None, options.criterion)
+    offload, run = offload_kind(options.offload_activations), on_device(work.loss)
+    if isinstance(criterion, GlobalCriterion):
+        refuse_with_global(options.criterion, {"pattern": shares.pattern, "compare": options.compare})
+        check_choice(options.tokens, model, batches, "none")
+        found = prune_globally(
+            model, anatomy, allocation, _budgets(anatomy, shares), batches, criterion,
+            objective=run, offload=offload != "none", progress=work.progress, journal=journal,
+        )  # fmt: skip
+        return WalkResult(found.allocation, found.unreached)
+    pattern = with_default(parse_pattern(shares.pattern, options.compare), criterion.default_compare)
+    return walk(
+        model, anatomy, allocation, batches, criterion, pattern,
+        run=run, offload=offload, tokens=options.tokens, progress=work.progress, journal=journal, workers=work.workers,
+    )  # fmt: skip
+
+
+def _budgets(anatomy: Anatomy, shares: AllocationOptions) -> dict[str, str]:
+    """Layer to the name of the budget that it shares."""
+    pools = make_pools(sizes_of(anatomy.layers), Fraction(0), shares.budget, shares.tower_sparsity or {})
+    return {layer.name: pool.name for pool in pools for layer in pool.layers}

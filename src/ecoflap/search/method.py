@@ -1,0 +1,139 @@
+"""A method as one choice for each of its steps, and everything about it that is refused before work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ecoflap.allocation import Allocation
+from ecoflap.allocation.allocate import AllocationOptions
+from ecoflap.allocation.fits import check_allocation, check_same_layers
+from ecoflap.data.batches import first_samples
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.importance.allocate import allocate_scores, flat
+from ecoflap.importance.measure import ImportanceOptions
+from ecoflap.importance.registry import own_rule
+from ecoflap.importance.scores import Importance
+from ecoflap.model.parts import Anatomy
+from ecoflap.pruning.offloaded import check_offloaded
+from ecoflap.pruning.prune import PruningOptions
+from ecoflap.pruning.registry import is_global, reads_data, refuse_with_global
+from ecoflap.search.options import SearchOptions
+from ecoflap.search.search import search_options as checked_search_options
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.tokens import check_choice
+
+DEFAULT_IMPORTANCE = "zeroth-order"
+Given = Importance | Allocation | None  # what an earlier run has measured or decided
+
+
+@dataclass(frozen=True)
+class Method:
+    """What stage 1 measures, how scores become sparsities, whether these are searched, and how stage 2 prunes."""
+
+    importance: ImportanceOptions
+    allocation: AllocationOptions
+    pruning: PruningOptions
+    search: SearchOptions | None = None
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether calibration samples decide the result."""
+        return reads_data(self.pruning.criterion) or self.importance.measured or self.search is not None
+
+    def check_options(self) -> None:
+        """Raise InvalidOption or UnknownName for an option that is not there, takes no such value or contradicts."""
+        self.pruning.made()
+        self.importance.check(self.allocation.granularity)
+
+    def check(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        """Refuse what does not go with the model or the calibration batches.
+
+        Raises:
+            InvalidOption, UnknownName: as :meth:`check_options`; or the method needs more memory than the model has.
+            CalibrationError: no or too few samples, or a choice of tokens where none is visual.
+        """
+        self.check_options()
+        pruning, searched = self.pruning, self.search is not None
+        check_choice(pruning.tokens, model, batches, getattr(pruning.made(), "statistics", "none"))
+        measured = self.importance.name if self.importance.measured else None
+        check_offloaded(model, measured, pruning.criterion, searched)
+        if not len(batches) and self.reads_data:
+            raise CalibrationError("no calibration batches: give at least one")
+        if self.importance.measured:
+            first_samples(batches, self.importance.samples)
+        if self.search is not None:
+            first_samples(batches, self.search.samples or None)
+
+    def check_layers(self, anatomy: Anatomy, given: Given = None) -> None:
+        """Refuse what does not fit the layers: rehearses the allocation with equal scores where none are given yet.
+
+        Raises:
+            InvalidOption: ``given`` is of another model, or the allocation can't be made with the pattern.
+            InfeasibleAllocation: the sparsity can't be reached.
+        """
+        allocation = given if isinstance(given, Allocation) else None
+        if isinstance(given, Importance):
+            check_same_layers(anatomy, given)
+        if allocation is None:
+            uniform, rule = self.importance.name == "uniform", own_rule(self.importance.name or "")
+            scores = Importance.uniform(anatomy.layers) if uniform else flat(anatomy, rule)
+            allocation = allocate_scores(given if isinstance(given, Importance) else scores, self.allocation)
+        check_allocation(anatomy, allocation, self.allocation.pattern)
+
+
+def make_method(
+    *,
+    importance: str | Importance | None = None,
+    importance_options: Mapping[str, Any] | None = None,
+    importance_samples: int | None = None,
+    importance_error: float | None = None,
+    criterion: str = "wanda",
+    criterion_options: Mapping[str, Any] | None = None,
+    compare: str | None = None,
+    tokens: str | TokenChoice = "all",
+    offload_activations: bool | str = "none",
+    allocation: Any = None,
+    search: bool | None = None,
+    search_options: Mapping[str, Any] | None = None,
+    **shares: Any,
+) -> Method:
+    """A method from options by their names in a recipe; ``shares`` are those of the allocation.
+
+    Raises:
+        InvalidOption, UnknownName: an option is not there, or contradicts another one.
+    """
+    name = importance.method if isinstance(importance, Importance) else importance
+    if is_global(criterion):
+        given = {
+            "importance": name,
+            "importance_options": importance_options,
+            "allocation": None if allocation is None else "that is given",
+            "compare": compare,
+            "search": search,
+            "search_options": search_options,
+            **shares,
+        }
+        refuse_with_global(criterion, given)
+        importance, shares = "uniform", {**shares, "max_sparsity": 1.0}
+    known = allocation is not None or isinstance(importance, Importance) or (name or "").endswith(".json")
+    stage1 = ImportanceOptions(
+        None if known else str(importance or DEFAULT_IMPORTANCE),
+        dict(importance_options or {}),
+        importance_samples,
+        importance_error,
+    )
+    if search and allocation is not None:
+        raise InvalidOption("search: an allocation is given, so there is nothing to search for")
+    options = checked_search_options(search_options)
+    searched = stage1.name == "sensitivity" if search is None else search
+    choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
+    return Method(
+        stage1,
+        AllocationOptions(**shares),
+        PruningOptions(criterion, dict(criterion_options or {}), compare, choice, offload_activations),
+        options if searched else None,
+    )

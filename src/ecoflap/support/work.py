@@ -1,0 +1,29 @@
+"""What every stage is handed beside its own options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Work:
+    """The loss, the seed, where to report, and who shares the work.
+
+    Attributes:
+        loss: ``loss(model, batch)`` gives a scalar tensor.
+        seed: of all noise and random choices.
+        workers: processes that have model and batches alike.
+    """
+
+    loss: Callable[[nn.Module, Any], Tensor]
+    seed: int = 0
+    progress: Progress = field(default_factory=Silent)
+    workers: Workers = ALONE
