@@ -1,7 +1,7 @@
 # Shortcuts for work on the package; CONTRIBUTING.md explains them.
 PYTHON ?= .venv/bin/python
 
-.PHONY: setup test test-fast check fix ci bench
+.PHONY: setup test test-fast check fix ci bench kernels-check
 setup:
 	python3 -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt -e ".[dev,gguf]"
@@ -20,3 +20,5 @@ ci:
 	.ci/run
 bench:
 	$(PYTHON) benchmarks/performance.py
+kernels-check:
+	$(PYTHON) tests/model/packed/kernels_check.py

@@ -43,7 +43,7 @@ class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
         build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
-def build(source: Path, target: Path, *, extra: tuple[str, ...] = (), compiler: str | None = None) -> str:
+def build(source: Path, target: Path, *, compiler: str | None = None) -> str:
     """Compile ``source``/*.cpp into the shared library ``target``; "" or the reason why there is none."""
     if os.environ.get("ECOFLAP_NO_KERNELS"):
         return "ECOFLAP_NO_KERNELS is set"
@@ -54,28 +54,39 @@ def build(source: Path, target: Path, *, extra: tuple[str, ...] = (), compiler: 
     )
     if compiler is None:
         return "no C++ compiler was found"
-    command = compiler.split()
-    variants = VARIANTS.get(os.environ.get("ECOFLAP_MACHINE") or platform.machine(), {})
+    link = ["-shared", *(["-ldl"] if sys.platform == "linux" else [])]
+    return compiled(compiler.split(), source, target, platform.machine(), ("torch_op",), link=link)
+
+
+def compiled(
+    command: list[str],
+    source: Path,
+    target: Path,
+    machine: str,
+    more: tuple[str, ...],
+    *,
+    flags: tuple[str, ...] = (),
+    link: list[str],
+) -> str:
+    """Compile the kernels for ``machine`` with the files ``more`` into ``target``; "" or what the compiler said."""
+    variants = VARIANTS.get(machine, {})
+    defines = [f"-DECOFLAP_{name.upper()}" for name in variants]
+    files = {"scalar": (), "dispatch": (), **dict.fromkeys(more, ()), **variants}
     with tempfile.TemporaryDirectory() as folder:
         objects, jobs = [], []
-        defines = [f"-DECOFLAP_{name.upper()}" for name in variants]
-        for name, flags in {"scalar": (), "dispatch": (), "torch_op": (), **variants}.items():
-            objects.append(str(Path(folder) / f"{name}.o"))
-            words = [*command, *FLAGS, *extra, *flags, *defines, "-c", str(source / f"{name}.cpp"), "-o", objects[-1]]
-            jobs.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        for name, own in files.items():
+            objects.append(str(Path(folder) / f"{Path(name).stem}.o"))
+            words = [*command, *FLAGS, *flags, *own, *defines, f"-I{source}", "-c", str(source / f"{name}.cpp")]
+            jobs.append(
+                subprocess.Popen(
+                    [*words, "-o", objects[-1]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
         told = [job.communicate()[0] for job in jobs]
         if any(job.returncode for job in jobs):
             failed = next(text for job, text in zip(jobs, told, strict=True) if job.returncode)
-            return f"{compiler} failed: {(failed.strip().splitlines() or ['no message'])[0]}"
+            return f"{command[0]} failed: {(failed.strip().splitlines() or ['no message'])[0]}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        words = [
-            *command,
-            "-shared",
-            *extra,
-            "-o",
-            str(target),
-            *objects,
-            *(["-ldl"] if sys.platform == "linux" else []),
-        ]
-        linked = subprocess.run(words, capture_output=True, text=True)
-        return f"{compiler} failed: {linked.stderr.strip().splitlines()[:1]}" if linked.returncode else ""
+        linked = subprocess.run([*command, *flags, "-o", str(target), *objects, *link], capture_output=True, text=True)
+        said = linked.stderr.strip().splitlines()
+        return f"{command[0]} failed: {(said or ['no message'])[0]}" if linked.returncode else ""

@@ -1,4 +1,4 @@
-"""Commands on packed models: pack, unpack."""
+"""Commands on packed models: pack, unpack, bench."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json
+from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json, progress_to
 from ecoflap.cli.options import OUTPUT
-from ecoflap.cli.terminal import messages
+from ecoflap.cli.terminal import messages, standard_output
+from ecoflap.errors import InvalidOption
 from ecoflap.run.names import MODEL, RECIPE
 
 Folder = Annotated[
@@ -119,3 +120,68 @@ def packed_line(told: dict[str, Any]) -> str:
         f"files {files['packed'] / 1e6:.1f} MB instead of {files['dense'] / 1e6:.1f} MB\n"
         f"packed  {told['model']}"
     )
+
+
+@app.command("bench", cls=Command, short_help="What packing gains on this machine: bytes, loading, tokens a second.")
+def bench_model(
+    packed: Annotated[
+        Path | None,
+        typer.Argument(metavar="[PACKED]", show_default=False, help="A packed model's folder. Default: the embedded "
+                       "model, and random weights in the shape of a 1 B language model."),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds; medians are told. Default: 3.",
+                                        show_default=False, rich_help_panel="Measuring")] = 3,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", help="Tokens generated. Default: 8.",
+                                            show_default=False, rich_help_panel="Measuring")] = 8,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", metavar="N", show_default=False,
+                                               help="Tokens of a prompt without a tokenizer. Default: 32.",
+                                               rich_help_panel="Measuring")] = 32,
+    batch_sizes: Annotated[str, typer.Option("--batch-sizes", metavar="N,...", help="Default: 1,8.",
+                                             show_default=False, rich_help_panel="Measuring")] = "1,8",
+    threads: Annotated[str, typer.Option("--threads", metavar="N,...", help="0 means all. Default: 1,0.",
+                                         show_default=False, rich_help_panel="Measuring")] = "1,0",
+    layers: Annotated[int, typer.Option("--layers", metavar="N", show_default=False,
+                                        help="Of the random model; fewer where memory is short. Default: 22.",
+                                        rich_help_panel="Measuring")] = 22,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON there, too.",
+                                                show_default=False, rich_help_panel=OUTPUT)] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure a packed model against its dense form on this machine, in bfloat16 and float32, and with int8 values.
+
+    All variants are in memory at once and take turns; figures are medians over the rounds. × is the ratio to the
+    dense model in bfloat16, above 1 is better.
+
+    Examples:
+        ecoflap bench
+        ecoflap bench packed --threads 1,2,4 --rounds 5 --output bench.json
+    """
+    from ecoflap.cli.tables import bench_tables
+    from ecoflap.run.bench import bench
+    from ecoflap.run.bench_models import BenchOptions
+    from ecoflap.support.files import write_json
+
+    options = BenchOptions(
+        prompt_tokens, new_tokens, rounds, numbers("--batch-sizes", batch_sizes), numbers("--threads", threads), layers
+    )
+    found = bench(packed, options, progress_to(quiet or as_json))
+    if output is not None:
+        write_json(output, found)
+    if as_json:
+        print_json(found)
+    elif not quiet:
+        for table in bench_tables(found):
+            standard_output().print(table)
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """ "1,8" as numbers.
+
+    Raises:
+        InvalidOption: it is none.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidOption(f"{option} {text}: give whole numbers with commas between them, such as 1,8") from None

@@ -223,3 +223,34 @@ def summary_table(run: RunData | Path | str) -> Table:
 def _quality_row(table: Table, *cells: str) -> None:
     """Add a row of plain text: brackets in a name are no markup."""
     table.add_row(*(Text(cell) for cell in cells))
+
+
+def bench_tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    """One table a model of what :func:`ecoflap.run.bench.bench` found."""
+    machine = found["machine"]
+    for model in found["models"]:
+        cells = list(dict.fromkeys((row["threads"], row["batch"]) for row in model["speed"]))
+        title = f"{model['model']} (kernels: {machine['kernels']}, {machine['processors']} processors)"
+        heads = [f"{'1 thread' if threads == 1 else f'{threads} threads'}, batch {batch}" for threads, batch in cells]
+        table = _table(title, "variant", "stored", "in memory", "load", *heads)
+        speed = {(row["variant"], row["threads"], row["batch"]): row for row in model["speed"]}
+        for variant in model["variants"]:
+            name, stored, seconds = variant["variant"], variant["stored_bytes"], variant["load_seconds"]
+            _listing_row(
+                table,
+                name,
+                "" if stored is None else f"{stored / 1e6:.1f} MB",
+                f"{variant['resident_bytes'] / 1e6:.1f} MB",
+                "" if seconds is None else f"{seconds:.2f} s",
+                *(_pace(speed[(name, threads, batch)]) for threads, batch in cells),
+            )
+        table.caption = Text(
+            "first token in ms, tokens a second, each with its ratio to dense bfloat16", justify="left"
+        )
+        table.caption_justify = "left"
+        yield table
+
+
+def _pace(row: Mapping[str, Any]) -> str:
+    first, rate = 1e3 * row["first_token_seconds"], row["tokens_per_second"]
+    return f"{first:.0f} ms ({row['first_token_ratio']:.2f}×)\n{rate:.1f} /s ({row['rate_ratio']:.2f}×)"

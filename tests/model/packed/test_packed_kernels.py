@@ -1,6 +1,8 @@
 """The product with packed weights against the dense one in float64, by every instruction set that is here."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 
@@ -196,3 +198,12 @@ def test_the_environment_picks_the_instruction_set():
         [sys.executable, "-c", code], env={**os.environ, kernels.CHOICE: "scalar"}, check=True, capture_output=True
     )
     assert done.stdout.decode().strip() == "scalar"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_no_read_goes_too_far():
+    """Under the sanitisers, with memory that ends with the last value."""
+    from kernels_check import SANITISERS, check
+
+    assert check(["g++"], platform.machine(), [], SANITISERS) == ""

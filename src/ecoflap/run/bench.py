@@ -1,0 +1,125 @@
+"""What packing gains on this machine: bytes, loading, time to the first token and tokens a second, side by side.
+
+Every round runs each variant once, one after the other, so that what else the machine does meets all alike; ratios are
+medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ecoflap.model.packed import kernels
+from ecoflap.run.bench_models import DENSE, BenchOptions, Subject, embedded, of_folder, random_model
+from ecoflap.support.progress import Progress, Silent
+
+
+def bench(packed: Path | None, options: BenchOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure the packed model in the folder ``packed``; without one, the embedded model and the shape of a 1 B LLM.
+
+    Returns:
+        ``machine`` and ``models``, each with its ``variants`` (bytes, seconds to load) and ``speed``: for every number
+        of threads, batch size and variant the seconds to the first token, tokens a second, and both as ratios to the
+        dense model in bfloat16 (above 1 is better).
+
+    Raises:
+        CheckpointError: ``packed`` is no packed model.
+    """
+    progress = progress or Silent()
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            makers = [partial(of_folder, packed)] if packed else [embedded, random_model]
+            for make in makers:
+                subject = make(place, options)
+                found.append(_measured(subject, options, progress))
+                del subject
+    finally:
+        torch.set_num_threads(threads)
+    machine = {"kernels": kernels.isa(), "processors": os.cpu_count(), "torch": torch.__version__}
+    return {"machine": machine, "models": found}
+
+
+def _measured(subject: Subject, options: BenchOptions, progress: Progress) -> dict[str, Any]:
+    everything = torch.get_num_threads()
+    counts = dict.fromkeys(count or everything for count in options.threads)
+    cells = [(count, size) for count in counts for size in options.batch_sizes]
+    speed = []
+    with progress.stage(f"bench {subject.name}", len(cells) * (options.rounds + 1) * len(subject.variants)) as task:
+        for count, size in cells:
+            torch.set_num_threads(count)
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in subject.variants}
+            for turn in range(options.rounds + 1):
+                for name, model in subject.variants.items():
+                    once = _generate(model, subject.inputs(model, size), options.new_tokens, size)
+                    if turn:  # the first round warms up
+                        times[name].append(once)
+                    task.advance(1, name)
+            speed += [{"threads": count, "batch": size, **row} for row in _rows(times)]
+    torch.set_num_threads(everything)
+    variants = [
+        {
+            "variant": name,
+            "resident_bytes": _resident(model),
+            "stored_bytes": subject.stored.get(name),
+            "load_seconds": subject.loading.get(name),
+        }
+        for name, model in subject.variants.items()
+    ]
+    return {"model": subject.name, "variants": variants, "speed": speed}
+
+
+def _rows(times: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    rows = []
+    for name, found in times.items():
+        reference = times.get(DENSE, found)
+        pairs = list(zip(reference, found, strict=True))
+        rows.append(
+            {
+                "variant": name,
+                "first_token_seconds": statistics.median(first for first, _ in found),
+                "tokens_per_second": statistics.median(rate for _, rate in found),
+                "first_token_ratio": statistics.median(dense[0] / own[0] for dense, own in pairs),
+                "rate_ratio": statistics.median(own[1] / dense[1] for dense, own in pairs),
+            }
+        )
+    return rows
+
+
+class _Clock(LogitsProcessor):  # type: ignore[misc]
+    """Notes when each token's logits are there, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return scores
+
+
+@torch.inference_mode()
+def _generate(model: nn.Module, inputs: dict[str, Any], tokens: int, size: int) -> tuple[float, float]:
+    """Seconds to the first token, and tokens a second of all rows together after it."""
+    clock = _Clock()
+    start = time.perf_counter()
+    model.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1,
+        logits_processor=LogitsProcessorList([clock]),
+    )  # fmt: skip
+    return clock.times[0] - start, size * (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
+
+
+def _resident(model: nn.Module) -> int:
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())

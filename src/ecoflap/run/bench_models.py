@@ -1,0 +1,187 @@
+"""The models that ``ecoflap bench`` measures: a packed checkpoint, the embedded VLM, the shape of a 1 B LLM."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ecoflap.data.embedded import calibration_path, model_path
+from ecoflap.data.prompts import Prompter, image_processor_of, tokenizer_of
+from ecoflap.data.sample import Sample
+from ecoflap.errors import InvalidOption
+from ecoflap.model.checkpoint import load
+from ecoflap.model.packed.checkpoint import pack_checkpoint, unpack_checkpoint
+from ecoflap.model.packed.convert import pack, packable, replace, unpack
+from ecoflap.model.packed.format import PackedWeight, pack_weight
+from ecoflap.model.packed.linear import PackedLinear
+from ecoflap.model.save import save
+
+DENSE = "dense bfloat16"
+VARIANTS = (DENSE, "dense float32", "packed", "packed int8")
+SPARSITY = 0.5  # of the models that this makes itself
+PROMPT = "What is in the picture?"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How long to measure: tokens of a prompt, tokens generated, rounds, batch sizes, threads (0: all)."""
+
+    prompt_tokens: int = 32
+    new_tokens: int = 8
+    rounds: int = 3
+    batch_sizes: tuple[int, ...] = (1, 8)
+    threads: tuple[int, ...] = (1, 0)
+    layers: int = 22
+
+    def __post_init__(self) -> None:
+        counts = (self.prompt_tokens, self.new_tokens - 1, self.rounds, self.layers, *self.batch_sizes)
+        if min(counts) < 1 or min(self.threads) < 0 or not self.threads:
+            raise InvalidOption("bench: counts must be at least 1, new tokens at least 2, threads at least 0 (all)")
+
+
+@dataclass
+class Subject:
+    """One model in its variants; ``inputs`` makes those of a batch size."""
+
+    name: str
+    variants: dict[str, nn.Module]
+    inputs: Callable[[nn.Module, int], dict[str, Any]]
+    stored: dict[str, int] = field(default_factory=dict)
+    loading: dict[str, float] = field(default_factory=dict)
+
+
+def embedded(folder: Path, options: BenchOptions) -> Subject:
+    """The embedded VLM with the smallest weights of each layer left out, packed into ``folder``."""
+    made = load(model_path(), device="cpu")
+    for _, layer in packable(made.model):
+        weight = layer.weight.detach()
+        rank = max(1, int(SPARSITY * weight.numel()))
+        weight[weight.abs() <= weight.abs().flatten().float().kthvalue(rank).values] = 0
+    save(made, folder / "pruned")
+    pack_checkpoint(folder / "pruned", folder / "packed")
+    subject = of_folder(folder / "packed", folder, options)
+    subject.name = f"embedded VLM at {SPARSITY}"
+    return subject
+
+
+def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
+    """The variants of a packed checkpoint; how long it and its plain form take to load from the disk's cache."""
+    plain = unpack_checkpoint(packed, folder / "plain", overwrite=True)
+    loading: dict[str, list[float]] = {DENSE: [], "packed": []}
+    for _ in range(options.rounds):
+        for name, place in ((DENSE, plain), ("packed", packed)):
+            start = time.perf_counter()
+            kept = load(place, device="cpu")  # the last one is packed
+            loading[name].append(time.perf_counter() - start)
+    variants: dict[str, nn.Module] = {
+        DENSE: load(plain, device="cpu", dtype="bfloat16").model,
+        "dense float32": load(plain, device="cpu", dtype="float32").model,
+        "packed": kept.model,
+    }
+    if all(layer.compressed.dtype != torch.int8 for layer in kept.model.modules() if isinstance(layer, PackedLinear)):
+        small = load(packed, device="cpu").model
+        unpack(small)
+        pack(small, values="int8")
+        variants["packed int8"] = small
+    stored = {name: _stored(place) for name, place in ((DENSE, plain), ("packed", packed))}
+    prompter = Prompter(kept.model, kept.processor) if tokenizer_of(kept.processor) is not None else None
+    picture = _picture() if image_processor_of(kept.processor) is not None else None
+
+    def inputs(model: nn.Module, size: int) -> dict[str, Any]:
+        if prompter is None:
+            return _ids(model, size, options.prompt_tokens)
+        text = prompter.render(Sample(images=(picture,) if picture is not None else (), prompt=PROMPT))
+        encoded = prompter.encode([text] * size, [(picture,) if picture is not None else ()] * size, "left")
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in encoded.items()}
+
+    means = {name: statistics.median(seconds) for name, seconds in loading.items()}
+    return Subject(packed.name, variants, inputs, stored, means)
+
+
+def _stored(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _picture() -> Any:
+    """A picture of the calibration data."""
+    import pyarrow.parquet
+    from PIL import Image
+
+    content = pyarrow.parquet.read_table(calibration_path(), columns=["image"])["image"][0].as_py()
+    return Image.open(io.BytesIO(content["bytes"] if isinstance(content, dict) else content)).convert("RGB")
+
+
+def _ids(model: nn.Module, size: int, length: int) -> dict[str, Any]:
+    words = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    ids = torch.randint(3, words, (size, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def random_model(_: Path, options: BenchOptions) -> Subject:
+    """A Llama of random weights in the shape of TinyLlama 1.1B; fewer layers where memory is short."""
+    free = psutil.virtual_memory().available
+    layers = max(1, min(options.layers, int(0.5 * free / 0.5e9)))  # all variants of a layer take 0.4 GB
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=4, vocab_size=32000, dtype="bfloat16", pad_token_id=0,
+    )  # fmt: skip
+    patterns: dict[tuple[int, int], torch.Tensor] = {}
+    packed: dict[tuple[str, tuple[int, int]], PackedWeight] = {}
+    variants = {name: _random_variant(config, name, patterns, packed) for name in VARIANTS}
+    name = f"random Llama, {layers} layers of 2048 × 5632, at {SPARSITY}"
+    return Subject(name, variants, lambda model, size: _ids(model, size, options.prompt_tokens))
+
+
+def _random_variant(
+    config: LlamaConfig,
+    variant: str,
+    patterns: dict[tuple[int, int], torch.Tensor],
+    packed: dict[tuple[str, tuple[int, int]], PackedWeight],
+) -> nn.Module:
+    """Layers of one shape are copies of one matrix: what the values are changes no time."""
+    dtype = torch.float32 if variant == "dense float32" else torch.bfloat16
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    inside = {name for name, _ in packable(model) if "layers" in name}
+    for name, layer in list(packable(model)):
+        shape = (layer.out_features, layer.in_features)
+        if shape not in patterns:
+            weight = torch.randn(shape) * 0.02
+            patterns[shape] = (weight * (torch.rand(shape) >= SPARSITY)).bfloat16()
+        if name not in inside or not variant.startswith("packed"):
+            layer.weight = nn.Parameter(patterns[shape].to(dtype, copy=True), requires_grad=False)
+            continue
+        values = "int8" if variant.endswith("int8") else "auto"
+        if (values, shape) not in packed:
+            packed[values, shape] = pack_weight(patterns[shape], values)
+        one = packed[values, shape]
+        copy = PackedWeight(
+            one.compressed.clone(), one.bitmask.clone(), one.row_offsets.clone(), one.shape,
+            None if one.scales is None else one.scales.clone(), one.group_size,
+        )  # fmt: skip
+        replace(model, name, PackedLinear(copy, layer.bias, dtype=dtype))
+    rotary = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
+    model.model.rotary_emb = rotary
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                value = torch.ones if parameter.dim() == 1 else torch.zeros
+                setattr(module, name, nn.Parameter(value(parameter.shape, dtype=dtype), requires_grad=False))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.randn(1, config.hidden_size).to(dtype))
+    # A slice of the prompt's states is not contiguous, and for such torch copies the head's weight for every row:
+    # seconds that would hide all else, in every variant alike.
+    model.lm_head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
+    made: nn.Module = model.eval()
+    return made
