@@ -196,7 +196,6 @@ def test_no_data_where_none_is_needed() -> None:
         ({"criterion": "wandb"}, UnknownName, "did you mean 'wanda'"),
         ({"importance": "zero-order"}, UnknownName, "did you mean 'zeroth-order'"),
         ({"importance_options": {"eps": 1}}, InvalidOption, "no option 'eps'"),
-        ({"importance_samples": 100}, CalibrationError, "hold 12"),
         ({"pattern": "2:4"}, InvalidOption, "use importance 'uniform'"),
         ({"pattern": "2:5", "importance": "uniform", "sparsity": 0.6}, InvalidOption, "does not divide"),
         ({"max_sparsity": 0.4}, InfeasibleAllocation, "out of reach"),
@@ -214,8 +213,7 @@ def test_refused_before_anything_is_measured(
 
     model = Small()
     before = fingerprint(model)
-    if "importance_samples" not in options:
-        monkeypatch.setattr("ecoflap.importance.measure.measure_importance", never)
+    monkeypatch.setattr("ecoflap.importance.measure.measure_importance", never)
     with pytest.raises(error, match=message):
         ecoflap.prune(model, batches(), **options)
     assert fingerprint(model) == before

@@ -84,7 +84,6 @@ def prune(run: Command, made: SimpleNamespace, tmp_path: Path) -> Command:
         (["--calibration", "nowhere.txt"], ["nowhere.txt", "check the path"]),
         (["--columns", "image"], ["'image'", "ROLE=COLUMN"]),
         (["--sequence-length", "5000"], ["5000"]),
-        (["--samples", "5000"], ["prose.txt"]),
         (["--allocation", "nowhere.json"], ["nowhere.json", "No such file"]),
         (["--importance", "nowhere.json"], ["nowhere.json", "No such file"]),
         (["--recipe", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),

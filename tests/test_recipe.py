@@ -54,6 +54,7 @@ FULL: dict[str, Any] = {
     "importance_error": 0.2,
     "batch_size": 4,
     "sequence_length": 77,
+    "window_start": "once",
     "include": ("qformer",),
     "exclude": ("*.fc2.weight", "lm_head"),
     "towers": ("model.layers",),

@@ -129,8 +129,9 @@ def test_a_classifier_reads_the_rows_of_a_table(tmp_path: Path) -> None:
     assert torch.cat([batch["labels"] for batch in batches]).tolist() == [index % 2 for index in drawn.indices[:4]]
     alone = bert_tokenizer()(texts[drawn.indices[0]])["input_ids"]
     assert batches[0]["input_ids"][0, : len(alone)].tolist() == alone
-    with pytest.raises(CalibrationError, match="holds 5 usable samples, 6 were asked for"):
-        make_batches(load_samples(file, samples=6, seed=0), model, bert_tokenizer(), batch_size=3)
+    with pytest.warns(UserWarning, match="holds 5 usable samples, 6 were asked for: all of them"):
+        few = make_batches(load_samples(file, samples=6, seed=0), model, bert_tokenizer(), batch_size=3)
+    assert [len(batch["labels"]) for batch in few] == [3, 2]
     file.write_text('{"text": "a red circle"}\n', "utf-8")
     with pytest.raises(CalibrationError, match="no class column, but Bert"):
         make_batches(load_samples(file, samples=4, seed=0), model, bert_tokenizer(), batch_size=3)

@@ -288,10 +288,10 @@ def test_errors_are_one_clear_line(tmp_path: Path) -> None:
         assert path.name in line, name
 
 
-def test_too_few_samples_says_how_many(tmp_path: Path) -> None:
+def test_too_few_samples_are_all_taken(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", rows(5))
-    with pytest.raises(CalibrationError, match="holds 5 usable samples, 6 were asked for"):
-        load_samples(file, samples=6, seed=0)
+    with pytest.warns(UserWarning, match=r"a.jsonl holds 5 usable samples, 6 were asked for: all of them are taken"):
+        assert sorted(load_samples(file, samples=6, seed=0).indices) == [0, 1, 2, 3, 4]
     with pytest.raises(CalibrationError, match="at least 1"):
         load_samples(file, samples=0, seed=0)
 

@@ -27,12 +27,18 @@ def run(model: Any, words: Any, data: Path | None, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def window_means(model: Any, words: Any, data: Path, length: int) -> list[float]:
-    """Mean negative log-likelihood of each window, one token at a time from the text before it."""
+def window_means(model: Any, words: Any, data: Path, length: int, each: bool = False) -> list[float]:
+    """Mean negative log-likelihood of each window, one token at a time from the text before it.
+
+    Args:
+        each: whether the text's first token, BOS, begins each window.
+    """
     ids = words(data.read_text())["input_ids"]
+    before, room = (ids[:1], length - 1) if each else ([], length)
+    ids = ids[len(before) :]
     means = []
-    for start in range(0, len(ids) - length + 1, length):
-        window = ids[start : start + length]
+    for start in range(0, len(ids) - room + 1, room):
+        window = before + ids[start : start + room]
         nll = []
         for i in range(1, length):
             logits = model(input_ids=torch.tensor([window[:i]]), use_cache=False).logits[0, -1].double()
@@ -41,20 +47,23 @@ def window_means(model: Any, words: Any, data: Path, length: int) -> list[float]
     return means
 
 
-@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(("bos", "start"), [(False, "each"), (False, "once"), (True, "each"), (True, "once")])
 @pytest.mark.parametrize("length", [16, 7])
-def test_equals_a_loop_over_tokens(bos: bool, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_a_loop_over_tokens(
+    bos: bool, start: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = pico.tokenizer(bos=bos)
     model, data = pico.llama(len(words)), prose(tmp_path)
-    means = window_means(model, words, data, length)
-    result = run(model, words, data, sequence_length=length)
+    each = bos and start == "each"
+    means = window_means(model, words, data, length, each)
+    result = run(model, words, data, sequence_length=length, window_start=start)
     value = math.exp(statistics.fmean(means))
     assert result.value == pytest.approx(value, rel=1e-5)
     assert result.stderr == pytest.approx(value * statistics.stdev(means) / len(means) ** 0.5, rel=1e-4)
     assert result.n == len(means) * (length - 1)
-    assert result.settings["windows"] == len(means) == (150 + bos) // length
+    assert result.settings["windows"] == len(means) == (150 // (length - 1) if each else (150 + bos) // length)
     monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 5 * len(words))  # the loss in pieces of 5 tokens
-    pieces = run(model, words, data, sequence_length=length, batch_size=1)
+    pieces = run(model, words, data, sequence_length=length, batch_size=1, window_start=start)
     assert pieces.value == pytest.approx(result.value, rel=1e-6)
 
 
@@ -76,7 +85,7 @@ def test_rows_of_a_table_are_joined_by_a_blank_line(tmp_path: Path) -> None:
     joined = tmp_path / "joined.txt"
     joined.write_text("\n\n".join(rows))
     words, model = choices.tokenizer(), choices.llama()  # bytes: a blank line is seen
-    means = window_means(model, words, joined, 4)
+    means = window_means(model, words, joined, 4, each=True)
     result = run(model, words, table, sequence_length=4, columns={"text": "page"})
     assert result.settings["windows"] == len(means) > 2
     assert result.value == pytest.approx(math.exp(statistics.fmean(means)), rel=1e-5)

@@ -143,7 +143,7 @@ PRIVATE = "Make the Hub's repository private. Default: public, as on the Hub."
 MODEL_FIELDS = ("device", "device_map", "max_memory", "dtype", "trust_remote_code")
 PART_FIELDS = ("include", "exclude", "towers")
 SOURCE_FIELDS = ("calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts")
-DATA_FIELDS = (*SOURCE_FIELDS, "samples", "batch_size", "sequence_length", "seed")
+DATA_FIELDS = (*SOURCE_FIELDS, "samples", "batch_size", "sequence_length", "window_start", "seed")
 TEST_FIELDS = ("task", "task_options", "test", "test_image_folder", "test_columns", "test_prompt", "test_samples")
 
 SHARE_FIELDS = (

@@ -30,7 +30,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Calibration": (
         "calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts", "samples",
-        "batch_size", "sequence_length", "seed",
+        "batch_size", "sequence_length", "window_start", "seed",
     ),
     "Evaluation": (
         "task", "task_options", "test", "test_image_folder", "test_columns", "test_prompt", "test_samples",

@@ -118,8 +118,8 @@ def allocate(
 
 @app.command(cls=Command, short_help="VQA accuracy, CIDEr, recall, perplexity, ..., suites of lm-eval.")
 @with_recipe_options(
-    *MODEL_FIELDS, *TEST_FIELDS, "classes", "class_prompts", "test_batch_size", "sequence_length", "seed",
-    aliases={"test_samples": "--limit", "test_batch_size": "--batch-size"},
+    *MODEL_FIELDS, *TEST_FIELDS, "classes", "class_prompts", "test_batch_size", "sequence_length", "window_start",
+    "seed", aliases={"test_samples": "--limit", "test_batch_size": "--batch-size"},
 )  # fmt: skip
 def evaluate(
     recipe: Recipe,

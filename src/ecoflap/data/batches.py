@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from ecoflap.data.encode import (
     with_own_start,
 )
 from ecoflap.data.model_facts import Batch, batch_size_of, is_dual_tower, is_encoder_decoder, needs_image, takes_images
-from ecoflap.data.packing import draw_windows, tokenize_corpus, window_length
+from ecoflap.data.packing import check_length, default_length, draw_windows, tokenize_corpus
 from ecoflap.data.prompts import Prompter, image_processor_of, tokenizer_of
 from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleSet
@@ -26,10 +27,10 @@ from ecoflap.errors import CalibrationError, InvalidOption
 
 
 def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
-    """The first whole batches that hold at least ``samples`` samples (all of them for None).
+    """The first whole batches that hold at least ``samples`` samples; all where they hold fewer, or for None.
 
     Raises:
-        CalibrationError: there are no batches, or fewer samples than asked.
+        CalibrationError: there are no batches.
         InvalidOption: ``samples`` is below 1.
     """
     if not len(batches):
@@ -43,7 +44,11 @@ def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
         count += batch_size_of(batch)
         if count >= samples:
             return batches[:number]
-    raise CalibrationError(f"{samples} samples were asked for importance, but the calibration batches hold {count}")
+    warnings.warn(
+        f"{samples} samples were asked for of calibration batches that hold {count}: all of them are taken",
+        stacklevel=2,
+    )
+    return batches
 
 
 __all__ = ["Batch", "batch_size_of", "make_batches"]
@@ -60,6 +65,7 @@ def make_batches(
     objective: str | None = None,
     classes: Sequence[str] | None = None,
     class_prompts: Sequence[str] | None = None,
+    window_start: str = "each",
 ) -> list[Batch]:
     """Batches ready for the objective, in the order of the samples, all on the CPU.
 
@@ -77,11 +83,13 @@ def make_batches(
 
     Args:
         batch_size: samples in a batch; the last may be smaller.
-        sequence_length: tokens in a window of plain text, and the longest text allowed otherwise.
+        sequence_length: tokens in a window of plain text, by default what fits model, machine and text; and the longest
+            text allowed otherwise.
         seed: of windows and caption cuts.
         objective: name of the loss that the batches are for; None for the one that fits the model.
         classes: names of the classes of ``zero-shot``; None for the data set's own.
         class_prompts: templates with ``{}`` for the class name; None for "a photo of a {}.".
+        window_start: of plain text: "each" window begins with the tokenizer's special tokens, or "once" the whole text.
 
     Raises:
         CalibrationError: the data does not fit the model (no image, no text, too long, unknown class).
@@ -94,7 +102,7 @@ def make_batches(
     name = collating_objective(objective, model)
     sample_set = unpacked(sample_set, name, processor)
     if sample_set.windows is not None:
-        return _packed(sample_set, model, processor, batch_size, sequence_length, seed)
+        return _packed(sample_set, model, processor, batch_size, sequence_length, seed, window_start)
     samples = list(sample_set.samples)
     if not samples:
         raise CalibrationError(f"{sample_set.source} gave no samples")
@@ -161,14 +169,22 @@ def _blind(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _packed(
-    sample_set: SampleSet, model: nn.Module, processor: Any, batch_size: int, length: int | None, seed: int
+    sample_set: SampleSet,
+    model: nn.Module,
+    processor: Any,
+    batch_size: int,
+    length: int | None,
+    seed: int,
+    window_start: str,
 ) -> list[Batch]:
     tokenizer = tokenizer_of(processor)
     if tokenizer is None or needs_image(model):
         raise CalibrationError(f"{sample_set.source} is plain text, but {type(model).__name__} needs images")
-    size = window_length(model, tokenizer, length)
+    check_length(model, length)
     count = None if sample_set.windows == -1 else sample_set.windows
-    windows = draw_windows(tokenize_corpus(sample_set, tokenizer), size, count, seed, sample_set.source)
+    corpus = tokenize_corpus(sample_set, tokenizer)
+    size = length or default_length(model, tokenizer, corpus, count or 1)
+    windows = draw_windows(corpus, size, count, seed, sample_set.source, window_start)
     batches: list[Batch] = []
     for chunk in torch.split(windows, batch_size):
         ids, labels = (chunk[:, : size // 2], chunk[:, size // 2 :]) if is_encoder_decoder(model) else (chunk, chunk)

@@ -1,7 +1,14 @@
-"""Plain text to windows of equal length: tokenised whole once, cut without overlap, chosen with the seed."""
+"""Plain text to windows of equal length: tokenised whole once, cut without overlap, chosen with the seed.
+
+Where a tokenizer puts special tokens before a text (the BOS token of LLaMA and Gemma), the model was trained on texts
+that begin so, and leans on them. So each window begins with them; the published code of GPTQ, SparseGPT and Wanda has them
+once, before the whole text, which ``window_start="once"`` gives.
+"""
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,51 +16,130 @@ from torch import nn
 
 from ecoflap.data.model_facts import DEFAULT_LENGTH, max_length
 from ecoflap.data.samples import SampleSet
-from ecoflap.errors import CalibrationError
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.model.offload import home_of
+
+WINDOW_STARTS = ("each", "once")
+CPU_LENGTH = 512  # default on a CPU: attention's time and memory grow with the square of the length
+SHORTEST = 64  # a default window has at least so many tokens, if it costs windows
 
 
-def window_length(model: nn.Module, tokenizer: Any, asked: int | None) -> int:
-    """Tokens in a window: ``asked``, by default the model's longest up to 2,048.
+@dataclass(frozen=True)
+class Corpus:
+    """A text as tokens.
 
-    Raises:
-        CalibrationError: shorter than 2, or longer than the model has positions for.
+    Attributes:
+        tokens: ``[tokens]``, without the special tokens before them.
+        start: special tokens that the tokenizer puts before a text.
     """
-    limit = max_length(model)
+
+    tokens: torch.Tensor
+    start: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.start) + len(self.tokens)
+
+    def windows(self, length: int, window_start: str = "each", offset: int = 0) -> torch.Tensor:
+        """All windows that don't overlap, in order: ``[windows, length]``.
+
+        Args:
+            window_start: "each" window begins with the special tokens, or "once" the text as a whole.
+            offset: tokens to leave out before the first window.
+
+        Raises:
+            InvalidOption: no such ``window_start``, or a window has no room for text after the special tokens.
+        """
+        if window_start not in WINDOW_STARTS:
+            raise InvalidOption(f"window_start must be one of {', '.join(WINDOW_STARTS)}, not {window_start}")
+        start = torch.tensor(self.start, dtype=torch.long)
+        each = window_start == "each"
+        text = self.tokens if each else torch.cat([start, self.tokens])
+        room = length - len(start) if each else length
+        if room < 1:
+            raise InvalidOption(f"a sequence length of {length} has no room for text after {len(start)} special tokens")
+        count = max(len(text) - offset, 0) // room
+        rows = text[offset : offset + count * room].view(count, room)
+        return torch.cat([start.expand(count, -1), rows], dim=1) if each else rows
+
+    def spare(self, length: int, window_start: str = "each") -> int:
+        """Tokens that remain when all windows are cut."""
+        each = window_start == "each"
+        return len(self.tokens if each else self) % (length - len(self.start) if each else length)
+
+
+def start_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of the special tokens that the tokenizer puts before a text, and none where it puts none."""
+    text = "a"
+    whole = list(tokenizer(text, verbose=False)["input_ids"])
+    plain = list(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
+    for place in range(len(whole) - len(plain) + 1):
+        if plain and whole[place : place + len(plain)] == plain:
+            return tuple(whole[:place])
+    return ()
+
+
+def tokenize_corpus(sample_set: SampleSet, tokenizer: Any) -> Corpus:
+    """All documents, joined by a blank line and tokenised as one text."""
+    text = "\n\n".join(sample.text for sample in sample_set.samples if sample.text is not None)
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    start = start_tokens(tokenizer)
+    if tuple(tokens[: len(start)].tolist()) != start:
+        return Corpus(tokens, ())
+    return Corpus(tokens[len(start) :], start)
+
+
+def check_length(model: nn.Module, asked: int | None) -> None:
+    """Raises CalibrationError for a length shorter than 2, or longer than the model has positions for."""
     if asked is None:
-        known = int(getattr(tokenizer, "model_max_length", 0) or 0)
-        usual = known if 2 <= known < 10**6 else DEFAULT_LENGTH  # tokenizers say 1e30 for "no limit"
-        return min(limit or usual, DEFAULT_LENGTH)
+        return
     if asked < 2:
         raise CalibrationError(f"the sequence length must be at least 2 tokens, not {asked}")
+    limit = max_length(model)
     if limit is not None and asked > limit:
         raise CalibrationError(
             f"a sequence length of {asked} tokens is more than the model's {limit} positions: lower it"
         )
-    return asked
 
 
-def tokenize_corpus(sample_set: SampleSet, tokenizer: Any) -> torch.Tensor:
-    """All documents, joined by a blank line and tokenised as one text, special tokens once: ``[tokens]``."""
-    text = "\n\n".join(sample.text for sample in sample_set.samples if sample.text is not None)
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+def default_length(model: nn.Module, tokenizer: Any, corpus: Corpus, windows: int) -> int:
+    """Tokens in a window where none are asked for: what model, machine and text allow.
+
+    2,048 (on a CPU 512) or the model's longest, if that is shorter; half of it, and half again, as long as the text
+    gives fewer than ``windows`` windows, but not below 64.
+    """
+    known = int(getattr(tokenizer, "model_max_length", 0) or 0)
+    usual = known if 2 <= known < 10**6 else DEFAULT_LENGTH  # tokenizers say 1e30 for "no limit"
+    length = min(max_length(model) or usual, CPU_LENGTH if home_of(model).type == "cpu" else DEFAULT_LENGTH)
+    while len(corpus) // length < windows and length // 2 >= SHORTEST:
+        length //= 2
+    return length
 
 
-def draw_windows(tokens: torch.Tensor, length: int, count: int | None, seed: int, source: str) -> torch.Tensor:
-    """``count`` windows ``[count, length]`` of ``tokens`` that don't overlap, at a seeded offset and in a seeded order.
+def draw_windows(
+    corpus: Corpus, length: int, count: int | None, seed: int, source: str, window_start: str = "each"
+) -> torch.Tensor:
+    """``count`` windows ``[count, length]`` of a text that don't overlap, at a seeded offset and in a seeded order.
 
     Args:
-        count: None for all that there are.
+        count: None for all that there are. Where there are fewer, all are taken, with a warning.
 
     Raises:
-        CalibrationError: the text gives fewer windows.
+        CalibrationError: the text is shorter than a window.
+        InvalidOption: as :meth:`Corpus.windows`.
     """
-    available = len(tokens) // length
-    if available < max(count or 1, 1):
+    available = len(corpus.windows(length, window_start))
+    if available == 0:
         raise CalibrationError(
-            f"{source} gives {available} windows of {length} tokens ({len(tokens)} tokens in all), {count or 1} were "
-            "asked for: give more text, fewer samples or a smaller sequence length"
+            f"{source} has {len(corpus)} tokens, less than one window of {length}: give more text, or a smaller "
+            "sequence length"
+        )
+    if available < (count or 1):
+        warnings.warn(
+            f"{source} gives {available} windows of {length} tokens ({len(corpus)} tokens in all), {count} were asked "
+            "for: all of them are taken; more text or a smaller sequence length gives more",
+            stacklevel=2,
         )
     generator = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(len(tokens) - available * length + 1, (1,), generator=generator))
+    offset = int(torch.randint(corpus.spare(length, window_start) + 1, (1,), generator=generator))
     order = torch.randperm(available, generator=generator)[: count or available]
-    return tokens[offset : offset + available * length].view(available, length)[order].contiguous()
+    return corpus.windows(length, window_start, offset)[order].contiguous()

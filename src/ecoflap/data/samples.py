@@ -5,6 +5,7 @@ Finds out what a calibration source is (file, folder, tars, hub data set) and op
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -101,17 +102,13 @@ class SampleSet:
     def by_row(self) -> SampleSet:
         """The same without packing: each row of a table of texts is a sample of its own, as classifiers want it.
 
-        Raises:
-            CalibrationError: there are fewer rows than samples were asked for.
+        Where there are fewer rows than samples were asked for, all are taken, with a warning.
         """
         if self.windows is None:
             return self
         count = len(self.samples) if self.windows < 0 else self.windows
         if "label" in self.columns and len(self.samples) < count:
-            raise CalibrationError(
-                f"{self.source} holds {len(self.samples)} usable samples, {count} were asked for: lower the number of "
-                "samples or give more data"
-            )
+            _tell_few(self.source, len(self.samples), count)
         return replace(self, samples=self.samples[:count], indices=self.indices[:count], windows=None)
 
 
@@ -193,11 +190,7 @@ class SampleReader:
                 f"than {BROKEN_LIMIT:.0%}: repair the data"
             )
         if self._samples is not None and good < self._samples and not self.is_text:
-            broken = f" and {self.skipped} broken ones" if self.skipped else ""
-            raise CalibrationError(
-                f"{self.source} holds {good} usable samples{broken}, {self._samples} were asked for: lower the number "
-                "of samples or give more data"
-            )
+            _tell_few(self.source, good, self._samples, f" and {self.skipped} broken ones" if self.skipped else "")
 
     def at(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample]]:
         """(index, sample) of these rows of the source, in the order of ``indices``; broken ones are left out.
@@ -275,7 +268,7 @@ def load_samples(
         source: None for the bundled calibration set; a file or folder in any format of
             :mod:`ecoflap.data.formats`, optionally with a split after a colon;
             a brace pattern of tars; the id of a hub data set.
-        samples: how many; None for all, in the order of the file.
+        samples: how many; None for all, in the order of the file. Where there are fewer, all are taken, with a warning.
         seed: of the permutation.
         columns: role to column name, over the guess (see :func:`ecoflap.data.columns.guess_columns`).
         prompt_template: with ``{question}``; default "Question: {question} Short answer:" for a question column, and
@@ -284,7 +277,7 @@ def load_samples(
             one of the usual folders there.
 
     Raises:
-        CalibrationError: nothing there, unreadable, too few samples, missing columns, over 5 % broken.
+        CalibrationError: nothing there, unreadable, no samples, missing columns, over 5 % broken.
     """
     reader = SampleReader(
         source,
@@ -304,6 +297,12 @@ def load_samples(
         columns=dict(reader.columns),
         windows=windows,
         classes=reader.classes,
+    )
+
+
+def _tell_few(source: str, there: int, wanted: int, more: str = "") -> None:
+    warnings.warn(
+        f"{source} holds {there} usable samples{more}, {wanted} were asked for: all of them are taken", stacklevel=3
     )
 
 

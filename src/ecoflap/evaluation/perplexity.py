@@ -1,7 +1,9 @@
 """Perplexity of a causal language model on plain text in fixed windows, as in the papers on pruning LLMs.
 
 The text is tokenised whole once and cut into windows of equal length that don't overlap; each window is scored on its
-own, its first token aside. Source: the setting of GPTQ (Frantar et al., 2022), SparseGPT and Wanda (Sun et al., 2023).
+own, aside from its first token and from the special tokens that it begins with.
+
+Source: the setting of GPTQ (Frantar et al., 2022), SparseGPT and Wanda (Sun et al., 2023).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ecoflap.data.model_facts import can_take, is_encoder_decoder, to_device
-from ecoflap.data.packing import tokenize_corpus, window_length
+from ecoflap.data.packing import check_length, default_length, tokenize_corpus
 from ecoflap.data.prompts import tokenizer_of
 from ecoflap.data.samples import load_samples
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
@@ -41,17 +43,21 @@ def run(
     progress: Progress | None = None,
     workers: Workers = ALONE,
     columns: Mapping[str, str] | None = None,
+    window_start: str = "each",
 ) -> TaskResult:
     """exp(mean negative log-likelihood of a token); every window weighs the same.
 
     The standard error is that of the mean over windows, times the perplexity (delta method): neighbouring tokens are
-    not independent, windows nearly are. ``n`` counts the scored tokens, windows × (sequence_length − 1).
+    not independent, windows nearly are. ``n`` counts the scored tokens, windows × (sequence_length − 1) where a window
+    begins with one special token or none.
 
     Args:
         data: a text file, a folder of them, or a data set with a text column.
         samples: the first so many windows; None for all. ``seed`` has no effect.
-        sequence_length: tokens in a window; default the model's longest up to 2,048.
+        sequence_length: tokens in a window; default what fits model, machine and text.
         columns: which column of a table is the ``text``; default guessed.
+        window_start: "each" window begins with the tokenizer's special tokens, or "once" the whole text, as in the
+            published code of SparseGPT and Wanda.
 
     Raises:
         InvalidOption: no data, or the model is no causal language model with a tokenizer.
@@ -68,22 +74,24 @@ def run(
         )
     if batch_size < 1 or (samples is not None and samples < 1):
         raise InvalidOption("the batch size and the number of samples must be at least 1")
-    length = window_length(model, tokenizer, sequence_length)
+    check_length(model, sequence_length)
     corpus = load_samples(data, samples=None, seed=seed, columns=columns)
     if corpus.windows is None:
         raise CalibrationError(f"{data} is not plain text: task 'perplexity' needs a text file or a text column alone")
     tokens = tokenize_corpus(corpus, tokenizer)
-    count = min(len(tokens) // length, samples or len(tokens))
+    length = sequence_length or default_length(model, tokenizer, tokens, samples or 1)
+    windows = tokens.windows(length, window_start)[:samples]
+    count = len(windows)
     if count == 0:
         raise CalibrationError(f"{data} has {len(tokens)} tokens, less than one window of {length}: give more text")
-    windows = tokens[: count * length].view(count, length)
+    first = max(len(tokens.start), 1) if window_start == "each" else 1  # the first token that is scored
     told: Shared[list[float]] = Shared(workers)
     was_training = model.training
     model.eval()
     try:
         with (progress or Silent()).stage("perplexity", total=count) as task:
             for part in torch.split(windows, batch_size):
-                told.add(partial(_window_losses, model, part))
+                told.add(partial(_window_losses, model, part, first))
                 task.advance(len(part))
     finally:
         model.train(was_training)
@@ -98,16 +106,20 @@ def run(
     settings = {
         "data": str(data),
         "sequence_length": length,
+        "window_start": window_start,
         "windows": count,
         "samples": samples,
         "batch_size": batch_size,
     }
     stderr = None if error is None else value * error
-    return TaskResult("perplexity", "perplexity", value, stderr, count * (length - 1), settings)
+    return TaskResult("perplexity", "perplexity", value, stderr, count * (length - first), settings)
 
 
-def _window_losses(model: nn.Module, windows: torch.Tensor) -> list[float]:
-    """Mean negative log-likelihood of each row of ``windows`` ``[B, L]``, in fp32 from the model's logits."""
+def _window_losses(model: nn.Module, windows: torch.Tensor, first: int) -> list[float]:
+    """Mean negative log-likelihood of each row of ``windows`` ``[B, L]`` from its token ``first`` on.
+
+    In fp32 from the model's logits.
+    """
     extra: dict[str, Any] = {"use_cache": False} if can_take(model, "use_cache") else {}
     ids = to_device({"input_ids": windows}, model)["input_ids"]
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits
@@ -115,9 +127,9 @@ def _window_losses(model: nn.Module, windows: torch.Tensor) -> list[float]:
     losses: list[float] = []
     for row, target in zip(logits, ids, strict=True):
         total = 0.0
-        for start in range(0, len(target) - 1, rows):
+        for start in range(first - 1, len(target) - 1, rows):
             end = min(start + rows, len(target) - 1)
             part = F.cross_entropy(row[start:end].float(), target[start + 1 : end + 1], reduction="sum")
             total += float(part)
-        losses.append(total / (len(target) - 1))
+        losses.append(total / (len(target) - first))
     return losses

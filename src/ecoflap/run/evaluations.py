@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What every task may be given; whatever else a task's function takes by keyword is one of its options.
 COMMON = frozenset((
     "data", "samples", "batch_size", "sequence_length", "seed", "progress", "columns", "prompt_template",
-    "image_folder", "classes", "class_prompts", "workers",
+    "image_folder", "classes", "class_prompts", "workers", "window_start",
 ))  # fmt: skip
 OptionValue = float | int | bool | str
 
@@ -267,6 +267,7 @@ def evaluate(
         "samples": entry.samples,
         "batch_size": rows_of_a_test(recipe),
         "sequence_length": entry.sequence_length,
+        "window_start": recipe.window_start,
         "seed": recipe.seed,
         "progress": progress,
         "workers": workers,

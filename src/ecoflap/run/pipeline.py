@@ -188,7 +188,7 @@ def _stages(job: _Job) -> None:
         "dense_weights": [{"name": u.name, "reason": u.reason, "weights": u.numel} for u in plan.anatomy.unprunable],
         "unreached": list(unreached),
         "stages": [usage.to_json() for usage in job.usages],
-        "calibration": calibration_record(plan.samples, plan.objective_name),
+        "calibration": calibration_record(plan.samples, plan.objective_name, plan.window_length),
         "environment": environment(plan.checkpoint),
     })  # fmt: skip
     write_card(run.path)  # into the model's folder; says what the metrics say

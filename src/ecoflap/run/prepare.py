@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from ecoflap.allocation.parts import read_allocation
 from ecoflap.data.batches import batch_size_of, make_batches
 from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.collate import collating_objective, unpacked
-from ecoflap.data.model_facts import Batch
+from ecoflap.data.model_facts import Batch, is_encoder_decoder
 from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, on_device, resolve
 from ecoflap.data.prompts import tokenizer_of
 from ecoflap.data.samples import SampleSet, load_samples
@@ -75,6 +75,9 @@ def load_checkpoint(
     return found
 
 
+_LENGTH = " as model, machine and text allow (--sequence-length sets it)"
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What the stages work on.
@@ -122,6 +125,14 @@ class Prepared:
         device = home_of(self.checkpoint.model).type
         return {"calibration data": digest.hexdigest(), **digests_of(self.recipe), "device": device}
 
+    @property
+    def window_length(self) -> int | None:
+        """Tokens in a window where the samples are cut from plain text; None for other samples."""
+        if self.samples is None or self.samples.windows is None:
+            return None
+        ids, labels = self.batches[0]["input_ids"], self.batches[0]["labels"]
+        return int(ids.shape[1] + (labels.shape[1] if is_encoder_decoder(self.checkpoint.model) else 0))
+
     def place_of(self, batch: int) -> str:
         """Where the samples of a batch are found: rows of the source, or how each window of its text begins."""
         if self.samples is None:
@@ -141,8 +152,12 @@ class Prepared:
         """Lines that say what was chosen where the recipe left it open: columns of the data, and the objective."""
         if self.samples is None:
             return
+        drawn, length = self.samples, self.window_length
+        if length is not None:
+            drawn = replace(drawn, windows=sum(batch_size_of(one) for one in self.batches))
+        tokens = "" if length is None else f", {length} tokens each{'' if self.recipe.sequence_length else _LENGTH}"
         guessed = self.samples.columns and not self.recipe.columns
-        yield f"calibration: {self.samples.summary}{' (guessed; --columns sets them)' if guessed else ''}"
+        yield f"calibration: {drawn.summary}{' (guessed; --columns sets them)' if guessed else ''}{tokens}"
         chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
         yield f"objective: {self.objective_name}{chosen}"
 
@@ -251,6 +266,7 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
         objective=recipe.objective,
         classes=class_names(recipe.classes),
         class_prompts=class_templates(recipe.class_prompts),
+        window_start=recipe.window_start,
     )
     return sample_set, batches
 

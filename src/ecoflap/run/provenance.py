@@ -155,7 +155,9 @@ def environment(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def calibration_record(sample_set: SampleSet | None, objective: str) -> dict[str, Any] | None:
+def calibration_record(
+    sample_set: SampleSet | None, objective: str, window_length: int | None = None
+) -> dict[str, Any] | None:
     """Which samples were drawn from where, and the name of the loss that was taken on them."""
     if sample_set is None:
         return None
@@ -164,6 +166,7 @@ def calibration_record(sample_set: SampleSet | None, objective: str) -> dict[str
         "objective": objective,
         "columns": sample_set.columns,
         "skipped": sample_set.skipped,
+        **({} if window_length is None else {"sequence_length": window_length}),
         "indices": list(sample_set.indices),
     }
 

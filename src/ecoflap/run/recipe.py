@@ -136,7 +136,14 @@ class Recipe(BaseModel):
         "draws.",
     )
     batch_size: int = Field(8, ge=1, description="Samples a forward.")
-    sequence_length: int | None = Field(None, ge=2, description="Tokens a sample of plain text.")
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens a sample of plain text. Default: what fits model, machine and text."
+    )
+    window_start: Literal["each", "once"] = Field(
+        "each",
+        description="Samples of plain text begin with the tokenizer's special tokens (BOS): each, or once the whole "
+        "text, as in the code of SparseGPT and Wanda.",
+    )
     include: tuple[str, ...] = Field((), description="Layers or towers to prune that are dense by default.")
     exclude: tuple[str, ...] = Field((), description="Layers or towers to leave dense.")
     towers: tuple[str, ...] | None = Field(None, description="Paths of the module lists that are towers.")
