@@ -285,19 +285,11 @@ def test_the_search_takes_the_first_samples() -> None:
         options=SearchOptions(rounds=1),
     )  # fmt: skip
     assert found == expected
-<<<<<<< HEAD
-    with pytest.raises(CalibrationError, match="99"):
-        searched(it, uneven(it.anatomy), options=SearchOptions(samples=99), **arguments)
-=======
     more, every = (
-        search_allocation(
-            it.model, it.anatomy, uneven(it.anatomy), it.batches, options=SearchOptions(samples=samples, rounds=1),
-            **arguments,
-        )
+        searched(it, uneven(it.anatomy), options=SearchOptions(samples=samples, rounds=1), **arguments)
         for samples in (99, 0)
-    )  # fmt: skip
+    )
     assert more == every  # of fewer samples than asked, all are taken
->>>>>>> e53899d (Windows of text each begin with the tokenizer's special tokens; default lengths and counts fit text and machine)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])

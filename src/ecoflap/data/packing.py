@@ -1,8 +1,8 @@
 """Plain text to windows of equal length: tokenised whole once, cut without overlap, chosen with the seed.
 
 Where a tokenizer puts special tokens before a text (the BOS token of LLaMA and Gemma), the model was trained on texts
-that begin so, and leans on them. So each window begins with them; the published code of GPTQ, SparseGPT and Wanda has them
-once, before the whole text, which ``window_start="once"`` gives.
+that begin so, and leans on them. So each window begins with them; the published code of GPTQ, SparseGPT and Wanda has
+them once, before the whole text, which ``window_start="once"`` gives.
 """
 
 from __future__ import annotations
