@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import picos
 import pytest
 import torch
 from console import TEXT, Command, prose
+from forks import forked
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,6 +22,7 @@ from ecoflap import api
 from ecoflap.errors import InvalidOption
 from ecoflap.model.checkpoint import fingerprint, load
 from ecoflap.model.offload import is_offloaded
+from ecoflap.run.journal import BlockFiles
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe
 
@@ -122,9 +123,8 @@ def test_a_whole_run_and_one_that_was_killed(tmp_path: Path) -> None:
     prose(tmp_path / "prose.txt")
     whole = run_recipe(_recipe(tmp_path), tmp_path / "whole")
     recipe = _recipe(tmp_path, device_map="disk")
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)), "utf-8")
-    killed = subprocess.run([sys.executable, "-c", _KILLED, tmp_path / "recipe.yaml", tmp_path / "spread"], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    with forked(lambda: _killed_after_four_blocks(recipe, tmp_path / "spread")) as process:
+        assert process.wait() == -signal.SIGKILL, process.printed()
     done = sorted(path.stem for path in (tmp_path / "spread" / "journal" / "blocks").glob("*.safetensors"))
     assert done == [f"model.layers.{number}" for number in range(4)]
     spread = run_recipe(recipe, tmp_path / "spread", resume=True)
@@ -135,20 +135,17 @@ def test_a_whole_run_and_one_that_was_killed(tmp_path: Path) -> None:
     assert (a["dense"], a["pruned"], a["sparsity"]) == (b["dense"], b["pruned"], b["sparsity"])
 
 
-_KILLED = """
-import os, signal, sys
-from ecoflap.run.journal import BlockFiles
-from ecoflap.run.pipeline import run_recipe
-from ecoflap.run.recipe import Recipe
-saved = []
-def save(self, block, pruned, save=BlockFiles.save):
-    if len(saved) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    saved.append(block)
-    save(self, block, pruned)
-BlockFiles.save = save
-run_recipe(Recipe.load([sys.argv[1]], {}), sys.argv[2])
-"""
+def _killed_after_four_blocks(recipe: Recipe, run: Path) -> None:
+    save, saved = BlockFiles.save, []
+
+    def save_or_die(self: BlockFiles, block: str, pruned: Any) -> None:
+        if len(saved) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        saved.append(block)
+        save(self, block, pruned)
+
+    BlockFiles.save = save_or_die  # type: ignore[method-assign]  # in a process of its own
+    run_recipe(recipe, run)
 
 
 @pytest.mark.parametrize(

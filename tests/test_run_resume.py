@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 import torch
 import yaml
 from console import TEXT, Command, prose, same_result
+from forks import ecoflap, forked
 
 from ecoflap.importance import zeroth_order
 from ecoflap.pruning import walk
@@ -263,50 +261,21 @@ def test_a_stop_before_the_run_began(prune: Command, tmp_path: Path, monkeypatch
 # --- real processes --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Recipe, Path]:
-    """A job of some seconds in each stage, as a command and as a recipe, and the folder with its result ``whole``."""
-    from ecoflap.run.pipeline import run_recipe
-
-    folder = tmp_path_factory.mktemp("slow")
-    picos.write_checkpoint("llama", folder / "llama")
-    prose(folder / "prose.txt", 6000)
-    job = [
-        sys.executable, "-m", "ecoflap", "prune", str(folder / "llama"), "--calibration", str(folder / "prose.txt"),
-        "--samples", "90", "--batch-size", "2", "--sequence-length", "60", "--importance-samples", "40",
-    ]  # fmt: skip
-    recipe = Recipe(model=str(folder / "llama"), calibration=str(folder / "prose.txt"), samples=90, batch_size=2,
-                    sequence_length=60, importance_samples=40)  # fmt: skip
-    run_recipe(recipe, folder / "whole")
-    return job, recipe, folder
-
-
-def _start(job: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def hear_interrupts() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are started deaf to it
-
-    return subprocess.Popen(
-        [*job, *more], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
-    )
-
-
-def _wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    while not reached():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.002)
-
-
 def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Recipe, Path]) -> None:
+def test_killed_and_stopped_again_and_again(tmp_path: Path) -> None:
     from ecoflap.run.pipeline import run_recipe
 
-    job, recipe, folder = slow
-    run = folder / "killed"
+    model, data = picos.write_checkpoint("llama", tmp_path / "llama"), prose(tmp_path / "prose.txt", 6000)
+    job = ecoflap(
+        tmp_path, "prune", model, "--calibration", data, "--samples", 90, "--batch-size", 2, "--sequence-length", 60,
+        "--importance-samples", 40, "-o", "killed", "--resume",
+    )  # fmt: skip
+    recipe = Recipe(model=str(model), calibration=str(data), samples=90, batch_size=2, sequence_length=60,
+                    importance_samples=40)  # fmt: skip
+    whole, run = run_recipe(recipe, tmp_path / "whole"), tmp_path / "killed"
     journal, blocks = run / "journal" / "importance.jsonl", run / "journal" / "blocks"
     moments: list[tuple[Callable[[], bool], signal.Signals, int]] = [
         (lambda: _lines(journal) >= 60, signal.SIGKILL, -9),
@@ -316,11 +285,11 @@ def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Recipe, Path]
         (lambda: (run / "model").exists(), signal.SIGKILL, -9),
     ]
     for reached, sent, code in moments:
-        process = _start(job, folder, "-o", "killed", "--resume")
-        _wait_until(process, reached)
-        process.send_signal(sent)
-        _, err = process.communicate()
-        assert process.returncode == code
+        with forked(job) as process:
+            process.wait_until(reached)
+            process.send(sent)
+            assert process.wait() == code
+            _, err = process.printed()
         if code > 0:
             *chosen, last = [line for line in err.splitlines() if line]
             assert chosen.pop() == "ecoflap: stopping after this step; once more stops at once"
@@ -328,5 +297,5 @@ def test_killed_and_stopped_again_and_again(slow: tuple[list[str], Recipe, Path]
             assert [line.split(":")[0] for line in chosen] == ["calibration", "objective"]
             assert journal.read_bytes().endswith(b"\n")
     run_recipe(recipe, run, resume=True)
-    same_result(folder / "whole", run)
-    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in (folder / "whole").iterdir())
+    same_result(whole, run)
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())

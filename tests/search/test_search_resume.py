@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from console import TEXT, Command, same_result
+from forks import ecoflap, forked
 from searching import JOB
 
 from ecoflap.search import sensitivity as measure
@@ -81,17 +78,14 @@ def test_a_crash_in_the_curves(prune: Command, whole: Path, tmp_path: Path, monk
 
 
 def test_killed_in_the_search(made: Path, whole: Path) -> None:
-    job = [
-        sys.executable, "-m", "ecoflap", "prune", str(made / "llama"), "--calibration", str(made / "prose.txt"),
-        *TEXT, *JOB, "-o", "killed", "--resume", "--quiet",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(job, cwd=made, env=environment)
-    state = made / "killed" / "journal" / "search.json"
-    while not state.exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    subprocess.run(job, cwd=made, env=environment, check=True)
+    job = ecoflap(
+        made, "prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, *JOB, "-o", "killed", "--resume",
+        "--quiet",
+    )  # fmt: skip
+    with forked(job) as process:
+        process.wait_until((made / "killed" / "journal" / "search.json").exists)
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    with forked(job) as process:
+        assert process.wait() == 0, process.printed()
     same_result(whole, made / "killed")

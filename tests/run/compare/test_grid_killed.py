@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+from forks import ecoflap, forked
 from grids import grid_of, table
 
 from ecoflap.run.compare.grid import run_grid
@@ -17,20 +14,17 @@ from ecoflap.run.compare.record import read_comparison
 
 def test_killed(data: Path) -> None:
     text = str(data / "prose.txt")
-    job = [
-        sys.executable, "-m", "ecoflap", "compare", str(data / "llama"), "--calibration", text, "--test", text,
-        "--test-samples", "3", "--samples", "6", "--importance-samples", "4", "--batch-size", "2",
-        "--sequence-length", "12", "--methods", "wanda,zeroth-order+wanda", "--sparsities", "0.5:0.7:0.1",
-        "--seeds", "0,1", "-o", "killed", "--resume", "--quiet",
-    ]  # fmt: skip
+    job = ecoflap(
+        data, "compare", data / "llama", "--calibration", text, "--test", text, "--test-samples", 3, "--samples", 6,
+        "--importance-samples", 4, "--batch-size", 2, "--sequence-length", 12,
+        "--methods", "wanda,zeroth-order+wanda", "--sparsities", "0.5:0.7:0.1", "--seeds", "0,1",
+        "-o", "killed", "--resume", "--quiet",
+    )  # fmt: skip
     cells = data / "killed" / "cells"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(job, cwd=data, env=environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and (len(list(cells.glob("*.json"))) if cells.is_dir() else 0) < 4:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode == -9, err
+    with forked(job) as process:
+        process.wait_until(lambda: len(list(cells.glob("*.json"))) >= 4)
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.printed()
     assert not (data / "killed" / "compare.json").exists()
     grid = grid_of(data, methods="wanda,zeroth-order+wanda", sparsities="0.5:0.7:0.1")
     run_grid(grid, data / "killed", resume=True)
