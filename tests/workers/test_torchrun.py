@@ -1,4 +1,4 @@
-"""Real processes under torchrun: the files of one worker, also where some are killed; one line where one fails."""
+"""Real processes, most under torchrun: the files of one worker, also where some are killed; one line where one fails."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import picos
 import psutil
 import pytest
 from console import poisoned_llama, prose, same_result
+from forks import ecoflap, forked
 
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe
@@ -51,17 +54,39 @@ def ours(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("ecoflap: ")]
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_several_workers_end_like_one(tmp_path: Path, workers: int) -> None:
+def by_torchrun(folder: Path, arguments: Sequence[object]) -> list[str]:
+    process = launch(folder, 2, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return [out]
+
+
+def by_themselves(folder: Path, arguments: Sequence[object]) -> list[str]:
+    """Four processes that know of each other by their environment alone, as a batch system starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                forked(ecoflap(folder, *arguments, environment=common | {"RANK": rank, "LOCAL_RANK": rank}))
+            )
+            for rank in "0123"
+        ]
+        assert [process.wait() for process in processes] == [0] * 4, [process.printed() for process in processes]
+        return [process.printed()[0] for process in processes]
+
+
+@pytest.mark.parametrize("start", [by_torchrun, by_themselves])
+def test_several_workers_end_like_one(tmp_path: Path, start: Callable[[Path, Sequence[object]], list[str]]) -> None:
     picos.write_checkpoint("llama", tmp_path / "llama")
     data = str(prose(tmp_path / "prose.txt"))
     recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=10, batch_size=1, sequence_length=12,
                     importance="gradient-norm", criterion="sparsegpt", test=data, test_samples=5)  # fmt: skip
-    process = launch(tmp_path, workers, "prune", *options(recipe), "-o", "several", "--json")
+    printed = start(tmp_path, ["prune", *options(recipe), "-o", "several", "--json"])
+    assert json.loads("".join(printed))["run"] == "several"  # printed once
     run_recipe(recipe, tmp_path / "one")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert json.loads(out)["run"] == "several"  # printed once
     same_result(tmp_path / "one", tmp_path / "several")
     same_metrics(tmp_path / "one", tmp_path / "several")
     assert sorted(path.name for path in (tmp_path / "several").iterdir()) == sorted(
