@@ -376,8 +376,8 @@ def test_instantaneous(aggregate: str) -> None:
         for block in range(1000)
         for i in range(5)
     ]
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: the machine may do other work
     allocation = allocate(layers, sparsity=0.6, aggregate=aggregate)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert allocation.total_weights > 9e9
     assert allocation.total_weights - allocation.zeros == round(Fraction("0.4") * allocation.total_weights)

@@ -229,9 +229,9 @@ def test_level_solves_its_equation(data: st.DataObject) -> None:
 def test_instantaneous(rule: str) -> None:
     rng = random.Random(0)
     layers = [layer(f"{i}", rng.randint(1, 4_000_000), 10 ** rng.uniform(-9, 9)) for i in range(3000)]
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: the machine may do other work
     allocation = allocate(layers, sparsity=0.6, rule=rule, granularity="layer")
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     assert allocation.total_weights - allocation.zeros == round(Fraction("0.4") * allocation.total_weights)
 
 

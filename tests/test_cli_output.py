@@ -206,7 +206,8 @@ def test_bars(width: int) -> None:
     assert isinstance(progress, Bars)
     with progress.stage("importance", total=1000, done=400) as task:
         task.advance(3, "language_model.encoder.block.0.layer.0.SelfAttention.q.weight")
-        time.sleep(0.15)  # the screen is drawn ten times a second
+        while " 403/1000 " not in screen.getvalue():  # the screen is drawn ten times a second
+            time.sleep(0.01)
         task.advance(597, "brackets [red] in a name")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "importance" in text

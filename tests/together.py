@@ -13,6 +13,7 @@ from ecoflap.support.processes import pack, unpack
 from ecoflap.support.workers import ALONE, Workers
 
 T = TypeVar("T")
+PATIENCE = 300  # seconds that a worker waits for others; the machine may do other work
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Thread(Workers):
     def receive(self, tensor: torch.Tensor, source: int) -> None:
         letters = self.room.letters
         with self.room.posted:
-            assert self.room.posted.wait_for(lambda: letters.get((source, self.rank)), timeout=60)
+            assert self.room.posted.wait_for(lambda: letters.get((source, self.rank)), timeout=PATIENCE)
             tensor.copy_(letters[(source, self.rank)].pop(0))
 
 
@@ -65,7 +66,7 @@ def together(count: int, work: Callable[[Workers], T]) -> list[T]:
     """What ``work`` returns to each of ``count`` workers; the first error of any of them is raised."""
     if count == 1:
         return [work(ALONE)]
-    room = _Room(count, threading.Barrier(count, timeout=60), [None] * count)
+    room = _Room(count, threading.Barrier(count, timeout=PATIENCE), [None] * count)
     results: list[Any] = [None] * count
     errors: list[BaseException] = []
 

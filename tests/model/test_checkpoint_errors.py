@@ -148,11 +148,10 @@ def test_gguf_files_missing_ambiguous_or_broken(tmp_path: Path) -> None:
 
 def test_an_unreachable_hub_is_one_line_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    started = time.monotonic()
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for the hub"))
     _refused("someone/some-model", "hub cannot be reached", "someone/some-model")
     (tmp_path / "some-modle").mkdir()
     _refused("some-model", "hub cannot be reached", "did you mean 'some-modle'")
-    assert time.monotonic() - started < 5
 
 
 def _hub(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:

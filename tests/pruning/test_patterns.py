@@ -154,9 +154,9 @@ def test_misfits_are_refused(shape: tuple[int, int], zeros: int, pattern: Unstru
 def test_large_matrices_are_quick(dtype: torch.dtype, pattern: Unstructured | NofM) -> None:
     scores = torch.rand(2048, 2048).to(dtype).float()
     zeros = scores.numel() // 2 + (0 if isinstance(pattern, NofM) else 1001)
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: the machine may do other work
     mask = lowest_mask(scores, zeros, pattern)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     assert int((~mask).sum()) == zeros
 
 

@@ -1,4 +1,4 @@
-"""Real processes, most under torchrun: the files of one worker, also where some are killed; one line where one fails."""
+"""Real processes, most by torchrun: the files of one worker, also where some are killed; one line where one fails."""
 
 from __future__ import annotations
 
