@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ecoflap import Importance, Recipe, prune
-from ecoflap.evaluation import TASKS
+from ecoflap.evaluation import TASKS, TestData
 from ecoflap.model.checkpoint import Checkpoint, load
 from ecoflap.run.prepare import calibration_batches
 from ecoflap.support.files import write_json
-from ecoflap.support.progress import Silent
 
 
 def perplexity(checkpoint: Checkpoint, test: str, windows: int, length: int) -> dict[str, float | None]:
-    result = TASKS.get("perplexity")(
-        checkpoint.model, checkpoint.processor, data=test, samples=windows, batch_size=8, sequence_length=length,
-        seed=0, progress=Silent(),
-    )  # fmt: skip
+    data = TestData(data=test, samples=windows, batch_size=8, sequence_length=length)
+    result = TASKS.get("perplexity")().run(checkpoint.model, checkpoint.processor, data)
     return {"perplexity": result.value, "stderr": result.stderr}
 
 

@@ -1,11 +1,12 @@
-"""What a recipe measures: options checked against the task's function, several tests, each rehearsed first."""
+"""What a recipe measures: options checked against the task's class, several tests, each rehearsed first."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import picos
 import pytest
@@ -14,27 +15,35 @@ from console import Command, prose, questions
 
 from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.errors import InvalidOption, UnknownName
-from ecoflap.evaluation import TASKS, TaskResult
+from ecoflap.evaluation import TASKS, Task, TaskResult, TestData
 from ecoflap.model.checkpoint import load
 from ecoflap.run.evaluations import check_evaluations, evaluate, evaluations_of, options_of, rehearse
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.progress import Silent
 
 
-def spy(model: Any, processor: Any, *, data: Any, samples: Any, columns: Any = None, classes: Any = None,
-        rule: str = "auto", shots: int = 0, ratio: float | None = None, fast: bool = False) -> TaskResult:  # fmt: skip
+@dataclass(frozen=True)
+class Spy(Task):
     """A task that says what it was called with."""
-    settings = {name: value for name, value in locals().items() if name not in ("model", "processor")}
-    return TaskResult("spy", "accuracy", 1.0, None, samples or 1, settings)
+
+    takes: ClassVar[tuple[str, ...]] = ("columns", "classes")
+
+    rule: str = "auto"
+    shots: int = 0
+    ratio: float | None = None
+    fast: bool = False
+
+    def run(self, model: Any, processor: Any, test: TestData) -> TaskResult:
+        return TaskResult("spy", "accuracy", 1.0, None, test.samples or 1, vars(test) | vars(self))
 
 
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(TASKS._entries, "spy", f"{__name__}:spy")
+    monkeypatch.setitem(TASKS._entries, "spy", f"{__name__}:Spy")
     return "spy"
 
 
-def test_options_are_what_the_function_takes_beside_the_usual(task: str) -> None:
+def test_options_are_the_fields_of_the_class(task: str) -> None:
     assert list(options_of(task)) == ["rule", "shots", "ratio", "fast"]
     for name in TASKS:
         assert "progress" not in options_of(name)
@@ -128,12 +137,14 @@ def test_every_evaluation_that_cannot_work_is_named(tmp_path: Path) -> None:
     rehearse(checkpoint, Recipe.parse({"model": "m", "evaluations": entries[:1]}))
 
 
-def broken(model: Any, processor: Any, *, data: Any) -> TaskResult:
-    raise IndexError("list index\nout of range")
+@dataclass(frozen=True)
+class Broken(Task):
+    def run(self, model: Any, processor: Any, test: TestData) -> TaskResult:
+        raise IndexError("list index\nout of range")
 
 
 def test_a_model_that_fails_in_the_rehearsal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(TASKS._entries, "broken", f"{__name__}:broken")
+    monkeypatch.setitem(TASKS._entries, "broken", f"{__name__}:Broken")
     checkpoint = load(str(picos.write_checkpoint("llama", tmp_path / "llama")))
     message = r"task 'broken' can't work on LlamaForCausalLM with x.txt \(IndexError: list index out of range\)"
     with pytest.raises(InvalidOption, match=message):
@@ -231,9 +242,12 @@ def test_suites_of_lm_eval_are_tasks() -> None:
         Recipe.parse({"task": "lm_eval:"})
 
 
-def rows(model: Any, processor: Any, *, data: Any, batch_size: int) -> TaskResult:
+@dataclass(frozen=True)
+class Rows(Task):
     """A task whose result is the batch size that it was given."""
-    return TaskResult("rows", "rows", float(batch_size), None, 1, {})
+
+    def run(self, model: Any, processor: Any, test: TestData) -> TaskResult:
+        return TaskResult("rows", "rows", float(test.batch_size), None, 1, {})
 
 
 @pytest.mark.parametrize(
@@ -248,7 +262,7 @@ def rows(model: Any, processor: Any, *, data: Any, batch_size: int) -> TaskResul
     ],
 )
 def test_rows_of_a_forward(fields: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TASKS._entries, "rows", f"{__name__}:rows")
+    monkeypatch.setitem(TASKS._entries, "rows", f"{__name__}:Rows")
     recipe = Recipe(task=("rows",), test="data", **fields)
     checkpoint: Any = SimpleNamespace(model=None, processor=None)
     (entry,) = evaluations_of(recipe)

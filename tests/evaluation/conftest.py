@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "calibration"))  # the pico models live there
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))  # the pico models live there
 
 
 @pytest.fixture(autouse=True)

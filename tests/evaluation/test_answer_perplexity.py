@@ -8,16 +8,16 @@ import pytest
 import test_vqa_task
 import torch
 from picos import scramble
+from tasks import run_task
 
 from ecoflap.data import load_samples
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
-from ecoflap.evaluation import TASKS
 
 ANSWERS = ["red", "big circle", "no", "two", "blue star"]
 
 
 def run(model: Any, processor: Any, data: Path | None, **options: Any) -> Any:
-    return TASKS.get("answer-perplexity")(model, processor, data=data, **{"samples": None, "batch_size": 2, **options})
+    return run_task("answer-perplexity", model, processor, data=data, **{"samples": None, "batch_size": 2, **options})
 
 
 @torch.no_grad()

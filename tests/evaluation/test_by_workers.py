@@ -20,6 +20,7 @@ import test_perplexity
 import test_retrieval
 import test_vqa_task
 import test_zero_shot
+from tasks import run_task
 from together import together
 
 from ecoflap.support.workers import Workers
@@ -61,8 +62,8 @@ def reranked(folder: Path) -> Run:
 def zero_shot(folder: Path) -> Run:
     rows = [{"image": pairs.picture_file(folder, i), "label": test_zero_shot.CLASSES[i % 7]} for i in range(9)]
     data = pairs.write_rows(folder, rows)
-    return lambda **options: test_zero_shot.TASKS.get("zero-shot")(
-        *test_zero_shot.clip(), data=data, samples=None, batch_size=2, **options
+    return lambda **options: run_task(
+        "zero-shot", *test_zero_shot.clip(), data=data, samples=None, batch_size=2, **options
     )
 
 
@@ -75,9 +76,8 @@ def image_classification(folder: Path) -> Run:
 
 def knn(folder: Path) -> Run:
     train, data = (test_knn.rows_file(folder, of, f"{of.start}.jsonl") for of in (test_knn.TRAIN, test_knn.TEST))
-    return lambda **options: test_knn.TASKS.get("knn")(
-        test_knn.dinov2(), pico.vit(test_knn.CLASSES)[1], data=data, samples=None, batch_size=4, train=str(train), k=5,
-        **options,
+    return lambda **options: run_task("knn", test_knn.dinov2(), pico.vit(test_knn.CLASSES)[1], data=data, samples=None,
+        batch_size=4, train=str(train), k=5, **options,
     )  # fmt: skip
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pairs
 import pico
 import pytest
+from tasks import run_task
 
 from ecoflap.data.prompts import Prompter
 from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency, UnknownName
-from ecoflap.evaluation import TASKS, captioning
+from ecoflap.evaluation import captioning
 from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.task import mean_and_stderr
 
@@ -93,7 +94,7 @@ def captions_file(folder: Path) -> Path:
 
 def run(model: Any, processor: Any, data: Path | None, **options: Any) -> Any:
     settings = {"samples": None, "batch_size": 2, "metrics": "cider", "tokenizer": "simple", **options}
-    return TASKS.get("captioning")(model, processor, data=data, **settings)
+    return run_task("captioning", model, processor, data=data, **settings)
 
 
 @has_package

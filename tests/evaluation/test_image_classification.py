@@ -6,10 +6,10 @@ import pico
 import pytest
 import torch
 from picos import scramble
+from tasks import run_task
 from transformers import SwinConfig, SwinForImageClassification
 
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
-from ecoflap.evaluation import TASKS
 
 CLASSES = ["Circle", "square", "triangle", "star", "cross", "ring", "dot"]
 PICTURES = 12
@@ -37,7 +37,7 @@ def rows_file(folder: Path, labels: list[Any], name: str = "data.jsonl") -> Path
 
 def run(model: Any, processor: Any, data: Path, **options: Any) -> Any:
     options = {"samples": None, "batch_size": 5, **options}
-    return TASKS.get("image-classification")(model, processor, data=data, **options)
+    return run_task("image-classification", model, processor, data=data, **options)
 
 
 @torch.no_grad()

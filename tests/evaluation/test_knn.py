@@ -8,10 +8,10 @@ import picos
 import pytest
 import torch
 from picos import scramble
+from tasks import run_task
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
 from ecoflap.errors import InvalidOption, UnknownName
-from ecoflap.evaluation import TASKS
 from ecoflap.evaluation.knn import weighted_votes
 
 CLASSES = ["circle", "square", "triangle", "star", "cross", "ring", "dot"]
@@ -40,7 +40,7 @@ def run(model: Any, folder: Path, processor: Any = None, **options: Any) -> Any:
     train = str(rows_file(folder, TRAIN, "train.jsonl"))
     options = {"samples": None, "batch_size": 6, "train": train, "k": 5, **options}
     processor = processor or pico.vit(CLASSES)[1]
-    return TASKS.get("knn")(model, processor, data=rows_file(folder, TEST, "test.jsonl"), **options)
+    return run_task("knn", model, processor, data=rows_file(folder, TEST, "test.jsonl"), **options)
 
 
 @torch.no_grad()
@@ -83,8 +83,8 @@ def test_votes_equal_those_counted_by_hand(build: Any, layer: int | None, pool: 
 
 def test_a_training_picture_finds_itself(tmp_path: Path) -> None:
     train = rows_file(tmp_path, TRAIN, "train.jsonl")
-    result = TASKS.get("knn")(
-        dinov2(), pico.vit(CLASSES)[1], data=train, train=str(train), samples=None, batch_size=8, k=1
+    result = run_task(
+        "knn", dinov2(), pico.vit(CLASSES)[1], data=train, train=str(train), samples=None, batch_size=8, k=1
     )
     assert result.value == 1.0
 
@@ -145,7 +145,7 @@ def test_texts_vote_by_the_mean_of_their_real_tokens(tmp_path: Path) -> None:
     rows = [{"question": text, "label": label} for text, label in zip(texts, labels, strict=True)]
     train = pairs.write_rows(tmp_path, rows[:5], "train.jsonl")
     test = pairs.write_rows(tmp_path, rows[5:], "test.jsonl")
-    result = TASKS.get("knn")(model, words, data=test, samples=None, batch_size=2, train=str(train), k=1)
+    result = run_task("knn", model, words, data=test, samples=None, batch_size=2, train=str(train), k=1)
 
     @torch.no_grad()
     def alone(text: str) -> list[float]:

@@ -13,9 +13,9 @@ import pico
 import pytest
 import torch
 import yaml
+from tasks import run_task
 
 from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency, UnknownName
-from ecoflap.evaluation import TASKS
 from ecoflap.evaluation.lm_eval import result_of
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'ecoflap[lm-eval]'")
@@ -46,8 +46,8 @@ def task_file(folder: Path, name: str, data: Path, dev: Path, **fields: Any) -> 
 
 
 def suite(name: str, model: Any, processor: Any, folder: Path, **options: Any) -> Any:
-    return TASKS.get(f"lm_eval:{name}")(
-        model, processor, data=None, samples=None, batch_size=3, include_path=str(folder), **options
+    return run_task(
+        f"lm_eval:{name}", model, processor, data=None, samples=None, batch_size=3, include_path=str(folder), **options
     )
 
 
@@ -85,8 +85,15 @@ def test_our_letters_are_theirs(kind: str, shots: int, data: tuple[Path, Path], 
         tmp_path / "tasks", "letters", *data,
         description=DESCRIPTION, doc_to_text=LETTERED, doc_to_choice=["A", "B", "C", "D"],
     )  # fmt: skip
-    ours = TASKS.get("multiple-choice")(
-        model, choices.tokenizer(), data=data[0], samples=None, batch_size=4, shots=shots, shots_source=str(data[1])
+    ours = run_task(
+        "multiple-choice",
+        model,
+        choices.tokenizer(),
+        data=data[0],
+        samples=None,
+        batch_size=4,
+        shots=shots,
+        shots_source=str(data[1]),
     )
     theirs = suite("letters", model, choices.tokenizer(), tmp_path / "tasks", num_fewshot=shots)
     assert (ours.value, ours.n) == (theirs.value, theirs.n)
@@ -101,8 +108,8 @@ def test_our_texts_are_theirs(kind: str, data: tuple[Path, Path], tmp_path: Path
     model = getattr(choices, kind)(seed=2)
     template = "Question: {{question}}\nAnswer:"
     task_file(tmp_path / "tasks", "texts", *data, doc_to_text=template, doc_to_choice="choices")
-    ours = TASKS.get("multiple-choice")(
-        model, choices.tokenizer(), data=data[0], samples=None, batch_size=4, style="text"
+    ours = run_task(
+        "multiple-choice", model, choices.tokenizer(), data=data[0], samples=None, batch_size=4, style="text"
     )
     theirs = suite("texts", model, choices.tokenizer(), tmp_path / "tasks")
     assert (theirs.task, theirs.metric) == ("lm_eval:texts", "accuracy")
@@ -143,9 +150,8 @@ def test_a_run_is_quiet_counted_and_leaves_the_generators_alone(
     task_file(tmp_path / "tasks", "texts", *data, doc_to_text="{{question}}", doc_to_choice="choices")
     model, seen = choices.llama().train(), Recorder()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
-    result = TASKS.get("lm_eval:texts")(
-        model, choices.tokenizer(), data=None, samples=4, batch_size=2, include_path=str(tmp_path / "tasks"),
-        progress=seen,
+    result = run_task("lm_eval:texts", model, choices.tokenizer(), data=None, samples=4, batch_size=2,
+        include_path=str(tmp_path / "tasks"), progress=seen,
     )  # fmt: skip
     assert result.n == 4
     assert seen.stages == [("lm_eval:texts", 16)]

@@ -12,15 +12,15 @@ import pico
 import picos
 import pytest
 import torch
+from tasks import run_task
 
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation import TASKS
 from ecoflap.evaluation.likelihood import Scorer
 
 
 def run(model: Any, processor: Any, data: Path, **options: Any) -> Any:
     settings = {"samples": None, "batch_size": 3, **options}
-    return TASKS.get("multiple-choice")(model, processor, data=data, **settings)
+    return run_task("multiple-choice", model, processor, data=data, **settings)
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import pico
 import pytest
 import torch
 from picos import scramble
+from tasks import run_task
 
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.evaluation import TASKS
 from ecoflap.evaluation.nlvr2 import TEMPLATE
 
 ROWS = 8
@@ -28,7 +28,7 @@ def nlvr2_file(folder: Path, labels: list[str] | None = None) -> Path:
 
 
 def run(model: Any, processor: Any, data: Path, **options: Any) -> Any:
-    return TASKS.get("nlvr2")(model, processor, data=data, **{"samples": None, "batch_size": 3, **options})
+    return run_task("nlvr2", model, processor, data=data, **{"samples": None, "batch_size": 3, **options})
 
 
 def check(result: Any, true: list[bool]) -> None:

@@ -9,9 +9,10 @@ import pico
 import picos
 import pytest
 import torch
+from tasks import run_task
 
 from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption, NonFiniteLoss
-from ecoflap.evaluation import TASKS, perplexity
+from ecoflap.evaluation import perplexity
 from ecoflap.support.progress import Silent
 
 
@@ -23,7 +24,7 @@ def prose(folder: Path, words: int = 150) -> Path:
 
 def run(model: Any, words: Any, data: Path | None, **options: Any) -> Any:
     settings = {"samples": None, "batch_size": 4, "sequence_length": 16, "seed": 0, "progress": Silent(), **options}
-    return TASKS.get("perplexity")(model, words, data=data, **settings)
+    return run_task("perplexity", model, words, data=data, **settings)
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import pico
 import pytest
 import torch
 from picos import scramble
+from tasks import run_task
 
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss, UnknownName
-from ecoflap.evaluation import TASKS
 from ecoflap.evaluation.retrieval import ranks
 
 PICTURES, CAPTIONS = 8, 2
@@ -32,7 +32,7 @@ def captions_file(folder: Path) -> Path:
 
 
 def run(model: Any, processor: Any, data: Path, **options: Any) -> Any:
-    return TASKS.get("retrieval")(model, processor, data=data, **{"samples": None, "batch_size": 5, **options})
+    return run_task("retrieval", model, processor, data=data, **{"samples": None, "batch_size": 5, **options})
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ import pairs
 import pico
 import pytest
 import torch
+from tasks import run_task
 
 from ecoflap.data import load_samples
 from ecoflap.data.prompts import Prompter
 from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError, InvalidOption, UnknownName
-from ecoflap.evaluation import TASKS
 from ecoflap.evaluation.generate import generate
 from ecoflap.support.progress import Silent
 
@@ -45,7 +45,7 @@ def text_only() -> tuple[Any, Any]:
 
 def run(model: Any, processor: Any, data: Path, **options: Any) -> Any:
     settings = {"samples": None, "batch_size": 2, "sequence_length": None, "seed": 0, "progress": Silent(), **options}
-    return TASKS.get("vqa")(model, processor, data=data, **settings)
+    return run_task("vqa", model, processor, data=data, **settings)
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ import pico
 import pytest
 import torch
 from picos import scramble
+from tasks import run_task
 from torch import Tensor, nn
 
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
-from ecoflap.evaluation import TASKS
 
 CLASSES = ["circle", "big square", "red triangle", "blue", "small star", "green", "three"]
 TEMPLATES = ["a picture of a {}", "the {} on the left", "how many {}"]
@@ -59,7 +59,7 @@ def pictures_file(folder: Path, labels: list[str] | None = None) -> Path:
 
 
 def run(model: Any, processor: Any, data: Path, **options: Any) -> Any:
-    return TASKS.get("zero-shot")(model, processor, data=data, **{"samples": None, "batch_size": 5, **options})
+    return run_task("zero-shot", model, processor, data=data, **{"samples": None, "batch_size": 5, **options})
 
 
 @torch.no_grad()

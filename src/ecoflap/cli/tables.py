@@ -139,12 +139,14 @@ def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
     table = _table("", "task", "value", "n")
     for task, result in results.items():
-        value = formats.metric_value(result["metric"], result["value"], result["stderr"])
+        unit = result.get("unit")
+        value = formats.metric_value(result["metric"], result["value"], result["stderr"], unit=unit)
         _listing_row(table, formats.task_title(task, result["metric"]), value, f"{result['n']:,}")
         for metric, other in (result.get("others") or {}).items():
-            _listing_row(table, f"  {metric}", formats.metric_value(metric, other["value"], other["stderr"]), "")
+            text = formats.metric_value(metric, other["value"], other["stderr"], unit=unit)
+            _listing_row(table, f"  {metric}", text, "")
         for group, part in (result["by_group"] or {}).items():
-            _listing_row(table, f"  {group}", formats.metric_value(result["metric"], part), "")
+            _listing_row(table, f"  {group}", formats.metric_value(result["metric"], part, unit=unit), "")
     return table
 
 
@@ -170,21 +172,22 @@ def summary_table(run: RunData | Path | str) -> Table:
     for task in dict.fromkeys([*metrics.dense, *metrics.pruned]):
         dense, pruned = metrics.dense.get(task, nothing), metrics.pruned.get(task, nothing)
         metric = pruned.metric or dense.metric
+        unit = pruned.unit if pruned.metric else dense.unit
         _quality_row(
             table,
             formats.task_title(task, metric),
-            formats.metric_value(metric, dense.value, dense.stderr),
-            formats.metric_value(metric, pruned.value, pruned.stderr),
-            formats.metric_change(metric, dense.value, pruned.value),
+            formats.metric_value(metric, dense.value, dense.stderr, unit=unit),
+            formats.metric_value(metric, pruned.value, pruned.stderr, unit=unit),
+            formats.metric_change(metric, dense.value, pruned.value, unit=unit),
         )
         for other in dict.fromkeys([*dense.others, *pruned.others]):
             before, after = dense.others.get(other, OtherMetric()), pruned.others.get(other, OtherMetric())
             _quality_row(
                 table,
                 f"  {other}",
-                formats.metric_value(other, before.value, before.stderr),
-                formats.metric_value(other, after.value, after.stderr),
-                formats.metric_change(other, before.value, after.value),
+                formats.metric_value(other, before.value, before.stderr, unit=unit),
+                formats.metric_value(other, after.value, after.stderr, unit=unit),
+                formats.metric_change(other, before.value, after.value, unit=unit),
             )
     if not metrics.dense and not metrics.pruned:
         _quality_row(table, "quality", formats.MISSING, formats.MISSING)

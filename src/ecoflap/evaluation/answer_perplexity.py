@@ -6,11 +6,10 @@ The perplexity of a language model (Jelinek et al., JASA 1977) on the answers al
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,8 +19,11 @@ from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.likelihood import answer_likelihoods
 from ecoflap.evaluation.task import (
     BUNDLED,
+    Better,
     Shared,
+    Task,
     TaskResult,
+    TestData,
     bundled_questions,
     check_finite,
     common_settings,
@@ -29,73 +31,61 @@ from ecoflap.evaluation.task import (
     open_data,
 )
 from ecoflap.model.trace import evaluating
-from ecoflap.support.progress import Progress
-from ecoflap.support.workers import ALONE, Workers
 
 TASK = "answer-perplexity"
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    prompt_template: str | None = None,
-    image_folder: str | Path | None = None,
-) -> TaskResult:
+@dataclass(frozen=True)
+class AnswerPerplexity(Task):
     """exp(−Σ log p / number of tokens) over the tokens of all answers, each with its end token.
 
     The standard error is that of a ratio of sums over answers (delta method), whose lengths differ. ``by_group`` is
     the perplexity of each question type; ``n`` counts tokens.
 
-    Args:
-        data: prompts or questions with answers, with or without pictures; None = the bundled set.
-        samples: questions drawn with ``seed``; None for all.
-        sequence_length: most tokens of a prompt with its answer; None for no limit.
-        columns, prompt_template, image_folder: as for calibration.
-
-    Raises:
-        InvalidOption: the model generates no text, or there is no processor.
-        CalibrationError: a sample has no prompt or no answer, or the model gives no logits for it.
-        NonFiniteLoss: a log-likelihood is NaN or infinite.
+    Data: prompts or questions with answers, with or without pictures; None = the bundled set. The sequence length is
+    the most tokens of a prompt with its answer.
     """
-    if not callable(getattr(model, "generate", None)) or processor is None:
-        raise InvalidOption(f"task '{TASK}' needs a model that generates text, and its processor")
-    options: dict[str, Any] = {"columns": columns, "prompt_template": prompt_template, "image_folder": image_folder}
-    source = bundled_questions() if data is None else data
-    reader = open_data(TASK, source, samples=samples, seed=seed, batch_size=batch_size, **options)
-    told: Shared[list[list[float]]] = Shared(workers)
-    kinds: list[str | None] = []
 
-    def scored(part: list[Sample]) -> list[list[float]]:
-        found = answer_likelihoods(model, processor, part, reader.source, sequence_length)
-        check_finite(found.total, "the log-likelihood of an answer", reader.source)
-        return [list(answer) for answer in zip(found.total.tolist(), found.tokens.tolist(), strict=True)]
+    better: ClassVar[Better] = "less"
+    hub_type: ClassVar[str] = "visual-question-answering"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "prompt_template", "image_folder")
 
-    with evaluating(model):
-        for part in in_chunks(reader, batch_size, progress, TASK):
-            asked = [_answered(index, sample, reader.source) for index, sample in part]
-            kinds += [sample.kind for sample in asked]
-            told.add(partial(scored, asked))
-    answers = [(total, int(tokens)) for of_part in told.all() for total, tokens in of_part]
-    value, stderr = perplexity_of(answers)
-    groups: dict[str, list[tuple[float, int]]] = {}
-    for kind, answer in zip(kinds, answers, strict=True):
-        if kind is not None:
-            groups.setdefault(kind, []).append(answer)
-    by_group = {kind: perplexity_of(group)[0] for kind, group in sorted(groups.items())} or None
-    settings = common_settings(
-        reader, samples=samples, seed=seed, batch_size=batch_size, prompt_template=prompt_template, answers=len(answers)
-    ) | ({"data": BUNDLED} if data is None else {})  # fmt: skip
-    return TaskResult(TASK, "perplexity", value, stderr, sum(tokens for _, tokens in answers), settings, by_group)
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: the model generates no text, or there is no processor.
+            CalibrationError: a sample has no prompt or no answer, or the model gives no logits for it.
+            NonFiniteLoss: a log-likelihood is NaN or infinite.
+        """
+        if not callable(getattr(model, "generate", None)) or processor is None:
+            raise InvalidOption(f"task '{TASK}' needs a model that generates text, and its processor")
+        source = bundled_questions() if test.data is None else test.data
+        reader = open_data(TASK, replace(test, data=source))
+        told: Shared[list[list[float]]] = Shared(test.workers)
+        kinds: list[str | None] = []
+
+        def scored(part: list[Sample]) -> list[list[float]]:
+            found = answer_likelihoods(model, processor, part, reader.source, test.sequence_length)
+            check_finite(found.total, "the log-likelihood of an answer", reader.source)
+            return [list(answer) for answer in zip(found.total.tolist(), found.tokens.tolist(), strict=True)]
+
+        with evaluating(model):
+            for part in in_chunks(reader, test.batch_size, test.progress, TASK):
+                asked = [_answered(index, sample, reader.source) for index, sample in part]
+                kinds += [sample.kind for sample in asked]
+                told.add(partial(scored, asked))
+        answers = [(total, int(tokens)) for of_part in told.all() for total, tokens in of_part]
+        value, stderr = perplexity_of(answers)
+        groups: dict[str, list[tuple[float, int]]] = {}
+        for kind, answer in zip(kinds, answers, strict=True):
+            if kind is not None:
+                groups.setdefault(kind, []).append(answer)
+        by_group = {kind: perplexity_of(group)[0] for kind, group in sorted(groups.items())} or None
+        settings = common_settings(reader, test, prompt_template=test.prompt_template, answers=len(answers)
+        ) | ({"data": BUNDLED} if test.data is None else {})  # fmt: skip
+        return TaskResult(TASK, "perplexity", value, stderr, sum(tokens for _, tokens in answers), settings, by_group)
 
 
 def perplexity_of(answers: Sequence[tuple[float, int]]) -> tuple[float, float | None]:

@@ -13,14 +13,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,7 +30,10 @@ from ecoflap.errors import InvalidOption, MissingDependency
 from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.task import (
     Shared,
+    Task,
     TaskResult,
+    TestData,
+    Unit,
     captions_of,
     common_settings,
     in_chunks,
@@ -40,9 +42,7 @@ from ecoflap.evaluation.task import (
     pictures,
 )
 from ecoflap.model.trace import evaluating
-from ecoflap.support.progress import Progress
 from ecoflap.support.registry import unknown
-from ecoflap.support.workers import ALONE, Workers
 
 Tokenize = Callable[[list[list[str]]], list[list[str]]]
 METRICS = ("CIDEr", "SPICE")
@@ -196,36 +196,16 @@ class _Picture:
     said: str = ""
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    image_folder: str | Path | None = None,
-    prompt: str | None = None,
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    min_tokens: int = 0,
-    new_tokens: int = MAX_NEW_TOKENS,
-    metrics: str = "CIDEr,SPICE",
-    tokenizer: str = "ptb",
-) -> TaskResult:
+@dataclass(frozen=True)
+class Captioning(Task):
     """CIDEr (0..10) and SPICE (0..1) of the model's captions, each the mean over pictures.
 
     The standard errors are over pictures, with CIDEr's word weights taken as given. With several rows of one picture
     (``Sample.group``) it is captioned once, and all their captions are its references.
 
-    Args:
-        data: pictures with one or several captions each.
-        samples: rows drawn with ``seed``; None for all.
+    Data: pictures with one or several captions each.
+
+    Attributes:
         prompt: what the caption continues or answers ("a photo of"); by default the data's own, nothing without one,
             and for a chat model "Describe the image in one short sentence."
         beams, length_penalty, min_tokens, new_tokens: as :func:`ecoflap.evaluation.generate.generate`. A caption ends
@@ -233,70 +213,77 @@ def run(
         metrics: ``CIDEr``, ``SPICE`` or both with a comma between; the first of this order is the result's value.
         tokenizer: ``ptb``, as the COCO evaluation does it in Java; or ``simple``, lower-case words without Java, whose
             results are labelled so, as they do not compare with published ones.
-
-    Raises:
-        InvalidOption: the model cannot generate or has no image processor.
-        MissingDependency: the extra ``captions``, Java or SPICE's models are missing.
-        CalibrationError: no pictures, or no captions.
     """
-    names = wanted(metrics)
-    if not callable(getattr(model, "generate", None)) or image_processor_of(processor) is None:
-        raise InvalidOption("task 'captioning' needs a model that generates text from pictures, and its processor")
-    reader = open_data(
-        "captioning",
-        data,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        columns=columns,
-        image_folder=image_folder,
-    )
-    check(names, tokenizer)
-    prompter = Prompter(model, processor)
-    decoding: dict[str, Any] = {
-        "new_tokens": new_tokens,
-        "beams": beams,
-        "length_penalty": length_penalty,
-        "min_tokens": min_tokens,
-    }
-    found: dict[str, _Picture] = {}
-    told: Shared[list[str]] = Shared(workers)
-    with evaluating(model):
-        for part in in_chunks(reader, batch_size, progress, "captioning"):
-            pictures(part, "captioning", reader.source)
-            fresh: list[tuple[_Picture, Sample]] = []
-            for index, sample in part:
-                key = f"row {index}" if sample.group is None else f"group {sample.group}"
-                if key not in found:
-                    found[key] = _Picture(index, [])
-                    fresh.append((found[key], replace(sample, prompt=_prompt(prompt, sample, prompter))))
-                found[key].references += captions_of(index, sample, "captioning", reader.source)
-            asked = [sample for _, sample in fresh]
-            told.add(partial(generate, model, prompter, asked, limit=sequence_length, **decoding))
-    shown = list(found.values())
-    for picture, text in zip(shown, (text for of_part in told.all() for text in of_part), strict=True):
-        picture.said = text.partition("\n")[0].strip()
-    scores = _scores(names, tokenizer, shown)
-    values = {_label(name, tokenizer): measured(of_all) for name, of_all in scores.items()}
-    first, *others = values
-    predictions = [
-        {"index": p.index, "prediction": p.said, "truth": p.references}
-        | {"score" if i == 0 else name: of_all[row] for i, (name, of_all) in enumerate(scores.items())}
-        for row, p in enumerate(shown)
-    ]
-    settings = common_settings(
-        reader, samples=samples, seed=seed, batch_size=batch_size, prompt=prompt, **decoding, tokenizer=tokenizer
-    )
-    return TaskResult(
-        "captioning",
-        first,
-        values[first].value,
-        values[first].stderr,
-        len(shown),
-        settings,
-        predictions=predictions,
-        others={name: values[name] for name in others},
-    )
+
+    unit: ClassVar[Unit] = "points"
+    hub_type: ClassVar[str] = "image-to-text"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder")
+
+    prompt: str | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    min_tokens: int = 0
+    new_tokens: int = MAX_NEW_TOKENS
+    metrics: str = "CIDEr,SPICE"
+    tokenizer: str = "ptb"
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: the model cannot generate or has no image processor.
+            MissingDependency: the extra ``captions``, Java or SPICE's models are missing.
+            CalibrationError: no pictures, or no captions.
+        """
+        names = wanted(self.metrics)
+        if not callable(getattr(model, "generate", None)) or image_processor_of(processor) is None:
+            raise InvalidOption("task 'captioning' needs a model that generates text from pictures, and its processor")
+        reader = open_data("captioning", test)
+        check(names, self.tokenizer)
+        prompter = Prompter(model, processor)
+        decoding: dict[str, Any] = {
+            "new_tokens": self.new_tokens,
+            "beams": self.beams,
+            "length_penalty": self.length_penalty,
+            "min_tokens": self.min_tokens,
+        }
+        found: dict[str, _Picture] = {}
+        told: Shared[list[str]] = Shared(test.workers)
+        with evaluating(model):
+            for part in in_chunks(reader, test.batch_size, test.progress, "captioning"):
+                pictures(part, "captioning", reader.source)
+                fresh: list[tuple[_Picture, Sample]] = []
+                for index, sample in part:
+                    key = f"row {index}" if sample.group is None else f"group {sample.group}"
+                    if key not in found:
+                        found[key] = _Picture(index, [])
+                        fresh.append((found[key], replace(sample, prompt=_prompt(self.prompt, sample, prompter))))
+                    found[key].references += captions_of(index, sample, "captioning", reader.source)
+                asked = [sample for _, sample in fresh]
+                told.add(partial(generate, model, prompter, asked, limit=test.sequence_length, **decoding))
+        shown = list(found.values())
+        for picture, text in zip(shown, (text for of_part in told.all() for text in of_part), strict=True):
+            picture.said = text.partition("\n")[0].strip()
+        scores = _scores(names, self.tokenizer, shown)
+        values = {_label(name, self.tokenizer): measured(of_all) for name, of_all in scores.items()}
+        first, *others = values
+        predictions = [
+            {"index": p.index, "prediction": p.said, "truth": p.references}
+            | {"score" if i == 0 else name: of_all[row] for i, (name, of_all) in enumerate(scores.items())}
+            for row, p in enumerate(shown)
+        ]
+        settings = common_settings(reader, test, prompt=self.prompt, **decoding, tokenizer=self.tokenizer)
+        return TaskResult(
+            "captioning",
+            first,
+            values[first].value,
+            values[first].stderr,
+            len(shown),
+            settings,
+            predictions=predictions,
+            others={name: values[name] for name in others},
+        )
 
 
 def _prompt(given: str | None, sample: Sample, prompter: Prompter) -> str:

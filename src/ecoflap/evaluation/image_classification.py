@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +16,10 @@ from ecoflap.evaluation.classes import TopClasses, labels_of
 from ecoflap.evaluation.task import (
     Chunk,
     Shared,
+    Task,
     TaskResult,
+    TestData,
+    Unit,
     common_settings,
     image_inputs,
     in_chunks,
@@ -25,74 +27,63 @@ from ecoflap.evaluation.task import (
     pictures,
 )
 from ecoflap.model.trace import evaluating
-from ecoflap.support.progress import Progress
-from ecoflap.support.workers import ALONE, Workers
 
 TASK = "image-classification"
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    image_folder: str | Path | None = None,
-    classes: Sequence[str] | None = None,
-) -> TaskResult:
+@dataclass(frozen=True)
+class ImageClassification(Task):
     """Accuracy of the class with the highest logit, and of the five highest.
 
     A label is one of the model's classes by its name (``config.label2id``) or number. Where the data set names as many
     classes as the model has, but none alike, its order counts; ``settings["labels"]`` says "by order" then.
 
-    Args:
-        data: pictures with a class each.
-        samples: pictures drawn with ``seed``; None for all.
-        sequence_length: has no effect.
-        classes: the data's labels in the order of the model's classes, over its own names.
-
-    Raises:
-        InvalidOption: the model has no classes, or ``classes`` are not as many as it has.
-        CalibrationError: no pictures, or a label that is none of the model's classes.
-        NonFiniteLoss: a logit is NaN or infinite.
+    Data: pictures with a class each. Classes: the data's labels in the order of the model's classes, over its own
+    names. The sequence length has no effect.
     """
-    names = model_classes(model)
-    if not names or "pixel_values" not in parameters_of(model) or "input_ids" in parameters_of(model):
-        raise InvalidOption(f"task '{TASK}' needs a model that classifies pictures, not {type(model).__name__}")
-    if classes is not None and len(classes) != len(names):
-        raise InvalidOption(f"{len(classes)} classes are given, but {type(model).__name__} has {len(names)}")
-    reader = open_data(
-        TASK, data, samples=samples, seed=seed, batch_size=batch_size, columns=columns, image_folder=image_folder
-    )
-    numbers, how = numbered(names), "by name"
-    own = reader.classes or ()
-    if classes is not None:
-        numbers, how = numbered(classes), "as given"
-    elif len(own) == len(names) and not numbers.keys() & numbered(own).keys():
-        numbers, how = numbered(own), "by order"
-    found = TopClasses(TASK, names, reader.source)
-    told: Shared[dict[str, list[int]]] = Shared(workers)
-    truths: list[tuple[list[int], torch.Tensor]] = []
 
-    def classified(part: Chunk, labels: torch.Tensor) -> dict[str, list[int]]:
-        inputs = image_inputs(processor, pictures(part, TASK, reader.source), TASK)
-        return found.graded(model(**to_device(inputs, model)).logits.float().cpu(), labels)
+    unit: ClassVar[Unit] = "%"
+    hub_type: ClassVar[str] = "image-classification"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder", "classes")
 
-    with evaluating(model):
-        for part in in_chunks(reader, batch_size, progress, TASK):
-            labels = labels_of(part, numbers, TASK, reader.source, "model's")
-            truths.append(([index for index, _ in part], labels))
-            told.add(partial(classified, part, labels))
-    for (rows, labels), graded in zip(truths, told.all(), strict=True):
-        found.add(rows, labels, graded)
-    return found.result(common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, labels=how))
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: the model has no classes, or ``classes`` are not as many as it has.
+            CalibrationError: no pictures, or a label that is none of the model's classes.
+            NonFiniteLoss: a logit is NaN or infinite.
+        """
+        classes = test.classes
+        names = model_classes(model)
+        if not names or "pixel_values" not in parameters_of(model) or "input_ids" in parameters_of(model):
+            raise InvalidOption(f"task '{TASK}' needs a model that classifies pictures, not {type(model).__name__}")
+        if classes is not None and len(classes) != len(names):
+            raise InvalidOption(f"{len(classes)} classes are given, but {type(model).__name__} has {len(names)}")
+        reader = open_data(TASK, test)
+        numbers, how = numbered(names), "by name"
+        own = reader.classes or ()
+        if classes is not None:
+            numbers, how = numbered(classes), "as given"
+        elif len(own) == len(names) and not numbers.keys() & numbered(own).keys():
+            numbers, how = numbered(own), "by order"
+        found = TopClasses(TASK, names, reader.source)
+        told: Shared[dict[str, list[int]]] = Shared(test.workers)
+        truths: list[tuple[list[int], torch.Tensor]] = []
+
+        def classified(part: Chunk, labels: torch.Tensor) -> dict[str, list[int]]:
+            inputs = image_inputs(processor, pictures(part, TASK, reader.source), TASK)
+            return found.graded(model(**to_device(inputs, model)).logits.float().cpu(), labels)
+
+        with evaluating(model):
+            for part in in_chunks(reader, test.batch_size, test.progress, TASK):
+                labels = labels_of(part, numbers, TASK, reader.source, "model's")
+                truths.append(([index for index, _ in part], labels))
+                told.add(partial(classified, part, labels))
+        for (rows, labels), graded in zip(truths, told.all(), strict=True):
+            found.add(rows, labels, graded)
+        return found.result(common_settings(reader, test, labels=how))
 
 
 def model_classes(model: nn.Module) -> tuple[str, ...]:

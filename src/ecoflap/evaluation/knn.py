@@ -7,10 +7,10 @@ nearest training pictures votes for its class with weight exp(cosine / 0.07).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from ecoflap.evaluation.embeddings import embedder_of
 from ecoflap.evaluation.task import (
     Chunk,
     Shared,
+    Task,
     TaskResult,
+    TestData,
+    Unit,
     check_finite,
     common_settings,
     image_inputs,
@@ -35,109 +38,98 @@ from ecoflap.evaluation.task import (
     pictures,
 )
 from ecoflap.model.trace import evaluating
-from ecoflap.support.progress import Progress
 from ecoflap.support.registry import unknown
-from ecoflap.support.workers import ALONE, Workers
 
 POOLS = ("cls", "mean")
 Embed = Callable[[Chunk, str], Tensor]  # samples and their source -> [B, D], rows of length 1, fp32 on the CPU
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    image_folder: str | Path | None = None,
-    train: str | None = None,
-    train_samples: int | None = None,
-    k: int = 20,
-    temperature: float = 0.07,
-    layer: int | None = None,
-    pool: str | None = None,
-) -> TaskResult:
+@dataclass(frozen=True)
+class Knn(Task):
     """Top-1 and top-5 accuracy of pictures among labelled ones, or of texts for a model that reads.
 
-    Args:
-        data: test pictures or texts with a class each.
-        samples: how many of them, drawn with ``seed``; None for all.
-        sequence_length: has no effect.
-        columns, image_folder: of both data sets.
-        train: the labelled samples that vote; any source, as ``data``.
-        train_samples: how many of them, drawn with ``seed``; None for all.
+    Data: test pictures or texts with a class each; columns and image folder are of both data sets. The sequence length
+    has no effect.
+
+    Attributes:
+        train: the labelled samples that vote; any source, as the data.
+        train_samples: how many of them, drawn with the seed; None for all.
         k: neighbours that vote.
         temperature: of the weights exp(cosine / temperature).
         layer: which of the hidden states (0 the embeddings, -1 the last block's); None for the model's last one,
             normalised. Two-tower models give their picture embedding.
         pool: ``cls``, the first token; ``mean``, the mean over all tokens (or places of a feature map); default ``cls``
             of pictures and ``mean`` of texts.
-
-    Raises:
-        InvalidOption: no training pictures, a number out of its range, no such layer.
-        UnknownName: no such pool.
-        CalibrationError: no pictures or labels.
-        NonFiniteLoss: a feature is NaN or infinite.
     """
-    if not train:
-        raise InvalidOption("task 'knn' needs labelled samples that vote: give --task-option train=SOURCE")
-    if k < 1 or temperature <= 0:
-        raise InvalidOption(f"k must be at least 1 and the temperature above 0, not {k} and {temperature}")
-    if pool is not None and pool not in POOLS:
-        raise unknown("pool", pool, list(POOLS))
-    pool = pool or ("cls" if takes_images(model) else "mean")
-    embed = _embedding(model, processor, layer, pool)
-    options: dict[str, Any] = {
-        "seed": seed,
-        "batch_size": batch_size,
-        "columns": columns,
-        "image_folder": image_folder,
-    }
-    reader = open_data("knn", data, samples=samples, **options)
-    voters = open_data("knn", train, samples=train_samples, **options)
-    names: list[str] = []  # as they come; a class that no training picture has can only be missed
-    numbers: dict[str, int] = {}
 
-    def classes_of(part: Chunk, source: str) -> Tensor:
-        for label in label_names(part, "knn", source):
-            if numbers.setdefault(label.lower(), len(names)) == len(names):
-                names.append(label)
-        return torch.tensor([numbers[label.lower()] for label in label_names(part, "knn", source)])
+    unit: ClassVar[Unit] = "%"
+    hub_type: ClassVar[str] = "image-feature-extraction"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder")
 
-    found = TopClasses("knn", names, reader.source)
-    classes: list[Tensor] = []
-    known: Shared[Tensor] = Shared(workers)
-    told: Shared[dict[str, list[int]]] = Shared(workers)
-    truths: list[tuple[list[int], Tensor]] = []
+    train: str | None = None
+    train_samples: int | None = None
+    k: int = 20
+    temperature: float = 0.07
+    layer: int | None = None
+    pool: str | None = None
 
-    def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
-        seen = embed(part, reader.source)
-        check_finite(seen, "a feature", reader.source)
-        return found.graded(weighted_votes(seen @ features.t(), votes, len(names), k, temperature), labels)
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
 
-    with evaluating(model):
-        for part in in_chunks(voters, batch_size, progress, "knn, training samples"):
-            classes.append(classes_of(part, voters.source))
-            known.add(partial(embed, part, voters.source))
-        features, votes = torch.cat(known.all()), torch.cat(classes)
-        check_finite(features, "a feature", voters.source)
-        check_classes(names, "knn", voters.source)
-        for part in in_chunks(reader, batch_size, progress, "knn"):
-            labels = classes_of(part, reader.source)
-            truths.append(([index for index, _ in part], labels))
-            told.add(partial(classified, part, labels))
-    for (rows, labels), graded in zip(truths, told.all(), strict=True):
-        found.add(rows, labels, graded)
-    settings = {"train": voters.source, "train_samples": train_samples, "k": k, "temperature": temperature}
-    more: dict[str, Any] = {"voters": len(votes), "layer": layer, "pool": pool}
-    return found.result(common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, **settings, **more))
+        Raises:
+            InvalidOption: no training pictures, a number out of its range, no such layer.
+            UnknownName: no such pool.
+            CalibrationError: no pictures or labels.
+            NonFiniteLoss: a feature is NaN or infinite.
+        """
+        k, temperature, layer = self.k, self.temperature, self.layer
+        if not self.train:
+            raise InvalidOption("task 'knn' needs labelled samples that vote: give --task-option train=SOURCE")
+        if k < 1 or temperature <= 0:
+            raise InvalidOption(f"k must be at least 1 and the temperature above 0, not {k} and {temperature}")
+        if self.pool is not None and self.pool not in POOLS:
+            raise unknown("pool", self.pool, list(POOLS))
+        pool = self.pool or ("cls" if takes_images(model) else "mean")
+        embed = _embedding(model, processor, layer, pool)
+        reader = open_data("knn", test)
+        voters = open_data("knn", replace(test, data=self.train, samples=self.train_samples))
+        names: list[str] = []  # as they come; a class that no training picture has can only be missed
+        numbers: dict[str, int] = {}
+
+        def classes_of(part: Chunk, source: str) -> Tensor:
+            for label in label_names(part, "knn", source):
+                if numbers.setdefault(label.lower(), len(names)) == len(names):
+                    names.append(label)
+            return torch.tensor([numbers[label.lower()] for label in label_names(part, "knn", source)])
+
+        found = TopClasses("knn", names, reader.source)
+        classes: list[Tensor] = []
+        known: Shared[Tensor] = Shared(test.workers)
+        told: Shared[dict[str, list[int]]] = Shared(test.workers)
+        truths: list[tuple[list[int], Tensor]] = []
+
+        def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
+            seen = embed(part, reader.source)
+            check_finite(seen, "a feature", reader.source)
+            return found.graded(weighted_votes(seen @ features.t(), votes, len(names), k, temperature), labels)
+
+        with evaluating(model):
+            for part in in_chunks(voters, test.batch_size, test.progress, "knn, training samples"):
+                classes.append(classes_of(part, voters.source))
+                known.add(partial(embed, part, voters.source))
+            features, votes = torch.cat(known.all()), torch.cat(classes)
+            check_finite(features, "a feature", voters.source)
+            check_classes(names, "knn", voters.source)
+            for part in in_chunks(reader, test.batch_size, test.progress, "knn"):
+                labels = classes_of(part, reader.source)
+                truths.append(([index for index, _ in part], labels))
+                told.add(partial(classified, part, labels))
+        for (rows, labels), graded in zip(truths, told.all(), strict=True):
+            found.add(rows, labels, graded)
+        settings = {"train": voters.source, "train_samples": self.train_samples, "k": k, "temperature": temperature}
+        more: dict[str, Any] = {"voters": len(votes), "layer": layer, "pool": pool}
+        return found.result(common_settings(reader, test, **settings, **more))
 
 
 def weighted_votes(cosines: Tensor, classes: Tensor, count: int, k: int, temperature: float) -> Tensor:

@@ -14,9 +14,10 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -28,41 +29,39 @@ from torch import nn
 from ecoflap.data.model_facts import is_encoder_decoder
 from ecoflap.data.prompts import image_processor_of, padding_token, tokenizer_of
 from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency
-from ecoflap.evaluation.task import Measured, TaskResult
-from ecoflap.support.progress import Progress, Silent, Task
+from ecoflap.evaluation.task import Better, Measured, Task, TaskResult, TestData, Unit
+from ecoflap.support.progress import Progress
+from ecoflap.support.progress import Task as Bar
 from ecoflap.support.registry import unknown
 
 PREFIX = "lm_eval:"
 _NAMES = {"acc": "accuracy"}  # lm-eval's name of a metric to ours
 
 
-def suite(name: str) -> Any:
-    """The task ``lm_eval:NAME`` as a function of model and processor, like those of our own tasks."""
+@dataclass(frozen=True)
+class Suite(Task):
+    """What lm-eval measures; its first metric is the result, all further ones are ``others``.
 
-    def run(
-        model: nn.Module,
-        processor: Any,
-        *,
-        data: str | Path | None = None,
-        samples: int | None = None,
-        batch_size: int = 8,
-        sequence_length: int | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-        num_fewshot: int | None = None,
-        include_path: str | None = None,
-        apply_chat_template: bool = False,
-    ) -> TaskResult:
-        """What lm-eval measures; its first metric is the result, all further ones are ``others``.
+    A suite has its own data. Samples: the first so many questions of each task. Sequence length: lm-eval cuts longer
+    ones on the left; default the model's. The seed is of the choice of examples.
 
-        Args:
-            data: not used: a suite has its own data.
-            samples: the first so many questions of each task; None for all.
-            sequence_length: most tokens of a sequence; lm-eval cuts longer ones on the left. Default the model's.
-            seed: of the choice of examples.
-            num_fewshot: examples before each question; default what the suite says.
-            include_path: a folder with task files (YAML) of your own; looked at before lm-eval's.
-            apply_chat_template: ask in the model's chat format.
+    Attributes:
+        name: the suite's, a task or group of lm-eval.
+        num_fewshot: examples before each question; default what the suite says.
+        include_path: a folder with task files (YAML) of your own; looked at before lm-eval's.
+        apply_chat_template: ask in the model's chat format.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[Unit | None] = None  # each metric's, by its name
+    better: ClassVar[Better | None] = None
+
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    apply_chat_template: bool = False
+
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
 
         Raises:
             MissingDependency: lm-eval is not installed.
@@ -70,22 +69,25 @@ def suite(name: str) -> Any:
             CalibrationError: the suite's data can't be had.
             InvalidOption: the model can't take the suite.
         """
+        name = self.name
         tokenizer = tokenizer_of(processor)
         if tokenizer is None or not callable(getattr(model, "generate", None)):
             raise InvalidOption(f"{PREFIX}{name} needs a language model with a tokenizer, not {type(model).__name__}")
         with _library(), _generators_kept():
             pass
 
-            screen = Screen(PREFIX + name, progress or Silent())
+            screen = Screen(PREFIX + name, test.progress)
             was_training = model.training
             model.eval()
             try:
                 with screen.silenced(), padding_token(tokenizer):
-                    manager = _find(name, include_path)
-                    judge = judged(model, processor, batch_size=batch_size, length=sequence_length, screen=screen)
+                    manager = _find(name, self.include_path)
+                    judge = judged(
+                        model, processor, batch_size=test.batch_size, length=test.sequence_length, screen=screen
+                    )
                     found = _evaluate(
-                        judge, name, manager, num_fewshot=num_fewshot, limit=samples, seed=seed,
-                        chat=apply_chat_template,
+                        judge, name, manager, num_fewshot=self.num_fewshot, limit=test.samples, seed=test.seed,
+                        chat=self.apply_chat_template,
                     )  # fmt: skip
             finally:
                 model.train(was_training)
@@ -93,16 +95,19 @@ def suite(name: str) -> Any:
             "suite": name,
             "lm_eval": importlib.metadata.version("lm_eval"),
             "version": found.get("versions", {}).get(name),
-            "num_fewshot": found.get("n-shot", {}).get(name, num_fewshot),
-            "chat_template": apply_chat_template,
-            "samples": samples,
-            "seed": seed,
-            "batch_size": batch_size,
-            "sequence_length": sequence_length,
+            "num_fewshot": found.get("n-shot", {}).get(name, self.num_fewshot),
+            "chat_template": self.apply_chat_template,
+            "samples": test.samples,
+            "seed": test.seed,
+            "batch_size": test.batch_size,
+            "sequence_length": test.sequence_length,
         }
         return result_of(name, found, settings)
 
-    return run
+
+def suite(name: str) -> type[Suite]:
+    """The task ``lm_eval:NAME``."""
+    return type("Suite", (Suite,), {"name": name})
 
 
 @contextlib.contextmanager
@@ -233,7 +238,7 @@ class Screen:
 
     def __init__(self, name: str, progress: Progress) -> None:
         self._name, self._progress, self._error = name, progress, sys.stderr
-        self._stage: Task | None = None
+        self._stage: Bar | None = None
 
     @contextlib.contextmanager
     def silenced(self) -> Iterator[None]:

@@ -7,12 +7,11 @@ Style ``letters`` shows all options and compares the letters after "Answer:", wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -23,9 +22,18 @@ from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.likelihood import Request, Scorer
-from ecoflap.evaluation.task import Measured, Shared, TaskResult, common_settings, in_chunks, measured, open_data
-from ecoflap.support.progress import Progress
-from ecoflap.support.workers import ALONE, Workers
+from ecoflap.evaluation.task import (
+    Measured,
+    Shared,
+    Task,
+    TaskResult,
+    TestData,
+    Unit,
+    common_settings,
+    in_chunks,
+    measured,
+    open_data,
+)
 
 TASK = "multiple-choice"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -71,72 +79,69 @@ def right(sample: Sample) -> int:
     return (sample.choices or ()).index(sample.text or "")
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    prompt_template: str | None = None,
-    style: Style = "letters",
-    shots: int = 0,
-    shots_source: str | None = None,
-) -> TaskResult:
+@dataclass(frozen=True)
+class MultipleChoice(Task):
     """Accuracy (0..1): the share of questions whose right choice has the highest log-likelihood.
 
     ``others``: ``acc_norm`` (style ``text``: log-likelihood per byte of the choice's UTF-8 text) and, where questions
     have subjects, ``macro_accuracy``, the mean of the subjects' accuracies with the standard error
     √(Σ stderr² of each)/subjects. ``by_group`` has the subjects.
 
-    Args:
-        data: any source with questions, choices and the right one; a subject in the ``kind`` column.
-        samples: questions drawn with ``seed``; None for all.
-        batch_size: sequences of a forward.
-        sequence_length: most tokens of prompt and choice; default the model's longest. A question that is longer gets
-            fewer examples, as in MMLU's own code; ``settings["shortened"]`` counts these.
-        prompt_template: with ``{question}``, in place of the question (letters) or of "Question: ... Answer:" (text).
+    Data: any source with questions, choices and the right one; a subject in the ``kind`` column. The prompt template
+    has ``{question}``, and is used in place of the question (letters) or of "Question: ... Answer:" (text). The
+    sequence length is the most tokens of prompt and choice, default the model's longest; a question that is longer gets
+    fewer examples, as in MMLU's own code, and ``settings["shortened"]`` counts these. The batch size is in sequences.
+
+    Attributes:
         style: ``letters`` or ``text``.
         shots: examples before each question: the first ones of the same subject (of all, where there is none).
         shots_source: data that they come from, such as MMLU's dev split; default the questions themselves, each one's
             examples without itself.
-
-    Raises:
-        InvalidOption: the model takes no text alone, or an option is out of range.
-        CalibrationError: the data has no questions with choices, too few for the examples, or a question is too long.
     """
-    if tokenizer_of(processor) is None or needs_image(model) or not _speaks(model):
-        raise InvalidOption(f"task '{TASK}' needs a language model with a tokenizer, not {type(model).__name__}")
-    if shots < 0:
-        raise InvalidOption(f"shots must be 0 or more, not {shots}")
-    options: dict[str, Any] = {"columns": columns, "prompt_template": prompt_template}
-    reader = open_data(TASK, data, samples=samples, seed=seed, batch_size=batch_size, **options)
-    _check(reader)
-    source = _all_of(data if shots_source is None else shots_source, options) if shots else reader
-    examples = _Examples(source, shots, same=shots_source is None)
-    asked = _Asker(Scorer(model, processor, sequence_length), Prompts(style, prompt_template), examples)
-    told: Shared[dict[str, Any]] = Shared(workers)
-    was_training = model.training
-    model.eval()
-    try:
-        for part in in_chunks(reader, max(batch_size, 16), progress, TASK):
-            told.add(partial(asked.answer, part, batch_size, reader.source))
-    finally:
-        model.train(was_training)
-    parts = told.all()
-    predictions = [record for of_part in parts for record in of_part["records"]]
-    shortened = sum(of_part["shortened"] for of_part in parts)
-    settings = common_settings(
-        reader, samples=samples, seed=seed, batch_size=batch_size, style=style, shots=shots,
-        shots_source=shots_source, prompt_template=prompt_template, shortened=shortened,
-    )  # fmt: skip
-    return _result(predictions, settings, style)
+
+    unit: ClassVar[Unit] = "%"
+    hub_type: ClassVar[str] = "multiple-choice"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "prompt_template")
+
+    style: Style = "letters"
+    shots: int = 0
+    shots_source: str | None = None
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: the model takes no text alone, or an option is out of range.
+            CalibrationError: the data has no questions with choices, too few for the examples, or a question is too
+                long.
+        """
+        style, shots, prompt_template = self.style, self.shots, test.prompt_template
+        if tokenizer_of(processor) is None or needs_image(model) or not _speaks(model):
+            raise InvalidOption(f"task '{TASK}' needs a language model with a tokenizer, not {type(model).__name__}")
+        if shots < 0:
+            raise InvalidOption(f"shots must be 0 or more, not {shots}")
+        reader = open_data(TASK, test)
+        _check(reader)
+        shown = test if self.shots_source is None else replace(test, data=self.shots_source)
+        source = _all_of(shown) if shots else reader
+        examples = _Examples(source, shots, same=self.shots_source is None)
+        asked = _Asker(Scorer(model, processor, test.sequence_length), Prompts(style, prompt_template), examples)
+        told: Shared[dict[str, Any]] = Shared(test.workers)
+        was_training = model.training
+        model.eval()
+        try:
+            for part in in_chunks(reader, max(test.batch_size, 16), test.progress, TASK):
+                told.add(partial(asked.answer, part, test.batch_size, reader.source))
+        finally:
+            model.train(was_training)
+        parts = told.all()
+        predictions = [record for of_part in parts for record in of_part["records"]]
+        shortened = sum(of_part["shortened"] for of_part in parts)
+        settings = common_settings(reader, test, style=style, shots=shots,
+            shots_source=self.shots_source, prompt_template=prompt_template, shortened=shortened,
+        )  # fmt: skip
+        return _result(predictions, settings, style)
 
 
 def _speaks(model: nn.Module) -> bool:
@@ -153,9 +158,9 @@ def _check(reader: SampleReader) -> None:
         )
 
 
-def _all_of(source: Any, options: Mapping[str, Any]) -> SampleReader:
-    """All questions of ``source`` in their order."""
-    found = SampleReader(source, samples=None, seed=0, **options)
+def _all_of(test: TestData) -> SampleReader:
+    """All questions of the data in their order."""
+    found = open_data(TASK, replace(test, samples=None, seed=0))
     _check(found)
     return found
 

@@ -5,11 +5,10 @@ Source: Suhr et al., "A Corpus for Reasoning About Natural Language Grounded in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,7 +21,10 @@ from ecoflap.evaluation.likelihood import answer_likelihoods
 from ecoflap.evaluation.task import (
     Chunk,
     Shared,
+    Task,
     TaskResult,
+    TestData,
+    Unit,
     check_finite,
     common_settings,
     in_chunks,
@@ -30,8 +32,6 @@ from ecoflap.evaluation.task import (
     open_data,
 )
 from ecoflap.model.trace import evaluating
-from ecoflap.support.progress import Progress
-from ecoflap.support.workers import ALONE, Workers
 
 TEMPLATE = 'Look at the two images. Is this statement true or false? "{question}" Answer:'
 ANSWERS = ("false", "true")  # by their number in published NLVR2 checkpoints
@@ -39,76 +39,60 @@ _TRUTH = {"true": 1, "yes": 1, "1": 1, "false": 0, "no": 0, "0": 0}
 Score = Callable[[list[Sample]], torch.Tensor]  # samples -> scores [B, 2] of false and true
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    prompt_template: str | None = None,
-    image_folder: str | Path | None = None,
-) -> TaskResult:
+@dataclass(frozen=True)
+class Nlvr2(Task):
     """Share of sentences whose truth is told right.
 
     A classifier (ViLT for NLVR2) decides by its logits. A generating model decides by which of the answers "True" and
     "False" has the higher log-likelihood, its end token included; equal ones count as wrong.
 
-    Args:
-        data: two pictures, a sentence and a label (true or false) each.
-        samples: sentences drawn with ``seed``; None for all.
-        sequence_length: most tokens of a prompt with its answer; None for no limit. Classifiers cut their sentences.
-        prompt_template: for a generating model, with ``{question}`` for the sentence.
-
-    Raises:
-        InvalidOption: the model takes no two pictures, neither as a classifier nor in a prompt.
-        CalibrationError: a sample has no two pictures, no sentence, or another label than true or false.
-        NonFiniteLoss: a score is NaN or infinite.
+    Data: two pictures, a sentence and a label (true or false) each. The prompt template is for a generating model, with
+    ``{question}`` for the sentence. The sequence length is the most tokens of a prompt with its answer; classifiers cut
+    their sentences.
     """
-    template = TEMPLATE if prompt_template is None else prompt_template
-    reader = open_data(
-        "nlvr2",
-        data,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        columns=columns,
-        prompt_template=template,
-        image_folder=image_folder,
-    )
-    score, how = _scores(model, processor, reader.source, template, sequence_length)
-    predictions: list[dict[str, Any]] = []
-    told: Shared[torch.Tensor] = Shared(workers)
-    parts: list[list[tuple[int, str | None, int]]] = []
-    with evaluating(model):
-        for part in in_chunks(reader, batch_size, progress, "nlvr2"):
-            truths = [_truth(index, sample, reader.source) for index, sample in part]
-            _check_pictures(part, reader.source)
-            parts.append([(index, sentence_of(s), truth) for (index, s), truth in zip(part, truths, strict=True)])
-            told.add(partial(score, [sample for _, sample in part]))
-    for of_part, scores in zip(parts, told.all(), strict=True):
-        check_finite(scores, "the score of an answer", reader.source)
-        for (index, sentence, truth), (false, true) in zip(of_part, scores.tolist(), strict=True):
-            right = true > false if truth else false > true
-            predictions.append({
-                "index": index,
-                "question": sentence,
-                "prediction": ANSWERS[true > false],
-                "truth": ANSWERS[truth],
-                "score": float(right),
-            })  # fmt: skip
-    found = measured([record["score"] for record in predictions])
-    settings = common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, answers=how)
-    settings |= {} if how == "classifier" else {"prompt_template": template}
-    return TaskResult(
-        "nlvr2", "accuracy", found.value, found.stderr, len(predictions), settings, predictions=predictions
-    )
+
+    unit: ClassVar[Unit] = "%"
+    hub_type: ClassVar[str] = "visual-question-answering"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "prompt_template", "image_folder")
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: the model takes no two pictures, neither as a classifier nor in a prompt.
+            CalibrationError: a sample has no two pictures, no sentence, or another label than true or false.
+            NonFiniteLoss: a score is NaN or infinite.
+        """
+        template = TEMPLATE if test.prompt_template is None else test.prompt_template
+        reader = open_data("nlvr2", replace(test, prompt_template=template))
+        score, how = _scores(model, processor, reader.source, template, test.sequence_length)
+        predictions: list[dict[str, Any]] = []
+        told: Shared[torch.Tensor] = Shared(test.workers)
+        parts: list[list[tuple[int, str | None, int]]] = []
+        with evaluating(model):
+            for part in in_chunks(reader, test.batch_size, test.progress, "nlvr2"):
+                truths = [_truth(index, sample, reader.source) for index, sample in part]
+                _check_pictures(part, reader.source)
+                parts.append([(index, sentence_of(s), truth) for (index, s), truth in zip(part, truths, strict=True)])
+                told.add(partial(score, [sample for _, sample in part]))
+        for of_part, scores in zip(parts, told.all(), strict=True):
+            check_finite(scores, "the score of an answer", reader.source)
+            for (index, sentence, truth), (false, true) in zip(of_part, scores.tolist(), strict=True):
+                right = true > false if truth else false > true
+                predictions.append({
+                    "index": index,
+                    "question": sentence,
+                    "prediction": ANSWERS[true > false],
+                    "truth": ANSWERS[truth],
+                    "score": float(right),
+                })  # fmt: skip
+        found = measured([record["score"] for record in predictions])
+        settings = common_settings(reader, test, answers=how)
+        settings |= {} if how == "classifier" else {"prompt_template": template}
+        return TaskResult(
+            "nlvr2", "accuracy", found.value, found.stderr, len(predictions), settings, predictions=predictions
+        )
 
 
 def _scores(model: nn.Module, processor: Any, source: str, template: str, length: int | None) -> tuple[Score, str]:

@@ -9,10 +9,9 @@ Source: the setting of GPTQ (Frantar et al., 2022), SparseGPT and Wanda (Sun et 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,96 +22,88 @@ from ecoflap.data.packing import check_length, default_length, tokenize_corpus
 from ecoflap.data.prompts import tokenizer_of
 from ecoflap.data.samples import load_samples
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
-from ecoflap.evaluation.task import Shared, TaskResult, mean_and_stderr
-from ecoflap.support.progress import Progress, Silent
-from ecoflap.support.workers import ALONE, Workers
+from ecoflap.evaluation.task import Better, Shared, Task, TaskResult, TestData, mean_and_stderr
 
 LOGITS_AT_ONCE = 2**24  # fp32 logits that the loss is computed on at a time (64 MiB), whatever the vocabulary
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    window_start: str = "each",
-) -> TaskResult:
+@dataclass(frozen=True)
+class Perplexity(Task):
     """exp(mean negative log-likelihood of a token); every window weighs the same.
 
     The standard error is that of the mean over windows, times the perplexity (delta method): neighbouring tokens are
-    not independent, windows nearly are. ``n`` counts the scored tokens, windows × (sequence_length − 1) where a window
+    not independent, windows nearly are. ``n`` counts the scored tokens, windows × (sequence length − 1) where a window
     begins with one special token or none.
 
-    Args:
-        data: a text file, a folder of them, or a data set with a text column.
-        samples: the first so many windows; None for all. ``seed`` has no effect.
-        sequence_length: tokens in a window; default what fits model, machine and text.
-        columns: which column of a table is the ``text``; default guessed.
-        window_start: "each" window begins with the tokenizer's special tokens, or "once" the whole text, as in the
-            published code of SparseGPT and Wanda.
-
-    Raises:
-        InvalidOption: no data, or the model is no causal language model with a tokenizer.
-        CalibrationError: the text is shorter than a window.
-        NonFiniteLoss: a window's loss is NaN or infinite.
+    Data: a text file, a folder of them, or a data set with a text column; the role ``text`` of the columns says which,
+    default guessed. Samples: the first so many windows; the seed has no effect. The sequence length is that of a
+    window; default what fits model, machine and text.
     """
-    tokenizer = tokenizer_of(processor)
-    if data is None:
-        raise InvalidOption("task 'perplexity' needs a text: give a file as data")
-    generates = getattr(model, "can_generate", None)  # a plain module has none
-    if tokenizer is None or is_encoder_decoder(model) or (callable(generates) and not generates()):
-        raise InvalidOption(
-            f"task 'perplexity' needs a causal language model with a tokenizer, not {type(model).__name__}"
-        )
-    if batch_size < 1 or (samples is not None and samples < 1):
-        raise InvalidOption("the batch size and the number of samples must be at least 1")
-    check_length(model, sequence_length)
-    corpus = load_samples(data, samples=None, seed=seed, columns=columns)
-    if corpus.windows is None:
-        raise CalibrationError(f"{data} is not plain text: task 'perplexity' needs a text file or a text column alone")
-    tokens = tokenize_corpus(corpus, tokenizer)
-    length = sequence_length or default_length(model, tokenizer, tokens, samples or 1)
-    windows = tokens.windows(length, window_start)[:samples]
-    count = len(windows)
-    if count == 0:
-        raise CalibrationError(f"{data} has {len(tokens)} tokens, less than one window of {length}: give more text")
-    first = max(len(tokens.start), 1) if window_start == "each" else 1  # the first token that is scored
-    told: Shared[list[float]] = Shared(workers)
-    was_training = model.training
-    model.eval()
-    try:
-        with (progress or Silent()).stage("perplexity", total=count) as task:
-            for part in torch.split(windows, batch_size):
-                told.add(partial(_window_losses, model, part, first))
-                task.advance(len(part))
-    finally:
-        model.train(was_training)
-    losses = [loss for of_part in told.all() for loss in of_part]
-    for number, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(
-                f"the loss of window {number} of {data} is {loss}: the model is broken, or needs float32"
+
+    better: ClassVar[Better] = "less"
+    takes: ClassVar[tuple[str, ...]] = ("columns",)
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: no data, or the model is no causal language model with a tokenizer.
+            CalibrationError: the text is shorter than a window.
+            NonFiniteLoss: a window's loss is NaN or infinite.
+        """
+        data, samples, batch_size, window_start = test.data, test.samples, test.batch_size, test.window_start
+        tokenizer = tokenizer_of(processor)
+        if data is None:
+            raise InvalidOption("task 'perplexity' needs a text: give a file as data")
+        generates = getattr(model, "can_generate", None)  # a plain module has none
+        if tokenizer is None or is_encoder_decoder(model) or (callable(generates) and not generates()):
+            raise InvalidOption(
+                f"task 'perplexity' needs a causal language model with a tokenizer, not {type(model).__name__}"
             )
-    mean, error = mean_and_stderr(losses)
-    value = math.exp(min(mean, 700.0))  # e^700 is the end of what a float holds
-    settings = {
-        "data": str(data),
-        "sequence_length": length,
-        "window_start": window_start,
-        "windows": count,
-        "samples": samples,
-        "batch_size": batch_size,
-    }
-    stderr = None if error is None else value * error
-    return TaskResult("perplexity", "perplexity", value, stderr, count * (length - first), settings)
+        if batch_size < 1 or (samples is not None and samples < 1):
+            raise InvalidOption("the batch size and the number of samples must be at least 1")
+        check_length(model, test.sequence_length)
+        corpus = load_samples(data, samples=None, seed=test.seed, columns=test.columns)
+        if corpus.windows is None:
+            raise CalibrationError(
+                f"{data} is not plain text: task 'perplexity' needs a text file or a text column alone"
+            )
+        tokens = tokenize_corpus(corpus, tokenizer)
+        length = test.sequence_length or default_length(model, tokenizer, tokens, samples or 1)
+        windows = tokens.windows(length, window_start)[:samples]
+        count = len(windows)
+        if count == 0:
+            raise CalibrationError(f"{data} has {len(tokens)} tokens, less than one window of {length}: give more text")
+        first = max(len(tokens.start), 1) if window_start == "each" else 1  # the first token that is scored
+        told: Shared[list[float]] = Shared(test.workers)
+        was_training = model.training
+        model.eval()
+        try:
+            with test.progress.stage("perplexity", total=count) as bar:
+                for part in torch.split(windows, batch_size):
+                    told.add(partial(_window_losses, model, part, first))
+                    bar.advance(len(part))
+        finally:
+            model.train(was_training)
+        losses = [loss for of_part in told.all() for loss in of_part]
+        for number, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(
+                    f"the loss of window {number} of {data} is {loss}: the model is broken, or needs float32"
+                )
+        mean, error = mean_and_stderr(losses)
+        value = math.exp(min(mean, 700.0))  # e^700 is the end of what a float holds
+        settings = {
+            "data": str(data),
+            "sequence_length": length,
+            "window_start": window_start,
+            "windows": count,
+            "samples": samples,
+            "batch_size": batch_size,
+        }
+        stderr = None if error is None else value * error
+        return TaskResult("perplexity", "perplexity", value, stderr, count * (length - first), settings)
 
 
 def _window_losses(model: nn.Module, windows: torch.Tensor, first: int) -> list[float]:

@@ -9,11 +9,10 @@ Ranks of right candidates by score, with or without a second, dearer score for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,10 @@ from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.embeddings import Matcher, embedder_of, similarity
 from ecoflap.evaluation.task import (
     Shared,
+    Task,
     TaskResult,
+    TestData,
+    Unit,
     captions_of,
     check_finite,
     common_settings,
@@ -32,7 +34,8 @@ from ecoflap.evaluation.task import (
     pictures,
 )
 from ecoflap.model.trace import evaluating
-from ecoflap.support.progress import Progress, Silent, Task
+from ecoflap.support.progress import Progress
+from ecoflap.support.progress import Task as Bar
 from ecoflap.support.workers import ALONE, Workers
 
 ROWS = 256  # queries at a time: 26 MB of scores for the 25,000 captions of COCO's test set
@@ -55,7 +58,7 @@ class Queries:
     match: Callable[[int, list[int]], Tensor]
 
 
-def rank_queries(queries: Queries, rerank: int, task: Task, workers: Workers = ALONE) -> list[int]:
+def rank_queries(queries: Queries, rerank: int, bar: Bar, workers: Workers = ALONE) -> list[int]:
     """Rank of the best right candidate of each query, 0 = first; the best ``rerank`` are sorted anew.
 
     With ``rerank`` each query is one worker's.
@@ -67,11 +70,11 @@ def rank_queries(queries: Queries, rerank: int, task: Task, workers: Workers = A
         scores, right = queries.scores(rows), queries.right(rows)
         if not rerank:
             found += ranks(scores, right).tolist()
-            task.advance(rows.stop - rows.start)
+            bar.advance(rows.stop - rows.start)
             continue
         for row, query in enumerate(range(rows.start, rows.stop)):
             told.add(partial(_matched, queries, query, scores[row], right[row], rerank))
-            task.advance()
+            bar.advance()
     return found + told.all()
 
 
@@ -109,126 +112,114 @@ class _Gallery:
     owners: list[int] = field(default_factory=list)
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    image_folder: str | Path | None = None,
-    rerank: int = 0,
-) -> TaskResult:
+@dataclass(frozen=True)
+class Retrieval(Task):
     """Share of pictures with one of their captions among the first k (TR@k), of captions with their picture (IR@k).
 
     A wrong candidate that scores as high as the right one counts as before it. Standard errors are binomial over the
-    queries. ``n`` counts pictures.
+    queries. ``n`` counts pictures. Recall depends on the number of candidates, so on the number of samples.
 
-    Args:
-        data: pictures with captions: several a row, or rows that share a picture by their group column.
-        samples: rows drawn with ``seed``; None for all. Recall depends on the number of candidates.
-        sequence_length: has no effect; captions are cut to what the text tower takes.
+    Data: pictures with captions: several a row, or rows that share a picture by their group column. The sequence length
+    has no effect; captions are cut to what the text tower takes.
+
+    Attributes:
         rerank: how many of the best candidates a model with a matching head reads (256 published for COCO, 128 for
             Flickr30k); 0 for none.
-
-    Raises:
-        InvalidOption: the model does not compare pictures with texts, or has no matching head to re-rank with.
-        CalibrationError: no pictures, or no captions.
-        NonFiniteLoss: an embedding is NaN or infinite.
     """
-    embedder = embedder_of(model, processor, "retrieval")
-    if rerank < 0:
-        raise InvalidOption(f"rerank must be at least 0, not {rerank}")
-    if isinstance(embedder, Matcher):
-        embedder.keep = rerank > 0
-    elif rerank:
-        raise InvalidOption(f"rerank needs a model with a matching head, and {type(model).__name__} has none")
-    reader = open_data(
-        "retrieval",
-        data,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        columns=columns,
-        image_folder=image_folder,
-    )
-    gallery, places = _Gallery(), dict[str, int]()
-    # Whoever re-ranks needs all pictures as they were encoded, so that all workers encode them then.
-    encoded: Shared[Tensor] = Shared(ALONE if rerank else workers)
-    read: Shared[Tensor] = Shared(workers)
-    with evaluating(model):
-        for part in in_chunks(reader, batch_size, progress, "retrieval, pictures"):
-            images = pictures(part, "retrieval", reader.source)
-            fresh = []
-            for (index, sample), image in zip(part, images, strict=True):
-                key = f"row {index}" if sample.group is None else f"group {sample.group}"
-                if key not in places:
-                    places[key] = len(gallery.rows)
-                    gallery.rows.append(index)
-                    fresh.append(image)
-                captions = captions_of(index, sample, "retrieval", reader.source)
-                gallery.captions += captions
-                gallery.owners += [places[key]] * len(captions)
-            if fresh:
-                encoded.add(partial(embedder.pictures, fresh))
-        with (progress or Silent()).stage("retrieval, captions", total=len(gallery.captions)) as task:
-            for start in range(0, len(gallery.captions), batch_size):
-                batch = gallery.captions[start : start + batch_size]
-                read.add(partial(embedder.texts, batch))
-                task.advance(len(batch))
-        seen, texts = torch.cat(encoded.all()), torch.cat(read.all())
-        check_finite(seen, "the embedding of a picture", reader.source)
-        check_finite(texts, "the embedding of a caption", reader.source)
 
-        def match(pairs: list[tuple[int, int]]) -> Tensor:
-            assert isinstance(embedder, Matcher)
-            parts = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
-            scores = torch.cat(
-                [embedder.match([p for p, _ in part], [gallery.captions[t] for _, t in part]) for part in parts]
-            )
-            check_finite(scores, "a matching score", reader.source)
-            return scores
+    unit: ClassVar[Unit] = "%"
+    hub_type: ClassVar[str] = "image-text-retrieval"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder")
 
-        hits = _ranks(gallery, seen, texts, match, rerank, progress, workers)
-    values = {
-        f"{way}@{depth}": measured([float(r < depth) for r in of_way])
-        for way, of_way in hits.items()
-        for depth in DEPTHS
-    }
-    best = [gallery.captions[int(similarity(row[None], texts)[0].argmax())] for row in seen]
-    own: list[list[str]] = [[] for _ in gallery.rows]
-    for owner, caption in zip(gallery.owners, gallery.captions, strict=True):
-        own[owner].append(caption)
-    predictions = [
-        {"index": index, "prediction": said, "truth": truth, "score": float(rank < 1)}
-        for index, said, truth, rank in zip(gallery.rows, best, own, hits["TR"], strict=True)
-    ]
-    settings = common_settings(
-        reader,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        rerank=rerank,
-        pictures=len(gallery.rows),
-        captions=len(gallery.captions),
-    )
-    first = values.pop("TR@1")
-    return TaskResult(
-        "retrieval",
-        "TR@1",
-        first.value,
-        first.stderr,
-        len(gallery.rows),
-        settings,
-        predictions=predictions,
-        others=values,
-    )
+    rerank: int = 0
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: the model does not compare pictures with texts, or has no matching head to re-rank with.
+            CalibrationError: no pictures, or no captions.
+            NonFiniteLoss: an embedding is NaN or infinite.
+        """
+        rerank, batch_size = self.rerank, test.batch_size
+        embedder = embedder_of(model, processor, "retrieval")
+        if rerank < 0:
+            raise InvalidOption(f"rerank must be at least 0, not {rerank}")
+        if isinstance(embedder, Matcher):
+            embedder.keep = rerank > 0
+        elif rerank:
+            raise InvalidOption(f"rerank needs a model with a matching head, and {type(model).__name__} has none")
+        reader = open_data("retrieval", test)
+        gallery, places = _Gallery(), dict[str, int]()
+        # Whoever re-ranks needs all pictures as they were encoded, so that all workers encode them then.
+        encoded: Shared[Tensor] = Shared(ALONE if rerank else test.workers)
+        read: Shared[Tensor] = Shared(test.workers)
+        with evaluating(model):
+            for part in in_chunks(reader, test.batch_size, test.progress, "retrieval, pictures"):
+                images = pictures(part, "retrieval", reader.source)
+                fresh = []
+                for (index, sample), image in zip(part, images, strict=True):
+                    key = f"row {index}" if sample.group is None else f"group {sample.group}"
+                    if key not in places:
+                        places[key] = len(gallery.rows)
+                        gallery.rows.append(index)
+                        fresh.append(image)
+                    captions = captions_of(index, sample, "retrieval", reader.source)
+                    gallery.captions += captions
+                    gallery.owners += [places[key]] * len(captions)
+                if fresh:
+                    encoded.add(partial(embedder.pictures, fresh))
+            with test.progress.stage("retrieval, captions", total=len(gallery.captions)) as bar:
+                for start in range(0, len(gallery.captions), batch_size):
+                    batch = gallery.captions[start : start + batch_size]
+                    read.add(partial(embedder.texts, batch))
+                    bar.advance(len(batch))
+            seen, texts = torch.cat(encoded.all()), torch.cat(read.all())
+            check_finite(seen, "the embedding of a picture", reader.source)
+            check_finite(texts, "the embedding of a caption", reader.source)
+
+            def match(pairs: list[tuple[int, int]]) -> Tensor:
+                assert isinstance(embedder, Matcher)
+                parts = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+                scores = torch.cat(
+                    [embedder.match([p for p, _ in part], [gallery.captions[t] for _, t in part]) for part in parts]
+                )
+                check_finite(scores, "a matching score", reader.source)
+                return scores
+
+            hits = _ranks(gallery, seen, texts, match, rerank, test.progress, test.workers)
+        values = {
+            f"{way}@{depth}": measured([float(r < depth) for r in of_way])
+            for way, of_way in hits.items()
+            for depth in DEPTHS
+        }
+        best = [gallery.captions[int(similarity(row[None], texts)[0].argmax())] for row in seen]
+        own: list[list[str]] = [[] for _ in gallery.rows]
+        for owner, caption in zip(gallery.owners, gallery.captions, strict=True):
+            own[owner].append(caption)
+        predictions = [
+            {"index": index, "prediction": said, "truth": truth, "score": float(rank < 1)}
+            for index, said, truth, rank in zip(gallery.rows, best, own, hits["TR"], strict=True)
+        ]
+        settings = common_settings(
+            reader,
+            test,
+            rerank=rerank,
+            pictures=len(gallery.rows),
+            captions=len(gallery.captions),
+        )
+        first = values.pop("TR@1")
+        return TaskResult(
+            "retrieval",
+            "TR@1",
+            first.value,
+            first.stderr,
+            len(gallery.rows),
+            settings,
+            predictions=predictions,
+            others=values,
+        )
 
 
 def _ranks(
@@ -237,7 +228,7 @@ def _ranks(
     texts: Tensor,
     match: Callable[[list[tuple[int, int]]], Tensor],
     rerank: int,
-    progress: Progress | None,
+    progress: Progress,
     workers: Workers,
 ) -> dict[str, list[int]]:
     """Rank of the best right candidate of each query, 0 = first, for captions of pictures and pictures of captions."""
@@ -256,5 +247,5 @@ def _ranks(
             match=lambda caption, pictures: match([(picture, caption) for picture in pictures]),
         ),
     }
-    with (progress or Silent()).stage("retrieval, ranks", total=len(seen) + len(texts)) as task:
-        return {way: rank_queries(queries, rerank, task, workers) for way, queries in ways.items()}
+    with progress.stage("retrieval, ranks", total=len(seen) + len(texts)) as bar:
+        return {way: rank_queries(queries, rerank, bar, workers) for way, queries in ways.items()}

@@ -1,4 +1,4 @@
-"""What all tasks share: opening the test data, reading it in chunks with progress, pictures to tensors.
+"""What a task is, and what all of them share: opening the test data, reading it in chunks, pictures to tensors.
 
 What every evaluation task returns, and the standard error of a mean.
 
@@ -8,53 +8,115 @@ An evaluation shared by several workers: batch by batch in turn, the results in 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ecoflap.data.prompts import image_processor_of
 from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.support.progress import Progress, Silent
-from ecoflap.support.workers import Workers
+from ecoflap.support.workers import ALONE, Workers
 
 BUNDLED = "the bundled test set"  # as settings call it
 Chunk = list[tuple[int, Sample]]  # (row of the source, sample)
 
 
-def open_data(
-    task: str,
-    data: str | Path | None,
-    *,
-    samples: int | None,
-    seed: int,
-    batch_size: int,
-    columns: Mapping[str, str] | None = None,
-    prompt_template: str | None = None,
-    image_folder: str | Path | None = None,
-) -> SampleReader:
-    """The reader of a task's test data: ``samples`` drawn with ``seed``, or all in the order of the file.
+Unit = Literal["", "%", "points"]
+Better = Literal["more", "less"]
+
+
+@dataclass(frozen=True)
+class TestData:
+    """What a model is tested on, and how: what a recipe says of a test beside the task's own options.
+
+    Attributes:
+        data: any source of :func:`ecoflap.data.load_samples`; None where the task has data of its own.
+        samples: how many, drawn with ``seed``; None for all.
+        batch_size: samples of one forward.
+        sequence_length: most tokens of a sequence; None for no limit, or the model's.
+        columns, prompt_template, image_folder: as for calibration; None for what the data says itself.
+        window_start: of plain text: ``each`` window begins with the tokenizer's special tokens, or ``once`` the whole
+            text, as in the published code of SparseGPT and Wanda.
+        classes: names of the classes.
+        class_prompts: templates with ``{}`` for a class's name.
+        progress: where to report.
+        workers: those who share the samples.
+    """
+
+    __test__: ClassVar[bool] = False  # no test of pytest's
+
+    data: str | Path | None = None
+    samples: int | None = None
+    batch_size: int = 8
+    sequence_length: int | None = None
+    window_start: str = "each"
+    seed: int = 0
+    columns: Mapping[str, str] | None = None
+    prompt_template: str | None = None
+    image_folder: str | Path | None = None
+    classes: Sequence[str] | None = None
+    class_prompts: Sequence[str] | None = None
+    progress: Progress = field(default_factory=Silent)
+    workers: Workers = ALONE
+
+
+class Task(ABC):
+    """Base of all tasks. A subclass is a frozen dataclass: its fields are its options, its class attributes say more.
+
+    Attributes:
+        unit: of all its metrics: ``%``, a share of 1 that is shown in per cent; ``points``, by custom shown times 100;
+            "" for the plain number.
+        better: whether ``more`` or ``less`` of its metrics is better.
+        hub_type: the Hub's name of the kind of task, for the model card.
+        takes: which of ``columns``, ``prompt_template``, ``image_folder``, ``classes`` and ``class_prompts`` it reads;
+            the others are refused.
+    """
+
+    unit: ClassVar[Unit | None] = ""
+    better: ClassVar[Better | None] = "more"
+    hub_type: ClassVar[str] = "text-generation"
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """Measure ``model``, which is on its device and is left in the mode (train or eval) that it came in.
+
+        Args:
+            processor: the checkpoint's; None where there is none.
+
+        Raises:
+            InvalidOption: the task is not for this model, or an option is out of range.
+            CalibrationError: the data is not for this task.
+            NonFiniteLoss: what is measured is NaN or infinite.
+        """
+
+
+def open_data(task: str, test: TestData) -> SampleReader:
+    """The reader of a task's test data: the samples drawn with the seed, or all in the order of the file.
 
     Raises:
         InvalidOption: no data, or a batch size below 1.
         CalibrationError: as :func:`ecoflap.data.load_samples`.
     """
-    check_batch_size(batch_size)
-    if data is None:
+    check_batch_size(test.batch_size)
+    if test.data is None:
         raise InvalidOption(f"task '{task}' needs data: give --test SOURCE")
     return SampleReader(
-        data,
-        samples=samples,
-        seed=seed,
-        columns=columns,
-        prompt_template=prompt_template,
-        image_folder=image_folder,
+        test.data,
+        samples=test.samples,
+        seed=test.seed,
+        columns=test.columns,
+        prompt_template=test.prompt_template,
+        image_folder=test.image_folder,
     )
 
 
@@ -106,16 +168,14 @@ def image_inputs(processor: Any, images: Sequence[Image.Image], task: str) -> di
     return dict(half(images=list(images), return_tensors="pt"))
 
 
-def common_settings(
-    reader: SampleReader, *, samples: int | None, seed: int, batch_size: int, **more: Any
-) -> dict[str, Any]:
+def common_settings(reader: SampleReader, test: TestData, **more: Any) -> dict[str, Any]:
     """The settings that each result carries, with the task's own ones in front; asked for after the last sample."""
     return {
         "data": reader.source,
         **more,
-        "samples": samples,
-        "seed": seed,
-        "batch_size": batch_size,
+        "samples": test.samples,
+        "seed": test.seed,
+        "batch_size": test.batch_size,
         "skipped": reader.skipped,
     }
 
@@ -152,7 +212,8 @@ class TaskResult:
 
     ``value`` is in the metric's own unit (accuracy in 0..1, perplexity); ``stderr`` its standard error, None when
     there is one observation alone; ``n`` the number of observations (questions, scored tokens); ``predictions`` one
-    record a question, for the report; ``others`` further metrics of the same task by name (IR@5, SPICE).
+    record a question, for the report; ``others`` further metrics of the same task by name (IR@5, SPICE). ``unit``,
+    ``better`` and ``hub_type`` are the task's, set by who runs it; None: each metric's, by its name.
     """
 
     task: str
@@ -164,6 +225,9 @@ class TaskResult:
     by_group: dict[str, float] | None = None
     predictions: list[dict[str, Any]] | None = None
     others: dict[str, Measured] = field(default_factory=dict)
+    unit: Unit | None = None
+    better: Better | None = None
+    hub_type: str | None = None
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:

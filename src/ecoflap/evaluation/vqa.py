@@ -8,10 +8,10 @@ Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015, and the evalu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,7 +27,10 @@ from ecoflap.evaluation.task import (
     BUNDLED,
     Chunk,
     Shared,
+    Task,
     TaskResult,
+    TestData,
+    Unit,
     bundled_questions,
     common_settings,
     in_chunks,
@@ -36,9 +39,7 @@ from ecoflap.evaluation.task import (
     pictures,
 )
 from ecoflap.model.trace import evaluating
-from ecoflap.support.progress import Progress
 from ecoflap.support.registry import unknown
-from ecoflap.support.workers import ALONE, Workers
 
 ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -109,107 +110,92 @@ RULES = {
 }
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    prompt_template: str | None = None,
-    image_folder: str | Path | None = None,
-    rule: str = "auto",
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    new_tokens: int | None = None,
-) -> TaskResult:
+@dataclass(frozen=True)
+class Vqa(Task):
     """Accuracy (0..1) of the model's answers; ``by_group`` has that of each question type if there is a column for it.
 
-    Args:
-        data: any source of :func:`ecoflap.data.load_samples` with questions and answers; None = the bundled set.
-        samples: questions drawn with ``seed``; None for all.
-        sequence_length: most tokens of a prompt, image included; None = no limit.
-        columns, prompt_template, image_folder: as for calibration; without a template, a model with a text encoder for
-            questions (BLIP) gets the question alone.
+    Data: any source of :func:`ecoflap.data.load_samples` with questions and answers; None = the bundled set. Without a
+    prompt template, a model with a text encoder for questions (BLIP) gets the question alone.
+
+    Attributes:
         rule: ``soft``, VQAv2's accuracy over the annotators; ``normalised``, equality after VQAv2's normalisation;
             ``exact``, equality of both in lower case without white space at the ends, as for GQA; ``auto``: ``soft``
             where the data has a column of annotators' answers, else ``normalised``.
         beams, length_penalty, new_tokens: as :func:`ecoflap.evaluation.generate.generate`; ``new_tokens`` is by
             default the model's ``generation_config.max_new_tokens``, or 10.
-
-    Raises:
-        InvalidOption: the model cannot generate, or there is no processor.
-        UnknownName: no such rule.
-        CalibrationError: the data has no questions or answers, or a prompt is too long.
     """
-    if not callable(getattr(model, "generate", None)) or processor is None:
-        raise InvalidOption("task 'vqa' needs a model that generates text, and its processor")
-    if rule not in ("auto", *RULES):
-        raise unknown("rule", rule, ["auto", *RULES])
-    if prompt_template is None and answers_by_decoder(model):
-        prompt_template = "{question}"
-    reader = open_data(
-        "vqa",
-        bundled_questions() if data is None else data,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        columns=columns,
-        prompt_template=prompt_template,
-        image_folder=image_folder,
-    )
-    score, name = _rule(rule, reader)
-    must_see = needs_image(model)
-    if must_see and not {"image", "messages"} & reader.columns.keys():
-        raise CalibrationError(f"{reader.source} has no images, but {type(model).__name__} needs images")
-    prompter = Prompter(model, processor)
-    longest = new_tokens or getattr(getattr(model, "generation_config", None), "max_new_tokens", None) or MAX_NEW_TOKENS
-    decoding: dict[str, Any] = {"new_tokens": longest, "beams": beams, "length_penalty": length_penalty}
-    told: Shared[list[dict[str, Any]]] = Shared(workers)
 
-    def answered(part: Chunk) -> list[dict[str, Any]]:
-        answers = generate(model, prompter, [sample for _, sample in part], limit=sequence_length, **decoding)
-        return [
-            {
-                "index": index,
-                "question": sample.question,
-                "prediction": answer,
-                "truth": _truth(sample),
-                "score": score(sample, answer),
-            } | ({"kind": sample.kind} if sample.kind is not None else {})
-            for (index, sample), answer in zip(part, answers, strict=True)
-        ]  # fmt: skip
+    unit: ClassVar[Unit] = "%"
+    hub_type: ClassVar[str] = "visual-question-answering"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "prompt_template", "image_folder")
 
-    with evaluating(model):
-        for part in in_chunks(reader, batch_size, progress, "vqa"):
-            if must_see:
-                pictures(part, "vqa", reader.source)
-            told.add(partial(answered, part))
-    predictions = [record for of_part in told.all() for record in of_part]
-    value, stderr = mean_and_stderr([record["score"] for record in predictions])
-    groups: dict[str, list[float]] = {}
-    for record in predictions:
-        if "kind" in record:
-            groups.setdefault(record["kind"], []).append(record["score"])
-    settings = common_settings(
-        reader,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        rule=name,
-        prompt_template=prompt_template,
-        max_new_tokens=longest,
-        beams=beams,
-        length_penalty=length_penalty,
-    ) | ({"data": BUNDLED} if data is None else {})
-    by_group = {kind: mean_and_stderr(group)[0] for kind, group in sorted(groups.items())} or None
-    return TaskResult("vqa", "accuracy", value, stderr, len(predictions), settings, by_group, predictions)
+    rule: str = "auto"
+    beams: int = 1
+    length_penalty: float = 1.0
+    new_tokens: int | None = None
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: the model cannot generate, or there is no processor.
+            UnknownName: no such rule.
+            CalibrationError: the data has no questions or answers, or a prompt is too long.
+        """
+        if not callable(getattr(model, "generate", None)) or processor is None:
+            raise InvalidOption("task 'vqa' needs a model that generates text, and its processor")
+        if self.rule not in ("auto", *RULES):
+            raise unknown("rule", self.rule, ["auto", *RULES])
+        asked = test if test.data is not None else replace(test, data=bundled_questions())
+        if test.prompt_template is None and answers_by_decoder(model):
+            asked = replace(asked, prompt_template="{question}")
+        reader = open_data("vqa", asked)
+        score, name = _rule(self.rule, reader)
+        must_see = needs_image(model)
+        if must_see and not {"image", "messages"} & reader.columns.keys():
+            raise CalibrationError(f"{reader.source} has no images, but {type(model).__name__} needs images")
+        prompter = Prompter(model, processor)
+        own = getattr(getattr(model, "generation_config", None), "max_new_tokens", None)
+        longest = self.new_tokens or own or MAX_NEW_TOKENS
+        decoding: dict[str, Any] = {"new_tokens": longest, "beams": self.beams, "length_penalty": self.length_penalty}
+        told: Shared[list[dict[str, Any]]] = Shared(test.workers)
+
+        def answered(part: Chunk) -> list[dict[str, Any]]:
+            answers = generate(model, prompter, [sample for _, sample in part], limit=test.sequence_length, **decoding)
+            return [
+                {
+                    "index": index,
+                    "question": sample.question,
+                    "prediction": answer,
+                    "truth": _truth(sample),
+                    "score": score(sample, answer),
+                } | ({"kind": sample.kind} if sample.kind is not None else {})
+                for (index, sample), answer in zip(part, answers, strict=True)
+            ]  # fmt: skip
+
+        with evaluating(model):
+            for part in in_chunks(reader, test.batch_size, test.progress, "vqa"):
+                if must_see:
+                    pictures(part, "vqa", reader.source)
+                told.add(partial(answered, part))
+        predictions = [record for of_part in told.all() for record in of_part]
+        value, stderr = mean_and_stderr([record["score"] for record in predictions])
+        groups: dict[str, list[float]] = {}
+        for record in predictions:
+            if "kind" in record:
+                groups.setdefault(record["kind"], []).append(record["score"])
+        settings = common_settings(
+            reader,
+            test,
+            rule=name,
+            prompt_template=asked.prompt_template,
+            max_new_tokens=longest,
+            beams=self.beams,
+            length_penalty=self.length_penalty,
+        ) | ({"data": BUNDLED} if test.data is None else {})
+        by_group = {kind: mean_and_stderr(group)[0] for kind, group in sorted(groups.items())} or None
+        return TaskResult("vqa", "accuracy", value, stderr, len(predictions), settings, by_group, predictions)
 
 
 def _truth(sample: Sample) -> str:

@@ -6,10 +6,10 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,10 @@ from ecoflap.evaluation.embeddings import Matcher, TwoTowers, embedder_of, simil
 from ecoflap.evaluation.task import (
     Chunk,
     Shared,
+    Task,
     TaskResult,
+    TestData,
+    Unit,
     check_finite,
     common_settings,
     in_chunks,
@@ -30,76 +33,57 @@ from ecoflap.evaluation.task import (
 )
 from ecoflap.model.trace import evaluating
 from ecoflap.support.progress import Progress, Silent
-from ecoflap.support.workers import ALONE, Workers
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    processor: Any,
-    *,
-    data: str | Path | None,
-    samples: int | None,
-    batch_size: int,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
-    columns: Mapping[str, str] | None = None,
-    image_folder: str | Path | None = None,
-    classes: Sequence[str] | None = None,
-    class_prompts: Sequence[str] | None = None,
-) -> TaskResult:
+@dataclass(frozen=True)
+class ZeroShot(Task):
     """Top-1 and top-5 accuracy of CLIP, SigLIP, or a retrieval model's embeddings (BLIP, BLIP-2).
 
-    Args:
-        data: pictures with a class each.
-        samples: pictures drawn with ``seed``; None for all.
-        sequence_length: has no effect; prompts are cut to what the text tower takes.
-        classes: names for the prompts, in the order of the data set's own classes or equal to its labels; None for the
-            data set's own: its folders, the names of its class column, or the distinct labels of all rows, sorted.
-        class_prompts: templates with ``{}`` for the name; default "a photo of a {}."
-
-    Raises:
-        InvalidOption: the model does not compare pictures with texts, a template without ``{}``, less than 2 classes.
-        CalibrationError: no pictures, or a label that is none of the classes.
-        NonFiniteLoss: an embedding is NaN or infinite.
+    Data: pictures with a class each. The sequence length has no effect; prompts are cut to what the text tower takes.
+    Classes: names for the prompts, in the order of the data set's own classes or equal to its labels; None for the data
+    set's own: its folders, the names of its class column, or the distinct labels of all rows, sorted. Class prompts:
+    templates with ``{}`` for the name; default "a photo of a {}."
     """
-    embedder = embedder_of(model, processor, "zero-shot")
-    reader = open_data(
-        "zero-shot",
-        data,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        columns=columns,
-        image_folder=image_folder,
-    )
-    assert data is not None
-    own = (reader.classes or ()) if classes else own_classes(reader, data)
-    names, templates = tuple(classes or own), tuple(class_prompts or DEFAULT_TEMPLATES)
-    check_classes(names, "zero-shot", reader.source)
-    numbers = numbers_of(names, own)
-    found = TopClasses("zero-shot", names, reader.source)
-    told: Shared[dict[str, list[int]]] = Shared(workers)
-    truths: list[tuple[list[int], Tensor]] = []
 
-    def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
-        seen = embedder.pictures(pictures(part, "zero-shot", reader.source))
-        return found.graded(similarity(seen, prompts), labels)
+    unit: ClassVar[Unit] = "%"
+    hub_type: ClassVar[str] = "zero-shot-image-classification"
+    takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder", "classes", "class_prompts")
 
-    with evaluating(model):
-        prompts = class_embeddings(embedder, names, templates, batch_size, progress)
-        check_finite(prompts, "the embedding of a class", reader.source)
-        for part in in_chunks(reader, batch_size, progress, "zero-shot"):
-            labels = labels_of(part, numbers, "zero-shot", reader.source)
-            truths.append(([index for index, _ in part], labels))
-            told.add(partial(classified, part, labels))
-    for (rows, labels), graded in zip(truths, told.all(), strict=True):
-        found.add(rows, labels, graded)
-    return found.result(
-        common_settings(reader, samples=samples, seed=seed, batch_size=batch_size, class_prompts=list(templates))
-    )
+    @torch.no_grad()
+    def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
+        """As :meth:`Task.run`.
+
+        Raises:
+            InvalidOption: the model does not compare pictures with texts, a template without ``{}``, less than 2
+                classes.
+            CalibrationError: no pictures, or a label that is none of the classes.
+            NonFiniteLoss: an embedding is NaN or infinite.
+        """
+        embedder = embedder_of(model, processor, "zero-shot")
+        reader = open_data("zero-shot", test)
+        assert test.data is not None
+        own = (reader.classes or ()) if test.classes else own_classes(reader, test.data)
+        names, templates = tuple(test.classes or own), tuple(test.class_prompts or DEFAULT_TEMPLATES)
+        check_classes(names, "zero-shot", reader.source)
+        numbers = numbers_of(names, own)
+        found = TopClasses("zero-shot", names, reader.source)
+        told: Shared[dict[str, list[int]]] = Shared(test.workers)
+        truths: list[tuple[list[int], Tensor]] = []
+
+        def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
+            seen = embedder.pictures(pictures(part, "zero-shot", reader.source))
+            return found.graded(similarity(seen, prompts), labels)
+
+        with evaluating(model):
+            prompts = class_embeddings(embedder, names, templates, test.batch_size, test.progress)
+            check_finite(prompts, "the embedding of a class", reader.source)
+            for part in in_chunks(reader, test.batch_size, test.progress, "zero-shot"):
+                labels = labels_of(part, numbers, "zero-shot", reader.source)
+                truths.append(([index for index, _ in part], labels))
+                told.add(partial(classified, part, labels))
+        for (rows, labels), graded in zip(truths, told.all(), strict=True):
+            found.add(rows, labels, graded)
+        return found.result(common_settings(reader, test, class_prompts=list(templates)))
 
 
 def class_embeddings(

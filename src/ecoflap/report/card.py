@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult
 
 from ecoflap.errors import InvalidOption
+from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, is_global
 from ecoflap.report import formats
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, put
@@ -22,19 +23,6 @@ if TYPE_CHECKING:
     from ecoflap.api import PruneResult
 
 MODEL = "model"
-# The Hub's names of the tasks; a suite of lm-eval is one of text.
-_TASK_TYPES = {
-    "vqa": "visual-question-answering",
-    "captioning": "image-to-text",
-    "retrieval": "image-text-retrieval",
-    "zero-shot": "zero-shot-image-classification",
-    "image-classification": "image-classification",
-    "knn": "image-feature-extraction",
-    "nlvr2": "visual-question-answering",
-    "perplexity": "text-generation",
-    "answer-perplexity": "visual-question-answering",
-    "multiple-choice": "multiple-choice",
-}
 _PLACES = (
     "model", "calibration", "image_folder", "test", "test_image_folder", "importance", "allocation", "classes",
     "class_prompts",
@@ -184,29 +172,42 @@ def _rows(dense: Mapping[str, Quality], pruned: Mapping[str, Quality], data: Map
     for task in dict.fromkeys([*dense, *pruned]):
         before, after = dense.get(task, nothing), pruned.get(task, nothing)
         whole = after.metric or before.metric
-        yield _row(task, data.get(task, ""), whole, after.n or before.n, before, after)
+        unit = after.unit if after.metric else before.unit
+        yield _row(task, data.get(task, ""), whole, unit, after.n or before.n, before, after)
         for other in dict.fromkeys([*before.others, *after.others]):
             values = before.others.get(other, OtherMetric()), after.others.get(other, OtherMetric())
-            yield _row("", "", other, None, *values)
+            yield _row("", "", other, unit, None, *values)
 
 
 def _row(
-    task: str, data: str, metric: str, n: int | None, dense: Quality | OtherMetric, pruned: Quality | OtherMetric
+    task: str,
+    data: str,
+    metric: str,
+    unit: str | None,
+    n: int | None,
+    dense: Quality | OtherMetric,
+    pruned: Quality | OtherMetric,
 ) -> Row:
-    shown = [formats.metric_value(metric, part.value, part.stderr) for part in (dense, pruned)]
+    shown = [formats.metric_value(metric, part.value, part.stderr, unit=unit) for part in (dense, pruned)]
     return Row(task, data, metric, "" if n is None else formats.integer(n), *shown)
 
 
 def _results(pruned: Mapping[str, Quality], data: Mapping[str, str], kinds: Mapping[str, str]) -> Iterator[EvalResult]:
     """What the Hub lists: numbers of this model that are finite."""
     for task, quality in pruned.items():
-        kind = _TASK_TYPES.get(kinds.get(task, task), "text-generation")
+        kind = quality.hub_type or _hub_type(kinds.get(task, task))
         where = data.get(task, task)
         values = {quality.metric: quality.value, **{name: other.value for name, other in quality.others.items()}}
         for metric, value in values.items():
             if value is not None:
                 slug = re.sub(r"[^\w/.-]+", "-", where).strip("-")
                 yield EvalResult(kind, slug, where, metric, value, task_name=task, metric_name=metric)
+
+
+def _hub_type(task: str) -> str:
+    """The Hub's name of a task, for runs whose results do not say it."""
+    known: Any = TASKS.get(task) if task in TASKS else Task
+    return str(known.hub_type)
 
 
 def _calibration(record: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

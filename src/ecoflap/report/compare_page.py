@@ -23,7 +23,7 @@ _GIGABYTE = 1e9
 
 def quality_chart(content: Comparison, test: Test) -> Chart | None:
     """One line a method with the spread over seeds as a band, and the dense model as a dashed line."""
-    share = formats.in_per_cent(test.metric)
+    share = formats.unit_of(test.metric, test.unit) == "%"
     dense = test.dense.value
     series = []
     everything = [] if dense is None else [dense]
@@ -35,7 +35,7 @@ def quality_chart(content: Comparison, test: Test) -> Chart | None:
         everything += [value for _, value, _, _ in known]
         hover = [
             f"{method.shown}\nsparsity {formats.percent(s)}: "
-            + formats.metric_value(test.metric, value, spread or None)
+            + formats.metric_value(test.metric, value, spread or None, unit=test.unit)
             + (f"\n{seeds} seeds" if seeds > 1 else "")
             for s, value, spread, seeds in known
         ]
@@ -52,7 +52,8 @@ def quality_chart(content: Comparison, test: Test) -> Chart | None:
         limits = min(everything) / 1.3, max(everything) * 1.3
         axis = Axis(test.metric, log=True, limits=limits, ticks=log_ticks(limits))
         series = [_above(line, limits[0]) for line in series]
-    rules = [Rule(dense, f"dense {formats.metric_value(test.metric, dense)}", 1)] if dense is not None else []
+    shown = formats.metric_value(test.metric, dense, unit=test.unit)
+    rules = [] if dense is None else [Rule(dense, f"dense {shown}", 1)]
     return Chart(
         caption=f"{test.title} against sparsity",
         description=f"{test.metric} of {len(series)} methods at {len(content.sparsities)} sparsities; "
@@ -179,7 +180,7 @@ def render(content: Comparison) -> str:
                 "title": test.title,
                 "metric": test.metric,
                 "better": "higher" if test.higher_is_better else "lower",
-                "dense": formats.metric_value(test.metric, test.dense.value, test.dense.stderr),
+                "dense": formats.metric_value(test.metric, test.dense.value, test.dense.stderr, unit=test.unit),
                 "n": test.dense.n,
                 "panels": plots.group(f"quality{index}-", [chart] if chart else []),
                 "rows": [_row(content, method, test) for method in content.methods],
@@ -212,7 +213,7 @@ def _row(content: Comparison, method: Method, test: Test) -> dict[str, Any]:
     cells = []
     for sparsity in content.sparsities:
         average = content.average(method.name, sparsity, test)
-        text = formats.metric_value(test.metric, average.mean, average.error)
+        text = formats.metric_value(test.metric, average.mean, average.error, unit=test.unit)
         cells.append(
             {
                 "value": average.mean,
@@ -226,10 +227,13 @@ def _row(content: Comparison, method: Method, test: Test) -> dict[str, Any]:
 def _cells(content: Comparison) -> Iterator[tuple[Cell, list[tuple[float | None, str]]]]:
     """Every cell with the value and its text on each test."""
     for cell in content.cells:
-        results = [(test.metric, content.result(cell, test)) for test in content.each_test]
+        results = [(test, content.result(cell, test)) for test in content.each_test]
         yield (
             cell,
-            [(found.value, formats.metric_value(metric, found.value, found.stderr)) for metric, found in results],
+            [
+                (one.value, formats.metric_value(test.metric, one.value, one.stderr, unit=test.unit))
+                for test, one in results
+            ],
         )
 
 

@@ -35,6 +35,7 @@ class Test(Content):
     name: str
     task: str
     metric: str
+    unit: str | None = None
     higher_is_better: bool = True
     dense: Result = Result()
 

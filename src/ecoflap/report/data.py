@@ -416,9 +416,15 @@ class OtherMetric(Content):
 
 
 class Quality(Content):
-    """The result of one task: its value, standard error, sample count, further metrics, and each group of samples."""
+    """The result of one task: its value, standard error, sample count, further metrics, and each group of samples.
+
+    ``unit`` and ``better`` are those of :class:`ecoflap.evaluation.Task`; None: each metric's, by its name.
+    """
 
     metric: str
+    unit: str | None = None
+    better: str | None = None
+    hub_type: str | None = None
     value: Finite | None = None
     stderr: Finite | None = None
     n: Count | None = None

@@ -20,26 +20,31 @@ from ecoflap.report.data import RunData
 from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of
 
 MISSING = "not measured"
-# Shares of samples, shown in per cent. lm-eval names a metric "acc,none": what follows the comma is a filter.
+# Of suites of lm-eval and of older runs: shares of samples, shown in per cent. lm-eval names a metric "acc,none": what
+# follows the comma is a filter.
 _SHARES = re.compile(r"(.*[ _])?(accuracy|exact_match|acc|acc_norm|em|f1|recall)(,.*)?|(TR|IR|top|recall)[@-]?\d+")
 _HUNDREDS = {"CIDEr", "SPICE"}  # by custom shown times 100, without a unit
 
 
-def metric_value(metric: str, value: float | None, stderr: float | None = None) -> str:
-    """A metric's value in its unit, with ``± standard error`` where there is one: "93.1 % ± 0.8"."""
+def metric_value(metric: str, value: float | None, stderr: float | None = None, *, unit: str | None = None) -> str:
+    """A metric's value in its unit, with ``± standard error`` where there is one: "93.1 % ± 0.8".
+
+    Args:
+        unit: as :class:`ecoflap.evaluation.Task` says it; None: by the metric's name.
+    """
     if value is None:
         return MISSING
-    if _in_hundreds(metric):
-        unit = "" if _plain(metric) in _HUNDREDS else " %"
-        return f"{100 * value:.1f}{unit}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
+    if unit := unit_of(metric, unit):
+        sign = " %" if unit == "%" else ""
+        return f"{100 * value:.1f}{sign}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
     return significant(value, 4) + ("" if stderr is None else f" ± {significant(stderr, 2)}")
 
 
-def metric_change(metric: str, dense: float | None, pruned: float | None) -> str:
+def metric_change(metric: str, dense: float | None, pruned: float | None, *, unit: str | None = None) -> str:
     """Pruned minus dense with a sign: points for what is shown times 100, else per cent of the dense value."""
     if dense is None or pruned is None:
         return MISSING
-    if _in_hundreds(metric):
+    if unit_of(metric, unit):
         return _signed(100 * (pruned - dense), 1) + " points"
     return MISSING if dense == 0 else _signed(100 * (pruned / dense - 1), 1) + " %"
 
@@ -48,13 +53,17 @@ def _plain(metric: str) -> str:
     return metric.partition(" (")[0]  # without what says how it was computed: "CIDEr (simple words)"
 
 
-def in_per_cent(metric: str) -> bool:
-    """Whether a metric is a share of the samples, shown in per cent."""
-    return _SHARES.fullmatch(_plain(metric)) is not None
+def unit_of(metric: str, unit: str | None = None) -> str:
+    """``%`` (a share, shown in per cent), ``points`` (shown times 100) or "" (the plain number).
 
-
-def _in_hundreds(metric: str) -> bool:
-    return _plain(metric) in _HUNDREDS or _SHARES.fullmatch(_plain(metric)) is not None
+    Args:
+        unit: what the task says; None for suites of lm-eval and for older runs, whose metrics are known by their names.
+    """
+    if unit is not None:
+        return unit
+    if _SHARES.fullmatch(_plain(metric)):
+        return "%"
+    return "points" if _plain(metric) in _HUNDREDS else ""
 
 
 def percent(value: float | None, digits: int = 1) -> str:

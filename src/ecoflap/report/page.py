@@ -47,18 +47,19 @@ def tasks(metrics: Metrics) -> Iterator[Task]:
     for name in dict.fromkeys([*metrics.dense, *metrics.pruned]):
         dense, pruned = metrics.dense.get(name, nothing), metrics.pruned.get(name, nothing)
         metric = pruned.metric or dense.metric
+        unit = pruned.unit if pruned.metric else dense.unit
         before, after = dense.by_group or {}, pruned.by_group or {}
         groups = [
-            _row(group, metric, (before.get(group), None), (after.get(group), None))
+            _row(group, metric, unit, (before.get(group), None), (after.get(group), None))
             for group in dict.fromkeys([*before, *after])
         ]
         nowhere = OtherMetric()
         others = [
-            _row(other, other, _pair(dense.others.get(other, nowhere)), _pair(pruned.others.get(other, nowhere)))
+            _row(other, other, unit, _pair(dense.others.get(other, nowhere)), _pair(pruned.others.get(other, nowhere)))
             for other in dict.fromkeys([*dense.others, *pruned.others])
         ]
         label = f"all, {metric}" if others else "all"
-        whole = _row(label, metric, (dense.value, dense.stderr), (pruned.value, pruned.stderr))
+        whole = _row(label, metric, unit, (dense.value, dense.stderr), (pruned.value, pruned.stderr))
         counts = sorted({quality.n for quality in (dense, pruned) if quality.n is not None})
         n = " / ".join(formats.integer(count) for count in counts)
         yield Task(name, formats.task_title(name, metric), n, whole, others, groups)
@@ -69,13 +70,17 @@ def _pair(measured: OtherMetric) -> tuple[float | None, float | None]:
 
 
 def _row(
-    label: str, metric: str, dense: tuple[float | None, float | None], pruned: tuple[float | None, float | None]
+    label: str,
+    metric: str,
+    unit: str | None,
+    dense: tuple[float | None, float | None],
+    pruned: tuple[float | None, float | None],
 ) -> QualityRow:
     return QualityRow(
         label=label,
-        dense=formats.metric_value(metric, *dense),
-        pruned=formats.metric_value(metric, *pruned),
-        change=formats.metric_change(metric, dense[0], pruned[0]),
+        dense=formats.metric_value(metric, *dense, unit=unit),
+        pruned=formats.metric_value(metric, *pruned, unit=unit),
+        change=formats.metric_change(metric, dense[0], pruned[0], unit=unit),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -16,15 +16,10 @@ from ecoflap.support.progress import Progress, Silent
 from ecoflap.support.workers import ALONE, Workers
 
 if TYPE_CHECKING:
-    from ecoflap.evaluation import TaskResult
+    from ecoflap.evaluation import Task, TaskResult
     from ecoflap.model.checkpoint import Checkpoint
     from ecoflap.run.recipe import Recipe
 
-# What every task may be given; whatever else a task's function takes by keyword is one of its options.
-COMMON = frozenset((
-    "data", "samples", "batch_size", "sequence_length", "seed", "progress", "columns", "prompt_template",
-    "image_folder", "classes", "class_prompts", "workers", "window_start",
-))  # fmt: skip
 OptionValue = float | int | bool | str
 
 
@@ -133,20 +128,22 @@ def _completed(entry: Evaluation, recipe: Recipe) -> Evaluation:
     )
 
 
-def options_of(task: str) -> dict[str, inspect.Parameter]:
-    """The options of a task beside those that all have: keyword-only parameters of its function.
+def options_of(task: str) -> dict[str, Any]:
+    """The options of a task, the fields of its class: name to type.
 
     Raises:
         UnknownName: no such task.
     """
-    return {name: parameter for name, parameter in _parameters(task).items() if name not in COMMON}
+    cls: Any = _task(task)
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
-def _parameters(task: str) -> dict[str, inspect.Parameter]:
+def _task(name: str) -> type[Task]:
     from ecoflap.evaluation import TASKS
 
-    found = inspect.signature(TASKS.get(task), eval_str=True).parameters
-    return {name: p for name, p in found.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    found: Any = TASKS.get(name)
+    return found  # type: ignore[no-any-return]
 
 
 def check_evaluations(recipe: Recipe) -> tuple[Evaluation, ...]:
@@ -166,7 +163,7 @@ def check_evaluations(recipe: Recipe) -> tuple[Evaluation, ...]:
     class_names(recipe.classes), class_templates(recipe.class_prompts)
     if recipe.evaluations is None:
         for field, argument in _TEST_FIELDS.items():
-            if getattr(recipe, field) and not any(argument in _parameters(entry.task) for entry in entries):
+            if getattr(recipe, field) and not any(argument in _task(entry.task).takes for entry in entries):
                 taker = f"task {tasks} does not take it" if entries else "nothing is evaluated: give --task too"
                 raise InvalidOption(f"{field} is given, but {taker}")
     for entry in entries:
@@ -190,7 +187,7 @@ def _check_entry(entry: Evaluation, recipe: Recipe) -> None:
         _typed(name, value, accepted[name], where)
     own = next((e for e in recipe.evaluations or () if e.name == entry.name), None)
     for field, argument in _ENTRY_FIELDS.items():
-        if own is not None and getattr(own, field) and argument not in _parameters(entry.task):
+        if own is not None and getattr(own, field) and argument not in _task(entry.task).takes:
             raise InvalidOption(f"{where}task '{entry.task}' takes no {field}")
     class_names(entry.classes), class_templates(entry.class_prompts)
 
@@ -201,14 +198,12 @@ def _unknown_option(name: str, known: list[str], owner: str) -> str:
     return f"{owner} has no option '{name}': {hint}{'choose from ' + ', '.join(known) if known else 'it has none'}"
 
 
-def _typed(name: str, value: OptionValue, parameter: inspect.Parameter, where: str) -> Any:
-    """``value`` as the parameter's annotation wants it."""
-    if parameter.annotation is inspect.Parameter.empty:
-        return value
-    if isinstance(value, bool) and "bool" not in str(parameter.annotation):
+def _typed(name: str, value: OptionValue, kind: Any, where: str) -> Any:
+    """``value`` in the type ``kind``."""
+    if isinstance(value, bool) and "bool" not in str(kind):
         raise InvalidOption(f"{where}task option {name}={value}: true and false are no values of it")
     try:
-        wanted = TypeAdapter(parameter.annotation, config=ConfigDict(coerce_numbers_to_str=True))
+        wanted = TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
         return wanted.validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Input ")
@@ -259,32 +254,34 @@ def evaluate(
     """One evaluation of :func:`evaluations_of` on a model; several workers share its samples where the task can."""
     import torch
 
-    from ecoflap.evaluation import TASKS
+    from ecoflap.evaluation import TestData
 
-    parameters = _parameters(entry.task)
-    values: dict[str, Any] = {
-        "data": entry.test,
-        "samples": entry.samples,
-        "batch_size": rows_of_a_test(recipe),
-        "sequence_length": entry.sequence_length,
-        "window_start": recipe.window_start,
-        "seed": recipe.seed,
-        "progress": progress,
-        "workers": workers,
+    cls = _task(entry.task)
+    asked: dict[str, Any] = {
         "columns": entry.columns or None,
         "prompt_template": entry.prompt,
         "image_folder": entry.image_folder,
         "classes": class_names(entry.classes),
         "class_prompts": class_templates(entry.class_prompts),
     }
-    values = {name: value for name, value in values.items() if name in parameters}
-    options = {name: _typed(name, value, parameters[name], "") for name, value in entry.options.items()}
+    test = TestData(
+        data=entry.test,
+        samples=entry.samples,
+        batch_size=rows_of_a_test(recipe),
+        sequence_length=entry.sequence_length,
+        window_start=recipe.window_start,
+        seed=recipe.seed,
+        progress=progress,
+        workers=workers,
+        **{name: value for name, value in asked.items() if name in cls.takes},
+    )
+    kinds = options_of(entry.task)
+    task = cls(**{name: _typed(name, value, kinds[name], "") for name, value in entry.options.items()})
     with torch.no_grad():
-        task: Any = TASKS.get(entry.task)
         try:
-            result: TaskResult = task(checkpoint.model, checkpoint.processor, **values, **options)
+            result = task.run(checkpoint.model, checkpoint.processor, test)
         except (CalibrationError, InvalidOption) as error:
             if recipe.evaluations is not None or recipe.task is not None or recipe.test is None:
                 raise
             raise type(error)(f"{error} (no task is named, so '{entry.task}' was tried: --task NAME)") from error
-    return result
+    return replace(result, unit=task.unit, better=task.better, hub_type=task.hub_type)

@@ -308,6 +308,9 @@ def quality(result: TaskResult) -> dict[str, Any]:
         },
         "by_group": result.by_group and {name: _finite(value) for name, value in result.by_group.items()},
         "settings": result.settings,
+        "unit": result.unit,
+        "better": result.better,
+        "hub_type": result.hub_type,
     }
 
 

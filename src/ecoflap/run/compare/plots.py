@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from ecoflap.report import write_compare
-from ecoflap.report.formats import in_per_cent, shortened, significant, task_title
+from ecoflap.report.formats import shortened, significant, task_title, unit_of
 from ecoflap.run.compare.folder import LINES, TABLE
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.compare.record import Cell, Comparison, Test
@@ -91,12 +91,12 @@ def _quality_panel(axes: Axes, comparison: Comparison, test: Test) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 2)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif in_per_cent(test.metric):
+    elif unit_of(test.metric, test.unit) == "%":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
     axes.set_xticks(list(comparison.sparsities))
     axes.set_xticklabels([f"{sparsity:g}" for sparsity in comparison.sparsities])
     axes.set_xlabel("sparsity of the prunable weights")
-    title = task_title(test.name, test.metric) + (" (%)" if in_per_cent(test.metric) else "")
+    title = task_title(test.name, test.metric) + (" (%)" if unit_of(test.metric, test.unit) == "%" else "")
     axes.set_ylabel(title if test.higher_is_better else f"{title} (less is better)")
 
 

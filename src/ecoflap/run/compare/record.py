@@ -50,6 +50,7 @@ class Test(_Record):
     name: str
     task: str
     metric: str
+    unit: str | None = Field(None, description="As in metrics.json; None: by the metric's name.")
     higher_is_better: bool
     dense: Quality
 
@@ -178,7 +179,7 @@ def read_comparison(folder: str | Path) -> Comparison:
         ) from error
 
 
-# Words of metrics of which less is better; all others are shares, recalls or scores.
+# Words of lm-eval's metrics of which less is better; all others are shares, recalls or scores.
 _LESS = ("perplexity", "bits_per_byte", "loss", "error", "brier", "wer", "rmse")
 
 
@@ -198,7 +199,8 @@ def test_of(entry: Evaluation, dense: TaskResult) -> Test:
         name=entry.name,
         task=entry.task,
         metric=dense.metric,
-        higher_is_better=higher_is_better(dense.metric),
+        unit=dense.unit,
+        higher_is_better=higher_is_better(dense.metric) if dense.better is None else dense.better == "more",
         dense=quality_of(dense),
     )
 

@@ -122,7 +122,7 @@ def _quality(comparison: Comparison, test: Test) -> str:
 
 
 def _value(test: Test, value: float | None, error: float | None) -> str:
-    return metric_value(test.metric, value, error)
+    return metric_value(test.metric, value, error, unit=test.unit)
 
 
 def _not_made(comparison: Comparison) -> list[str]:
@@ -193,7 +193,7 @@ def _plain(text: str) -> str:
 def comparison_tables(comparison: Comparison) -> Iterator[Table]:
     """Methods by sparsities; the best of a column and all as good within error are bold."""
     for test in comparison.tests:
-        dense = metric_value(test.metric, test.dense.value, test.dense.stderr)
+        dense = metric_value(test.metric, test.dense.value, test.dense.stderr, unit=test.unit)
         title = Text(f"{task_title(test.name, test.metric)}, dense {dense}")
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("method")
