@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ecoflap.errors import InvalidOption
+from ecoflap.run.commands import find_own_modules
 from ecoflap.run.recipe import OPTIONS, Recipe, flag_of
 from ecoflap.support.registry import number
 
@@ -142,8 +142,7 @@ def with_recipe_options(
                 name: _plain(recipe, name, value) for name, value in given.items() if value is not None and value != []
             }
             built = recipe.load(recipe_files, changes) if recipe_files else recipe.parse(changes, OPTIONS)
-            if ":" in (built.objective or "") and "" not in sys.path:
-                sys.path.append("")  # a user's own function lies in the folder where the command was given
+            find_own_modules(built.objective)
             command(built, **values)
 
         wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__

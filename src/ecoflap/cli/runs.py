@@ -29,6 +29,14 @@ def analyse(
                      help="Calibration samples to measure on. Default: those of stage 1, fewer for large models."),
     ] = None,
     overwrite: Annotated[bool, flag("--overwrite", text="Measure again what is there already.")] = False,
+    trust_remote_code: Annotated[
+        bool, flag("--trust-remote-code", text="Let a run that ran code of its checkpoint run it again.")
+    ] = False,
+    objective: Annotated[
+        str | None,
+        typer.Option("--objective", metavar="MODULE:FUNCTION", show_default=False, rich_help_panel=OUTPUT,
+                     help="The run's own objective, again: a run is not trusted with naming code."),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -46,8 +54,11 @@ def analyse(
 
     # Read as the recipe reads numbers, so that a fault has one wording wherever it is found.
     count = None if samples is None else Recipe.parse({"samples": samples}, OPTIONS).samples
-    find_own_modules(run)
-    outcomes = analyse_run(run, what, samples=count, overwrite=overwrite, progress=progress_to(quiet or as_json))
+    find_own_modules(objective)
+    outcomes = analyse_run(
+        run, what, samples=count, overwrite=overwrite, progress=progress_to(quiet or as_json),
+        trust_remote_code=trust_remote_code, objective=objective,
+    )  # fmt: skip
     if as_json:
         print_json({"run": str(run), "analyses": {name: found.to_json() for name, found in outcomes.items()}})
     elif not quiet:

@@ -256,7 +256,8 @@ def _model_class(files: Files, trust_remote_code: bool) -> Any:
     config = files.config
     for name in config.get("architectures") or []:
         found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and hasattr(found, "from_pretrained"):
+        # A model's own class alone: an Auto class would look for code that comes with the checkpoint.
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     if "auto_map" in config and not trust_remote_code:
         raise CheckpointError(
@@ -273,7 +274,9 @@ def _auto_class(files: Files) -> Any:
     config, where = files.config, f"'{files.folder / (files.gguf_file or '')}'"
     try:
         options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
-        kind = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True, **options)
+        kind = transformers.AutoConfig.from_pretrained(
+            files.folder, local_files_only=True, trust_remote_code=False, **options
+        )
     except Exception as error:  # unknown type, invalid values, unreadable header: transformers raises many kinds
         named = config.get("architectures") or config.get("model_type") or "none"
         raise CheckpointError(
@@ -292,7 +295,8 @@ def _auto_class(files: Files) -> Any:
 def _load_model(
     files: Files, model_class: Any, name: str, dtype: str, trust_remote_code: bool, spread: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
-    options: dict[str, Any] = {**spread, **({"trust_remote_code": True} if trust_remote_code else {})}
+    # Always said: where nothing is said, transformers asks on the terminal.
+    options: dict[str, Any] = {**spread, "trust_remote_code": trust_remote_code}
     bars: AbstractContextManager[object] = nullcontext()
     if files.gguf_file is not None:
         bars = redirect_stderr(io.StringIO())  # its reader draws a bar that no setting of transformers stops

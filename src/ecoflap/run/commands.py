@@ -32,15 +32,11 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise OutputExists(f"{path} is there already: add --overwrite to replace it, or choose another --output")
 
 
-def find_own_modules(run: Path) -> None:
-    """Let a run's objective ``module:function`` be imported from the folder where the command was given."""
+def find_own_modules(objective: str | None) -> None:
+    """Let the user's objective ``module:function`` be imported from the folder where the command was given."""
     import sys
 
-    from ecoflap.run.directory import RunDirectory
-    from ecoflap.run.names import RECIPE
-
-    objective = RunDirectory(run).recorded().get("objective") if (run / RECIPE).is_file() else None
-    if ":" in str(objective) and "" not in sys.path:
+    if ":" in (objective or "") and "" not in sys.path:
         sys.path.append("")
 
 

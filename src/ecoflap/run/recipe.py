@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ecoflap.data.class_names import is_file_entry
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.run.evaluations import Evaluation
+from ecoflap.run.trust import refuse_code
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.support.registry import unknown
 
@@ -412,7 +413,8 @@ class Recipe(BaseModel):
         Files of class names and class prompts are looked for in the current folder, then beside the recipe.
 
         Raises:
-            InvalidOption: unreadable, no mapping, an unknown field, or a value out of range.
+            InvalidOption: unreadable, no mapping, an unknown field, a value out of range, or a file asks to run code
+                (``trust_remote_code``, an objective ``module:function``) for which ``changes`` does not ask.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         data: dict[str, Any] = {}
@@ -421,6 +423,7 @@ class Recipe(BaseModel):
             data |= found
             # A fault is looked for where it is; a file that only adds to others may not stand alone.
             cls.parse(data if len(paths) > 1 else found, f"recipe {file}")
+            refuse_code(found, changes or {}, f"recipe {file}")
         if not changes:
             return cls.parse(data, " + ".join(f"recipe {file}" for file in paths))
         return cls.parse({**data, **changes}, OPTIONS)

@@ -52,6 +52,8 @@ def analyse(
     samples: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
+    objective: str | None = None,
 ) -> dict[str, Outcome]:
     """Analyse a complete run: JSON, PNG and SVG under ``run``/analysis, and its ``report.html`` again.
 
@@ -60,6 +62,8 @@ def analyse(
         what: names of :data:`ANALYSES`, or one; None: all that the run has something for.
         samples: calibration samples to measure on; by default as many as stage 1 of the run, fewer for large models.
         overwrite: measure again what is there already.
+        trust_remote_code: let a run that ran its checkpoint's own code run it again.
+        objective: the run's own objective ``module:function``, again, as a run is not trusted with naming code.
 
     Returns:
         What became of each, by name. In Python, ``ecoflap.analyse``.
@@ -74,7 +78,11 @@ def analyse(
 
     asked = [what] if isinstance(what, str) else what
     names = [name for name in ANALYSES if name in [ANALYSES.check(one) for one in asked]] if asked else list(ANALYSES)
-    subject = Subject(run, samples, progress)
+    code = {
+        **({"trust_remote_code": True} if trust_remote_code else {}),
+        **({"objective": objective} if objective else {}),
+    }
+    subject = Subject(run, samples, progress, code)
     outcomes: dict[str, Outcome] = {}
     with RunDirectory(subject.path) as directory:
         directory.lock()

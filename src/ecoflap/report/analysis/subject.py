@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.importance.scores import Importance
@@ -35,13 +35,20 @@ class Subject:
         path: the run directory.
         samples: calibration samples to measure on; None: those of the run's stage 1, and fewer in proportion for models
             of more than :data:`FULL_SAMPLES_UP_TO` parameters.
+        code: the run's fields that run code (``trust_remote_code``, ``objective``), as the user allows them.
 
     Raises:
         InvalidOption: ``path`` is no run, or one that has not ended; or ``samples`` is below 1.
     """
 
-    def __init__(self, path: str | Path, samples: int | None = None, progress: Progress | None = None) -> None:
-        self.path, self.progress, self._samples = Path(path), progress or Silent(), samples
+    def __init__(
+        self,
+        path: str | Path,
+        samples: int | None = None,
+        progress: Progress | None = None,
+        code: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.progress, self._samples, self._code = Path(path), progress or Silent(), samples, code or {}
         if not (self.path / files.RECIPE).is_file():
             raise InvalidOption(f"{self.path} is no run directory: it has no {files.RECIPE}")
         if files.GRID in RunDirectory(self.path).recorded():
@@ -55,7 +62,19 @@ class Subject:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return Recipe.load(self.path / files.RECIPE)
+        """The run's.
+
+        Raises:
+            InvalidOption: it can't be read, or runs code that the user did not allow, or other code than allowed.
+        """
+        found = Recipe.load(self.path / files.RECIPE, dict(self._code))
+        recorded = RunDirectory(self.path).recorded()
+        for field, value in self._code.items():
+            if recorded.get(field) != value:
+                raise InvalidOption(
+                    f"{field} of {self.path} is {recorded.get(field)}, not {value}: an analysis computes as its run did"
+                )
+        return found
 
     @property
     def folder(self) -> Path:
