@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ecoflap.allocation.patterns import NofM, Unstructured, parse_pattern, sparsity_of_pattern
 from ecoflap.errors import InvalidOption, NonFiniteLoss
-from ecoflap.pruning.masks import _kth_lowest, lowest_by_counts, lowest_mask, row_quotas
+from ecoflap.pruning.masks import _kth_lowest, gradual_mask, lowest_by_counts, lowest_mask, row_quotas
 
 ROW, MATRIX = Unstructured("row"), Unstructured("matrix")
 
@@ -174,3 +174,19 @@ def test_rows_lose_alike_with_equal_scores_too(rows: int, columns: int, kinds: i
     for row in range(rows):
         expected[row, places[row, : base + (row in more)]] = False
     assert torch.equal(lowest_mask(scores, zeros, Unstructured("row")), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 6), groups=st.integers(1, 6), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_on_the_way_to_n_of_m_the_lowest_of_those_that_go_in_the_end(
+    rows: int, groups: int, share: float, seed: int
+) -> None:
+    scores = torch.rand(rows, 4 * groups, generator=torch.Generator().manual_seed(seed))
+    goal = scores.numel() // 2
+    zeros = round(share * goal)
+    final, now = lowest_mask(scores, goal, NofM(2, 4)), gradual_mask(scores, zeros, goal, NofM(2, 4))
+    assert int((~now).sum()) == zeros
+    assert not (~now & final).any()
+    gone, later = scores[~now], scores[now & ~final]
+    assert not len(gone) or not len(later) or gone.max() <= later.min()
+    assert torch.equal(gradual_mask(scores, 1, 5, Unstructured("row")), lowest_mask(scores, 1, Unstructured("row")))

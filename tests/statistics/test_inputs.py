@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import CalibrationError, NonFiniteLoss
-from ecoflap.statistics.inputs import STATISTICS, InputGram, InputNorm, exact_products
+from ecoflap.statistics.gather import STATISTICS
+from ecoflap.statistics.inputs import InputGram, InputNorm, exact_products
 
 KINDS = pytest.mark.parametrize("kind", [InputNorm, InputGram])
 

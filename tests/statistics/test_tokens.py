@@ -26,7 +26,7 @@ from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating, tensors_in
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import decoder_of, dense_statistics, gather, sequence_of
-from ecoflap.statistics.inputs import STATISTICS
+from ecoflap.statistics.gather import STATISTICS
 from ecoflap.statistics.tokens import check_choice, largest
 
 SHARED = (

@@ -56,7 +56,7 @@ class GlobalCriterion(Protocol):
         ...
 
 
-Needs = Literal["none", "norm", "gram"]
+Needs = Literal["none", "norm", "gram", "pair"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -75,7 +75,8 @@ class Criterion(Protocol):
 
     @property
     def statistics(self) -> Needs:
-        """What to gather of the layer's inputs: nothing, an InputNorm, or an InputGram (which serves for both)."""
+        """What to gather of the layer's inputs: nothing, an InputNorm, an InputGram, or an InputPair (each of which
+        serves for those before)."""
         ...
 
     @property

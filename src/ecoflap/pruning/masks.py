@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ecoflap.allocation.patterns import NofM, Pattern, check_fits
+from ecoflap.allocation.patterns import NofM, Pattern, Unstructured, check_fits
 from ecoflap.errors import NonFiniteLoss
 
 # Up to this M, ranking each weight against the others of its group beats a selection per group.
@@ -44,6 +44,17 @@ def lowest_mask(scores: Tensor, zeros: int, pattern: Pattern) -> Tensor:
     if pattern.compare == "matrix":
         return ~lowest_in_rows(scores.reshape(1, -1), zeros).reshape(rows, columns)
     return ~_lowest_evenly(scores, zeros)
+
+
+def gradual_mask(scores: Tensor, zeros: int, goal: int, pattern: Pattern) -> Tensor:
+    """As :func:`lowest_mask` on the way to ``goal`` zeros, of which ``zeros`` go by now, in any number.
+
+    Of an N:M pattern these are the lowest of those that the pattern removes in the end.
+    """
+    if isinstance(pattern, NofM) and zeros < goal:
+        final = lowest_mask(scores, goal, pattern)
+        return lowest_mask(scores.masked_fill(final, torch.inf), zeros, Unstructured("matrix"))
+    return lowest_mask(scores, zeros, pattern)
 
 
 def row_quotas(scores: Tensor, zeros: int) -> Tensor:

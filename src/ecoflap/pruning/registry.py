@@ -16,6 +16,7 @@ CRITERIA: Registry[Callable[..., Criterion | GlobalCriterion]] = Registry(
     {
         "wanda": "ecoflap.pruning.wanda:Wanda",
         "sparsegpt": "ecoflap.pruning.sparsegpt:SparseGPT",
+        "admm": "ecoflap.pruning.admm:ADMM",
         "magnitude": "ecoflap.pruning.magnitude:Magnitude",
         "global-magnitude": "ecoflap.pruning.whole_model:GlobalMagnitude",
         "iterative-gradient": "ecoflap.pruning.whole_model:IterativeGradient",

@@ -30,8 +30,8 @@ from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.dense import decoder_of, gather, keepers_of, sequence_of
-from ecoflap.statistics.gather import Gatherer
-from ecoflap.statistics.inputs import STATISTICS, InputStatistics, all_finite
+from ecoflap.statistics.gather import STATISTICS, Gatherer
+from ecoflap.statistics.inputs import InputStatistics, all_finite
 from ecoflap.statistics.tokens import check_choice
 from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.workers import ALONE, Share, Workers, share_of

@@ -19,8 +19,8 @@ from ecoflap.model.parts import Anatomy, Block, Layer, Tower
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating
 from ecoflap.statistics.choice import ALL, TokenChoice
-from ecoflap.statistics.gather import Gatherer, InputsDiverged
-from ecoflap.statistics.inputs import STATISTICS, InputStatistics
+from ecoflap.statistics.gather import STATISTICS, Gatherer, InputsDiverged
+from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.statistics.tokens import chooser
 from ecoflap.support.workers import ALONE, Share, Workers, share_of
 

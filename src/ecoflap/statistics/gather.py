@@ -15,10 +15,14 @@ from ecoflap.errors import NonFiniteLoss
 from ecoflap.model.block_runner import BlockCall, Enough
 from ecoflap.model.parts import Block, Layer
 from ecoflap.model.trace import linear_weight, tensors_in
-from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.statistics.inputs import InputGram, InputNorm, InputStatistics
+from ecoflap.statistics.pair import InputPair
 from ecoflap.statistics.real_tokens import OwnMasks, RoutedTokens, own_masks
 from ecoflap.statistics.tokens import Chooser
 from ecoflap.support.workers import Share
+
+STATISTICS: dict[str, Callable[[int], InputStatistics]] = {"norm": InputNorm, "gram": InputGram, "pair": InputPair}
+"""What a criterion asks for by ``statistics`` to the accumulator of so many columns."""
 
 
 class InputsDiverged(Exception):

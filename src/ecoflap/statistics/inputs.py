@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from ecoflap.errors import CalibrationError, NonFiniteLoss
 
 Self = TypeVar("Self", bound="_Accumulator")
+Gram = TypeVar("Gram", bound="InputGram")
 
 # Tokens become fp32 a part at a time: numbers that stay in a core's cache, and rows enough to keep a product busy.
 _NORM_PART = 2**17
-_GRAM_PART = 512
+GRAM_PART = 512
 
 
 @contextmanager
@@ -170,7 +171,7 @@ class InputGram(_Accumulator):
 
     def __init__(self, columns: int) -> None:
         super().__init__(columns, (columns, columns))
-        self._factor: tuple[float, Tensor] | None = None
+        self._shared: dict[Hashable, Tensor] = {}
 
     def update(self, x: Tensor, keep: Tensor | None = None) -> None:
         """Add inputs ``x`` (..., columns); ``keep`` (leading dims of x, or flat) is True for real tokens.
@@ -181,29 +182,50 @@ class InputGram(_Accumulator):
         """
         tokens = self._tokens_of(x, keep)
         with exact_products(tokens):
-            for part in torch.split(tokens, self._rows(_GRAM_PART * self.columns)):
+            for part in torch.split(tokens, self._rows(GRAM_PART * self.columns)):
                 part = part.float()
                 self._sum.addmm_(part.T, part)
-        self._factor = None
+        self._shared.clear()
         self._counted(len(tokens))
 
+    def clone(self: Gram) -> Gram:
+        """A copy that goes its own way from here."""
+        twin = super().clone()
+        twin._shared = dict(self._shared)
+        return twin
+
     def _squares(self) -> Tensor:
-        return self._sum.diagonal()  # a bad entry anywhere spoils the diagonal
+        return self.moments.diagonal()  # a bad entry anywhere spoils the diagonal
+
+    @property
+    def moments(self) -> Tensor:
+        """(columns, columns) fp32: XᵀX. Don't write to it."""
+        return self._sum
 
     @property
     def norm(self) -> Tensor:
         """(columns,) fp32: ||X_j||_2."""
-        return self._sum.diagonal().sqrt()
+        return self.moments.diagonal().sqrt()
 
     @property
     def hessian(self) -> Tensor:
         """(columns, columns) fp32, H = 2/n XᵀX."""
-        return self._sum * (2 / max(self.tokens, 1))
+        return self.moments * (2 / max(self.tokens, 1))
 
     @property
     def dead(self) -> Tensor:
         """(columns,) bool: inputs that were zero in every token, whose weights can't matter."""
-        return self._sum.diagonal() == 0
+        return self.moments.diagonal() == 0
+
+    def shared(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` computes from the inputs alone: once, for all layers that read them.
+
+        Args:
+            key: says what it is, with the options that it depends on.
+        """
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def inverse_factor(self, damping: float = 0.01) -> Tensor:
         """Upper triangular U with UᵀU = (H + damping · mean(diag H) · I)⁻¹, as SparseGPT wants it. Computed once.
@@ -217,17 +239,15 @@ class InputGram(_Accumulator):
         Raises:
             CalibrationError: H can't be factorised even so.
         """
-        if self._factor is None or self._factor[0] != damping:
-            self._factor = (damping, self._factorise(damping))
-        return self._factor[1]
+        return self.shared(("inverse factor", damping), lambda: self._factorise(damping))
 
     def _factorise(self, damping: float) -> Tensor:
         dead = self.dead
-        mean = float(self._sum.diagonal().mean()) * 2 / max(self.tokens, 1)
+        mean = float(self.moments.diagonal().mean()) * 2 / max(self.tokens, 1)
         for _ in range(4):
             # Cholesky of H with rows and columns reversed gives H = R Rᵀ with R upper; then U = R⁻¹. One factorisation,
             # and H⁻¹ (whose condition is as bad, with more rounding) is never formed.
-            reverse = self._sum.flip(0, 1).mul_(2 / max(self.tokens, 1))
+            reverse = self.moments.flip(0, 1).mul_(2 / max(self.tokens, 1))
             reverse.diagonal().add_(damping * mean).masked_fill_(dead.flip(0), 1.0)
             lower, failed = torch.linalg.cholesky_ex(reverse)
             del reverse
@@ -246,9 +266,6 @@ class InputGram(_Accumulator):
 
 
 InputStatistics = InputNorm | InputGram
-
-STATISTICS: dict[str, Callable[[int], InputStatistics]] = {"norm": InputNorm, "gram": InputGram}
-"""What a criterion asks for by ``statistics`` to the accumulator of so many columns."""
 
 
 def _invert_upper(r: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""ADMM: mask and weights are found together, in turns of least squares and projection (Boža 2024, arXiv 2401.02938)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ecoflap.allocation.patterns import Compare, Pattern, check_fits, with_default
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.pruning.criteria import Needs, Pruned, check_statistics, make_criterion, zero_out
+from ecoflap.pruning.least_squares import Reconstruction, Targets
+from ecoflap.pruning.masks import gradual_mask
+from ecoflap.pruning.sparsegpt import SparseGPT
+from ecoflap.statistics.inputs import InputGram, InputStatistics
+from ecoflap.statistics.pair import InputPair
+
+_PENALTY = 1.0  # ρ, in the units of the scaled moments, whose diagonal is 1
+_CHOOSING = 0.75  # the share of the iterations in which the mask may change
+_SMALL = 4096  # of so few weights the mask is a matter of luck: the better one of ADMM's and SparseGPT's is taken
+
+
+@dataclass(frozen=True)
+class ADMM:
+    """Alternating direction method of multipliers with a growing mask, then least squares on the last one.
+
+    Minimises ‖X Wᵀ − X̂ Ŵᵀ‖² over the weights Ŵ with so many zeros: X are the layer's inputs in the dense model, X̂
+    those in the model as it is pruned up to here. Scaling, penalty and mask as in Boža's paper; the final conjugate
+    gradients as in ALPS (Meng et al. 2024, arXiv 2406.07831).
+
+    Args:
+        iterations: of ADMM. In the first three quarters the mask is chosen anew each time, with ever more zeros.
+        damping: is added to the diagonal of X̂ᵀX̂, scaled to 1, and draws the weights to the dense ones.
+        polish: steps of conjugate gradients on the final mask.
+        targets: "dense": the layer is to give what it gives in the dense model. "own": what the dense weight gives
+            for the inputs of the pruned model (X = X̂), as SparseGPT has it.
+        mask: a criterion whose mask is taken; ADMM then finds the weights alone.
+        order: "sequential": layers of a block that read one input are pruned together, and the next ones see what that
+            makes of theirs. "block": all layers of a block see the block's inputs and its dense weights.
+    """
+
+    iterations: int = 20
+    damping: float = 0.01
+    polish: int = 10
+    targets: Targets = "dense"
+    mask: str = ""
+    order: Literal["sequential", "block"] = "sequential"
+    name: ClassVar[str] = "admm"
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise InvalidOption(f"iterations must be at least 1, not {self.iterations}")
+        if not self.damping > 0:
+            raise InvalidOption(f"damping must be above 0, not {self.damping}")
+        if self.polish < 0:
+            raise InvalidOption(f"polish must be at least 0, not {self.polish}")
+        if self.targets not in ("dense", "own"):
+            raise InvalidOption(f"targets must be 'dense' or 'own', not {self.targets!r}")
+        if self.order not in ("sequential", "block"):
+            raise InvalidOption(f"order must be 'sequential' or 'block', not {self.order!r}")
+        if self.mask and not hasattr(self._chooser(), "statistics"):
+            raise InvalidOption(f"mask must be a criterion that prunes layer by layer, not {self.mask!r}")
+
+    @property
+    def statistics(self) -> Needs:
+        """See :class:`ecoflap.pruning.criteria.Criterion`."""
+        return "pair" if self.targets == "dense" else "gram"
+
+    @property
+    def default_compare(self) -> Compare:
+        """See :class:`ecoflap.pruning.criteria.Criterion`."""
+        return self._chooser().default_compare if self.mask else "matrix"
+
+    def _corrects(self, statistics: InputStatistics | None) -> bool:
+        """Whether a layer that keeps all its weights has something to make up for."""
+        return self.targets == "dense" and isinstance(statistics, InputPair)
+
+    def _chooser(self) -> Any:
+        return make_criterion(self.mask)
+
+    def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
+        """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
+        weight = weight.detach()
+        check_fits(pattern, (weight.shape[0], weight.shape[1]), zeros)
+        if zeros == weight.numel() or (zeros == 0 and not self._corrects(statistics)):
+            return zero_out(weight, torch.full_like(weight, zeros == 0, dtype=torch.bool))
+        gram = check_statistics(self.name, statistics, weight.shape[1])
+        if not isinstance(gram, InputGram):
+            raise CalibrationError("criterion 'admm' needs an InputGram, not column norms alone")
+        pattern = with_default(pattern, self.default_compare)
+        layer = Reconstruction.of(weight, gram, self.damping, self.targets)
+        mask = self._chooser()(weight, gram, zeros, pattern).mask if self.mask else None
+        inverse = gram.shared(("penalised inverse", self.damping), lambda: _inverse(layer.moments))
+        w, mask = _admm(layer, inverse.to(weight.device), zeros, pattern, self.iterations, mask)
+        w = layer.solve(w, mask, self.polish)
+        if not self.mask and weight.numel() <= _SMALL:
+            other = SparseGPT()(weight, gram, zeros, pattern)
+            by_sparsegpt = layer.solve(other.weight * layer.scale, other.mask, self.polish)
+            if layer.error(by_sparsegpt) < layer.error(w):
+                w, mask = by_sparsegpt, other.mask
+        return layer.pruned(w, mask, weight)
+
+
+def _admm(
+    layer: Reconstruction, inverse: Tensor, zeros: int, pattern: Pattern, iterations: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scaled weight and mask after so many iterations; a mask that is given stays.
+
+    In the paper's terms, with S = W + U: Z = mask ⊙ S, U = S − Z, and W = (B + ρ (Z − U)) (H + ρI)⁻¹.
+    """
+    choosing = 0 if mask is not None else max(1, round(_CHOOSING * iterations))
+    constant = layer.products @ inverse
+    s = layer.weight.clone()
+    for iteration in range(1, iterations + 1):
+        if iteration <= choosing:
+            # The number of zeros grows with the cube of what is left (Zhu & Gupta 2017, arXiv 1710.01878).
+            share = 1 - (1 - iteration / choosing) ** 3
+            mask = gradual_mask(s.abs(), round(share * zeros), zeros, pattern)
+        assert mask is not None
+        w = torch.addmm(constant, torch.where(mask, s, -s), inverse, alpha=_PENALTY)
+        s = s.masked_fill_(mask, 0).add_(w)
+    assert mask is not None
+    return s.mul_(mask), mask
+
+
+def _inverse(moments: Tensor) -> Tensor:
+    """(H + ρI)⁻¹, well conditioned: the eigenvalues of H lie between 0 and the number of inputs."""
+    penalised = moments.clone()
+    penalised.diagonal().add_(_PENALTY)
+    lower, failed = torch.linalg.cholesky_ex(penalised)
+    if failed:
+        raise CalibrationError("the inputs' second moments can't be inverted; use more calibration samples")
+    return torch.cholesky_inverse(lower)
