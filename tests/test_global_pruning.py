@@ -78,7 +78,7 @@ def test_options_of_criteria_are_checked_before_anything_is_written(run: Command
         ("sparsegpt", "damping=big", ("criterion option damping=big", "a number")),
         ("sparsegpt", "slab=true", ("criterion option slab=True", "a whole number")),
         ("sparsegpt", "damping=0", ("damping must be above 0",)),
-        ("wanda", "slab=4", ("has no option 'slab'", "it has no options")),
+        ("wanda", "slab=4", ("has no option 'slab'", "its options are order")),
         ("sparsegpt", "damping", ("--criterion-options", "write NAME=VALUE")),
     ):
         run(*base, "--criterion", criterion, "--criterion-options", option).refused(*words)

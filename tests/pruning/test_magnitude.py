@@ -67,12 +67,12 @@ def test_a_weight_that_requires_grad() -> None:
 
 
 def test_registry() -> None:
-    names = ["wanda", "sparsegpt", "magnitude"]
+    names = ["wanda", "sparsegpt", "admm", "magnitude"]
     assert [name for name in CRITERIA if not is_global(name)] == names
     for name in names:
         criterion = CRITERIA.get(name)()
         assert criterion.name == name
-        assert criterion.statistics in ("none", "norm", "gram")
+        assert criterion.statistics in ("none", "norm", "gram", "pair")
         assert criterion.default_compare in ("row", "matrix")
     with pytest.raises(UnknownName, match="did you mean 'wanda'"):
         CRITERIA.get("wnada")

@@ -113,7 +113,7 @@ def test_wanda_is_that_of_plain_forwards_of_the_whole_model(name: str, padding: 
     assert all(row.achieved == row.sparsity for row in allocation.layers)
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "admm", "magnitude"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_exact_counts_everywhere_and_nothing_else_touched(name: str, criterion: str) -> None:
     batches = FAMILIES[name].batches(4, 2, padding=True)
@@ -126,7 +126,7 @@ def test_exact_counts_everywhere_and_nothing_else_touched(name: str, criterion: 
     for layer in anatomy.layers:
         weight = model.get_parameter(layer.name)
         assert int((weight == 0).sum()) == allocation[layer.name].zeros
-        if criterion != "sparsegpt":
+        if criterion not in ("sparsegpt", "admm"):
             kept = weight != 0
             assert torch.equal(weight[kept], before[layer.name][kept])
 
@@ -167,7 +167,7 @@ def test_batch_size_does_not_change_masks(criterion: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "admm", "magnitude"])
 def test_n_of_m_holds_in_every_group(criterion: str, pattern: str) -> None:
     kept, group = (int(part) for part in pattern.split(":"))
     family = FAMILIES["t5"]
@@ -216,7 +216,7 @@ class Journal:
         self.blocks[block] = PrunedBlock({n: w.clone() for n, w in pruned.weights.items()}, pruned.unreached)
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "admm", "magnitude"])
 def test_a_walk_stopped_anywhere_goes_on_to_the_same_bits(criterion: str) -> None:
     batches = FAMILIES["blip2_t5"].batches(4, 2, padding=True)
     whole, anatomy, _ = pruned("blip2_t5", batches, criterion)

@@ -68,14 +68,15 @@ def test_padding_that_is_routed_to_experts_does_not_count(criterion: str) -> Non
     assert sum(differing.values()) <= (4 if criterion == "sparsegpt" else 0)  # a swap of two near-equal scores
 
 
-def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named() -> None:
+@pytest.mark.parametrize("criterion", ["wanda", "admm"])
+def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(criterion: str) -> None:
     model = mixture_of_modules()
     mixture = Mixture(32, 16, chosen=1)
     mixture.load_state_dict(model.model.layers[1].mlp.state_dict())
     model.model.layers[1].mlp = mixture
     with torch.no_grad():  # one of the first two has the largest logit, whatever the token
         mixture.gate.weight[1:] = mixture.gate.weight[0] * torch.tensor([[-1.0], [0.5], [0.0]])
-    after, anatomy, unreached = pruned(model, picos.FAMILIES["llama"].batches(8, 4, padding=True), "wanda")
+    after, anatomy, unreached = pruned(model, picos.FAMILIES["llama"].batches(8, 4, padding=True), criterion)
     idle = {layer.name for layer in anatomy.layers if layer.expert.endswith(("experts.2", "experts.3"))}
     assert set(unreached) == idle
     assert len(idle) == 6

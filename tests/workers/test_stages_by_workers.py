@@ -65,6 +65,7 @@ def by_one(name: str, criterion: str, tokens: str = "all") -> list[Any]:
     ("name", "criterion", "count"),
     [("llama", "wanda", 2), ("llama", "wanda", 9), ("llama", "sparsegpt", 3), ("llama", "sparsegpt", 4),
      ("blip2_t5", "sparsegpt", 2), ("experts", "wanda", 3), ("experts", "sparsegpt", 9), ("gpt2", "wanda", 2),
+     ("llama", "admm", 2), ("blip2_t5", "admm", 4), ("experts", "admm", 9),
      ("llama", "magnitude", 2), ("llama", "iterative-gradient", 2)],
 )  # fmt: skip
 def test_the_pruned_model_is_that_of_one_worker(name: str, criterion: str, count: int) -> None:

@@ -131,15 +131,16 @@ class TowerDriver:
                 self._driver(*args, **kwargs)
         return taken[0] if taken else None
 
-    def observe(self, index: int, before: Callable[[BlockCall], None]) -> None:
+    def observe(self, index: int, before: Callable[[BlockCall], None], *, calls: int | None = None) -> None:
         """Run block ``index`` on the inputs taken by :meth:`enter`, for what hooks see of it; outputs are not kept.
 
         A hook that has seen enough of a call may raise :class:`Enough`, and the next call begins.
 
         Args:
             before: called with each call (arguments on their device) just before the block runs.
+            calls: only the first so many; None: all.
         """
-        for _, call in self._calls:
+        for _, call in self._calls[:calls]:
             args, kwargs = self._offload.use((call.args, call.kwargs))
             before(BlockCall(call.batch, args, kwargs))
             with suppress(Enough), torch.no_grad():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ecoflap.allocation.patterns import Compare, Pattern, check_fits, with_default
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.pruning.criteria import Needs, Pruned, check_statistics, make_criterion, zero_out
+from ecoflap.pruning.criteria import BlockOrder, Needs, Pruned, check_order, check_statistics, make_criterion, zero_out
 from ecoflap.pruning.least_squares import Reconstruction, Targets
 from ecoflap.pruning.masks import gradual_mask
 from ecoflap.pruning.sparsegpt import SparseGPT
@@ -37,8 +37,7 @@ class ADMM:
         targets: "dense": the layer is to give what it gives in the dense model. "own": what the dense weight gives
             for the inputs of the pruned model (X = X̂), as SparseGPT has it.
         mask: a criterion whose mask is taken; ADMM then finds the weights alone.
-        order: "sequential": layers of a block that read one input are pruned together, and the next ones see what that
-            makes of theirs. "block": all layers of a block see the block's inputs and its dense weights.
+        order: see :attr:`ecoflap.pruning.criteria.Criterion.order`.
     """
 
     iterations: int = 20
@@ -46,7 +45,7 @@ class ADMM:
     polish: int = 10
     targets: Targets = "dense"
     mask: str = ""
-    order: Literal["sequential", "block"] = "sequential"
+    order: BlockOrder = "sequential"
     name: ClassVar[str] = "admm"
 
     def __post_init__(self) -> None:
@@ -58,8 +57,7 @@ class ADMM:
             raise InvalidOption(f"polish must be at least 0, not {self.polish}")
         if self.targets not in ("dense", "own"):
             raise InvalidOption(f"targets must be 'dense' or 'own', not {self.targets!r}")
-        if self.order not in ("sequential", "block"):
-            raise InvalidOption(f"order must be 'sequential' or 'block', not {self.order!r}")
+        check_order(self.order)
         if self.mask and not hasattr(self._chooser(), "statistics"):
             raise InvalidOption(f"mask must be a criterion that prunes layer by layer, not {self.mask!r}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.allocation.patterns import Compare, Pattern
-from ecoflap.errors import CalibrationError, NonFiniteLoss
+from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.importance.base import ProbeContext
 from ecoflap.model.parts import Layer
 from ecoflap.pruning.registry import CRITERIA
@@ -57,6 +57,7 @@ class GlobalCriterion(Protocol):
 
 
 Needs = Literal["none", "norm", "gram", "pair"]
+BlockOrder = Literal["block", "sequential"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -84,6 +85,14 @@ class Criterion(Protocol):
         """Where scores are compared when the pattern is unstructured and leaves it open."""
         ...
 
+    @property
+    def order(self) -> BlockOrder:
+        """Which layers of a block are pruned at once: all, or those that read one input, group after group.
+
+        With "sequential" each group's inputs are those that the groups before it leave.
+        """
+        ...
+
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to exactly ``zeros`` zeros; the input tensor is not changed.
 
@@ -108,6 +117,12 @@ def make_criterion(name: str, options: Mapping[str, Any] | None = None) -> Crite
     check_options("criterion", name, factory, options or {})
     made: Criterion | GlobalCriterion = factory(**(options or {}))
     return made
+
+
+def check_order(order: str) -> None:
+    """Raises InvalidOption unless ``order`` is one of :data:`BlockOrder`."""
+    if order not in ("block", "sequential"):
+        raise InvalidOption(f"order must be 'block' or 'sequential', not {order!r}")
 
 
 def check_statistics(criterion: str, statistics: InputStatistics | None, columns: int) -> InputStatistics:

@@ -19,6 +19,7 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
     statistics: ClassVar[Literal["none"]] = "none"
+    order: ClassVar[Literal["block"]] = "block"
     default_compare: ClassVar[Literal["matrix"]] = "matrix"
 
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:

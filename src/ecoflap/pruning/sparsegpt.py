@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ecoflap.allocation.patterns import NofM, Pattern, check_fits, with_default
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
-from ecoflap.pruning.criteria import Pruned, check_statistics, zero_out
+from ecoflap.pruning.criteria import BlockOrder, Pruned, check_order, check_statistics, zero_out
 from ecoflap.pruning.masks import lowest_by_counts, lowest_in_rows, row_quotas
 from ecoflap.statistics.inputs import InputGram, InputStatistics, all_finite
 
@@ -25,10 +25,12 @@ class SparseGPT:
     Args:
         damping: share of mean(diag H) that is always added to H's diagonal.
         slab: columns whose mask is chosen together; the number of zeros of every slab is its share of the total.
+        order: see :attr:`ecoflap.pruning.criteria.Criterion.order`.
     """
 
     damping: float = 0.01
     slab: int = 128
+    order: BlockOrder = "block"
     name: ClassVar[str] = "sparsegpt"
     statistics: ClassVar[Literal["gram"]] = "gram"
     default_compare: ClassVar[Literal["matrix"]] = "matrix"
@@ -38,6 +40,7 @@ class SparseGPT:
             raise InvalidOption(f"damping must be above 0, not {self.damping}")
         if self.slab < 1:
             raise InvalidOption(f"slab must be at least 1, not {self.slab}")
+        check_order(self.order)
 
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""

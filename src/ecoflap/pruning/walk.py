@@ -5,8 +5,8 @@ Pruned blocks of an offloaded model that has no run directory: files that live a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,11 +28,12 @@ from ecoflap.model.patching import cache_disabled, trim
 from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.magnitude import Magnitude
+from ecoflap.pruning.sequential import DenseModel, layer_groups
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.dense import decoder_of, gather, keepers_of, sequence_of
 from ecoflap.statistics.gather import STATISTICS, Gatherer
 from ecoflap.statistics.inputs import InputStatistics, all_finite
-from ecoflap.statistics.tokens import check_choice
+from ecoflap.statistics.tokens import check_choice, chooser
 from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.workers import ALONE, Share, Workers, share_of
 
@@ -130,9 +131,18 @@ def walk(
     batches = [batches[number] for number in part.batches]
     visual = placeholders(model)
     masks = {index: token_masks(batch, decoder is not None, visual) for index, batch in enumerate(batches)}
-    done = {block.name: walker.restore(block) for block in anatomy.blocks if block.layers}
-    left = [block for block in anatomy.blocks if block.layers and not done[block.name]]
-    efforts = walk_efforts(anatomy, left, len(batches), criterion.statistics == "gram")
+    blocks = [block for block in anatomy.blocks if block.layers]
+    folder = walker.journal.folder if offload == "disk" else None
+    dense: DenseModel | None = None
+    if criterion.statistics == "pair":  # the dense model has to be run before anything is restored or pruned
+        done = {block.name: walker.known(block) for block in blocks}
+        entered = [tower for tower in anatomy.towers if any(not done.get(block.name, True) for block in tower.blocks)]
+        with evaluating(model), cache_disabled(model):
+            dense = DenseModel(model, anatomy, entered, batches, run, offload=offload, folder=folder)
+    else:
+        done = {block.name: walker.restore(block) for block in blocks}
+    left = [block for block in blocks if not done[block.name]]
+    efforts = walk_efforts(anatomy, left, len(batches), criterion.statistics in ("gram", "pair"))
     with (
         evaluating(model),
         cache_disabled(model),  # a captured cache would be filled twice, and hide k and v
@@ -141,15 +151,16 @@ def walk(
         for tower in anatomy.towers:
             todo = [block for block in tower.blocks if block.layers and not done[block.name]]
             if not todo:
+                walker.restore_all(tower.blocks)
                 continue
             if criterion.statistics == "none":
                 for block in todo:
                     with resident(model, block.name):
-                        walker.prune(block, None, task)
+                        walker.prune_layers(block.layers, None)
+                        walker.finish(block, task)
                 continue
-            folder = walker.journal.folder if offload == "disk" else None
             driver = TowerDriver(model, tower, batches, run, offload=offload, folder=folder)
-            _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, part, task)
+            _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, part, task, dense)
     return WalkResult(achieved(model, allocation), tuple(walker.unreached))
 
 
@@ -163,21 +174,40 @@ def _walk_tower(
     tokens: TokenChoice,
     part: Share,
     task: Task,
+    dense: DenseModel | None,
 ) -> None:
-    make, workers = STATISTICS[walker.criterion.statistics], walker.workers
+    model, workers = walker.model, walker.workers
+    make = STATISTICS[walker.criterion.statistics]
     for index, block in enumerate(tower.blocks):
         driver.enter(index)
-        with resident(walker.model, block.name):
+        if block not in todo and dense is not None:
+            with resident(model, block.name):
+                dense.skip(tower, index)
+            walker.restore_all([block])
+        with resident(model, block.name):
             if block in todo:
-                gathered = gather(
-                    walker.model, driver, index, block, make, masks, sequence, tokens, part=part, workers=workers,
-                    keepers=partial(keepers_of, layers=block.layers, workers=workers.count),
-                )  # fmt: skip
-                walker.prune(block, gathered, task)
+                before = dense.inputs(tower, index) if dense is not None else None
+                choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
+                groups = [block.layers]
+                if walker.criterion.order == "sequential":
+                    groups = layer_groups(model, driver, index, block, workers)
+                for layers in groups:
+                    gathered = gather(
+                        model, driver, index, replace(block, layers=layers), make, masks, sequence, choose=choose,
+                        part=part, workers=workers, dense=before,
+                        keepers=partial(keepers_of, layers=layers, workers=workers.count),
+                    )  # fmt: skip
+                    walker.prune_layers(layers, gathered)
+                    if before is not None:
+                        before.forget(layers)
+                walker.finish(block, task)
                 trim()  # copies of weights and moments, of other sizes than what the block's forward needs
             if block == todo[-1]:
-                return  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
+                break  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
             driver.run(index, last=True)
+    if dense is not None:
+        dense.leave(tower)
+        walker.restore_all(tower.blocks)
 
 
 class _Walker:
@@ -200,6 +230,22 @@ class _Walker:
         self.offloaded = Offloaded(model)
         self.allocation, self.workers = allocation, workers
         self.unreached: list[str] = []
+        self._left: list[str] = []  # of the block at hand, layers without statistics
+        self._known: set[str] = set()  # blocks that an interrupted walk has pruned and that are dense as yet
+
+    def known(self, block: Block) -> bool:
+        """Whether an interrupted walk has pruned the block; it stays dense until :meth:`restore_all`."""
+        known = self.journal.load(block.name) is not None
+        if known:
+            self._known.add(block.name)
+        return known
+
+    def restore_all(self, blocks: Iterable[Block]) -> None:
+        """Take over those of ``blocks`` that are known and not restored yet."""
+        for block in blocks:
+            if block.name in self._known:
+                self._known.remove(block.name)
+                self.restore(block)
 
     def restore(self, block: Block) -> bool:
         """Take over a block that an interrupted walk has pruned."""
@@ -213,14 +259,15 @@ class _Walker:
         self.unreached += done.unreached
         return True
 
-    def prune(self, block: Block, gathered: Gatherer | None, task: Task) -> None:
+    def prune_layers(self, layers: Sequence[Layer], gathered: Gatherer | None) -> None:
+        """Prune some layers of a block, by what was gathered of their inputs."""
         # Without statistics there is nothing to share out: all workers prune alike.
         rank = self.workers.rank
-        keeper = dict.fromkeys((layer.name for layer in block.layers), rank)
+        keeper = dict.fromkeys((layer.name for layer in layers), rank)
         if gathered is not None:
-            keeper = keepers_of(gathered.owners, block.layers, self.workers.count)
+            keeper = keepers_of(gathered.owners, layers, self.workers.count)
         left: list[str] = []
-        for layer in block.layers:
+        for layer in layers:
             if keeper[layer.name] == rank and not self._prune_layer(
                 layer, gathered.statistics(layer) if gathered is not None else None
             ):
@@ -229,9 +276,14 @@ class _Walker:
                 gathered.release(layer)
         if gathered is not None:
             left = [name for of_worker in self.workers.gather(left) for name in of_worker]
-            for layer in block.layers:
+            for layer in layers:
                 self.workers.spread(self.model.get_parameter(layer.name).data, keeper[layer.name])
-        unreached = tuple(layer.name for layer in block.layers if layer.name in left)
+        self._left += left
+
+    def finish(self, block: Block, task: Task) -> None:
+        """All layers of the block are pruned: it is kept."""
+        unreached = tuple(layer.name for layer in block.layers if layer.name in self._left)
+        self._left.clear()
         weights = {layer.name: self.model.get_parameter(layer.name).data for layer in block.layers}
         self.journal.save(block.name, PrunedBlock(weights, unreached))
         self._put_away(block, weights)

@@ -117,6 +117,14 @@ PAPERS = (
         "2301.00774",
     ),
     Citation(
+        "admm",
+        "Fast and Effective Weight Update for Pruned Large Language Models",
+        ("Vladimír Boža",),
+        2024,
+        "TMLR 2024",
+        "2401.02938",
+    ),
+    Citation(
         "magnitude",
         "Learning both Weights and Connections for Efficient Neural Networks",
         ("Song Han", "Jeff Pool", "John Tran", "William J. Dally"),

@@ -92,11 +92,13 @@ class Recipe(BaseModel):
     allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
     criterion: str = Field(
         "wanda",
-        description="wanda, sparsegpt, magnitude; over the whole model, without importance: global-magnitude, "
+        description="wanda, sparsegpt, admm, magnitude; over the whole model, without importance: global-magnitude, "
         "iterative-gradient.",
     )
     criterion_options: dict[str, float | int | bool | str] = Field(
-        default_factory=dict, description="Options of the criterion: damping, slab (sparsegpt); rounds."
+        default_factory=dict,
+        description="Options of the criterion: order (wanda, sparsegpt, admm); damping, slab (sparsegpt); damping, "
+        "iterations, polish, targets, mask (admm); rounds.",
     )
     pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (N of M kept).")
     compare: Literal["row", "matrix"] | None = Field(

@@ -170,7 +170,7 @@ def search_allocation(
     """
     rule: Any = pruning.made()
     run, ranked, workers = on_device(work.loss), _compare(pruning.compare), work.workers
-    own = rule.statistics == "gram" and options.weights == "own"
+    own = rule.statistics in ("gram", "pair") and options.weights == "own"
 
     def made(statistics: Mapping[str, InputStatistics]) -> Order:
         if own:

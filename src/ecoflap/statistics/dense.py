@@ -19,9 +19,10 @@ from ecoflap.model.parts import Anatomy, Block, Layer, Tower
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating
 from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.dense_inputs import DenseInputs
 from ecoflap.statistics.gather import STATISTICS, Gatherer, InputsDiverged
 from ecoflap.statistics.inputs import InputStatistics
-from ecoflap.statistics.tokens import chooser
+from ecoflap.statistics.tokens import Chooser, chooser
 from ecoflap.support.workers import ALONE, Share, Workers, share_of
 
 EVERYWHERE = -1  # as the number of a worker: all of them
@@ -247,6 +248,8 @@ def gather(
     workers: Workers = ALONE,
     keepers: Keepers | None = None,
     outputs: bool = False,
+    choose: Chooser | None = None,
+    dense: DenseInputs | None = None,
 ) -> Gatherer:
     """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile.
 
@@ -257,13 +260,16 @@ def gather(
             by default all workers get all.
         outputs: keep the block's outputs for the next one, as :meth:`TowerDriver.run` does; else each call ends with
             the last layer's input.
+        choose: which tokens count, where that has been found already; ``tokens`` is then not looked at.
+        dense: what the layers received in the dense model.
     """
-    choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
+    if choose is None:
+        choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
     for share in (True, False):
         gatherer = None
         with suppress(InputsDiverged):
             watching = Gatherer(
-                model, block, make, masks, sequence, share=share, choose=choose, part=part, whole=outputs
+                model, block, make, masks, sequence, share=share, choose=choose, part=part, whole=outputs, dense=dense
             )
             with watching:
                 (driver.run if outputs else driver.observe)(index, watching.before)

@@ -8,17 +8,18 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ecoflap.data.model_facts import TokenMasks
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.model.block_runner import BlockCall, Enough
 from ecoflap.model.parts import Block, Layer
-from ecoflap.model.trace import linear_weight, tensors_in
+from ecoflap.model.trace import tensors_in
+from ecoflap.statistics.dense_inputs import DenseInputs
 from ecoflap.statistics.inputs import InputGram, InputNorm, InputStatistics
 from ecoflap.statistics.pair import InputPair
 from ecoflap.statistics.real_tokens import OwnMasks, RoutedTokens, own_masks
 from ecoflap.statistics.tokens import Chooser
+from ecoflap.statistics.watching import inputs_watched
 from ecoflap.support.workers import Share
 
 STATISTICS: dict[str, Callable[[int], InputStatistics]] = {"norm": InputNorm, "gram": InputGram, "pair": InputPair}
@@ -27,20 +28,6 @@ STATISTICS: dict[str, Callable[[int], InputStatistics]] = {"norm": InputNorm, "g
 
 class InputsDiverged(Exception):
     """Two layers that had one input in an earlier call have different ones now: gather again without sharing."""
-
-
-class _FunctionalInputs(TorchFunctionMode):
-    """Sees what is multiplied by weights whose module is never called."""
-
-    def __init__(self, layers: Mapping[int, Layer], feed: Callable[[Layer, Tensor], None]) -> None:
-        super().__init__()
-        self._layers, self._feed = layers, feed
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        layer = self._layers.get(id(linear_weight(func, args, kwargs)))
-        if layer is not None:
-            self._feed(layer, args[0] if args else kwargs["input"])
-        return func(*args, **(kwargs or {}))
 
 
 class Gatherer:
@@ -63,6 +50,7 @@ class Gatherer:
         part: the batches that this worker runs, which are those that ``masks`` are of; by default all in one group.
         whole: False ends a call with :class:`Enough` at the last layer's input: what follows is nobody's. So it is
             where every layer took one input in the first call, which runs to its end, and no router chooses.
+        dense: what the layers received in the dense model, for accumulators of both (:class:`InputPair`).
     """
 
     def __init__(
@@ -77,6 +65,7 @@ class Gatherer:
         choose: Chooser | None = None,
         part: Share | None = None,
         whole: bool = True,
+        dense: DenseInputs | None = None,
     ) -> None:
         self._model, self._block, self._make = model, block, make
         self._part = part or Share(range(len(masks)), (0,) * len(masks))
@@ -87,7 +76,7 @@ class Gatherer:
         self._fed: list[tuple[Tensor, str]] = []
         self._others: list[Tensor] = []
         self._own = OwnMasks(None, None, False, 0)
-        self._choose = choose
+        self._choose, self._dense = choose, dense
         self._chosen: Tensor | None = None
         self._batch = self._number = 0
         self._whole = whole or any(layer.expert for layer in block.layers)
@@ -97,14 +86,7 @@ class Gatherer:
         self._hooks = ExitStack()
 
     def __enter__(self) -> Gatherer:
-        functional: dict[int, Layer] = {}
-        for layer in self._block.layers:
-            if layer.uncalled:
-                functional[id(self._model.get_parameter(layer.name))] = layer
-            module = self._model.get_submodule(layer.module)
-            self._hooks.callback(module.register_forward_pre_hook(self._hook(layer)).remove)
-        if functional:
-            self._hooks.enter_context(_FunctionalInputs(functional, self._feed))
+        self._hooks.enter_context(inputs_watched(self._model, self._block.layers, self._feed))
         if self._sequence is not None:
             self._watch_experts({layer.expert for layer in self._block.layers if layer.expert})
         return self
@@ -147,6 +129,8 @@ class Gatherer:
             self._whole |= any(self._calls.get(layer.name) != 1 for layer in self._block.layers)
         self._in_call.clear()
         self._batch = call.batch
+        if self._dense is not None:
+            self._dense.begin(self._number)
         self._fed.clear()
         self._routed.clear()
         self._in_expert.clear()
@@ -188,12 +172,6 @@ class Gatherer:
         if owner is not None and owner not in self._owner.values():
             self._of.pop(owner, None)
 
-    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._feed(layer, args[0])
-
-        return hook
-
     def _feed(self, layer: Layer, x: Tensor) -> None:
         self._add(layer, x)
         self._in_call.add(layer.name)
@@ -216,11 +194,17 @@ class Gatherer:
             raise InputsDiverged(name)
         self._of[owner].begin(self._part.groups[self._batch])
         try:
-            self._of[owner].update(x, self._keep(x, layer))
+            self._update(self._of[owner], layer, x)
         except NonFiniteLoss as error:
             batch = self._part.batches[self._batch]
             raise NonFiniteLoss(f"calibration batch {batch}, layer {name}: {error}", batch) from error
         self._fed.append((x, owner))
+
+    def _update(self, statistic: InputStatistics, layer: Layer, x: Tensor) -> None:
+        if self._dense is not None and isinstance(statistic, InputPair):
+            statistic.update(x, self._keep(x, layer), self._dense.of(layer, x))
+        else:
+            statistic.update(x, self._keep(x, layer))
 
     def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:
         """The mask of tokens that count, fitting ``x`` (batch, tokens, features), also flattened; None if all do."""

@@ -140,7 +140,7 @@ _AFTER_SEARCH = frozenset(("criterion", "criterion_options", "pattern", "offload
 def order_of(recipe: Recipe) -> str:
     """What of the criterion enters the search: criteria of one order share what is found."""
     needs = str(getattr(make_criterion(recipe.criterion), "statistics", "none"))
-    if needs == "gram" and search_options(recipe.search_options).weights == "own":
+    if needs in ("gram", "pair") and search_options(recipe.search_options).weights == "own":
         return f"{recipe.criterion} {sorted(recipe.criterion_options.items())}"
     return "none" if needs == "none" else "norm"
 

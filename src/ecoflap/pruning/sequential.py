@@ -1,0 +1,133 @@
+"""Inside a block: which layers are pruned together, and what the dense model gives beside the pruned one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecoflap.model.activation_store import Offload, offload_kind
+from ecoflap.model.block_runner import Run, TowerDriver
+from ecoflap.model.parts import Anatomy, Block, Layer, Tower
+from ecoflap.statistics.dense_inputs import DenseInputs
+from ecoflap.statistics.watching import inputs_watched
+from ecoflap.support.workers import Workers
+
+
+def layer_groups(
+    model: nn.Module, driver: TowerDriver, index: int, block: Block, workers: Workers
+) -> list[tuple[Layer, ...]]:
+    """The layers of a block that can be pruned at the same time: those that read one input, in the order of a forward.
+
+    What the experts of a mixture read goes together: no expert reads what another one gives. Layers that the first
+    call of the block does not reach come last.
+
+    Args:
+        driver: has taken the block's inputs; the first worker runs the block on the first of them.
+    """
+    first: list[tuple[Tensor, str]] = []  # distinct inputs, each with the first layer that reads it
+    found: dict[str, str] = {}
+
+    def note(layer: Layer, x: Tensor) -> None:
+        owner = next((owner for tensor, owner in first if tensor is x), None)
+        if owner is None:
+            first.append((x, owner := layer.name))
+        found.setdefault(layer.name, owner)
+
+    if workers.rank == 0:
+        with inputs_watched(model, block.layers, note):
+            driver.observe(index, lambda call: None, calls=1)
+    owners: Mapping[str, str] = workers.gather(found)[0]
+    layers = {layer.name: layer for layer in block.layers}
+    order: list[str] = []
+    group_of: dict[str, str] = {}
+    for name, owner in owners.items():
+        group = _place(layers[owner])
+        group_of.setdefault(_place(layers[name]), group)
+        if group not in order:
+            order.append(group)
+    last = ""
+    groups = {
+        group: tuple(layer for layer in block.layers if group_of.get(_place(layer), last) == group)
+        for group in (*order, last)
+    }
+    return [members for members in groups.values() if members]
+
+
+def _place(layer: Layer) -> str:
+    """The layer's name, which is that of all its like in the experts of a mixture."""
+    if not layer.expert:
+        return layer.name
+    mixture = layer.expert.rpartition(".")[0]
+    return f"{mixture}.*{layer.name[len(layer.expert) :]}"
+
+
+class DenseModel:
+    """The calibration samples on their way through the dense model, beside the walk that prunes it.
+
+    It takes each tower's inputs before anything is pruned. Then, block by block, it runs a block while its weights are
+    still the dense ones.
+
+    Args:
+        model: dense as yet.
+        towers: those that have blocks to be pruned.
+        batches: of this worker.
+        run: runs the model on a batch.
+        offload, folder: as of :class:`~ecoflap.model.block_runner.TowerDriver`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        towers: Sequence[Tower],
+        batches: Sequence[Any],
+        run: Run,
+        *,
+        offload: bool | str = False,
+        folder: Path | None = None,
+    ) -> None:
+        self._model = model
+        self._drivers = {
+            tower.name: TowerDriver(model, tower, batches, run, offload=offload, folder=folder) for tower in towers
+        }
+        self._store = Offload(offload_kind(offload), folder)
+        # A weight that several blocks share is pruned with the first of them.
+        self._shared = {
+            layer.name: model.get_parameter(layer.name).detach().clone() for layer in anatomy.layers if layer.aliases
+        }
+
+    def skip(self, tower: Tower, index: int) -> None:
+        """Run a block, whose weights are the dense ones, for its outputs alone."""
+        driver = self._drivers[tower.name]
+        driver.enter(index)
+        with self._dense_weights():
+            driver.run(index, last=True)
+
+    def inputs(self, tower: Tower, index: int) -> DenseInputs:
+        """Run a block, whose weights are the dense ones, and keep what its layers receive."""
+        driver, block = self._drivers[tower.name], tower.blocks[index]
+        driver.enter(index)
+        found, numbers = DenseInputs(self._store), count()
+        with self._dense_weights(), inputs_watched(self._model, block.layers, found.note):
+            driver.run(index, lambda call: found.begin(next(numbers)), last=True)
+        return found
+
+    def leave(self, tower: Tower) -> None:
+        """The tower is done; what is kept of it is forgotten."""
+        del self._drivers[tower.name]
+
+    @contextmanager
+    def _dense_weights(self) -> Iterator[None]:
+        pruned = {name: self._model.get_parameter(name).data for name in self._shared}
+        try:
+            for name, weight in self._shared.items():
+                self._model.get_parameter(name).data = weight
+            yield
+        finally:
+            for name, weight in pruned.items():
+                self._model.get_parameter(name).data = weight

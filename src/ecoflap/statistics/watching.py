@@ -1,0 +1,51 @@
+"""Sees what the layers of a block receive while it runs, also those that are multiplied by without being called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ecoflap.model.parts import Layer
+from ecoflap.model.trace import linear_weight
+
+Feed = Callable[[Layer, Tensor], None]
+
+
+@contextmanager
+def inputs_watched(model: nn.Module, layers: Iterable[Layer], feed: Feed) -> Iterator[None]:
+    """Inside, ``feed`` is called with each layer and its input, just before the layer computes."""
+    functional: dict[int, Layer] = {}
+    with ExitStack() as hooks:
+        for layer in layers:
+            if layer.uncalled:
+                functional[id(model.get_parameter(layer.name))] = layer
+            module = model.get_submodule(layer.module)
+            hooks.callback(module.register_forward_pre_hook(_hook(layer, feed)).remove)
+        if functional:
+            hooks.enter_context(_FunctionalInputs(functional, feed))
+        yield
+
+
+def _hook(layer: Layer, feed: Feed) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        feed(layer, args[0])
+
+    return hook
+
+
+class _FunctionalInputs(TorchFunctionMode):
+    """Sees what is multiplied by weights whose module is never called."""
+
+    def __init__(self, layers: Mapping[int, Layer], feed: Feed) -> None:
+        super().__init__()
+        self._layers, self._feed = layers, feed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        layer = self._layers.get(id(linear_weight(func, args, kwargs)))
+        if layer is not None:
+            self._feed(layer, args[0] if args else kwargs["input"])
+        return func(*args, **(kwargs or {}))
