@@ -315,4 +315,8 @@ def test_the_table_and_the_options() -> None:
         make_criterion("wanda", {"name": "x"})
     with pytest.raises(InvalidOption, match="its options are damping, slab"):
         make_criterion("sparsegpt", {"dampening": 0.1})
-    assert vars(make_criterion("sparsegpt", {"damping": 0.1, "slab": 64})) == {"damping": 0.1, "slab": 64}
+    assert vars(make_criterion("sparsegpt", {"damping": 0.1, "slab": 64})) == {
+        "damping": 0.1,
+        "slab": 64,
+        "order": "block",
+    }

@@ -117,7 +117,23 @@ PAPERS = (
         "2301.00774",
     ),
     Citation(
-        "admm",
+        "alps",
+        "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
+        ("Xiang Meng", "Kayhan Behdin", "Haoyue Wang", "Rahul Mazumder"),
+        2024,
+        "NeurIPS 2024",
+        "2406.07831",
+    ),
+    Citation(
+        "gptaq",
+        "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
+        ("Yuhang Li", "Ruokai Yin", "Donghyun Lee", "Shiting Xiao", "Priyadarshini Panda"),
+        2025,
+        "ICML 2025",
+        "2504.02692",
+    ),
+    Citation(
+        "admm-update",
         "Fast and Effective Weight Update for Pruned Large Language Models",
         ("Vladimír Boža",),
         2024,
@@ -239,6 +255,7 @@ _METHODS = {
     "fisher": ("obd",),
     "iterative-gradient": ("obd",),
     "global-magnitude": ("magnitude",),
+    "admm": ("admm-update", "alps", "gptaq"),
     "text": ("atv-pruning",),
     "atv": ("atv-pruning",),
 }
