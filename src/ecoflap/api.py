@@ -169,8 +169,8 @@ def prune(
             ``global-magnitude``, which read no data.
         sparsity: fraction of the prunable weights to set to zero.
         importance: a registered name, or scores measured before. Default: ``zeroth-order``; none for global criteria.
-        criterion: local rule: ``wanda``, ``sparsegpt``, ``admm``, ``magnitude``; or a global one, which decides every layer's
-            sparsity by itself: ``global-magnitude``, ``iterative-gradient``.
+        criterion: local rule: ``wanda``, ``sparsegpt``, ``admm``, ``magnitude``; or a global one, which decides every
+            layer's sparsity by itself: ``global-magnitude``, ``iterative-gradient``.
         criterion_options: of the criterion, such as ``damping`` or ``rounds``.
         pattern: ``unstructured``, or N:M such as ``2:4`` (with ``importance="uniform"``).
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
