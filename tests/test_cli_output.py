@@ -216,7 +216,7 @@ def test_bars(width: int) -> None:
     if width == 80:
         assert "…" in text
         assert ".q.weight" in text
-    assert re.search(r"left 0:00 \d+\.\d GB", text)
+    assert re.search(r"left 0 s \d+\.\d GB", text)
     assert max(map(len, re.split(r"[\r\n]+", text))) <= width
     if width == 120:
         assert "SelfAttention.q.weight" in text

@@ -30,7 +30,7 @@ class Recorder:
         self.stages: list[list[Any]] = []
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0, weights: Any = None) -> Iterator[Recorder]:
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Recorder]:
         self.stages.append([name, total, done, 0])
         yield self
 
@@ -89,7 +89,7 @@ def test_progress(tmp_path: Path) -> None:
     assert recorder.stages == [
         ["perplexity, dense", 3, 0, 3],
         ["importance", 42, 0, 42],
-        ["pruning", 3, 0, 3],
+        ["pruning", 5, 0, 5],  # each of three blocks for its statistics, and two for the inputs of the next
         ["saving", 1, 0, 1],
         ["perplexity, pruned", 3, 0, 3],
     ]

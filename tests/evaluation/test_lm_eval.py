@@ -129,7 +129,7 @@ class Recorder:
         self.stages: list[tuple[str, int]] = []
         self.steps = 0
 
-    def stage(self, name: str, total: int, done: int = 0, weights: Any = None) -> Any:
+    def stage(self, name: str, total: int, done: int = 0) -> Any:
         self.stages.append((name, total))
         return self
 

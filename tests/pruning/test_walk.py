@@ -340,3 +340,65 @@ def test_modes_and_caches_are_restored() -> None:
     with evaluating(model):
         assert not model.training
     assert model.training
+
+
+class _Count:
+    """Progress that notes a stage's steps, and how many blocks ran before each."""
+
+    def __init__(self, runs: list[str]) -> None:
+        self.runs, self.steps, self.total, self.done = runs, list[tuple[int, int]](), 0, 0
+
+    def stage(self, name: str, total: int, done: int = 0) -> _Count:
+        self.total, self.done = total, done
+        return self
+
+    def __enter__(self) -> _Count:
+        self.runs.clear()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def advance(self, steps: int = 1, detail: str = "") -> None:
+        self.steps.append((steps, len(self.runs)))
+        self.runs.clear()
+
+
+class _Some:
+    """A journal that holds some blocks, and keeps what is pruned."""
+
+    folder = None
+
+    def __init__(self, blocks: dict[str, PrunedBlock]) -> None:
+        self.blocks, self.saved = blocks, dict[str, PrunedBlock]()
+
+    def load(self, block: str) -> PrunedBlock | None:
+        return self.blocks.get(block)
+
+    def save(self, block: str, pruned: PrunedBlock) -> None:
+        self.saved[block] = PrunedBlock({name: weight.clone() for name, weight in pruned.weights.items()})
+
+
+@pytest.mark.parametrize("name", ["blip2_opt", "llama", "t5"])
+def test_steps_are_runs_of_blocks(name: str) -> None:
+    """Counted by hooks: the walk's steps are the blocks that ran, on all batches; resumed, those that are left."""
+    batches = FAMILIES[name].batches(4)
+    saved: dict[str, PrunedBlock] = {}
+    for resumed in range(4):
+        model = FAMILIES[name].build()
+        anatomy = anatomy_of(model, batches[0])
+        runs: list[str] = []
+        for (
+            block
+        ) in anatomy.replayable:  # a block's own forward is replaced while it is passed over; its layers' are not
+            layer = next(part for part in model.get_submodule(block).modules() if isinstance(part, nn.Linear))
+            layer.register_forward_hook(lambda *_, block=block, runs=runs: runs.append(block))
+        progress = _Count(runs)
+        journal = _Some({block.name: saved[block.name] for block in anatomy.blocks[:resumed]})
+        api.prune_to(
+            model, anatomy, some_allocation(anatomy), batches, criterion="wanda", progress=progress, journal=journal
+        )
+        saved = saved or journal.saved
+        assert progress.done + sum(steps for steps, _ in progress.steps) == progress.total
+        assert [ran for _, ran in progress.steps] == [len(batches) * steps for steps, _ in progress.steps]
+        assert (progress.done > 0) == (resumed > 0)

@@ -10,7 +10,7 @@ from pages import ATTACK, Page, assert_safe, assert_self_contained, read
 from rich.console import Console
 from synthetic import RECIPE, allocation, importance, metrics, write_comparison, write_run
 
-from ecoflap.cli.tables import summary_table
+from ecoflap.cli.tables import stages_table, summary_table
 from ecoflap.errors import InvalidOption, StorageError
 from ecoflap.report import rebuild, write_report
 from ecoflap.report.formats import reproduce
@@ -241,6 +241,7 @@ def test_command_survives_the_shell():
 def _printed(run):
     console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(summary_table(run))
+    console.print(stages_table(run))
     return console.export_text()
 
 
@@ -250,8 +251,8 @@ def test_summary_table(tmp_path):
     assert re.search(r"perplexity +26\.74 ± 0\.41 +49\.20 ± 0\.80 +\+84\.0 %", text)
     assert re.search(r"sparsity, whole model +41\.4 %", text)
     assert re.search(r"vision: vision_model\.encoder\.layers +50\.1 %", text)
-    assert re.search(r"time, importance +1 min 33 s +peak 1\.07 GB", text)
-    assert re.search(r"time, all stages +2 min 45 s", text)
+    assert re.search(r"importance +1 min 33 s +1\.07 GB", text)
+    assert re.search(r"all stages +2 min 45 s", text)
 
 
 def test_summary_table_of_an_unfinished_run_and_a_bracketed_name(tmp_path):

@@ -21,7 +21,7 @@ class _Watch:
         self.heard, self.steps, self.total, self._stop = list[str](), 0, 0, stop
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0, weights: Any = None) -> Iterator[_Watch]:
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[_Watch]:
         self.total, self.steps = total, done
         yield self
 

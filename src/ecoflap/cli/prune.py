@@ -76,7 +76,7 @@ def prune(
         )  # fmt: skip
     if not first:
         return
-    from ecoflap.cli.tables import summary_table
+    from ecoflap.cli.tables import stages_table, summary_table
 
     packed = (
         packed_to(str(run / MODEL), run / PACKED, "auto", 0, True, recipe.trust_remote_code, quiet) if pack else None
@@ -89,6 +89,7 @@ def prune(
         print_json({"run": str(run), **more, **json.loads((run / METRICS).read_text("utf-8"))})
     elif not quiet:
         standard_output().print(summary_table(run))
+        standard_output().print(stages_table(run))
         typer.echo(f"model   {run / MODEL}\nreport  {run / REPORT}")
         if packed is not None:
             typer.echo(packed_line(packed))

@@ -118,10 +118,8 @@ class _Progress:
     def __init__(self, inner: Progress, stops: Stops) -> None:
         self._inner, self._stops = inner, stops
 
-    def stage(
-        self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None
-    ) -> AbstractContextManager[Task]:
-        return self._stops.stage(self._inner.stage(name, total, done, weights), total - done)
+    def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
+        return self._stops.stage(self._inner.stage(name, total, done), total - done)
 
 
 stops = Stops()

@@ -1,6 +1,6 @@
 """Tables for the terminal, and their JSON: a model's anatomy, an allocation, the results of tasks.
 
-The one table that a run prints on the terminal when it ends.
+The two tables that a run prints on the terminal when it ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _listing_row(table: Table, *cells: str) -> None:
+def _row(table: Table, *cells: str) -> None:
     table.add_row(*(Text(cell) for cell in cells))  # Text: brackets in a name are no markup
 
 
@@ -41,7 +41,7 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
     towers = _table(note, "tower", "modality", "blocks", "layers", "prunable weights", "of the model")
     for tower in anatomy.towers:
         share = _percent(tower.numel / total)
-        _listing_row(
+        _row(
             towers,
             tower.name,
             tower.modality,
@@ -53,7 +53,7 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
     towers.add_section()
     share = _percent(anatomy.prunable_parameters / total)
     blocks = str(len(anatomy.blocks))
-    _listing_row(towers, "all", "", blocks, str(len(anatomy.layers)), f"{anatomy.prunable_parameters:,}", share)
+    _row(towers, "all", "", blocks, str(len(anatomy.layers)), f"{anatomy.prunable_parameters:,}", share)
     half = _percent(0.5 * anatomy.prunable_parameters / total)
     caption = f"sparsity 50.0 % of the prunable weights is {half} of the whole model\n"
     towers.caption = Text(caption, justify="left")
@@ -65,9 +65,9 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
         count: dict[tuple[str, tuple[int, int]], int] = defaultdict(int)
         for layer in tower.layers:
             count[(layer.name.removeprefix(layer.block + "."), layer.shape)] += 1
-        _listing_row(kinds, f"{tower.name}:", "", "", "")
+        _row(kinds, f"{tower.name}:", "", "", "")
         for (name, shape), times in count.items():
-            _listing_row(kinds, f"  {name}", f"{shape[0]} × {shape[1]}", str(times), f"{times * shape[0] * shape[1]:,}")
+            _row(kinds, f"  {name}", f"{shape[0]} × {shape[1]}", str(times), f"{times * shape[0] * shape[1]:,}")
     yield kinds
 
     if anatomy.unprunable:
@@ -77,10 +77,10 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
             reasons[entry.reason].append((entry.name, entry.numel))
         for reason, entries in reasons.items():
             size = sum(numel for _, numel in entries)
-            _listing_row(dense, reason, f"{size:,}", _percent(size / total), entries[0][0])
+            _row(dense, reason, f"{size:,}", _percent(size / total), entries[0][0])
         dense.add_section()
         size = sum(entry.numel for entry in anatomy.unprunable)
-        _listing_row(dense, "all", f"{size:,}", _percent(size / total), "")
+        _row(dense, "all", f"{size:,}", _percent(size / total), "")
         yield dense
 
 
@@ -123,13 +123,13 @@ def allocation_table(allocation: Allocation) -> Table:
         weights, zeros = (sum(sums[i] for sums in blocks.values()) for i in (0, 1))
         shares = [sums[1] / sums[0] for sums in blocks.values()]
         low, high = _percent(min(shares)), _percent(max(shares))
-        _listing_row(table, tower, f"{weights:,}", f"{zeros:,}", _percent(zeros / weights), low, high)
+        _row(table, tower, f"{weights:,}", f"{zeros:,}", _percent(zeros / weights), low, high)
     table.add_section()
     total, zeros = allocation.total_weights, allocation.zeros
-    _listing_row(table, "all prunable weights", f"{total:,}", f"{zeros:,}", _percent(zeros / total), "", "")
+    _row(table, "all prunable weights", f"{total:,}", f"{zeros:,}", _percent(zeros / total), "", "")
     if allocation.model_parameters and allocation.model_sparsity is not None:
         share = _percent(allocation.model_sparsity)
-        _listing_row(table, "the whole model", f"{allocation.model_parameters:,}", f"{zeros:,}", share, "", "")
+        _row(table, "the whole model", f"{allocation.model_parameters:,}", f"{zeros:,}", share, "", "")
     return table
 
 
@@ -141,12 +141,12 @@ def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     for task, result in results.items():
         unit = result.get("unit")
         value = formats.metric_value(result["metric"], result["value"], result["stderr"], unit=unit)
-        _listing_row(table, formats.task_title(task, result["metric"]), value, f"{result['n']:,}")
+        _row(table, formats.task_title(task, result["metric"]), value, f"{result['n']:,}")
         for metric, other in (result.get("others") or {}).items():
             text = formats.metric_value(metric, other["value"], other["stderr"], unit=unit)
-            _listing_row(table, f"  {metric}", text, "")
+            _row(table, f"  {metric}", text, "")
         for group, part in (result["by_group"] or {}).items():
-            _listing_row(table, f"  {group}", formats.metric_value(result["metric"], part, unit=unit), "")
+            _row(table, f"  {group}", formats.metric_value(result["metric"], part, unit=unit), "")
     return table
 
 
@@ -154,7 +154,7 @@ NAMED = 8  # layers without tokens that the terminal lists; the rest are in metr
 
 
 def summary_table(run: RunData | Path | str) -> Table:
-    """Dense against pruned quality, sparsity per tower, time and memory per stage.
+    """Dense against pruned quality, and sparsity per tower.
 
     Args:
         run: a run directory, or what :func:`ecoflap.report.data.read_run` made of it.
@@ -173,7 +173,7 @@ def summary_table(run: RunData | Path | str) -> Table:
         dense, pruned = metrics.dense.get(task, nothing), metrics.pruned.get(task, nothing)
         metric = pruned.metric or dense.metric
         unit = pruned.unit if pruned.metric else dense.unit
-        _quality_row(
+        _row(
             table,
             formats.task_title(task, metric),
             formats.metric_value(metric, dense.value, dense.stderr, unit=unit),
@@ -182,7 +182,7 @@ def summary_table(run: RunData | Path | str) -> Table:
         )
         for other in dict.fromkeys([*dense.others, *pruned.others]):
             before, after = dense.others.get(other, OtherMetric()), pruned.others.get(other, OtherMetric())
-            _quality_row(
+            _row(
                 table,
                 f"  {other}",
                 formats.metric_value(other, before.value, before.stderr, unit=unit),
@@ -190,42 +190,47 @@ def summary_table(run: RunData | Path | str) -> Table:
                 formats.metric_change(other, before.value, after.value, unit=unit),
             )
     if not metrics.dense and not metrics.pruned:
-        _quality_row(table, "quality", formats.MISSING, formats.MISSING)
+        _row(table, "quality", formats.MISSING, formats.MISSING)
 
     table.add_section()
-    _quality_row(table, "sparsity, prunable weights", "", formats.percent(metrics.sparsity.prunable))
-    _quality_row(table, "sparsity, whole model", "", formats.percent(metrics.sparsity.model))
+    _row(table, "sparsity, prunable weights", "", formats.percent(metrics.sparsity.prunable))
+    _row(table, "sparsity, whole model", "", formats.percent(metrics.sparsity.model))
     for name, tower in data.tower_sparsity().items():
-        _quality_row(table, f"  {tower.modality}: {name}", "", formats.percent(tower.sparsity))
+        _row(table, f"  {tower.modality}: {name}", "", formats.percent(tower.sparsity))
     left = metrics.dense_by_reason()
     if left:
         shares = [share for _, _, share in left.values() if share is not None]
-        _quality_row(
-            table, "left dense inside blocks, of the model", "", formats.percent(sum(shares) if shares else None)
-        )
+        _row(table, "left dense inside blocks, of the model", "", formats.percent(sum(shares) if shares else None))
         for reason, (_, size, share) in left.items():
-            _quality_row(table, f"  {reason}", "", formats.percent(share), f"{size:,} weights")
+            _row(table, f"  {reason}", "", formats.percent(share), f"{size:,} weights")
     if metrics.unreached:
-        _quality_row(table, "by magnitude, since no token reached it", "", f"{len(metrics.unreached)} layers")
+        _row(table, "by magnitude, since no token reached it", "", f"{len(metrics.unreached)} layers")
         for layer in metrics.unreached[:NAMED]:
-            _quality_row(table, f"  {layer}")
+            _row(table, f"  {layer}")
         if len(metrics.unreached) > NAMED:
-            _quality_row(table, "  … all in metrics.json")
+            _row(table, "  … all in metrics.json")
+    return table
 
-    table.add_section()
+
+def stages_table(run: RunData | Path | str) -> Table:
+    """Time and peak memory of a run's stages.
+
+    Raises:
+        InvalidOption: as ``read_run``.
+    """
+    data = run if isinstance(run, RunData) else read_run(run)
+    metrics = data.metrics or Metrics()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("stage", "time", "peak memory"):
+        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
     for stage in metrics.stages:
         memory = formats.size(stage.peak_memory_bytes)
         if stage.peak_cuda_bytes:
             memory += f" + {formats.size(stage.peak_cuda_bytes)} on the GPU"
-        _quality_row(table, f"time, {stage.name}", "", formats.duration(stage.seconds), f"peak {memory}")
+        _row(table, stage.name, formats.duration(stage.seconds), memory)
     seconds = [stage.seconds for stage in metrics.stages if stage.seconds is not None]
-    _quality_row(table, "time, all stages", "", formats.duration(sum(seconds) if seconds else None))
+    _row(table, "all stages", formats.duration(sum(seconds) if seconds else None), "")
     return table
-
-
-def _quality_row(table: Table, *cells: str) -> None:
-    """Add a row of plain text: brackets in a name are no markup."""
-    table.add_row(*(Text(cell) for cell in cells))
 
 
 def bench_tables(found: Mapping[str, Any]) -> Iterator[Table]:
@@ -239,7 +244,7 @@ def bench_tables(found: Mapping[str, Any]) -> Iterator[Table]:
         speed = {(row["variant"], row["threads"], row["batch"]): row for row in model["speed"]}
         for variant in model["variants"]:
             name, stored, seconds = variant["variant"], variant["stored_bytes"], variant["load_seconds"]
-            _listing_row(
+            _row(
                 table,
                 name,
                 "" if stored is None else f"{stored / 1e6:.1f} MB",

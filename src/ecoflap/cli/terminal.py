@@ -1,6 +1,6 @@
 """What the user sees while work goes on: bars with the time left (plain lines without a terminal), and warnings.
 
-How long a stage will take yet, from how long its steps took so far.
+The time left is measured: from how long a stage's steps took so far.
 
 One line of progress: what is left out where the terminal is narrow, and how times and memory are written.
 """
@@ -11,10 +11,9 @@ import logging
 import sys
 import time
 import warnings
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 
 from rich.console import Console
 from rich.progress import Progress as RichProgress
@@ -22,6 +21,7 @@ from rich.progress import ProgressColumn, TaskID
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from ecoflap.report.formats import clock
 from ecoflap.support.progress import Progress, Task
 
 _WIDE, _MIDDLE = 100, 60  # columns from which a line has all its parts, and from which it has a bar
@@ -40,7 +40,7 @@ def line(
     numbers = [f"{done}/{total}".rjust(2 * len(str(total)) + 1)]
     if width >= _WIDE:
         numbers.append(clock(elapsed))
-    numbers += [f"left {'-:--' if left is None else clock(left)}", memory]
+    numbers += [f"left {'…' if left is None else clock(left)}", memory]
     parts = [*(["━" * full + "·" * (bars - full)] if bars else []), *numbers]
     rest = " ".join(parts)
     room = width - len(rest) - 1
@@ -50,15 +50,6 @@ def line(
     if detail and room >= _DETAIL:
         told += " " + (detail if len(detail) <= room else "…" + detail[len(detail) - room + 1 :])  # its end tells most
     return told[:width]
-
-
-def clock(seconds: float) -> str:
-    """Such as 0:05, 12:34, 1:02:03, 3d 04:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02}:{minutes:02}"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def memory() -> str:
@@ -72,59 +63,64 @@ def memory() -> str:
     return f"{held}+{torch.cuda.max_memory_allocated() / 1e9:.1f} GB GPU"
 
 
-RECENT = 0.5  # of what is done, by weight: the part that tells the speed
-BURST = 0.01  # of that part's time: what comes within it came together
-
-
 class Pace:
-    """Steps done, and the time left.
+    """Steps done, and the time left, from how long this process's steps took.
 
-    The speed is that of the second half of what is done (by weight): the first steps of a stage are slow (kernels are
-    chosen, memory is fetched), and a machine's load changes. Between two steps the time left counts down.
+    Steps with names that come round (stage 1 probes each matrix with each batch) take what they took in the rounds
+    before. Until the names come round, and without names, all steps to come are like the last three quarters of those
+    done: the first ones of a stage are slow (kernels are chosen, memory is fetched).
 
     Args:
-        total: number of steps, ``done`` of which were done before (by an interrupted run: their times are not known).
-        weights: how long each of the other steps takes, in any unit, in their order; None, or of another length than
-            there are such steps: all alike.
+        total: number of steps, ``done`` of which an interrupted run has left behind: their times are not known.
         clock: seconds.
     """
 
-    def __init__(self, total: int, done: int, weights: Sequence[float] | None, clock: Callable[[], float]) -> None:
+    def __init__(self, total: int, done: int, clock: Callable[[], float]) -> None:
         self.total, self.done, self._clock = total, done, clock
-        if weights is None or len(weights) != total - done:
-            weights = [1.0] * max(total - done, 0)
-        self._sums = list(accumulate(weights, initial=0.0))  # of the first n steps of this process
-        self._before = done
-        self._begin = clock()
-        self._moments, self._behind = [self._begin], [0.0]  # when so much of the weight was done
+        self._moments = [clock()]  # the beginning, and the end of each step of this process
+        self._first = ""
+        self._others, self._round = False, 0  # whether other names came; steps until the first name came again
 
     @property
     def elapsed(self) -> float:
         """Seconds since the stage began in this process."""
-        return self._clock() - self._begin
+        return self._clock() - self._moments[0]
 
-    def advance(self, steps: int) -> None:
-        """``steps`` more are done."""
+    def advance(self, steps: int, name: str = "") -> None:
+        """``steps`` more are done, all of that name."""
+        if steps <= 0:
+            return
+        count = len(self._moments) - 1
+        if not count:
+            self._first = name
+        elif name != self._first:
+            self._others = True
+        elif self._others and not self._round:
+            self._round = count
+        last, now = self._moments[-1], self._clock()
+        self._moments += [last + (now - last) * number / steps for number in range(1, steps + 1)]
         self.done += steps
-        if steps:
-            self._moments.append(self._clock())
-            self._behind.append(self._sums[min(self.done - self._before, len(self._sums) - 1)])
 
     def left(self) -> float | None:
         """Seconds; None as long as nothing is known."""
-        behind, moment = self._behind[-1], self._moments[-1]
-        if behind <= 0:
+        moments, count, todo = self._moments, len(self._moments) - 1, self.total - self.done
+        if not count:
             return None
-        if self.done >= self.total:
+        if todo <= 0:
             return 0.0
-        first = bisect_left(self._behind, behind * (1 - RECENT))
-        first -= self._behind[first] == behind  # one long step: the speed is its own
-        # Steps may come in bursts: those that came together with this one belong to the time before it.
-        start = self._moments[first]
-        last = bisect_right(self._moments, start + BURST * (moment - start)) - 1
-        first = last if self._behind[last] < behind else first
-        per_weight = (moment - self._moments[first]) / (behind - self._behind[first])
-        return max(per_weight * (self._sums[-1] - behind) - (self._clock() - moment), 0.0)
+        if self._round:
+            rounds = max(count // (2 * self._round), 1)  # the later half of them: a machine's load changes
+            starts = range(count - rounds * self._round, count, self._round)
+            whole, part = divmod(todo, self._round)
+            found = whole * (moments[-1] - moments[starts[0]])
+            found += sum(moments[start + part] - moments[start] for start in starts)
+            found /= rounds
+        else:
+            # Steps may come in bursts (a backward pass, then all its layers): a quarter of the time is in it, too.
+            start = bisect_right(moments, moments[0] + 0.75 * (moments[-1] - moments[0])) - 1
+            start = max(min(start, count // 4), 0)
+            found = (moments[-1] - moments[start]) / (count - start) * todo
+        return max(found - (self._clock() - moments[-1]), 0.0)
 
 
 LINE_EVERY = 15.0  # seconds between two plain lines
@@ -135,7 +131,7 @@ class _BarTask:
         self._bars, self._task, self._pace = bars, task, pace
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        self._pace.advance(steps)
+        self._pace.advance(steps, detail)
         self._bars.update(self._task, advance=steps, detail=detail)
 
 
@@ -166,8 +162,8 @@ class Bars:
         self._open: RichProgress | None = None
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None) -> Iterator[Task]:
-        pace = Pace(total, done, weights, self._clock)
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
+        pace = Pace(total, done, self._clock)
         if self._open is not None:
             inner = self._open.add_task(name, total=total, completed=done, detail="", pace=pace)
             yield _BarTask(self._open, inner, pace)
@@ -189,9 +185,10 @@ class _LineTask:
         self._last, self._detail = clock(), ""
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        self._pace.advance(steps)
+        self._pace.advance(steps, detail)
         self._detail = detail
-        if self._clock() - self._last >= LINE_EVERY:
+        # The last line is written when the stage ends.
+        if self._clock() - self._last >= LINE_EVERY and self._pace.done < self._pace.total:
             self._last = self._clock()
             self._write(self.line())
 
@@ -199,9 +196,9 @@ class _LineTask:
         pace = self._pace
         left = pace.left()
         at_work = pace.done < pace.total
-        more = [f"{left:.0f} s left"] if left is not None and at_work else []
+        more = [f"{clock(left)} left"] if left is not None and at_work else []
         more += [memory(), *([self._detail] if self._detail and at_work else [])]
-        return f"{self._name}: {pace.done}/{pace.total}, {pace.elapsed:.0f} s, {', '.join(more)}"
+        return f"{self._name}: {pace.done}/{pace.total}, {clock(pace.elapsed)}, {', '.join(more)}"
 
 
 class Lines:
@@ -212,8 +209,8 @@ class Lines:
         self._depth = 0
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None) -> Iterator[Task]:
-        task = _LineTask(self._print, name, Pace(total, done, weights, self._clock), self._clock)
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
+        task = _LineTask(self._print, name, Pace(total, done, self._clock), self._clock)
         self._depth += 1
         try:
             yield task

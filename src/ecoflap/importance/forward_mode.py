@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
-from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
+from ecoflap.importance.projections import Probe, check_probes, probes, projections
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.importance.zeroth_order import ZerothOrder
 from ecoflap.model.parts import Anatomy, Layer, Tower
@@ -65,10 +65,6 @@ class ForwardMode(ImportanceMeasure):
 
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * self.draws
-
-    def efforts(self, context: ProbeContext) -> list[float]:
-        """Of the estimates to come, in any unit: for the time left."""
-        return efforts(context, draws=self.draws, probe=self.probe, replay=self.replay, losses=1)
 
     def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
         """One a probe."""

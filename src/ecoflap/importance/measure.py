@@ -221,12 +221,11 @@ def measure(
         )  # fmt: skip
         pieces = None if (found := measure.pieces(context)) is None else list(found)
         whole = _narrowed(context, pieces, pieces or (), known)
-        weights = measure.efforts(whole) if hasattr(measure, "efforts") and rule is None else None
         total = measure.steps(context) if pieces is None else len(known) + len(_keys(pieces) - whole.done)
         if rule is not None:
             check_budget(rule, pieces or (), len(batches))
             total = len(known) + len(_keys(pieces or ()) - known.keys())
-        with work.progress.stage("importance", total, len(known), weights) as task:
+        with work.progress.stage("importance", total, len(known)) as task:
             for turn, passed in [(pieces, 0)] if rule is None or pieces is None else turns(pieces, known, rule):
                 fresh = _measured(measure, _narrowed(context, pieces, turn or (), known), journal, task, pieces)
                 known |= {(layer, batch, draw): value for layer, batch, draw, value in fresh}

@@ -16,7 +16,6 @@ from torch import Tensor
 from ecoflap.errors import InvalidOption
 from ecoflap.importance.base import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
-from ecoflap.model.effort import forward_effort, suffix_efforts
 from ecoflap.model.parts import Layer
 from ecoflap.model.patching import swapped
 from ecoflap.model.replay import Replay
@@ -97,29 +96,6 @@ def check_probes(draws: int, probe: str, precision: str) -> None:
         raise unknown("probe", probe, list(PROBES))
     if precision not in PRECISIONS:
         raise unknown("precision", precision, list(PRECISIONS))
-
-
-def efforts(context: ProbeContext, *, draws: int, probe: str, replay: bool, losses: int) -> list[float]:
-    """How long the estimates of :func:`projections` take in proportion, in its order.
-
-    A batch's first one comes after the forward that is replayed; of a unit's estimates, the first takes its time.
-
-    Args:
-        losses: forwards a probe.
-    """
-    whole, after = forward_effort(context.anatomy), suffix_efforts(context.anatomy)
-    found = []
-    for index in range(len(context.batches)):
-        entering = whole
-        for unit in _units(context, probe):
-            cost = max(after[block] for layer in unit for block in context.blocks_of(layer)) if replay else whole
-            for draw in range(draws):
-                paid = False
-                for layer in unit:
-                    if (layer.name, index, draw) not in context.done:
-                        found.append(entering + (0.0 if paid else losses * cost))
-                        entering, paid = 0.0, True
-    return found
 
 
 def _units(context: ProbeContext, probe: str) -> list[Sequence[Layer]]:

@@ -18,7 +18,7 @@ import torch
 
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
-from ecoflap.importance.projections import Probe, check_probes, efforts, probes, projections
+from ecoflap.importance.projections import Probe, check_probes, probes, projections
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.replay import Replay
@@ -101,10 +101,6 @@ class ZerothOrder(ImportanceMeasure):
 
     def steps(self, context: ProbeContext) -> int:
         return len(context.layers) * len(context.batches) * self.draws
-
-    def efforts(self, context: ProbeContext) -> list[float]:
-        """Of the estimates to come, in any unit: for the time left."""
-        return efforts(context, draws=self.draws, probe=self.probe, replay=self.replay, losses=2)
 
     def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
         """One a probe."""

@@ -9,7 +9,7 @@ Why a weight inside a block is not pruned, in words for the user.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -209,22 +209,10 @@ def discover(
         replayable=tuple(path for found in lists for path in found.elements),
         total_parameters=sum(parameter.numel() for parameter in model.parameters()) + reader.packed_away,
         traced=traced is not None,
-        products=_products(traced, {path for found in lists for path in found.elements}),
     )
     if not anatomy.towers:
         raise AnatomyError(f"nothing to prune in {type(model).__name__}{_why_nothing(model, anatomy)}")
     return anatomy
-
-
-def _products(traced: Trace | None, blocks: Collection[str]) -> dict[str, int]:
-    """Those of the trace's modules, by the block that holds each of them ("" for none)."""
-    found: dict[str, int] = {}
-    for path, count in traced.products.items() if traced else ():
-        owner = path
-        while owner and owner not in blocks:
-            owner = owner.rpartition(".")[0]
-        found[owner] = found.get(owner, 0) + count
-    return found
 
 
 def _why_nothing(model: nn.Module, anatomy: Anatomy) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 
@@ -98,8 +97,6 @@ class Anatomy:
         towers: in the order in which a forward calls them; only those with prunable layers.
         replayable: paths of all repeated blocks, of excluded towers too, in order.
         traced: whether a forward was watched (else the order is that of definition).
-        products: of weights with inputs in the watched forward, by path of each replayable block; "" is all outside of
-            them. Says what takes how long, and nothing else; empty if not traced.
     """
 
     towers: tuple[Tower, ...]
@@ -107,7 +104,6 @@ class Anatomy:
     replayable: tuple[str, ...]
     total_parameters: int
     traced: bool
-    products: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

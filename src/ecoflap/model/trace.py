@@ -96,7 +96,6 @@ class Trace:
         chained: pairs ``(a, b)`` such that what watched module ``a`` returned, or what the modules around it made of
             that, was passed to watched ``b``.
         multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, by their module or not.
-        products: path of each linear or convolutional module to the products of its weights with its inputs.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -104,7 +103,6 @@ class Trace:
     calls: dict[str, int] = field(default_factory=dict)
     chained: set[tuple[str, str]] = field(default_factory=set)
     multiplied: set[int] = field(default_factory=set)
-    products: dict[str, int] = field(default_factory=dict)
 
     def position(self, path: str) -> int:
         """Rank of the first call of ``path``; modules never called come last."""
@@ -139,8 +137,6 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
     def after(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             stack.pop()
-            if count := _products(module, output):
-                result.products[path] = result.products.get(path, 0) + count
             if path in watched:
                 origins.set(tensors_in(output), frozenset({path}))
 
@@ -153,12 +149,3 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
         run(model, batch)
     result.multiplied = origins.multiplied
     return result
-
-
-def _products(module: nn.Module, output: Any) -> int:
-    """Multiplications of a weight with an input in one call of ``module`` itself; 0 where it has no such weight."""
-    weight = module._parameters.get("weight")
-    if weight is None or weight.ndim < 2 or not isinstance(output, Tensor) or isinstance(module, nn.Embedding):
-        return 0
-    inputs = weight.numel() // max(output.shape[-1] if weight.ndim == 2 else weight.shape[0], 1)
-    return output.numel() * inputs

@@ -21,7 +21,6 @@ from ecoflap.allocation.patterns import Pattern
 from ecoflap.data.model_facts import TokenMasks, placeholders, token_masks
 from ecoflap.errors import NonFiniteLoss, StorageError
 from ecoflap.model.block_runner import Run, TowerDriver
-from ecoflap.model.effort import walk_efforts
 from ecoflap.model.offload import Offloaded, adopt, is_offloaded, removed_with, resident, temporary_folder
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower
 from ecoflap.model.patching import cache_disabled, trim
@@ -141,27 +140,53 @@ def walk(
             dense = DenseModel(model, anatomy, entered, batches, run, offload=offload, folder=folder)
     else:
         done = {block.name: walker.restore(block) for block in blocks}
-    left = [block for block in blocks if not done[block.name]]
-    efforts = walk_efforts(anatomy, left, len(batches), criterion.statistics in ("gram", "pair"))
+    gathers = criterion.statistics != "none"
+    total = _runs(anatomy, gathers, blocks)
+    to_do = _runs(anatomy, gathers, [block for block in blocks if not done[block.name]])
     with (
         evaluating(model),
         cache_disabled(model),  # a captured cache would be filled twice, and hide k and v
-        (progress or Silent()).stage("pruning", len(done), sum(done.values()), efforts) as task,
+        (progress or Silent()).stage("pruning", total, total - to_do) as task,
     ):
         for tower in anatomy.towers:
             todo = [block for block in tower.blocks if block.layers and not done[block.name]]
             if not todo:
                 walker.restore_all(tower.blocks)
                 continue
-            if criterion.statistics == "none":
+            if not gathers:
                 for block in todo:
                     with resident(model, block.name):
                         walker.prune_layers(block.layers, None)
                         walker.finish(block, task)
                 continue
             driver = TowerDriver(model, tower, batches, run, offload=offload, folder=folder)
-            _walk_tower(walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, part, task, dense)
+            _walk_tower(
+                walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, part, task, dense,
+                passed=_before(anatomy, tower),
+            )  # fmt: skip
     return WalkResult(achieved(model, allocation), tuple(walker.unreached))
+
+
+def _runs(anatomy: Anatomy, gathers: bool, todo: Sequence[Block]) -> int:
+    """How often a block is run on all batches to prune those of ``todo``: for its statistics, for the next block's
+    inputs, and before a tower, where the walk enters it. So the steps of a walk take about the same time each.
+
+    Args:
+        gathers: the criterion reads statistics; else each block is one step.
+    """
+    if not gathers:
+        return len(todo)
+    count = len(todo)
+    for tower in anatomy.towers:
+        places = [place for place, block in enumerate(tower.blocks) if block in todo]
+        count += _before(anatomy, tower) + places[-1] if places else 0
+    return count
+
+
+def _before(anatomy: Anatomy, tower: Tower) -> int:
+    """Number of blocks that a forward runs before it comes to a tower."""
+    first = tower.blocks[0].name
+    return anatomy.replayable.index(first) if first in anatomy.replayable else 0
 
 
 def _walk_tower(
@@ -175,11 +200,15 @@ def _walk_tower(
     part: Share,
     task: Task,
     dense: DenseModel | None,
+    *,
+    passed: int,
 ) -> None:
     model, workers = walker.model, walker.workers
     make = STATISTICS[walker.criterion.statistics]
     for index, block in enumerate(tower.blocks):
         driver.enter(index)
+        if not index:
+            task.advance(passed, block.name)
         if block not in todo and dense is not None:
             with resident(model, block.name):
                 dense.skip(tower, index)
@@ -205,6 +234,7 @@ def _walk_tower(
             if block == todo[-1]:
                 break  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
             driver.run(index, last=True)
+            task.advance(1, block.name)
     if dense is not None:
         dense.leave(tower)
         walker.restore_all(tower.blocks)

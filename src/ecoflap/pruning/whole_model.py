@@ -23,7 +23,6 @@ from ecoflap.data.objectives import Objective
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.gradient import visit_gradients
-from ecoflap.model.effort import forward_effort
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.precision import computing_in_fp32
@@ -109,9 +108,6 @@ def _bin(histogram: Tensor, count: int) -> tuple[int, int]:
     return index, int(up_to[index] - histogram[index])
 
 
-_PASSES = 30  # over a layer's weights when it is cut, as products in a forward count
-
-
 def prune_globally(
     model: nn.Module,
     anatomy: Anatomy,
@@ -153,22 +149,21 @@ def prune_globally(
         for pool, layers in cutter.pools.items()
     }
     rounds = len(next(iter(targets.values())))
-    steps = criterion.steps(len(batches)) + len(anatomy.layers)
+    gradients = criterion.steps(len(batches))
+    steps = gradients + 1 if gradients else len(anatomy.layers)  # beside a gradient, a layer's cut takes no time
     context = ProbeContext(model, anatomy, batches, objective, seed=0)
     done, cut = cutter.restore(rounds)
     with ExitStack() as stack:
         for state in (evaluating(model), cache_disabled(model)):
             stack.enter_context(state)
-        # A gradient is three forwards; a layer is cut by some passes over its weights.
-        efforts = [3 * forward_effort(anatomy)] * criterion.steps(len(batches))
-        efforts = (rounds - done) * [*efforts, *(_PASSES * float(layer.numel) for layer in anatomy.layers)]
-        task = stack.enter_context((progress or Silent()).stage("pruning", rounds * steps, done * steps, efforts))
+        task = stack.enter_context((progress or Silent()).stage("pruning", rounds * steps, done * steps))
         for number in range(done, rounds):
             scores = criterion.scores(context, offload, task)
             cut = {}
             for name, mask in cutter.masks(scores, {pool: counts[number] for pool, counts in targets.items()}):
                 cut[name] = mask
-                task.advance(1, name)
+                task.advance(0 if gradients else 1, name)
+            task.advance(1 if gradients else 0, "zeros written")
             cutter.finish(number, cut)
     zeros = {name: int(np.unpackbits(packed.numpy()).sum(dtype=np.int64)) for name, packed in cut.items()}
     layers = tuple(replace(row, zeros=zeros[row.name]) for row in budgets.layers)

@@ -77,6 +77,11 @@ def duration(seconds: float | None) -> str:
         return MISSING
     if seconds < 9.95:
         return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
+    return clock(seconds)
+
+
+def clock(seconds: float) -> str:
+    """Whole seconds as "12 s", "3 min 20 s" or "1 h 05 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -17,14 +16,8 @@ class Task(Protocol):
 class Progress(Protocol):
     """Opens one :class:`Task` a stage: ``with progress.stage("importance", total=840) as task``."""
 
-    def stage(
-        self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None
-    ) -> AbstractContextManager[Task]:
-        """A stage of ``total`` steps, ``done`` of which an interrupted run has left behind.
-
-        Args:
-            weights: how long each of the other steps takes, in any unit, in their order; None: all alike.
-        """
+    def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
+        """A stage of ``total`` steps, ``done`` of which an interrupted run has left behind."""
 
 
 class _SilentTask:
@@ -35,9 +28,7 @@ class _SilentTask:
 class Silent:
     """Reports nothing; the default of the Python API."""
 
-    def stage(
-        self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None
-    ) -> AbstractContextManager[Task]:
+    def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
         return nullcontext(_SilentTask())
 
 
@@ -47,7 +38,5 @@ class Labelled:
     def __init__(self, inner: Progress, label: str) -> None:
         self._inner, self._label = inner, label
 
-    def stage(
-        self, name: str, total: int, done: int = 0, weights: Sequence[float] | None = None
-    ) -> AbstractContextManager[Task]:
-        return self._inner.stage(f"{name}, {self._label}", total, done, weights)
+    def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
+        return self._inner.stage(f"{name}, {self._label}", total, done)
