@@ -34,7 +34,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
 
 
-COMMANDS = ("prune", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report", "push")
+COMMANDS = (
+    "prune", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report", "push", "pack", "unpack",
+    "bench",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

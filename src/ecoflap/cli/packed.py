@@ -108,6 +108,7 @@ def packed_to(
         "values": values,
         "layers": len(made.model.layers),
         "layer_bytes": {"dense": made.model.dense_bytes, "packed": made.model.packed_bytes},
+        "weight_error": made.model.error,
         "file_bytes": {"dense": made.files_before, "packed": made.files_after},
     }
 
@@ -115,8 +116,9 @@ def packed_to(
 def packed_line(told: dict[str, Any]) -> str:
     """What :func:`packed_to` told, for people."""
     layers, files = told["layer_bytes"], told["file_bytes"]
+    error = f", weights off by {100 * told['weight_error']:.2f} % in the mean" if told["weight_error"] else ""
     return (
-        f"packed  {told['layers']} layers, {layers['packed'] / layers['dense']:.3f} of their bytes; "
+        f"packed  {told['layers']} layers, {layers['packed'] / layers['dense']:.3f} of their bytes{error}; "
         f"files {files['packed'] / 1e6:.1f} MB instead of {files['dense'] / 1e6:.1f} MB\n"
         f"packed  {told['model']}"
     )
@@ -143,6 +145,8 @@ def bench_model(
     layers: Annotated[int, typer.Option("--layers", metavar="N", show_default=False,
                                         help="Of the random model; fewer where memory is short. Default: 22.",
                                         rich_help_panel="Measuring")] = 22,
+    sparsity: Annotated[float, typer.Option("--sparsity", metavar="S", help="Of the models made for it. Default: 0.5.",
+                                            show_default=False, rich_help_panel="Measuring")] = 0.5,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON there, too.",
                                                 show_default=False, rich_help_panel=OUTPUT)] = None,
     quiet: Quiet = False,
@@ -163,8 +167,9 @@ def bench_model(
     from ecoflap.support.files import write_json
 
     options = BenchOptions(
-        prompt_tokens, new_tokens, rounds, numbers("--batch-sizes", batch_sizes), numbers("--threads", threads), layers
-    )
+        prompt_tokens, new_tokens, rounds, numbers("--batch-sizes", batch_sizes), numbers("--threads", threads), layers,
+        sparsity,
+    )  # fmt: skip
     found = bench(packed, options, progress_to(quiet or as_json))
     if output is not None:
         write_json(output, found)

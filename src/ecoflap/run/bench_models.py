@@ -28,13 +28,15 @@ from ecoflap.model.save import save
 
 DENSE = "dense bfloat16"
 VARIANTS = (DENSE, "dense float32", "packed", "packed int8")
-SPARSITY = 0.5  # of the models that this makes itself
 PROMPT = "What is in the picture?"
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How long to measure: tokens of a prompt, tokens generated, rounds, batch sizes, threads (0: all)."""
+    """How long to measure: tokens of a prompt, tokens generated, rounds, batch sizes, threads (0: all).
+
+    ``layers`` and ``sparsity`` are those of the models that are made for it.
+    """
 
     prompt_tokens: int = 32
     new_tokens: int = 8
@@ -42,11 +44,14 @@ class BenchOptions:
     batch_sizes: tuple[int, ...] = (1, 8)
     threads: tuple[int, ...] = (1, 0)
     layers: int = 22
+    sparsity: float = 0.5
 
     def __post_init__(self) -> None:
         counts = (self.prompt_tokens, self.new_tokens - 1, self.rounds, self.layers, *self.batch_sizes)
-        if min(counts) < 1 or min(self.threads) < 0 or not self.threads:
-            raise InvalidOption("bench: counts must be at least 1, new tokens at least 2, threads at least 0 (all)")
+        if min(counts) < 1 or min(self.threads) < 0 or not 0.1 <= self.sparsity < 1:
+            raise InvalidOption(
+                "bench: counts must be at least 1, new tokens at least 2, threads at least 0 (all), sparsity 0.1 to 1"
+            )
 
 
 @dataclass
@@ -65,12 +70,12 @@ def embedded(folder: Path, options: BenchOptions) -> Subject:
     made = load(model_path(), device="cpu")
     for _, layer in packable(made.model):
         weight = layer.weight.detach()
-        rank = max(1, int(SPARSITY * weight.numel()))
+        rank = max(1, int(options.sparsity * weight.numel()))
         weight[weight.abs() <= weight.abs().flatten().float().kthvalue(rank).values] = 0
     save(made, folder / "pruned")
     pack_checkpoint(folder / "pruned", folder / "packed")
     subject = of_folder(folder / "packed", folder, options)
-    subject.name = f"embedded VLM at {SPARSITY}"
+    subject.name = f"embedded VLM at {options.sparsity}"
     return subject
 
 
@@ -138,8 +143,8 @@ def random_model(_: Path, options: BenchOptions) -> Subject:
     )  # fmt: skip
     patterns: dict[tuple[int, int], torch.Tensor] = {}
     packed: dict[tuple[str, tuple[int, int]], PackedWeight] = {}
-    variants = {name: _random_variant(config, name, patterns, packed) for name in VARIANTS}
-    name = f"random Llama, {layers} layers of 2048 × 5632, at {SPARSITY}"
+    variants = {name: _random_variant(config, name, patterns, packed, options.sparsity) for name in VARIANTS}
+    name = f"random Llama, {layers} layers of 2048 × 5632, at {options.sparsity}"
     return Subject(name, variants, lambda model, size: _ids(model, size, options.prompt_tokens))
 
 
@@ -148,6 +153,7 @@ def _random_variant(
     variant: str,
     patterns: dict[tuple[int, int], torch.Tensor],
     packed: dict[tuple[str, tuple[int, int]], PackedWeight],
+    sparsity: float,
 ) -> nn.Module:
     """Layers of one shape are copies of one matrix: what the values are changes no time."""
     dtype = torch.float32 if variant == "dense float32" else torch.bfloat16
@@ -158,7 +164,7 @@ def _random_variant(
         shape = (layer.out_features, layer.in_features)
         if shape not in patterns:
             weight = torch.randn(shape) * 0.02
-            patterns[shape] = (weight * (torch.rand(shape) >= SPARSITY)).bfloat16()
+            patterns[shape] = (weight * (torch.rand(shape) >= sparsity)).bfloat16()
         if name not in inside or not variant.startswith("packed"):
             layer.weight = nn.Parameter(patterns[shape].to(dtype, copy=True), requires_grad=False)
             continue

@@ -132,7 +132,11 @@ def test_dtypes_as_it_is_loaded_and_later(folder):
 def test_int8_values_keep_float32_scales(group_size, tmp_path):
     model = reloaded(llama(), tmp_path / "dense")
     expected = model(IDS).logits
-    ecoflap.pack(model, values="int8", group_size=group_size)
+    weights = [module.weight.detach().clone() for module in model.modules() if isinstance(module, nn.Linear)][:-1]
+    told = ecoflap.pack(model, values="int8", group_size=group_size)
+    rounded = [layer.dense_weight() for layer in layers(model).values()]
+    off = sum((a - b).double().square().sum() for a, b in zip(rounded, weights, strict=True))
+    assert told.error == pytest.approx(float(off / sum(w.double().square().sum() for w in weights)) ** 0.5, rel=1e-4)
     packed = reloaded(model, tmp_path / "packed")
     assert torch.equal(packed(IDS).logits, model(IDS).logits)
     assert (packed(IDS).logits - expected).abs().max() < 0.05 * expected.abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ecoflap.errors import InvalidOption
-from ecoflap.model.packed.format import pack_weight, worth_packing
+from ecoflap.model.packed.format import pack_weight, unpack_weight, worth_packing
 from ecoflap.model.packed.linear import PackedLinear
 
 
@@ -24,12 +25,14 @@ class PackedModel:
         dense_bytes: what their weights took before.
         packed_bytes: what they take now.
         other_bytes: all other parameters and buffers, which stay as they are.
+        error: ‖W - Ŵ‖ / ‖W‖ over all packed weights, Ŵ what int8 values stand for; 0 for "auto".
     """
 
     layers: tuple[str, ...]
     dense_bytes: int
     packed_bytes: int
     other_bytes: int
+    error: float = 0.0
 
 
 def pack(model: nn.Module, *, values: str = "auto", group_size: int = 0) -> PackedModel:
@@ -49,6 +52,7 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int = 0) -> Pack
     layers: list[str] = []
     transposed: list[str] = []
     before = after = 0
+    off = size = 0.0
     for name, layer in list(packable(model)):
         if layer.weight.is_meta:
             raise InvalidOption(f"'{name}' is not in memory: load the model without a device map to pack it")
@@ -56,7 +60,11 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int = 0) -> Pack
             continue
         turned = not isinstance(layer, nn.Linear)
         weight = layer.weight.detach()
-        packed = pack_weight(weight.t().contiguous() if turned else weight, values, group_size)
+        rows = weight.t().contiguous() if turned else weight
+        packed = pack_weight(rows, values, group_size)
+        if values == "int8":
+            off += float((unpack_weight(packed) - rows.float()).square().sum())
+            size += float(rows.float().square().sum())
         before, after = before + weight.nbytes, after + packed.nbytes
         replace(model, name, PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype))
         layers.append(name)
@@ -68,7 +76,7 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int = 0) -> Pack
 
         mark(model, values, group_size)
     seen = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return PackedModel(tuple(layers), before, after, sum(seen.values()) - after)
+    return PackedModel(tuple(layers), before, after, sum(seen.values()) - after, math.sqrt(off / size) if size else 0.0)
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
