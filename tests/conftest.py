@@ -47,6 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("ecoflap")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests: at the end, workers would wait for the one that has the last of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Each test starts from the same generator state, whatever ran before it."""

@@ -259,6 +259,7 @@ def test_a_wrong_option_is_told_without_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_python_dash_m(made: SimpleNamespace, tmp_path: Path) -> None:
     """A whole run in a process of its own: nothing on standard error but our lines, whatever transformers says."""
     job = ["prune", str(made.llama), "--calibration", str(made.prose), *TEXT, "-o", "run", "--json"]

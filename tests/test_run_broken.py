@@ -68,6 +68,7 @@ def _broken_again_and_again(job: Callable[[], object], run: Path, breaks: list[t
 SEARCH = {"search": True, "search_options": {"rounds": 1, "granularity": "block", "swaps": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, SEARCH, {"criterion": "iterative-gradient"}], ids=["stages", "search", "rounds"])
 def test_prune(made: Path, more: dict[str, object]) -> None:
     name = "-".join(("whole", *more))
@@ -104,6 +105,7 @@ def test_importance(made: Path) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_compare(made: Path) -> None:
     text = str(made / "prose.txt")
     grid = Grid.parse(

@@ -265,6 +265,7 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_again_and_again(tmp_path: Path) -> None:
     from ecoflap.run.pipeline import run_recipe
 

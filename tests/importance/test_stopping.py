@@ -86,6 +86,7 @@ def test_pieces_go_on_while_any_of_their_layers_needs_more() -> None:
     assert known == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("importance", "options"),
     [

@@ -129,6 +129,7 @@ def test_it_ends_no_higher_than_the_search_by_dense_inputs() -> None:
     assert ends["both"] <= ends["dense"] * (1 + 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("criterion", "inputs"), [("wanda", "both"), ("sparsegpt", "both"), ("wanda", "pruned")])
 def test_from_every_state_it_ends_with_the_same_bits(criterion: str, inputs: str) -> None:
     it, journal = subject("llama"), Journal()

@@ -77,6 +77,7 @@ def test_a_crash_in_the_curves(prune: Command, whole: Path, tmp_path: Path, monk
     same_result(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_killed_in_the_search(made: Path, whole: Path) -> None:
     job = ecoflap(
         made, "prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, *JOB, "-o", "killed", "--resume",

@@ -78,6 +78,7 @@ def by_themselves(folder: Path, arguments: Sequence[object]) -> list[str]:
         return [process.printed()[0] for process in processes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [by_torchrun, by_themselves])
 def test_several_workers_end_like_one(tmp_path: Path, start: Callable[[Path, Sequence[object]], list[str]]) -> None:
     picos.write_checkpoint("llama", tmp_path / "llama")
@@ -107,6 +108,7 @@ def kill(process: subprocess.Popen[str], rank: int) -> None:
             child.send_signal(signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_in_each_stage_are_started_anew_and_end_like_one(tmp_path: Path) -> None:
     picos.write_checkpoint("llama", tmp_path / "llama")
     data = str(prose(tmp_path / "prose.txt", 6000))
@@ -131,6 +133,7 @@ def test_workers_that_are_killed_in_each_stage_are_started_anew_and_end_like_one
     same_result(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_in_one_line_once(tmp_path: Path) -> None:
     poisoned_llama(tmp_path / "llama", "star")
     text = prose(tmp_path / "prose.txt", 120).read_text("utf-8").replace("star", "the").split()

@@ -161,6 +161,7 @@ def test_trainer_evaluates(folder, tmp_path):
         assert found["eval_loss"] == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_compiled_and_exported(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = model(IDS, use_cache=False).logits
@@ -253,6 +254,7 @@ def test_configurations_that_we_do_not_write(change, folder):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["import ecoflap, transformers", "import transformers, ecoflap",
                                    "import transformers.quantizers, ecoflap"])  # fmt: skip
 def test_one_import_is_enough_in_any_order(order, folder):

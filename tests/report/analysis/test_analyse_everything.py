@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import pytest
 from console import Command
 from PIL import Image
 
@@ -20,6 +21,7 @@ def _json(folder: Path, name: str) -> Any:
     return json.loads((folder / "analysis" / f"{name}.json").read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_everything_of_a_run(run: Command, copy: Path) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "report.html"}
     outcome = run("analyse", copy, "--quiet", "--json").well()

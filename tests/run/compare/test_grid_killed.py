@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 from forks import ecoflap, forked
 from grids import grid_of, table
 
@@ -12,6 +13,7 @@ from ecoflap.run.compare.grid import run_grid
 from ecoflap.run.compare.record import read_comparison
 
 
+@pytest.mark.slow
 def test_killed(data: Path) -> None:
     text = str(data / "prose.txt")
     job = ecoflap(

@@ -116,7 +116,9 @@ def on_device(objective: Objective) -> Objective:
 @contextmanager
 def _randomness_fixed(model: nn.Module) -> Iterator[None]:
     """The generators of the CPU and of the model's GPUs begin anew inside, and go on where they were at exit."""
-    devices = [home_of(model), *(parameter.device for parameter in model.parameters())]
+    # Without CUDA, looking at all parameters again with every loss is in vain.
+    on_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [home_of(model), *(parameter.device for parameter in model.parameters())] if on_gpus else []
     gpus = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     generators = [torch.default_generator, *(torch.cuda.default_generators[gpu] for gpu in gpus)]
     states = [generator.get_state() for generator in generators]
