@@ -63,7 +63,7 @@ def _seeded() -> None:
 @pytest.fixture
 def pageless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs write no ``report.html``, half of a pico run's time: for tests that look at anything else."""
-    monkeypatch.setattr("ecoflap.run.pipeline.write_report", lambda _: None)
+    monkeypatch.setattr("ecoflap.report.page.write_report", lambda _: None)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.pruning.registry import CRITERIA
-from ecoflap.report.citations import CITATIONS, PAPERS, citations
+from ecoflap.support.citations import CITATIONS, PAPERS, citations
 
 OURS = {"uniform", "sensitivity"}  # no paper of others to name
 

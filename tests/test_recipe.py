@@ -21,7 +21,7 @@ from ecoflap.errors import InvalidOption, UnknownName
 from ecoflap.evaluation import TASKS
 from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.pruning.registry import CRITERIA
-from ecoflap.report.formats import reproduce
+from ecoflap.report.records import reproduce
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.recipe import FILE_ONLY, Recipe
 

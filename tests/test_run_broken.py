@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _plain_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "write_report", lambda run: write_text(run / "report.html", "a page"))
+    monkeypatch.setattr("ecoflap.report.page.write_report", lambda run: write_text(run / "report.html", "a page"))
 
 
 def _recipe(folder: Path, **more: object) -> Recipe:

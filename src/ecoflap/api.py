@@ -14,10 +14,10 @@ from torch import nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.allocation.allocate import AllocationOptions
-from ecoflap.allocation.fits import check_allocation
 from ecoflap.data.model_facts import to_device
 from ecoflap.data.objectives import Objective, default_objective, on_device
 from ecoflap.importance.allocate import allocate, allocate_scores
+from ecoflap.importance.fits import check_allocation
 from ecoflap.importance.measure import EstimateJournal, measure
 from ecoflap.importance.scores import Importance
 from ecoflap.model.anatomy import discover

@@ -13,7 +13,7 @@ from embedded_vlm.questions import CAPTION_PROMPT, PROMPT
 from embedded_vlm.score import Row, accuracy_by_kind, answers, commonest_answers, read_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2ForConditionalGeneration
 
-from ecoflap.data import embedded
+from ecoflap.support import embedded
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def batch_of(rows: list[Row], processor: Any) -> dict[str, torch.Tensor]:
 
 def test_importing_the_paths_loads_nothing_heavy() -> None:
     code = (
-        "import sys, ecoflap.data.embedded as d; assert d.model_path().is_dir() and d.test_path().is_file(); "
+        "import sys, ecoflap.support.embedded as d; assert d.model_path().is_dir() and d.test_path().is_file(); "
         "assert not {'numpy', 'PIL', 'pyarrow', 'datasets', 'transformers'} & set(sys.modules)"
     )
     package = Path(embedded.__file__).parents[2]

@@ -6,8 +6,8 @@ from synthetic import METHODS, TOWERS, comparison, write_comparison
 
 from ecoflap.errors import InvalidOption, StorageError
 from ecoflap.report import write_compare
-from ecoflap.report.citations import CITATIONS
 from ecoflap.report.comparison import Comparison
+from ecoflap.support.citations import CITATIONS
 
 
 @pytest.fixture(scope="module")

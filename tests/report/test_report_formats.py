@@ -1,6 +1,6 @@
 import pytest
 
-from ecoflap.report import formats
+from ecoflap.support import formats
 
 
 @pytest.mark.parametrize(

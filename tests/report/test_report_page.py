@@ -13,7 +13,7 @@ from synthetic import RECIPE, allocation, importance, metrics, write_comparison,
 from ecoflap.cli.tables import stages_table, summary_table
 from ecoflap.errors import InvalidOption, StorageError
 from ecoflap.report import rebuild, write_report
-from ecoflap.report.formats import reproduce
+from ecoflap.report.records import reproduce
 
 
 @pytest.fixture(scope="module")

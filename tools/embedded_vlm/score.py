@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from ecoflap.data.embedded import model_path, test_path
+from ecoflap.support.embedded import model_path, test_path
 from embedded_vlm import easy_vqa
 from embedded_vlm.questions import CAPTION_PROMPT, PROMPT, ask_any
 from embedded_vlm.scenes import sample_scenes

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from ecoflap.allocation import Allocation
 from ecoflap.model.parts import Anatomy
-from ecoflap.report import formats
 from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
+from ecoflap.support import formats
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -135,7 +135,7 @@ def allocation_table(allocation: Allocation) -> Table:
 
 def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row a task, one for each of its further metrics, and one a group of its samples."""
-    from ecoflap.report import formats  # the package of the page: too heavy for the allocation's table
+    from ecoflap.support import formats
 
     table = _table("", "task", "value", "n")
     for task, result in results.items():

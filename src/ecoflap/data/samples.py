@@ -323,6 +323,6 @@ def _image_folder(folder: str | Path | None) -> Path | None:
 
 
 def _bundled() -> Path:
-    from ecoflap.data import embedded  # imported late: only runs on the embedded model need it
+    from ecoflap.support import embedded  # imported late: only runs on the embedded model need it
 
     return Path(embedded.calibration_path())

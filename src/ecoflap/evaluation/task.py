@@ -122,7 +122,7 @@ def open_data(task: str, test: TestData) -> SampleReader:
 
 def bundled_questions() -> Path:
     """The test questions that come with the embedded model."""
-    from ecoflap.data import embedded  # imported late: only runs on the embedded model need it
+    from ecoflap.support import embedded  # imported late: only runs on the embedded model need it
 
     return Path(embedded.test_path())
 

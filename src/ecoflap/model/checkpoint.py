@@ -230,7 +230,7 @@ def model_dtype(model: torch.nn.Module) -> torch.dtype:
 
 
 def _embedded() -> Path:
-    from ecoflap.data import embedded  # not at import: the package's data is only needed here
+    from ecoflap.support import embedded  # not at import: the package's data is only needed here
 
     return Path(embedded.model_path())
 

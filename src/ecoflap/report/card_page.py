@@ -18,8 +18,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ecoflap.report import formats
-from ecoflap.report.citations import Citation
+from ecoflap.report import records
+from ecoflap.support import formats
+from ecoflap.support.citations import Citation
 from ecoflap.support.files import PARTIAL, storage, write_text
 
 README = "README.md"
@@ -49,7 +50,7 @@ def base_model(source: str | None) -> BaseModel:
     Nothing is downloaded: of a Hub id the snapshot in the cache is read.
     """
     if source is None:
-        from ecoflap.data import embedded
+        from ecoflap.support import embedded
 
         return BaseModel("embedded VLM of ecoflap", None, _readme_head(Path(embedded.model_path()) / README))
     path = Path(source).expanduser()
@@ -190,7 +191,7 @@ def render(card: Card) -> str:
         version=card.environment.get("ecoflap", ""),
         usage=fenced(_usage(card), "python"),
         bibtex=fenced("\n\n".join(paper.bibtex for paper in card.papers), "bibtex"),
-        command=fenced(formats.reproduce(card.recipe), "sh") if card.recipe else "",
+        command=fenced(records.reproduce(card.recipe), "sh") if card.recipe else "",
         recipe=fenced(yaml.safe_dump(dict(card.recipe), sort_keys=False, allow_unicode=True), "yaml"),
         percent=formats.percent,
         integer=formats.integer,

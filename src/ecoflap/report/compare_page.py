@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ecoflap.report import formats
+from ecoflap.report import records
 from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, log_ticks, style
-from ecoflap.report.citations import CITATIONS, Citation
 from ecoflap.report.comparison import Cell, Comparison, Method, Test, mean, read_comparison
 from ecoflap.report.html import Plots, environment
+from ecoflap.support import formats
+from ecoflap.support.citations import CITATIONS, Citation
 from ecoflap.support.files import write_text
 
 _CONTRAST = 20.0  # values whose largest is so many times the smallest are shown on a logarithmic scale
@@ -201,8 +202,8 @@ def render(content: Comparison) -> str:
             cuda=any(cell.peak_cuda_bytes for cell in content.cells),
             failed=[cell for cell in content.cells if cell.error],
             cells=list(_cells(content)),
-            options=list(formats.options(content.recipe)),
-            records=list(formats.records("", formats.environment(content.recipe, content.environment))),
+            options=list(records.options(content.recipe)),
+            records=list(records.records("", records.environment(content.recipe, content.environment))),
             **plots.context(),
         )
     )

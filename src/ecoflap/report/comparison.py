@@ -13,8 +13,8 @@ from pydantic import Field
 
 from ecoflap.errors import InvalidOption
 from ecoflap.report.data import Content, Count, Finite, Fraction, read_model
-from ecoflap.report.formats import task_title
 from ecoflap.run.names import COMPARISON
+from ecoflap.support.formats import task_title
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -16,10 +16,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ecoflap.report import formats
 from ecoflap.report.charts.chart import Chart, Entry, Rule
 from ecoflap.report.charts.plotly import figure, plain
 from ecoflap.report.charts.svg import svg
+from ecoflap.support import formats
 
 _SCRIPTS = ("tables.js", "plots.js")
 

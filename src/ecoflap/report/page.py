@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecoflap.report import formats
+from ecoflap.report import records
 from ecoflap.report.charts import analysis as analysis_charts
 from ecoflap.report.charts import run as run_charts
-from ecoflap.report.citations import citations
 from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, gallery, read_run
 from ecoflap.report.html import PanelGroup, Plots, environment
+from ecoflap.support import formats
+from ecoflap.support.citations import citations
 from ecoflap.support.files import write_text
 
 
@@ -121,15 +122,15 @@ def render(run: RunData) -> str:
             run=run,
             metrics=metrics,
             tasks=list(tasks(metrics)),
-            options=list(formats.options(recipe)),
-            records=list(formats.records("", formats.environment(recipe, metrics.environment))),
+            options=list(records.options(recipe)),
+            records=list(records.records("", records.environment(recipe, metrics.environment))),
             dense=metrics.dense_by_reason(),
-            command=formats.reproduce(recipe) if recipe else None,
+            command=records.reproduce(recipe) if recipe else None,
             seconds=sum(seconds) if seconds else None,
             slowest=max(seconds, default=0.0) or 1.0,
             peak=max((s.peak_memory_bytes for s in metrics.stages if s.peak_memory_bytes is not None), default=None),
             cuda=any(stage.peak_cuda_bytes for stage in metrics.stages),
-            disk=formats.on_disk(run),
+            disk=records.on_disk(run),
             towers=list(_towers(run, blocks)),
             unscored=sum(block.score is not None and block.score <= 0 for block in blocks),
             scores=run.scores,

@@ -23,11 +23,10 @@ from ecoflap.model.checkpoint import fingerprint
 from ecoflap.model.save import save, stored_bytes
 from ecoflap.pruning.prune import prune_layers
 from ecoflap.pruning.walk import BlockJournal, WalkResult
-from ecoflap.report import write_report
-from ecoflap.report.card import write_card
 from ecoflap.run import names as files
 from ecoflap.run.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.run.log import explained, logging_to
+from ecoflap.run.pages import PAGES
 from ecoflap.run.predictions import add_pictures, answers_of, compared
 from ecoflap.run.prepare import Prepared, naming_samples, prepare
 from ecoflap.run.provenance import (
@@ -191,8 +190,8 @@ def _stages(job: _Job) -> None:
         "calibration": calibration_record(plan.samples, plan.objective_name, plan.window_length),
         "environment": environment(plan.checkpoint),
     })  # fmt: skip
-    write_card(run.path)  # into the model's folder; says what the metrics say
-    write_report(run.path)
+    PAGES.get("card")(run.path)  # into the model's folder; says what the metrics say
+    PAGES.get("report")(run.path)
     job.workers.gather(None)  # the others have closed their files there
     run.finish()
     _log.info("complete: %s", run.path)

@@ -137,7 +137,7 @@ def _pictures(entry: Evaluation, seed: int, indices: Sequence[int]) -> dict[int,
 
     source = entry.test
     if source is None:
-        from ecoflap.data import embedded
+        from ecoflap.support import embedded
 
         source = str(embedded.test_path())
     reader = SampleReader(

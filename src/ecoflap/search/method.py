@@ -10,10 +10,10 @@ from torch import nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.allocation.allocate import AllocationOptions
-from ecoflap.allocation.fits import check_allocation, check_same_layers
 from ecoflap.data.batches import first_samples
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.importance.allocate import allocate_scores, flat
+from ecoflap.importance.fits import check_allocation, check_same_layers
 from ecoflap.importance.measure import ImportanceOptions
 from ecoflap.importance.registry import own_rule
 from ecoflap.importance.scores import Importance

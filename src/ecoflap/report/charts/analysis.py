@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from math import log10
 
-from ecoflap.report import formats
 from ecoflap.report.charts.chart import Axis, Chart, Heat, Number, Series, Style, log_ticks, style, tower_styles
 from ecoflap.report.data import Agreement, Distributions, Effect, Effects, Landscape, Plane
+from ecoflap.support import formats
 
 QUANTITIES = {
     "weight": ("weights", "log10 |w|"),

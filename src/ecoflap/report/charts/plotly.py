@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import escape
 
 from ecoflap.report.charts.chart import DASHES, Axis, Chart, Heat, Series
-from ecoflap.report.formats import shortened
+from ecoflap.support.formats import shortened
 
 # As the markers of static.py and of the legend.
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star")

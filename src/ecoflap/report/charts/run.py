@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ecoflap.report import formats
 from ecoflap.report.charts.chart import (
     Axis,
     Chart,
@@ -21,6 +20,7 @@ from ecoflap.report.charts.chart import (
     style,
 )
 from ecoflap.report.data import BlockRow, LayerAllocation, RunData, Search
+from ecoflap.support import formats
 
 _BEFORE = Style("ink", marker=2)
 MOST_KINDS = 16  # more kinds of matrices than that are not told apart by colours and dashes

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from ecoflap.report.charts.chart import HUES, Axis, Chart, Heat, Rule, Series
-from ecoflap.report.formats import shortened
+from ecoflap.support.formats import shortened
 
 # Colours that stand for the page's CSS variables; they are replaced in the SVG after drawing.
 _NAMES = ("ink", "line", "vision", "language", "bridge", "other", "card", "heat", "cold")

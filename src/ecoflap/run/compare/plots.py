@@ -15,15 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from ecoflap.report import write_compare
-from ecoflap.report.formats import shortened, significant, task_title, unit_of
 from ecoflap.run.compare.folder import LINES, TABLE
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.compare.record import Cell, Comparison, Test
 from ecoflap.run.compare.tables import as_csv, as_markdown, columns_of, mean_seconds
 from ecoflap.run.names import COMPARISON, RECIPE
+from ecoflap.run.pages import PAGES
 from ecoflap.run.recipe import FILE_ONLY, flag_of
 from ecoflap.support.files import write_atomically, write_json, write_text
+from ecoflap.support.formats import shortened, significant, task_title, unit_of
 
 _STYLE = {
     "svg.hashsalt": "ecoflap",  # the same comparison gives the same bytes
@@ -169,7 +169,7 @@ def write_results(folder: Path, comparison: Comparison) -> None:
     write_text(folder / LINES, as_csv(comparison))
     draw_quality(comparison, folder)
     draw_cost(comparison, folder)
-    write_compare(folder)
+    PAGES.get("compare")(folder)
     write_text(folder / TABLE, as_markdown(comparison))
 
 

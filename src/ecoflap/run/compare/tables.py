@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ecoflap.report.formats import duration, metric_value, size, task_title
 from ecoflap.run.compare.record import Cell, Comparison, MethodRecord, Summary, Test, leaders
+from ecoflap.support.formats import duration, metric_value, size, task_title
 
 # One row of compare.csv begins with these; docs/compare.md says what they hold.
 COLUMNS = (
@@ -168,7 +168,7 @@ def _most(cells: Sequence[Cell], of: Callable[[Cell], int | None]) -> str:
 
 
 def _methods(comparison: Comparison) -> str:
-    from ecoflap.report.citations import CITATIONS
+    from ecoflap.support.citations import CITATIONS
 
     rows = []
     for method in comparison.methods:

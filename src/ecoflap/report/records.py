@@ -1,0 +1,115 @@
+"""Recipes and environments as pairs of a label and a text, the command that repeats a run, sizes on the disk."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ecoflap.report.data import RunData
+from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of
+
+RECORDS = ("versions", "fingerprint", "format")  # what a recipe notes about its run, not options
+_NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "json", "recipe"}
+
+
+def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
+    """``ecoflap prune`` with the options of ``recipe`` that are not the defaults, one a line, quoted for a POSIX shell.
+
+    Args:
+        recipe: flat option names to values; lists repeat the option, mappings give ``key=value``, None is left out.
+        output: the directory of the repeated run.
+
+    A recipe with what no option can say is repeated from the run's own file.
+    """
+    if any(recipe.get(field) for field in FILE_ONLY):
+        return " \\\n  ".join(("ecoflap prune", "--recipe recipe.yaml", shlex.join(["--output", output])))
+    lines = ["ecoflap prune" + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
+    defaults = Recipe.parse({}).to_dict()
+    for key, value in recipe.items():
+        if key not in _NOT_REPEATED and (key == "sparsity" or key not in defaults or value != defaults[key]):
+            lines += (shlex.join(words) for words in _options(flag_of(key), value))
+    lines.append(shlex.join(["--output", output]))
+    return " \\\n  ".join(lines)
+
+
+def _options(option: str, value: Any) -> list[list[str]]:
+    if value is None:
+        return []
+    if value is False:
+        return [[f"--no-{option[2:]}"]]
+    if value is True:
+        return [[option]]
+    if isinstance(value, Mapping):
+        return [[option, f"{key}={item}"] for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [[option, str(item)] for item in value]
+    return [[option, str(value)]]
+
+
+def flat(value: Any) -> str:
+    """A recipe's value on one line."""
+    if value is None or value in ({}, [], ""):
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={flat(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(flat(item) for item in value)
+    return str(value)
+
+
+def options(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The recipe's options; what is not set is named by what it stands for with the embedded model."""
+    embedded = {"model": "embedded VLM", "calibration": "bundled samples", "test": "bundled questions"}
+    for key, value in recipe.items():
+        if key not in RECORDS:
+            stands_for = embedded.get(key) if value is None and recipe.get("model") is None else None
+            yield key, stands_for or flat(value)
+
+
+def environment(recipe: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a run was made: as it was recorded, else the versions that the recipe notes; and the fingerprint."""
+    found = dict(measured) or {"versions": recipe.get("versions") or {}}
+    return found | ({"fingerprint": recipe["fingerprint"]} if recipe.get("fingerprint") else {})
+
+
+def records(prefix: str, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Nested records as (label, text) pairs: {"versions": {"torch": "2.13"}} gives ("versions torch", "2.13")."""
+    for key, item in value.items():
+        label = f"{prefix} {key}".strip()
+        if isinstance(item, Mapping):
+            yield from records(label, item)
+        else:
+            yield label, flat(item)
+
+
+_MODEL = "model"
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Bytes of the weight files as saved, and computed: without the zeros, None where their number is not known."""
+
+    saved: int
+    packed: int | None
+
+
+def on_disk(run: RunData) -> OnDisk | None:
+    """Sizes of the saved model's ``*.safetensors`` files; None where there are none.
+
+    The files hold every zero, so they are as large as the dense model's. Without the zeros it would take a bit for each
+    prunable weight, that says whether it stays, and the values of those that do:
+    ``packed = saved − zeros · bytes per weight + prunable weights / 8``, with the bytes per weight of the whole file.
+    """
+    saved = sum(path.stat().st_size for path in sorted((run.path / _MODEL).glob("*.safetensors")))
+    if not saved:
+        return None
+    sparsity = run.metrics.sparsity if run.metrics else None
+    if not sparsity or not sparsity.model_parameters or not sparsity.prunable_parameters or not sparsity.towers:
+        return OnDisk(saved, None)
+    zeros = sum(tower.zeros for tower in sparsity.towers.values())
+    packed = saved - zeros * saved / sparsity.model_parameters + sparsity.prunable_parameters / 8
+    return OnDisk(saved, round(packed))
