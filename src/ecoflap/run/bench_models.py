@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ecoflap.data.embedded import calibration_path, model_path
 from ecoflap.data.prompts import Prompter, image_processor_of, tokenizer_of
 from ecoflap.data.sample import Sample
 from ecoflap.errors import InvalidOption
@@ -25,6 +24,7 @@ from ecoflap.model.packed.convert import pack, packable, replace, unpack
 from ecoflap.model.packed.format import PackedWeight, pack_weight
 from ecoflap.model.packed.linear import PackedLinear
 from ecoflap.model.save import save
+from ecoflap.support.embedded import calibration_path, model_path
 
 DENSE = "dense bfloat16"
 VARIANTS = (DENSE, "dense float32", "packed", "packed int8")
