@@ -12,10 +12,10 @@ import picos
 import pytest
 import yaml
 from console import Command, llama_and_prose
+from ecoflap.report.formats import reproduce
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption
 from ecoflap.model.checkpoint import load
-from ecoflap.report.formats import reproduce
 from ecoflap.run.recipe import Recipe
 
 CODE = """

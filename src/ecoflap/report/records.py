@@ -24,7 +24,8 @@ def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
     A recipe with what no option can say is repeated from the run's own file.
     """
     if any(recipe.get(field) for field in FILE_ONLY):
-        return " \\\n  ".join(("ecoflap prune", "--recipe recipe.yaml", shlex.join(["--output", output])))
+        again = [shlex.join(words) for words in _code(recipe)]  # which a file is not trusted with
+        return " \\\n  ".join(("ecoflap prune", "--recipe recipe.yaml", *again, shlex.join(["--output", output])))
     lines = ["ecoflap prune" + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
     defaults = Recipe.parse({}).to_dict()
     for key, value in recipe.items():
@@ -32,6 +33,13 @@ def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
             lines += (shlex.join(words) for words in _options(flag_of(key), value))
     lines.append(shlex.join(["--output", output]))
     return " \\\n  ".join(lines)
+
+
+def _code(recipe: Mapping[str, Any]) -> list[list[str]]:
+    """The flags that let a recipe file run code, where it does."""
+    trusted = _options("--trust-remote-code", recipe.get("trust_remote_code") or None)
+    objective = str(recipe.get("objective") or "")
+    return [*trusted, *(_options("--objective", objective) if ":" in objective else [])]
 
 
 def _options(option: str, value: Any) -> list[list[str]]:
