@@ -12,11 +12,11 @@ import picos
 import pytest
 import yaml
 from console import Command, llama_and_prose
-from ecoflap.report.formats import reproduce
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption
 from ecoflap.model.checkpoint import load
 from ecoflap.run.recipe import Recipe
+from ecoflap.support.formats import reproduce
 
 CODE = """
 from pathlib import Path

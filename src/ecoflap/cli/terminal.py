@@ -21,7 +21,7 @@ from rich.progress import ProgressColumn, TaskID
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-from ecoflap.report.formats import clock
+from ecoflap.support.formats import clock
 from ecoflap.support.progress import Progress, Task
 
 _WIDE, _MIDDLE = 100, 60  # columns from which a line has all its parts, and from which it has a bar
