@@ -15,8 +15,8 @@ from console import Command, llama_and_prose
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption
 from ecoflap.model.checkpoint import load
+from ecoflap.report.records import reproduce
 from ecoflap.run.recipe import Recipe
-from ecoflap.support.formats import reproduce
 
 CODE = """
 from pathlib import Path
