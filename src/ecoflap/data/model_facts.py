@@ -13,23 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecoflap.model.modality import is_encoder_decoder as is_encoder_decoder
+from ecoflap.model.modality import text_config as text_config
 from ecoflap.model.offload import home_of
 
 Batch = dict[str, torch.Tensor]
 DEFAULT_LENGTH = 2048  # of text windows, where the model can take it; the length of the published LLaMA runs
-
-
-def text_config(model: nn.Module) -> Any:
-    """The language part of the config (the config itself for a text model); None for a module without config."""
-    config = getattr(model, "config", None)
-    get = getattr(config, "get_text_config", None)
-    return get() if callable(get) else config
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the text part is an encoder-decoder (T5, BART, Florence-2, BLIP-2 on T5)."""
-    configs = (getattr(model, "config", None), text_config(model))
-    return any(bool(getattr(config, "is_encoder_decoder", False)) for config in configs)
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:

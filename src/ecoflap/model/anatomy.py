@@ -2,8 +2,6 @@
 
 Which lists of modules are stacks of blocks: outermost lists whose elements feed one another.
 
-Which modality a tower has: a small table of words found in module paths, as data.
-
 Why a weight inside a block is not pruned, in words for the user.
 """
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from ecoflap.errors import AnatomyError
 from ecoflap.model.experts import Experts, expert_groups
+from ecoflap.model.modality import modality_of, with_decoder
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
 from ecoflap.model.trace import Run, Trace, plain_forward, trace
 
@@ -131,35 +130,6 @@ def _is_stages(model: nn.Module, elements: list[str]) -> bool:
     return True
 
 
-# First match wins, so the bridges (which often have "vision" or "text" further up in their path) come first.
-WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("bridge", ("qformer", "resampler", "perceiver", "connector", "projector", "abstractor", "merger", "aligner")),
-    (
-        "vision",
-        ("vision", "visual", "image", "vit", "deit", "beit", "dinov2", "dinov3", "swin", "timm", "patch", "pixel"),
-    ),
-    ("audio", ("audio", "speech", "wav2vec")),
-    ("language", ("text", "language", "lm", "decoder", "llm", "transformer", "bert", "gpt")),
-)
-
-VISION_ONLY_FIELDS = ("patch_size", "num_channels")
-
-
-def modality_of(path: str, config: Any = None) -> str:
-    """Modality of the tower whose ``ModuleList`` sits at ``path``.
-
-    Args:
-        path: module path, for example ``"model.vision_tower.encoder.layers"``.
-        config: the model's configuration; one with patch fields and no text part makes an unnamed tower a vision one.
-    """
-    components = path.lower().split(".")
-    for modality, words in WORDS:
-        if any(word in component for component in components for word in words):
-            return modality
-    vision_only = any(hasattr(config, field) for field in VISION_ONLY_FIELDS) and not hasattr(config, "text_config")
-    return "vision" if vision_only else "language"
-
-
 def discover(
     model: nn.Module,
     batch: Any = None,
@@ -200,6 +170,7 @@ def discover(
     experts = Experts(expert_groups(model, blocks, traced), traced)
     reader = _Reader(model, traced, experts, include, exclude)
     found_towers = [reader.tower(found) for found in lists]
+    found_towers = with_decoder(model, found_towers)
     for pattern in (*include, *exclude):
         if pattern not in reader.used_patterns:
             raise AnatomyError(f"pattern '{pattern}' selects no layer or tower; 'ecoflap inspect' shows their names")
@@ -256,12 +227,15 @@ class _Reader:
         self.seen: set[int] = set()
 
     def tower(self, found: BlockList) -> Tower:
-        modality = modality_of(found.path, getattr(self.model, "config", None))
+        modality = modality_of(found.path, self.model, self._inputs(found))
         blocks = tuple(
             Block(path, found.path, index, tuple(self._layers(path, found.path, modality)))
             for index, path in enumerate(found.elements)
         )
         return Tower(found.path, modality, blocks, found.driver, found.calls)
+
+    def _inputs(self, found: BlockList) -> frozenset[str]:
+        return self.traced.inputs.get(found.elements[0], frozenset()) if self.traced is not None else frozenset()
 
     def _layers(self, block: str, tower: str, modality: str) -> Iterable[Layer]:
         prefix_done: list[str] = []

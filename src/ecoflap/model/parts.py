@@ -63,6 +63,7 @@ class Tower:
         name: path of the ``ModuleList``.
         driver: path of the module whose forward calls the blocks ("" is the model itself).
         calls: how often that forward runs in one forward of the model.
+        decoder: it works on a sequence of its own and attends to an encoder's: that of an encoder-decoder.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Tower:
     blocks: tuple[Block, ...]
     driver: str
     calls: int = 1
+    decoder: bool = False
 
     @property
     def numel(self) -> int:

@@ -96,6 +96,8 @@ class Trace:
         chained: pairs ``(a, b)`` such that what watched module ``a`` returned, or what the modules around it made of
             that, was passed to watched ``b``.
         multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, by their module or not.
+        inputs: of each watched module, the names of the batch's entries that its arguments were computed from, not
+            going through another watched module.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -103,6 +105,7 @@ class Trace:
     calls: dict[str, int] = field(default_factory=dict)
     chained: set[tuple[str, str]] = field(default_factory=set)
     multiplied: set[int] = field(default_factory=set)
+    inputs: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def position(self, path: str) -> int:
         """Rank of the first call of ``path``; modules never called come last."""
@@ -121,6 +124,8 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
     result = Trace()
     stack: list[str] = []
     origins = _Origins()
+    # Entries of the batch have origins of their own, which no path of a module can be.
+    entries = {f"batch entry {name}": str(name) for name in batch} if isinstance(batch, Mapping) else {}
 
     def before(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -130,7 +135,10 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
             result.calls[path] = result.calls.get(path, 0) + 1
             stack.append(path)
             if path in watched:
-                result.chained.update((origin, path) for origin in origins.of(tensors_in((args, kwargs))))
+                reached = origins.of(tensors_in((args, kwargs)))
+                result.chained.update((origin, path) for origin in reached - entries.keys())
+                named = frozenset(entries[origin] for origin in reached & entries.keys())
+                result.inputs[path] = result.inputs.get(path, frozenset()) | named
 
         return hook
 
@@ -143,6 +151,8 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
         return hook
 
     with ExitStack() as hooks, evaluating(model), torch.no_grad(), origins:
+        for origin, name in entries.items():
+            origins.set(tensors_in(batch[name]), frozenset({origin}))
         for path, module in model.named_modules():
             hooks.callback(module.register_forward_pre_hook(before(path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(after(path)).remove)

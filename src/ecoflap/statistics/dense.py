@@ -222,9 +222,8 @@ class SharedNorms:
 
 
 def decoder_of(anatomy: Anatomy) -> Tower | None:
-    """The second language tower, which works on a sequence of its own; None where there is but one."""
-    language = [tower for tower in anatomy.towers if tower.modality == "language"]
-    return language[-1] if len(language) > 1 else None
+    """The decoder of an encoder-decoder, which works on a sequence of its own; None where there is none."""
+    return next((tower for tower in anatomy.towers if tower.decoder), None)
 
 
 def sequence_of(tower: Tower, decoder: Tower | None) -> str | None:
