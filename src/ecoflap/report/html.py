@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -100,8 +100,9 @@ def plotly() -> tuple[str, str]:
     return source.decode("utf-8"), base64.b64encode(gzip.compress(source, 9, mtime=0)).decode("ascii")
 
 
+@cache
 def environment() -> Environment:
-    """Jinja2 with everything escaped, and the filters that the templates use."""
+    """Jinja2 with everything escaped, and the filters that the templates use; it compiles each template once."""
     made = Environment(
         loader=PackageLoader("ecoflap.report"),
         autoescape=True,
