@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ecoflap.report.hub import push
     from ecoflap.run.compare.compare import compare
     from ecoflap.run.recipe import Recipe
+    from ecoflap.support.processes import joined
 
 __all__ = [
     "Importance",
@@ -31,6 +32,7 @@ __all__ = [
     "analyse",
     "compare",
     "inspect",
+    "joined",
     "load",
     "measure_importance",
     "pack",
@@ -55,6 +57,7 @@ _HOMES = {
     "analyse": "ecoflap.report.analysis.run",
     "compare": "ecoflap.run.compare.compare",
     "inspect": "ecoflap.api",
+    "joined": "ecoflap.support.processes",
     "load": "ecoflap.model.checkpoint",
     "measure_importance": "ecoflap.importance.measure",
     "pack": "ecoflap.model.packed.convert",
