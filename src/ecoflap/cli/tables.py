@@ -6,7 +6,7 @@ The two tables that a run prints on the terminal when it ends.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ecoflap.allocation import Allocation
-from ecoflap.model.parts import Anatomy
+from ecoflap.model.parts import Anatomy, Unprunable
 from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
 from ecoflap.support import formats
 
@@ -70,18 +70,23 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
             _row(kinds, f"  {name}", f"{shape[0]} × {shape[1]}", str(times), f"{times * shape[0] * shape[1]:,}")
     yield kinds
 
-    if anatomy.unprunable:
-        dense = _table("dense, inside blocks", "reason", "weights", "of the model", "for example")
-        reasons: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        for entry in anatomy.unprunable:
-            reasons[entry.reason].append((entry.name, entry.numel))
-        for reason, entries in reasons.items():
-            size = sum(numel for _, numel in entries)
-            _row(dense, reason, f"{size:,}", _percent(size / total), entries[0][0])
-        dense.add_section()
-        size = sum(entry.numel for entry in anatomy.unprunable)
-        _row(dense, "all", f"{size:,}", _percent(size / total), "")
-        yield dense
+    for title, dense in (("dense, inside blocks", anatomy.unprunable), ("dense, outside of blocks", anatomy.outside)):
+        if dense:
+            yield _dense_table(title, dense, total)
+
+
+def _dense_table(title: str, dense: Sequence[Unprunable], total: int) -> Table:
+    table = _table(title, "reason", "weights", "of the model", "for example")
+    reasons: dict[str, list[Unprunable]] = defaultdict(list)
+    for entry in dense:
+        reasons[entry.reason].append(entry)
+    for reason, entries in reasons.items():
+        size = sum(entry.numel for entry in entries)
+        _row(table, reason, f"{size:,}", _percent(size / total), entries[0].name)
+    table.add_section()
+    size = sum(entry.numel for entry in dense)
+    _row(table, "all", f"{size:,}", _percent(size / total), "")
+    return table
 
 
 def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
@@ -107,6 +112,7 @@ def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
             for tower in anatomy.towers
         ],
         "dense": [{"name": e.name, "reason": e.reason, "weights": e.numel} for e in anatomy.unprunable],
+        "outside": [{"name": e.name, "reason": e.reason, "weights": e.numel} for e in anatomy.outside],
     }
 
 

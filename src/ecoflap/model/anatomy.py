@@ -1,21 +1,18 @@
 """Towers, blocks and prunable layers of any model, read from the model itself.
 
-Which lists of modules are stacks of blocks: outermost lists whose elements feed one another.
-
 Why a weight inside a block is not pruned, in words for the user.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from ecoflap.errors import AnatomyError
+from ecoflap.model.block_lists import BlockList, block_lists
 from ecoflap.model.experts import Experts, expert_groups
 from ecoflap.model.modality import modality_of, with_decoder
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
@@ -63,73 +60,6 @@ def reason_for(name: str, parameter: Tensor, module: nn.Module) -> str:
     return f"{parameter.dim()}-D weight of {kind}"
 
 
-@dataclass(frozen=True)
-class BlockList:
-    """A stack of blocks: its path, its elements in the order of their calls, and who drives them."""
-
-    path: str
-    elements: tuple[str, ...]
-    driver: str
-    calls: int = 1
-
-
-def _holds_matrix(module: nn.Module) -> bool:
-    """An inner module with a weight matrix below it: a block, not a lone layer."""
-    children = list(module.children())
-    return bool(children) and any(parameter.dim() >= 2 for parameter in module.parameters())
-
-
-def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
-    """Stacks of blocks in ``model``, in the order of their first call (of definition without a trace).
-
-    A ``ModuleList`` or ``Sequential`` whose elements hold matrices is a stack if, in the traced forward, each element
-    passes something on to the next one, as it is or changed on the way. Experts and deep-stack mergers, which stand
-    side by side, are not. A stack whose elements are themselves stacks of blocks, or of one class and made of stacks of
-    like blocks (the stages of a Swin), gives way to those.
-    """
-    found: list[BlockList] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential):
-            continue
-        if any(path.startswith(element + ".") for stack in found for element in stack.elements):
-            continue  # inside a block already: T5's list of sublayers, experts
-        elements = [
-            f"{path}.{name}" if path else name for name, child in module.named_children() if _holds_matrix(child)
-        ]
-        if not elements or _is_stages(model, elements):
-            continue
-        if trace is None:
-            found.append(BlockList(path, tuple(elements), path.rpartition(".")[0]))
-            continue
-        elements = sorted((element for element in elements if element in trace.calls), key=trace.position)
-        links = sum((a, b) in trace.chained for a, b in pairwise(elements))
-        if elements and links >= (len(elements) - 1) / 2:
-            driver = trace.drivers[elements[0]]
-            found.append(BlockList(path, tuple(elements), driver, trace.calls.get(driver, 1)))
-    if trace is not None:
-        found.sort(key=lambda stack: trace.position(stack.elements[0]))
-    return found
-
-
-def _is_stages(model: nn.Module, elements: list[str]) -> bool:
-    """Every element is a list of blocks, or contains a list of like blocks that holds most of it."""
-    for element in elements:
-        stage = model.get_submodule(element)
-        if isinstance(stage, nn.ModuleList):
-            continue  # a list of lists: its parent calls the blocks themselves
-        inner = [
-            child
-            for child in stage.children()
-            if isinstance(child, nn.ModuleList | nn.Sequential)
-            and len({type(block) for block in child}) == 1
-            and all(_holds_matrix(block) for block in child)
-        ]
-        inner_size = sum(parameter.numel() for child in inner for parameter in child.parameters())
-        if inner_size < 0.5 * sum(parameter.numel() for parameter in stage.parameters()):
-            return False
-    return True
-
-
 def discover(
     model: nn.Module,
     batch: Any = None,
@@ -154,9 +84,10 @@ def discover(
         AnatomyError: nothing to prune was found, or a pattern selects nothing.
     """
     lists = block_lists(model, None)
+    defined = [path for found in lists for path in found.elements]
     traced: Trace | None = None
     if batch is not None:
-        elements = [path for found in lists for path in found.elements]
+        elements = defined
         inner = [path for group in expert_groups(model, elements) for path in group.elements]
         traced = trace(model, batch, {*elements, *inner}, run)
         lists = block_lists(model, traced)
@@ -174,9 +105,11 @@ def discover(
     for pattern in (*include, *exclude):
         if pattern not in reader.used_patterns:
             raise AnatomyError(f"pattern '{pattern}' selects no layer or tower; 'ecoflap inspect' shows their names")
+    outside = reader.rest(defined)
     anatomy = Anatomy(
         towers=tuple(tower for tower in found_towers if tower.numel),
         unprunable=tuple(reader.unprunable),
+        outside=tuple(outside),
         replayable=tuple(path for found in lists for path in found.elements),
         total_parameters=sum(parameter.numel() for parameter in model.parameters()) + reader.packed_away,
         traced=traced is not None,
@@ -224,7 +157,8 @@ class _Reader:
         self.names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.names.setdefault(id(parameter), []).append(name)
-        self.seen: set[int] = set()
+        self.seen: set[int] = set()  # linear weights that were read
+        self.named: set[int] = set()  # matrices that were named as dense
 
     def tower(self, found: BlockList) -> Tower:
         modality = modality_of(found.path, self.model, self._inputs(found))
@@ -245,11 +179,13 @@ class _Reader:
             if isinstance(module, nn.MultiheadAttention):
                 prefix_done.append(path)
                 self._dense(path, "packed nn.MultiheadAttention", sum(p.numel() for p in module.parameters()))
+                self.named.update(map(id, module.parameters()))
                 continue
             packed = quantised(module)
             if packed is not None:
                 prefix_done.append(path)
                 self._dense(f"{path}.weight", *packed)
+                self.named.update(map(id, module.parameters()))
                 self.packed_away += packed[1] - sum(p.numel() for p in module.parameters() if p.dim() >= 2)
                 continue
             is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
@@ -258,7 +194,12 @@ class _Reader:
                 if id(parameter) in self.seen:
                     continue
                 if not (is_linear and name == "weight" and parameter.dim() == 2):
-                    if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
+                    if (
+                        parameter.dim() >= 2
+                        and not isinstance(module, nn.Embedding)
+                        and id(parameter) not in self.named
+                    ):
+                        self.named.add(id(parameter))
                         self._dense(full, reason_for(name, parameter, module), parameter.numel())
                     continue
                 self.seen.add(id(parameter))
@@ -280,6 +221,40 @@ class _Reader:
                     expert=self.experts.of(path),
                     uncalled=self._uncalled(path, parameter),
                 )
+
+    def rest(self, defined: Sequence[str]) -> list[Unprunable]:
+        """Name all other matrices: those in lists that are no towers as dense, those outside of any list as returned.
+
+        Args:
+            defined: paths of the elements of all lists of blocks, whether they are towers or not.
+        """
+        outside: list[Unprunable] = []
+        for path, module in self.model.named_modules():
+            packed = quantised(module)
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() < 2 or id(parameter) in self.seen or id(parameter) in self.named:
+                    continue
+                self.named.add(id(parameter))
+                full = f"{path}.{name}" if path else name
+                element = next((one for one in defined if _matches(full, [one])), None)
+                if isinstance(module, nn.Embedding):
+                    outside.append(Unprunable(full, "embedding", parameter.numel()))
+                elif element is not None:
+                    self._dense(full, self._why_no_tower(element), parameter.numel())
+                else:
+                    reason = packed[0] if packed else self._why_outside(name, parameter, module)
+                    outside.append(Unprunable(full, reason, parameter.numel()))
+        return outside
+
+    def _why_no_tower(self, element: str) -> str:
+        if self.traced is not None and element not in self.traced.calls:
+            return "not reached by the traced forward"
+        return "in a list whose elements do not feed one another"
+
+    def _why_outside(self, name: str, parameter: Tensor, module: nn.Module) -> str:
+        if isinstance(module, nn.Linear) and name == "weight":
+            return "linear layer outside of any list of blocks"
+        return reason_for(name, parameter, module)
 
     def _reason_to_skip(self, name: str, module: str, tower: str, modality: str, weight: nn.Parameter) -> str | None:
         included = _matches(name, self.include) or _matches(tower, self.include)

@@ -84,7 +84,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Unprunable:
-    """Weights inside blocks that stay dense, and why."""
+    """Weights that stay dense, and why."""
 
     name: str
     reason: str
@@ -97,6 +97,9 @@ class Anatomy:
 
     Attributes:
         towers: in the order in which a forward calls them; only those with prunable layers.
+        unprunable: weights inside blocks, and in lists that are no towers, that stay dense.
+        outside: matrices that are in no list of blocks: embeddings, heads, projectors. Each matrix of the model is in
+            ``layers``, ``unprunable`` or here, once.
         replayable: paths of all repeated blocks, of excluded towers too, in order.
         traced: whether a forward was watched (else the order is that of definition).
     """
@@ -106,6 +109,7 @@ class Anatomy:
     replayable: tuple[str, ...]
     total_parameters: int
     traced: bool
+    outside: tuple[Unprunable, ...] = ()
 
     @property
     def blocks(self) -> tuple[Block, ...]:

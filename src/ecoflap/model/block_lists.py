@@ -1,0 +1,112 @@
+"""Which lists of modules are stacks of blocks: outermost lists whose elements feed one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from ecoflap.model.trace import Trace
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A stack of blocks: its path, its elements in the order of their calls, and who drives them."""
+
+    path: str
+    elements: tuple[str, ...]
+    driver: str
+    calls: int = 1
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """An inner module with a weight matrix below it: a block, not a lone layer."""
+    children = list(module.children())
+    return bool(children) and any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
+    """Stacks of blocks in ``model``, in the order of their first call (of definition without a trace).
+
+    A ``ModuleList`` or ``Sequential`` whose elements hold matrices is a stack if, in the traced forward, each element
+    passes something on to the next one, as it is or changed on the way. Experts and deep-stack mergers, which stand
+    side by side, are not. Two lists whose elements take turns (Idefics' cross-attention between its layers) make one
+    stack, which is called by the path of the larger one. A stack whose elements are themselves
+    stacks of blocks, or of one class and made of stacks of like blocks (the stages of a Swin), gives way to those.
+    """
+    found: list[BlockList] = []
+    loose: list[BlockList] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        if any(path.startswith(element + ".") for stack in found for element in stack.elements):
+            continue  # inside a block already: T5's list of sublayers, experts
+        elements = [
+            f"{path}.{name}" if path else name for name, child in module.named_children() if _holds_matrix(child)
+        ]
+        if not elements or _is_stages(model, elements):
+            continue
+        if trace is None:
+            found.append(BlockList(path, tuple(elements), path.rpartition(".")[0]))
+            continue
+        elements = sorted((element for element in elements if element in trace.calls), key=trace.position)
+        if not elements:
+            continue
+        links = sum((a, b) in trace.chained for a, b in pairwise(elements))
+        driver = trace.drivers[elements[0]]
+        stack = BlockList(path, tuple(elements), driver, trace.calls.get(driver, 1))
+        (found if links >= (len(elements) - 1) / 2 else loose).append(stack)
+    if trace is not None:
+        found = _joined(found, loose, trace)
+        found.sort(key=lambda stack: trace.position(stack.elements[0]))
+    return found
+
+
+def _joined(stacks: list[BlockList], loose: list[BlockList], trace: Trace) -> list[BlockList]:
+    """``stacks``, each with the ``loose`` list whose elements stand between its own, and pairs of loose lists.
+
+    An element stands between two others if one of them passes something on to it and it passes something on to the
+    other; what only reads a stack (deep-stack mergers) does not.
+    """
+    found = list(stacks)
+    left = list(loose)
+    while left:
+        one = left.pop(0)
+        for other in (*found, *left):
+            both = _taking_turns(one, other, trace)
+            if both is not None:
+                (found if other in found else left).remove(other)
+                found.append(both)
+                break
+    return found
+
+
+def _taking_turns(one: BlockList, other: BlockList, trace: Trace) -> BlockList | None:
+    if one.driver != other.driver:
+        return None
+    merged = tuple(sorted((*one.elements, *other.elements), key=trace.position))
+    inner = set(one.elements)
+    if any((a, b) not in trace.chained for a, b in pairwise(merged) if a in inner or b in inner):
+        return None
+    larger = one if len(one.elements) > len(other.elements) else other
+    return BlockList(larger.path, merged, one.driver, one.calls)
+
+
+def _is_stages(model: nn.Module, elements: list[str]) -> bool:
+    """Every element is a list of blocks, or contains a list of like blocks that holds most of it."""
+    for element in elements:
+        stage = model.get_submodule(element)
+        if isinstance(stage, nn.ModuleList):
+            continue  # a list of lists: its parent calls the blocks themselves
+        inner = [
+            child
+            for child in stage.children()
+            if isinstance(child, nn.ModuleList | nn.Sequential)
+            and len({type(block) for block in child}) == 1
+            and all(_holds_matrix(block) for block in child)
+        ]
+        inner_size = sum(parameter.numel() for child in inner for parameter in child.parameters())
+        if inner_size < 0.5 * sum(parameter.numel() for parameter in stage.parameters()):
+            return False
+    return True
