@@ -243,7 +243,8 @@ def test_damaged_files_are_refused_in_one_line(name, folder):
 
 @pytest.mark.parametrize("change", [
     {"version": 99}, {"format": "lz4"}, {"values": "int3"}, {"group_size": 5}, {"layers": {"model.layers.0": -1}},
-    {"layers": [1]}, {"format": "os.system"},
+    {"layers": [1]}, {"format": "os.system"}, {"layers": {"model.embed_tokens": 3}},
+    {"layers": {"model.layers.0.mlp.up_proj": 1 << 40}},
 ])  # fmt: skip
 def test_configurations_that_we_do_not_write(change, folder):
     path = folder / "config.json"

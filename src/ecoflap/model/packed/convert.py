@@ -110,9 +110,13 @@ def packable(model: nn.Module) -> Iterator[tuple[str, Any]]:
         for name, _ in module.named_modules()
     }
     for name, module in model.named_modules():
-        plain = type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
-        if plain and name and name not in inside and owners[id(module.weight)] == 1:
+        if is_linear(module) and name and name not in inside and owners[id(module.weight)] == 1:
             yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer of torch's own class or transformers' Conv1D."""
+    return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

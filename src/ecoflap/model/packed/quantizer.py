@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ecoflap.errors import CheckpointError
-from ecoflap.model.packed.convert import pack, replace, unpack
+from ecoflap.model.packed.convert import is_linear, pack, replace, unpack
 from ecoflap.model.packed.format import GROUP_STEP, VALUES, PackedWeight
 from ecoflap.model.packed.linear import PackedLinear
 
@@ -94,6 +94,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             turned = path in config.transposed
             weight = layer.weight
             rows, columns = (weight.shape[1], weight.shape[0]) if turned else weight.shape
+            if count > rows * columns:
+                raise CheckpointError(
+                    f"config.json tells of {count} values in '{name}', which has {rows} × {columns} weights: download "
+                    "or pack the model again"
+                )
             int8 = config.values == "int8"
             groups = -(-columns // config.group_size) if config.group_size else 1
             with torch.device("meta"):
@@ -141,13 +146,18 @@ def mark(model: Any, values: str, group_size: int) -> None:
 
 
 def _find(model: nn.Module, path: str) -> tuple[str, Any] | None:
-    """The linear layer at ``path``, or there without or with the prefix that a head adds to its backbone."""
+    """The linear layer at ``path``, or there without or with the prefix that a head adds to its backbone.
+
+    Raises:
+        CheckpointError: another kind of module is there.
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name in (path, path.removeprefix(prefix), prefix + path):
         try:
             module = model.get_submodule(name)
         except AttributeError:
             continue
-        if hasattr(module, "weight") and getattr(module.weight, "dim", lambda: 0)() == 2:
-            return name, module
+        if not is_linear(module):
+            raise CheckpointError(f"config.json says that '{name}' is packed, which is a {type(module).__name__}")
+        return name, module
     return None
