@@ -39,10 +39,10 @@ def groups_of(model: nn.Module, anatomy: Anatomy, batch: Any) -> dict[str, list[
                 driver.run(index, last=True)
             driver.enter(last)
             groups = layer_groups(model, driver, last, tower.blocks[last], ALONE)
-            assert sorted(layer.name for group in groups for layer in group) == sorted(
+            assert sorted(layer.name for group in groups for layer in group.layers) == sorted(
                 layer.name for layer in tower.blocks[last].layers
             )
-            found[tower.modality] = [[layer.module.rpartition(".")[2] for layer in group] for group in groups]
+            found[tower.modality] = [[layer.module.rpartition(".")[2] for layer in group.layers] for group in groups]
     return found
 
 

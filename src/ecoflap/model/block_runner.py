@@ -43,6 +43,34 @@ class _Item:
     output: Any = None
 
 
+def tower_entries(
+    model: nn.Module, towers: Sequence[Tower], batches: Sequence[Any], run: Run, store: Offload
+) -> dict[str, list[BlockCall]]:
+    """By tower, the calls of its parent's forward for all batches; one forward a batch, up to the last of them.
+
+    Args:
+        store: keeps the arguments.
+    """
+    found: dict[str, list[BlockCall]] = {tower.name: [] for tower in towers}
+    for index, batch in enumerate(batches):
+        before = {tower.name: len(found[tower.name]) for tower in towers}
+
+        def note(tower: Tower, args: Any, kwargs: Any, index: int = index, before: dict[str, int] = before) -> None:
+            found[tower.name].append(BlockCall(index, *store.keep((args, kwargs))))
+            # The last call need not be run here; an earlier one must, since what follows may depend on it.
+            if all(len(found[one.name]) - before[one.name] >= one.calls for one in towers):
+                raise _Reached
+
+        with ExitStack() as hooks, suppress(_Reached), torch.no_grad():
+            for tower in towers:
+                hook = model.get_submodule(tower.driver).register_forward_pre_hook(
+                    lambda module, args, kwargs, tower=tower, note=note: note(tower, args, kwargs), with_kwargs=True
+                )
+                hooks.callback(hook.remove)
+            run(model, batch)
+    return found
+
+
 class TowerDriver:
     """Steps through the blocks of one tower.
 
@@ -57,6 +85,7 @@ class TowerDriver:
         run: runs the model on one batch.
         offload: "cpu" or "disk" keep what is kept there, and move it to its device for each call (True: "cpu").
         folder: of the file, for "disk"; by default the system's folder for temporary files.
+        entries: of :func:`tower_entries`, taken before; None: they are taken here.
     """
 
     def __init__(
@@ -68,33 +97,15 @@ class TowerDriver:
         *,
         offload: bool | str = False,
         folder: Path | None = None,
+        entries: Sequence[BlockCall] | None = None,
     ) -> None:
         self._driver = model.get_submodule(tower.driver)
         self._blocks = [model.get_submodule(block.name) for block in tower.blocks]
         self._offload = Offload(offload_kind(offload), folder)
         self._calls: list[tuple[_Item, BlockCall]] = []
-        self._items = [
-            _Item(call)
-            for index, batch in enumerate(batches)
-            for call in self._driver_calls(model, tower, index, batch, run)
-        ]
-
-    def _driver_calls(self, model: nn.Module, tower: Tower, index: int, batch: Any, run: Run) -> list[BlockCall]:
-        found: list[BlockCall] = []
-
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.append(BlockCall(index, *self._offload.keep((args, kwargs))))
-            # The last call need not be run here; an earlier one must, since what follows may depend on it.
-            if len(found) == tower.calls:
-                raise _Reached
-
-        handle = self._driver.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            with suppress(_Reached), torch.no_grad():
-                run(model, batch)
-        finally:
-            handle.remove()
-        return found
+        if entries is None:
+            entries = tower_entries(model, [tower], batches, run, self._offload)[tower.name]
+        self._items = [_Item(call) for call in entries]
 
     def enter(self, index: int) -> int:
         """Take the inputs of block ``index`` for all batches; the blocks before it must have been run.

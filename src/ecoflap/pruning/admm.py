@@ -111,14 +111,18 @@ def _admm(
     choosing = 0 if mask is not None else max(1, round(_CHOOSING * iterations))
     constant = layer.products @ inverse
     s = layer.weight.clone()
+    sign = torch.empty_like(s)  # 1 where the mask keeps, -1 where it does not: Z - U = sign ⊙ S
     for iteration in range(1, iterations + 1):
         if iteration <= choosing:
             # The number of zeros grows with the cube of what is left (Zhu & Gupta 2017, arXiv 1710.01878).
             share = 1 - (1 - iteration / choosing) ** 3
             mask = gradual_mask(s.abs(), round(share * zeros), zeros, pattern)
         assert mask is not None
-        w = torch.addmm(constant, torch.where(mask, s, -s), inverse, alpha=_PENALTY)
-        s = s.masked_fill_(mask, 0).add_(w)
+        if iteration <= max(choosing, 1):
+            sign.copy_(mask).mul_(2).sub_(1)
+        difference = s * sign
+        w = torch.addmm(constant, difference, inverse, alpha=_PENALTY)
+        s = w.add_(s.sub_(difference), alpha=0.5)  # U = (S - sign ⊙ S) / 2, exactly
     assert mask is not None
     return s.mul_(mask), mask
 

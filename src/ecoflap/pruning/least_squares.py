@@ -77,13 +77,13 @@ class Reconstruction:
         Args:
             w: (out, in), zero where ``mask`` is False.
         """
-        w = w.clone()
-        residual = (self.products - w @ self.moments).mul_(mask)
+        w, kept = w.clone(), mask.to(w.dtype)  # products with numbers are faster than with truth values
+        residual = (self.products - w @ self.moments).mul_(kept)
         direction = residual.clone()
         square = residual.square().sum(dim=1, keepdim=True)
         solved = square * torch.finfo(square.dtype).eps ** 2  # beyond it there is rounding alone, which may grow
         for _ in range(steps):
-            image = (direction @ self.moments).mul_(mask)
+            image = (direction @ self.moments).mul_(kept)
             curvature = (direction * image).sum(dim=1, keepdim=True)
             length = torch.where((square > solved) & (curvature > 0), square / curvature, 0)
             w.addcmul_(direction, length)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecoflap.model.activation_store import Offload, offload_kind
-from ecoflap.model.block_runner import Run, TowerDriver
+from ecoflap.model.block_runner import Run, TowerDriver, tower_entries
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower
 from ecoflap.statistics.dense_inputs import DenseInputs
 from ecoflap.statistics.watching import inputs_watched
 from ecoflap.support.workers import Workers
 
 
-def layer_groups(
-    model: nn.Module, driver: TowerDriver, index: int, block: Block, workers: Workers
-) -> list[tuple[Layer, ...]]:
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of a block that are pruned at the same time.
+
+    Attributes:
+        once: the first call of the block called each of them exactly once.
+    """
+
+    layers: tuple[Layer, ...]
+    once: bool = False
+
+
+def layer_groups(model: nn.Module, driver: TowerDriver, index: int, block: Block, workers: Workers) -> list[LayerGroup]:
     """The layers of a block that can be pruned at the same time: those that read one input, in the order of a forward.
 
     What the experts of a mixture read goes together: no expert reads what another one gives. Layers that the first
@@ -31,8 +43,10 @@ def layer_groups(
     """
     first: list[tuple[Tensor, str]] = []  # distinct inputs, each with the first layer that reads it
     found: dict[str, str] = {}
+    times: Counter[str] = Counter()
 
     def note(layer: Layer, x: Tensor) -> None:
+        times[layer.name] += 1
         owner = next((owner for tensor, owner in first if tensor is x), None)
         if owner is None:
             first.append((x, owner := layer.name))
@@ -41,7 +55,8 @@ def layer_groups(
     if workers.rank == 0:
         with inputs_watched(model, block.layers, note):
             driver.observe(index, lambda call: None, calls=1)
-    owners: Mapping[str, str] = workers.gather(found)[0]
+    owners: Mapping[str, str]
+    owners, times = workers.gather((found, times))[0]
     layers = {layer.name: layer for layer in block.layers}
     order: list[str] = []
     group_of: dict[str, str] = {}
@@ -55,7 +70,9 @@ def layer_groups(
         group: tuple(layer for layer in block.layers if group_of.get(_place(layer), last) == group)
         for group in (*order, last)
     }
-    return [members for members in groups.values() if members]
+    return [
+        LayerGroup(members, all(times[layer.name] == 1 for layer in members)) for members in groups.values() if members
+    ]
 
 
 def _place(layer: Layer) -> str:
@@ -92,10 +109,14 @@ class DenseModel:
         folder: Path | None = None,
     ) -> None:
         self._model = model
-        self._drivers = {
-            tower.name: TowerDriver(model, tower, batches, run, offload=offload, folder=folder) for tower in towers
-        }
         self._store = Offload(offload_kind(offload), folder)
+        entries = tower_entries(model, towers, batches, run, self._store)
+        self._drivers = {
+            tower.name: TowerDriver(
+                model, tower, batches, run, offload=offload, folder=folder, entries=entries[tower.name]
+            )
+            for tower in towers
+        }
         # A weight that several blocks share is pruned with the first of them.
         self._shared = {
             layer.name: model.get_parameter(layer.name).detach().clone() for layer in anatomy.layers if layer.aliases

@@ -27,7 +27,7 @@ from ecoflap.model.patching import cache_disabled, trim
 from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.magnitude import Magnitude
-from ecoflap.pruning.sequential import DenseModel, layer_groups
+from ecoflap.pruning.sequential import DenseModel, LayerGroup, layer_groups
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.dense import decoder_of, gather, keepers_of, sequence_of
 from ecoflap.statistics.gather import STATISTICS, Gatherer
@@ -217,18 +217,18 @@ def _walk_tower(
             if block in todo:
                 before = dense.inputs(tower, index) if dense is not None else None
                 choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
-                groups = [block.layers]
+                groups = [LayerGroup(block.layers)]
                 if walker.criterion.order == "sequential":
                     groups = layer_groups(model, driver, index, block, workers)
-                for layers in groups:
+                for group in groups:
                     gathered = gather(
-                        model, driver, index, replace(block, layers=layers), make, masks, sequence, choose=choose,
-                        part=part, workers=workers, dense=before,
-                        keepers=partial(keepers_of, layers=layers, workers=workers.count),
+                        model, driver, index, replace(block, layers=group.layers), make, masks, sequence,
+                        choose=choose, part=part, workers=workers, dense=before, once=group.once,
+                        keepers=partial(keepers_of, layers=group.layers, workers=workers.count),
                     )  # fmt: skip
-                    walker.prune_layers(layers, gathered)
+                    walker.prune_layers(group.layers, gathered)
                     if before is not None:
-                        before.forget(layers)
+                        before.forget(group.layers)
                 walker.finish(block, task)
                 trim()  # copies of weights and moments, of other sizes than what the block's forward needs
             if block == todo[-1]:

@@ -249,6 +249,7 @@ def gather(
     outputs: bool = False,
     choose: Chooser | None = None,
     dense: DenseInputs | None = None,
+    once: bool = False,
 ) -> Gatherer:
     """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile.
 
@@ -261,6 +262,7 @@ def gather(
             the last layer's input.
         choose: which tokens count, where that has been found already; ``tokens`` is then not looked at.
         dense: what the layers received in the dense model.
+        once: it is known that a call of the block calls each layer once.
     """
     if choose is None:
         choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
@@ -268,7 +270,17 @@ def gather(
         gatherer = None
         with suppress(InputsDiverged):
             watching = Gatherer(
-                model, block, make, masks, sequence, share=share, choose=choose, part=part, whole=outputs, dense=dense
+                model,
+                block,
+                make,
+                masks,
+                sequence,
+                share=share,
+                choose=choose,
+                part=part,
+                whole=outputs,
+                dense=dense,
+                once=once,
             )
             with watching:
                 (driver.run if outputs else driver.observe)(index, watching.before)

@@ -51,6 +51,7 @@ class Gatherer:
         whole: False ends a call with :class:`Enough` at the last layer's input: what follows is nobody's. So it is
             where every layer took one input in the first call, which runs to its end, and no router chooses.
         dense: what the layers received in the dense model, for accumulators of both (:class:`InputPair`).
+        once: every layer takes one input in a call, so that the first call, too, ends with the last of them.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Gatherer:
         part: Share | None = None,
         whole: bool = True,
         dense: DenseInputs | None = None,
+        once: bool = False,
     ) -> None:
         self._model, self._block, self._make = model, block, make
         self._part = part or Share(range(len(masks)), (0,) * len(masks))
@@ -79,6 +81,7 @@ class Gatherer:
         self._choose, self._dense = choose, dense
         self._chosen: Tensor | None = None
         self._batch = self._number = 0
+        self._unknown_calls = 0 if once else 1  # calls that run to their end, to see what they call
         self._whole = whole or any(layer.expert for layer in block.layers)
         self._in_call: set[str] = set()  # layers that have been fed in this call
         self._routed: dict[str, list[RoutedTokens]] = {}  # by mixture, of this call of the block
@@ -175,7 +178,7 @@ class Gatherer:
     def _feed(self, layer: Layer, x: Tensor) -> None:
         self._add(layer, x)
         self._in_call.add(layer.name)
-        if self._number > 1 and not self._whole and len(self._in_call) == len(self._block.layers):
+        if self._number > self._unknown_calls and not self._whole and len(self._in_call) == len(self._block.layers):
             raise Enough
 
     def _add(self, layer: Layer, x: Tensor) -> None:
