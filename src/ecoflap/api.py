@@ -7,7 +7,7 @@ journal between them. :class:`~ecoflap.search.method.Method` holds one choice fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -80,6 +80,7 @@ def carry_out(
     with cache_disabled(model):
         anatomy = discover(model, batches[0] if len(batches) else None, run=on_device(work.loss), **parts)
     method.check_layers(anatomy, given)
+    method = replace(method, importance=method.importance.settled(model, anatomy, batches, work.loss))
     scores, allocation = None, given
     if not isinstance(allocation, Allocation):
         scores = importance_of(model, anatomy, batches, method, work, given)
@@ -168,7 +169,8 @@ def prune(
             empty for the criterion ``magnitude`` with importance ``uniform`` or an allocation, and for
             ``global-magnitude``, which read no data.
         sparsity: fraction of the prunable weights to set to zero.
-        importance: a registered name, or scores measured before. Default: ``zeroth-order``; none for global criteria.
+        importance: a registered name, or scores measured before. Default: ``auto``, gradient norms where the model can
+            be differentiated, else ``zeroth-order``; none for global criteria.
         criterion: local rule: ``wanda``, ``sparsegpt``, ``admm``, ``magnitude``; or a global one, which decides every
             layer's sparsity by itself: ``global-magnitude``, ``iterative-gradient``.
         criterion_options: of the criterion, such as ``damping`` or ``rounds``.

@@ -24,6 +24,7 @@ from ecoflap.cli.app import (
     flag,
     print_json,
     progress_to,
+    say_line,
 )
 from ecoflap.cli.options import with_recipe_options
 from ecoflap.cli.terminal import messages, standard_output
@@ -75,7 +76,8 @@ def importance(
 
     progress = progress_to(quiet or as_json)
     with joined() as workers:
-        scores = measure_to(recipe, output, progress, overwrite=overwrite, resume=resume, workers=workers)
+        say = None if quiet or as_json or not workers.first else say_line
+        scores = measure_to(recipe, output, progress, overwrite=overwrite, resume=resume, workers=workers, say=say)
     if not workers.first:
         return
     if as_json:

@@ -243,7 +243,7 @@ def _console(terminal: bool, stderr: bool) -> Console:
 
 
 class Messages(logging.Handler):
-    """The package's warnings, one line each on standard error, while the context is open.
+    """The package's warnings and notices, one line each on standard error, while the context is open.
 
     Warnings of other packages are left to the log: they speak to programmers.
 
@@ -252,12 +252,13 @@ class Messages(logging.Handler):
     """
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.quiet = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self.quiet:
-            sys.stderr.write(f"ecoflap: warning: {' '.join(record.getMessage().split())}\n")
+        kind = "warning: " if record.levelno >= logging.WARNING else ""
+        if not self.quiet and (kind or getattr(record, "notice", False)):
+            sys.stderr.write(f"ecoflap: {kind}{' '.join(record.getMessage().split())}\n")
 
     def __enter__(self) -> None:
         self.quiet, self._shown = False, warnings.showwarning

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,9 +14,11 @@ from torch import nn
 
 from ecoflap.data.batches import batch_size_of, first_samples
 from ecoflap.data.objectives import Objective, default_objective, on_device
+from ecoflap.importance.auto import Choice, choose
 from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
+from ecoflap.importance.forecast import Forecast
 from ecoflap.importance.offloaded import check_offloaded
-from ecoflap.importance.registry import IMPORTANCES
+from ecoflap.importance.registry import AUTO, GRADIENT_NORM, IMPORTANCES, ZEROTH_ORDER, named
 from ecoflap.importance.scores import Estimate, Importance, check_granularity, summarise
 from ecoflap.importance.stopping import check_budget, stopping_of, turns
 from ecoflap.model.anatomy import discover
@@ -27,6 +31,8 @@ from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.registry import check_options
 from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers, part
+
+_log = logging.getLogger("ecoflap")
 
 
 class EstimateJournal(Protocol):
@@ -130,15 +136,35 @@ class ImportanceOptions:
     def check(self, granularity: str) -> None:
         """Raises InvalidOption or UnknownName for an option that is not there, or contradicts another one."""
         if self.name is not None and self.measured:
-            made = make_measure(self.name, dict(self.options))
+            name = GRADIENT_NORM if self.name == AUTO else self.name
+            made = make_measure(name, dict(self.options))
             check_granularity(vars(made), granularity)
-            stopping_of(self.name, made, self.error)
+            stopping_of(name, made, self.error)
+
+    def chosen(
+        self, model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], loss: Objective
+    ) -> tuple[ImportanceOptions, Choice | None]:
+        """The same with the importance that ``auto`` takes for this model, and why; None where a name is given."""
+        if self.name != AUTO:
+            return self, None
+        choice = choose(model, anatomy, batches[0], loss)
+        check_offloaded(model, choice.name)
+        return replace(self, name=choice.name), choice
+
+    def settled(self, model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], loss: Objective) -> ImportanceOptions:
+        """:meth:`chosen` alone; the choice is logged, and warned of where it is the slow one."""
+        found, choice = self.chosen(model, anatomy, batches, loss)
+        if choice is not None:
+            _log.info("%s", choice)
+            if choice.name == ZEROTH_ORDER:
+                warnings.warn(str(choice), stacklevel=3)
+        return found
 
 
 def measure_importance(
     model: nn.Module,
     batches: Sequence[Any],
-    importance: str = "zeroth-order",
+    importance: str = AUTO,
     *,
     samples: int | None = None,
     seed: int = 0,
@@ -158,7 +184,8 @@ def measure_importance(
     Args:
         model: any module whose forward returns a loss (or give ``loss``).
         batches: fixed calibration batches, mappings of keyword arguments for ``model``, on any device.
-        importance: registered name: ``zeroth-order``, ``first-order``, ``uniform``.
+        importance: registered name, such as ``zeroth-order``; ``auto`` is ``gradient-norm`` where the model can be
+            differentiated, else ``zeroth-order``.
         samples: use the first whole batches with at least so many samples; None takes all.
         seed: of the noise.
         loss: ``loss(model, batch)`` giving a scalar tensor; by default the model's own.
@@ -177,6 +204,7 @@ def measure_importance(
         NonFiniteLoss: names the batch and the layer.
     """
     objective = loss or default_objective(model)
+    importance = named(importance, options)
     chosen = ImportanceOptions(importance, options, samples, error)
     chosen.check("block")
     check_offloaded(model, importance)
@@ -185,6 +213,7 @@ def measure_importance(
         with cache_disabled(model):
             anatomy = discover(model, batches[0], run=on_device(objective))
     work = Work(objective, seed, progress or Silent(), workers)
+    chosen = chosen.settled(model, anatomy, batches, objective)
     return measure(model, anatomy, batches, chosen, work, journal, norms)
 
 
@@ -225,7 +254,9 @@ def measure(
         if rule is not None:
             check_budget(rule, pieces or (), len(batches))
             total = len(known) + len(_keys(pieces or ()) - known.keys())
-        with work.progress.stage("importance", total, len(known)) as task:
+        with work.progress.stage("importance", total, len(known)) as stage:
+            together = len(pieces[0]) if pieces else 1
+            task = Forecast(stage, importance, total - len(known), together) if workers.first else stage
             for turn, passed in [(pieces, 0)] if rule is None or pieces is None else turns(pieces, known, rule):
                 fresh = _measured(measure, _narrowed(context, pieces, turn or (), known), journal, task, pieces)
                 known |= {(layer, batch, draw): value for layer, batch, draw, value in fresh}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.registry import BLOCKWISE
+from ecoflap.importance.registry import AUTO, BLOCKWISE
 from ecoflap.model.offload import OFFLOADED, adopt, is_offloaded
 
 _PROJECTIONS = ("zeroth-order", "forward-mode")
@@ -13,7 +13,7 @@ _PROJECTIONS = ("zeroth-order", "forward-mode")
 
 def check_blockwise(importance: str) -> None:
     """Raises InvalidOption for an importance that needs more of a model than one block at a time."""
-    if importance in BLOCKWISE:
+    if importance in BLOCKWISE or importance == AUTO:
         return
     near = "gradient-norm (the same quantity without noise), " if importance in _PROJECTIONS else ""
     raise InvalidOption(

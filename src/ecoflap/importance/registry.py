@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ecoflap.support.registry import Registry
@@ -24,6 +24,23 @@ IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
         "uniform": "ecoflap.importance.base:Uniform",
     },
 )
+
+AUTO = "auto"  # gradient norms where the model can be differentiated, else the zeroth order
+GRADIENT_NORM, ZEROTH_ORDER = "gradient-norm", "zeroth-order"
+_GRADIENT_OPTIONS = frozenset(("recompute",))
+
+
+def named(importance: str, options: Iterable[str]) -> str:
+    """The importance that its options belong to, where ``auto`` leaves it open; else as it is.
+
+    Args:
+        options: their names. Those of gradient norms ask for these, all others for the zeroth order.
+    """
+    names = frozenset(options)
+    if importance != AUTO or not names:
+        return importance
+    return GRADIENT_NORM if names <= _GRADIENT_OPTIONS else ZEROTH_ORDER
+
 
 # Those that need the weights of one block at a time, so that the rest may lie on the disk.
 BLOCKWISE = ("gradient-norm", "first-order", "owl", "dlp", "alphapruning", "uniform")

@@ -5,6 +5,7 @@ Stage 1 alone, into a file: what it has found lies in a folder beside the file u
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -115,6 +116,7 @@ def measure_to(
     overwrite: bool = False,
     resume: bool = False,
     workers: Workers = ALONE,
+    say: Callable[[str], None] | None = None,
 ) -> Importance:
     """Measure the scores of the recipe's model and write them to ``output``.
 
@@ -124,6 +126,7 @@ def measure_to(
         overwrite: replace the file, and an interrupted measurement for it.
         resume: go on with an interrupted measurement; begin one if there is none.
         workers: those who call this alike; the first of them writes.
+        say: is told which importance was taken, where the recipe left it open.
 
     Raises:
         OutputExists: the file, or an interrupted measurement for it, is there and neither option is given.
@@ -141,7 +144,7 @@ def measure_to(
     recipe = recipe.resolved()
     work = SharedRun.examine(folder, recipe, workers, overwrite=overwrite, resume=resume, kind=Measurement)
     with work.locked():
-        return _measured(recipe, output, progress, work, workers)
+        return _measured(recipe, output, progress, work, workers, say)
 
 
 def _check(recipe: Recipe) -> None:
@@ -151,18 +154,28 @@ def _check(recipe: Recipe) -> None:
         raise InvalidOption(f"importance {recipe.importance} is measured already: name a measure, such as zeroth-order")
 
 
-def _measured(recipe: Recipe, output: Path, progress: Progress, work: SharedRun, workers: Workers) -> Importance:
+def _measured(
+    recipe: Recipe,
+    output: Path,
+    progress: Progress,
+    work: SharedRun,
+    workers: Workers,
+    say: Callable[[str], None] | None,
+) -> Importance:
     from ecoflap.data.batches import first_samples
     from ecoflap.model.checkpoint import fingerprint
     from ecoflap.run.log import explained, logging_to
     from ecoflap.run.pipeline import importance_for
-    from ecoflap.run.prepare import load_checkpoint, naming_samples, plan_on
+    from ecoflap.run.prepare import load_checkpoint, naming_samples, plan_on, settled
     from ecoflap.run.provenance import as_it_began
 
     recipe.method().importance.check(recipe.granularity)
-    plan = plan_on(load_checkpoint(recipe, workers=workers), recipe)
+    recipe = work.settled(recipe)
+    plan = settled(plan_on(load_checkpoint(recipe, workers=workers), recipe))
+    if plan.chosen and say is not None:
+        say(plan.chosen)
     first_samples(plan.batches, recipe.importance_samples)
-    work.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
+    work.begin(plan.recipe, fingerprint(plan.checkpoint.model), plan.inputs())
     with (
         logging_to(work.log),
         explained(work.path, work.log),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 
 from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch, StorageError
+from ecoflap.importance.registry import AUTO, GRADIENT_NORM, ZEROTH_ORDER
 from ecoflap.run.names import GRID, INPUTS, JOURNAL, METRICS, MODEL, OURS, RECIPE, REPORT, WRITTEN
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.files import (
@@ -254,8 +255,15 @@ class RunDirectory:
             raise InvalidOption(f"{self.path / RECIPE} is damaged: start again with --overwrite")
         return data
 
+    def settled(self, recipe: Recipe) -> Recipe:
+        """The recipe with the importance that the run took, where ``auto`` leaves it open."""
+        took = str(self.recorded().get("importance"))
+        if recipe.importance != AUTO or took not in (GRADIENT_NORM, ZEROTH_ORDER):
+            return recipe
+        return recipe.model_copy(update={"importance": took})
+
     def _check_same(self, recipe: Recipe) -> None:
-        before, now = self.recorded(), {**recipe.to_dict(), "versions": versions()}
+        before, now = self.recorded(), {**self.settled(recipe).to_dict(), "versions": versions()}
         found = list(differences(before, now))
         if found:
             raise ResumeMismatch(

@@ -148,11 +148,11 @@ def run_recipe(
             if run.first:
                 run.finish()
             return run.path
-        plan = prepare(recipe, workers)
+        plan = prepare(run.settled(recipe), workers)
         for line in plan.choices():
             if say is not None:
                 say(line)
-        run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
+        run.begin(plan.recipe, fingerprint(plan.checkpoint.model), plan.inputs())
         if begun is not None:
             begun()
         with (

@@ -21,7 +21,7 @@ from ecoflap.data.objectives import Objective, check_image_matters, check_loss, 
 from ecoflap.data.prompts import tokenizer_of
 from ecoflap.data.samples import SampleSet, load_samples
 from ecoflap.errors import CalibrationError, CheckpointError, EcoflapError, InvalidOption, NonFiniteLoss
-from ecoflap.importance.registry import IMPORTANCES
+from ecoflap.importance.registry import AUTO, IMPORTANCES
 from ecoflap.importance.scores import Importance
 from ecoflap.model.anatomy import discover
 from ecoflap.model.checkpoint import Checkpoint, load
@@ -87,6 +87,7 @@ class Prepared:
         batches: the same, fixed once, on the CPU.
         importance: read from the file that the recipe names, else None.
         allocation: read from the file that the recipe names, else None.
+        chosen: a line that says which importance was taken, and why, where the recipe left it open.
         norms: of the dense model's inputs; kept by a comparison for the cells that share the batches.
     """
 
@@ -100,6 +101,7 @@ class Prepared:
     importance: Importance | None = None
     allocation: Allocation | None = None
     norms: SharedNorms = field(default_factory=SharedNorms, compare=False)
+    chosen: str = ""
 
     @property
     def parts(self) -> tuple[nn.Module, Anatomy, Sequence[Batch]]:
@@ -160,6 +162,8 @@ class Prepared:
         yield f"calibration: {drawn.summary}{' (guessed; --columns sets them)' if guessed else ''}{tokens}"
         chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
         yield f"objective: {self.objective_name}{chosen}"
+        if self.chosen:
+            yield self.chosen
 
 
 @contextmanager
@@ -175,7 +179,8 @@ def naming_samples(plan: Prepared) -> Iterator[None]:
 
 def is_measured(recipe: Recipe) -> bool:
     """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
-    return recipe.allocation is None and recipe.importance in IMPORTANCES and recipe.importance != "uniform"
+    known = recipe.importance in IMPORTANCES or recipe.importance == AUTO
+    return recipe.allocation is None and known and recipe.importance != "uniform"
 
 
 def needs_data(recipe: Recipe) -> bool:
@@ -198,7 +203,23 @@ def prepare(recipe: Recipe, workers: Workers = ALONE) -> Prepared:
     plan = plan_on(load_checkpoint(recipe, workers=workers), recipe, scores, given)
     check_plan(plan)
     rehearse(plan.checkpoint, recipe)
-    return plan
+    return settled(plan)
+
+
+def settled(plan: Prepared) -> Prepared:
+    """The plan with the importance that ``auto`` takes for its model, which the run's record names.
+
+    Raises:
+        InvalidOption: the model is not in memory, and its gradients can't be taken.
+    """
+    model, anatomy, batches = plan.parts
+    if not is_measured(plan.recipe):
+        return plan
+    options, choice = plan.recipe.method().importance.chosen(model, anatomy, batches, plan.objective)
+    if choice is None:
+        return plan
+    recipe = plan.recipe.model_copy(update={"importance": options.name})
+    return replace(plan, recipe=recipe, chosen=str(choice))
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -58,8 +58,9 @@ class Recipe(BaseModel):
     )
     min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
     importance: str = Field(
-        "zeroth-order",
-        description="zeroth-order, forward-mode, gradient-norm, first-order, owl, alphapruning, dlp, sensitivity, "
+        "auto",
+        description="auto (gradient-norm where the model can be differentiated, else zeroth-order), zeroth-order, "
+        "forward-mode, gradient-norm, first-order, owl, alphapruning, dlp, sensitivity, "
         "uniform, or a file: the importance.json of a run.",
     )
     importance_options: dict[str, float | int | bool | str] = Field(
@@ -205,9 +206,9 @@ class Recipe(BaseModel):
     @field_validator("importance")
     @classmethod
     def _known_importance(cls, name: str) -> str:
-        from ecoflap.importance.registry import IMPORTANCES
+        from ecoflap.importance.registry import AUTO, IMPORTANCES
 
-        if name.endswith(".json"):
+        if name.endswith(".json") or name == AUTO:
             return name
         if name not in IMPORTANCES and Path(name).exists():
             raise InvalidOption(f"importance '{name}' is no JSON file: give the importance.json of a run")
@@ -286,6 +287,7 @@ class Recipe(BaseModel):
             InvalidOption: an N:M pattern stands with another sparsity or with an importance; an allocation can't be
                 read, or stands with another sparsity; a global criterion stands with what it decides itself.
         """
+        from ecoflap.importance.registry import named
         from ecoflap.pruning.registry import is_global
 
         changes: dict[str, Any] = self._fixed_by_criterion() if is_global(self.criterion) else {}
@@ -294,6 +296,8 @@ class Recipe(BaseModel):
             changes["importance_samples"] = self.samples
         if self.pattern != "unstructured" and self.allocation is None:
             changes |= self._fixed_by_pattern()
+        if "importance" not in changes and self.importance != named(self.importance, self.importance_options):
+            changes["importance"] = named(self.importance, self.importance_options)
         importance = changes.get("importance", self.importance)
         changes["search"] = self._searches(importance)
         if importance == "sensitivity" and self.criterion == "magnitude" and "order" not in self.importance_options:

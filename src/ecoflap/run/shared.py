@@ -55,6 +55,12 @@ class SharedRun:
             directory = kind.examine(path, recipe, overwrite=overwrite, resume=resume)
         return cls(path, directory, workers)
 
+    def settled(self, recipe: Recipe) -> Recipe:
+        """:meth:`RunDirectory.settled` of a run that goes on; the recipe as it is of another one."""
+        own = self._directory
+        took = self._workers.told(lambda: own.settled(recipe).importance if own and own.resumed else recipe.importance)
+        return recipe.model_copy(update={"importance": took})
+
     def locked(self) -> AbstractContextManager[object]:
         """Lets go of the folder at exit."""
         return self._directory or nullcontext()

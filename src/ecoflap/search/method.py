@@ -15,7 +15,7 @@ from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.importance.allocate import allocate_scores, flat
 from ecoflap.importance.fits import check_allocation, check_same_layers
 from ecoflap.importance.measure import ImportanceOptions
-from ecoflap.importance.registry import own_rule
+from ecoflap.importance.registry import AUTO, named, own_rule
 from ecoflap.importance.scores import Importance
 from ecoflap.model.parts import Anatomy
 from ecoflap.pruning.offloaded import check_offloaded
@@ -26,7 +26,6 @@ from ecoflap.search.search import search_options as checked_search_options
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.tokens import check_choice
 
-DEFAULT_IMPORTANCE = "zeroth-order"
 Given = Importance | Allocation | None  # what an earlier run has measured or decided
 
 
@@ -121,7 +120,7 @@ def make_method(
         importance, shares = "uniform", {**shares, "max_sparsity": 1.0}
     known = allocation is not None or isinstance(importance, Importance) or (name or "").endswith(".json")
     stage1 = ImportanceOptions(
-        None if known else str(importance or DEFAULT_IMPORTANCE),
+        None if known else named(str(importance or AUTO), importance_options or ()),
         dict(importance_options or {}),
         importance_samples,
         importance_error,

@@ -1,0 +1,96 @@
+"""The importance ``auto``: gradient norms where the model can be differentiated, the zeroth order where it can't.
+
+Both measure √(2/π)·‖∇L‖₂ of each matrix (Sung et al. 2024, section 3.2): the zeroth order by two forwards a matrix and
+batch, with noise, and gradient norms exactly by one backward pass a batch. Which of them works is tried, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.data.objectives import Objective, on_device
+from ecoflap.errors import InvalidOption
+from ecoflap.importance.base import ProbeContext
+from ecoflap.importance.gradient import GradientNorm, visit_gradients
+from ecoflap.importance.registry import GRADIENT_NORM, ZEROTH_ORDER
+from ecoflap.model.parts import Anatomy, Block
+from ecoflap.model.patching import cache_disabled, gradients_set_aside
+from ecoflap.model.precision import computing_in_fp32, half_blocks
+from ecoflap.model.trace import evaluating
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``auto`` took.
+
+    Attributes:
+        name: of the importance.
+        reason: why, as a part of a sentence.
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"importance: {self.name} ({self.reason})"
+
+
+def choose(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss: Objective) -> Choice:
+    """One backward pass of ``batch`` to the first block of each tower decides. The model is unchanged afterwards.
+
+    Raises:
+        NonFiniteLoss: the loss of the batch is NaN or infinite.
+    """
+    obstacle = _obstacle(model, anatomy, batch, loss)
+    name = type(model).__name__
+    if obstacle is None:
+        paper = f"--importance {ZEROTH_ORDER} is the paper's, by forward passes alone"
+        return Choice(GRADIENT_NORM, f"auto: {name} can be differentiated; {paper}")
+    return Choice(ZEROTH_ORDER, f"auto: gradients of {name} can't be taken: {obstacle}")
+
+
+def _obstacle(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss: Objective) -> str | None:
+    """Why gradients can't be taken, in one line; None where they can."""
+    first = {tower.name: next(block for block in tower.blocks if block.layers) for tower in anatomy.towers}
+    towers = tuple(replace(tower, blocks=(first[tower.name],)) for tower in anatomy.towers)
+    ran: set[str] = set()
+    reached: set[str] = set()
+
+    def visit(name: str, weight: Tensor, gradient: Tensor) -> None:
+        reached.add(name)
+        if not bool(gradient.isfinite().all()):
+            raise InvalidOption(f"the gradient of {name} is not finite")
+
+    with ExitStack() as state:
+        for context_manager in (evaluating(model), cache_disabled(model), gradients_set_aside(model)):
+            state.enter_context(context_manager)
+        upcast = half_blocks(model, GradientNorm().upcast(anatomy))
+        state.enter_context(computing_in_fp32(model, upcast))
+        for block in first.values():
+            handle = model.get_submodule(block.name).register_forward_pre_hook(_noting(block, ran))
+            state.callback(handle.remove)
+        few = replace(anatomy, towers=towers)
+        context = ProbeContext(model, few, [batch], on_device(loss), 0, upcast=frozenset(upcast))
+        try:
+            visit_gradients(context, 0, visit)
+        except torch.OutOfMemoryError:
+            return "a backward pass needs more memory than there is"
+        except (InvalidOption, RuntimeError) as error:
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for block in first.values():
+        if block.name in ran and not any(layer.name in reached for layer in block.layers):
+            return f"none reaches {block.name}, though it runs"
+    return None
+
+
+def _noting(block: Block, ran: set[str]) -> Any:
+    def hook(*_: Any) -> None:
+        ran.add(block.name)
+
+    return hook

@@ -1,0 +1,71 @@
+"""How long stage 1 will take, told once: from its first probes, before hours have gone by."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+
+from ecoflap.support.progress import Task
+
+_log = logging.getLogger("ecoflap")
+
+SOONEST = 5.0  # seconds that must have gone by: the first probes of a stage are slow, or together too short to tell
+LONG = 1800.0  # seconds from which a faster way is named
+FASTER = {
+    "zeroth-order": "--importance gradient-norm measures the same without noise, by one backward pass a batch",
+    "forward-mode": "--importance gradient-norm measures the same without noise, by one backward pass a batch",
+    "sensitivity": "--importance gradient-norm takes one backward pass a batch, and --search goes on from there",
+}
+REPLAYED = ("zeroth-order", "forward-mode")  # their first probes are the longest: later blocks need fewer computed anew
+LESS = "fewer --importance-samples or a shorter --sequence-length take less"
+
+
+class Forecast:
+    """A task that tells its time when the first probes are done.
+
+    Args:
+        task: is told of every step as well.
+        name: of the importance.
+        steps: how many are to come.
+        together: steps that come at once, such as all layers of a batch; nothing is told before so many are done.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        name: str,
+        steps: int,
+        together: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._task, self._name, self._steps, self._together = task, name, steps, together
+        self._clock, self._begin = clock, clock()
+        self._done, self._told = 0, False
+
+    def advance(self, steps: int = 1, detail: str = "") -> None:
+        self._task.advance(steps, detail)
+        self._done += steps
+        elapsed = self._clock() - self._begin
+        if self._told or elapsed < SOONEST or self._done % self._together or not 0 < self._done < self._steps:
+            return
+        self._told = True
+        self._tell(elapsed * self._steps / self._done)
+
+    def _tell(self, seconds: float) -> None:
+        word = "up to" if self._name in REPLAYED else "about"
+        line = f"importance {self._name} takes {word} {hours_and_minutes(seconds)}"
+        if seconds > LONG:
+            warnings.warn(f"{line}; {FASTER.get(self._name, LESS)}", stacklevel=4)
+        else:
+            _log.info("%s", line, extra={"notice": seconds >= 60})
+
+
+def hours_and_minutes(seconds: float) -> str:
+    """Such as 3 h 5 min, 12 min; below a minute: 20 s."""
+    if seconds < 60:
+        return f"{round(seconds)} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
