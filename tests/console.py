@@ -19,6 +19,9 @@ from ecoflap.cli import main
 TEXT = ("--samples", "6", "--batch-size", "2", "--sequence-length", "12", "--importance-samples", "4")
 
 
+_SAID = ("calibration: ", "objective: ", "importance: ")  # how lines begin that say what a run chose
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Exit code and what was printed."""
@@ -34,7 +37,7 @@ class Outcome:
         """
         assert self.code == 2, self
         assert self.out == ""
-        lines = [line for line in self.err.splitlines() if not line.startswith(("calibration: ", "objective: "))]
+        lines = [line for line in self.err.splitlines() if not line.startswith(_SAID)]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("ecoflap: ")
         assert "Traceback" not in lines[0]

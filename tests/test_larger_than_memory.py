@@ -153,7 +153,10 @@ def _killed_after_four_blocks(recipe: Recipe, run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), ("importance 'zeroth-order'", "gradient-norm (the same quantity without noise)", "importance.json")),
+        (
+            ("--importance", "zeroth-order"),
+            ("importance 'zeroth-order'", "gradient-norm (the same quantity without noise)", "importance.json"),
+        ),
         (("--importance", "sensitivity"), ("importance 'sensitivity'", "take gradient-norm, first-order, owl")),
         (("--importance", "uniform", "--search"), ("search prunes the whole model at a time", "--no-search")),
         (("--criterion", "global-magnitude"), ("criterion 'global-magnitude'", "such as wanda")),
@@ -183,7 +186,7 @@ def test_python_is_told_the_same(tmp_path: Path) -> None:
     model = load(picos.write_checkpoint("llama", tmp_path / "llama"), device="cpu", device_map="disk").model
     batches = picos.batches("llama")
     with pytest.raises(InvalidOption, match="importance 'zeroth-order' runs the model again"):
-        api.prune(model, batches)
+        api.prune(model, batches, importance="zeroth-order")
     with pytest.raises(InvalidOption, match="criterion 'iterative-gradient' needs all weights"):
         api.prune(model, batches, criterion="iterative-gradient")
     with pytest.raises(InvalidOption, match="search prunes"):

@@ -27,7 +27,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, made: Path) -> Command:
     monkeypatch.chdir(made)
     run = command(capfd, monkeypatch)
-    return lambda *more: run("prune", "llama", "--calibration", "prose.txt", *TEXT, *more)
+    return lambda *more: run(
+        "prune", "llama", "--calibration", "prose.txt", *TEXT, "--importance", "zeroth-order", *more
+    )
 
 
 @contextmanager

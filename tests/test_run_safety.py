@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picos.write_checkpoint("llama", folder / "llama")
     text = str(prose(folder / "prose.txt"))
     recipe = Recipe(model=str(folder / "llama"), calibration=text, samples=6, batch_size=2, sequence_length=12,
-                    importance_samples=4, test=text, test_samples=3)  # fmt: skip
+                    importance="zeroth-order", importance_samples=4, test=text, test_samples=3)  # fmt: skip
     run_recipe(recipe, folder / "whole")
     return folder
 
@@ -46,7 +46,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prune(run: Command, made: Path) -> Command:
     data = made / "prose.txt"
-    job = ["prune", made / "llama", "--calibration", data, *TEXT, "--test", data, "--test-samples", 3, "-o", "run"]
+    job = ["prune", made / "llama", "--calibration", data, *TEXT, "--importance", "zeroth-order", "--test", data,
+           "--test-samples", 3, "-o", "run"]  # fmt: skip
     return lambda *more: run(*job, *more)
 
 

@@ -82,7 +82,8 @@ def _obstacle(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss
         except torch.OutOfMemoryError:
             return "a backward pass needs more memory than there is"
         except (InvalidOption, RuntimeError) as error:
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return line.partition(": gradients can't be taken")[0]
     for block in first.values():
         if block.name in ran and not any(layer.name in reached for layer in block.layers):
             return f"none reaches {block.name}, though it runs"
