@@ -307,7 +307,7 @@ def test_a_sample_that_gives_nan_is_named(run: Command, tmp_path: Path, stage: t
 
 
 def test_importance_goes_on(run: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = ("importance", made / "llama", "--calibration", made / "prose.txt", *TEXT)
+    job = ("importance", made / "llama", "--calibration", made / "prose.txt", *TEXT, "--importance", "zeroth-order")
     run(*job, "-o", "whole.json").well()
     with monkeypatch.context() as patch:
         patch.setattr(zeroth_order.ZerothOrder, "projection", _at(20, _signal(signal.SIGINT)))

@@ -176,14 +176,11 @@ def _forecast(name: str, steps: int, seconds: list[float], **options: Any) -> in
 
 
 def test_a_long_stage_names_a_faster_way() -> None:
-    with pytest.warns(UserWarning, match="zeroth-order takes about 43 h 24 min; --importance gradient-norm") as told:
+    with pytest.warns(UserWarning, match="zeroth-order takes up to 43 h 24 min; --importance gradient-norm") as told:
         assert _forecast("zeroth-order", 504, [310.0, 620.0, 930.0]) == 3
     assert len(told) == 1
     with pytest.warns(UserWarning, match=r"about 1 h 0 min; fewer --importance-samples"):
         _forecast("gradient-norm", 30, [0.1, 359.0, 361.0], together=3)  # nothing is known before three are done
-    # The second step is nine times as long as the first; eight of all ten parts are to come.
-    with pytest.warns(UserWarning, match="about 2 h 0 min"):
-        _forecast("forward-mode", 3, [720.0], weights=[1.0, 8.0, 1.0])
 
 
 def test_a_short_stage_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -191,7 +188,7 @@ def test_a_short_stage_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
         warnings.simplefilter("error")
         _forecast("zeroth-order", 100, [1.0, 2.0, 9.0, 12.0])
         _forecast("zeroth-order", 4, [1.0, 2.0, 3.0, 9.0])  # over before it could be told
-    assert [record.message for record in caplog.records] == ["importance zeroth-order takes about 5 min"]
+    assert [record.message for record in caplog.records] == ["importance zeroth-order takes up to 5 min"]
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,8 @@ def test_a_model_that_begins_with_a_block_is_converted_as_a_whole() -> None:
         return model(batch["x"]).square().mean()
 
     found, expected = Journal(), Journal()
-    measure_importance(half, batches, loss=loss, journal=found)
-    measure_importance(whole, batches, loss=loss, journal=expected)
+    measure_importance(half, batches, "zeroth-order", loss=loss, journal=found)
+    measure_importance(whole, batches, "zeroth-order", loss=loss, journal=expected)
     assert found.values() == expected.values()
 
 

@@ -19,12 +19,12 @@ def test_half_precision_is_told_with_what_it_costs(recwarn: pytest.WarningsRecor
     batches = family.batches(4, 4)
     native, exact = Journal(), Journal()
     model = family.build().to(torch.bfloat16)
-    found = measure_importance(model, batches, journal=native, precision="native")
+    found = measure_importance(model, batches, "zeroth-order", journal=native, precision="native")
     (warning,) = [str(w.message) for w in recwarn if "rounding" in str(w.message)]
     assert "zeroth order in bfloat16" in warning
     share = found.settings["rounding"]
     assert f"{share:.0%}" in warning
-    measure_importance(model, batches, journal=exact)
+    measure_importance(model, batches, "zeroth-order", journal=exact)
     size = math.hypot(*native.values().values())
     real = math.hypot(*(native.values()[key] - exact.values()[key] for key in exact.values())) / size
     assert real > 0.3  # it does drown
@@ -35,12 +35,12 @@ def test_half_precision_is_told_with_what_it_costs(recwarn: pytest.WarningsRecor
 def test_nothing_is_told_of_fp32(recwarn: pytest.WarningsRecorder) -> None:
     family = FAMILIES["llama"]
     model, batches = family.build(), family.batches(2, 2)
-    found = measure_importance(model, batches, precision="native")
-    assert found.scores == measure_importance(model, batches).scores
+    found = measure_importance(model, batches, "zeroth-order", precision="native")
+    assert found.scores == measure_importance(model, batches, "zeroth-order").scores
     assert "rounding" not in found.settings
     assert not [w for w in recwarn if "rounding" in str(w.message)]
     with pytest.raises(UnknownName, match="did you mean 'native'"):
-        measure_importance(model, batches, precision="nativ")
+        measure_importance(model, batches, "zeroth-order", precision="nativ")
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.5])

@@ -119,8 +119,8 @@ def test_what_is_sampled_has_the_values_of_a_full_measurement() -> None:
     family = FAMILIES["t5"]
     model, batches = family.build(), family.batches(4, 2)
     everything, some = Journal(), Journal()
-    measure_importance(model, batches, journal=everything, draws=4)
-    found = measure_importance(model, batches, journal=some, draws=4, error=0.5)
+    measure_importance(model, batches, "zeroth-order", journal=everything, draws=4)
+    found = measure_importance(model, batches, "zeroth-order", journal=some, draws=4, error=0.5)
     assert set(some.kept) <= set(everything.kept)
     assert found.settings["error"] == 0.5
     for score in found.scores.values():
@@ -130,7 +130,7 @@ def test_what_is_sampled_has_the_values_of_a_full_measurement() -> None:
 def test_a_budget_that_cannot_do_is_told(recwarn: pytest.WarningsRecorder) -> None:
     family = FAMILIES["llama"]
     model, batches = family.build(), family.batches(2, 1)
-    found = measure_importance(model, batches, error=0.1)
+    found = measure_importance(model, batches, "zeroth-order", error=0.1)
     (warning,) = [str(w.message) for w in recwarn if "importance_error" in str(w.message)]
     assert "at least 58 estimates" in warning
     assert "2 batches × 1 draw" in warning
@@ -142,6 +142,6 @@ def test_errors_out_of_range_and_measures_that_are_not_sampled() -> None:
     model, batches = family.build(), family.batches(2, 2)
     for error in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(InvalidOption, match="importance_error"):
-            measure_importance(model, batches, error=error)
+            measure_importance(model, batches, "zeroth-order", error=error)
     with pytest.raises(InvalidOption, match="owl is not sampled"):
         measure_importance(model, batches, "owl", error=0.1)

@@ -38,7 +38,7 @@ def test_each_estimate_is_the_projection_of_the_gradient_on_its_noise(name: str)
     batches = [to_device(batch, model) for batch in family.batches(4, 2, padding=True)]
     journal = Journal()
     with cache_disabled(model):
-        measure_importance(model, batches, epsilon=3e-4, seed=3, journal=journal, loss=lambda m, batch: m(**batch).loss)
+        measure_importance(model, batches, "zeroth-order", epsilon=3e-4, seed=3, journal=journal, loss=lambda m, batch: m(**batch).loss)
     layers = {estimate.layer for estimate in journal.kept}
     exact, found = [], []
     for index, batch in enumerate(batches):
@@ -60,7 +60,7 @@ def test_the_score_estimates_the_gradient_norm_within_its_standard_error() -> No
     family = FAMILIES["llama"]
     model, (batch,) = family.build().eval(), family.batches(2, 2)
     anatomy = discover(model, batch, exclude=["model.layers.1", "model.layers.2", "*.self_attn.*"])
-    found = measure_importance(model, [batch], draws=150, anatomy=anatomy)
+    found = measure_importance(model, [batch], "zeroth-order", draws=150, anatomy=anatomy)
     exact = gradients(model, batch, [layer.name for layer in anatomy.layers])
     for name, score in found.scores.items():
         expected = math.sqrt(2 / math.pi) * float(exact[name].norm())
@@ -76,7 +76,7 @@ def test_a_block_probe_projects_the_gradient_of_the_whole_block(name: str) -> No
     (batch,) = [to_device(batch, model) for batch in family.batches(2, 2)]
     journal = Journal()
     with cache_disabled(model):
-        found = measure_importance(model, [batch], epsilon=3e-4, probe="block", journal=journal)
+        found = measure_importance(model, [batch], "zeroth-order", epsilon=3e-4, probe="block", journal=journal)
     values = {estimate.layer: estimate.value for estimate in journal.kept}
     assert list(values) == [layer.name for layer in found.layers]
     exact = gradients(model, batch, list(values))
@@ -98,12 +98,12 @@ def test_a_block_probe_projects_the_gradient_of_the_whole_block(name: str) -> No
 def test_block_probes_go_on_in_the_middle_of_a_block() -> None:
     family = FAMILIES["t5"]
     model, batches = family.build(), family.batches(4, 2)
-    whole = measure_importance(model, batches, probe="block").scores
+    whole = measure_importance(model, batches, "zeroth-order", probe="block").scores
     journal = Journal(stop_after=10)
     with pytest.raises(KeyboardInterrupt):
-        measure_importance(model, batches, probe="block", journal=journal)
+        measure_importance(model, batches, "zeroth-order", probe="block", journal=journal)
     journal.stop_after = None
-    assert measure_importance(model, batches, probe="block", journal=journal).scores == whole
+    assert measure_importance(model, batches, "zeroth-order", probe="block", journal=journal).scores == whole
     assert len(journal.kept) == len({(e.layer, e.batch, e.draw) for e in journal.kept})
 
 
@@ -112,14 +112,14 @@ def test_replay_changes_no_bit(name: str) -> None:
     family = FAMILIES[name]
     model, batches = family.build(), family.batches(2, 2, padding=True)
     with_replay, without = Journal(), Journal()
-    measure_importance(model, batches, journal=with_replay)
-    measure_importance(model, batches, replay=False, journal=without)
+    measure_importance(model, batches, "zeroth-order", journal=with_replay)
+    measure_importance(model, batches, "zeroth-order", replay=False, journal=without)
     assert with_replay.kept == without.kept
 
 
 def test_weights_the_loss_never_sees_score_zero() -> None:
     family = FAMILIES["llava"]  # features are taken one layer before the last vision block
-    scores = measure_importance(family.build(), family.batches(2, 2)).scores
+    scores = measure_importance(family.build(), family.batches(2, 2), "zeroth-order").scores
     last = [score for name, score in scores.items() if name.startswith("model.vision_tower.encoder.layers.2.")]
     assert last
     assert {score.score for score in last} == {0.0}
@@ -132,10 +132,10 @@ def test_the_model_is_bit_identical_afterwards_also_after_an_interrupt(dtype: to
     model, batches = family.build().to(dtype).train(), family.batches(4, 2)
     before, parameters = bits(model), [id(p) for p in model.parameters()]
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    measure_importance(model, batches)
+    measure_importance(model, batches, "zeroth-order")
     assert bits(model) == before
     with pytest.raises(KeyboardInterrupt):
-        measure_importance(model, batches, journal=Journal(stop_after=5))
+        measure_importance(model, batches, "zeroth-order", journal=Journal(stop_after=5))
     assert bits(model) == before
     assert [id(p) for p in model.parameters()] == parameters
     assert {name: parameter.dtype for name, parameter in model.named_parameters()} == kinds
@@ -149,22 +149,22 @@ def test_a_half_precision_model_is_measured_in_fp32() -> None:
     batches = family.batches(4, 2)
     half = family.build().to(torch.bfloat16)
     full = family.build().to(torch.bfloat16).float()
-    assert measure_importance(half, batches).scores == measure_importance(full, batches).scores
+    assert measure_importance(half, batches, "zeroth-order").scores == measure_importance(full, batches, "zeroth-order").scores
 
 
 def test_scores_do_not_depend_on_order_interruption_or_company() -> None:
     family = FAMILIES["t5"]
     model, batches = family.build(), family.batches(6, 2)
-    whole = measure_importance(model, batches, seed=1).scores
+    whole = measure_importance(model, batches, "zeroth-order", seed=1).scores
     journal = Journal(stop_after=17)
     with pytest.raises(KeyboardInterrupt):
-        measure_importance(model, batches, seed=1, journal=journal)
+        measure_importance(model, batches, "zeroth-order", seed=1, journal=journal)
     journal.stop_after = None
-    assert measure_importance(model, batches, seed=1, journal=journal).scores == whole
+    assert measure_importance(model, batches, "zeroth-order", seed=1, journal=journal).scores == whole
     shuffled = Journal(list(reversed(journal.kept)))
-    assert measure_importance(model, batches, seed=1, journal=shuffled).scores == whole
+    assert measure_importance(model, batches, "zeroth-order", seed=1, journal=shuffled).scores == whole
     alone = discover(model, batches[0], exclude=["encoder.block"], run=default_objective(model))
-    partial = measure_importance(model, batches, seed=1, anatomy=alone).scores
+    partial = measure_importance(model, batches, "zeroth-order", seed=1, anatomy=alone).scores
     assert partial
     assert partial == {name: whole[name] for name in partial}
 
@@ -174,11 +174,11 @@ def test_seeds_differ_and_the_global_generator_is_left_alone() -> None:
     model, batches = family.build(), family.batches(2, 2)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = measure_importance(model, batches, seed=0).scores
+    first = measure_importance(model, batches, "zeroth-order", seed=0).scores
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert measure_importance(model, batches, seed=0).scores == first
-    other = measure_importance(model, batches, seed=1).scores
+    assert measure_importance(model, batches, "zeroth-order", seed=0).scores == first
+    other = measure_importance(model, batches, "zeroth-order", seed=1).scores
     assert all(other[name].score != first[name].score for name in first)
 
 
@@ -208,14 +208,14 @@ def test_a_loss_that_is_not_finite_names_its_batch() -> None:
 def test_samples_takes_the_first_whole_batches() -> None:
     family = FAMILIES["llama"]
     model, batches = family.build(), family.batches(6, 2)
-    found = measure_importance(model, batches, samples=3)
+    found = measure_importance(model, batches, "zeroth-order", samples=3)
     assert found.settings["batches"] == 2
     assert found.settings["samples"] == 4
-    assert found.scores == measure_importance(model, batches[:2]).scores
+    assert found.scores == measure_importance(model, batches[:2], "zeroth-order").scores
     with pytest.warns(UserWarning, match="7 samples were asked for of calibration batches that hold 6"):
-        assert measure_importance(model, batches, samples=7).settings["samples"] == 6
+        assert measure_importance(model, batches, "zeroth-order", samples=7).settings["samples"] == 6
     with pytest.raises(CalibrationError, match="no calibration batches"):
-        measure_importance(model, [])
+        measure_importance(model, [], "zeroth-order")
 
 
 def test_bad_options() -> None:
@@ -224,8 +224,8 @@ def test_bad_options() -> None:
     with pytest.raises(UnknownName, match="did you mean 'zeroth-order'"):
         measure_importance(model, batches, "zeroth_order")
     with pytest.raises(InvalidOption, match="no option 'eps'"):
-        measure_importance(model, batches, eps=1)
+        measure_importance(model, batches, "zeroth-order", eps=1)
     with pytest.raises(InvalidOption, match="epsilon"):
-        measure_importance(model, batches, epsilon=0.0)
+        measure_importance(model, batches, "zeroth-order", epsilon=0.0)
     with pytest.raises(InvalidOption, match="draws"):
-        measure_importance(model, batches, draws=0)
+        measure_importance(model, batches, "zeroth-order", draws=0)

@@ -45,7 +45,7 @@ def test_everything_of_a_run(run: Command, copy: Path) -> None:
     assert len(towers) == 2
     agreement = _json(copy, "agreement")
     assert set(agreement["measures"]) | set(agreement["skipped"]) == {*IMPORTANCES} - {"uniform"}
-    assert agreement["own"] == "zeroth-order"
+    assert agreement["own"] == "gradient-norm"
     grid = agreement["spearman"]
     assert all(row[place] in (None, 1.0) for place, row in enumerate(grid))
     assert grid == [list(column) for column in zip(*grid, strict=True)]
