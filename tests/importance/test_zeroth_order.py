@@ -38,7 +38,9 @@ def test_each_estimate_is_the_projection_of_the_gradient_on_its_noise(name: str)
     batches = [to_device(batch, model) for batch in family.batches(4, 2, padding=True)]
     journal = Journal()
     with cache_disabled(model):
-        measure_importance(model, batches, "zeroth-order", epsilon=3e-4, seed=3, journal=journal, loss=lambda m, batch: m(**batch).loss)
+        measure_importance(
+            model, batches, "zeroth-order", epsilon=3e-4, seed=3, journal=journal, loss=lambda m, batch: m(**batch).loss
+        )
     layers = {estimate.layer for estimate in journal.kept}
     exact, found = [], []
     for index, batch in enumerate(batches):
@@ -149,7 +151,10 @@ def test_a_half_precision_model_is_measured_in_fp32() -> None:
     batches = family.batches(4, 2)
     half = family.build().to(torch.bfloat16)
     full = family.build().to(torch.bfloat16).float()
-    assert measure_importance(half, batches, "zeroth-order").scores == measure_importance(full, batches, "zeroth-order").scores
+    assert (
+        measure_importance(half, batches, "zeroth-order").scores
+        == measure_importance(full, batches, "zeroth-order").scores
+    )
 
 
 def test_scores_do_not_depend_on_order_interruption_or_company() -> None:

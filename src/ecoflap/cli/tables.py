@@ -184,7 +184,8 @@ def summary_table(run: RunData | Path | str) -> Table:
             formats.task_title(task, metric),
             formats.metric_value(metric, dense.value, dense.stderr, unit=unit),
             formats.metric_value(metric, pruned.value, pruned.stderr, unit=unit),
-            formats.metric_change(metric, dense.value, pruned.value, unit=unit),
+            formats.metric_change(metric, dense.value, pruned.value, unit=unit)
+            + formats.paired_change(metric, metrics.paired.get(task, {}).get("dense"), dense.value, unit=unit),
         )
         for other in dict.fromkeys([*dense.others, *pruned.others]):
             before, after = dense.others.get(other, OtherMetric()), pruned.others.get(other, OtherMetric())

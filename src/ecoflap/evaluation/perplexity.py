@@ -103,7 +103,7 @@ class Perplexity(Task):
             "batch_size": batch_size,
         }
         stderr = None if error is None else value * error
-        return TaskResult("perplexity", "perplexity", value, stderr, count * (length - first), settings)
+        return TaskResult("perplexity", "perplexity", value, stderr, count * (length - first), settings, losses=losses)
 
 
 def _window_losses(model: nn.Module, windows: torch.Tensor, first: int) -> list[float]:

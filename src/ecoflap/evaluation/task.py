@@ -213,7 +213,8 @@ class TaskResult:
     ``value`` is in the metric's own unit (accuracy in 0..1, perplexity); ``stderr`` its standard error, None when
     there is one observation alone; ``n`` the number of observations (questions, scored tokens); ``predictions`` one
     record a question, for the report; ``others`` further metrics of the same task by name (IR@5, SPICE). ``unit``,
-    ``better`` and ``hub_type`` are the task's, set by who runs it; None: each metric's, by its name.
+    ``better`` and ``hub_type`` are the task's, set by who runs it; None: each metric's, by its name. ``losses``: mean
+    negative log-likelihood of each window, where the value is exp of their mean.
     """
 
     task: str
@@ -228,6 +229,7 @@ class TaskResult:
     unit: Unit | None = None
     better: Better | None = None
     hub_type: str | None = None
+    losses: list[float] | None = None
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:

@@ -432,6 +432,17 @@ class Quality(Content):
     others: dict[str, OtherMetric] = {}
 
 
+class PairedDifference(Content):
+    """One model less another on the same samples, see :class:`ecoflap.evaluation.paired.Paired`."""
+
+    difference: Finite
+    stderr: Finite | None = None
+    n: Count
+    better: Count
+    worse: Count
+    p: Fraction
+
+
 class TowerSparsity(Content):
     """Zeros among the prunable weights of one tower."""
 
@@ -473,6 +484,7 @@ class Metrics(Content):
 
     dense: dict[str, Quality] = {}
     pruned: dict[str, Quality] = {}
+    paired: dict[str, dict[str, PairedDifference]] = {}  # task → "dense" → the pruned model less that one
     sparsity: Sparsity = Sparsity()
     dense_weights: list[DenseWeight] = []
     unreached: list[str] = []

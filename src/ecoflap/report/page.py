@@ -6,7 +6,7 @@ The results of the tasks before and after, formatted: the headline's cards and t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ def tasks(metrics: Metrics) -> Iterator[Task]:
         ]
         label = f"all, {metric}" if others else "all"
         whole = _row(label, metric, unit, (dense.value, dense.stderr), (pruned.value, pruned.stderr))
+        pair = metrics.paired.get(name, {}).get("dense")
+        whole = replace(whole, change=whole.change + formats.paired_change(metric, pair, dense.value, unit=unit))
         counts = sorted({quality.n for quality in (dense, pruned) if quality.n is not None})
         n = " / ".join(formats.integer(count) for count in counts)
         yield Task(name, formats.task_title(name, metric), n, whole, others, groups)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from ecoflap.allocation import Allocation
 from ecoflap.allocation.parts import read_allocation
 from ecoflap.api import allocation_of, importance_of
 from ecoflap.evaluation import TaskResult
+from ecoflap.evaluation.paired import paired_records
 from ecoflap.importance.measure import EstimateJournal
 from ecoflap.importance.scores import Importance
 from ecoflap.model.checkpoint import fingerprint
@@ -183,6 +184,7 @@ def _stages(job: _Job) -> None:
         "format": 1,
         "dense": {name: kept["result"] for name, kept in dense.items()},
         "pruned": {name: kept["result"] for name, kept in pruned.items()},
+        "paired": paired_results(pruned, {"dense": dense}),
         "sparsity": sparsity_summary(plan.anatomy, allocation),
         "dense_weights": [{"name": u.name, "reason": u.reason, "weights": u.numel} for u in plan.anatomy.unprunable],
         "unreached": list(unreached),
@@ -280,7 +282,7 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> _Kept:
                 found = evaluate(job.plan.checkpoint, entry, job.recipe, progress, job.workers)
                 row = quality(found)
                 _log.info("%s, %s: %s %s", entry.name, when, row["metric"], row["value"])
-                kept[entry.name] = {"result": row, "answers": answers_of(found.predictions)}
+                kept[entry.name] = {"result": row, "answers": answers_of(found.predictions), "losses": found.losses}
                 job.run.write_sealed(name, kept)
     return kept
 
@@ -292,6 +294,19 @@ def _write_predictions(job: _Job, entries: Sequence[Evaluation], dense: _Kept, p
     if tasks:
         add_pictures(tasks, entries, job.recipe.seed, job.run.path)
         job.run.write(files.PREDICTIONS, {"format": 1, "tasks": tasks})
+
+
+def paired_results(model: _Kept, others: Mapping[str, _Kept]) -> dict[str, dict[str, Any]]:
+    """Task → name of another model → how the model differs from it on the samples that both answered."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, kept in model.items():
+        for other, results in others.items():
+            if name in results:
+                values = kept["result"]["value"], results[name]["result"]["value"]
+                pair = paired_records(kept, results[name], *values)
+                if pair is not None:
+                    found.setdefault(name, {})[other] = pair.to_json()
+    return found
 
 
 def quality(result: TaskResult) -> dict[str, Any]:

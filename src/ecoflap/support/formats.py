@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Protocol
 
 MISSING = "not measured"
 # Of suites of lm-eval and of older runs: shares of samples, shown in per cent. lm-eval names a metric "acc,none": what
@@ -33,6 +34,25 @@ def metric_change(metric: str, dense: float | None, pruned: float | None, *, uni
     if unit_of(metric, unit):
         return _signed(100 * (pruned - dense), 1) + " points"
     return MISSING if dense == 0 else _signed(100 * (pruned / dense - 1), 1) + " %"
+
+
+class Pair(Protocol):
+    """One model less another on the same samples, see :class:`ecoflap.evaluation.paired.Paired`."""
+
+    stderr: float | None
+    better: int
+    worse: int
+    p: float
+
+
+def paired_change(metric: str, pair: Pair | None, other: float | None, *, unit: str | None = None) -> str:
+    """What follows :func:`metric_change` where samples are paired: its standard error, and how the samples went."""
+    if pair is None or not other:
+        return ""
+    scale = 100.0 if unit_of(metric, unit) else 100.0 / abs(other)
+    error = "" if pair.stderr is None else f" ± {significant(scale * pair.stderr, 2)}"
+    chance = "p < 0.001" if pair.p < 0.001 else f"p = {significant(pair.p, 2)}"
+    return f"{error}; {pair.better:,} better, {pair.worse:,} worse, {chance}"
 
 
 def _plain(metric: str) -> str:
