@@ -24,7 +24,7 @@ from ecoflap.report.charts.chart import (
     tower_styles,
 )
 from ecoflap.report.charts.plotly import figure
-from ecoflap.report.charts.svg import svg
+from ecoflap.report.charts.static import svg
 from ecoflap.report.comparison import Comparison
 from ecoflap.report.data import read_run
 from ecoflap.report.html import in_script

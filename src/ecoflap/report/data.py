@@ -146,11 +146,13 @@ class Agreement(Content):
 
 
 class Effect(Content):
-    """Agreement with the exact gradient norm at one value of an option."""
+    """Agreement with the exact gradient norm at one value of an option: rank correlation, and mean relative error."""
 
     value: Finite
     spearman: Finite | None = None
     stderr: Finite | None = None
+    error: Finite | None = None
+    error_stderr: Finite | None = None
 
 
 class Effects(Content):

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from ecoflap.report.charts.chart import Chart, Entry, Rule
 from ecoflap.report.charts.plotly import figure, plain
-from ecoflap.report.charts.svg import svg
+from ecoflap.report.charts.static import svg
 from ecoflap.support import formats
 
 _SCRIPTS = ("tables.js", "plots.js")

@@ -9,7 +9,7 @@ import pytest
 from console import llama_and_prose
 from grids import grid_of
 
-from ecoflap.run.compare import plots
+from ecoflap.run.compare import results
 from ecoflap.run.compare.grid import run_grid
 from ecoflap.run.compare.record import Comparison
 
@@ -32,5 +32,4 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Plots and page, half of a small grid's time, are left out of grids that are looked at for their numbers."""
     if "whole" in request.fixturenames:
         request.getfixturevalue("whole")  # which has them
-    for name in ("draw_quality", "draw_cost", "write_compare"):
-        monkeypatch.setattr(plots, name, lambda *_: None)
+    monkeypatch.setattr(results, "PAGES", {name: lambda *_: None for name in ("compare", "compare-plots")})

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import TASKS
-from ecoflap.run.compare.plots import draw_cost, draw_quality
+from ecoflap.report.charts.compare import draw_comparison
 from ecoflap.run.compare.record import (
     Comparison,
     Measured,
@@ -160,8 +160,8 @@ def test_the_terminal_shows_every_method() -> None:
 @pytest.mark.parametrize(("seeds", "tests", "cuda"), [(1, 1, False), (3, 2, True)])
 def test_plots_have_every_line(tmp_path: Path, seeds: int, tests: int, cuda: bool) -> None:
     whole = comparison(seeds=seeds, tests=tests, cuda=cuda)
-    draw_quality(whole, tmp_path)
-    draw_cost(whole, tmp_path)
+    write_json(tmp_path / "compare.json", whole.model_dump(mode="json"))
+    draw_comparison(tmp_path)
     for name in ("quality", "cost"):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
         assert len(np.unique(picture.astype(int) @ [1, 256, 65536])) > 20
@@ -169,9 +169,9 @@ def test_plots_have_every_line(tmp_path: Path, seeds: int, tests: int, cuda: boo
         assert "owl+wanda" in drawing
         assert "<script>" not in drawing
         before = (tmp_path / f"{name}.svg").read_bytes()
-        (draw_quality if name == "quality" else draw_cost)(whole, tmp_path)
+        draw_comparison(tmp_path)
         assert (tmp_path / f"{name}.svg").read_bytes() == before
-    assert ("CUDA" in (tmp_path / "cost.svg").read_text("utf-8")) == cuda
+    assert ("GPU" in (tmp_path / "cost.svg").read_text("utf-8")) == cuda
 
 
 def test_a_method_without_any_cell_is_no_obstacle(tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_a_method_without_any_cell_is_no_obstacle(tmp_path: Path) -> None:
         c if c.method != EVIL else c.model_copy(update={"error": "no", "tests": {}, "value": None}) for c in whole.cells
     ]
     whole = whole.model_copy(update={"cells": tuple(gone)})
-    draw_quality(whole, tmp_path)
-    draw_cost(whole, tmp_path)
+    write_json(tmp_path / "compare.json", whole.model_dump(mode="json"))
+    draw_comparison(tmp_path)
     assert _tables(as_markdown(whole))[0][3][1:] == ["—", "—"]
 
 

@@ -13,9 +13,11 @@ import numpy as np
 from ecoflap.errors import EcoflapError
 from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.importance.scores import Importance
-from ecoflap.report.analysis.drawing import drawing, panels
 from ecoflap.report.analysis.importance import block_scores
 from ecoflap.report.analysis.registry import Analysis, NotApplicable
+from ecoflap.report.charts.analysis import agreement_chart
+from ecoflap.report.charts.static import picture
+from ecoflap.report.data import Agreement
 from ecoflap.support.progress import Labelled
 
 if TYPE_CHECKING:
@@ -97,22 +99,7 @@ def block_values(importance: Importance) -> list[float]:
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
     """The matrix by colour and in numbers: 1 the same order of blocks, 0 none, -1 the reverse."""
-    names = data["measures"]
-    grid = np.array([[np.nan if value is None else value for value in row] for row in data["spearman"]], dtype=float)
-    with drawing():
-        size = 0.62 * len(names)
-        figure, ((axes,),) = panels(1, 1, width=size + 2.6, height=size + 1.0)
-        shown = axes.imshow(grid, cmap="PuOr_r", vmin=-1, vmax=1)
-        axes.grid(False)
-        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
-        for (row, column), value in np.ndenumerate(grid):
-            told = "–" if np.isnan(value) else f"{value:.2f}"
-            colour = "white" if value > 0.7 or value < -0.55 else "black"  # readable on the map's dark ends
-            axes.text(column, row, told, ha="center", va="center", fontsize=8, color=colour)
-        axes.set_title(f"rank correlation of {data['n']} blocks")
-        figure.colorbar(shown, ax=axes, label="Spearman", shrink=0.8)
-        return {"": figure}
+    return {"": picture([[agreement_chart(Agreement.model_validate(data))]])}
 
 
 ANALYSIS = Analysis(draw, compute)

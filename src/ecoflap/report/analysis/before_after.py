@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoflap.report.analysis.drawing import BLUE, GREEN, GREY, ORANGE, drawing
 from ecoflap.report.analysis.registry import Analysis, NotApplicable
+from ecoflap.report.charts.static import COLOURS, drawing
 from ecoflap.run.names import PREDICTIONS
 from ecoflap.run.predictions import KINDS, outcome, spread
 from ecoflap.support.files import read_json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 4  # examples of a kind in the picture; the page shows more
 TITLES = dict(zip(KINDS, ("both right", "only dense right", "only pruned right", "both wrong"), strict=True))
-_COLOURS = dict(zip(KINDS, (GREEN, BLUE, ORANGE, GREY), strict=True))
+_COLOURS = dict(zip(KINDS, (COLOURS[name] for name in ("c3", "c1", "c2", "c8")), strict=True))
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,17 +20,18 @@ from ecoflap.data.objectives import Objective
 from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.gradient import visit_gradients
 from ecoflap.model.parts import Anatomy
-from ecoflap.report.analysis.drawing import colour_of, drawing, panels, title_of
 from ecoflap.report.analysis.registry import Analysis
+from ecoflap.report.charts.analysis import distribution_charts
+from ecoflap.report.charts.static import picture
+from ecoflap.report.data import Distributions
 from ecoflap.support.progress import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    pass
     from ecoflap.report.analysis.subject import Subject
 
-KINDS = {"weight": "|weight|", "gradient": "|gradient|", "local": "local score |w|·‖x‖"}
+KINDS = ("weight", "gradient", "local")
 
 
 def compute(subject: Subject) -> dict[str, Any]:
@@ -40,8 +40,6 @@ def compute(subject: Subject) -> dict[str, Any]:
     ``gradient``: of the mean gradient over the calibration batches. ``local``: the norm of each input over all real
     tokens of the batches. Layers that no token reached have no local score.
     """
-    pass
-    pass
     from ecoflap.report.analysis.subject import computing
     from ecoflap.statistics.dense import dense_statistics
 
@@ -76,44 +74,8 @@ def compute(subject: Subject) -> dict[str, Any]:
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
-    """A row a tower, a column a quantity; one scale a column, so that towers compare. The line is the median."""
-    towers = data["towers"]
-    from matplotlib.ticker import MaxNLocator
-
-    with drawing():
-        figure, rows = panels(len(towers), len(KINDS), height=1.7)
-        for column, (kind, label) in enumerate(KINDS.items()):
-            edges = [edge for tower in towers.values() for edge in tower[kind]["log10_edges"] if tower[kind]["share"]]
-            for row, (name, tower) in zip(rows, towers.items(), strict=True):
-                axes, found, colour = row[column], tower[kind], colour_of(tower["modality"])
-                if found["share"]:
-                    share = 100 * np.array(found["share"])
-                    axes.stairs(share, found["log10_edges"], fill=True, color=colour, alpha=0.75)
-                    axes.axvline(np.log10(found["median"]), color="black", linewidth=1, linestyle="--")
-                    note = f"median {found['median']:.1e}" + (f"\n{found['zeros']:.0%} zeros" if found["zeros"] else "")
-                    axes.text(0.03, 0.96, note, transform=axes.transAxes, va="top", fontsize=7)
-                    axes.set_xlim(*_visible(towers, kind, min(edges), max(edges)))
-                    axes.set_ylim(0, 1.25 * share.max())
-                axes.xaxis.set_major_formatter(lambda decade, _: f"$10^{{{decade:g}}}$")
-                axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-                if column == 0:
-                    axes.set_title(title_of(name, tower["modality"]))
-                    axes.set_ylabel("% of weights")
-            rows[-1][column].set_xlabel(label)
-        return {"": figure}
-
-
-def _visible(towers: Mapping[str, Any], kind: str, low: float, high: float) -> tuple[float, float]:
-    """The range in which all but a thousandth of any tower's values lie: a few tiny ones would flatten the rest."""
-    starts, ends = [], []
-    for tower in towers.values():
-        share, edges = np.array(tower[kind]["share"]), tower[kind]["log10_edges"]
-        if not len(share):
-            continue
-        below = np.cumsum(share) / share.sum()
-        starts.append(edges[int(np.searchsorted(below, 0.001))])
-        ends.append(edges[int(np.searchsorted(below, 0.9999)) + 1] if below[-2:][0] < 0.9999 else edges[-1])
-    return max(low, min(starts)), min(high, max(ends))
+    """A panel a quantity, an outline a tower."""
+    return {"": picture([distribution_charts(Distributions.model_validate(data))])}
 
 
 ANALYSIS = Analysis(draw, compute)

@@ -12,12 +12,13 @@ from ecoflap.errors import EcoflapError
 from ecoflap.importance.scores import Estimate, Importance
 from ecoflap.model.parts import Layer
 from ecoflap.report.analysis.agreement import spearman
-from ecoflap.report.analysis.drawing import BLUE, COLOURS, ORANGE, drawing
 from ecoflap.report.analysis.registry import Analysis
+from ecoflap.report.charts.analysis import effect_charts, share_charts
+from ecoflap.report.charts.static import picture
+from ecoflap.report.data import Effects
 from ecoflap.support.progress import Labelled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ecoflap.report.analysis.subject import Subject
@@ -182,51 +183,8 @@ def _try(into: dict[str, dict[str, float]], value: str, scores: Importance, opti
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
     """Above: rank correlation and relative error against each option. Below: the towers' sparsities."""
-    from matplotlib.figure import Figure
-
-    with drawing():
-        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
-        upper, lower = (part[0] for part in figure.subfigures(2, 1, squeeze=False))
-        for axes, (name, rows) in zip(upper.subplots(1, 3), data["effects"].items(), strict=True):
-            _curve(axes, rows, "spearman", "stderr", BLUE, "-o", "rank correlation")
-            _curve(axes, rows, "error", "error_stderr", ORANGE, "--s", "relative error")
-            axes.set_xscale("log", base=10 if name == "epsilon" else 2)
-            if name != "epsilon":
-                axes.set_xticks([row["value"] for row in rows], [str(row["value"]) for row in rows])
-            axes.minorticks_off()
-            errors = [row["error"] for row in rows if row["error"] is not None]
-            axes.set_ylim(
-                min(-0.02, *[row["spearman"] or 0 for row in rows]), max(1.05, min(1.1 * max(errors, default=0), 2))
-            )
-            axes.set_xlabel(_LABELS.get(name, name))
-            axes.set_title(f"effect of {_LABELS.get(name, name)}")
-        figure.axes[0].legend(fontsize=7)
-        for axes, (name, values) in zip(lower.subplots(1, 2), data["allocations"].items(), strict=True):
-            _bars(axes, values, data["sparsity"])
-            axes.set_xlabel(name)
-            axes.set_title(f"sparsity of each tower by {name}")
-        figure.axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-        return {"": figure}
-
-
-def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, error: str, colour: str, style: str,
-           label: str) -> None:  # fmt: skip
-    known = [row for row in rows if row[key] is not None]
-    axes.errorbar([row["value"] for row in known], [row[key] for row in known],
-                  yerr=[row[error] or 0 for row in known], fmt=style, color=colour, capsize=2, markersize=4,
-                  label=label)  # fmt: skip
-
-
-def _bars(axes: Axes, values: Mapping[str, Mapping[str, float]], target: float) -> None:
-    towers = list(dict.fromkeys(tower for shares in values.values() for tower in shares))
-    width = 0.8 / max(len(towers), 1)
-    for number, tower in enumerate(towers):
-        places = [place + (number - (len(towers) - 1) / 2) * width for place in range(len(values))]
-        heights = [shares.get(tower, 0) for shares in values.values()]
-        axes.bar(places, heights, width=0.92 * width, color=COLOURS[number % len(COLOURS)], label=tower)
-    axes.axhline(target, color="black", linewidth=0.9, linestyle="--")
-    axes.set_xticks(range(len(values)), list(values))
-    axes.set_ylabel("sparsity")
+    content = Effects.model_validate(data)
+    return {"": picture([effect_charts(content), share_charts(content)])}
 
 
 ANALYSIS = Analysis(draw, compute)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from ecoflap.allocation.rules import RULES
 from ecoflap.importance.scores import Importance, Score
-from ecoflap.report.analysis.drawing import GREY, colour_of, drawing, panels, shown_ticks, title_of
 from ecoflap.report.analysis.registry import Analysis, NotApplicable
+from ecoflap.report.charts import run as charts
+from ecoflap.report.charts.static import picture
+from ecoflap.report.data import read_run
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ecoflap.report.analysis.subject import Subject
@@ -41,45 +42,14 @@ def _together(scores: Sequence[Score], mean: bool) -> Score:
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
-    """Block scores with error bars of one standard error; grey dots are their layers."""
-    importance = subject.importance
-    if importance is None:
+    """Above, block scores with one standard error each way; below, those of single matrices by kind."""
+    if subject.importance is None:
         raise NotApplicable("the run measured no importance")
-    modality = {layer.tower: layer.modality for layer in importance.layers}
-    towers = block_scores(importance)
-    with drawing():
-        figure, rows = panels(1, len(towers))
-        for axes, (tower, blocks) in zip(rows[0], towers.items(), strict=True):
-            _panel(axes, importance, tower, blocks, colour_of(modality[tower]))
-            axes.set_title(title_of(tower, modality[tower]))
-        positive = [axes for axes in rows[0] if axes.get_yscale() == "log"]
-        if positive:  # one scale for all towers, so that they compare
-            low = min(axes.get_ylim()[0] for axes in positive)
-            high = max(axes.get_ylim()[1] for axes in positive)
-            for axes in positive:
-                axes.set_ylim(low, high)
-        rows[0][0].set_ylabel(f"score ({importance.method})")
-        return {"": figure}
-
-
-def _panel(axes: Axes, importance: Importance, tower: str, blocks: Mapping[str, Score], colour: str) -> None:
-    number = {block: position for position, block in enumerate(blocks)}
-    layers = [(number[layer.block], importance.scores[layer.name].score) for layer in importance.layers
-              if layer.tower == tower]  # fmt: skip
-    seen = [(place, score) for place, score in layers if score > 0]
-    axes.plot([p for p, _ in seen], [s for _, s in seen], ".", color=GREY, markersize=3, alpha=0.6, label="layers")
-    shown = [(number[block], score) for block, score in blocks.items() if score.score > 0]
-    if shown:
-        centre = [score.score for _, score in shown]
-        errors = [score.stderr for _, score in shown]
-        below = [min(error, 0.9 * score) for error, score in zip(errors, centre, strict=True)]  # stays on a log axis
-        axes.errorbar([place for place, _ in shown], centre, yerr=[below, errors], fmt="o", markersize=4.5,
-                      color=colour, capsize=2, label="block, ± standard error")  # fmt: skip
-        axes.set_yscale("log")
-    axes.set_xticks(shown_ticks(len(blocks)))
-    axes.set_xlim(-0.6, len(blocks) - 0.4)
-    axes.set_xlabel("block")
-    axes.legend(fontsize=7, loc="best")
+    run = read_run(subject.path)
+    rows = [charts.importance_charts(run.blocks()), charts.layer_importance_charts(run)]
+    if not any(rows):
+        raise NotApplicable("no block has a score above zero")
+    return {"": picture(rows, f"importance: {subject.importance.method}")}
 
 
 ANALYSIS = Analysis(draw)

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ecoflap.report.analysis.drawing import DENSE, PRUNED, drawing
 from ecoflap.report.analysis.registry import Analysis
+from ecoflap.report.charts.analysis import landscape_charts
+from ecoflap.report.charts.static import picture
+from ecoflap.report.data import Landscape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,44 +123,8 @@ def _slices(subject: Subject, model: nn.Module, masked: bool, task: Task) -> tup
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
-    """The line of both models, and the plane of each with equal loss along a contour; one scale for both."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
-    line, plane = data["line"], data["plane"]
-    grids = {which: np.array(plane[which], dtype=float) for which in ("dense", "pruned")}  # None becomes NaN
-    values = np.concatenate([grid[np.isfinite(grid)] for grid in grids.values()])
-    low, high = (float(values.min()), float(values.max())) if len(values) else (0.1, 1.0)
-    with drawing():
-        figure = Figure(figsize=(10.2, 3.1), layout="constrained")
-        first, *planes = figure.subplots(1, 3)
-        for which, colour, style in (("dense", DENSE, "-"), ("pruned", PRUNED, "--")):
-            first.plot(line["alpha"], np.array(line[which], dtype=float), style, color=colour, label=which, marker=".")
-        wide = low > 0 and high > 5 * low
-        first.set_yscale("log" if wide else "linear")
-        first.set_xlabel("α, along one random direction")
-        first.set_ylabel("calibration loss")
-        first.legend()
-        levels = np.geomspace(low, high, 15) if wide else np.linspace(low, high + 1e-12, 15)
-        shown = None
-        for axes, (which, grid) in zip(planes, grids.items(), strict=True):
-            axes.grid(False)
-            axes.set_title(f"{which}: {_centre(plane, grid):.3g} at the centre")
-            axes.set_xlabel("β")
-            axes.set_ylabel("α")
-            if np.isfinite(grid).sum() > 3 and high > low:
-                field = (plane["beta"], plane["alpha"], np.ma.masked_invalid(grid))
-                norm = LogNorm(low, high) if wide else None
-                shown = axes.contourf(*field, levels=levels, cmap="viridis", norm=norm, extend="both")
-                axes.contour(*field, levels=levels[::2], colors="white", linewidths=0.5)
-            axes.plot([0], [0], "+", color="white", markersize=9)
-        if shown is not None:
-            figure.colorbar(shown, ax=planes, label="calibration loss", format="%.2g")
-        return {"": figure}
-
-
-def _centre(plane: Mapping[str, Any], grid: np.ndarray) -> float:
-    return float(grid[plane["alpha"].index(0.0), plane["beta"].index(0.0)])
+    """The line of both models, and the plane of each, on one scale."""
+    return {"": picture([landscape_charts(Landscape.model_validate(data))])}
 
 
 ANALYSIS = Analysis(draw, compute)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.report.analysis.registry import ANALYSES, NotApplicable
 from ecoflap.run.directory import RunDirectory
-from ecoflap.support.files import read_json, write_atomically, write_json
+from ecoflap.support.files import read_json, write_json
 from ecoflap.support.progress import Progress
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ecoflap.report.analysis.subject import Subject
 
 
@@ -104,6 +101,8 @@ def analyse(
 
 
 def _one(name: str, subject: Subject, overwrite: bool) -> Outcome:
+    from ecoflap.report.charts.static import save
+
     analysis = ANALYSES.get(name)
     path = subject.folder / f"{name}.json"
     state, made, data = "done", [], {}
@@ -115,7 +114,7 @@ def _one(name: str, subject: Subject, overwrite: bool) -> Outcome:
             data = {"format": 1, **_finite(_computed(analysis.compute, subject))}
             write_json(path, data)
     for suffix, figure in analysis.draw(data, subject).items():
-        made += _save(figure, subject.folder / f"{name}{suffix}")
+        made += save(figure, subject.folder / f"{name}{suffix}")
     skipped = data.get("skipped", {})
     note = "; ".join(f"without {one}: {reason}" for one, reason in skipped.items())
     return Outcome(state, tuple(made), note)
@@ -137,18 +136,3 @@ def _finite(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return [_finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    from ecoflap.report.analysis.drawing import DPI, drawing
-
-    made = []
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        buffer = io.BytesIO()
-        with drawing():
-            figure.savefig(buffer, format=suffix[1:], dpi=DPI, metadata=metadata)
-        content = buffer.getvalue()
-        path = stem.with_name(stem.name + suffix)
-        write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))  # type: ignore[misc]
-        made.append(path)
-    return made

@@ -112,32 +112,37 @@ def share_charts(content: Effects) -> list[Chart]:
 
 
 def _effect(option: str, values: list[Effect]) -> Chart:
-    shown = [effect for effect in values if effect.spearman is not None]
     spread = [effect.value for effect in values]
     log = min(spread) > 0 and max(spread) / min(spread) > 4
+    kinds = [
+        ("rank correlation", [(e.value, e.spearman, e.stderr) for e in values if e.spearman is not None]),
+        ("relative error", [(e.value, e.error, e.error_stderr) for e in values if e.error is not None]),
+    ]
     return Chart(
         caption=f"Effect of {option}",
         description=f"Rank correlation with the exact gradient norm against {option}: "
-        + "; ".join(f"{formats.significant(e.value)}: {_correlation(e.spearman)}" for e in shown)
+        + "; ".join(f"{formats.significant(value)}: {_correlation(found)}" for value, found, _ in kinds[0][1])
         + ".",
         x=Axis(option, log=log, ticks=sorted(set(spread))),
-        y=Axis("rank correlation"),
+        y=Axis("agreement"),
         series=[
             Series(
-                option,
+                name,
                 "line",
-                [effect.value for effect in shown],
-                [effect.spearman for effect in shown],
-                Style("c1"),
-                [f"{option} {effect.value:g}\n{_pm(effect)}" for effect in shown],
-                [effect.stderr for effect in shown],
+                [value for value, _, _ in points],
+                [found for _, found, _ in points],
+                Style(f"c{number + 1}", number, number),
+                [f"{option} {value:g}\n{name} {_pm(found, stderr)}" for value, found, stderr in points],
+                [stderr for _, _, stderr in points],
             )
+            for number, (name, points) in enumerate(kinds)
+            if points or not number
         ],
     )
 
 
-def _pm(effect: Effect) -> str:
-    return _correlation(effect.spearman) + ("" if effect.stderr is None else f" ± {effect.stderr:.3f}")
+def _pm(found: Number, stderr: Number) -> str:
+    return _correlation(found) + ("" if stderr is None else f" ± {stderr:.3f}")
 
 
 def _allocations(option: str, found: dict[str, dict[str, float | None]]) -> Chart:

@@ -23,6 +23,7 @@ from ecoflap.report.data import BlockRow, LayerAllocation, RunData, Search
 from ecoflap.support import formats
 
 _BEFORE = Style("ink", marker=2)
+MOST_NUMBERS = 24  # more blocks than that leave no room for numbers in a heat map
 MOST_KINDS = 16  # more kinds of matrices than that are not told apart by colours and dashes
 
 
@@ -147,6 +148,9 @@ def heat_charts(run: RunData) -> list[Chart]:
                     low=0.0,
                     high=top,
                     ends=("0 %", formats.percent(top)),
+                    text=[[f"{100 * shown(layer):.0f}" if layer else "" for layer in row] for row in found]
+                    if len(blocks) <= MOST_NUMBERS
+                    else None,
                 ),
                 modality=next(iter(kinds.values()))[0].modality,
             )

@@ -19,7 +19,6 @@ from ecoflap.errors import EcoflapError, InfeasibleAllocation, InvalidOption, St
 from ecoflap.importance.scores import Importance
 from ecoflap.model.checkpoint import Checkpoint, fingerprint
 from ecoflap.run.compare.folder import CELLS, DENSE, GridDirectory
-from ecoflap.run.compare.plots import command_of, write_results
 from ecoflap.run.compare.recipe import Grid, Place
 from ecoflap.run.compare.record import (
     Cell,
@@ -32,6 +31,7 @@ from ecoflap.run.compare.record import (
     read_comparison,
     test_of,
 )
+from ecoflap.run.compare.results import command_of, write_results
 from ecoflap.run.compare.shared import KeptWeights, SharedScores, allocated
 from ecoflap.run.evaluations import check_evaluations, evaluate, evaluations_of, rehearse
 from ecoflap.run.log import explained, logging_to

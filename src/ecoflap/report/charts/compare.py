@@ -1,0 +1,160 @@
+"""The plots of a comparison: quality against sparsity, time and memory, each tower's sparsity; one look a method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, log_ticks, style
+from ecoflap.report.comparison import Comparison, Test, mean, read_comparison
+from ecoflap.support import formats
+
+_CONTRAST = 20.0  # values whose largest is so many times the smallest are shown on a logarithmic scale
+_LEAST = 0.02  # each way on an axis of differences: less has no whole per cent to mark
+_GIGABYTE = 1e9
+
+
+def quality_chart(content: Comparison, test: Test) -> Chart | None:
+    """One line a method with the spread over seeds as a band, and the dense model as a dashed line."""
+    share = formats.unit_of(test.metric, test.unit) == "%"
+    dense = test.dense.value
+    series = []
+    everything = [] if dense is None else [dense]
+    for index, method in enumerate(content.methods):
+        points = [(sparsity, content.average(method.name, sparsity, test)) for sparsity in content.sparsities]
+        known = [(s, a.mean, a.error or 0.0, a.seeds) for s, a in points if a.mean is not None]
+        if not known:
+            continue
+        everything += [value for _, value, _, _ in known]
+        hover = [
+            f"{method.shown}\nsparsity {formats.percent(s)}: "
+            + formats.metric_value(test.metric, value, spread or None, unit=test.unit)
+            + (f"\n{seeds} seeds" if seeds > 1 else "")
+            for s, value, spread, seeds in known
+        ]
+        low = [value - spread for _, value, spread, _ in known]
+        high = [value + spread for _, value, spread, _ in known]
+        x, y = [s for s, *_ in known], [value for _, value, _, _ in known]
+        band = (low, high) if any(spread for _, _, spread, _ in known) else None
+        series.append(Series(method.shown, "line", x, y, style(index), hover, band=band))
+    if not series:
+        return None
+    log = not share and min(everything) > 0 and max(everything) / min(everything) > _CONTRAST
+    axis = Axis(test.metric, percent=share)
+    if log:  # a band that reaches zero has no place on this scale
+        limits = min(everything) / 1.3, max(everything) * 1.3
+        axis = Axis(test.metric, log=True, limits=limits, ticks=log_ticks(limits))
+        series = [_above(line, limits[0]) for line in series]
+    shown = formats.metric_value(test.metric, dense, unit=test.unit)
+    rules = [] if dense is None else [Rule(dense, f"dense {shown}", 1)]
+    return Chart(
+        caption=f"{test.title} against sparsity",
+        description=f"{test.metric} of {len(series)} methods at {len(content.sparsities)} sparsities; "
+        "the table below has the numbers.",
+        x=Axis("sparsity", percent=True, ticks=content.sparsities),
+        y=axis,
+        series=series,
+        rules=rules,
+        wide=True,
+    )
+
+
+def _above(line: Series, floor: float) -> Series:
+    if line.band is None:
+        return line
+    low, high = line.band
+    band = ([max(value, floor) for value in low], list(high))
+    return Series(line.name, line.kind, line.x, line.y, line.style, line.hover, band=band)
+
+
+def cost_charts(content: Comparison) -> list[Chart]:
+    """Lying bars: mean seconds of a cell by stage, stacked; and the highest memory of a cell."""
+    names = [method.shown for method in content.methods]
+    cells = [content.of(method.name) for method in content.methods]
+    charts = []
+    stages = []
+    for index, stage in enumerate(content.stages):
+        values = [mean([cell.seconds.get(stage) for cell in own]) for own in cells]
+        hover = [f"{n}\n{stage}: {formats.duration(value)}" for n, value in zip(names, values, strict=True)]
+        stages.append(Series(stage, "bar", names, values, style(index), hover))
+    if stages:
+        totals = [mean([cell.total_seconds for cell in own]) for own in cells]
+        charts.append(
+            Chart(
+                caption="Mean time of a cell by stage; importance is measured once a seed and shared",
+                description="Mean time of a cell: "
+                + "; ".join(f"{n} {formats.duration(total)}" for n, total in zip(names, totals, strict=True))
+                + ".",
+                x=Axis("seconds"),
+                y=Axis(""),
+                series=stages,
+                horizontal=True,
+                stacked=True,
+            )
+        )
+    for title, field in (("Peak memory", "peak_memory_bytes"), ("Peak GPU memory", "peak_cuda_bytes")):
+        peaks = [max((getattr(cell, field) or 0 for cell in own), default=0) for own in cells]
+        if not any(peaks):
+            continue
+        words = [f"{n} {formats.size(peak) if peak else formats.MISSING}" for n, peak in zip(names, peaks, strict=True)]
+        hover = [word.replace(f"{n} ", f"{n}\n", 1) for n, word in zip(names, words, strict=True)]
+        charts.append(
+            Chart(
+                caption=title,
+                description=f"{title}: {'; '.join(words)}.",
+                x=Axis("GB"),
+                y=Axis(""),
+                series=[Series(title, "bar", names, [peak / _GIGABYTE for peak in peaks], style(0), hover)],
+                horizontal=True,
+            )
+        )
+    return charts
+
+
+def tower_charts(content: Comparison) -> list[Chart]:
+    """One plot a tower: its sparsity less the target, one line a method; at zero it loses just its share."""
+    charts = []
+    apart = [value - cell.sparsity for cell in content.cells for value in cell.towers.values() if value is not None]
+    if not apart:
+        return []
+    low, high = min(*apart, -_LEAST), max(*apart, _LEAST)
+    limits = low - 0.1 * (high - low), high + 0.1 * (high - low)
+    for tower in content.towers:
+        series = []
+        for index, method in enumerate(content.methods):
+            points = [(s, mean([c.towers.get(tower) for c in content.of(method.name, s)])) for s in content.sparsities]
+            known = [(s, value) for s, value in points if value is not None]
+            if known:
+                hover = [f"{method.shown}\n{formats.percent(v)} of {tower} at {formats.percent(s)}" for s, v in known]
+                x, y = [s for s, _ in known], [value - s for s, value in known]
+                series.append(Series(method.shown, "line", x, y, style(index), hover))
+        charts.append(
+            Chart(
+                caption=tower,
+                description=f"Sparsity of {tower} less the target under {len(series)} methods at each target sparsity.",
+                x=Axis("target sparsity", percent=True, ticks=content.sparsities),
+                y=Axis("sparsity less target", percent=True, limits=limits),
+                series=series,
+                rules=[Rule(0.0, "the target", 2)],
+            )
+        )
+    return charts
+
+
+def draw_comparison(folder: Path | str) -> None:
+    """Write ``quality`` (a panel a test) and ``cost``, each as PNG and SVG, anew from ``compare.json``.
+
+    Raises:
+        InvalidOption: the folder holds no ``compare.json``, or it is broken.
+        StorageError: a file can't be written.
+    """
+    from ecoflap.report.charts.static import picture, save
+
+    content = read_comparison(folder)
+    found = [quality_chart(content, test) for test in content.each_test]
+    quality = [[chart for chart in found if chart is not None]]
+    seeds = len(content.seeds)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "± one standard error of the test"
+    title = formats.shortened(content.model or "embedded VLM", 24)
+    for name, rows, words in (("quality", quality, f"{title}: {spread}"), ("cost", [cost_charts(content)], title)):
+        if any(rows):
+            save(picture(rows, words), Path(folder) / name)
