@@ -18,7 +18,7 @@ from synthetic import (
 
 from ecoflap.errors import InvalidOption
 from ecoflap.report import write_report
-from ecoflap.report.data import EXAMPLES, TaskPredictions, gallery
+from ecoflap.report.predictions import EXAMPLES, TaskPredictions, gallery
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,7 @@ def test_gallery_counts_and_examples(page):
     assert "Only the dense model right: 8 of 8" in text
     assert "Both right: 8 of 25" in text
     assert page.count("img") == 12
+    assert "Show 6 more" in text
     assert "what colour is shape 25?" in text
     assert "a green one ✗ wrong" in text
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ecoflap.errors import InvalidOption
-from ecoflap.report.data import Content, Count, Finite, Fraction, read_model
+from ecoflap.report.reading import Content, Count, Finite, Fraction, read_model
 from ecoflap.run.names import COMPARISON
 from ecoflap.support.formats import task_title
 

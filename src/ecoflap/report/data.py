@@ -1,344 +1,22 @@
-"""Reads and validates the files of a run directory; everything that the page and the tables show comes from here.
-
-Reads the files that pages are made of, and says in one line what is wrong with one that is broken.
-
-``predictions.json``: what the dense and the pruned model answered to each sample, and examples for the gallery.
-
-``analysis/*.json``: what ``ecoflap analyse`` leaves in a run directory, read and checked.
-"""
+"""A run directory, read and checked: everything that the page and the tables show comes from here."""
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from ecoflap.allocation.rules import RULES
 from ecoflap.errors import InvalidOption
+from ecoflap.report.analyses import Analyses, read_analyses
+from ecoflap.report.predictions import PREDICTIONS_FILE, Predictions
+from ecoflap.report.reading import Content, Count, Finite, Fraction, read_mapping, read_model
 
 if TYPE_CHECKING:
     from typing import Self  # from Python 3.11 on; read by type checkers alone
-
-FORMAT = 1
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Content(BaseModel):
-    """A JSON object of such a file; fields that are not known are passed over."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-M = TypeVar("M", bound=Content)
-
-
-def read_text(path: Path) -> str | None:
-    """The file as text; None where it does not exist.
-
-    Raises:
-        InvalidOption: it is there but cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidOption(f"{path} cannot be read: {error}") from error
-
-
-def read_mapping(path: Path) -> dict[str, Any] | None:
-    """A YAML file of keys and values; None where it does not exist.
-
-    Raises:
-        InvalidOption: it is no YAML, or no mapping.
-    """
-    text = read_text(path)
-    if text is None:
-        return None
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InvalidOption(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, Mapping):
-        raise InvalidOption(f"{path} should map option names to values, but holds {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
-
-
-def read_model(path: Path, kind: type[M]) -> M | None:
-    """A JSON file of format 1 as ``kind``; None where it does not exist.
-
-    Raises:
-        InvalidOption: it is no JSON, of another format, or a field is not what it should be; the message names it.
-    """
-    text = read_text(path)
-    if text is None:
-        return None
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidOption(f"{path} is not valid JSON: {error}") from error
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
-        raise InvalidOption(f"{path} has format {version!r}; this version of ecoflap reads format {FORMAT}")
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidOption(f"{path}: {where}: {first['msg']}") from error
-
-
-FOLDER = "analysis"
-
-
-class Histogram(Content):
-    """Shares of the values between neighbouring edges (log10 of the absolute value); ``zeros`` are in no bin."""
-
-    log10_edges: list[Finite]
-    share: list[Annotated[float, Field(ge=0)]]
-    median: Finite | None = None
-    zeros: Fraction | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> Histogram:
-        if len(self.log10_edges) != len(self.share) + 1:
-            raise ValueError(f"{len(self.share)} shares need {len(self.share) + 1} edges, not {len(self.log10_edges)}")
-        return self
-
-
-class TowerDistributions(Content):
-    """The three distributions of one tower; ``local`` is Wanda's score |w|·‖x‖."""
-
-    modality: str = "other"
-    weight: Histogram | None = None
-    gradient: Histogram | None = None
-    local: Histogram | None = None
-
-
-class Distributions(Content):
-    """``distributions.json``."""
-
-    towers: dict[str, TowerDistributions]
-
-
-class Agreement(Content):
-    """``agreement.json``: Spearman's rank correlation of each pair of measures over ``n`` groups."""
-
-    granularity: str = "block"
-    measures: list[str]
-    spearman: list[list[Finite | None]]
-    n: int | None = None
-
-    @model_validator(mode="after")
-    def _square(self) -> Agreement:
-        count = len(self.measures)
-        if len(self.spearman) != count or any(len(row) != count for row in self.spearman):
-            raise ValueError(f"spearman should have {count} rows of {count} numbers, one for each of measures")
-        return self
-
-
-class Effect(Content):
-    """Agreement with the exact gradient norm at one value of an option: rank correlation, and mean relative error."""
-
-    value: Finite
-    spearman: Finite | None = None
-    stderr: Finite | None = None
-    error: Finite | None = None
-    error_stderr: Finite | None = None
-
-
-class Effects(Content):
-    """``effects.json``: option → its values; and option → value → tower → sparsity."""
-
-    effects: dict[str, list[Effect]] = {}
-    allocations: dict[str, dict[str, dict[str, Fraction | None]]] = {}
-
-
-class Line(Content):
-    """The loss along one random direction."""
-
-    alpha: list[Finite]
-    dense: list[Finite | None]
-    pruned: list[Finite | None]
-
-    @model_validator(mode="after")
-    def _fits(self) -> Line:
-        if not len(self.alpha) == len(self.dense) == len(self.pruned):
-            raise ValueError("alpha, dense and pruned differ in length")
-        return self
-
-
-class Plane(Content):
-    """The loss over two random directions: ``dense[i][j]`` at ``alpha[i]``, ``beta[j]``."""
-
-    alpha: list[Finite]
-    beta: list[Finite]
-    dense: list[list[Finite | None]]
-    pruned: list[list[Finite | None]]
-
-    @model_validator(mode="after")
-    def _fits(self) -> Plane:
-        for name in ("dense", "pruned"):
-            rows = getattr(self, name)
-            if len(rows) != len(self.alpha) or any(len(row) != len(self.beta) for row in rows):
-                raise ValueError(f"{name} should have a row for each of alpha with a number for each of beta")
-        return self
-
-
-class Landscape(Content):
-    """``landscape.json``."""
-
-    line: Line | None = None
-    plane: Plane | None = None
-
-
-@dataclass(frozen=True)
-class Analyses:
-    """The analyses of a run; None for those that were not made."""
-
-    distributions: Distributions | None = None
-    agreement: Agreement | None = None
-    effects: Effects | None = None
-    landscape: Landscape | None = None
-
-
-def read_analyses(run: Path) -> Analyses:
-    """Read those of the four files that are there.
-
-    Raises:
-        InvalidOption: one of them is broken; the message names the file and the field.
-    """
-    folder = run / FOLDER
-    return Analyses(
-        distributions=read_model(folder / "distributions.json", Distributions),
-        agreement=read_model(folder / "agreement.json", Agreement),
-        effects=read_model(folder / "effects.json", Effects),
-        landscape=read_model(folder / "landscape.json", Landscape),
-    )
-
-
-PREDICTIONS_FILE = "predictions.json"
-EXAMPLES = 8  # of each kind on the page
-_PNG = b"\x89PNG\r\n\x1a\n"
-_LARGEST = 1_000_000  # bytes of a picture that is put into the page
-
-# Kind → its title; the order of the page.
-KINDS = {
-    "only_dense": "only the dense model right",
-    "only_pruned": "only the pruned model right",
-    "both_wrong": "both wrong",
-    "both_right": "both right",
-}
-
-
-class Row(Content):
-    """One sample: the question, the truth, and what each model answered; a score of at least 0.5 is right."""
-
-    index: int
-    question: str | None = None
-    truth: str
-    dense: str
-    pruned: str
-    dense_score: Finite
-    pruned_score: Finite
-    kind: str | None = None
-    picture: str | None = None
-
-    @field_validator("truth", "dense", "pruned", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) else value
-
-    @property
-    def outcome(self) -> str:
-        """Which of the four kinds it is."""
-        dense, pruned = self.dense_score >= 0.5, self.pruned_score >= 0.5
-        if dense == pruned:
-            return "both_right" if dense else "both_wrong"
-        return "only_dense" if dense else "only_pruned"
-
-
-class Counts(Content):
-    """How many samples each model had right."""
-
-    both_right: Count
-    only_dense: Count
-    only_pruned: Count
-    both_wrong: Count
-
-    @property
-    def total(self) -> int:
-        """All samples."""
-        return self.both_right + self.only_dense + self.only_pruned + self.both_wrong
-
-
-class TaskPredictions(Content):
-    """The samples of one task."""
-
-    rows: list[Row]
-    counts: Counts
-
-
-class Predictions(Content):
-    """``predictions.json``."""
-
-    tasks: dict[str, TaskPredictions] = {}
-
-
-@dataclass(frozen=True)
-class Example:
-    """A sample of the gallery; ``picture`` is a ``data:`` address, or None."""
-
-    row: Row
-    picture: str | None
-
-
-@dataclass(frozen=True)
-class Group:
-    """One of the four kinds of a task: how many samples, their share, and some of them."""
-
-    kind: str
-    title: str
-    count: int
-    share: float
-    examples: list[Example]
-
-
-def gallery(folder: Path, task: TaskPredictions) -> list[Group]:
-    """The four kinds of a task with up to eight examples each, those with a picture first.
-
-    Args:
-        folder: the run directory, in which the pictures lie. What is no PNG file in it is not shown.
-        task: the task's samples.
-    """
-    groups = []
-    for kind, title in KINDS.items():
-        rows = [row for row in task.rows if row.outcome == kind]
-        shown = sorted(rows, key=lambda row: row.picture is None)[:EXAMPLES]
-        count = getattr(task.counts, kind)
-        examples = [Example(row, _picture(folder, row.picture)) for row in shown]
-        groups.append(Group(kind, title, count, count / (task.counts.total or 1), examples))
-    return groups
-
-
-def _picture(folder: Path, name: str | None) -> str | None:
-    """A picture of the run directory as a ``data:`` address; None for anything else."""
-    if name is None:
-        return None
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size > _LARGEST:
-        return None
-    content = path.read_bytes()
-    return "data:image/png;base64," + base64.b64encode(content).decode() if content.startswith(_PNG) else None
-
 
 RECIPE, IMPORTANCE, ALLOCATION, METRICS = "recipe.yaml", "importance.json", "allocation.json", "metrics.json"
 
@@ -582,8 +260,9 @@ class RunData:
     def blocks(self) -> list[BlockRow]:
         """The blocks in the order of the allocation, with the standard errors of their summed scores.
 
-        Errors of layers that were probed each on their own add in quadrature; those of one probe of the whole block
-        share its noise, and add as they are.
+        A block's score is the sum of its layers' scores, or their mean where the allocation rule of the measure takes
+        that (OWL, AlphaPruning, DLP). Errors of layers that were probed each on their own add in quadrature; those of
+        one probe of the whole block share its noise, and add as they are.
         """
         if not self.allocation:
             return []
@@ -593,13 +272,16 @@ class RunData:
         scores = self.scores
         given = self.given_sparsity()
         together = self.importance is not None and self.importance.settings.get("probe") == "block"
+        rule = str(self.importance.settings.get("rule")) if self.importance else ""
+        mean = rule in RULES and getattr(RULES.get(rule), "aggregate", "sum") == "layer-mean"
         rows = []
         for (tower, block), layers in groups.items():
             weights = sum(layer.weights for layer in layers)
             achieved = [layer.achieved * layer.weights for layer in layers if layer.achieved is not None]
             known = [scores[layer.name] for layer in layers if layer.name in scores]
             errors = [score.stderr for score in known if score.stderr is not None]
-            error = sum(errors) if together else sqrt(sum(e * e for e in errors))
+            parts = len(layers) if mean else 1
+            error = (sum(errors) if together else sqrt(sum(e * e for e in errors))) / parts
             rows.append(
                 BlockRow(
                     name=block,
@@ -608,7 +290,7 @@ class RunData:
                     weights=weights,
                     target=sum(layer.zeros for layer in layers) / weights,
                     achieved=min(sum(achieved) / weights, 1.0) if len(achieved) == len(layers) else None,
-                    score=sum(score.score for score in known) if len(known) == len(layers) else None,
+                    score=sum(score.score for score in known) / parts if len(known) == len(layers) else None,
                     stderr=error if len(errors) == len(layers) else None,
                     given=sum(given[x.name] * x.weights for x in layers) / weights
                     if all(x.name in given for x in layers)

@@ -13,8 +13,9 @@ from typing import Any
 from ecoflap.report import records
 from ecoflap.report.charts import analysis as analysis_charts
 from ecoflap.report.charts import run as run_charts
-from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, gallery, read_run
+from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, read_run
 from ecoflap.report.html import PanelGroup, Plots, environment
+from ecoflap.report.predictions import gallery
 from ecoflap.support import formats
 from ecoflap.support.citations import citations
 from ecoflap.support.files import write_text
@@ -151,7 +152,7 @@ def _panels(run: RunData, blocks: list[BlockRow], plots: Plots) -> dict[str, Pan
     search = run.allocation.search if run.allocation else None
     return {
         "sparsity_panels": plots.group("sparsity", run_charts.sparsity_charts(run, blocks)),
-        "heat_panels": plots.group("heat", run_charts.heat_charts(run)),
+        "heat_panels": plots.group("heat", run_charts.heat_charts(run) if run_charts.differs_in_blocks(run) else []),
         "search_panels": plots.group("search", run_charts.loss_charts(search)),
         "cost_panels": plots.group("block-cost", run_charts.cost_charts(search, blocks)),
         "importance_panels": plots.group("importance", run_charts.importance_charts(blocks)),

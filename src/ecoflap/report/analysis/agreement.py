@@ -13,11 +13,11 @@ import numpy as np
 from ecoflap.errors import EcoflapError
 from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.importance.scores import Importance
+from ecoflap.report.analyses import Agreement
 from ecoflap.report.analysis.importance import block_scores
 from ecoflap.report.analysis.registry import Analysis, NotApplicable
 from ecoflap.report.charts.analysis import agreement_chart
 from ecoflap.report.charts.static import picture
-from ecoflap.report.data import Agreement
 from ecoflap.support.progress import Labelled
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from ecoflap.data.objectives import Objective
 from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.gradient import visit_gradients
 from ecoflap.model.parts import Anatomy
+from ecoflap.report.analyses import Distributions
 from ecoflap.report.analysis.registry import Analysis
 from ecoflap.report.charts.analysis import distribution_charts
 from ecoflap.report.charts.static import picture
-from ecoflap.report.data import Distributions
 from ecoflap.support.progress import Task
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import numpy as np
 from ecoflap.errors import EcoflapError
 from ecoflap.importance.scores import Estimate, Importance
 from ecoflap.model.parts import Layer
+from ecoflap.report.analyses import Effects
 from ecoflap.report.analysis.agreement import spearman
 from ecoflap.report.analysis.registry import Analysis
 from ecoflap.report.charts.analysis import effect_charts, share_charts
 from ecoflap.report.charts.static import picture
-from ecoflap.report.data import Effects
 from ecoflap.support.progress import Labelled
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from ecoflap.report.analyses import Landscape
 from ecoflap.report.analysis.registry import Analysis
 from ecoflap.report.charts.analysis import landscape_charts
 from ecoflap.report.charts.static import picture
-from ecoflap.report.data import Landscape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import log10
 
+from ecoflap.report.analyses import Agreement, Distributions, Effect, Effects, Landscape, Plane
 from ecoflap.report.charts.chart import Axis, Chart, Heat, Number, Series, Style, log_ticks, style, tower_styles
-from ecoflap.report.data import Agreement, Distributions, Effect, Effects, Landscape, Plane
 from ecoflap.support import formats
 
 QUANTITIES = {
@@ -124,7 +124,7 @@ def _effect(option: str, values: list[Effect]) -> Chart:
         + "; ".join(f"{formats.significant(value)}: {_correlation(found)}" for value, found, _ in kinds[0][1])
         + ".",
         x=Axis(option, log=log, ticks=sorted(set(spread))),
-        y=Axis("agreement"),
+        y=Axis("correlation, error"),
         series=[
             Series(
                 name,

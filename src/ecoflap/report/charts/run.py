@@ -23,6 +23,7 @@ from ecoflap.report.data import BlockRow, LayerAllocation, RunData, Search
 from ecoflap.support import formats
 
 _BEFORE = Style("ink", marker=2)
+_ALIKE = 0.005  # sparsities of one block that differ by no more are one in whole per cent
 MOST_NUMBERS = 24  # more blocks than that leave no room for numbers in a heat map
 MOST_KINDS = 16  # more kinds of matrices than that are not told apart by colours and dashes
 
@@ -119,6 +120,14 @@ def layer_importance_charts(run: RunData) -> list[Chart]:
                 )
             )
     return charts
+
+
+def differs_in_blocks(run: RunData) -> bool:
+    """Whether matrices of one block differ in sparsity, so that heat maps say more than the blocks' bars."""
+    found: dict[str, list[float]] = {}
+    for layer in run.allocation.layers if run.allocation else ():
+        found.setdefault(layer.block, []).append(shown(layer))
+    return any(max(own) - min(own) > _ALIKE for own in found.values())
 
 
 def heat_charts(run: RunData) -> list[Chart]:

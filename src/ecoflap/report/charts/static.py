@@ -100,6 +100,8 @@ def picture(rows: Sequence[Sequence[Chart]], title: str = "") -> Figure:
             for place, (axes, chart) in enumerate(zip(panels, row, strict=True)):
                 _chart(axes, chart, COLOURS)
                 caption = f"{shortened(chart.caption, 44)} ({chart.modality})" if chart.modality else chart.caption
+                if chart.heat and not chart.heat.text:
+                    caption += f": {' to '.join(chart.heat.ends)}"
                 axes.set_title(caption, loc="left", fontsize=9.5)
                 if (chart.legend or chart.rules) and (not shared or place == len(row) - 1):
                     _legend(axes)
@@ -236,7 +238,7 @@ def _scale(axis: Any, wanted: Axis) -> None:
         axis.set_minor_locator(NullLocator())
     elif wanted.percent:
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def _heat(axes: Axes, heat: Heat, colours: Mapping[str, str]) -> None:

@@ -1,0 +1,129 @@
+"""``predictions.json``: what the dense and the pruned model answered to each sample, and examples for the gallery."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import field_validator
+
+from ecoflap.report.reading import Content, Count, Finite
+
+if TYPE_CHECKING:
+    pass  # from Python 3.11 on; read by type checkers alone
+
+PREDICTIONS_FILE = "predictions.json"
+EXAMPLES = 8  # of each kind on the page
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LARGEST = 1_000_000  # bytes of a picture that is put into the page
+
+# Kind → its title; the order of the page.
+KINDS = {
+    "only_dense": "only the dense model right",
+    "only_pruned": "only the pruned model right",
+    "both_wrong": "both wrong",
+    "both_right": "both right",
+}
+
+
+class Row(Content):
+    """One sample: the question, the truth, and what each model answered; a score of at least 0.5 is right."""
+
+    index: int
+    question: str | None = None
+    truth: str
+    dense: str
+    pruned: str
+    dense_score: Finite
+    pruned_score: Finite
+    kind: str | None = None
+    picture: str | None = None
+
+    @field_validator("truth", "dense", "pruned", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) else value
+
+    @property
+    def outcome(self) -> str:
+        """Which of the four kinds it is."""
+        dense, pruned = self.dense_score >= 0.5, self.pruned_score >= 0.5
+        if dense == pruned:
+            return "both_right" if dense else "both_wrong"
+        return "only_dense" if dense else "only_pruned"
+
+
+class Counts(Content):
+    """How many samples each model had right."""
+
+    both_right: Count
+    only_dense: Count
+    only_pruned: Count
+    both_wrong: Count
+
+    @property
+    def total(self) -> int:
+        """All samples."""
+        return self.both_right + self.only_dense + self.only_pruned + self.both_wrong
+
+
+class TaskPredictions(Content):
+    """The samples of one task."""
+
+    rows: list[Row]
+    counts: Counts
+
+
+class Predictions(Content):
+    """``predictions.json``."""
+
+    tasks: dict[str, TaskPredictions] = {}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample of the gallery; ``picture`` is a ``data:`` address, or None."""
+
+    row: Row
+    picture: str | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of the four kinds of a task: how many samples, their share, and some of them."""
+
+    kind: str
+    title: str
+    count: int
+    share: float
+    examples: list[Example]
+
+
+def gallery(folder: Path, task: TaskPredictions) -> list[Group]:
+    """The four kinds of a task with up to eight examples each, those with a picture first.
+
+    Args:
+        folder: the run directory, in which the pictures lie. What is no PNG file in it is not shown.
+        task: the task's samples.
+    """
+    groups = []
+    for kind, title in KINDS.items():
+        rows = [row for row in task.rows if row.outcome == kind]
+        shown = sorted(rows, key=lambda row: row.picture is None)[:EXAMPLES]
+        count = getattr(task.counts, kind)
+        examples = [Example(row, _picture(folder, row.picture)) for row in shown]
+        groups.append(Group(kind, title, count, count / (task.counts.total or 1), examples))
+    return groups
+
+
+def _picture(folder: Path, name: str | None) -> str | None:
+    """A picture of the run directory as a ``data:`` address; None for anything else."""
+    if name is None:
+        return None
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size > _LARGEST:
+        return None
+    content = path.read_bytes()
+    return "data:image/png;base64," + base64.b64encode(content).decode() if content.startswith(_PNG) else None
