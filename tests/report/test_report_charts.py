@@ -185,7 +185,7 @@ def test_error_bars_stay_on_a_logarithmic_axis(pairs):
 
 
 def test_files_hold_every_chart_with_its_legend(charts, tmp_path):
-    """Each chart as a file: its caption, the names of its series, no stand-in for a colour; the same bytes each time."""
+    """Each chart as a file: the names of its series, no stand-in for a colour; the same bytes each time."""
     for number, chart in enumerate(charts):
         png, drawing = save(picture([[chart]], "a title"), tmp_path / str(number))
         text = html.unescape(drawing.read_text("utf-8"))
