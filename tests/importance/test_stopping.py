@@ -86,7 +86,6 @@ def test_pieces_go_on_while_any_of_their_layers_needs_more() -> None:
     assert known == value
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("importance", "options"),
     [
@@ -96,7 +95,7 @@ def test_pieces_go_on_while_any_of_their_layers_needs_more() -> None:
     ],
 )
 def test_an_interrupted_measurement_takes_the_same_turns(importance: str, options: dict[str, object]) -> None:
-    family = FAMILIES["llava"]
+    family = FAMILIES["clip"]
     model, batches = family.build(), family.batches(5, 1)
     given = {"error": 0.35, **options}
     whole = measure_importance(model, batches, importance, **given)
