@@ -22,7 +22,7 @@ from ecoflap.errors import (
     NonFiniteLoss,
     UnknownName,
 )
-from ecoflap.model.checkpoint import fingerprint
+from ecoflap.model.fingerprint import fingerprint
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "python-api.md"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ecoflap.model.checkpoint import fingerprint, load
+from ecoflap.model.checkpoint import load
+from ecoflap.model.fingerprint import fingerprint
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

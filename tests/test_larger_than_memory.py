@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ecoflap import api
 from ecoflap.errors import InvalidOption
-from ecoflap.model.checkpoint import fingerprint, load
+from ecoflap.model.checkpoint import load
+from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.offload import is_offloaded
 from ecoflap.run.journal import BlockFiles
 from ecoflap.run.pipeline import run_recipe

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from ecoflap.model.checkpoint import NoVideo, without_video
+from ecoflap.model.processor import NoVideo, without_video
 
 SQUARE = {"height": 16, "width": 16}
 VISION = {

@@ -15,7 +15,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 
-from ecoflap.model.checkpoint import NoVideo, without_video
+from ecoflap.model.processor import NoVideo, without_video
 
 
 def idefics2() -> Parts:

@@ -23,7 +23,7 @@ from ecoflap.importance import zeroth_order
 from ecoflap.importance.auto import choose
 from ecoflap.importance.forecast import Forecast, hours_and_minutes
 from ecoflap.importance.registry import named
-from ecoflap.model.checkpoint import fingerprint
+from ecoflap.model.fingerprint import fingerprint
 from ecoflap.run.recipe import Recipe
 
 

@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from ecoflap.errors import CheckpointError, OutputExists, StorageError
-from ecoflap.model.checkpoint import Checkpoint, fingerprint, load, model_dtype
+from ecoflap.model.checkpoint import Checkpoint, load, model_dtype
+from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.save import save
 
 FP16 = ("t5", "blip2_t5", "blip2_opt")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ecoflap.model import checkpoint as module
-from ecoflap.model.checkpoint import fingerprint
+from ecoflap.model import fingerprint as module
+from ecoflap.model.fingerprint import fingerprint
 
 
 class _Tied(nn.Module):

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig
 from ecoflap.data.objectives import default_objective, on_device
 from ecoflap.errors import CheckpointError, InvalidOption
 from ecoflap.importance.measure import measure_importance
-from ecoflap.model.checkpoint import Checkpoint, fingerprint, load
+from ecoflap.model.checkpoint import Checkpoint, load
 from ecoflap.model.device_map import _compute_on, check_device_map
+from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.offload import Offloaded, adopt, home_of, is_offloaded, read_weight, resident
 from ecoflap.model.save import save
 

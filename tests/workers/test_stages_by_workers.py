@@ -19,7 +19,7 @@ from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.anatomy import discover
-from ecoflap.model.checkpoint import fingerprint
+from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
 from ecoflap.pruning.walk import PrunedBlock

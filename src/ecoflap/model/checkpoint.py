@@ -1,21 +1,12 @@
-"""Loads a model with its processor: the embedded VLM, a folder, a GGUF file or a hub id, always as its own class.
-
-One hash for all weights of a model: tells whether two models are bit-identical, and a run that of another model.
-
-A checkpoint's processor without its video half, for pictures where what reads videos (torchvision) is missing.
-
-Silences transformers' and accelerate's own bars and reports while we load and save.
-"""
+"""Loads a model with its processor: the embedded VLM, a folder, a GGUF file or a hub id, always as its own class."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
-import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,120 +14,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers.processing_utils import VideosKwargs
-from transformers.video_processing_utils import VideoProcessorMixin
+from transformers import PreTrainedModel
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
 from ecoflap.model.device_map import dispatching
 from ecoflap.model.files import Files, first_line, locate, quiet
-from ecoflap.model.offload import Offloaded
+from ecoflap.model.processor import load_processor
 
-_CHUNK = 1 << 24  # elements moved to the CPU at a time, so that hashing needs no copy of a large tensor
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (64 hex digits) over name, dtype, shape and bytes of every entry of the state dict, sorted by name.
-
-    A tensor that appears under several names (tied weights) counts once, under the first name. The result does not
-    depend on device, memory layout or the order of registration. What an offloaded model keeps elsewhere is read weight
-    by weight.
-    """
-    digest, weights = hashlib.sha256(), Offloaded(model)
-    for name, tensor in _distinct(model):
-        header = f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0"
-        digest.update(header.encode())
-        flat = weights.read(tensor).reshape(-1)
-        for start in range(0, flat.numel(), _CHUNK):
-            chunk = flat[start : start + _CHUNK].cpu().contiguous()
-            digest.update(chunk.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _distinct(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Entries of the state dict by name, each storage view once."""
-    seen: set[tuple[object, ...]] = set()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        place = id(tensor) if tensor.is_meta else tensor.data_ptr()  # an offloaded weight has one placeholder
-        view = (tensor.device, place, tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and view in seen:
-            continue
-        seen.add(view)
-        yield name, tensor
-
-
-_SETTINGS = ("video_preprocessor_config.json", "preprocessor_config.json")  # where the video half's settings may stand
-
-
-class NoVideo(VideoProcessorMixin):  # type: ignore[misc]
-    """Stands where a video processor should: keeps its settings, to be saved as they came, and reads no video."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        self._settings = dict(settings)
-
-    def __getattr__(self, name: str) -> Any:
-        settings = self.__dict__.get("_settings", {})
-        if name in settings or name in VideosKwargs.__annotations__:
-            return settings.get(name)
-        raise AttributeError(f"the video half of this processor was not loaded, so it has no {name}")
-
-    def __call__(self, *videos: Any, **options: Any) -> Any:
-        raise NotImplementedError("the video half of this processor was not loaded: pip install torchvision")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self._settings)
-
-
-def without_video(processor_class: Any) -> Any:
-    """The same class, of the same name, that takes a :class:`NoVideo`."""
-
-    def check(self: Any, name: str, argument: Any) -> Any:
-        if isinstance(argument, NoVideo):
-            return NoVideo
-        return processor_class.check_argument_for_proper_class(self, name, argument)
-
-    body = {"check_argument_for_proper_class": check, "__module__": processor_class.__module__}
-    return type(processor_class.__name__, (processor_class,), body)
-
-
-def load_without_video(folder: Path, options: dict[str, Any]) -> Any | None:
-    """The processor that ``folder`` describes with a :class:`NoVideo`; None if its class has no video half.
-
-    Args:
-        options: of ``from_pretrained``.
-    """
-    found = _read(folder / "processor_config.json")
-    name = found.get("processor_class") or next(
-        (
-            values["processor_class"]
-            for file in (*_SETTINGS, "tokenizer_config.json")
-            if (values := _read(folder / file)).get("processor_class")
-        ),
-        None,
-    )
-    processor_class = getattr(transformers, str(name), None)
-    if processor_class is None or "video_processor" not in processor_class.get_attributes():
-        return None
-    settings, _ = processor_class.get_processor_dict(folder, **options)
-    video = settings.get("video_processor") or next((v for file in _SETTINGS if (v := _read(folder / file))), {})
-    halves = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
-    arguments = [
-        NoVideo(video) if half == "video_processor" else halves[half].from_pretrained(folder, **options)
-        for half in processor_class.get_attributes()
-    ]
-    return without_video(processor_class).from_args_and_dict(arguments, settings)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    values = json.loads(file.read_text(encoding="utf-8"))
-    return values if isinstance(values, dict) else {}
-
-
-__all__ = ["Checkpoint", "fingerprint", "load", "model_dtype"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _FALLBACKS = (  # asked in this order when config.json names no class
@@ -149,9 +33,6 @@ _FALLBACKS = (  # asked in this order when config.json names no class
     "AutoModel",
 )
 
-_PROCESSORS = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json",
-                    "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -213,7 +94,7 @@ def load(
         model_class = _model_class(files, trust_remote_code)
         model, warnings = _load_model(files, model_class, name, dtype, trust_remote_code, dispatch.options)
         model = dispatch.finish(model, place)
-        processor, failed = _load_processor(files, trust_remote_code)
+        processor, failed = load_processor(files, trust_remote_code)
     for line in (lines := [*warnings, *failed]):
         _log.warning(line)
     sizes = tuple(shard.stat().st_size for shard in files.shards)
@@ -356,34 +237,3 @@ def _review(info: dict[str, Any], name: str, model_class: str) -> list[str]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _load_processor(files: Files, trust_remote_code: bool) -> tuple[Any | None, list[str]]:
-    """The first of processor, tokenizer, image processor that the folder's files give, and a line if they give none."""
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    kinds: tuple[str, ...] = _PROCESSORS
-    if files.gguf_file is not None:
-        options["gguf_file"] = files.gguf_file
-        kinds = ("AutoTokenizer",)
-    elif not any((files.folder / name).is_file() for name in _PROCESSOR_FILES):
-        return None, []
-    reasons: list[str] = []
-    for kind in kinds:
-        try:
-            found = getattr(transformers, kind).from_pretrained(files.folder, **options)
-        except Exception as error:  # tells only that this kind is not what the folder holds
-            reasons.append(first_line(error))
-            if kind == "AutoProcessor" and (found := _without_video(files.folder, options)) is not None:
-                why = reasons[0].partition(". ")[0]  # what follows says how to install, and goes on in the next line
-                return found, [f"the processor in '{files.folder}' reads no videos here ({why}); images it does"]
-            continue
-        return found, [f"only a {kind[4:].lower()} could be loaded: {reason}" for reason in reasons[:1]]
-    return None, [f"the processor in '{files.folder}' cannot be loaded ({reasons[0]}): texts and images need one"]
-
-
-def _without_video(folder: Path, options: dict[str, Any]) -> Any | None:
-    """The processor without its video half; None where it has none, or that is not what failed."""
-    try:
-        return load_without_video(folder, options)
-    except Exception:  # the first reason is the one that is told
-        return None

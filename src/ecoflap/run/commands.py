@@ -163,7 +163,7 @@ def _measured(
     say: Callable[[str], None] | None,
 ) -> Importance:
     from ecoflap.data.batches import first_samples
-    from ecoflap.model.checkpoint import fingerprint
+    from ecoflap.model.fingerprint import fingerprint
     from ecoflap.run.log import explained, logging_to
     from ecoflap.run.pipeline import importance_for
     from ecoflap.run.prepare import load_checkpoint, naming_samples, plan_on, settled

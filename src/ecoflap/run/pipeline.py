@@ -20,7 +20,7 @@ from ecoflap.evaluation import TaskResult
 from ecoflap.evaluation.paired import paired_records
 from ecoflap.importance.measure import EstimateJournal
 from ecoflap.importance.scores import Importance
-from ecoflap.model.checkpoint import fingerprint
+from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.save import save, stored_bytes
 from ecoflap.pruning.prune import prune_layers
 from ecoflap.pruning.walk import BlockJournal, WalkResult

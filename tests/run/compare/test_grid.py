@@ -14,7 +14,7 @@ import ecoflap
 from ecoflap.errors import EcoflapError, InvalidOption, NonFiniteLoss, OutputExists, ResumeMismatch
 from ecoflap.importance import base, zeroth_order
 from ecoflap.importance.registry import IMPORTANCES
-from ecoflap.model.checkpoint import fingerprint
+from ecoflap.model.fingerprint import fingerprint
 from ecoflap.run.compare.grid import run_grid
 from ecoflap.run.compare.record import Comparison, read_comparison
 from ecoflap.run.compare.shared import KeptWeights, key_of

@@ -101,7 +101,7 @@ class Subject:
         Raises:
             EcoflapError: it can't be loaded, or is not the one that the run began with.
         """
-        from ecoflap.model.checkpoint import fingerprint
+        from ecoflap.model.fingerprint import fingerprint
         from ecoflap.run.prepare import load_checkpoint
 
         with self._of_the_run("model"):

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from ecoflap.errors import EcoflapError, InfeasibleAllocation, InvalidOption, StorageError
 from ecoflap.importance.scores import Importance
-from ecoflap.model.checkpoint import Checkpoint, fingerprint
+from ecoflap.model.checkpoint import Checkpoint
+from ecoflap.model.fingerprint import fingerprint
 from ecoflap.run.compare.folder import CELLS, DENSE, GridDirectory
 from ecoflap.run.compare.recipe import Grid, Place
 from ecoflap.run.compare.record import (
