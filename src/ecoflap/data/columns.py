@@ -34,12 +34,18 @@ SPREAD: dict[str, tuple[tuple[str, ...], ...]] = {
                 ("answerA", "answerB", "answerC"), ("option1", "option2"), ("ending0", "ending1", "ending2", "ending3"),
                 ("opa", "opb", "opc", "opd")),
 }  # fmt: skip
+FILE_NAMES = ("filename", "filenames")
 ROLES = (*NAMES, "answer", "caption")
 SYNONYMS = {"answer": "text", "caption": "text"}
 
 
 def _plain(name: str) -> str:
     return "".join(character for character in name.lower() if character not in "_- .")
+
+
+def is_file_name(column: str) -> bool:
+    """Whether the image folder of `datasets` reads this column as the name of a picture, or several."""
+    return _plain(column).endswith(FILE_NAMES)
 
 
 def parts(column: str, available: Sequence[str]) -> list[str]:
@@ -106,6 +112,10 @@ def _chosen(available: Sequence[str], chosen: Mapping[str, str], source: str) ->
 
 
 def _spread(role: str, plain: Mapping[str, str], taken: set[str]) -> list[str]:
+    if role == "image":  # the image folder of `datasets`: any `*_file_name` names one, any `*_file_names` several
+        named = [column for column in plain.values() if is_file_name(column) and column not in taken]
+        if named:
+            return sorted(named, key=list(plain.values())[::-1].index)
     for names in SPREAD.get(role, ()):
         match = [plain[_plain(name)] for name in names if plain.get(_plain(name), "") not in ("", *taken)]
         if len(match) == len(names):

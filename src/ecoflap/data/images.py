@@ -5,16 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF tag; cameras store turned pictures, and datasets' own decoder turns them back too
 LONGEST_PATH = 1024  # a longer text in an image column is the picture itself in base64
+# Pictures in base64 begin so (PNG, JPEG, GIF, BMP, WebP, TIFF); no file name is made of these letters alone.
+ENCODED = re.compile(r"\s*(iVBORw0KGgo|/9j/|R0lGOD|Qk[0-3]|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/_\s-]{40,}={0,2}\s*\Z")
 # Folders that published data sets keep their pictures in, beside the annotation file or beside its folder.
 USUAL_FOLDERS = (
     "images", "image", "imgs", "img", "Images", "JPEGImages", "train2014", "val2014", "test2014", "test2015",
@@ -82,6 +86,12 @@ class ImageFinder:
         yield last
         if renamed := COCO_2014.fullmatch(last):
             yield renamed.group(1)
+        # Written on Windows; and letters with marks as one character or as two, as file systems differ in.
+        slashed = name.replace("\\", "/")
+        for other in (slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))):
+            if other != name:
+                yield other
+                yield Path(other).name
 
 
 def decode(value: Any, finder: ImageFinder) -> tuple[Image.Image, ...]:
@@ -121,14 +131,40 @@ def _open(value: Any, finder: ImageFinder) -> Image.Image:
         return _open(held, finder)
     if isinstance(value, (str, Path)):
         name = str(value)
-        if name.startswith("data:") or len(name) > LONGEST_PATH:
+        if name.startswith("data:") or len(name) > LONGEST_PATH or ENCODED.match(name):
             text = name.partition(",")[2] if name.startswith("data:") else name
-            return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+            return Image.open(io.BytesIO(_from_base64(text)))
         return Image.open(finder.find(name.removeprefix("file://")))
     raise BrokenSample(f"an image column holds {type(value).__name__}, not an image, bytes or a path")
+
+
+def _from_base64(text: str) -> bytes:
+    """Bytes of base64 as its writers leave it: broken into lines, in the alphabet of addresses, without padding."""
+    plain = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of more than 8 bits a pixel (X-rays, depth, microscopes), scaled to 8 bits.
+
+    Black and white are the ends of the range that the values lie in: 0 to 1 (floating numbers), 255 or 65,535; where
+    they go beyond these, the least and the greatest value.
+    """
+    pixels = np.asarray(image).astype(np.float64)
+    finite = np.isfinite(pixels)
+    if not finite.any():
+        raise BrokenSample("the picture holds no finite number")
+    low, high = float(pixels[finite].min()), float(pixels[finite].max())
+    ends = (0xFFFF,) if image.mode.startswith("I;16") else (0xFF, 0xFFFF) if image.mode == "I" else (1, 0xFF, 0xFFFF)
+    top = next((end for end in ends if low >= 0 and high <= end), None)
+    first, span = (0.0, float(top)) if top is not None else (low, max(high - low, 1e-30))
+    pixels = np.nan_to_num(pixels, nan=first, posinf=high, neginf=low)
+    return Image.fromarray(((pixels - first) * (255 / span)).round().astype(np.uint8))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.getexif().get(ORIENTATION):
         image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
     return image.convert("RGB")  # decodes in full, so that a truncated file fails here and not in a batch

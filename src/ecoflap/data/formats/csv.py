@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,7 @@ from ecoflap.data.images import BrokenSample
 from ecoflap.data.tables import ClassNames, Taken
 from ecoflap.errors import CalibrationError
 
+LARGEST_FIELD = 1 << 27  # characters; a quote that is left open would take the rest of the file
 DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -27,7 +29,8 @@ class CsvTable:
         self.class_names: ClassNames = {}
         self._offsets = array("Q")
         try:
-            self._index()
+            with _large_fields():
+                self._index()
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{source} is not a readable CSV file in UTF-8: {error}") from None
         except csv.Error as error:
@@ -57,11 +60,22 @@ class CsvTable:
         with self._file.open("rb") as stream:
             for index in indices:
                 stream.seek(self._offsets[index])
-                record = next(csv.reader(_Lines(stream), delimiter=self._delimiter))
+                with _large_fields():
+                    record = next(csv.reader(_Lines(stream), delimiter=self._delimiter))
                 if len(record) < len(self.columns):
                     yield BrokenSample(f"it has {len(record)} fields, the header {len(self.columns)}")
                 else:
                     yield dict(zip(self.columns, record, strict=False))
+
+
+@contextmanager
+def _large_fields() -> Iterator[None]:
+    """Fields may hold pictures in base64; the csv module's own limit, 131,072 characters, is back at exit."""
+    before = csv.field_size_limit(LARGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 class _Lines:

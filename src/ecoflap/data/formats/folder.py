@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from ecoflap.data.columns import is_file_name
 from ecoflap.data.formats import ACCEPTED, DATA_SUFFIXES, PUBLISHED, Opened, imagenet, open_file
-from ecoflap.data.formats.image_folder import holds_images, open_images
+from ecoflap.data.formats.image_folder import SPLITS, holds_images, open_images
 from ecoflap.data.formats.place import Place, no_splits, of_split
 from ecoflap.data.formats.text import COMPRESSED, TextFiles
 from ecoflap.data.formats.text import SUFFIXES as TEXT_SUFFIXES
 from ecoflap.data.formats.webdataset import open_tars
 from ecoflap.data.images import SUFFIXES as IMAGE_SUFFIXES
-from ecoflap.data.tables import ArrowTable, JoinedTable, ParquetTable, Table
+from ecoflap.data.images import BrokenSample
+from ecoflap.data.tables import ArrowTable, JoinedTable, ParquetTable, Table, Taken
 from ecoflap.errors import CalibrationError
 
 
@@ -71,7 +74,37 @@ def _metadata(place: Place) -> Opened | None:
         file = next((folder / name for name in METADATA if (folder / name).is_file()), None)
         if file is not None:
             return open_file(place.at(file) if folder == place.path else Place(file, str(file)))
-    return None
+    base = next((one for one in (place.path / (place.split or "train"), place.path) if one.is_dir()), place.path)
+    below = [folder for folder in sorted(base.iterdir()) if folder.is_dir() and folder.name.lower() not in SPLITS]
+    files = [next((folder / name for name in METADATA if (folder / name).is_file()), None) for folder in below]
+    tables = [open_file(Place(file, str(file))) for file in files if file is not None]
+    rows: list[Table] = [Below(table) for table in tables if not isinstance(table, TextFiles)]
+    return JoinedTable(rows, place.source) if rows else None
+
+
+class Below:
+    """A table of a sub-folder, whose names of pictures start there: what is a file beside it gets its full path."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self.source, self.folder, self.class_names = table.source, table.folder, table.class_names
+        self.columns = table.columns
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def take(self, indices: Sequence[int], columns: Sequence[str]) -> Taken:
+        for row in self._table.take(indices, columns):
+            yield (
+                row if isinstance(row, BrokenSample) else {name: self._full(name, value) for name, value in row.items()}
+            )
+
+    def _full(self, column: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._full(column, one) for one in value]
+        if isinstance(value, str) and self.folder is not None and is_file_name(column):
+            return str(self.folder / value)
+        return value
 
 
 def _published(place: Place) -> Opened | None:
