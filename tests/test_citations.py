@@ -8,7 +8,8 @@ import pytest
 
 from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.pruning.registry import CRITERIA
-from ecoflap.support.citations import CITATIONS, PAPERS, citations
+from ecoflap.run.citations import CITATIONS, citations
+from ecoflap.support.citations import PAPERS
 
 OURS = {"uniform", "sensitivity"}  # no paper of others to name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from ecoflap.model.packed.register import register
+from ecoflap.model.packed.register import register as register_packed
 from ecoflap.support.lazy import lazily
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ecoflap.report.card import write_model_card
     from ecoflap.report.hub import push
     from ecoflap.run.compare.compare import compare
+    from ecoflap.run.extensions import register
     from ecoflap.run.recipe import Recipe
     from ecoflap.support.processes import joined
 
@@ -38,6 +39,7 @@ __all__ = [
     "pack",
     "prune",
     "push",
+    "register",
     "save",
     "write_model_card",
 ]
@@ -63,9 +65,10 @@ _HOMES = {
     "pack": "ecoflap.model.packed.convert",
     "prune": "ecoflap.api",
     "push": "ecoflap.report.hub",
+    "register": "ecoflap.run.extensions",
     "save": "ecoflap.model.save",
     "write_model_card": "ecoflap.report.card",
 }
 
-register()  # so that transformers loads packed checkpoints; imports nothing
+register_packed()  # so that transformers loads packed checkpoints; imports nothing
 __getattr__ = lazily(__name__, _HOMES)

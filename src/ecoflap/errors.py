@@ -64,6 +64,10 @@ class MissingDependency(EcoflapError):
     """An optional package is needed; the message gives the ``pip install`` line."""
 
 
+class BrokenPlugin(EcoflapError):
+    """What another package adds (criterion, task, ...) can't be imported or used; the message names the package."""
+
+
 class WorkerLost(EcoflapError):
     """Another worker has ended, so that this one can't go on either."""
 

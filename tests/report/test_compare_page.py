@@ -7,7 +7,7 @@ from synthetic import METHODS, TOWERS, comparison, write_comparison
 from ecoflap.errors import InvalidOption, StorageError
 from ecoflap.report import write_compare
 from ecoflap.report.comparison import Comparison
-from ecoflap.support.citations import CITATIONS
+from ecoflap.run.citations import CITATIONS
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from ecoflap.allocation.checks import unit
 from ecoflap.allocation.groups import Group
 from ecoflap.errors import InvalidOption
-from ecoflap.support.registry import Registry
+from ecoflap.support.registry import Registry, entry
 
 if TYPE_CHECKING:
     from ecoflap.allocation.groups import Group
@@ -56,7 +56,7 @@ class Rule(Protocol):
 RULES: Registry[Callable[[float | None], Rule]] = Registry(
     "rule",
     {
-        "proportional": "ecoflap.allocation.rules:Proportional",
+        "proportional": entry("ecoflap.allocation.rules:Proportional", cites=("ecoflap",)),
         "linear": "ecoflap.allocation.rules:Linear",
         "linear-relative": "ecoflap.allocation.rules:LinearRelative",
         "curves": "ecoflap.allocation.curves:LeastLoss",

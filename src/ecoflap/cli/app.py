@@ -21,6 +21,7 @@ from ecoflap.cli.signals import stops
 from ecoflap.cli.terminal import messages, progress_on, standard_error
 from ecoflap.errors import InvalidOption
 from ecoflap.run.compare.recipe import UNUSED, Grid
+from ecoflap.run.extensions import installed
 from ecoflap.run.recipe import FILE_ONLY
 from ecoflap.support.progress import Progress, Silent
 from ecoflap.support.workers import ALONE, launched
@@ -72,7 +73,8 @@ def _row(parameter: Any, ctx: Any) -> tuple[str, str] | None:
     names = ", ".join([*short, *(name for name in parameter.opts if name.startswith("--"))])
     if not parameter.is_flag:
         names += f" {_name(parameter)}"
-    return names, parameter.help or ""
+    added = installed(parameter.name)
+    return names, (parameter.help or "") + (f" Of other packages: {', '.join(added)}." if added else "")
 
 
 def _entry(names: str, text: str, width: int) -> str:

@@ -1,48 +1,16 @@
-"""Quality of a model on a task: accuracy, captions, retrieval, classification, perplexity."""
+"""Quality of a model on a task: accuracy, captions, retrieval, classification, perplexity. One file a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ecoflap.evaluation.task import Measured, Task, TaskResult, TestData
-from ecoflap.support.registry import Registry, unknown
+from ecoflap.evaluation.registry import TASKS
+from ecoflap.support.lazy import lazily
 
-SUITES = "lm_eval:"  # what the name of a suite of the lm-eval package begins with
-
-
-class _Tasks(Registry[Callable[..., Task]]):
-    """Our own tasks, and any suite of lm-eval as ``lm_eval:NAME``."""
-
-    def check(self, name: str) -> str:
-        if name.startswith(SUITES) and name != SUITES:
-            return name
-        if name not in self:
-            raise unknown(self.kind, name, [*self.names(), SUITES + "NAME"])
-        return name
-
-    def get(self, name: str) -> Callable[..., Task]:
-        if not name.startswith(SUITES):
-            return super().get(name)
-        from ecoflap.evaluation.lm_eval import suite
-
-        found: Callable[..., Task] = suite(self.check(name).removeprefix(SUITES))
-        return found
-
-
-TASKS = _Tasks(
-    "task",
-    {
-        "vqa": "ecoflap.evaluation.vqa:Vqa",
-        "captioning": "ecoflap.evaluation.captioning:Captioning",
-        "retrieval": "ecoflap.evaluation.retrieval:Retrieval",
-        "zero-shot": "ecoflap.evaluation.zero_shot:ZeroShot",
-        "image-classification": "ecoflap.evaluation.image_classification:ImageClassification",
-        "knn": "ecoflap.evaluation.knn:Knn",
-        "nlvr2": "ecoflap.evaluation.nlvr2:Nlvr2",
-        "perplexity": "ecoflap.evaluation.perplexity:Perplexity",
-        "answer-perplexity": "ecoflap.evaluation.answer_perplexity:AnswerPerplexity",
-        "multiple-choice": "ecoflap.evaluation.multiple_choice:MultipleChoice",
-    },
-)
+if TYPE_CHECKING:
+    from ecoflap.evaluation.task import Measured, Task, TaskResult, TestData
 
 __all__ = ["TASKS", "Measured", "Task", "TaskResult", "TestData"]
+
+# Imported when first used: the names of tasks, which --help lists, need no torch.
+__getattr__ = lazily(__name__, dict.fromkeys(("Measured", "Task", "TaskResult", "TestData"), "ecoflap.evaluation.task"))

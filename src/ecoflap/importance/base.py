@@ -105,6 +105,8 @@ class ImportanceMeasure(ABC):
             (``stopping.py``); None where estimates are not sampled.
         blockwise: whether it needs the weights of one block at a time, so that the others may lie on the disk.
         reads: fields of a recipe for stage 2 that change its scores, such as ``("criterion", "pattern")``.
+        cites: papers behind it, each an :class:`ecoflap.support.citations.Citation`, or the key of one that is there.
+            This package's own measures name theirs in ``registry.py``.
         precision: ``fp32``, or ``native``: the model computes in the checkpoint's dtype.
         scope: ``block`` where only the sum over a block has a meaning.
     """
@@ -114,6 +116,7 @@ class ImportanceMeasure(ABC):
     scatter: ClassVar[float | None] = None
     blockwise: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
+    cites: ClassVar[tuple[Any, ...]] = ()
     # Class attributes of some importances, options of others.
     precision: str = "fp32"
     scope: str | None = None

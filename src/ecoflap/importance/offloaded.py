@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ecoflap.errors import InvalidOption
-from ecoflap.importance.registry import AUTO, BLOCKWISE
+from ecoflap.importance.registry import AUTO, IMPORTANCES
 from ecoflap.model.offload import OFFLOADED, adopt, is_offloaded
 
 _PROJECTIONS = ("zeroth-order", "forward-mode")
@@ -13,13 +15,19 @@ _PROJECTIONS = ("zeroth-order", "forward-mode")
 
 def check_blockwise(importance: str) -> None:
     """Raises InvalidOption for an importance that needs more of a model than one block at a time."""
-    if importance in BLOCKWISE or importance == AUTO:
+    if importance == AUTO or _is_blockwise(importance):
         return
     near = "gradient-norm (the same quantity without noise), " if importance in _PROJECTIONS else ""
+    others = [name for name in IMPORTANCES.own() if name not in near and _is_blockwise(name)]
     raise InvalidOption(
         f"importance '{importance}' runs the model again for every matrix, and {OFFLOADED}: "
-        f"take {near}{', '.join(name for name in BLOCKWISE if name not in near)}, or an importance.json"
+        f"take {near}{', '.join(others)}, or an importance.json"
     )
+
+
+def _is_blockwise(importance: str) -> bool:
+    measure: Any = IMPORTANCES.get(importance)
+    return bool(measure.blockwise)
 
 
 def check_offloaded(model: nn.Module, importance: str) -> None:

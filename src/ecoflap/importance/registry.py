@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ecoflap.support.registry import Registry
+from ecoflap.support.registry import Registry, dataclass_complaint, entry
 
 if TYPE_CHECKING:
     from ecoflap.importance.base import ImportanceMeasure
 
+
+def _complaint(made: Any) -> str | None:
+    from ecoflap.importance.base import ImportanceMeasure
+
+    return dataclass_complaint(made, ImportanceMeasure)
+
+
+# Beside each, what the command line needs before torch: its ``rule``, and the papers behind it.
 IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
     "importance",
     {
-        "zeroth-order": "ecoflap.importance.zeroth_order:ZerothOrder",
-        "forward-mode": "ecoflap.importance.forward_mode:ForwardMode",
-        "gradient-norm": "ecoflap.importance.gradient:GradientNorm",
-        "first-order": "ecoflap.importance.gradient:FirstOrder",
-        "owl": "ecoflap.importance.outliers:Owl",
-        "alphapruning": "ecoflap.importance.alphapruning:AlphaPruning",
-        "dlp": "ecoflap.importance.outliers:Dlp",
-        "sensitivity": "ecoflap.search.sensitivity:Sensitivity",
-        "uniform": "ecoflap.importance.base:Uniform",
+        "zeroth-order": entry("ecoflap.importance.zeroth_order:ZerothOrder", cites=("ecoflap", "mezo")),
+        "forward-mode": entry("ecoflap.importance.forward_mode:ForwardMode", cites=("forward-mode",)),
+        "gradient-norm": entry("ecoflap.importance.gradient:GradientNorm", cites=("ecoflap",)),
+        "first-order": entry("ecoflap.importance.gradient:FirstOrder", cites=("ecoflap",)),
+        "owl": entry("ecoflap.importance.outliers:Owl", rule="linear", cites=("owl",)),
+        "alphapruning": entry(
+            "ecoflap.importance.alphapruning:AlphaPruning", rule="linear-relative", cites=("alphapruning",)
+        ),
+        "dlp": entry("ecoflap.importance.outliers:Dlp", rule="linear", cites=("dlp",)),
+        "sensitivity": entry("ecoflap.search.sensitivity:Sensitivity", rule="curves"),
+        "uniform": entry("ecoflap.importance.base:Uniform"),
     },
+    group="ecoflap.importances",
+    complaint=_complaint,
 )
 
 AUTO = "auto"  # gradient norms where the model can be differentiated, else the zeroth order
@@ -42,13 +54,6 @@ def named(importance: str, options: Iterable[str]) -> str:
     return GRADIENT_NORM if names <= _GRADIENT_OPTIONS else ZEROTH_ORDER
 
 
-# Those that need the weights of one block at a time, so that the rest may lie on the disk.
-BLOCKWISE = ("gradient-norm", "first-order", "owl", "dlp", "alphapruning", "uniform")
-
-# Those whose attribute ``rule`` is not "proportional"; here so that a recipe can be resolved without importing torch.
-_RULES = {"owl": "linear", "alphapruning": "linear-relative", "dlp": "linear", "sensitivity": "curves"}
-
-
 def own_rule(importance: str) -> str:
     """The allocation rule that an importance's scores are made for."""
-    return _RULES.get(importance, "proportional")
+    return str(IMPORTANCES.fact(importance, "rule", "proportional"))

@@ -6,26 +6,43 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ecoflap.errors import InvalidOption
-from ecoflap.support.registry import Registry
+from ecoflap.support.registry import Registry, dataclass_complaint, entry
 
 if TYPE_CHECKING:
     from ecoflap.pruning.criteria import Criterion, GlobalCriterion
 
+
+def _complaint(made: Any) -> str | None:
+    if (wrong := dataclass_complaint(made)) is not None:
+        return wrong
+    whole_model = callable(getattr(made, "targets", None))  # a method there; a local rule may have an option so called
+    if whole_model != bool(getattr(made, "is_global", False)):
+        return "must say is_global = True, and have targets(), if it is for the whole model; neither for single layers"
+    if whole_model:
+        needed: tuple[str, ...] = ("targets", "steps", "scores")
+    else:
+        needed = ("name", "statistics", "default_compare", "order", "__call__")
+    missing = [name for name in needed if not hasattr(made, name)]
+    return f"must have {', '.join(missing)}, see ecoflap.pruning.criteria" if missing else None
+
+
+# Beside each, what the command line needs before torch: whether it compares weights of different layers, and so decides
+# the sparsity of each layer itself; whether it looks at calibration samples; the papers behind it.
 CRITERIA: Registry[Callable[..., Criterion | GlobalCriterion]] = Registry(
     "criterion",
     {
-        "wanda": "ecoflap.pruning.wanda:Wanda",
-        "sparsegpt": "ecoflap.pruning.sparsegpt:SparseGPT",
-        "admm": "ecoflap.pruning.admm:ADMM",
-        "magnitude": "ecoflap.pruning.magnitude:Magnitude",
-        "global-magnitude": "ecoflap.pruning.whole_model:GlobalMagnitude",
-        "iterative-gradient": "ecoflap.pruning.whole_model:IterativeGradient",
+        "wanda": entry("ecoflap.pruning.wanda:Wanda", cites=("wanda",)),
+        "sparsegpt": entry("ecoflap.pruning.sparsegpt:SparseGPT", cites=("sparsegpt",)),
+        "admm": entry("ecoflap.pruning.admm:ADMM", cites=("admm-update", "alps", "gptaq")),
+        "magnitude": entry("ecoflap.pruning.magnitude:Magnitude", reads_data=False, cites=("magnitude",)),
+        "global-magnitude": entry(
+            "ecoflap.pruning.whole_model:GlobalMagnitude", is_global=True, reads_data=False, cites=("magnitude",)
+        ),
+        "iterative-gradient": entry("ecoflap.pruning.whole_model:IterativeGradient", is_global=True, cites=("obd",)),
     },
+    group="ecoflap.criteria",
+    complaint=_complaint,
 )
-
-# Those that compare weights of different layers, and so decide the sparsity of each layer themselves.
-_GLOBAL = frozenset({"global-magnitude", "iterative-gradient"})
-_WITHOUT_DATA = frozenset({"magnitude", "global-magnitude"})
 
 # With them, these options of the allocation and of the mask could change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -48,12 +65,12 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 def is_global(criterion: str) -> bool:
     """Whether the criterion compares weights over the whole model (or tower), and needs no allocation."""
-    return criterion in _GLOBAL
+    return bool(CRITERIA.fact(criterion, "is_global", False))
 
 
 def reads_data(criterion: str) -> bool:
     """Whether the criterion looks at calibration samples."""
-    return criterion not in _WITHOUT_DATA
+    return bool(CRITERIA.fact(criterion, "reads_data", True))
 
 
 def refuse_with_global(criterion: str, given: Mapping[str, Any]) -> None:

@@ -14,9 +14,9 @@ from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, put
 from ecoflap.report.data import METRICS, OtherMetric, Quality, RunData, read_run
+from ecoflap.run.citations import citations
 from ecoflap.run.recipe import Recipe
 from ecoflap.support import formats
-from ecoflap.support.citations import citations
 from ecoflap.support.files import read_json
 
 if TYPE_CHECKING:

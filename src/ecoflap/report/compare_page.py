@@ -10,8 +10,9 @@ from ecoflap.report import records
 from ecoflap.report.charts.compare import cost_charts, quality_chart, tower_charts
 from ecoflap.report.comparison import Cell, Comparison, Method, Test, read_comparison
 from ecoflap.report.html import Plots, environment
+from ecoflap.run.citations import paper
 from ecoflap.support import formats
-from ecoflap.support.citations import CITATIONS, Citation
+from ecoflap.support.citations import Citation
 from ecoflap.support.files import write_text
 
 COMPARE = "compare.html"
@@ -108,7 +109,6 @@ def _papers(content: Comparison) -> list[tuple[Citation, list[str]]]:
     found: dict[str, tuple[Citation, list[str]]] = {}
     for method in content.methods:
         for key in method.citations:
-            if key in CITATIONS:
-                paper = CITATIONS[key]
-                found.setdefault(paper.key, (paper, []))[1].append(method.shown)
+            if (known := paper(key)) is not None:
+                found.setdefault(key, (known, []))[1].append(method.shown)
     return list(found.values())

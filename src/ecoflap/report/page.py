@@ -16,8 +16,8 @@ from ecoflap.report.charts import run as run_charts
 from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, read_run
 from ecoflap.report.html import PanelGroup, Plots, environment
 from ecoflap.report.predictions import gallery
+from ecoflap.run.citations import citations
 from ecoflap.support import formats
-from ecoflap.support.citations import citations
 from ecoflap.support.files import write_text
 
 

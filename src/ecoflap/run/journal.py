@@ -50,7 +50,7 @@ class EstimateFile:
 
     def append(self, estimate: Estimate) -> None:
         """Add one line. It reaches the system at once, so that a killed process loses nothing."""
-        row = [estimate.layer, estimate.batch, estimate.draw, estimate.value.hex()]  # hexadecimal: every bit
+        row = [estimate.layer, estimate.batch, estimate.draw, float(estimate.value).hex()]  # hexadecimal: every bit
         line = json.dumps([*row, _sum(row)]).encode() + b"\n"
         with storage(self._path):
             while line:

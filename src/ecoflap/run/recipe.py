@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ecoflap.data.class_names import is_file_entry
 from ecoflap.errors import EcoflapError, InvalidOption
+from ecoflap.evaluation.registry import TASKS
+from ecoflap.importance.registry import AUTO, IMPORTANCES, named, own_rule
+from ecoflap.pruning.registry import CRITERIA, is_global, refuse_with_global
 from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.trust import refuse_code
 from ecoflap.statistics.choice import TokenChoice
@@ -59,9 +62,8 @@ class Recipe(BaseModel):
     min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
     importance: str = Field(
         "auto",
-        description="auto (gradient-norm where the model can be differentiated, else zeroth-order), zeroth-order, "
-        "forward-mode, gradient-norm, first-order, owl, alphapruning, dlp, sensitivity, "
-        "uniform, or a file: the importance.json of a run.",
+        description="auto (gradient-norm where the model can be differentiated, else zeroth-order), "
+        f"{', '.join(IMPORTANCES.own())}, or a file: the importance.json of a run.",
     )
     importance_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict,
@@ -93,8 +95,8 @@ class Recipe(BaseModel):
     allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
     criterion: str = Field(
         "wanda",
-        description="wanda, sparsegpt, admm, magnitude; over the whole model, without importance: global-magnitude, "
-        "iterative-gradient.",
+        description=f"{', '.join(name for name in CRITERIA.own() if not is_global(name))}; over the whole model, "
+        f"without importance: {', '.join(name for name in CRITERIA.own() if is_global(name))}.",
     )
     criterion_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict,
@@ -153,8 +155,8 @@ class Recipe(BaseModel):
     towers: tuple[str, ...] | None = Field(None, description="Paths of the module lists that are towers.")
     task: tuple[str, ...] | None = Field(
         None,
-        description="Tasks to evaluate before and after: vqa, captioning, retrieval, zero-shot, image-classification, "
-        "knn, nlvr2, perplexity, answer-perplexity, multiple-choice, or lm_eval:NAME for a suite of lm-eval.",
+        description=f"Tasks to evaluate before and after: {', '.join(TASKS.own())}, or lm_eval:NAME for a suite of "
+        "lm-eval.",
     )
     task_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict, description="Options of the tasks: rule=exact, shots=5."
@@ -199,15 +201,11 @@ class Recipe(BaseModel):
     @field_validator("criterion")
     @classmethod
     def _known_criterion(cls, name: str) -> str:
-        from ecoflap.pruning.registry import CRITERIA
-
         return CRITERIA.check(name)
 
     @field_validator("importance")
     @classmethod
     def _known_importance(cls, name: str) -> str:
-        from ecoflap.importance.registry import AUTO, IMPORTANCES
-
         if name.endswith(".json") or name == AUTO:
             return name
         if name not in IMPORTANCES and Path(name).exists():
@@ -233,8 +231,6 @@ class Recipe(BaseModel):
     def _known_tasks(self) -> Recipe:
         if self.evaluations is None:
             if self.task is not None:
-                from ecoflap.evaluation import TASKS
-
                 for name in self.task:
                     TASKS.check(name)
             return self
@@ -287,9 +283,6 @@ class Recipe(BaseModel):
             InvalidOption: an N:M pattern stands with another sparsity or with an importance; an allocation can't be
                 read, or stands with another sparsity; a global criterion stands with what it decides itself.
         """
-        from ecoflap.importance.registry import named
-        from ecoflap.pruning.registry import is_global
-
         changes: dict[str, Any] = self._fixed_by_criterion() if is_global(self.criterion) else {}
         changes |= self._fixed_by_allocation()
         if self.importance_samples > self.samples:
@@ -309,8 +302,6 @@ class Recipe(BaseModel):
 
     def _searches(self, importance: str) -> bool | None:
         """Whether the allocation is searched: as the recipe says, else where curves are measured for it."""
-        from ecoflap.pruning.registry import is_global
-
         obstacle = (
             f"criterion '{self.criterion}' decides every layer's sparsity itself"
             if is_global(self.criterion)
@@ -329,7 +320,6 @@ class Recipe(BaseModel):
     def _own_cap(self, sparsity: float, importance: str) -> float | None:
         """What the rule caps a group at where the user says nothing, so that the run's record has the number."""
         from ecoflap.allocation import RULES
-        from ecoflap.importance.registry import own_rule
         from ecoflap.support.files import read_json
 
         rule = self.rule or own_rule(importance)
@@ -343,8 +333,6 @@ class Recipe(BaseModel):
 
     def _fixed_by_criterion(self) -> dict[str, Any]:
         """A global criterion decides each layer's share, so there is neither importance nor cap."""
-        from ecoflap.pruning.registry import refuse_with_global
-
         refuse_with_global(self.criterion, {name: getattr(self, name) for name in sorted(self.model_fields_set)})
         return {"importance": "uniform", "importance_options": {}, "max_sparsity": 1.0}
 

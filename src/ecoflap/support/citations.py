@@ -1,11 +1,9 @@
-"""The papers behind the methods: who to cite for an importance measure, a criterion, a rule or a choice of tokens."""
+"""Papers as references: short, with a link, as BibTeX; and those that this package's methods come from."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -13,7 +11,7 @@ class Citation:
     """One paper.
 
     Attributes:
-        key: its name here, a key of :data:`CITATIONS`; no two papers share one.
+        key: its name here; no two papers share one.
         title: as published.
         authors: full names, in the paper's order.
         year: when it first appeared (the year of the arXiv entry where there is one).
@@ -243,35 +241,3 @@ PAPERS = (
         "1712.09913",
     ),
 )
-
-_BY_KEY = {paper.key: paper for paper in PAPERS}
-
-# What goes by a name of its own in recipes and tables. Ours alone (uniform, sensitivity) have no paper to name.
-_METHODS = {
-    "zeroth-order": ("ecoflap", "mezo"),
-    "first-order": ("ecoflap",),
-    "gradient-norm": ("ecoflap",),
-    "proportional": ("ecoflap",),
-    "fisher": ("obd",),
-    "iterative-gradient": ("obd",),
-    "global-magnitude": ("magnitude",),
-    "admm": ("admm-update", "alps", "gptaq"),
-    "text": ("atv-pruning",),
-    "atv": ("atv-pruning",),
-}
-
-CITATIONS: Mapping[str, Citation] = MappingProxyType(
-    _BY_KEY | {name: _BY_KEY[keys[0]] for name, keys in _METHODS.items()}
-)
-"""The first paper to name for each method: by the names of recipes ("zeroth-order", "wanda", "owl") and of papers."""
-
-
-def citations(*names: str | None) -> tuple[Citation, ...]:
-    """Every paper behind the methods ``names``, each once, in the order given; names without a paper add none."""
-    keys: dict[str, None] = {}
-    for name in names:
-        if name in _METHODS:
-            keys |= dict.fromkeys(_METHODS[name])
-        elif name in _BY_KEY:
-            keys[name] = None
-    return tuple(_BY_KEY[key] for key in keys)

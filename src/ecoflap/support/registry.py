@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
+from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar, cast
 
-from ecoflap.errors import InvalidOption, UnknownName
+from ecoflap.errors import BrokenPlugin, InvalidOption, UnknownName
+from ecoflap.support.plugins import NAME, plugins
 
 
 def number(text: str) -> Any:
@@ -68,45 +70,151 @@ def check_option_kinds(kind: str, factory: Any, given: Mapping[str, Any]) -> Non
             raise InvalidOption(f"{kind} option {option}={value}: it must be {described}")
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table.
+
+    Attributes:
+        target: ``"package.module:attribute"``, or the object itself.
+        facts: class attributes of the target that must be known before it is imported; those left out have their
+            defaults. None: not told, so that the target is imported to find out.
+        origin: who gave it, for messages; "" for this package.
+    """
+
+    target: Any
+    facts: Mapping[str, Any] | None = None
+    origin: str = ""
+
+
+def entry(target: str, **facts: Any) -> Entry:
+    """A line for one of this package's own, with the class attributes that differ from their defaults."""
+    return Entry(target, facts)
+
+
 class Registry(Generic[T]):
     """An ordered table ``name -> "module:attribute"``, resolved at :meth:`get`.
 
+    Its own entries come first, then those that were registered at run time, then entry points of installed packages.
+
     Args:
         kind: what the names stand for, for messages ("criterion").
-        entries: name to ``"package.module:attribute"``.
+        entries: name to ``"package.module:attribute"``, or to an :func:`entry`.
+        group: of Python entry points that add to the table; None for a table that nobody adds to.
+        complaint: says of an object from outside why it can't be an entry ("is no dataclass"); None where it can.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
-        self.kind = kind
-        self._entries: dict[str, str] = dict(entries)
+    def __init__(
+        self,
+        kind: str,
+        entries: Mapping[str, str | Entry],
+        group: str | None = None,
+        complaint: Callable[[Any], str | None] | None = None,
+    ) -> None:
+        self.kind, self.group, self._complaint = kind, group, complaint
+        self._entries: dict[str, Entry] = {
+            name: line if isinstance(line, Entry) else entry(line) for name, line in entries.items()
+        }
 
     def get(self, name: str) -> T:
         """The object registered as ``name``.
 
         Raises:
             UnknownName: with the nearest registered name.
+            BrokenPlugin: it comes from another package, and can't be imported or used.
         """
         self.check(name)
-        module, _, attribute = self._entries[name].partition(":")
-        return cast(T, getattr(import_module(module), attribute))
+        line = self._all()[name]
+        if not line.origin:
+            module, _, attribute = line.target.partition(":")
+            return cast(T, getattr(import_module(module), attribute))
+        return cast(T, self._from_outside(name, line))
+
+    def fact(self, name: str, attribute: str, default: Any) -> Any:
+        """The class attribute ``attribute`` of the entry ``name``; nothing is imported where the table knows it.
+
+        Raises:
+            BrokenPlugin: as :meth:`get`.
+        """
+        line = self._all().get(name)
+        if line is None:
+            return default
+        if line.facts is not None:
+            return line.facts.get(attribute, default)
+        return getattr(self.get(name), attribute, default)
 
     def check(self, name: str) -> str:
         """``name`` itself when it is registered, without importing anything; raises UnknownName otherwise."""
-        if name not in self._entries:
+        if name not in self._all():
             raise unknown(self.kind, name, self.names())
         return name
 
-    def add(self, name: str, target: str) -> None:
-        """Register ``target`` ("module:attribute") under ``name``; a name can't be taken twice."""
-        if name in self._entries:
-            raise ValueError(f"{self.kind} '{name}' is already registered as {self._entries[name]}")
-        self._entries[name] = target
+    def add(self, name: str, target: Any) -> None:
+        """Register ``target``, an object or its ``"module:attribute"``, under ``name`` for this process.
+
+        Raises:
+            InvalidOption: the name is taken, or can't be written on a command line; ``target`` is no such text.
+            BrokenPlugin: ``target`` can't be an entry of this table.
+        """
+        if not NAME.fullmatch(name):
+            raise InvalidOption(f"{self.kind} name {name!r}: use letters, digits, '.', '_' and '-'")
+        if name in self._all():
+            raise InvalidOption(f"{self.kind} '{name}' is already registered: give it another name")
+        if isinstance(target, str) and not all(target.partition(":")):
+            raise InvalidOption(f"{self.kind} '{name}': {target!r} is no 'package.module:attribute'")
+        line = Entry(target, origin=target if isinstance(target, str) else f"{target!r}")
+        if not isinstance(target, str):
+            self._from_outside(name, line)
+        self._entries[name] = line
 
     def names(self) -> list[str]:
-        return list(self._entries)
+        return list(self._all())
+
+    def own(self) -> list[str]:
+        """Names of this package's own entries."""
+        return [name for name, line in self._entries.items() if not line.origin]
+
+    def outside(self) -> list[str]:
+        """Names that other packages, or the user's own program, have added; nothing is imported."""
+        return [name for name, line in self._all().items() if line.origin]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._all())
+
+    def _all(self) -> dict[str, Entry]:
+        if self.group is None:
+            return self._entries
+        found = {
+            name: Entry(plugin.point, origin=plugin.origin)
+            for name, plugin in plugins(self.group).items()
+            if name not in self._entries
+        }
+        return self._entries | found if found else self._entries
+
+    def _from_outside(self, name: str, line: Entry) -> Any:
+        who = f"{self.kind} '{name}' of {line.origin}"
+        target = line.target
+        if isinstance(target, str):
+            target = EntryPoint(name, target, self.group or "")
+        try:
+            made = target.load() if isinstance(target, EntryPoint) else target
+        except (Exception, SystemExit) as error:
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise BrokenPlugin(f"{who} can't be imported ({told}): mend that package, or uninstall it") from error
+        if self._complaint is not None and (wrong := self._complaint(made)) is not None:
+            raise BrokenPlugin(f"{who} {wrong}: mend that package, or uninstall it")
+        return made
+
+
+def dataclass_complaint(made: Any, base: type | None = None) -> str | None:
+    """Why ``made`` is no dataclass that extends ``base``; None where it is."""
+    if not (isinstance(made, type) and is_dataclass(made)):
+        return "must be a dataclass, whose fields are its options"
+    if base is not None and not issubclass(made, base):
+        return f"must be a subclass of {base.__module__}.{base.__name__}"
+    if missing := sorted(getattr(made, "__abstractmethods__", ())):
+        return f"must define {', '.join(missing)}"
+    bare = [each.name for each in fields(made) if each.default is MISSING and each.default_factory is MISSING]
+    return f"must give each option a default, also {', '.join(bare)}" if bare else None

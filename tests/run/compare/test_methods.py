@@ -80,7 +80,7 @@ def test_where_an_option_belongs() -> None:
 
 
 def test_every_method_of_the_defaults_has_a_paper() -> None:
-    from ecoflap.support.citations import CITATIONS
+    from ecoflap.run.citations import CITATIONS
 
     for name in DEFAULT_METHODS:
         method = parse_method(name)

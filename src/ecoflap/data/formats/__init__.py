@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ecoflap.data.formats import coco, flickr, gqa, karpathy, nlvr2, vqa
+from ecoflap.data.formats import coco, gqa, karpathy, nlvr2, vqa
 from ecoflap.data.formats.csv import CsvTable
 from ecoflap.data.formats.json import CompressedLinesTable, JsonDocument, JsonLinesTable, ObjectTable
 from ecoflap.data.formats.place import Place, head, no_splits
 from ecoflap.data.formats.text import COMPRESSED, TextFiles
 from ecoflap.data.formats.text import SUFFIXES as TEXT_SUFFIXES
 from ecoflap.data.formats.webdataset import open_tars
+from ecoflap.data.registry import added_suffixes, formats
 from ecoflap.data.tables import ParquetTable, Table
 from ecoflap.errors import CalibrationError
 
@@ -59,12 +60,13 @@ def open_file(place: Place) -> Opened:
     if path.stat().st_size == 0:
         raise CalibrationError(f"{path} is empty: it holds no samples")
     suffix = path.suffix.lower()
+    for known in formats():
+        if suffix in known.suffixes and (table := known.open(place)) is not None:
+            return table
     if suffix in COMPRESSED:
         return _open_compressed(place)
     if suffix == ".json":
         return _open_json(place)
-    if suffix in (".csv", ".txt", ".token") and (table := flickr.open_flickr(place)) is not None:
-        return table
     no_splits(place)
     if suffix in TEXT_SUFFIXES:
         return TextFiles([path], place.source)
@@ -76,7 +78,8 @@ def open_file(place: Place) -> Opened:
         return _adapted(JsonLinesTable(path, place.source))
     if suffix in (".csv", ".tsv"):
         return CsvTable(path, place.source)
-    raise CalibrationError(f"{path}: unknown format '{path.suffix}'; accepted are {ACCEPTED}")
+    more = "".join(f"{suffix}, " for suffix in added_suffixes())
+    raise CalibrationError(f"{path}: unknown format '{path.suffix}'; accepted are {more}{ACCEPTED}")
 
 
 def _open_compressed(place: Place) -> Opened:

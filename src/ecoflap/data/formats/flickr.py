@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ecoflap.data.formats.place import Place, first_text_line, no_splits
+from ecoflap.data.registry import Format
 from ecoflap.data.tables import Row, RowTable
 from ecoflap.errors import CalibrationError
 
@@ -35,6 +36,9 @@ def open_flickr(place: Place) -> RowTable | None:
         row = rows.setdefault(image, {"image": image, "captions": [], "image_id": Path(image).stem})
         row["captions"].append(caption)
     return RowTable(list(rows.values()), place.source, place.path.parent)
+
+
+FORMAT = Format((".csv", ".txt", ".token"), open_flickr)
 
 
 def _captions(file: Path, pattern: re.Pattern[str], skip: int, source: str) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from ecoflap.data.formats.text import SUFFIXES as TEXT_SUFFIXES
 from ecoflap.data.formats.webdataset import open_tars
 from ecoflap.data.images import SUFFIXES as IMAGE_SUFFIXES
 from ecoflap.data.images import BrokenSample
+from ecoflap.data.registry import added_suffixes
 from ecoflap.data.tables import ArrowTable, JoinedTable, ParquetTable, Table, Taken
 from ecoflap.errors import CalibrationError
 
@@ -143,7 +144,7 @@ def _images(place: Place) -> Opened | None:
 def _data(place: Place) -> Opened | None:
     """Files of one data format, in the folder or in its ``data`` folder, as repositories on the hub have them."""
     for folder in (place.path, place.path / "data"):
-        for suffix in DATA_SUFFIXES if folder.is_dir() else ():
+        for suffix in (*DATA_SUFFIXES, *added_suffixes()) if folder.is_dir() else ():
             files = _files(folder, (suffix,))
             if suffix in COMPRESSED:
                 files = [file for file in files if file.with_suffix("").suffix not in TEXT_SUFFIXES]

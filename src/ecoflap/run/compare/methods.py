@@ -76,8 +76,8 @@ class Method:
 
     @property
     def citations(self) -> tuple[str, ...]:
-        """Keys of the papers behind its parts, see :data:`ecoflap.support.citations.CITATIONS`."""
-        from ecoflap.support.citations import citations
+        """Keys of the papers behind its parts, see :data:`ecoflap.run.citations.CITATIONS`."""
+        from ecoflap.run.citations import citations
 
         named = (value for value in self.options.values() if isinstance(value, str))
         return tuple(paper.key for paper in citations(self.importance, self.criterion, *named))

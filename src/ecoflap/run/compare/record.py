@@ -72,7 +72,7 @@ class MethodRecord(_Record):
     importance: str
     criterion: str
     options: dict[str, Any] = Field(default_factory=dict)
-    citations: tuple[str, ...] = Field((), description="Keys of ecoflap.support.citations.CITATIONS.")
+    citations: tuple[str, ...] = Field((), description="Keys of ecoflap.run.citations.CITATIONS.")
 
 
 class Cell(_Record):

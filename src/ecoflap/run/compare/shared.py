@@ -68,7 +68,7 @@ class Took(BaseModel):
 
 def key_of(recipe: Recipe) -> str:
     """A file's name that tells apart what gives other scores: measure, options, samples, seed."""
-    reads = getattr(MEASURES.get(recipe.importance), "reads", ())
+    reads = MEASURES.fact(recipe.importance, "reads", ())
     decides = {
         name: value
         for name, value in recipe.to_dict().items()

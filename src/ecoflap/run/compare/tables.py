@@ -168,12 +168,12 @@ def _most(cells: Sequence[Cell], of: Callable[[Cell], int | None]) -> str:
 
 
 def _methods(comparison: Comparison) -> str:
-    from ecoflap.support.citations import CITATIONS
+    from ecoflap.run.citations import paper
 
     rows = []
     for method in comparison.methods:
-        papers = [CITATIONS[key] for key in method.citations if key in CITATIONS]
-        links = "; ".join(f"[{_plain(paper.short)}]({paper.url})" for paper in papers)
+        papers = [known for key in method.citations if (known := paper(key)) is not None]
+        links = "; ".join(f"[{_plain(known.short)}]({known.url})" for known in papers)
         rows.append([_plain(method.title), _plain(method.name), links or NOTHING])
     return _table(["method", "as the command writes it", "papers"], rows)
 

@@ -1,0 +1,61 @@
+"""The table of file formats that are found out from a file's beginning: a new one is one file and one line here.
+
+Formats that are one JSON document have a table of their own, ``PUBLISHED`` in ``formats/``. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ecoflap.errors import BrokenPlugin
+from ecoflap.support.registry import Registry
+
+if TYPE_CHECKING:
+    from ecoflap.data.formats.place import Place
+    from ecoflap.data.tables import Table
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of data files.
+
+    Attributes:
+        suffixes: of its files, in lower case with the dot.
+        open: gives the table of a file, or None for a file of another format. Raises CalibrationError for a file that
+            is of this format and broken.
+    """
+
+    suffixes: tuple[str, ...]
+    open: Callable[[Place], Table | None]
+
+
+def _complaint(made: Any) -> str | None:
+    return None if isinstance(made, Format) else "must be an ecoflap.data.registry.Format"
+
+
+FORMATS: Registry[Format] = Registry(
+    "format",
+    {"flickr": "ecoflap.data.formats.flickr:FORMAT"},
+    group="ecoflap.formats",
+    complaint=_complaint,
+)
+
+
+def formats(names: Iterable[str] | None = None) -> Iterator[Format]:
+    """Those called ``names``, or all.
+
+    One of another package that can't be used is left out with a warning, as nobody has asked for it by name.
+    """
+    for name in FORMATS if names is None else names:
+        try:
+            yield FORMATS.get(name)
+        except BrokenPlugin as error:
+            warnings.warn(str(error), stacklevel=2)
+
+
+def added_suffixes() -> tuple[str, ...]:
+    """Suffixes of files that formats of other packages read."""
+    return tuple(dict.fromkeys(suffix for one in formats(FORMATS.outside()) for suffix in one.suffixes))

@@ -1,0 +1,54 @@
+"""The papers behind the methods: who to cite for an importance measure, a criterion, a rule or a choice of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any
+
+from ecoflap.allocation.rules import RULES
+from ecoflap.errors import BrokenPlugin
+from ecoflap.importance.registry import IMPORTANCES
+from ecoflap.pruning.registry import CRITERIA
+from ecoflap.support.citations import PAPERS, Citation
+from ecoflap.support.registry import Registry
+
+_BY_KEY = {paper.key: paper for paper in PAPERS}
+
+# Choices within a method that have a paper of their own; importances, criteria and rules name theirs where they are
+# registered (``cites``).
+_CHOICES = {"fisher": ("obd",), "text": ("atv-pruning",), "atv": ("atv-pruning",)}
+_REGISTRIES: tuple[Registry[Any], ...] = (IMPORTANCES, CRITERIA, RULES)
+
+
+def _cited(name: str) -> tuple[Citation, ...]:
+    """The papers that the method ``name`` cites; none where it is not there, or not to be had."""
+    keys: tuple[str | Citation, ...] = _CHOICES.get(name, ())
+    for registry in _REGISTRIES:
+        with suppress(BrokenPlugin):  # a page about a run is made without the package, too
+            keys += tuple(registry.fact(name, "cites", ()))
+    papers = [key if isinstance(key, Citation) else _BY_KEY.get(key) for key in keys or (name,)]
+    return tuple(paper for paper in papers if paper is not None)
+
+
+def citations(*names: str | None) -> tuple[Citation, ...]:
+    """Every paper behind the methods ``names``, each once, in the order given; names without a paper add none."""
+    found = {paper.key: paper for name in names if name is not None for paper in _cited(name)}
+    return tuple(found.values())
+
+
+def paper(key: str) -> Citation | None:
+    """The paper of a key: of :data:`PAPERS`, or of what another package adds; None where it is not known here."""
+    if key in _BY_KEY:
+        return _BY_KEY[key]
+    added = (each for registry in _REGISTRIES for name in registry.outside() for each in _cited(name))
+    return next((each for each in added if each.key == key), None)
+
+
+CITATIONS: Mapping[str, Citation] = MappingProxyType(
+    {name: papers[0] for registry in _REGISTRIES for name in registry.own() if (papers := _cited(name))}
+    | {name: _BY_KEY[keys[0]] for name, keys in _CHOICES.items()}
+    | _BY_KEY
+)
+"""The first paper to name for each method: by the names of recipes ("zeroth-order", "wanda", "owl") and of papers."""
