@@ -6,7 +6,7 @@ journal between them. :class:`~ecoflap.search.method.Method` holds one choice fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from ecoflap.allocation import Allocation
 from ecoflap.allocation.allocate import AllocationOptions
 from ecoflap.data.model_facts import to_device
 from ecoflap.data.objectives import Objective, default_objective, on_device
+from ecoflap.errors import CalibrationError
 from ecoflap.importance.allocate import allocate, allocate_scores
 from ecoflap.importance.fits import check_allocation
 from ecoflap.importance.measure import EstimateJournal, measure
@@ -129,7 +130,7 @@ def allocation_of(
 
 def prune(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
     sparsity: float = 0.5,
     *,
     importance: str | Importance | None = None,
@@ -164,10 +165,11 @@ def prune(
     """Prune ``model`` in place to ``sparsity``: importance, allocation, then the walk (ECoFLaP, arXiv 2310.02998).
 
     Args:
-        model: any module whose forward returns a loss, or give ``loss``.
-        batches: calibration batches, mappings of keyword arguments; moved to the model's device as needed. May be
-            empty for the criterion ``magnitude`` with importance ``uniform`` or an allocation, and for
-            ``global-magnitude``, which read no data.
+        model: any module whose forward returns a loss, or give ``loss``. What ``torch.compile`` has made of it is
+            pruned as the module inside.
+        batches: calibration batches (a list, a ``DataLoader``, a generator), mappings of keyword arguments; moved to
+            the model's device as needed. May be empty for the criterion ``magnitude`` with importance ``uniform`` or an
+            allocation, and for ``global-magnitude``, which read no data.
         sparsity: fraction of the prunable weights to set to zero.
         importance: a registered name, or scores measured before. Default: ``auto``, gradient norms where the model can
             be differentiated, else ``zeroth-order``; none for global criteria.
@@ -202,9 +204,28 @@ def prune(
         criterion=criterion, criterion_options=criterion_options, compare=compare, tokens=tokens,
         offload_activations=offload_activations,
     )  # fmt: skip
+    model, batches = getattr(model, "_orig_mod", model), as_batches(batches, loss)
     given = allocation if allocation is not None else importance if isinstance(importance, Importance) else None
     work = Work(loss or default_objective(model), seed, progress or Silent(), workers)
     return carry_out(model, batches, method, work, given, include=include, exclude=exclude, towers=towers)
+
+
+def as_batches(batches: Iterable[Any], loss: Objective | None) -> Sequence[Any]:
+    """The batches in a list: a ``DataLoader`` or a generator is read to its end, once.
+
+    Raises:
+        CalibrationError: a batch is no mapping, and there is no ``loss`` that could take it.
+    """
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"batches is a {type(batches).__name__}: give a list of batches, or a DataLoader")
+    found = batches if isinstance(batches, Sequence) else list(batches)
+    for number, batch in enumerate(found if loss is None else ()):
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"batch {number} is a {type(batch).__name__}: give mappings of the arguments of the model's forward, "
+                "such as {'input_ids': ..., 'labels': ...}, or a loss(model, batch) that takes it"
+            )
+    return found
 
 
 def prune_to(
@@ -247,6 +268,7 @@ def inspect(
     towers: Sequence[str] | None = None,
 ) -> Anatomy:
     """Towers, blocks, prunable layers, and what stays dense with the reason; ``batch`` lets it watch a forward."""
+    model = getattr(model, "_orig_mod", model)
     with cache_disabled(model):
         placed = None if batch is None else to_device(batch, model)
         return discover(model, placed, include=include, exclude=exclude, towers=towers)

@@ -60,6 +60,16 @@ def reason_for(name: str, parameter: Tensor, module: nn.Module) -> str:
     return f"{parameter.dim()}-D weight of {kind}"
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises AnatomyError for a model with LoRA adapters beside its weights: these are no weights of their own."""
+    for path, module in model.named_modules():
+        if "lora_A" in module._modules and "lora_B" in module._modules:
+            raise AnatomyError(
+                f"{path or type(model).__name__} has LoRA adapters beside its weight: merge them first "
+                "(peft: model = model.merge_and_unload()), then prune"
+            )
+
+
 def discover(
     model: nn.Module,
     batch: Any = None,
@@ -81,8 +91,9 @@ def discover(
         run: how one batch is run (a loss function, say); by default ``model(**batch)``.
 
     Raises:
-        AnatomyError: nothing to prune was found, or a pattern selects nothing.
+        AnatomyError: nothing to prune was found, a pattern selects nothing, or the model has unmerged adapters.
     """
+    refuse_adapters(model)
     lists = block_lists(model, None)
     defined = [path for found in lists for path in found.elements]
     traced: Trace | None = None

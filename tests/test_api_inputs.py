@@ -1,0 +1,56 @@
+"""What users hand to ``ecoflap.prune`` from Python: loaders, generators, compiled models, adapters, wrong batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families.matrix import case
+from torch import nn
+from torch.utils.data import DataLoader
+
+import ecoflap
+from ecoflap.errors import AnatomyError, CalibrationError
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def pruned(batches: Any, wrap: Any = lambda model: model, **options: Any) -> dict[str, torch.Tensor]:
+    model = copy.deepcopy(case("llama").model)
+    ecoflap.prune(wrap(model), batches, 0.5, importance="uniform", **options)
+    return weights(model)
+
+
+@pytest.mark.parametrize("kind", ["loader", "generator", "tuple", "compiled"])
+def test_batches_and_models_in_other_dress_give_the_same_weights(kind: str) -> None:
+    batches = case("llama").batches
+    wanted = pruned(batches)
+    if kind == "compiled":
+        found = pruned(batches, torch.compile)
+    elif kind == "loader":
+        found = pruned(DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    else:
+        found = pruned(tuple(batches) if kind == "tuple" else (batch for batch in batches))
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    assert any(not torch.equal(weight, case("llama").model.get_parameter(name)) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize("batches", [[(torch.ones(1, 2), torch.ones(1, 2))], {"input_ids": torch.ones(1, 2)}, 3])
+def test_what_is_no_list_of_mappings_is_refused_in_one_line(batches: Any) -> None:
+    with pytest.raises(CalibrationError) as refused:
+        pruned(batches)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    model = copy.deepcopy(case("llama").model)
+    projection = model.get_submodule("model.layers.0.self_attn.q_proj")
+    projection.lora_A, projection.lora_B = nn.ModuleDict(), nn.ModuleDict()
+    before = weights(model)
+    with pytest.raises(AnatomyError, match="merge"):
+        ecoflap.prune(model, case("llama").batches, 0.5, importance="uniform")
+    assert all(torch.equal(before[name], weight) for name, weight in weights(model).items())
