@@ -50,7 +50,8 @@ def test_the_directory_of_a_vision_language_model(run: Command, tmp_path: Path) 
     outcome = pruned(run, tmp_path, "--test", "data/questions.jsonl", "--sparsity", "0.4", name="blip2_t5").well()
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "allocation.json", "importance.json", "log.txt", "metrics.json", "model", "pictures", "predictions.json",
+        "allocation.json", "importance.json", "log.txt",
+        "manifest.json", "metrics.json", "model", "pictures", "predictions.json",
         "recipe.yaml", "report.html",
     ]  # fmt: skip
     assert "run/model" in outcome.out

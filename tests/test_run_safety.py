@@ -21,8 +21,8 @@ from ecoflap.importance import zeroth_order
 from ecoflap.importance.scores import Estimate
 from ecoflap.pruning import walk
 from ecoflap.pruning.walk import PrunedBlock
-from ecoflap.run.directory import Results
 from ecoflap.run.journal import BlockFiles, EstimateFile, SearchFile
+from ecoflap.run.manifest import Results
 from ecoflap.support import files
 
 PROBE = zeroth_order.ZerothOrder.projection

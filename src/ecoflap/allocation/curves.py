@@ -47,7 +47,7 @@ class Curve:
         """Read what :meth:`to_json` wrote. Raises InvalidOption."""
         try:
             levels, losses = (tuple(float(value) for value in data[key]) for key in ("levels", "losses"))
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise InvalidOption(f"a curve needs lists of numbers 'levels' and 'losses', not {data!r}") from error
         return cls(levels, losses)
 

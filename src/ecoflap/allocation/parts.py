@@ -15,7 +15,7 @@ from typing import Any
 from ecoflap.allocation.checks import AGGREGATES, GRANULARITIES, check_names, choice, field, fixed_ratio, unit
 from ecoflap.allocation.rules import RULES
 from ecoflap.errors import InvalidOption
-from ecoflap.support.files import read_json
+from ecoflap.support.reading import read_json
 from ecoflap.support.registry import unknown
 
 

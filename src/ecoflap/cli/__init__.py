@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -12,7 +13,7 @@ import typer
 from ecoflap.cli import packed, prune, runs, stages  # their commands add themselves to the application
 from ecoflap.cli.app import Ended, app
 from ecoflap.cli.signals import stops
-from ecoflap.cli.terminal import messages
+from ecoflap.cli.terminal import messages, tell
 from ecoflap.errors import EcoflapError
 from ecoflap.run.directory import Stopped
 from ecoflap.support.workers import launched
@@ -28,9 +29,9 @@ def _no_command(
     if version:
         from ecoflap import __version__
 
-        typer.echo(f"ecoflap {__version__}")
+        tell(f"ecoflap {__version__}")
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        tell(context.get_help())
 
 
 TRACEBACK = "ECOFLAP_TRACEBACK"  # environment variable: let what nobody foresaw end in Python's own traceback
@@ -42,8 +43,20 @@ def main() -> NoReturn:
     # when torch is first imported, which happens below; a value of the user's own stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
+    _look_around()
     with stops.listening():
         _run()
+
+
+def _look_around() -> None:
+    """A closed output takes what is written and keeps nothing; without a current folder no path means anything."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+    try:
+        Path.cwd()
+    except OSError:
+        _fail("the current folder is no longer there: go to another one", 2)
 
 
 def _run() -> NoReturn:
@@ -61,6 +74,19 @@ def _run() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
         sys.exit(1)
+    except MemoryError:
+        _fail("out of memory: take a smaller --batch-size, or --device-map disk for the weights", 1)
+    except RecursionError as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        _fail(f"an input is nested too deep ({error}); {TRACEBACK}=1 shows where", 2)
+    except OSError as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        if error.filename is None:  # not of a file that was named: standard output, or a limit of the system
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try once more at its end
+            _fail(f"{error.strerror or error}: the output can't be written, or a limit of the system is met", 1)
+        _fail(f"can't use {error.filename}: {error.strerror or error}", 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # what typer raises for a wrong command line
             _fail(error.format_message(), 2)
@@ -82,16 +108,16 @@ def _quieten() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    line = f"ecoflap: {' '.join(message.split())}\n"
+    line = f"ecoflap: {' '.join(message.split())}"
     if launched() is None:
-        sys.stderr.write(line)
+        tell(line, error=True)
         sys.exit(code)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the launcher ends all workers as soon as one has ended
     from ecoflap.support.torchrun import first_to_fail
 
     if first_to_fail():
-        sys.stderr.write(line)
+        tell(line, error=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # at once: what the others are told is that the connection is closed

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from ecoflap.cli.options import OUTPUT
 from ecoflap.cli.signals import stops
-from ecoflap.cli.terminal import messages, progress_on, standard_error
+from ecoflap.cli.terminal import messages, progress_on, standard_error, tell
 from ecoflap.errors import InvalidOption
 from ecoflap.run.compare.recipe import UNUSED, Grid
 from ecoflap.run.extensions import installed
@@ -168,7 +168,7 @@ def progress_to(quiet: bool) -> Progress:
 
 
 def say_line(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    tell(line, error=True)
 
 
 def print_json(data: Any) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json, progress_to
 from ecoflap.cli.options import OUTPUT
-from ecoflap.cli.terminal import messages, standard_output
+from ecoflap.cli.terminal import messages, standard_output, tell
 from ecoflap.errors import InvalidOption
 from ecoflap.run.names import MODEL, RECIPE
 
@@ -59,7 +59,7 @@ def pack_model(
     if as_json:
         print_json(told)
     elif not quiet:
-        typer.echo(packed_line(told))
+        tell(packed_line(told))
 
 
 @app.command("unpack", cls=Command, short_help="Write the plain model of a packed one.")
@@ -84,7 +84,7 @@ def unpack_model(
     if as_json:
         print_json({"model": str(folder)})
     elif not quiet:
-        typer.echo(f"model   {folder}")
+        tell(f"model   {folder}")
 
 
 def model_of(source: str) -> str:

@@ -13,11 +13,12 @@ import typer
 from ecoflap.cli.app import GRID_FIELDS, PRIVATE, Command, Json, Quiet, app, flag, print_json, progress_to, say_line
 from ecoflap.cli.options import OUTPUT, with_recipe_options
 from ecoflap.cli.packed import packed_line, packed_to
-from ecoflap.cli.terminal import standard_error, standard_output
+from ecoflap.cli.terminal import standard_error, standard_output, tell
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.run.compare.folder import PAGE, TABLE, GridDirectory
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.directory import RunDirectory
+from ecoflap.run.manifest import Manifest
 from ecoflap.run.names import METRICS, MODEL, PACKED, REPORT
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.workers import ALONE, launched
@@ -78,9 +79,10 @@ def prune(
         return
     from ecoflap.cli.tables import stages_table, summary_table
 
-    packed = (
-        packed_to(str(run / MODEL), run / PACKED, "auto", 0, True, recipe.trust_remote_code, quiet) if pack else None
-    )
+    packed = None
+    if pack:
+        with Manifest(run).writing(f"{PACKED}/"):
+            packed = packed_to(str(run / MODEL), run / PACKED, "auto", 0, True, recipe.trust_remote_code, quiet)
     pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     if as_json:
         more: dict[str, Any] = {} if push_to_hub is None else {"pushed": pushed}
@@ -90,11 +92,11 @@ def prune(
     elif not quiet:
         standard_output().print(summary_table(run))
         standard_output().print(stages_table(run))
-        typer.echo(f"model   {run / MODEL}\nreport  {run / REPORT}")
+        tell(f"model   {run / MODEL}\nreport  {run / REPORT}")
         if packed is not None:
-            typer.echo(packed_line(packed))
+            tell(packed_line(packed))
         if pushed:
-            typer.echo(f"pushed  {pushed}")
+            tell(f"pushed  {pushed}")
     if failure is not None:
         raise failure
 
@@ -178,4 +180,4 @@ def compare(
     elif not quiet:
         for table in comparison_tables(comparison):
             standard_output().print(table)
-        typer.echo(f"table   {output / TABLE}\npage    {output / PAGE}")
+        tell(f"table   {output / TABLE}\npage    {output / PAGE}")

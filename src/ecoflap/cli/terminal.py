@@ -15,14 +15,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress as RichProgress
 from rich.progress import ProgressColumn, TaskID
 from rich.progress import Task as RichTask
+from rich.segment import Segment
 from rich.text import Text
 
 from ecoflap.support.formats import clock
 from ecoflap.support.progress import Progress, Task
+from ecoflap.support.text import printable
 
 _WIDE, _MIDDLE = 100, 60  # columns from which a line has all its parts, and from which it has a bar
 _DETAIL = 9  # columns below which a layer's name says nothing
@@ -238,8 +240,23 @@ def standard_error() -> Console:
     return _console(sys.stderr.isatty(), stderr=True)
 
 
+class _CleanConsole(Console):
+    """A console whose texts hold no control characters; what rich itself sends (colours, moves) is kept apart."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
+
+
 def _console(terminal: bool, stderr: bool) -> Console:
-    return Console(stderr=stderr, soft_wrap=not terminal) if terminal else Console(stderr=stderr, width=160)
+    return _CleanConsole(stderr=stderr, soft_wrap=not terminal) if terminal else _CleanConsole(stderr=stderr, width=160)
+
+
+def tell(text: str, *, error: bool = False) -> None:
+    """Print lines: results on standard output, what else there is to tell on standard error. The one place for it."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(f"{printable(text)}\n")
 
 
 class Messages(logging.Handler):
@@ -258,7 +275,7 @@ class Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         kind = "warning: " if record.levelno >= logging.WARNING else ""
         if not self.quiet and (kind or getattr(record, "notice", False)):
-            sys.stderr.write(f"ecoflap: {kind}{' '.join(record.getMessage().split())}\n")
+            tell(f"ecoflap: {kind}{' '.join(record.getMessage().split())}", error=True)
 
     def __enter__(self) -> None:
         self.quiet, self._shown = False, warnings.showwarning

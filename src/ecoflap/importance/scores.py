@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +11,13 @@ from typing import Any
 from ecoflap.allocation.curves import Curve
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.model.parts import Layer
+from ecoflap.support.reading import read_json
 
 # Relative standard deviation of |N(0, 1)|, by which one lone estimate scatters.
 HALF_NORMAL_SPREAD = math.sqrt(math.pi / 2 - 1)
+
+
+_MOST = 1 << 48  # of a side of a matrix: more is no matrix
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ class Importance:
         scores: dict[str, Score] = {}
         for number, row in enumerate(data["layers"]):
             try:
-                rows, columns = (int(size) for size in row["shape"])
+                rows, columns = row["shape"]
+                if not all(type(size) is int and 0 < size < _MOST for size in (rows, columns)):
+                    raise ValueError(f"shape {row['shape']}")
                 name = str(row["name"])
                 layers.append(
                     Layer(
@@ -107,7 +112,7 @@ class Importance:
                     )
                 )
                 score = Score(float(row["score"]), float(row.get("stderr", 0.0)), int(row.get("n", 0)))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
                 raise InvalidOption(f"{source}: layer {number} is incomplete or malformed ({error!r})") from error
             if not math.isfinite(score.score) or score.score < 0:
                 raise NonFiniteLoss(
@@ -116,16 +121,16 @@ class Importance:
             if name in scores:
                 raise InvalidOption(f"{source}: layer {name} stands twice")
             scores[name] = score
-        curves = {str(name): Curve.from_json(curve) for name, curve in data.get("curves", {}).items()}
-        return cls(str(data.get("method", "")), dict(data.get("settings", {})), tuple(layers), scores, curves)
+        settings, curves = (data.get(name) or {} for name in ("settings", "curves"))
+        if not (isinstance(settings, dict) and isinstance(curves, dict)):
+            raise InvalidOption(f"{source}: settings and curves must map names to values")
+        read = {str(name): Curve.from_json(curve) for name, curve in curves.items()}
+        return cls(str(data.get("method", "")), settings, tuple(layers), scores, read)
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:
         """Read an ``importance.json``. Raises InvalidOption where it can't be read."""
-        try:
-            return cls.from_json(json.loads(Path(path).read_text("utf-8")), str(path))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InvalidOption(f"can't read importance from {path}: {error}") from error
+        return cls.from_json(read_json(path, "the importance"), str(path))
 
 
 def check_granularity(options: Mapping[str, Any], granularity: str) -> None:

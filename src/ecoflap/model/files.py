@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 import warnings
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from ecoflap.errors import CheckpointError
+from ecoflap.support.reading import NO_READING, json_value, read_text, reason_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -253,9 +253,10 @@ def hub_files(names: list[str], gguf_file: str | None, trust_remote_code: bool) 
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"'{path}' cannot be read ({first_line(error)}): download or copy it again") from error
+        return json_value(read_text(path), finite=False)
+    except NO_READING as error:
+        why = reason_of(error, "JSON")
+        raise CheckpointError(f"'{path}' cannot be read ({why}): download or copy it again") from error
 
 
 def first_line(error: BaseException) -> str:

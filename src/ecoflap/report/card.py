@@ -17,7 +17,7 @@ from ecoflap.report.data import METRICS, OtherMetric, Quality, RunData, read_run
 from ecoflap.run.citations import citations
 from ecoflap.run.recipe import Recipe
 from ecoflap.support import formats
-from ecoflap.support.files import read_json
+from ecoflap.support.reading import read_json
 
 if TYPE_CHECKING:
     from ecoflap.api import PruneResult

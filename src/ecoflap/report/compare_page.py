@@ -11,6 +11,7 @@ from ecoflap.report.charts.compare import cost_charts, quality_chart, tower_char
 from ecoflap.report.comparison import Cell, Comparison, Method, Test, read_comparison
 from ecoflap.report.html import Plots, environment
 from ecoflap.run.citations import paper
+from ecoflap.run.manifest import Manifest
 from ecoflap.support import formats
 from ecoflap.support.citations import Citation
 from ecoflap.support.files import write_text
@@ -32,7 +33,8 @@ def write_compare(folder: Path | str) -> Path:
     """
     content = read_comparison(folder)
     path = Path(folder) / COMPARE
-    write_text(path, render(content))
+    with Manifest(Path(folder)).writing(COMPARE):
+        write_text(path, render(content))
     return path
 
 

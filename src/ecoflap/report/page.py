@@ -17,6 +17,7 @@ from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData
 from ecoflap.report.html import PanelGroup, Plots, environment
 from ecoflap.report.predictions import gallery
 from ecoflap.run.citations import citations
+from ecoflap.run.manifest import Manifest
 from ecoflap.support import formats
 from ecoflap.support.files import write_text
 
@@ -105,7 +106,8 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run = read_run(run_dir)
     path = run.path / REPORT
-    write_text(path, render(run))
+    with Manifest(run.path).writing(REPORT):
+        write_text(path, render(run))
     return path
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ecoflap.errors import InvalidOption
+from ecoflap.support.reading import read_json, read_yaml
 
 FORMAT = 1
 Count = Annotated[int, Field(ge=0)]
@@ -27,33 +26,15 @@ class Content(BaseModel):
 M = TypeVar("M", bound=Content)
 
 
-def read_text(path: Path) -> str | None:
-    """The file as text; None where it does not exist.
-
-    Raises:
-        InvalidOption: it is there but cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidOption(f"{path} cannot be read: {error}") from error
-
-
 def read_mapping(path: Path) -> dict[str, Any] | None:
     """A YAML file of keys and values; None where it does not exist.
 
     Raises:
         InvalidOption: it is no YAML, or no mapping.
     """
-    text = read_text(path)
-    if text is None:
+    if not path.exists():
         return None
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InvalidOption(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "the recipe")
     if not isinstance(content, Mapping):
         raise InvalidOption(f"{path} should map option names to values, but holds {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
@@ -65,13 +46,9 @@ def read_model(path: Path, kind: type[M]) -> M | None:
     Raises:
         InvalidOption: it is no JSON, of another format, or a field is not what it should be; the message names it.
     """
-    text = read_text(path)
-    if text is None:
+    if not path.exists():
         return None
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidOption(f"{path} is not valid JSON: {error}") from error
+    content = read_json(path, "the run's file", finite=False)  # the field that is not finite is named below
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
         raise InvalidOption(f"{path} has format {version!r}; this version of ecoflap reads format {FORMAT}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ecoflap.errors import CalibrationError, InvalidOption, OutputExists
 from ecoflap.run.directory import RunDirectory
-from ecoflap.run.names import JOURNAL, LOG, RECIPE
+from ecoflap.run.names import JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.files import write_json
 from ecoflap.support.workers import ALONE, Workers
@@ -97,7 +97,7 @@ class Measurement(RunDirectory):
     """The folder of a measurement under way, by the rules of a run directory; it goes when the file is there."""
 
     what: ClassVar[str] = "measurement that was interrupted"
-    ours: ClassVar[tuple[str, ...]] = (JOURNAL, LOG, RECIPE)
+    ours: ClassVar[tuple[str, ...]] = (JOURNAL, LOG, RECIPE, MANIFEST)
 
 
 def remove(folder: Path) -> None:

@@ -1,20 +1,15 @@
-"""The run directory: what each stage leaves behind, who works in it, and what may be resumed.
-
-Files of a run that later stages start from, known again on resume: one edited by hand is not mistaken for it.
-"""
+"""The run directory: what each stage leaves behind, who works in it, and what may be resumed."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,70 +17,16 @@ import yaml
 
 from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch, StorageError
 from ecoflap.importance.registry import AUTO, GRADIENT_NORM, ZEROTH_ORDER
-from ecoflap.run.names import GRID, INPUTS, JOURNAL, METRICS, MODEL, OURS, RECIPE, REPORT, WRITTEN
+from ecoflap.run.manifest import Manifest, Results
+from ecoflap.run.names import GRID, INPUTS, JOURNAL, MANIFEST, METRICS, MODEL, OURS, RECIPE, REPORT, WRITTEN
 from ecoflap.run.recipe import Recipe
-from ecoflap.support.files import (
-    PARTIAL,
-    json_text,
-    read_json,
-    read_sealed,
-    storage,
-    write_json,
-    write_sealed,
-    write_text,
-)
+from ecoflap.support.files import PARTIAL, storage, write_json, write_text
+from ecoflap.support.reading import read_json, read_yaml
 
 if TYPE_CHECKING:
     from typing import Self  # from Python 3.11 on; read by type checkers alone
 
 _log = logging.getLogger("ecoflap")
-
-
-class Results:
-    """JSON files in ``folder``, whose digests are noted in ``ledger`` just before each is put in place.
-
-    Noted before, so that a kill between the two leaves a digest too many, never a file without its own.
-    """
-
-    def __init__(self, folder: Path, ledger: Path) -> None:
-        self._folder, self._ledger = folder, ledger
-
-    def write(self, name: str, data: Any) -> None:
-        """Atomically write ``name`` as JSON. Raises StorageError."""
-        text = json_text(data)
-        known = read_sealed(self._ledger) or {}
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if digest not in known.get(name, ()):
-            write_sealed(self._ledger, {**known, name: [*known.get(name, ()), digest]})
-        write_text(self._folder / name, text)
-
-    def has(self, name: str) -> bool:
-        """Whether ``name`` is there as it was written; one that is no JSON is made again, with a warning.
-
-        A file whose digest nobody noted (the journal of a complete run is gone) is taken as it is.
-
-        Raises:
-            ResumeMismatch: it was edited.
-        """
-        path = self._folder / name
-        if not path.exists():
-            return False
-        content = path.read_bytes()
-        known = (read_sealed(self._ledger) or {}).get(name)
-        if known is not None and hashlib.sha256(content).hexdigest() in known:
-            return True
-        try:
-            json.loads(content)
-        except ValueError:
-            _log.warning("%s is damaged: it is made again", path)
-            return False
-        if known is None:
-            return True
-        option = Path(name).stem
-        raise ResumeMismatch(
-            f"can't resume {self._folder}: {name} is not as the run wrote it. Put it back, or remove it and it is made "
-            f"again; a file of your own begins another run: --{option} FILE"
-        )
 
 
 class Stopped(KeyboardInterrupt):
@@ -129,7 +70,9 @@ class RunDirectory:
         self.path = path
         self.resumed = False
         self.results = Results(path, path / WRITTEN)
+        self.manifest = Manifest(path)
         self._lock: int | None = None
+        self._asked = (False, False)  # to overwrite, to resume
 
     @classmethod
     def examine(cls, path: str | Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Self:
@@ -148,22 +91,48 @@ class RunDirectory:
         if overwrite and resume:
             raise InvalidOption("--overwrite starts again and --resume goes on: give one of them")
         run = cls(Path(path))
-        if run.path.exists() and not run.path.is_dir():
-            raise OutputExists(f"{run.path} is a file, not a folder: choose another --output")
-        held = {entry.name for entry in run.path.iterdir()} if run.path.is_dir() else set()
-        held = {name for name in held if not run._leftover(name)}
-        if held and (RECIPE not in held or not run._is_ours()):
-            raise OutputExists(f"{run.path} holds something that is no {run.what} of ecoflap: choose another --output")
-        if held and not (overwrite or resume):
-            raise OutputExists(
-                f"{run.path} already holds a {run.what}: add --overwrite to replace it, --resume to continue it, "
-                "or choose another --output"
-            )
-        if held and resume:
-            run._check_same(recipe)
-            run.resumed = True
+        run._asked = (overwrite, resume)
+        run._look(recipe)
         run._check_inputs_are_elsewhere(recipe)
         return run
+
+    def _look(self, recipe: Recipe) -> None:
+        """Whether what is in the folder now may be replaced or continued, as the user asked."""
+        overwrite, resume = self._asked
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExists(f"{self.path} is a file, not a folder: choose another --output")
+        held = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        held = {name for name in held if not self._leftover(name)}
+        if held == {MANIFEST} and self.manifest.exists:
+            held = set()  # killed between the mark and the recipe
+        if held and (RECIPE not in held or not self._is_ours()):
+            raise OutputExists(
+                f"{self.path} holds something that is no {self.what} of ecoflap: choose another --output"
+            )
+        if held and not (overwrite or resume):
+            raise OutputExists(
+                f"{self.path} already holds a {self.what}: add --overwrite to replace it, --resume to continue it, "
+                "or choose another --output"
+            )
+        if held and overwrite:
+            self._check_all_is_ours()
+        if held and resume:
+            self._check_same(recipe)
+        self.resumed = bool(held and resume)
+
+    def _check_all_is_ours(self) -> None:
+        if not self.manifest.exists:
+            raise OutputExists(
+                f"{self.path} has no whole {MANIFEST}, so nobody knows which of its files ecoflap wrote: choose "
+                "another --output, or remove the folder yourself"
+            )
+        found = list(self.manifest.strangers(self.ours))
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise OutputExists(
+                f"{self.path / found[0]}{more} is not as ecoflap wrote it, so it is not removed: move it away first, "
+                "or choose another --output"
+            )
 
     def begin(self, recipe: Recipe, fingerprint: str, inputs: Mapping[str, str]) -> None:
         """Lock the folder; continue the run that :meth:`examine` found, or clear it and write the recipe.
@@ -173,19 +142,22 @@ class RunDirectory:
             inputs: what else decides the result and is no option: digests of data, the kind of device.
 
         Raises:
-            OutputExists: another process is at work in it.
+            OutputExists: another process is at work in it, or has left something there since :meth:`examine`.
             ResumeMismatch: the model or an input is not the one that the run began with.
             StorageError: the folder can't be made or written.
         """
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
+        self._look(recipe)  # again: another process may have begun and ended since
         if self.resumed:
             self._check_fingerprint(fingerprint)
             self._check_inputs(inputs)
         else:
             self._clear()
+            self.manifest.begin()
             self._write_recipe(recipe, fingerprint)
+        self.manifest.begin()
         self.sweep()
         with storage(self.path):
             (self.path / JOURNAL).mkdir(exist_ok=True)
@@ -201,7 +173,7 @@ class RunDirectory:
         try:
             return GRID not in self.recorded()
         except InvalidOption:
-            return True
+            return self.manifest.exists
 
     def __enter__(self) -> Self:
         return self
@@ -247,10 +219,7 @@ class RunDirectory:
 
     def recorded(self) -> dict[str, Any]:
         """The run's recipe file as it is: fields, versions, fingerprint."""
-        try:
-            data = yaml.safe_load((self.path / RECIPE).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InvalidOption(f"can't read {self.path / RECIPE}: {' '.join(str(error).split())}") from error
+        data = read_yaml(self.path / RECIPE, "the recipe")
         if not isinstance(data, dict):
             raise InvalidOption(f"{self.path / RECIPE} is damaged: start again with --overwrite")
         return data
@@ -289,13 +258,14 @@ class RunDirectory:
                 )
 
     def _check_inputs_are_elsewhere(self, recipe: Recipe) -> None:
-        ours = [(self.path / name).resolve() for name in self.ours]
-        for field in ("model", "calibration", "test", "importance", "allocation"):
-            value = getattr(recipe, field)
-            if value is None:
+        home = self.path.resolve()
+        for field, value in _places(recipe):
+            try:
+                place = Path(value).expanduser().resolve()
+                inside = home in (place, *place.parents) and place.exists()
+            except (OSError, ValueError, RuntimeError):  # no name of a file; told where it is read
                 continue
-            place = Path(value).resolve()
-            if place.exists() and any(own in (place, *place.parents) for own in ours):
+            if inside:
                 raise InvalidOption(
                     f"{field} {value} is part of {self.path}, which is written anew: choose another --output"
                 )
@@ -316,7 +286,8 @@ class RunDirectory:
 
     def write(self, name: str, data: Any) -> None:
         """Atomically write ``name`` as JSON."""
-        write_json(self.path / name, data)
+        with nullcontext() if name.startswith(f"{JOURNAL}/") else self.manifest.writing(name):
+            write_json(self.path / name, data)
 
     def read(self, name: str) -> Any:
         """Read a JSON file of the run; raises InvalidOption where it is damaged."""
@@ -329,6 +300,7 @@ class RunDirectory:
     def finish(self) -> None:
         """All is written: the journal is no longer needed."""
         with suppress(StorageError):
+            self.manifest.settle()
             self.discard(JOURNAL)
 
     @property
@@ -337,8 +309,22 @@ class RunDirectory:
         return self.resumed and self.has(METRICS) and self.has(REPORT)
 
 
+def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Each field that names a file or folder to read, with what it says."""
+    single = ("model", "calibration", "test", "importance", "allocation", "image_folder", "test_image_folder")
+    lists = ("classes", "class_prompts")
+    for prefix, holder in (("", recipe), *((f"evaluations {e.name} ", e) for e in recipe.evaluations or ())):
+        for field in single:
+            if value := getattr(holder, field, None):
+                yield prefix + field, value
+        for field in lists:
+            yield from ((prefix + field, value) for value in getattr(holder, field) or ())
+
+
 def _remove(path: Path) -> None:
     with storage(path):
+        if not path.name.startswith(".") and (half := path.with_name(f".{path.name}.old")).is_dir():
+            shutil.rmtree(half)  # of a removal that was killed
         if path.is_dir() and not path.is_symlink():
             # Out of sight at once: a folder of which a kill left a part would be taken for the whole.
             old = path.with_name(f".{path.name}.old")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ecoflap.errors import EcoflapError, StorageError
 from ecoflap.run.directory import RunFailed, Stopped
+from ecoflap.support.text import printable
 
 _log = logging.getLogger("ecoflap")
 
@@ -44,6 +45,13 @@ class _LogFile(logging.FileHandler):
         pass
 
 
+class _Clean(logging.Formatter):
+    """Lines without control characters: a log is read on a terminal, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """The package's messages go to the run's log file too."""
@@ -51,7 +59,7 @@ def logging_to(path: Path) -> Iterator[None]:
         handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"can't write {path}: {error.strerror}") from error
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter = _Clean("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     level = _log.level

@@ -192,7 +192,8 @@ def _stages(job: _Job) -> None:
         "calibration": calibration_record(plan.samples, plan.objective_name, plan.window_length),
         "environment": environment(plan.checkpoint),
     })  # fmt: skip
-    PAGES.get("card")(run.path)  # into the model's folder; says what the metrics say
+    with run.writing(f"{files.MODEL}/"):
+        PAGES.get("card")(run.path)  # into the model's folder; says what the metrics say
     PAGES.get("report")(run.path)
     job.workers.gather(None)  # the others have closed their files there
     run.finish()
@@ -262,7 +263,8 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
     run.write_result(files.ALLOCATION, allocation.to_json())
     if run.first and not (run.path / files.MODEL).exists():
         with job.stage("saving"), job.progress.stage("saving", total=1) as task:
-            save(plan.checkpoint, run.path / files.MODEL)
+            with run.writing(f"{files.MODEL}/"):
+                save(plan.checkpoint, run.path / files.MODEL)
             task.advance()
     return allocation, unreached
 
@@ -292,7 +294,8 @@ def _write_predictions(job: _Job, entries: Sequence[Evaluation], dense: _Kept, p
     answers = ((name, kept["answers"], pruned[name]["answers"]) for name, kept in dense.items())
     tasks = {name: compared(before, after) for name, before, after in answers if before and after}
     if tasks:
-        add_pictures(tasks, entries, job.recipe.seed, job.run.path)
+        with job.run.writing(f"{files.PICTURES}/"):
+            add_pictures(tasks, entries, job.recipe.seed, job.run.path)
         job.run.write(files.PREDICTIONS, {"format": 1, "tasks": tasks})
 
 

@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ecoflap.data.class_names import is_file_entry
@@ -19,6 +18,7 @@ from ecoflap.pruning.registry import CRITERIA, is_global, refuse_with_global
 from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.trust import refuse_code
 from ecoflap.statistics.choice import TokenChoice
+from ecoflap.support.reading import read_yaml
 from ecoflap.support.registry import unknown
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ class Recipe(BaseModel):
     def _own_cap(self, sparsity: float, importance: str) -> float | None:
         """What the rule caps a group at where the user says nothing, so that the run's record has the number."""
         from ecoflap.allocation import RULES
-        from ecoflap.support.files import read_json
+        from ecoflap.support.reading import read_json
 
         rule = self.rule or own_rule(importance)
         if self.rule is None and importance.endswith(".json"):
@@ -424,10 +424,7 @@ class Recipe(BaseModel):
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidOption(f"can't read the recipe {path}: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "the recipe")
     if not isinstance(data, dict):
         raise InvalidOption(f"recipe {path}: lines of 'field: value' are expected, such as 'sparsity: 0.5'")
     for added in ("versions", "fingerprint"):  # what a run writes beside the recipe

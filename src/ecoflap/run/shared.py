@@ -11,7 +11,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.run.directory import RunDirectory, versions
 from ecoflap.run.journal import BlockFiles, EstimateFile, SearchFile
 from ecoflap.run.names import JOURNAL, LOG
-from ecoflap.run.recipe import Recipe
+from ecoflap.run.recipe import Recipe, flag_of
 from ecoflap.support.files import read_sealed, write_sealed
 from ecoflap.support.workers import Workers
 
@@ -74,16 +74,18 @@ class SharedRun:
         """:meth:`RunDirectory.begin` by the first worker, once all are known to work on the same.
 
         Raises:
-            InvalidOption: a worker has another model, other data or other versions than the first.
+            InvalidOption: a worker has other options, another model, other data or other versions than the first.
         """
-        same = {"model": fingerprint, **inputs, **{f"version of {name}": v for name, v in versions().items()}}
+        options = {f"option {flag_of(name)}": str(value) for name, value in recipe.to_dict().items()}
+        same = {**options, **{f"version of {name}": version for name, version in versions().items()}}
+        same |= {"model": fingerprint, **inputs}
         told = self._workers.gather(same)
         for rank, other in enumerate(told):
             for name, value in told[0].items():
                 if other.get(name) != value:
                     raise InvalidOption(
                         f"worker {rank} has another {name} than worker 0 ({other.get(name)}, not {value}): "
-                        "give all machines the same files and versions"
+                        "give all of them the same options, files and versions"
                     )
         if self.first:
             self._own.begin(recipe, fingerprint, inputs)
@@ -91,7 +93,7 @@ class SharedRun:
         self.log.parent.mkdir(parents=True, exist_ok=True)
 
     def has_result(self, name: str) -> bool:
-        """:meth:`Results.has <ecoflap.run.directory.Results.has>`."""
+        """:meth:`Results.has <ecoflap.run.manifest.Results.has>`."""
         return self._workers.told(lambda: self._own.results.has(name))
 
     def write_result(self, name: str, data: Any) -> None:
@@ -109,6 +111,10 @@ class SharedRun:
     def write(self, name: str, data: Any) -> None:
         if self.first:
             self._own.write(name, data)
+
+    def writing(self, *names: str) -> AbstractContextManager[None]:
+        """:meth:`Manifest.writing <ecoflap.run.manifest.Manifest.writing>` by the first worker."""
+        return self._own.manifest.writing(*names) if self.first else nullcontext()
 
     def discard(self, name: str) -> None:
         self._own.discard(name)

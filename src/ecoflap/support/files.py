@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoflap.errors import InvalidOption, StorageError
+from ecoflap.errors import StorageError
+from ecoflap.support.reading import json_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,10 +108,10 @@ def read_sealed(path: Path) -> Any | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_bytes())
+        found = json_value(path.read_bytes())
         if found[_SEAL] == _digest(found[_SEALED]):
             return found[_SEALED]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     _log.warning("%s is damaged: what it held is done again", path)
     return None
@@ -130,20 +131,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         write_atomically(path, lambda temporary: save_file(plain, temporary, dict(metadata or {})))
     except SafetensorError as error:  # its own name for the system's refusals
         raise StorageError(f"can't write {path}: {error}; free some space") from error
-
-
-def read_json(path: str | Path, what: str) -> Any:
-    """The content of a JSON file; ``what`` it is, for messages.
-
-    Raises:
-        InvalidOption: it is not there, or no JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InvalidOption(f"can't read {what} {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InvalidOption(f"can't read {what} {path}: it is no whole JSON file ({error})") from error
 
 
 def default_mode() -> int:

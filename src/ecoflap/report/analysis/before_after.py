@@ -12,7 +12,7 @@ from ecoflap.report.analysis.registry import Analysis, NotApplicable
 from ecoflap.report.charts.static import COLOURS, drawing
 from ecoflap.run.names import PREDICTIONS
 from ecoflap.run.predictions import KINDS, outcome, spread
-from ecoflap.support.files import read_json
+from ecoflap.support.reading import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.report.analysis.registry import ANALYSES, NotApplicable
 from ecoflap.run.directory import RunDirectory
-from ecoflap.support.files import read_json, write_json
+from ecoflap.support.files import write_json
 from ecoflap.support.progress import Progress
+from ecoflap.support.reading import read_json
 
 if TYPE_CHECKING:
     from ecoflap.report.analysis.subject import Subject
@@ -88,6 +89,8 @@ def analyse(
             for name in names:
                 try:
                     outcomes[name] = _one(name, subject, overwrite)
+                    if directory.manifest.exists:
+                        directory.manifest.note(*(str(f.relative_to(subject.path)) for f in outcomes[name].files))
                 except NotApplicable as reason:
                     if asked:
                         raise InvalidOption(f"{subject.path}: no analysis '{name}': {reason}") from reason

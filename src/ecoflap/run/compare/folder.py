@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ecoflap.errors import InvalidOption, ResumeMismatch
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.directory import RunDirectory, differences, versions
-from ecoflap.run.names import COMPARISON, GRID, JOURNAL, LOG, RECIPE
+from ecoflap.run.names import COMPARISON, GRID, JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.run.recipe import Recipe
 
 CELLS, IMPORTANCES, INPUTS, PAGE = "cells", "importance", "inputs.json", "compare.html"
@@ -24,7 +24,7 @@ class GridDirectory(RunDirectory):
     """One comparison's files. On resume methods, sparsities and seeds may be added; nothing else may differ."""
 
     what: ClassVar[str] = "comparison"
-    ours: ClassVar[tuple[str, ...]] = (*RESULTS, JOURNAL, CELLS, IMPORTANCES, INPUTS, LOG, RECIPE)
+    ours: ClassVar[tuple[str, ...]] = (*RESULTS, JOURNAL, CELLS, IMPORTANCES, INPUTS, LOG, RECIPE, MANIFEST)
     inputs: ClassVar[str] = INPUTS
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class GridDirectory(RunDirectory):
         try:
             return GRID in self.recorded()
         except InvalidOption:
-            return True
+            return self.manifest.exists
 
     def _check_same(self, recipe: Recipe) -> None:
         before, now = self.recorded(), {**recipe.to_dict(), "versions": versions()}

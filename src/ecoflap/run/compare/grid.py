@@ -19,7 +19,7 @@ from ecoflap.errors import EcoflapError, InfeasibleAllocation, InvalidOption, St
 from ecoflap.importance.scores import Importance
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.fingerprint import fingerprint
-from ecoflap.run.compare.folder import CELLS, DENSE, GridDirectory
+from ecoflap.run.compare.folder import CELLS, DENSE, RESULTS, GridDirectory
 from ecoflap.run.compare.recipe import Grid, Place
 from ecoflap.run.compare.record import (
     Cell,
@@ -182,7 +182,8 @@ def run_grid(
             _log.info("comparison %s in %s", "goes on" if folder.resumed else "begins", folder.path.absolute())
             _log.info("recipe: %s", grid.model_dump(mode="json", exclude_defaults=True))
             comparison = _Work(grid, folder, plans, base, progress or Silent(), low_memory).all()
-            write_results(folder.path, comparison)
+            with folder.manifest.writing(*RESULTS):
+                write_results(folder.path, comparison)
             folder.finish()
             _log.info("complete: %s", folder.path)
         return comparison

@@ -21,7 +21,7 @@ from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.names import COMPARISON
 from ecoflap.run.pipeline import quality
 from ecoflap.run.provenance import Usage
-from ecoflap.support.files import read_json
+from ecoflap.support.reading import read_json
 
 
 class _Record(BaseModel):

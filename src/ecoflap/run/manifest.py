@@ -1,0 +1,177 @@
+"""What a run wrote, file by file: ``--overwrite`` removes that and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ecoflap.errors import ResumeMismatch
+from ecoflap.run.names import JOURNAL, LOG, MANIFEST, RECIPE
+from ecoflap.support.files import PARTIAL, json_text, read_sealed, write_sealed, write_text
+
+_log = logging.getLogger("ecoflap")
+
+# Written line by line, or one file a block: known by their names.
+_BY_NAME = (LOG, RECIPE, MANIFEST)
+_IN_JOURNAL = (".json", ".jsonl", ".txt", ".safetensors")
+_UNDER_WAY = None  # in place of a digest: about to be written, and not yet looked at again
+
+
+class Manifest:
+    """``manifest.json`` of a folder: the digest, size and time of each file that was written into it.
+
+    A name is noted before its file is written and again afterwards, so that a kill in between leaves no file of which
+    nobody knows whose it is. A name that ends in ``/`` is a folder that is written as a whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder is marked as one that ecoflap wrote, by a manifest that is whole."""
+        return read_sealed(self._folder / MANIFEST) is not None
+
+    def begin(self) -> None:
+        """Mark the folder, which holds nothing of ours yet; one that is marked keeps what it knows."""
+        if not self.exists:
+            self._write({})
+
+    def expect(self, *names: str) -> None:
+        """``names`` are about to be written."""
+        self._write({**self._read(), **dict.fromkeys(names, _UNDER_WAY)})
+
+    def note(self, *names: str) -> None:
+        """``names`` were written: files, or whole folders (``model/``)."""
+        known = self._read()
+        for name in names:
+            if name.endswith("/"):
+                known.pop(name, None)
+            path = self._folder / name
+            files = sorted(path.rglob("*")) if name.endswith("/") else [path]
+            for file in files:
+                if file.is_file() and not file.is_symlink():
+                    place = file.relative_to(self._folder).as_posix()
+                    known[place] = _of(file, known.get(place))
+        self._write(known)
+
+    @contextmanager
+    def writing(self, *names: str) -> Iterator[None]:
+        """Notes ``names`` before and after they are written; not in a folder that is not marked."""
+        if not self.exists:
+            yield
+            return
+        self.expect(*names)
+        yield
+        self.note(*names)
+
+    def settle(self) -> None:
+        """Note what was about to be written when an earlier process ended."""
+        under_way = [name for name, entry in self._read().items() if entry is _UNDER_WAY]
+        if under_way:
+            self.note(*under_way)
+
+    def strangers(self, ours: Iterable[str]) -> Iterator[str]:
+        """Files under the names ``ours`` that were not written by us, or were changed since."""
+        known = self._read()
+        whole = tuple(name for name, entry in known.items() if name.endswith("/") and entry is _UNDER_WAY)
+        for name in ours:
+            path = self._folder / name
+            inner = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]
+            for file in inner:
+                place = file.relative_to(self._folder).as_posix()
+                if not (file.is_file() or file.is_symlink()) or _by_name(place) or place.startswith(whole):
+                    continue
+                if place not in known or not _same(file, known[place]):
+                    yield place
+
+    def _read(self) -> dict[str, Any]:
+        return dict((read_sealed(self._folder / MANIFEST) or {}).get("files", {}))
+
+    def _write(self, files: dict[str, Any]) -> None:
+        write_sealed(self._folder / MANIFEST, {"format": 1, "files": files})
+
+
+class Results:
+    """JSON files in ``folder``, whose digests are noted in ``ledger`` just before each is put in place.
+
+    Noted before, so that a kill between the two leaves a digest too many, never a file without its own.
+    """
+
+    def __init__(self, folder: Path, ledger: Path) -> None:
+        self._folder, self._ledger, self._manifest = folder, ledger, Manifest(folder)
+
+    def write(self, name: str, data: Any) -> None:
+        """Atomically write ``name`` as JSON. Raises StorageError."""
+        text = json_text(data)
+        known = read_sealed(self._ledger) or {}
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest not in known.get(name, ()):
+            write_sealed(self._ledger, {**known, name: [*known.get(name, ()), digest]})
+        with self._manifest.writing(name):
+            write_text(self._folder / name, text)
+
+    def has(self, name: str) -> bool:
+        """Whether ``name`` is there as it was written; one that is no JSON is made again, with a warning.
+
+        A file whose digest nobody noted (the journal of a complete run is gone) is taken as it is.
+
+        Raises:
+            ResumeMismatch: it was edited.
+        """
+        path = self._folder / name
+        if not path.exists():
+            return False
+        content = path.read_bytes()
+        known = (read_sealed(self._ledger) or {}).get(name)
+        if known is not None and hashlib.sha256(content).hexdigest() in known:
+            return True
+        try:
+            json.loads(content)
+        except ValueError:
+            _log.warning("%s is damaged: it is made again", path)
+            return False
+        if known is None:
+            return True
+        option = Path(name).stem
+        raise ResumeMismatch(
+            f"can't resume {self._folder}: {name} is not as the run wrote it. Put it back, or remove it and it is made "
+            f"again; a file of your own begins another run: --{option} FILE"
+        )
+
+
+def _by_name(place: str) -> bool:
+    own = place.startswith(f"{JOURNAL}/") and place.endswith(_IN_JOURNAL)
+    return place in _BY_NAME or own or (place.rpartition("/")[2].startswith(".") and place.endswith(PARTIAL))
+
+
+def _of(file: Path, before: dict[str, Any] | None) -> dict[str, Any]:
+    stat = file.stat()
+    if before is not None and (before["size"], before["time"]) == (stat.st_size, stat.st_mtime_ns):
+        return before
+    return {"sha256": _digest(file), "size": stat.st_size, "time": stat.st_mtime_ns}
+
+
+def _same(file: Path, entry: dict[str, Any] | None) -> bool:
+    """Whether a file is as noted; one of the same size and time is not read again."""
+    if entry is _UNDER_WAY:
+        return not file.is_symlink()
+    if file.is_symlink():
+        return False
+    stat = file.stat()
+    if stat.st_size != entry["size"]:
+        return False
+    return bool(stat.st_mtime_ns == entry["time"] or _digest(file) == entry["sha256"])
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""Reads JSON and YAML that anybody may have written: whatever is wrong with a file, one line says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ecoflap.errors import EcoflapError, InvalidOption
+
+MOST_BYTES = 1 << 30  # of a JSON file; those of large models, with a row for each layer and sample, stay below
+MOST_YAML = 1 << 24  # a recipe is written by hand; the reader is a hundred times slower
+DEEPEST = 100  # levels of lists and mappings; our own files have six
+NO_READING = (OSError, ValueError, RecursionError, yaml.YAMLError)  # all that reading may raise: bytes, names, content
+
+
+def read_json(path: str | Path, what: str, error: type[EcoflapError] = InvalidOption, *, finite: bool = True) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        what: it is, for messages.
+        error: raised where the file can't be read.
+        finite: refuse NaN and infinities, which JSON does not have (configurations of transformers may).
+
+    Raises:
+        InvalidOption, or ``error``: it is not there, no file, too large, no JSON, nested too deep, ...
+    """
+    try:
+        return json_value(read_text(path, MOST_BYTES), finite=finite)
+    except NO_READING as found:
+        raise error(f"can't read {what} {path}: {reason_of(found, 'JSON')}") from found
+
+
+def read_yaml(path: str | Path, what: str, error: type[EcoflapError] = InvalidOption) -> Any:
+    """The content of a YAML file, in which no key may stand twice. Raises as :func:`read_json`."""
+    try:
+        return yaml_value(read_text(path, MOST_YAML))
+    except NO_READING as found:
+        raise error(f"can't read {what} {path}: {reason_of(found, 'YAML')}") from found
+
+
+def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
+    """A file as text; raises OSError, or ValueError where it is no UTF-8 or holds more than ``most`` bytes."""
+    with open(path, "rb") as file:
+        data = file.read(most + 1)  # not by its size: a device has none, and no end
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return data.decode("utf-8")
+
+
+def json_value(text: str | bytes, *, finite: bool = True) -> Any:
+    """What JSON text says; raises ValueError, or RecursionError where it is nested too deep."""
+    found = json.loads(text, parse_constant=_no_number if finite else None)
+    _check_depth(found)
+    return found
+
+
+def yaml_value(text: str) -> Any:
+    """What YAML text says, in plain types; raises yaml.YAMLError, ValueError or RecursionError."""
+    _check_nesting(text)
+    found = yaml.load(text, Loader=_UniqueKeys)
+    _check_depth(found)
+    return found
+
+
+def reason_of(error: BaseException, kind: str) -> str:
+    """What is wrong with a file, without the words of Python."""
+    if isinstance(error, RecursionError):
+        return f"it is nested more than {DEEPEST} deep"
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
+        return f"it is no whole {kind} file ({error})"
+    return " ".join(str(error).split())
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_depth(value: Any) -> None:
+    """Raises RecursionError, long before Python's own limit would be met by what works on the value."""
+    level, depth = [value], 0
+    seen: set[int] = set()  # YAML's anchors may make one list stand in many places, or in itself
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise RecursionError
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict | list) and id(item) not in seen:
+                seen.add(id(item))
+                inner += item.values() if isinstance(item, dict) else item
+        level = [item for item in inner if isinstance(item, dict | list)]
+
+
+def _check_nesting(text: str) -> None:
+    """Refuses text that only nests: the YAML reader takes seconds and gigabytes before it meets Python's limit."""
+    if any(mark * (DEEPEST + 1) in "".join(text.split()) for mark in "[{"):
+        raise RecursionError
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain types alone; of two entries with one key the second would win unseen, so it is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        known: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue
+            if key in known:
+                where = key_node.start_mark.line + 1
+                raise ValueError(f"'{key}' stands twice (line {where}): leave one of them")
+            known.add(key)
+        found: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return found
