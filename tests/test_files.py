@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ecoflap.errors import InvalidOption
-from ecoflap.support.files import PARTIAL, read_json, write_json, write_text
+from ecoflap.support.files import PARTIAL, write_json, write_text
+from ecoflap.support.reading import read_json
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
