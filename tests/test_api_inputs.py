@@ -54,3 +54,15 @@ def test_a_model_with_adapters_is_refused() -> None:
     with pytest.raises(AnatomyError, match="merge"):
         ecoflap.prune(model, case("llama").batches, 0.5, importance="uniform")
     assert all(torch.equal(before[name], weight) for name, weight in weights(model).items())
+
+
+def test_a_result_says_in_five_lines_what_was_done() -> None:
+    model = copy.deepcopy(case("llama").model)
+    result = ecoflap.prune(model, case("llama").batches, 0.5, importance="uniform")
+    lines = repr(result).splitlines()
+    zeros = sum(int((model.get_parameter(layer.name) == 0).sum()) for layer in result.anatomy.layers)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert len(lines) == 5
+    assert f"{zeros / result.anatomy.prunable_parameters:.2%} of the prunable weights" in lines[1]
+    assert f"{zeros / total:.2%} of all" in lines[1]
+    assert result._repr_html_().startswith("<pre>")

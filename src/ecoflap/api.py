@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Any
 
 from torch import nn
@@ -38,7 +39,7 @@ from ecoflap.support.workers import ALONE, Workers
 __all__ = ["Method", "PruneResult", "allocate", "inspect", "prune"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult:
     """What :func:`prune` did.
 
@@ -61,6 +62,20 @@ class PruneResult:
         """Achieved fraction of zeros among the prunable weights."""
         zeros = sum((row.achieved or 0.0) * row.weights for row in self.allocation.layers)
         return zeros / self.allocation.total_weights
+
+    def __repr__(self) -> str:
+        anatomy, zeros = self.anatomy, self.sparsity * self.allocation.total_weights
+        towers = ", ".join(f"{tower.name} ({tower.modality}, {len(tower.blocks)} blocks)" for tower in anatomy.towers)
+        return "\n".join((
+            f"PruneResult of {type(self.model).__name__}",
+            f"  sparsity: {self.sparsity:.2%} of the prunable weights, {zeros / anatomy.total_parameters:.2%} of all",
+            f"  towers: {towers}",
+            f"  matrices: {len(anatomy.layers)} pruned, {len(anatomy.unprunable)} dense inside blocks",
+            f"  unreached by calibration data: {len(self.unreached)}",
+        ))  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
 
 
 def carry_out(
