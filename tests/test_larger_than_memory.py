@@ -110,9 +110,10 @@ def test_one_block_is_in_memory_at_a_time(criterion: str, tmp_path: Path, reques
     watcher = Watcher()
     batches = picos.batches("llama")
     api.prune(checkpoint.model, batches, importance="uniform", criterion=criterion, progress=watcher)
-    assert len(watcher.seen) == 8
-    # What a step sees is the block that was just pruned; nothing of those before it is held any more.
-    assert watcher.seen == [block] * 8
+    assert len(watcher.seen) >= 8
+    # A step sees the block that was just pruned or run, before the first one none; of those before it nothing is held.
+    assert set(watcher.seen) - {0} == {block}
+    assert watcher.seen.count(0) <= 1
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
