@@ -95,6 +95,14 @@ def test_an_option(prune: Command, arguments: list[str], words: list[str]) -> No
     prune(*arguments).refused(*words)
 
 
+@pytest.mark.parametrize("option", ["--calibration", "--test", "--image-folder"])
+def test_a_path_is_looked_for_before_a_model_is_loaded(
+    prune: Command, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("ecoflap.run.prepare.load", lambda *_, **__: pytest.fail("it was loaded"))
+    prune(option, "nowhere.txt").refused("nowhere.txt")
+
+
 def test_a_pattern_that_does_not_divide(prune: Command) -> None:
     prune("--pattern", "2:5").refused("2:5", "columns", "q_proj")
 

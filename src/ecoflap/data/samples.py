@@ -44,10 +44,28 @@ def open_source(source: str | Path) -> Table | TextFiles | HubStream:
     elif (address := Address.parse(text)) is not None and _may_be_hub(text):
         return HubStream(address, text)
     else:
-        raise CalibrationError(f"no file or folder '{source}': check the path ({ACCEPTED})")
+        raise _nowhere(source)
     if len(opened) == 0:
         raise CalibrationError(f"{source} is empty: it holds no samples")
     return opened
+
+
+def check_source(source: str | Path | None, image_folder: str | Path | None = None) -> None:
+    """Whether there is such a source, before a model is loaded for it; what is in it shows when it is opened.
+
+    Raises:
+        CalibrationError: it is no file, folder or id of a hub data set; or the image folder is not there.
+    """
+    text = str(source)
+    if source is not None and _local(text) is None and "{" not in text:
+        address = Address.parse(text)
+        if address is None or not _may_be_hub(text):
+            raise _nowhere(source)
+    _image_folder(image_folder)
+
+
+def _nowhere(source: str | Path) -> CalibrationError:
+    return CalibrationError(f"no file or folder '{source}': check the path ({ACCEPTED})")
 
 
 def _local(text: str) -> Place | None:

@@ -19,7 +19,7 @@ from ecoflap.data.collate import collating_objective, unpacked
 from ecoflap.data.model_facts import Batch, is_encoder_decoder
 from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, on_device, resolve
 from ecoflap.data.prompts import tokenizer_of
-from ecoflap.data.samples import SampleSet, load_samples
+from ecoflap.data.samples import SampleSet, check_source, load_samples
 from ecoflap.errors import CalibrationError, CheckpointError, EcoflapError, InvalidOption, NonFiniteLoss
 from ecoflap.importance.registry import AUTO, IMPORTANCES
 from ecoflap.importance.scores import Importance
@@ -232,7 +232,9 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.device_map == DISK:
         check_blockwise(recipe.importance if is_measured(recipe) else None, recipe.criterion, bool(recipe.search))
     recipe.method().check_options()
-    check_evaluations(recipe)
+    check_source(recipe.calibration, recipe.image_folder)
+    for entry in check_evaluations(recipe):
+        check_source(entry.test, entry.image_folder)
 
 
 def plan_on(
