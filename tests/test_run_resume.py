@@ -103,7 +103,7 @@ def test_a_crash_in_stage_2(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(walk._Walker, "prune", _failing(walk._Walker.prune, at, _Crash("thunder")))
+        patch.setattr(walk._Walker, "prune_layers", _failing(walk._Walker.prune_layers, at, _Crash("thunder")))
         assert prune().code == 1
     assert len(list((tmp_path / "run" / "journal" / "blocks").glob("*.safetensors"))) == at
     prune("--resume").well()
@@ -114,10 +114,12 @@ def test_a_crash_in_stage_2(
 def test_a_crash_near_the_end(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    from ecoflap.report import page
     from ecoflap.run import pipeline
 
+    owner = page if name == "write_report" else pipeline
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, name, _failing(getattr(pipeline, name), 0, _Crash("hail")))
+        patch.setattr(owner, name, _failing(getattr(owner, name), 0, _Crash("hail")))
         assert prune().code == 1
     prune("--resume").well()
     same_result(made / "whole", tmp_path / "run")
@@ -145,7 +147,7 @@ def test_a_line_that_was_cut_off(prune: Command, made: Path, tmp_path: Path, mon
 @pytest.mark.usefixtures("pageless")
 def test_a_damaged_block(prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(walk._Walker, "prune", _failing(walk._Walker.prune, 2, _Crash()))
+        patch.setattr(walk._Walker, "prune_layers", _failing(walk._Walker.prune_layers, 2, _Crash()))
         assert prune().code == 1
     path = tmp_path / "run" / "journal" / "blocks" / "model.layers.1.safetensors"
     path.write_bytes(path.read_bytes()[:100])

@@ -201,7 +201,7 @@ def test_a_file_of_zeros_is_made_again(
     prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(walk._Walker, "prune", lambda *_: _crash())
+        patch.setattr(walk._Walker, "prune_layers", lambda *_: _crash())
         assert prune().code == 1
     path = tmp_path / "run" / name
     path.write_bytes(b"\0" * path.stat().st_size)
@@ -211,7 +211,7 @@ def test_a_file_of_zeros_is_made_again(
 
 def test_a_file_edited_by_hand_is_refused(prune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(walk._Walker, "prune", lambda *_: _crash())
+        patch.setattr(walk._Walker, "prune_layers", lambda *_: _crash())
         outcome = prune()
     assert outcome.code == 1
     assert "data worker" in outcome.err

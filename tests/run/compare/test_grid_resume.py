@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 PLACES = [
     (GridDirectory, "write", 20),
-    (walk._Walker, "prune", 24),
+    (walk._Walker, "prune_layers", 24),
     (zeroth_order.ZerothOrder, "projection", 84),
     (work, "evaluate", 17),
     (work, "write_results", 1),
