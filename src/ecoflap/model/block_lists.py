@@ -26,6 +26,11 @@ def _holds_matrix(module: nn.Module) -> bool:
     return bool(children) and any(parameter.dim() >= 2 for parameter in module.parameters())
 
 
+def _holds_linear(module: nn.Module) -> bool:
+    """There is something to prune in it: convolutions between the stages of a network (Florence-2) are no blocks."""
+    return any(isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D" for inner in module.modules())
+
+
 def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
     """Stacks of blocks in ``model``, in the order of their first call (of definition without a trace).
 
@@ -56,7 +61,10 @@ def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
         links = sum((a, b) in trace.chained for a, b in pairwise(elements))
         driver = trace.drivers[elements[0]]
         stack = BlockList(path, tuple(elements), driver, trace.calls.get(driver, 1))
-        (found if links >= (len(elements) - 1) / 2 else loose).append(stack)
+        if links >= (len(elements) - 1) / 2:
+            found.append(stack)
+        elif all(_holds_linear(model.get_submodule(element)) for element in elements):
+            loose.append(stack)
     if trace is not None:
         found = _joined(found, loose, trace)
         found.sort(key=lambda stack: trace.position(stack.elements[0]))
