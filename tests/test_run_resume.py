@@ -18,7 +18,7 @@ from forks import ecoflap, forked
 
 from ecoflap.importance import zeroth_order
 from ecoflap.pruning import walk
-from ecoflap.pruning.walk import PrunedBlock
+from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.run.journal import BlockFiles, EstimateFile
 from ecoflap.run.recipe import Recipe
 

@@ -20,7 +20,7 @@ from ecoflap.errors import ResumeMismatch
 from ecoflap.importance import zeroth_order
 from ecoflap.importance.scores import Estimate
 from ecoflap.pruning import walk
-from ecoflap.pruning.walk import PrunedBlock
+from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.run.journal import BlockFiles, EstimateFile, SearchFile
 from ecoflap.run.manifest import Results
 from ecoflap.support import files

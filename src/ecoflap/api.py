@@ -25,8 +25,8 @@ from ecoflap.importance.scores import Importance
 from ecoflap.model.anatomy import discover
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
+from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import PruningOptions, prune_layers
-from ecoflap.pruning.walk import BlockJournal
 from ecoflap.search.method import Given, Method, make_method
 from ecoflap.search.options import SearchJournal
 from ecoflap.search.search import search_allocation

@@ -16,8 +16,8 @@ from ecoflap.api import prune_to
 from ecoflap.errors import InfeasibleAllocation, InvalidOption, NonFiniteLoss, UnknownName
 from ecoflap.model.patching import cache_disabled
 from ecoflap.pruning.criteria import GlobalCriterion, make_criterion
+from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.pruning.registry import CRITERIA, is_global, reads_data
-from ecoflap.pruning.walk import PrunedBlock
 from ecoflap.pruning.whole_model import IterativeGradient
 
 GLOBAL = ["global-magnitude", "iterative-gradient"]

@@ -18,8 +18,9 @@ from ecoflap.model.anatomy import discover
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating
+from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.pruning.registry import CRITERIA
-from ecoflap.pruning.walk import PrunedBlock, walk
+from ecoflap.pruning.walk import walk
 from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.inputs import InputGram, InputNorm
 

@@ -22,7 +22,7 @@ from ecoflap.model.anatomy import discover
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
-from ecoflap.pruning.walk import PrunedBlock
+from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.statistics.dense import dense_norms
 from ecoflap.support.workers import ALONE, Workers
 

@@ -14,9 +14,10 @@ from ecoflap.data.objectives import on_device
 from ecoflap.importance.allocate import sizes_of
 from ecoflap.model.activation_store import offload_kind
 from ecoflap.pruning.criteria import Criterion, GlobalCriterion, make_criterion
+from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.offloaded import check_offloaded
 from ecoflap.pruning.registry import refuse_with_global
-from ecoflap.pruning.walk import BlockJournal, WalkResult, walk
+from ecoflap.pruning.walk import WalkResult, walk
 from ecoflap.pruning.whole_model import prune_globally
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.tokens import check_choice

@@ -1,31 +1,26 @@
-"""Stage 2: block by block through the towers, gather statistics, prune each layer to its share, go on.
-
-Pruned blocks of an offloaded model that has no run directory: files that live as long as the model.
-"""
+"""Stage 2: block by block through the towers, gather statistics, prune each layer to its share, go on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.allocation.patterns import Pattern
 from ecoflap.data.model_facts import TokenMasks, placeholders, token_masks
-from ecoflap.errors import NonFiniteLoss, StorageError
+from ecoflap.errors import NonFiniteLoss
 from ecoflap.model.block_runner import Run, TowerDriver
-from ecoflap.model.offload import Offloaded, adopt, is_offloaded, removed_with, resident, temporary_folder
+from ecoflap.model.offload import Offloaded, adopt, is_offloaded, resident
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower
 from ecoflap.model.patching import cache_disabled, trim
 from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import Criterion
+from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock, SpilledBlocks
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.sequential import DenseModel, LayerGroup, layer_groups
 from ecoflap.statistics.choice import ALL, TokenChoice
@@ -35,48 +30,6 @@ from ecoflap.statistics.inputs import InputStatistics, all_finite
 from ecoflap.statistics.tokens import check_choice, chooser
 from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.workers import ALONE, Share, Workers, share_of
-
-
-@dataclass(frozen=True)
-class PrunedBlock:
-    """A block that is done: its layers' weights by parameter name, and those that no calibration token reached.
-
-    A round of a global criterion is kept in this form too, with packed masks of all layers in the place of weights.
-    """
-
-    weights: Mapping[str, Tensor]
-    unreached: tuple[str, ...] = ()
-
-
-class BlockJournal(Protocol):
-    """Where pruned blocks are kept as they come, so that an interrupted walk can go on."""
-
-    @property
-    def folder(self) -> Path | None:
-        """Where block inputs may lie on disk; None: where the system keeps temporary files."""
-
-    def load(self, block: str) -> PrunedBlock | None:
-        """The block if it has been pruned already."""
-
-    def save(self, block: str, pruned: PrunedBlock) -> None: ...
-
-    def place(self, block: str) -> Path | None:
-        """The safetensors file of a saved block, which an offloaded model reads it from; None if nothing is kept."""
-
-
-class NoJournal:
-    """Keeps nothing."""
-
-    folder: Path | None = None
-
-    def load(self, block: str) -> PrunedBlock | None:
-        return None
-
-    def save(self, block: str, pruned: PrunedBlock) -> None:
-        pass
-
-    def place(self, block: str) -> Path | None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -354,27 +307,3 @@ def achieved(model: nn.Module, allocation: Allocation) -> Allocation:
         for row in allocation.layers
     }
     return allocation.with_achieved({row.name: zeros[row.name] / row.weights for row in allocation.layers})
-
-
-class SpilledBlocks:
-    """A journal that keeps what the model itself can't hold, and that no later walk goes on from."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.folder = temporary_folder()
-        removed_with(model, self.folder)
-
-    def place(self, block: str) -> Path:
-        return self.folder / f"{block}.safetensors"
-
-    def load(self, block: str) -> PrunedBlock | None:
-        return None
-
-    def save(self, block: str, pruned: PrunedBlock) -> None:
-        """Raises StorageError where there is no room."""
-        tensors = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
-        try:
-            save_file(tensors, self.place(block))
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"can't write {self.place(block)}: {error}; free some space, or set TMPDIR to a folder with more"
-            ) from error

@@ -28,7 +28,8 @@ from ecoflap.model.patching import cache_disabled
 from ecoflap.model.precision import computing_in_fp32
 from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import GlobalCriterion, Scores
-from ecoflap.pruning.walk import BlockJournal, NoJournal, PrunedBlock, WalkResult, achieved
+from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock
+from ecoflap.pruning.walk import WalkResult, achieved
 from ecoflap.support.progress import Progress, Silent, Task
 
 _HALF = 16  # bits that one pass decides

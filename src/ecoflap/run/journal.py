@@ -17,7 +17,7 @@ from ecoflap.support.files import read_sealed, storage, write_sealed, write_tens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ecoflap.pruning.walk import PrunedBlock
+    from ecoflap.pruning.journal import PrunedBlock
 
 _log = logging.getLogger("ecoflap")
 
@@ -106,7 +106,7 @@ class BlockFiles:
         """The block; None where there is none, and with a warning where its file is damaged: it is pruned again."""
         from safetensors import SafetensorError, safe_open
 
-        from ecoflap.pruning.walk import PrunedBlock
+        from ecoflap.pruning.journal import PrunedBlock
 
         path = self._path(block)
         if not path.exists():

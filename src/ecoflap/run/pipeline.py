@@ -22,8 +22,9 @@ from ecoflap.importance.measure import EstimateJournal
 from ecoflap.importance.scores import Importance
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.save import save, stored_bytes
+from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import prune_layers
-from ecoflap.pruning.walk import BlockJournal, WalkResult
+from ecoflap.pruning.walk import WalkResult
 from ecoflap.run import names as files
 from ecoflap.run.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.run.log import explained, logging_to

@@ -17,7 +17,7 @@ from ecoflap.support.workers import Workers
 
 if TYPE_CHECKING:
     from ecoflap.importance.scores import Estimate
-    from ecoflap.pruning.walk import PrunedBlock
+    from ecoflap.pruning.journal import PrunedBlock
 
 
 class SharedRun:
@@ -168,7 +168,7 @@ class SharedBlocks:
         self.folder = files.folder
 
     def load(self, block: str) -> PrunedBlock | None:
-        from ecoflap.pruning.walk import PrunedBlock
+        from ecoflap.pruning.journal import PrunedBlock
 
         def read() -> Any:
             found = self._files.load(block)

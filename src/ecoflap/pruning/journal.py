@@ -1,0 +1,81 @@
+"""Where pruned blocks are kept: the protocol of a run's journal, and files for an offloaded model without a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ecoflap.errors import StorageError
+from ecoflap.model.offload import removed_with, temporary_folder
+
+
+@dataclass(frozen=True)
+class PrunedBlock:
+    """A block that is done: its layers' weights by parameter name, and those that no calibration token reached.
+
+    A round of a global criterion is kept in this form too, with packed masks of all layers in the place of weights.
+    """
+
+    weights: Mapping[str, Tensor]
+    unreached: tuple[str, ...] = ()
+
+
+class BlockJournal(Protocol):
+    """Where pruned blocks are kept as they come, so that an interrupted walk can go on."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where block inputs may lie on disk; None: where the system keeps temporary files."""
+
+    def load(self, block: str) -> PrunedBlock | None:
+        """The block if it has been pruned already."""
+
+    def save(self, block: str, pruned: PrunedBlock) -> None: ...
+
+    def place(self, block: str) -> Path | None:
+        """The safetensors file of a saved block, which an offloaded model reads it from; None if nothing is kept."""
+
+
+class NoJournal:
+    """Keeps nothing."""
+
+    folder: Path | None = None
+
+    def load(self, block: str) -> PrunedBlock | None:
+        return None
+
+    def save(self, block: str, pruned: PrunedBlock) -> None:
+        pass
+
+    def place(self, block: str) -> Path | None:
+        return None
+
+
+class SpilledBlocks:
+    """A journal that keeps what the model itself can't hold, and that no later walk goes on from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.folder = temporary_folder()
+        removed_with(model, self.folder)
+
+    def place(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
+
+    def load(self, block: str) -> PrunedBlock | None:
+        return None
+
+    def save(self, block: str, pruned: PrunedBlock) -> None:
+        """Raises StorageError where there is no room."""
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
+        try:
+            save_file(tensors, self.place(block))
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"can't write {self.place(block)}: {error}; free some space, or set TMPDIR to a folder with more"
+            ) from error
