@@ -245,7 +245,8 @@ def test_results_of_which_nothing_was_noted_are_taken(tmp_path: Path) -> None:
 
 def test_other_test_data_is_refused(run: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, test = made / "prose.txt", prose(tmp_path / "test.txt")
-    job = ("prune", made / "llama", "--calibration", text, *TEXT, "--test", test, "--test-samples", 3, "-o", "run")
+    job = ("prune", made / "llama", "--calibration", text, *TEXT, "--importance", "zeroth-order",
+           "--test", test, "--test-samples", 3, "-o", "run")  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(zeroth_order.ZerothOrder, "projection", _at(3, _crash))
         assert run(*job).code == 1
