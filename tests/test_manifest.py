@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecoflap.errors import InvalidOption, OutputExists
-from ecoflap.run.directory import RunDirectory, versions
+from ecoflap.run.directory import RunDirectory
 from ecoflap.run.manifest import Manifest
 from ecoflap.run.names import MANIFEST, OURS
 from ecoflap.run.recipe import Recipe
+from ecoflap.run.versions import versions
 
 RECIPE = Recipe().resolved()
 

@@ -71,8 +71,8 @@ def write_model_card(
         InvalidOption: ``folder`` holds no model.
         StorageError: the card can't be written.
     """
-    from ecoflap.run.directory import versions
     from ecoflap.run.provenance import sparsity_summary
+    from ecoflap.run.versions import versions
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():

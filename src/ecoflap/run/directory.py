@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from ecoflap.importance.registry import AUTO, GRADIENT_NORM, ZEROTH_ORDER
 from ecoflap.run.manifest import Manifest, Results
 from ecoflap.run.names import GRID, INPUTS, JOURNAL, MANIFEST, METRICS, MODEL, OURS, RECIPE, REPORT, WRITTEN
 from ecoflap.run.recipe import Recipe
+from ecoflap.run.versions import versions
 from ecoflap.support.files import PARTIAL, storage, write_json, write_text
 from ecoflap.support.reading import read_json, read_yaml
 
@@ -41,14 +41,6 @@ class RunFailed(EcoflapError):
     """Something broke that is no fault of the input; the run's log has the traceback."""
 
     exit_code = 1
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run."""
-    from ecoflap import __version__
-
-    # From the installed packages' records: importing torch takes seconds, and a wrong option is told at once.
-    return {"ecoflap": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
 
 
 class RunDirectory:

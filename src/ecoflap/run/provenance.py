@@ -30,9 +30,9 @@ from ecoflap.data.samples import SampleSet
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.offload import home_of
 from ecoflap.model.parts import Anatomy
-from ecoflap.run.directory import versions
 from ecoflap.run.evaluations import evaluations_of
 from ecoflap.run.recipe import Recipe
+from ecoflap.run.versions import versions
 from ecoflap.support.files import read_sealed, write_sealed
 from ecoflap.support.workers import ALONE, Workers
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecoflap.errors import InvalidOption
-from ecoflap.run.directory import RunDirectory, versions
+from ecoflap.run.directory import RunDirectory
 from ecoflap.run.journal import BlockFiles, EstimateFile, SearchFile
 from ecoflap.run.names import JOURNAL, LOG
 from ecoflap.run.recipe import Recipe, flag_of
+from ecoflap.run.versions import versions
 from ecoflap.support.files import read_sealed, write_sealed
 from ecoflap.support.workers import Workers
 

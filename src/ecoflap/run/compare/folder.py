@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from ecoflap.errors import InvalidOption, ResumeMismatch
 from ecoflap.run.compare.recipe import Grid
-from ecoflap.run.directory import RunDirectory, differences, versions
+from ecoflap.run.directory import RunDirectory, differences
 from ecoflap.run.names import COMPARISON, GRID, JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.run.recipe import Recipe
+from ecoflap.run.versions import versions
 
 CELLS, IMPORTANCES, INPUTS, PAGE = "cells", "importance", "inputs.json", "compare.html"
 TABLE, LINES = "compare.md", "compare.csv"

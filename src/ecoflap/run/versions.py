@@ -1,0 +1,13 @@
+"""Versions of the packages that decide a run's numbers, read without importing them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    from ecoflap import __version__
+
+    # From the installed packages' records: importing torch takes seconds, and a wrong option is told at once.
+    return {"ecoflap": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
