@@ -208,7 +208,7 @@ def test_importance_edited_badly(run: Command, prune: Command, made: SimpleNames
     refused(lambda data: data["layers"][3].pop("score"), "layer 3")
     refused(lambda data: data["layers"][3].update(score="high"), "layer 3")
     refused(lambda data: data["layers"][3].update(score=-1.0), name, "-1.0")
-    refused(lambda data: data["layers"][3].update(score=float("nan")), name, "nan")
+    refused(lambda data: data["layers"][3].update(score=float("nan")), "NaN")
     refused(lambda data: data["layers"][3].update(shape=[4]), "layer 3")
     refused(lambda data: data["layers"].append(data["layers"][3]), name, "twice")
     refused(lambda data: data.update(layers=None), "layers")

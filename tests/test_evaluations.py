@@ -20,6 +20,7 @@ from ecoflap.model.checkpoint import load
 from ecoflap.run.evaluations import check_evaluations, evaluate, evaluations_of, options_of, rehearse
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.progress import Silent
+from ecoflap.support.registry import Entry
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Spy(Task):
 
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(TASKS._entries, "spy", f"{__name__}:Spy")
+    monkeypatch.setitem(TASKS._entries, "spy", Entry(f"{__name__}:Spy"))
     return "spy"
 
 
@@ -144,7 +145,7 @@ class Broken(Task):
 
 
 def test_a_model_that_fails_in_the_rehearsal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(TASKS._entries, "broken", f"{__name__}:Broken")
+    monkeypatch.setitem(TASKS._entries, "broken", Entry(f"{__name__}:Broken"))
     checkpoint = load(str(picos.write_checkpoint("llama", tmp_path / "llama")))
     message = r"task 'broken' can't work on LlamaForCausalLM with x.txt \(IndexError: list index out of range\)"
     with pytest.raises(InvalidOption, match=message):
@@ -262,7 +263,7 @@ class Rows(Task):
     ],
 )
 def test_rows_of_a_forward(fields: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TASKS._entries, "rows", f"{__name__}:Rows")
+    monkeypatch.setitem(TASKS._entries, "rows", Entry(f"{__name__}:Rows"))
     recipe = Recipe(task=("rows",), test="data", **fields)
     checkpoint: Any = SimpleNamespace(model=None, processor=None)
     (entry,) = evaluations_of(recipe)

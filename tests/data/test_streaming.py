@@ -131,7 +131,7 @@ def test_any_bytes_are_a_csv_or_a_clear_line(data: bytes) -> None:
         assert all(isinstance(row, BrokenSample) or set(row) == {"text", "b"} for row in rows)
 
 
-def test_csv_details(tmp_path: Path) -> None:
+def test_csv_details(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf text ;label\n\nhere;1\nthere;2;3\nshort\n")  # mark, blanks, ;
     table = CsvTable(tmp_path / "a.csv", "a.csv")
     assert table.columns == ["text", "label"]
@@ -139,6 +139,7 @@ def test_csv_details(tmp_path: Path) -> None:
     assert (first, second) == ({"text": "here", "label": "1"}, {"text": "there", "label": "2"})
     assert isinstance(third, BrokenSample)
     assert str(third) == "it has 1 fields, the header 2"
+    monkeypatch.setattr("ecoflap.data.formats.csv.LARGEST_FIELD", 1 << 17)
     (tmp_path / "b.csv").write_text('text,label\n"open' + "x\n" * 70_000)
     with pytest.raises(
         CalibrationError, match=r"b.csv is not a readable CSV file, after row 0.*is a quote left open\?"

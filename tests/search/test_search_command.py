@@ -86,7 +86,6 @@ def test_magnitude_is_measured_by_magnitude(prune: Command, tmp_path: Path) -> N
         (("--search", "--search-options", "by=luck"), ("luck", "probes")),
         (("--search", "--search-options", "steps=3"), ("steps",)),
         (("--search", "--search-options", "rounds=many"), ("rounds", "whole number")),
-        (("--search", "--search-options", "samples=500"), ("500",)),
         (("--importance", "sensitivity", "--granularity", "layer"), ("granularity",)),
         (("--importance", "sensitivity", "--importance-options", "levels=0.5,0.3"), ("levels",)),
         (("--importance", "sensitivity", "--importance-options", "levels=half"), ("levels",)),

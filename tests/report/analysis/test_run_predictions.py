@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ecoflap.errors import OutputExists
 from ecoflap.run import pipeline
 from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.pipeline import run_recipe
@@ -142,8 +143,11 @@ def test_resume_keeps_the_dense_answers_and_overwrite_removes_all(
         assert (run / "pictures" / picture.name).read_bytes() == picture.read_bytes()
     (run / "analysis").mkdir()
     (run / "analysis" / "distributions.json").write_text("{}", "utf-8")
+    with pytest.raises(OutputExists, match=r"distributions\.json"):  # no file of the run's
+        run_recipe(_recipe(made, task=(), test=None), run, overwrite=True)
+    (run / "analysis" / "distributions.json").unlink()
     again = run_recipe(_recipe(made, task=(), test=None), run, overwrite=True)
-    assert not any((again / name).exists() for name in ("predictions.json", "pictures", "analysis"))
+    assert not any((again / name).exists() for name in ("predictions.json", "pictures"))
 
 
 def test_pictures_of_evaluations_with_odd_names(made: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_all_cells_in_order_and_all_files(whole: Comparison, data: Path) -> None
     assert names == {
         "compare.json", "compare.csv", "compare.md", "compare.html", "quality.png", "quality.svg", "cost.png",
         "cost.svg", "cells", "importance", "inputs.json", "log.txt", "recipe.yaml",
+        "manifest.json",
     }  # fmt: skip
     assert is_compare(data / "whole")
     assert not is_compare(data)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from ecoflap.errors import InvalidOption
+from ecoflap.importance.registry import AUTO
 from ecoflap.run.compare.methods import AXES, OF_METHOD, Method, parse_method, split_methods
 from ecoflap.run.recipe import Recipe
 
@@ -84,9 +85,10 @@ class Grid(Recipe):
         for field in ("importance_options", "criterion_options"):
             options = getattr(self, field, None)
             if options:
+                measure = "zeroth-order" if self.importance == AUTO else self.importance
                 pair = next(f"{key}={value}" for key, value in options.items())
                 raise InvalidOption(
-                    f"{field}: in a comparison they stand with their method, as in {self.importance}+wanda:{pair}"
+                    f"{field}: in a comparison they stand with their method, as in {measure}+wanda:{pair}"
                 )
         return self
 
