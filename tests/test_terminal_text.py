@@ -33,7 +33,9 @@ def test_printable_text_has_nothing_that_a_terminal_obeys(text: str) -> None:
         assert shown == text
 
 
-def test_lines_tables_warnings_bars_and_the_log_are_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_tables_warnings_bars_and_the_log_are_clean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tell(EVIL)
     assert clean(capsys.readouterr().out)
     tell(EVIL, error=True)
@@ -44,6 +46,7 @@ def test_lines_tables_warnings_bars_and_the_log_are_clean(tmp_path: Path, capsys
     standard_output().print(EVIL, markup=False)
     assert clean(capsys.readouterr().out)
     log = logging.getLogger("ecoflap")
+    monkeypatch.setattr(log, "propagate", False)  # pytest sends what it captures between processes, as UTF-8
     with messages, logging_to(tmp_path / "log.txt"):
         log.warning("%s", EVIL)
     assert clean(capsys.readouterr().err)
