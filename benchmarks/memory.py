@@ -47,6 +47,7 @@ class _Seen:
 
     arguments: int = 0
     forward: int = 0
+    kept: int = 0  # bytes of the distinct inputs
     inputs: list[Tensor] = field(default_factory=list)  # distinct ones, as long as the block runs
     columns: list[int] = field(default_factory=list)
 
@@ -61,26 +62,35 @@ def expected_memory(
     Args:
         batches: mappings of tensors; those after the first are taken to need as much for each number in them.
         run: runs the model on a batch (an objective).
-        needs: what the criterion asks for: "none", "norm" or "gram".
+        needs: what the criterion asks for: "none", "norm", "gram" or "pair" (in sequential order).
         offload: "cpu" and "disk" keep only one batch's inputs where the model is.
     """
     if needs == "none" or not len(batches):
         return Memory(0, 0, max((working_bytes(layer, needs) for layer in anatomy.layers), default=0), 0)
     found = [_of_block(block, seen, needs) for block, seen in _watch(model, anatomy, batches[0], run)]
     share = sum(map(_numbers, batches)) / max(_numbers(batches[0]), 1) if offload == "none" else 1.0
-    whole = [Memory(round((share + 1) * one.inputs), one.statistics, one.working, one.forward) for one in found]
+    streams = 2 if needs == "pair" else 1  # the dense model's samples and those of the pruned one
+    whole = [
+        Memory(round(streams * (share + 1) * one.inputs + share * kept), one.statistics, one.working, one.forward)
+        for one, kept in found
+    ]
     return max(whole, key=lambda one: one.total)
 
 
-def _of_block(block: Block, seen: _Seen, needs: str) -> Memory:
-    statistics = sum(FP32 * (columns**2 if needs == "gram" else columns) for columns in seen.columns)
+def _of_block(block: Block, seen: _Seen, needs: str) -> tuple[Memory, int]:
+    """Of one batch; and the bytes of what the block's layers receive in the dense model, where that is kept."""
+    each = [FP32 * {"norm": columns, "gram": columns**2, "pair": 2 * columns**2}[needs] for columns in seen.columns]
+    statistics = max(each, default=0) if needs == "pair" else sum(each)  # one input after the other
     working = max((working_bytes(layer, needs) for layer in block.layers), default=0)
-    return Memory(seen.arguments, statistics, working, seen.forward)
+    return Memory(seen.arguments, statistics, working, seen.forward), seen.kept if needs == "pair" else 0
 
 
 def working_bytes(layer: Layer, needs: str) -> int:
     """Fp32 copies and masks while ``layer`` is pruned: of its weight, and of its inputs' second moments."""
     rows, columns = layer.shape
+    if needs == "pair":
+        # Scaled moments and inverse, with two more matrices while it is made; then seven weights and a mask.
+        return max(4 * FP32 * columns**2, 2 * FP32 * columns**2 + (7 * FP32 + 1) * rows * columns)
     if needs != "gram":
         return 3 * FP32 * rows * columns  # scores, the selection's copy of them, masks
     # Factorising holds three more matrices of the moments and some; then the factor stays beside the weight.
@@ -107,6 +117,7 @@ def _watch(model: nn.Module, anatomy: Anatomy, batch: Any, run: Run) -> list[tup
         if not any(tensor is args[0] for tensor in one.inputs):
             one.inputs.append(args[0])
             one.columns.append(layer.shape[1])
+            one.kept += args[0].nbytes
 
     with ExitStack() as hooks, evaluating(model), cache_disabled(model), torch.no_grad(), suppress(Enough):
         for block in blocks:

@@ -32,7 +32,7 @@ from ecoflap.run.provenance import Usage, measured
 from ecoflap.support.files import write_json
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-NEEDS = {"wanda": "norm", "sparsegpt": "gram"}
+NEEDS = {"wanda": "norm", "sparsegpt": "gram", "admm": "pair"}
 
 
 @dataclass(frozen=True)
