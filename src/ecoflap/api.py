@@ -1,7 +1,7 @@
-"""ECoFLaP (Sung, Yoon, Bansal, ICLR 2024, arXiv 2310.02998) on one page: importance, allocation, search, pruning.
+"""The algorithm on one page: importance, allocation, search, pruning (ECoFLaP, Sung et al. 2024, arXiv 2310.02998).
 
-:func:`carry_out` is the algorithm; a run (:mod:`ecoflap.run.pipeline`) and a comparison call the same functions with a
-journal between them. :class:`~ecoflap.search.method.Method` holds one choice for each step.
+:func:`carry_out` is the algorithm. A run (:mod:`ecoflap.run.pipeline`) and a comparison call the same functions, and
+keep a journal between them. :class:`~ecoflap.search.method.Method` holds one choice for each step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user can do wrong: one class a kind, each with one line that says what, where and how to mend it."""
+"""Errors that a user can mend: one class for each kind; each message says in one line what, where and what to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Allocation: global scores of the layers to an exact number of zeros for each layer. Pure integers and fractions.
+"""Turns the scores of the layers into an exact number of zeros for each layer, in integers and fractions.
 
 Budgets, groups, caps and rounding are the same for every rule; a rule says how scores become shares. See
-docs/allocation.md.
+docs/allocation.md. Imports ``support`` and ``errors`` alone, and no torch.
 """
 
 from ecoflap.allocation.allocate import allocate

@@ -1,4 +1,4 @@
-"""Scores of the layers to an exact number of zeros for each layer: budgets, groups, a rule, whole numbers."""
+"""Allocates zeros to layers: checks the options, forms budgets and groups, applies a rule, rounds to whole numbers."""
 
 from __future__ import annotations
 

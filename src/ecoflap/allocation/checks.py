@@ -1,4 +1,4 @@
-"""Options of the allocation, looked at once: numbers as exact fractions, names among the known ones."""
+"""Checks the options of an allocation: numbers become exact fractions, names must be known ones."""
 
 from __future__ import annotations
 

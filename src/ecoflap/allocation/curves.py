@@ -1,7 +1,4 @@
-"""The rule of measured curves: the shares with the least summed predicted loss, exact in whole weights.
-
-What pruning a part of a model costs, as a curve over sparsity: measured by stage 1, solved for by the allocation.
-"""
+"""Allocates by measured curves (loss over sparsity): minimises the sum of the predicted losses, in whole weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What shares a budget, and what shares a sparsity inside of it: pools of layers, and groups with their limits."""
+"""Groups layers for the allocation: pools share one budget, groups share one sparsity."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What goes into an allocation and what comes out of it, and the file that it is kept in.
-
-How a search came to an allocation; kept with it, for the page that says why a layer has its sparsity.
-"""
+"""Defines the result of an allocation and of a search, and reads and writes ``allocation.json``."""
 
 from __future__ import annotations
 

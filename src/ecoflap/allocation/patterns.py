@@ -1,4 +1,4 @@
-"""TODO allocation/patterns.py."""
+"""Defines the sparsity patterns, unstructured and N:M, and checks whether a layer can have so many zeros."""
 
 from __future__ import annotations
 

@@ -1,13 +1,8 @@
-"""The table of allocation rules, and what a rule is: a new one is one file and one line here.
+"""Defines the allocation rules: how scores become numbers of kept weights. A new rule is one class and one line here.
 
-The rule of ECoFLaP: every group keeps what its cap demands, the rest is dealt in proportion to the scores.
-
-Rules in which a group's share is linear in its score, within a spread around the target: OWL, DLP, AlphaPruning.
-
-They bound the shares by their spread, so that no cap is needed; where a cap, a floor or the group's size cuts a share
-off, the others are shifted (or scaled) together until the budget is met again.
-
-Apportionment: whole numbers dealt in proportion to scores, exactly. Integers and fractions alone.
+``proportional`` is the rule of ECoFLaP: shares in proportion to the scores, under a cap. The linear rules (OWL, DLP,
+AlphaPruning) bound the shares by their spread, so they need no cap; where a limit cuts a share off, the others are
+shifted (or scaled) together until the budget is met again. All of them round by largest remainder, exactly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What all commands share: the application, options that several have, progress and output.
-
-``--help`` as plain text: options under headings, names never cut off, whatever the terminal's width.
-"""
+"""Defines the command line's application, and what all commands share: common options, progress, output, ``--help``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command-line options made from the recipe's own fields: one home for names, types, defaults and help."""
+"""Makes command-line options from the fields of the recipe, which hold names, types, defaults and help."""
 
 from __future__ import annotations
 

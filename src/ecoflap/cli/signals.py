@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one ends the work after the step that is under way, the second one at once."""
+"""Handles Ctrl-C and SIGTERM: the first one stops the work after the current step, the second one at once."""
 
 from __future__ import annotations
 

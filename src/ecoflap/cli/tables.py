@@ -1,7 +1,4 @@
-"""Tables for the terminal, and their JSON: a model's anatomy, an allocation, the results of tasks.
-
-The two tables that a run prints on the terminal when it ends.
-"""
+"""Prints tables on the terminal or as JSON: a model's layers, an allocation, results of tasks, the end of a run."""
 
 from __future__ import annotations
 

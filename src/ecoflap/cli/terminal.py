@@ -1,8 +1,6 @@
-"""What the user sees while work goes on: bars with the time left (plain lines without a terminal), and warnings.
+"""Shows progress and warnings: bars with the time left, or plain lines where the output is no terminal.
 
-The time left is measured: from how long a stage's steps took so far.
-
-One line of progress: what is left out where the terminal is narrow, and how times and memory are written.
+The time left is measured from how long the steps of a stage have taken so far.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Samples to batches to a loss: calibration and test data in every usual format, prompts, collation, objectives.
+"""Turns samples into batches and a loss: data formats, prompts, collation, objectives.
 
-Knows ``model`` and what lies below it. The names in ``__all__`` are imported when first used.
+Imports ``model`` and what stands below it. The names in ``__all__`` are imported when first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samples to batches through the checkpoint's own processor: fixed once, on the CPU, with labels for the loss."""
+"""Makes batches of samples with the checkpoint's own processor: on the CPU, made once, with labels for the loss."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Chats of a data set to turns: ``messages`` as OpenAI and transformers write them, ``conversations`` as LLaVA does.
-
-Turns of a conversation as chat templates take them: parts for a processor, plain text for a tokenizer.
-"""
+"""Reads chats (transformers' ``messages``, LLaVA's ``conversations``) and turns them into chat-template input."""
 
 from __future__ import annotations
 

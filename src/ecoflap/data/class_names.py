@@ -1,4 +1,4 @@
-"""Class names and their prompt templates: as they stand, or from a text file with one a line."""
+"""Reads class names and prompt templates: given directly, or from a text file with one name in each line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guesses which column of a data set holds the image, the question, the answer; every guess can be overridden."""
+"""Guesses which column of a data set holds the image, the question and the answer; options override every guess."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""What a generating model should say, as labels: the answer in a decoder's own text, or an encoder-decoder's target.
-
-What the BLIP line needs beside the usual: answers for its own decoder, start tokens, the Q-Former's instruction.
-
-Texts, and pictures with texts, for models that encode both side by side.
-
-Classes: from a label to its number, and batches for classifiers of pictures, texts, and pictures with a text.
-"""
+"""Encodes samples for each kind of model: decoders, encoder-decoders, BLIP, pairs of encoders, classifiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decodes the pictures of a data set from whatever a row holds: an image, bytes, base64, the path of a local file."""
+"""Decodes the pictures of a data set: an image, bytes, base64, or the path of a local file."""
 
 from __future__ import annotations
 

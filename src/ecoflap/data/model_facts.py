@@ -1,7 +1,4 @@
-"""The few facts about a model that batches and losses depend on, read from its config and forward signature.
-
-Which tokens of a batch are real and which are visual: statistics of inputs must not count padding.
-"""
+"""Reads from the config and the forward signature what batches and losses depend on, such as which tokens are real."""
 
 from __future__ import annotations
 

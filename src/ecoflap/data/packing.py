@@ -1,8 +1,8 @@
-"""Plain text to windows of equal length: tokenised whole once, cut without overlap, chosen with the seed.
+"""Packs plain text into windows of equal length: tokenises it once, cuts it without overlap, chooses with the seed.
 
-Where a tokenizer puts special tokens before a text (the BOS token of LLaMA and Gemma), the model was trained on texts
-that begin so, and leans on them. So each window begins with them; the published code of GPTQ, SparseGPT and Wanda has
-them once, before the whole text, which ``window_start="once"`` gives.
+Where a tokenizer puts special tokens before a text (the BOS token of LLaMA and Gemma), the model was trained with them
+there. So each window begins with them. ``window_start="once"`` puts them once before the whole text, as the published
+code of GPTQ, SparseGPT and Wanda does.
 """
 
 from __future__ import annotations

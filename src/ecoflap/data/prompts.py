@@ -1,4 +1,4 @@
-"""Puts prompt and image into the words that a processor expects: chat template, image placeholder, or plain."""
+"""Builds the prompt that a processor expects from text and image: chat template, image placeholder, or plain."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The table of file formats that are found out from a file's beginning: a new one is one file and one line here.
+"""Registers the file formats that are recognised from a file's beginning: a new one is one file and one line here.
 
-Formats that are one JSON document have a table of their own, ``PUBLISHED`` in ``formats/``. Needs no torch.
+Formats that are one JSON document are registered in ``PUBLISHED`` in ``formats/``. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One row of a data set to a sample: which column says what, pictures decoded, classes named, choices resolved.
-
-Options of multiple-choice questions, and which one is right, in the many ways that data sets write them.
-"""
+"""Converts one row of a data set into a sample: columns, pictures, class names, options of multiple choice."""
 
 from __future__ import annotations
 

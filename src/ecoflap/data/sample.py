@@ -1,4 +1,4 @@
-"""One sample of calibration or test data, whatever format it came from."""
+"""Defines one sample of calibration or test data, the same for all formats."""
 
 from __future__ import annotations
 

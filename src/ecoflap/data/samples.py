@@ -1,7 +1,4 @@
-"""Calibration and test samples: drawn once with the seed from any local format, broken ones skipped and counted.
-
-Finds out what a calibration source is (file, folder, tars, hub data set) and opens it as a table or a text.
-"""
+"""Draws calibration and test samples with the seed from any source; skips and counts broken ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A data set as a table: columns, and rows in any order without loading it whole; parquet, saved data sets, lists."""
+"""Shows a data set as a table: columns, and rows in any order without loading the whole."""
 
 from __future__ import annotations
 

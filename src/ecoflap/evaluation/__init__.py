@@ -1,4 +1,7 @@
-"""Quality of a model on a task: accuracy, captions, retrieval, classification, perplexity. One file a task."""
+"""Measures the quality of a model on a task, one file for each task.
+
+Imports ``data``, ``model`` and what stands below them. The names in ``__all__`` are imported when first used.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity of the right answers, given picture and prompt: still tells models apart where none answers right.
+"""Perplexity of the right answers, given picture and prompt: it separates models even where none answers right.
 
 The perplexity of a language model (Jelinek et al., JASA 1977) on the answers alone, with the prompt as context.
 """

@@ -1,9 +1,8 @@
-"""Captioning: a caption for each picture, scored by CIDEr and SPICE against the captions that people wrote.
+"""Captioning: generates a caption for each picture and scores it by CIDEr and SPICE against human captions.
 
-CIDEr and SPICE of captions by the ``pycocoevalcap`` package, with what it needs checked before captions are made.
-
-Sources: CIDEr, Vedantam et al., CVPR 2015; SPICE, Anderson et al., ECCV 2016. The package runs two Java
-programs: Stanford's PTB tokenizer (its jar comes along) and SPICE (the package downloads its language models once).
+Sources: CIDEr, Vedantam et al., CVPR 2015; SPICE, Anderson et al., ECCV 2016. The package ``pycocoevalcap`` computes
+both with two Java programs: Stanford's PTB tokenizer (its jar is in the package) and SPICE (the package downloads its
+language models once). Both are checked before any caption is generated.
 """
 
 from __future__ import annotations

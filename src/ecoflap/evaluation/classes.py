@@ -1,4 +1,4 @@
-"""What the tasks of classification share: the classes of a data set, a sample's number among them, top-1 and top-5."""
+"""Shared parts of the classification tasks: the classes of a data set, the class of a sample, top-1 and top-5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings of pictures and texts by a model that compares them, and the matching scores of those that have a head."""
+"""Computes embeddings of pictures and texts, and the matching scores of models with a matching head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that a generating model says to a batch of samples, greedily or by beam search, the prompt cut off."""
+"""Generates text for a batch of samples, greedily or by beam search, and cuts off the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours: how well the features of a backbone without a head tell classes apart.
+"""Weighted nearest neighbours: how well the features of a backbone without a head separate classes.
 
 Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, with the
 setting of Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: each of the k

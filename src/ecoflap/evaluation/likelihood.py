@@ -1,7 +1,4 @@
-"""Log-likelihood of given continuations of a text, for decoders and encoder-decoders, in batches.
-
-Log-likelihood of given answers to prompts with or without pictures.
-"""
+"""Log-likelihood of given continuations or answers, with or without pictures, for decoders and encoder-decoders."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Suites of the lm-eval package as tasks: ``lm_eval:NAME`` runs its task or group NAME on the model in memory.
+"""Runs suites of the lm-eval package as tasks: ``lm_eval:NAME`` is its task or group NAME, on the model in memory.
 
-lm-eval's view of a model in memory: its wrappers with our progress, and pictures where a request has them.
-
-Imported only where lm-eval is installed.
+Adapts lm-eval's wrappers: our progress, and pictures where a request has them. Imported only where lm-eval is there.
 """
 
 from __future__ import annotations

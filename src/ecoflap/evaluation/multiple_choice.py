@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: no text is generated, the likeliest option is the answer.
+"""Multiple choice by log-likelihood: no text is generated, the most likely option is the answer.
 
 Style ``letters`` shows all options and compares the letters after "Answer:", with the published prompt of MMLU
 (Hendrycks et al., ICLR 2021); style ``text`` compares the options themselves, each as the continuation of the question

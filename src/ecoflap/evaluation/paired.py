@@ -1,7 +1,7 @@
-"""How much two models differ on the same samples: the difference with its own standard error, and a sign test.
+"""Compares two models on the same samples: the difference with its standard error, and a sign test.
 
-Errors of two models on the same samples go together, so the error of their difference is smaller than that of either
-value: it is taken over the samples' own differences (Dror et al., ACL 2018, on tests in language processing).
+The errors of two models on the same samples are correlated, so the standard error is computed over the differences of
+the samples; it is smaller than that of either value (Dror et al., ACL 2018, on tests in language processing).
 """
 
 from __future__ import annotations

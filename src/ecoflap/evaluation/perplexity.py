@@ -1,7 +1,7 @@
 """Perplexity of a causal language model on plain text in fixed windows, as in the papers on pruning LLMs.
 
-The text is tokenised whole once and cut into windows of equal length that don't overlap; each window is scored on its
-own, aside from its first token and from the special tokens that it begins with.
+The text is tokenised once and cut into windows of equal length that don't overlap. Each window is scored on its own,
+without its first token and the special tokens at its beginning.
 
 Source: the setting of GPTQ (Frantar et al., 2022), SparseGPT and Wanda (Sun et al., 2023).
 """

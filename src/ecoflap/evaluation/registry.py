@@ -1,4 +1,4 @@
-"""The table of tasks: a new one is one file and one line here. Needs no torch."""
+"""Registers the tasks: a new one is one file and one line here. Needs no torch."""
 
 from __future__ import annotations
 

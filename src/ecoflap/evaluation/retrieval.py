@@ -1,10 +1,8 @@
-"""Retrieval: captions of a picture (TR), the picture of a caption (IR) among all of the test set; recall at 1, 5, 10.
+"""Retrieval: finds the captions of a picture (TR) and the picture of a caption (IR); recall at 1, 5 and 10.
 
-By the cosine of embeddings, as CLIP and SigLIP do it; for models with a matching head the best ``rerank`` candidates
-are read together with the query and sorted anew by matching logit plus cosine, as published for BLIP (Li et al., 2022)
-and BLIP-2 (Li et al., 2023).
-
-Ranks of right candidates by score, with or without a second, dearer score for the best ones; pure functions.
+Candidates are ranked by the cosine of embeddings, as for CLIP and SigLIP. For models with a matching head the best
+``rerank`` candidates are read together with the query and sorted again by matching logit plus cosine, as published for
+BLIP (Li et al., 2022) and BLIP-2 (Li et al., 2023).
 """
 
 from __future__ import annotations

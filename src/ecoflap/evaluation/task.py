@@ -1,9 +1,4 @@
-"""What a task is, and what all of them share: opening the test data, reading it in chunks, pictures to tensors.
-
-What every evaluation task returns, and the standard error of a mean.
-
-An evaluation shared by several workers: batch by batch in turn, the results in the order of the batches.
-"""
+"""Defines a task and its result, and what all tasks share: test data in chunks, standard errors, several workers."""
 
 from __future__ import annotations
 

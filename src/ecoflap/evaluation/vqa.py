@@ -1,9 +1,4 @@
-"""Visual (or plain) question answering: generated answers, compared with the truth by the rule of VQAv2 or of GQA.
-
-The answer rule of VQAv2: normalisation of free-form answers, and the soft accuracy over several annotators.
-
-Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015, and the evaluation rules at visualqa.org/evaluation.
-"""
+"""Visual (or plain) question answering: generates answers, and scores them by the rule of VQAv2 or of GQA."""
 
 from __future__ import annotations
 

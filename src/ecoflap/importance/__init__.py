@@ -1,6 +1,6 @@
-"""Stage 1: one global score a layer, one file a measure.
+"""Stage 1: one global score for each layer. One file for each measure.
 
-Knows ``allocation``, ``statistics`` and what lies below; nothing of pruning. Public:
+Imports ``allocation``, ``statistics`` and what stands below; nothing of pruning. Public:
 :func:`~ecoflap.importance.measure.measure_importance`, :class:`~ecoflap.importance.scores.Importance`,
 :func:`~ecoflap.importance.allocate.allocate`.
 """

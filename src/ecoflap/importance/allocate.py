@@ -1,4 +1,4 @@
-"""From the scores of stage 1 to an exact number of zeros for each layer. Needs no torch."""
+"""Turns the scores of stage 1 into an exact number of zeros for each layer. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AlphaPruning: a matrix is as important as the tail of its spectrum is heavy. Reads the weights alone, no data."""
+"""AlphaPruning: a matrix with a heavy-tailed spectrum is important. Reads the weights alone, no data."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The importance ``auto``: gradient norms where the model can be differentiated, the zeroth order where it can't.
+"""Importance ``auto``: gradient norms where the model can be differentiated, the zeroth order where it can't.
 
-Both measure √(2/π)·‖∇L‖₂ of each matrix (Sung et al. 2024, section 3.2): the zeroth order by two forwards a matrix and
-batch, with noise, and gradient norms exactly by one backward pass a batch. Which of them works is tried, not guessed.
+Both measure √(2/π)·‖∇L‖₂ of each matrix (Sung et al. 2024, section 3.2): the zeroth order by two forwards for each
+matrix and batch, with noise; gradient norms exactly, by one backward pass for each batch. A trial decides which works.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What an importance measure gets to work with, and the base class of all of them.
-
-No importance at all: every layer gets the target sparsity, as in plain Wanda or SparseGPT.
-"""
+"""Defines the input and the base class of importance measures, and ``uniform``, which measures nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long stage 1 will take, told once: from its first probes, before hours have gone by."""
+"""Forecasts how long stage 1 will take, from its first probes, and says it once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward-mode importance: the size of the loss gradient of each matrix, by directional derivatives along noise.
+"""Forward-mode importance: the size of each matrix's loss gradient, from directional derivatives along noise.
 
 The score is that of the zeroth order (Sung, Yoon, Bansal, "ECoFLaP", ICLR 2024, arXiv 2310.02998, section 3.2), with
 the difference of two losses replaced by the forward gradient of Baydin et al. 2022 (arXiv 2202.08587).

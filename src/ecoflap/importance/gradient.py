@@ -1,8 +1,6 @@
-"""Gradient importance: one backward pass a batch, each weight's gradient reduced to one number and freed at once.
+"""Gradient importance: one backward pass for each batch; every gradient is reduced to one number and freed at once.
 
-The norm of each matrix's loss gradient, exactly: what the zeroth order estimates, by one backward pass a batch.
-
-One backward pass of a calibration batch in which no gradient outlives its visit.
+``gradient-norm`` is the exact norm of each matrix's loss gradient, which the zeroth order estimates.
 """
 
 from __future__ import annotations

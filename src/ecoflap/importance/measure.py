@@ -1,4 +1,4 @@
-"""Runs an importance measure: precision, eval mode, journal and averages are the same for all of them."""
+"""Runs an importance measure; precision, eval mode, journal and averages are the same for all measures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an importance needs of a model that is not in memory: one block at a time, told before anything starts."""
+"""Checks before stage 1 whether a measure can work on an offloaded model, one block at a time."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What OWL and DLP share: one dense pass, then one number for each block, or for each matrix, from |W|·‖X‖₂.
+"""Computes the scores of OWL and DLP from |W|·‖X‖₂ in one pass of the dense model.
 
-OWL: a block is as important as its share of outliers, weights whose product with their input's norm stands out.
-
-DLP: a block is the less important, the higher the median product of weight and input norm is in it.
+OWL: the score of a block is its share of outliers, products far above the mean. DLP: a block with a high median
+product is less important.
 """
 
 from __future__ import annotations

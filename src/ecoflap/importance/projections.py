@@ -1,6 +1,6 @@
-"""What measures that project the loss gradient on noise have in common: which probes there are, in what order.
+"""Probes of measures that project the loss gradient on noise: which there are, in which order, with which noise.
 
-Noise as a function of (seed, layer, batch, draw), so that no score depends on order, workers or resume.
+Noise is a function of (seed, layer, batch, draw), so no score depends on the order, the workers or a resume.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of importance measures: a new one is one file and one line here."""
+"""Registers the importance measures: a new one is one file and one line here."""
 
 from __future__ import annotations
 

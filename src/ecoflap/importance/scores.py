@@ -1,4 +1,4 @@
-"""What stage 1 gives: one score a layer with its standard error, and the file it is kept in."""
+"""Defines the result of stage 1, one score for each layer with its standard error, and its file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a layer is measured well enough: its standard error is a given share of its score."""
+"""Decides when a layer is measured well enough: when its standard error is a given share of its score."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Zeroth-order importance: the size of the loss gradient of each matrix, from forward passes alone.
+"""Zeroth-order importance: the size of each matrix's loss gradient, from forward passes alone.
 
 Sung, Yoon, Bansal, "ECoFLaP", ICLR 2024 (arXiv 2310.02998), section 3.2; the estimator is that of MeZO (Malladi et al.
-2023, arXiv 2305.17333) applied to one matrix at a time.
-
-How much of a zeroth-order estimate is rounding, measured on the model itself, and told where it matters.
+2023, arXiv 2305.17333) applied to one matrix at a time. The rounding error of the estimates is measured on the model
+itself, with a warning where it matters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where block inputs wait between two blocks: where they are, in the computer's memory, or on disk, memory-mapped."""
+"""Stores block inputs between two blocks: on their device, in the computer's memory, or in a memory-mapped file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Towers, blocks and prunable layers of any model, read from the model itself.
-
-Why a weight inside a block is not pruned, in words for the user.
-"""
+"""Discovers the towers, blocks and prunable layers of any model, and says why a weight inside a block is not pruned."""
 
 from __future__ import annotations
 

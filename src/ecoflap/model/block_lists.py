@@ -1,4 +1,4 @@
-"""Which lists of modules are stacks of blocks: outermost lists whose elements feed one another."""
+"""Finds the lists of modules that are stacks of blocks: the outermost lists whose elements feed one another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs one tower block by block on all batches, with the arguments that its parent's own forward passes."""
+"""Runs one tower block by block on all batches, with the arguments that the tower's own forward passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model's weights go: one device, or what ``device_map`` says, for models that are larger than it."""
+"""Places a model's weights: on one device, or by ``device_map`` for models that are larger than it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts of a mixture inside a block: lists of like modules of which a router picks some for each token."""
+"""Finds the experts of a mixture inside a block: lists of like modules of which a router picks some for each token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a local folder, a GGUF file or a hub id, checked before anything is loaded."""
+"""Finds and checks a checkpoint's files before anything is loaded: a local folder, a GGUF file or a hub id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One hash for all weights of a model: tells whether two models are bit-identical, and a run that of another model."""
+"""Hashes all weights of a model: shows whether two models are bit-identical, and whether a run belongs to a model."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
-"""Logits that are multiplied only where the loss looks at them, a few rows at a time: a vocabulary's never exist whole.
+"""Computes logits only where the loss reads them, a few rows at a time, so that a vocabulary never exists whole.
 
-A language model's head takes every position to a vocabulary; a loss looks at those that have a label, often a few per
-cent, and a backward pass then holds the table thrice (values, softmax, gradient).
-
-A loss summed over rows, some at a time, with the gradient of each part formed beside its value.
-
-Mean KL divergence of two tables of logits, a few rows at a time: a vocabulary's probabilities never exist whole.
+A language model's head multiplies every position with a whole vocabulary. A loss reads the positions that have a
+label, often a few per cent, and a backward pass holds the table three times (values, softmax, gradient). Losses and
+KL divergences are summed over groups of rows, each with its gradient.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which modality a tower has, and which tower is a decoder: from names, from what the model declares, from inputs."""
+"""Decides the modality of a tower, and which tower is a decoder: from the config, the inputs and the names."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Weights that lie on the disk or in the computer's memory until their module runs: what pruning needs beside them.
+"""Handles weights that stay on the disk or in the computer's memory until their module runs.
 
-A model that accelerate has dispatched (``from_pretrained(device_map=...)``) has placeholders on the meta device in the
-place of offloaded weights; a hook on each module loads them for its forward and drops them after it. Here a whole block
-can be held in memory, a single weight be read, and one that was pruned be kept in a file from which it is read from
-then on. Nothing here changes what the hooks load by themselves.
+In a model that accelerate has dispatched (``from_pretrained(device_map=...)``), offloaded weights are placeholders on
+the meta device; a hook on each module loads them for its forward and drops them after it. This file holds a whole block
+in memory, reads a single weight, and keeps a pruned weight in a file from which it is read from then on. It does not
+change what the hooks load by themselves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts of a network as data: towers of blocks of layers. Needs no torch, so that files read in an instant."""
+"""Defines the parts of a network as data: towers of blocks of layers. Needs no torch, so files are read fast."""
 
 from __future__ import annotations
 

@@ -1,13 +1,4 @@
-"""Replaces a module's forward for the time of a context, on the instance alone.
-
-Swaps a weight for another tensor inside a context, never writing into the parameter.
-
-Turns the key-value cache off everywhere: a replayed call with a filled cache silently skips k and v.
-
-Forward-mode derivatives (dual tensors) in a network: who carries one, and attention that passes them on.
-
-Gives freed memory back to the system where the C library would keep it.
-"""
+"""Replaces forwards and weights inside a context, turns off the key-value cache, and marks dual tensors."""
 
 from __future__ import annotations
 

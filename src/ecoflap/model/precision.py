@@ -1,4 +1,4 @@
-"""Computes in fp32 with a half-precision model: all of it converted, or each block while it runs."""
+"""Computes in fp32 with a half-precision model: converts the whole model, or each block while it runs."""
 
 from __future__ import annotations
 

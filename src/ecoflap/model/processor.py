@@ -1,4 +1,4 @@
-"""A checkpoint's processor; without its video half where what reads videos (torchvision) is missing."""
+"""Loads a checkpoint's processor; without the part for videos where torchvision is missing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Backward passes that keep only the inputs of each block, and compute the rest of it again when its turn comes.
+"""Runs backward passes that keep only the inputs of each block, and compute the rest again when it is needed.
 
-Backward passes through blocks whose weights are made (read, or converted to fp32) for the forward, and made again
-when their gradient is due.
+Works also for blocks whose weights are read or converted for the forward, and again for their gradient.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Re-runs a forward from where it changed: every block remembers its inputs and outputs for the current batch."""
+"""Replays a forward from the block that changed: every block remembers its inputs and outputs of the current batch."""
 
 from __future__ import annotations
 

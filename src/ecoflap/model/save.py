@@ -1,4 +1,4 @@
-"""Writes a checkpoint that plain transformers loads with the same outputs: all of it or nothing."""
+"""Saves a checkpoint that plain transformers loads with the same outputs; writes all of it or nothing."""
 
 from __future__ import annotations
 

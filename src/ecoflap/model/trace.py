@@ -1,4 +1,4 @@
-"""One watched forward: which modules run, in what order, called by whom, and which lists of modules form a chain."""
+"""Traces one forward: which modules run, in which order, called by which, and which lists of modules form a chain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ADMM: mask and weights are found together, in turns of least squares and projection (Boža 2024, arXiv 2401.02938)."""
+"""ADMM: finds mask and weights together, by alternating least squares and projection (Boža 2024, arXiv 2401.02938)."""
 
 from __future__ import annotations
 

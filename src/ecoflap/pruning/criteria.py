@@ -1,7 +1,4 @@
-"""Criteria: what a local pruning rule is, and how one is made by its name.
-
-Criteria for the whole model: what a rule is that compares the weights of all layers with each other.
-"""
+"""Defines local criteria and criteria for the whole model, and makes one by its name."""
 
 from __future__ import annotations
 

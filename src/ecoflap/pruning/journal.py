@@ -1,4 +1,4 @@
-"""Where pruned blocks are kept: the protocol of a run's journal, and files for an offloaded model without a run."""
+"""Keeps pruned blocks: the protocol of a run's journal, and files for an offloaded model without a run."""
 
 from __future__ import annotations
 

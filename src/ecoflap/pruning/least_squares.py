@@ -1,4 +1,4 @@
-"""Weights for a mask that is given: least squares on the layer's outputs, by conjugate gradients."""
+"""Solves the weights for a given mask: least squares on the layer's outputs, by conjugate gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Magnitude: the smallest weights go; the baseline that needs no calibration."""
+"""Magnitude: removes the smallest weights; the baseline that needs no calibration data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns: where zeros may fall (per row, per matrix, N of M), each with exact counts and ties broken by index."""
+"""Makes masks with exact counts (per row, per matrix, N of M); equal scores are ordered by index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a whole method needs of a model that is not in memory, told before anything starts."""
+"""Checks before stage 2 whether a method can work on an offloaded model."""
 
 from __future__ import annotations
 

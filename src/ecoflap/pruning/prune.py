@@ -1,4 +1,4 @@
-"""Stage 2 for a given allocation: the walk of a local criterion, or the rounds of one for the whole model."""
+"""Prunes by a given allocation: the walk of a local criterion, or the rounds of one for the whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of criteria, and what a criterion for the whole model goes together with. Needs no torch."""
+"""Registers the criteria, and says which options a criterion for the whole model allows. Needs no torch."""
 
 from __future__ import annotations
 

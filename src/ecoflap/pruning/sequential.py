@@ -1,4 +1,4 @@
-"""Inside a block: which layers are pruned together, and what the dense model gives beside the pruned one."""
+"""Groups a block's layers that are pruned together; keeps the dense model's inputs beside the pruned one's."""
 
 from __future__ import annotations
 

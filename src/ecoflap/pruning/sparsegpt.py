@@ -1,4 +1,4 @@
-"""SparseGPT: weights that the others can make up for go, and the others do (Frantar & Alistarh, arXiv 2301.00774)."""
+"""SparseGPT: removes weights and updates the others to compensate (Frantar & Alistarh 2023, arXiv 2301.00774)."""
 
 from __future__ import annotations
 

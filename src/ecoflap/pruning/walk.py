@@ -1,4 +1,4 @@
-"""Stage 2: block by block through the towers, gather statistics, prune each layer to its share, go on."""
+"""Walks through the towers block by block: gathers statistics, prunes each layer, runs the pruned block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wanda: weights that are small, or meet small inputs, go (Sun et al. 2023, arXiv 2306.11695)."""
+"""Wanda: removes the weights with the lowest |weight| × input norm (Sun et al. 2023, arXiv 2306.11695)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""Stage 2 of a global criterion: rounds of scores over the whole model, each cut at one limit for each budget.
+"""Criteria for the whole model: rounds of scores over all layers, each round cut at one threshold for each budget.
 
-The lowest scores of many tensors together, exactly, without ever holding them side by side.
-
-Global magnitude: the smallest weights of the whole model (or of each tower) go; the simplest baseline.
-
-Iterative gradient pruning: rounds of first-order scores over the whole model, each round sparser than the last.
+``global-magnitude`` scores by |w|, the simplest baseline; ``iterative-gradient`` by first-order scores, each round
+sparser than the last. The lowest scores of many tensors are found exactly, without one tensor of them all.
 """
 
 from __future__ import annotations

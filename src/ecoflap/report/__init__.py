@@ -1,6 +1,6 @@
-"""What is made of a finished run or comparison: page, charts, analyses, model card, upload.
+"""Shows a finished run or comparison: page, charts, analyses, model card, upload.
 
-Knows everything but ``cli``. The names in ``__all__`` are imported when first used: a table needs no page.
+Imports everything but ``cli``. The names in ``__all__`` are imported when first used: a table needs no page.
 """
 
 from __future__ import annotations

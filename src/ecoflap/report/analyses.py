@@ -1,4 +1,4 @@
-"""``analysis/*.json``: what ``ecoflap analyse`` leaves in a run directory, read and checked."""
+"""Reads and checks ``analysis/*.json``, which ``ecoflap analyse`` writes into a run directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a pruned model, in the Hub's format, from a run directory or from Python."""
+"""Writes model cards: the README.md of a pruned model, in the Hub's format, from a run directory or from Python."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The page of a model card: what it says, as one object, and that as Markdown with the Hub's head of YAML.
-
-The model that a pruned one comes from: its name, its place on the Hub, and what its own card says of its licence.
-
-Text made safe for Markdown: names, values and file contents stand in a page as they are, and mark nothing up.
-"""
+"""Defines the content of a model card, and renders it as Markdown with the Hub's YAML head; escapes all text."""
 
 from __future__ import annotations
 

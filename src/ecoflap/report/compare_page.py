@@ -1,4 +1,4 @@
-"""``compare.html``: one self-contained page, built from nothing but ``compare.json``."""
+"""Writes ``compare.html``: one self-contained page from ``compare.json`` alone."""
 
 from __future__ import annotations
 

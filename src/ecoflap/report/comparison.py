@@ -1,4 +1,4 @@
-"""``compare.json``: the cells of a comparison, read, checked, and averaged over the seeds."""
+"""Reads and checks ``compare.json``, and averages its cells over the seeds."""
 
 from __future__ import annotations
 

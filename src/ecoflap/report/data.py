@@ -1,4 +1,4 @@
-"""A run directory, read and checked: everything that the page and the tables show comes from here."""
+"""Reads and checks a run directory: all that the page and the tables show comes from here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both pages share: the templates, the plots in both forms, the scripts and the policy that binds them."""
+"""Shared parts of both pages: templates, charts in both forms, scripts and the content security policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads a pruned model with its card to the Hugging Face Hub, and says in one line why it could not."""
+"""Uploads a pruned model with its card to the Hugging Face Hub; says in one line why an upload failed."""
 
 from __future__ import annotations
 

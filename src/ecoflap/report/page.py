@@ -1,7 +1,4 @@
-"""``report.html``: one self-contained page, built from nothing but the files of a run directory.
-
-The results of the tasks before and after, formatted: the headline's cards and the table of quality.
-"""
+"""Writes ``report.html``: one self-contained page from the files of a run directory alone."""
 
 from __future__ import annotations
 

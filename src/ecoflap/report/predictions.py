@@ -1,4 +1,4 @@
-"""``predictions.json``: what the dense and the pruned model answered to each sample, and examples for the gallery."""
+"""Reads ``predictions.json``: the answers of the dense and the pruned model to each sample, and examples of them."""
 
 from __future__ import annotations
 

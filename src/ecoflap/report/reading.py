@@ -1,4 +1,4 @@
-"""Reads the files that pages are made of, and says in one line what is wrong with one that is broken."""
+"""Reads the files that pages are made from; says in one line what is wrong with a broken one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes and environments as pairs of a label and a text, the command that repeats a run, sizes on the disk."""
+"""Formats recipes and environments as label and text, the command that repeats a run, and sizes on the disk."""
 
 from __future__ import annotations
 

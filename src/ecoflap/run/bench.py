@@ -1,7 +1,7 @@
-"""What packing gains on this machine: bytes, loading, time to the first token and tokens a second, side by side.
+"""Measures what packing gains on this machine: bytes, loading, time to the first token, tokens a second.
 
-Every round runs each variant once, one after the other, so that what else the machine does meets all alike; ratios are
-medians over the rounds.
+Every round runs each variant once, one after the other, so that other load on the machine affects all alike; ratios
+are medians over the rounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The models that ``ecoflap bench`` measures: a packed checkpoint, the embedded VLM, the shape of a 1 B LLM."""
+"""Makes the models that ``ecoflap bench`` measures: a packed checkpoint, the embedded VLM, a random 1 B LLM."""
 
 from __future__ import annotations
 

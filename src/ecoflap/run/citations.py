@@ -1,4 +1,4 @@
-"""The papers behind the methods: who to cite for an importance measure, a criterion, a rule or a choice of tokens."""
+"""Lists the papers behind the methods: which to cite for a measure, a criterion, a rule or a choice of tokens."""
 
 from __future__ import annotations
 

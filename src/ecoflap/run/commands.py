@@ -1,6 +1,6 @@
-"""What the commands besides ``prune`` do, as functions: inspect, importance, allocate, evaluate.
+"""Implements the commands besides ``prune``: inspect, importance, allocate, evaluate.
 
-Stage 1 alone, into a file: what it has found lies in a folder beside the file until that is written.
+Stage 1 alone keeps its estimates in a folder beside the output file until that file is written.
 """
 
 from __future__ import annotations

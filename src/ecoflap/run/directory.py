@@ -1,4 +1,4 @@
-"""The run directory: what each stage leaves behind, who works in it, and what may be resumed."""
+"""Manages the run directory: the files of each stage, the lock, and whether a run may be resumed."""
 
 from __future__ import annotations
 

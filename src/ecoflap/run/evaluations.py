@@ -1,4 +1,4 @@
-"""What is measured of a model: each test of a recipe with its task, data and options, and how it is run."""
+"""Runs the evaluations of a recipe: each with its task, data and options."""
 
 from __future__ import annotations
 

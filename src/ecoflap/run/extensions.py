@@ -1,4 +1,4 @@
-"""What a user's own program or package adds: criteria, importances, tasks, data formats."""
+"""Loads what a user's own program or package adds: criteria, importances, tasks, data formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal of a run: estimates and pruned blocks, kept as they come, so that an interrupted run can go on."""
+"""Keeps estimates and pruned blocks of a run as they are made, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's log file, and how whatever ends a run early is told."""
+"""Writes a run's log file, also when a run ends early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run wrote, file by file: ``--overwrite`` removes that and nothing else."""
+"""Lists the files that a run wrote, with digests: ``--overwrite`` removes them and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the files that a run or a comparison leaves in its folder."""
+"""Names the files of a run and of a comparison."""
 
 from __future__ import annotations
 

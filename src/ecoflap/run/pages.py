@@ -1,4 +1,4 @@
-"""What is made of a finished folder, by name: a run knows no page, and a page knows runs."""
+"""Registers by name what is made from a finished folder, so that ``run`` need not import ``report``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole job on one page: evaluation, importance, allocation, pruning, save, evaluation, report.
+"""The whole job on one page: evaluate, measure importance, allocate, prune, save, evaluate, report.
 
 The stages between a plan and a sparse model, as a run and each cell of a comparison call them.
 """

@@ -1,4 +1,4 @@
-"""Before and after: what the dense and the pruned model answered to each test sample, with a few small pictures."""
+"""Records the answers of the dense and the pruned model to each test sample, with a few small pictures."""
 
 from __future__ import annotations
 

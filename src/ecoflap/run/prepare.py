@@ -1,4 +1,4 @@
-"""What comes before a run writes anything: load, calibrate, look at the model, and refuse what can't work."""
+"""Prepares a run before it writes anything: loads, calibrates, discovers layers, refuses what can't work."""
 
 from __future__ import annotations
 

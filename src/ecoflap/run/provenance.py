@@ -1,10 +1,6 @@
-"""Digests of the files that a recipe names, so that a run is not resumed with others under the same names.
+"""Records what decides a run's numbers: digests of its input files, the machine, the samples, time and memory.
 
-What of the machine decides the last bits of a run: kept when it begins, and held to when it is resumed.
-
-What ``metrics.json`` says beside quality: achieved sparsity, calibration samples, environment.
-
-Wall time and peak memory of a stage, sampled while it runs.
+A run is not resumed with other files under the same names, or where the machine would change the last bits.
 """
 
 from __future__ import annotations

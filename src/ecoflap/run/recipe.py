@@ -1,6 +1,6 @@
-"""What the user asked for: one validated object, from options, Python or YAML, and back to YAML in full.
+"""Defines the recipe: one validated object from options, Python or YAML, written back to YAML in full.
 
-Over 350 lines, because options, help, YAML and documentation are all read off this one table of fields.
+Over 350 lines, because options, help, YAML and documentation are all read from this one table of fields.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The run directory as several workers see it: the first one reads and writes, the others are told."""
+"""Shares a run directory between workers: the first one reads and writes, and sends the others what they need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe file records what ran code; it does not allow it. Only the person who gives the command does, each time."""
+"""Refuses code named in a recipe file, unless the person who gives the command allows it, each time."""
 
 from __future__ import annotations
 

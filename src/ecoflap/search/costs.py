@@ -1,4 +1,4 @@
-"""What each part of a pruned model's weights costs it, all others being pruned as they are."""
+"""Measures what the pruned weights of each part cost, while all other parts stay pruned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a changed model is from the dense one on a batch: KL divergence of its outputs, or its loss."""
+"""Measures how far a changed model is from the dense one on a batch: KL divergence of the outputs, or the loss."""
 
 from __future__ import annotations
 

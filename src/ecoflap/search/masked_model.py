@@ -1,4 +1,4 @@
-"""A model that computes with masked weights, block by block, while its own stay as they are."""
+"""Computes with masked weights, block by block, without changing the model's own weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method as one choice for each of its steps, and everything about it that is refused before work begins."""
+"""Defines a method, one choice for each step, and refuses before any work what can't be done."""
 
 from __future__ import annotations
 

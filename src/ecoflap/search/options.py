@@ -1,4 +1,4 @@
-"""What a search is asked for, where it stands after a round, and where that is kept."""
+"""Defines the options of a search, its state after a round, and the file of that state."""
 
 from __future__ import annotations
 

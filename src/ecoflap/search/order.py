@@ -1,6 +1,6 @@
-"""The order in which a local criterion removes a layer's weights, and the local error that this makes.
+"""Computes the order in which a local criterion removes a layer's weights, and the local error of each step.
 
-SparseGPT's own weights in the search: what remains makes up for what goes, so masks alone would mislead.
+SparseGPT updates the remaining weights, so masks alone would mislead the search; it uses the updated weights.
 """
 
 from __future__ import annotations

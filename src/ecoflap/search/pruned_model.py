@@ -1,6 +1,6 @@
-"""The searched model: pruned to any number of zeros a layer, by the dense model's order or a walk's, and measured.
+"""The model inside a search: pruned to any number of zeros in each layer, and measured.
 
-Where the order of removal comes from: the dense model, or one that is pruned up to each block, as in stage 2.
+The order of removal comes from the dense model, or from one that is pruned up to each block, as in stage 2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rounds of a search: what every part costs now, the best shares for that, and a step towards them."""
+"""Runs the rounds of a search: measures the cost of every part, solves for the best shares, takes a step."""
 
 from __future__ import annotations
 

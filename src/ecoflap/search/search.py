@@ -1,10 +1,8 @@
-"""Searches the allocation with the least measured loss: cost every part, solve for the best shares, step, measure.
+"""Searches the allocation with the least measured loss, starting from statistics of the dense model.
 
-"Sensitivity" allocation is this search; nothing in it is from one paper. What it builds on: measuring blocks pruned by
-the criterion itself and solving for levels (as SPDY, arXiv 2201.13096, and EvoPress, arXiv 2410.14649), with the costs
-taken at the present allocation, so that blocks interact, and the shape of the curves from the layers' local errors.
-
-Begins a search on a model as it is: statistics of the dense model, the criterion's order, the samples.
+The search is ours; it builds on measuring blocks that the criterion prunes and solving for levels, as SPDY (arXiv
+2201.13096) and EvoPress (arXiv 2410.14649) do. Costs are measured at the present allocation, so blocks interact; the
+shape of the curves comes from the local errors of the layers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Importance by what pruning really does: each block alone is pruned at a few sparsities, and the damage measured.
+"""Importance by pruning: prunes each block alone at a few sparsities, and measures the damage.
 
 Source: the idea of SPDY (Frantar and Alistarh 2022, arXiv 2201.13096) and EvoPress (Sieberling et al. 2024, arXiv
 2410.14649), with forward passes of a masked model in place of a database of pruned layers.

@@ -1,4 +1,4 @@
-"""From what each part costs at the present allocation to the allocation that would cost least, and steps towards it."""
+"""Solves for the allocation with the least cost, given what each part costs now, and limits the step towards it."""
 
 from __future__ import annotations
 

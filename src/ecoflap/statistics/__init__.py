@@ -1,5 +1,5 @@
-"""Statistics of the inputs that layers get: gathered block by block, real tokens only, once per distinct input.
+"""Statistics of layer inputs: gathered block by block, real tokens only, once for each distinct input.
 
-Knows ``data``, ``model`` and what lies below. Public: :class:`~ecoflap.statistics.choice.TokenChoice`,
+Imports ``data``, ``model`` and what stands below. Public: :class:`~ecoflap.statistics.choice.TokenChoice`,
 :class:`~ecoflap.statistics.inputs.InputStatistics`.
 """

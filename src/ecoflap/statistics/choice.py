@@ -1,4 +1,4 @@
-"""The names of the choices of tokens: what a recipe may say, known without loading a model's libraries."""
+"""Names the choices of tokens, without loading a model's libraries."""
 
 from __future__ import annotations
 

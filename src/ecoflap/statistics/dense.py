@@ -1,7 +1,4 @@
-"""Input statistics of the dense model: one pass over all batches, block by block, that changes no weight.
-
-Statistics that several workers gathered, each on batches of its own: added up where they are wanted.
-"""
+"""Gathers input statistics of the dense model in one pass, block by block; adds up those of several workers."""
 
 from __future__ import annotations
 

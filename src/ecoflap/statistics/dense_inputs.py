@@ -1,4 +1,4 @@
-"""What the layers of one block receive in the dense model, kept while the block is pruned."""
+"""Keeps the inputs that the layers of one block receive in the dense model while the block is pruned."""
 
 from __future__ import annotations
 

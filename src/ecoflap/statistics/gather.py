@@ -1,4 +1,4 @@
-"""Gathers input statistics of a block's layers while it runs: once per distinct input, real tokens only."""
+"""Gathers input statistics of a block's layers while it runs: once for each distinct input, real tokens only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs, gathered batch by batch in fp32; padding tokens don't count."""
+"""Defines the statistics of a layer's inputs, summed batch by batch in fp32, without padding tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of one input in two models: the dense one, and the one that is pruned up to this layer."""
+"""Defines the statistics of one input in two models: the dense one, and the one that is pruned up to this layer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which tokens of a call are real by the block's own attention masks, which its parent made for that very call.
-
-Which of the tokens that a router sent to an expert are real: found again by their content.
-"""
+"""Finds the real tokens of a call from the attention masks that the block receives, also behind a router."""
 
 from __future__ import annotations
 

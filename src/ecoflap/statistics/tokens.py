@@ -1,6 +1,6 @@
-"""Which tokens of a tower that reads text and pictures enter the statistics of its layers: all, text, text and some.
+"""Chooses which tokens of a tower with text and pictures enter the statistics: all, text, or text and some visual ones.
 
-How much the text looks at each visual token: attention weights of a block, seen while it runs.
+Visual tokens are ranked by the attention that the text pays to them, recorded while the block runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sees what the layers of a block receive while it runs, also those that are multiplied by without being called."""
+"""Watches what the layers of a block receive, also weights that are multiplied without a call of their module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Papers as references: short, with a link, as BibTeX; and those that this package's methods come from."""
+"""Defines papers as references (short, with a link, as BibTeX), and lists those behind this package's methods."""
 
 from __future__ import annotations
 

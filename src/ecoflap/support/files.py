@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the new, never half of it."""
+"""Writes files so that a reader finds the old content or the new, never half of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: metrics with their unit, sparsity in percent, durations, bytes."""
+"""Formats numbers for readers: metrics with their unit, sparsity in percent, durations, bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when first used, so that ``import ecoflap`` and ``--help`` need no torch."""
+"""Imports public names when they are first used, so that ``import ecoflap`` and ``--help`` need no torch."""
 
 from __future__ import annotations
 

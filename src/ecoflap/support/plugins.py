@@ -1,4 +1,4 @@
-"""What other packages add to the tables of names: entry points of their distributions, found without importing them."""
+"""Finds what other packages register through entry points, without importing them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Workers that are processes of torch.distributed: NCCL between GPUs, gloo for all else.
-
-What workers tell each other, as bytes: JSON for the structure, safetensors for the tensors in it.
-"""
+"""Workers as processes of torch.distributed: NCCL between GPUs, gloo otherwise; messages as JSON and safetensors."""
 
 from __future__ import annotations
 

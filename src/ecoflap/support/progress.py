@@ -1,4 +1,4 @@
-"""Progress of long work as a small protocol, so that the library can report without knowing a terminal."""
+"""Defines a small protocol for progress, so that the library can report without knowing a terminal."""
 
 from __future__ import annotations
 

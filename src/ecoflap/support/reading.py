@@ -1,4 +1,4 @@
-"""Reads JSON and YAML that anybody may have written: whatever is wrong with a file, one line says so."""
+"""Reads JSON and YAML files from any source; says in one line whatever is wrong with a file."""
 
 from __future__ import annotations
 

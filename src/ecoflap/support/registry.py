@@ -1,4 +1,4 @@
-"""Names to implementations, imported only when asked for, with "did you mean" for the unknown ones."""
+"""Maps names to implementations, imported when first used, with "did you mean" for unknown names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from strangers (names of weights, captions, class names) as it may be shown on a terminal or kept in a log."""
+"""Cleans foreign text (names of weights, captions, class names) for the terminal and the log."""
 
 from __future__ import annotations
 

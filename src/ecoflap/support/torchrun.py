@@ -1,4 +1,4 @@
-"""What torchrun's store, which outlives the workers, tells those that were started anew."""
+"""Reads torchrun's store, which outlives the workers, for workers that were started again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every stage is handed beside its own options."""
+"""Defines what every stage receives besides its own options."""
 
 from __future__ import annotations
 

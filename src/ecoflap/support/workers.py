@@ -1,4 +1,4 @@
-"""Several processes that do one job: who each of them is, which part is its own, and what all are told."""
+"""Defines workers: several processes on one job, the part of each of them, and how they exchange results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of published data formats, one a file; what a file or folder is, is found out from its structure."""
+"""Readers of published data formats, one in each file; the structure of a file or folder decides which one reads it."""
 
 from __future__ import annotations
 

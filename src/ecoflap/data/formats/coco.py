@@ -1,4 +1,4 @@
-"""COCO captions and NoCaps: one JSON document with ``images`` and ``annotations`` that name them by id."""
+"""Reads COCO captions and NoCaps: one JSON document whose ``annotations`` name ``images`` by id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CSV and TSV files with a header line: byte offsets of the records are indexed once, records parsed when drawn."""
+"""Reads CSV and TSV files with a header line: indexes the records' byte offsets once, parses a record when drawn."""
 
 from __future__ import annotations
 

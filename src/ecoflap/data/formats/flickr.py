@@ -1,4 +1,4 @@
-"""Flickr30k's and Flickr8k's caption files: ``results_20130124.token`` and ``results.csv``."""
+"""Reads the caption files of Flickr30k and Flickr8k: ``results_20130124.token`` and ``results.csv``."""
 
 from __future__ import annotations
 

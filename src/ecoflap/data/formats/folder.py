@@ -1,7 +1,4 @@
-"""What a folder of data is: saved by ``datasets``, a published data set, shards of one format, texts, or images.
-
-Folders that ``datasets.save_to_disk`` has written, memory-mapped.
-"""
+"""Recognises what a folder holds: a data set saved by ``datasets``, a published data set, shards, texts or images."""
 
 from __future__ import annotations
 

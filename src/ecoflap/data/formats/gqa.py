@@ -1,4 +1,4 @@
-"""GQA: one JSON object of questions by their ids, with ``imageId``, ``question`` and ``answer``."""
+"""Reads GQA: one JSON object of questions by id, with ``imageId``, ``question`` and ``answer``."""
 
 from __future__ import annotations
 

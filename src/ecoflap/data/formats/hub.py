@@ -1,6 +1,6 @@
-"""Data sets on the Hugging Face hub, streamed so that nothing is downloaded whole.
+"""Streams data sets from the Hugging Face hub, so that none is downloaded whole.
 
-Data sets that list where pictures can be downloaded, not the pictures (CC3M, LAION): refused in one line.
+Data sets that hold links to pictures instead of pictures (CC3M, LAION) are refused with one line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders of images: with captions in text files beside them, in one sub-folder a class, or alone."""
+"""Reads folders of images: with captions in text files beside them, with one sub-folder for each class, or alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class names of ImageNet: synset ids to words by the mapping files that it is published with."""
+"""Reads the class names of ImageNet: translates synset ids into words by the published mapping files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""JSON documents of any size: where the objects in them begin and end is indexed once, each is parsed when drawn.
+"""Reads JSON documents and JSON lines of any size: indexes the byte offsets of the objects once, parses one when drawn.
 
-JSON lines: one object a line, byte offsets indexed once; compressed files are read through once for each draw.
+Compressed files can't be indexed: they are read through once for each draw.
 """
 
 from __future__ import annotations

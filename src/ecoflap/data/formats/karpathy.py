@@ -1,4 +1,4 @@
-"""Karpathy's split files of COCO, Flickr30k and Flickr8k: ``images`` with their sentences and a split each."""
+"""Reads Karpathy's split files of COCO, Flickr30k and Flickr8k: ``images`` with sentences and a split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NLVR2: a sentence about two pictures, true or false, one JSON object a line."""
+"""Reads NLVR2: a sentence about two pictures, true or false, one JSON object in each line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a data set lies: the path, the split that is asked for, and small questions about files that readers share."""
+"""Describes where a data set is (path and split), and answers small questions about files that several readers ask."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Plain text to be packed: whole files, or seeded pieces of them when there is more than anyone needs.
+"""Reads plain text for windows: whole files, or pieces drawn with the seed where there is more than needed.
 
-Files compressed with gzip, bzip2, xz or zstandard, read as a stream.
+Files compressed with gzip, bzip2, xz or zstandard are read as a stream.
 """
 
 from __future__ import annotations

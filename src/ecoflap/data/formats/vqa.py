@@ -1,4 +1,4 @@
-"""VQAv2 and OK-VQA: a file of questions and a file of annotations, joined by the question's id."""
+"""Reads VQAv2 and OK-VQA: a file of questions and a file of annotations, joined by the question id."""
 
 from __future__ import annotations
 

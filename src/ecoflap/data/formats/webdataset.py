@@ -1,7 +1,4 @@
-"""Webdataset tars: members are indexed once from their headers, a drawn sample is read where it lies in the tar.
-
-The headers of a tar file, one after the other, without its contents and without remembering them.
-"""
+"""Reads webdataset tars: indexes the members once from their headers, reads a sample in place when it is drawn."""
 
 from __future__ import annotations
 

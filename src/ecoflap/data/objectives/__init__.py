@@ -1,7 +1,4 @@
-"""What the loss L is: chosen by name or from the model, and looked at before it is trusted.
-
-Losses that a model computes itself: token cross-entropy, class cross-entropy, whatever its forward returns.
-"""
+"""Chooses the loss L by name or from the model, and checks that it depends on the model before it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses that a model computes itself: token cross-entropy, class cross-entropy, whatever its forward returns."""
+"""Losses that a model computes itself: token cross-entropy, class cross-entropy, or what its forward returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image-text matching with hard negatives beside image-text contrast (ITM + ITC), and contrast of all pairs alone."""
+"""Image-text matching with hard negatives plus image-text contrast (ITM + ITC), and contrast alone."""
 
 from __future__ import annotations
 

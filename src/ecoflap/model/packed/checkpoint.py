@@ -1,4 +1,4 @@
-"""Checkpoint folders: a pruned one to a packed one, and back, to the bit."""
+"""Packs the checkpoint folder of a pruned model, and unpacks it to the same bits."""
 
 from __future__ import annotations
 

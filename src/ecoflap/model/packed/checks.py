@@ -1,4 +1,4 @@
-"""Whether the parts of a packed weight agree: nothing reaches a kernel that did not pass here."""
+"""Checks that the parts of a packed weight agree; every weight passes here before it reaches a kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bitmask layout of one sparse weight: its non-zeros in order, and one bit a weight that says where they are."""
+"""Defines the bitmask layout of one sparse weight: its non-zeros in order, and a mask of one bit for each weight."""
 
 from __future__ import annotations
 

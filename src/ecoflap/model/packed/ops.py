@@ -1,4 +1,4 @@
-"""The product with a packed weight as an operator of torch: by our kernels on the CPU, else by unpacking rows."""
+"""Defines the product with a packed weight as a torch operator: by our kernels on the CPU, else by unpacking rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed checkpoints for transformers: what ``from_pretrained`` and ``save_pretrained`` ask of a quantisation."""
+"""Registers packed checkpoints as a quantisation method, for ``from_pretrained`` and ``save_pretrained``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Makes packed checkpoints known to transformers without importing it: ``import ecoflap`` stays quick.
+"""Makes packed checkpoints known to transformers without importing it, so that ``import ecoflap`` stays quick.
 
-transformers has no entry points, so its table of quantisations can only be filled once it is imported. Where it is,
-that is done at once; else a finder waits for the one module that holds the table, fills it as soon as that has been
-imported, and leaves.
+transformers has no entry points, so its table of quantisations can only be filled after it was imported. Where it is
+imported already, that is done at once; else an import hook waits for the module with the table, fills it, and removes
+itself.
 """
 
 from __future__ import annotations

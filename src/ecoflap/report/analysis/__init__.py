@@ -1,1 +1,1 @@
-"""Analyses of a run: computed from its directory, kept as JSON beside pictures of them (``ecoflap analyse``)."""
+"""Analyses of a run: computed from its directory, kept as JSON with pictures (``ecoflap analyse``)."""

@@ -1,7 +1,4 @@
-"""Do importance measures agree? Spearman's rank correlation of their block scores, each measure with each.
-
-Spearman's rank correlation in numpy: Pearson's of the ranks, ties getting their mean rank.
-"""
+"""Compares importance measures: Spearman's rank correlation of their block scores, each measure with each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The allocation as a heat map, block by kind of matrix, a panel a tower; drawn of ``allocation.json``."""
+"""Draws the allocation as a heat map, block by kind of matrix, one panel for each tower, from ``allocation.json``."""
 
 from __future__ import annotations
 

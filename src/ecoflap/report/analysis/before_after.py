@@ -1,4 +1,4 @@
-"""Before and after: counts of right and wrong answers, and examples of each kind; drawn of ``predictions.json``."""
+"""Compares the answers before and after pruning: counts, and examples of each kind, from ``predictions.json``."""
 
 from __future__ import annotations
 

@@ -1,11 +1,7 @@
-"""How weights, gradients and local scores are distributed in each tower: why no one threshold fits all towers.
+"""Distributions of weights, gradients and local scores in each tower: why one threshold does not fit all towers.
 
 Local score: Wanda's |w|·‖x‖ (Sun et al. 2023, arXiv 2306.11695). The comparison is that of Sung et al. 2024 (ECoFLaP,
-arXiv 2310.02998), figure 2.
-
-Histograms of log10|x| that are filled piece by piece: no tensor is kept, and all have edges of one grid.
-
-The gradient of the calibration loss with respect to each prunable matrix, its mean over the batches.
+arXiv 2310.02998), figure 2. Histograms of log10|x| are filled piece by piece, with the same edges for all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the options of the zeroth order do: ε, noises, samples against the exact gradient norm; granularity and cap."""
+"""Effects of the zeroth order's options: ε, noises and samples against the exact gradient norm; granularity and cap."""
 
 from __future__ import annotations
 

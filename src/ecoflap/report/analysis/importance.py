@@ -1,4 +1,4 @@
-"""Importance per block and per layer with standard errors, a panel a tower; drawn of ``importance.json``."""
+"""Draws the importance of blocks and layers with standard errors, a panel for each tower, from ``importance.json``."""
 
 from __future__ import annotations
 

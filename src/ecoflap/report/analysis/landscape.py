@@ -1,4 +1,4 @@
-"""Slices of the calibration loss in random directions around the dense and around the sparse model.
+"""Slices of the calibration loss in random directions around the dense and the sparse model.
 
 Filter-normalised directions of Li et al. 2018, "Visualizing the Loss Landscape of Neural Nets" (arXiv 1712.09913),
 section 4: every filter (here: row of a matrix) of the random direction has the norm of the model's own filter.

@@ -1,6 +1,6 @@
-"""The table of analyses: a new one is one file and one line here. Those that read files alone come first.
+"""Registers the analyses: a new one is one file and one line here. Those that only read files come first.
 
-An analysis is a function from a run to JSON, and one from that JSON to drawings.
+An analysis is two functions: from a run to JSON, and from that JSON to drawings.
 """
 
 from __future__ import annotations

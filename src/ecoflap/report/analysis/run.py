@@ -1,4 +1,4 @@
-"""Does the analyses of a run: what is there already is kept, files are written whole, the page is made again."""
+"""Runs the analyses of a run: keeps existing ones, writes whole files, makes the page again."""
 
 from __future__ import annotations
 

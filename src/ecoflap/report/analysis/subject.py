@@ -1,4 +1,4 @@
-"""A run directory as analyses see it: its files, its dense and its sparse model, its data; each read when asked for."""
+"""Gives analyses a run directory: its files, its dense and sparse model, its data; each is read when first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots of ``analysis/*.json``: distributions, agreement of measures, effects of options, the loss landscape."""
+"""Charts of ``analysis/*.json``: distributions, agreement of measures, effects of options, the loss landscape."""
 
 from __future__ import annotations
 

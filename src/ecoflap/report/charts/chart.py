@@ -1,4 +1,4 @@
-"""What a plot of a page says, apart from how it is drawn: each is drawn twice, by plotly and as a still SVG."""
+"""Describes a chart independently of how it is drawn: plotly draws it on the page, matplotlib as SVG and PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots of a comparison: quality against sparsity, time and memory, each tower's sparsity; one look a method."""
+"""Charts of a comparison: quality over sparsity, time and memory, each tower's sparsity; one style for each method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chart as a plotly figure in JSON; colours stay names of CSS variables, which the page's script looks up."""
+"""Draws a chart as plotly JSON; colours stay names of CSS variables, which the page's script resolves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The plots of one run: sparsity and importance of each block, and both for each matrix; one plot a tower.
-
-The plots of an allocation search: the loss on its way, and what the blocks' lost weights cost at its end.
-"""
+"""Charts of one run: sparsity and importance of each block and matrix, one for each tower; the steps of a search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws charts with matplotlib: as inline SVG of a page (for paper, and until JavaScript has drawn them), and as files.
+"""Draws charts with matplotlib: as inline SVG of a page (for print, and until JavaScript has run), and as files.
 
 On a page colours are CSS variables, and the page writes captions and legends. A file has the page's light colours, and
 its own captions and legends.

@@ -1,4 +1,4 @@
-"""``ecoflap.compare``: a grid from Python."""
+"""Runs ``ecoflap.compare``: a grid, from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a comparison: the rules of a run directory, and a grid that may grow when it is resumed."""
+"""Manages the folder of a comparison: the rules of a run directory, and a grid that may grow when it is resumed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Works through a grid: what cells share is done once, every finished cell is a file, and a kill costs one cell.
+"""Runs a grid: shared work is done once, every finished cell is a file, a kill costs one cell.
 
-Looks at every cell of a grid before the work: slips are told at once, cells that can't be made are noted.
+Checks every cell before the work begins: mistakes are reported at once, impossible cells are recorded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A method as one word, ``IMPORTANCE+CRITERION[:NAME=VALUE,…]``: read, checked, and turned into fields of a recipe."""
+"""Reads a method written as one word, ``IMPORTANCE+CRITERION[:NAME=VALUE,…]``, and turns it into recipe fields."""
 
 from __future__ import annotations
 

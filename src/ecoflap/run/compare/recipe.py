@@ -1,4 +1,4 @@
-"""The recipe of a comparison: a run's recipe with methods, sparsities and seeds in place of one of each."""
+"""Defines the recipe of a comparison: a run's recipe with lists of methods, sparsities and seeds."""
 
 from __future__ import annotations
 

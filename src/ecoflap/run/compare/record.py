@@ -1,7 +1,4 @@
-"""What ``compare.json`` holds: the schema, how it is read, and the figures of a method at a sparsity over the seeds.
-
-What evaluations, stages and walks say of a cell, as records of ``compare.json``.
-"""
+"""Defines ``compare.json``: how it is written and read, and the mean figures of a method over the seeds."""
 
 from __future__ import annotations
 

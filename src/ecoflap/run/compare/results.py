@@ -1,4 +1,4 @@
-"""All files that show a comparison: JSON, CSV, Markdown, plots, page; and the command that repeats it."""
+"""Writes all files that show a comparison: JSON, CSV, Markdown, plots, page, and the command that repeats it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Stage 1 of a grid: each measure once a seed, kept as a file, for all sparsities and criteria.
+"""Shares work between the cells of a grid, in files that survive a kill: importance, searches, the dense weights.
 
-Allocations that were searched for: criteria that remove weights in one order share them, and a kill keeps them.
-
-The dense weights of what is pruned, kept beside the model, so that each cell starts from the same bits.
+Criteria that remove weights in the same order share a search. Each cell starts from the same dense weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A comparison as CSV (one row a cell) and as Markdown (methods by sparsities, cost, citations, command).
-
-A comparison as tables on the terminal: one a test.
-"""
+"""Prints a comparison: as CSV (one row for each cell), as Markdown, and as tables on the terminal."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The embedded VLM and its data: a small BLIP-2 that ships with the package, with calibration and test questions.
+"""The embedded VLM and its data: a small BLIP-2 inside the package, with calibration and test questions.
 
-Importing this loads nothing heavy; ``PYTHONPATH=tools python -m embedded_vlm.train`` makes the model again.
+Importing this loads nothing heavy. ``PYTHONPATH=tools python -m embedded_vlm.train`` makes the model again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, where the package has them, and hands them to torch."""
+"""Loads the compiled kernels, where the package has them, and registers them with torch."""
 
 from __future__ import annotations
 
