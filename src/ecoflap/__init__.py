@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ecoflap.model.checkpoint import load
     from ecoflap.model.packed.convert import pack
     from ecoflap.model.save import save
+    from ecoflap.pruning.keep_zeros import keep_zeros
     from ecoflap.report.analysis.run import analyse
     from ecoflap.report.card import write_model_card
     from ecoflap.report.hub import push
@@ -34,6 +35,7 @@ __all__ = [
     "compare",
     "inspect",
     "joined",
+    "keep_zeros",
     "load",
     "measure_importance",
     "pack",
@@ -60,6 +62,7 @@ _HOMES = {
     "compare": "ecoflap.run.compare.compare",
     "inspect": "ecoflap.api",
     "joined": "ecoflap.support.processes",
+    "keep_zeros": "ecoflap.pruning.keep_zeros",
     "load": "ecoflap.model.checkpoint",
     "measure_importance": "ecoflap.importance.measure",
     "pack": "ecoflap.model.packed.convert",
