@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import ecoflap
 from ecoflap.errors import InvalidOption
 from ecoflap.report.card import write_card, write_model_card
-from ecoflap.report.card_page import MARKER, addressed, escaped, fenced
+from ecoflap.report.card_page import MARKER, escaped, fenced, with_repository
 from ecoflap.run.directory import RunDirectory
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe
@@ -177,8 +177,8 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path) -> None:
 
 def test_the_place_of_the_model_is_filled_in(tmp_path: Path) -> None:
     text = write_card(_run(tmp_path / "run")).read_text("utf-8")
-    assert 'from_pretrained("me/sparse")' in addressed(text, "me/sparse")
-    assert addressed("edited by hand", "me/sparse") == "edited by hand"
+    assert 'from_pretrained("me/sparse")' in with_repository(text, "me/sparse")
+    assert with_repository("edited by hand", "me/sparse") == "edited by hand"
 
 
 def test_at_the_end_of_a_run(tmp_path: Path) -> None:

@@ -159,4 +159,4 @@ def test_the_manifest_holds_digests(folder: Path) -> None:
     files = json.loads((folder / MANIFEST).read_text())["data"]["files"]
     assert set(files) == {"importance.json", "metrics.json", "model/one.bin", "pictures/one.bin"}
     assert all(len(entry["sha256"]) == 64 for entry in files.values())
-    assert list(Manifest(folder).strangers(OURS)) == []
+    assert list(Manifest(folder).foreign_files(OURS)) == []

@@ -44,7 +44,7 @@ class Thread(Workers):
     def broadcast(self, tree: Any) -> Any:
         return unpack(self._all(pack(tree) if self.first else b"")[0])
 
-    def spread(self, tensor: torch.Tensor, source: int) -> None:
+    def copy_from(self, tensor: torch.Tensor, source: int) -> None:
         found = self._all(tensor.clone() if self.rank == source else None)[source]
         assert found.shape == tensor.shape
         assert found.dtype == tensor.dtype

@@ -35,7 +35,7 @@ def test_enough_is_the_formula_whatever_the_order(
             return  # rounding decides
         expected = measured <= error * mean and len(sizes) * (1 + 1e-12) >= (scatter / error) ** 2
     shuffled = order.sample(values, len(values))
-    assert rule.enough(values) == rule.enough(shuffled) == expected
+    assert rule.is_precise_enough(values) == rule.is_precise_enough(shuffled) == expected
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.randoms(use_true_random=False))
@@ -64,7 +64,8 @@ def test_turns_sample_each_layer_until_the_rule_says_enough(seed: int, error: fl
     for name in names:  # the rule by itself, layer by layer
         sequence = [(name, b, d) for d in range(draws) for b in range(batches)]
         count = next(
-            (n for n in range(len(sequence)) if rule.enough([value[key] for key in sequence[:n]])), len(sequence)
+            (n for n in range(len(sequence)) if rule.is_precise_enough([value[key] for key in sequence[:n]])),
+            len(sequence),
         )
         expected[name] = set(sequence[:count])
     known = {}

@@ -17,7 +17,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ecoflap.data.objectives import default_objective
 from ecoflap.model import lazy_logits
-from ecoflap.model.lazy_logits import heads, logits_on_demand
+from ecoflap.model.lazy_logits import logits_on_demand, output_heads
 from ecoflap.model.patching import cache_disabled
 
 WRITERS = ("llama", "gpt2", "llava", "t5", "blip2_t5", "blip2_opt", "bert")
@@ -49,7 +49,7 @@ class Counted:
 def test_loss_and_gradients_are_those_of_the_plain_forward(name: str) -> None:
     family = FAMILIES[name]
     model = family.build().eval()
-    (head,) = heads(model)
+    (head,) = output_heads(model)
     loss = default_objective(model)
     head.requires_grad_(False)
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -79,7 +79,7 @@ def test_only_labelled_rows_are_multiplied(name: str) -> None:
     labels[1, 3:] = -100
     batch = {**batch, "labels": labels}
     shifts = name in ("llama", "gpt2", "llava", "blip2_opt")
-    counted = Counted(heads(model)[0])
+    counted = Counted(output_heads(model)[0])
     with torch.no_grad(), cache_disabled(model), logits_on_demand(model):
         model(**batch)
     assert counted.rows == int((labels[:, 1:] if shifts else labels).ne(-100).sum())
@@ -93,12 +93,12 @@ def test_only_masked_positions_are_multiplied(name: str) -> None:
     batch = {key: value for key, value in batch.items() if key != "labels"} | {"labels": None}
     if name == "t5" or name == "blip2_t5":
         batch["decoder_input_ids"] = batch["input_ids"]
-    inner = [p for n, p in model.named_parameters() if p.dim() == 2 and p is not heads(model)[0].weight]
+    inner = [p for n, p in model.named_parameters() if p.dim() == 2 and p is not output_heads(model)[0].weight]
     with cache_disabled(model):
         plain = model(**batch).logits
         mask = torch.rand(plain.shape[:-1], generator=torch.Generator().manual_seed(1)) < 0.3
         exact = torch.autograd.grad(plain[mask].square().sum(), inner, allow_unused=True)
-        counted = Counted(heads(model)[0])
+        counted = Counted(output_heads(model)[0])
         with logits_on_demand(model):
             logits = model(**batch).logits
         found = logits[mask]  # after the context, too
@@ -114,7 +114,7 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
     family = FAMILIES["llama"]
     model = family.build(tied=False).eval()
     (batch,) = family.batches(2, 2, padding=True)
-    wanted = [heads(model)[0].weight, *(p for p in model.model.layers.parameters())]
+    wanted = [output_heads(model)[0].weight, *(p for p in model.model.layers.parameters())]
     exact = torch.autograd.grad(model(**batch).loss, wanted)
     with logits_on_demand(model):
         found = torch.autograd.grad(model(**batch).loss, wanted)
@@ -235,7 +235,7 @@ def test_whatever_is_done_with_logits_gives_what_it_gave(
 
 
 def test_a_head_of_a_model_inside_is_found_once() -> None:
-    assert heads(FAMILIES["vit"].build()) == []
-    assert heads(FAMILIES["clip"].build()) == []
+    assert output_heads(FAMILIES["vit"].build()) == []
+    assert output_heads(FAMILIES["clip"].build()) == []
     model = FAMILIES["blip2_t5"].build()
-    assert heads(model) == [model.language_model.lm_head]
+    assert output_heads(model) == [model.language_model.lm_head]

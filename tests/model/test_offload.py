@@ -18,7 +18,7 @@ from ecoflap.importance.measure import measure_importance
 from ecoflap.model.checkpoint import Checkpoint, load
 from ecoflap.model.device_map import _compute_on, check_device_map
 from ecoflap.model.fingerprint import fingerprint
-from ecoflap.model.offload import Offloaded, adopt, home_of, is_offloaded, read_weight, resident
+from ecoflap.model.offload import Offloaded, home_of, in_memory, is_offloaded, keep_placeholders, read_weight
 from ecoflap.model.save import save
 
 
@@ -72,9 +72,9 @@ def test_a_held_module_is_real_and_its_file_is_never_written(tmp_path: Path) -> 
     model, name = spread.model, "model.layers.0.mlp.up_proj.weight"
     placeholder, dense = model.get_parameter(name), read_weight(model, name).clone()
     shown = {path: path.read_bytes() for path in (tmp_path / "llama").glob("*.safetensors")}
-    with resident(model, "model.layers.0"):
+    with in_memory(model, "model.layers.0"):
         assert real(model) == {key for key, _ in model.named_parameters() if key.startswith("model.layers.0.")}
-        with resident(model, "model.layers.0.mlp"):  # within: nothing to do
+        with in_memory(model, "model.layers.0.mlp"):  # within: nothing to do
             pass
         model.get_parameter(name).data.zero_()
         batch = picos.batches("llama")[0]
@@ -134,7 +134,7 @@ def test_a_model_on_the_disk_that_computes_elsewhere(tmp_path: Path) -> None:
     whole, _ = both("t5", tmp_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5", device_map={"": "disk"}, dtype="auto").eval()
     _compute_on(model, torch.device("cpu"))
-    adopt(model)
+    keep_placeholders(model)
     assert home_of(model) == torch.device("cpu")
     assert fingerprint(model) == fingerprint(whole.model)
     batch = picos.batches("t5")[0]
@@ -145,8 +145,8 @@ def test_a_model_on_the_disk_that_computes_elsewhere(tmp_path: Path) -> None:
 def test_a_users_own_dispatched_model_is_taken_as_it_is(tmp_path: Path) -> None:
     whole, _ = both("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", device_map={"": "disk"}).eval()
-    adopt(model)
-    adopt(model)  # a second time changes nothing
+    keep_placeholders(model)
+    keep_placeholders(model)  # a second time changes nothing
     assert fingerprint(model) == fingerprint(whole.model)
     found = measure_importance(model, picos.batches("llama"), "gradient-norm")
     assert found.scores == measure_importance(whole.model, picos.batches("llama"), "gradient-norm").scores

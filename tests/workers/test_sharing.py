@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from together import together
 
 from ecoflap.model.parts import Layer
-from ecoflap.statistics.dense import keepers_of
+from ecoflap.statistics.dense import assign_layers
 from ecoflap.statistics.inputs import InputGram, InputNorm
 from ecoflap.support.processes import pack, unpack
 from ecoflap.support.workers import GROUPS, Workers, launched, part, share_of
@@ -67,12 +67,12 @@ def test_layers_of_one_input_have_one_keeper_and_loads_are_even() -> None:
     layers = [layer("q", 8, 8), layer("k", 8, 8), layer("o", 8, 8), layer("up", 32, 8), layer("down", 8, 32),
               layer("lost", 4, 4)]  # fmt: skip
     owners = {"q": "q", "k": "q", "o": "o", "up": "up", "down": "down"}
-    assert keepers_of(owners, layers, 1) == dict.fromkeys(["q", "k", "o", "up", "down", "lost"], 0)
-    two = keepers_of(owners, layers, 2)
+    assert assign_layers(owners, layers, 1) == dict.fromkeys(["q", "k", "o", "up", "down", "lost"], 0)
+    two = assign_layers(owners, layers, 2)
     assert two["q"] == two["k"]
     assert {name for name, rank in two.items() if rank == two["down"]} - {"lost"} == {"down"}  # as dear as all others
     assert two["lost"] == 0
-    four = keepers_of(owners, layers, 4)
+    four = assign_layers(owners, layers, 4)
     assert len({four[name] for name in ("q", "o", "up", "down")}) == 4
 
 
@@ -92,8 +92,8 @@ def test_what_workers_tell_each_other_keeps_every_bit() -> None:
 
 def test_everyone_is_told_the_same() -> None:
     def work(workers: Workers) -> list[Any]:
-        return [workers.gather(workers.rank), workers.broadcast(workers.rank), workers.told(lambda: workers.rank),
-                workers.spaced(5, lambda number: [number, workers.count])]  # fmt: skip
+        return [workers.gather(workers.rank), workers.broadcast(workers.rank), workers.from_first(lambda: workers.rank),
+                workers.map_parts(5, lambda number: [number, workers.count])]  # fmt: skip
 
     for count in (1, 2, 3):
         spaced = [[number, count] for number in range(5)]

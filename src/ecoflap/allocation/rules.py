@@ -62,7 +62,7 @@ RULES: Registry[Callable[[float | None], Rule]] = Registry(
 """Name to what makes the rule of a spread (None: not given)."""
 
 
-def deal(total: int, room: list[int], scores: list[int], keys: list[tuple[str, ...]]) -> list[int]:
+def distribute(total: int, room: list[int], scores: list[int], keys: list[tuple[str, ...]]) -> list[int]:
     """Deal ``total`` in proportion to ``scores``, to no more than its ``room`` each; the result is exact.
 
     Who is full drops out and the rest is dealt again (water-filling); shares are rounded by largest remainder, ties by
@@ -163,7 +163,7 @@ class Proportional:
         common = math.lcm(*(group.score.denominator for group in groups))
         whole = [group.score.numerator * (common // group.score.denominator) for group in groups]
         room = [group.most - group.least for group in groups]
-        dealt = deal(keep - sum(group.least for group in groups), room, whole, [group.key for group in groups])
+        dealt = distribute(keep - sum(group.least for group in groups), room, whole, [group.key for group in groups])
         return [group.least + more for group, more in zip(groups, dealt, strict=True)]
 
 

@@ -42,13 +42,13 @@ def main() -> NoReturn:
     # On cores that are shared, threads that spin while they wait for each other slow small models down 50-fold. Read
     # when torch is first imported, which happens below; a value of the user's own stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _quieten()
-    _look_around()
+    _silence_libraries()
+    _check_surroundings()
     with stops.listening():
         _run()
 
 
-def _look_around() -> None:
+def _check_surroundings() -> None:
     """A closed output takes what is written and keeps nothing; without a current folder no path means anything."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -97,7 +97,7 @@ def _run() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _quieten() -> None:
+def _silence_libraries() -> None:
     """Bars and remarks of the libraries below us, unless the user's own settings want them."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",

@@ -39,7 +39,7 @@ class Stops:
         self.quiet, self._asked, self._open = False, None, 0
         self._telling, self._ends = threading.Lock(), threading.Event()
         heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self.hear) for number in heard}
+        before = {number: signal.signal(number, self.handle) for number in heard}
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -70,7 +70,7 @@ class Stops:
         if not self.quiet and self._telling.acquire(blocking=False):
             os.write(2, TOLD.encode())  # not sys.stderr, which may be in the middle of a write itself
 
-    def hear(self, number: int, frame: FrameType | None = None) -> None:
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Raises KeyboardInterrupt, whose argument says which signal it was ("" for Ctrl-C): now, or at :meth:`check`.
 
         It is always the first one's: a job that is terminated and then interrupted was terminated.

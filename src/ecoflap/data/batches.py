@@ -142,7 +142,7 @@ def _collator(
     prompter = Prompter(model, processor)
 
     def collate(part: list[Sample], start: int) -> dict[str, Any]:
-        shown = part if sees else _blind(part)
+        shown = part if sees else _without_their_pictures(part)
         if is_encoder_decoder(model):
             return _limited(encode_targets(shown, prompter, start, seed), length, source)
         encoded = encode_continued(shown, prompter)
@@ -164,7 +164,7 @@ def _collator(
     return told
 
 
-def _blind(samples: Sequence[Sample]) -> list[Sample]:
+def _without_their_pictures(samples: Sequence[Sample]) -> list[Sample]:
     return [replace(sample, images=()) for sample in samples]
 
 

@@ -53,7 +53,7 @@ def read_chat(turns: Any, images: Any) -> Chat:
     held = [] if images is None or images == "" else list(images) if isinstance(images, (list, tuple)) else [images]
     read = [(_role(turn), list(_parts(turn))) for turn in turns]
     last = max((number for number, (role, _) in enumerate(read) if role == "assistant"), default=-1)
-    answer = _said(read[last][1]) if last >= 0 else ""
+    answer = _text_of_parts(read[last][1]) if last >= 0 else ""
     if not answer:
         raise BrokenSample("the chat has no answer")
     before = read[:last]
@@ -72,8 +72,8 @@ def read_chat(turns: Any, images: Any) -> Chat:
     return Chat(
         messages=tuple({"role": role, "content": parts} for role, parts in before),
         text=answer,
-        question=next(_said(parts) for role, parts in reversed(before) if role == "user"),
-        prompt="\n".join(text for _, parts in before if (text := _said(parts))),
+        question=next(_text_of_parts(parts) for role, parts in reversed(before) if role == "user"),
+        prompt="\n".join(text for _, parts in before if (text := _text_of_parts(parts))),
         images=tuple(pictures),
     )
 
@@ -93,12 +93,12 @@ def _parts(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         elif isinstance(part, dict) and "text" in str(part.get("type")):  # text, input_text
             yield from _text(str(part.get("text") or ""))
         elif isinstance(part, dict) and "image" in str(part.get("type")):  # image, image_url, input_image
-            yield {"type": "image", "held": _held(part)}
+            yield {"type": "image", "held": _picture_of_part(part)}
         elif part is not None:
             raise BrokenSample(f"the chat holds {part.get('type') if isinstance(part, dict) else type(part).__name__}")
 
 
-def _held(part: Mapping[str, Any]) -> Any:
+def _picture_of_part(part: Mapping[str, Any]) -> Any:
     """What the part says about its picture; None if that stands in the row's own column."""
     held = next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key) is not None), None)
     return held.get("url") if isinstance(held, dict) and "url" in held else held
@@ -116,7 +116,7 @@ def _text(text: str) -> Iterator[dict[str, Any]]:
         yield {"type": "text", "text": text.strip()}
 
 
-def _said(parts: list[dict[str, Any]]) -> str:
+def _text_of_parts(parts: list[dict[str, Any]]) -> str:
     return "\n".join(part["text"] for part in parts if part["type"] == "text")
 
 

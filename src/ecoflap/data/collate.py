@@ -16,7 +16,7 @@ from ecoflap.data.encode import (
     encode_classified,
     encode_pairs,
     label_of,
-    numbered,
+    numbers_by_name,
 )
 from ecoflap.data.objectives import objective_name
 from ecoflap.data.objectives.matching import with_negatives
@@ -105,7 +105,7 @@ def _zero_shot(
     own = tuple(own_classes or sorted(set(labels)))
     names = tuple(classes or own)
     # Class names written for the prompts ("tench") may stand, by number, for the data set's own ("n01440764").
-    numbers = numbered(names) | (numbered(own) if len(own) == len(names) and own_classes else {})
+    numbers = numbers_by_name(names) | (numbers_by_name(own) if len(own) == len(names) and own_classes else {})
     prompts = prompt_tensors(names, templates, model, processor)
 
     def collate(part: list[Sample], start: int) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def class_number(label: str, classes: Mapping[str, int], source: str, whose: str
     )
 
 
-def numbered(names: Sequence[str]) -> dict[str, int]:
+def numbers_by_name(names: Sequence[str]) -> dict[str, int]:
     """Names in lower case to their numbers; the first of two equal ones counts."""
     numbers: dict[str, int] = {}
     for number, name in enumerate(names):
@@ -288,7 +288,7 @@ def encode_classified(
     if any(label is not None for label in labels):
         names = getattr(getattr(model, "config", None), "label2id", None) or {}
         numbers = {str(name).lower(): int(number) for name, number in names.items()}
-        own = numbered(own_classes or ())
+        own = numbers_by_name(own_classes or ())
         if len(own_classes or ()) == len(numbers) and not own.keys() & numbers.keys():
             numbers = own
         encoded["labels"] = torch.tensor([class_number(label or "", numbers, source) for label in labels])

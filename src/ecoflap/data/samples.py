@@ -41,7 +41,7 @@ def open_source(source: str | Path) -> Table | TextFiles | HubStream:
     elif (address := Address.parse(text)) is not None and _may_be_hub(text):
         return HubStream(address, text)
     else:
-        raise _nowhere(source)
+        raise _no_such_source(source)
     if len(opened) == 0:
         raise CalibrationError(f"{source} is empty: it holds no samples")
     return opened
@@ -57,11 +57,11 @@ def check_source(source: str | Path | None, image_folder: str | Path | None = No
     if source is not None and _local(text) is None and "{" not in text:
         address = Address.parse(text)
         if address is None or not _may_be_hub(text):
-            raise _nowhere(source)
+            raise _no_such_source(source)
     _image_folder(image_folder)
 
 
-def _nowhere(source: str | Path) -> CalibrationError:
+def _no_such_source(source: str | Path) -> CalibrationError:
     return CalibrationError(f"no file or folder '{source}': check the path ({ACCEPTED})")
 
 
@@ -123,7 +123,7 @@ class SampleSet:
             return self
         count = len(self.samples) if self.windows < 0 else self.windows
         if "label" in self.columns and len(self.samples) < count:
-            _tell_few(self.source, len(self.samples), count)
+            _warn_of_few(self.source, len(self.samples), count)
         return replace(self, samples=self.samples[:count], indices=self.indices[:count], windows=None)
 
 
@@ -205,7 +205,7 @@ class SampleReader:
                 f"than {BROKEN_LIMIT:.0%}: repair the data"
             )
         if self._samples is not None and good < self._samples and not self.is_text:
-            _tell_few(self.source, good, self._samples, f" and {self.skipped} broken ones" if self.skipped else "")
+            _warn_of_few(self.source, good, self._samples, f" and {self.skipped} broken ones" if self.skipped else "")
 
     def at(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample]]:
         """(index, sample) of these rows of the source, in the order of ``indices``; broken ones are left out.
@@ -315,7 +315,7 @@ def load_samples(
     )
 
 
-def _tell_few(source: str, there: int, wanted: int, more: str = "") -> None:
+def _warn_of_few(source: str, there: int, wanted: int, more: str = "") -> None:
     warnings.warn(
         f"{source} holds {there} usable samples{more}, {wanted} were asked for: all of them are taken", stacklevel=3
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ecoflap.data.encode import class_number, label_of, numbered
+from ecoflap.data.encode import class_number, label_of, numbers_by_name
 from ecoflap.data.samples import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.retrieval import ranks
@@ -39,7 +39,7 @@ def numbers_of(names: Sequence[str], own: Sequence[str]) -> dict[str, int]:
 
     So names that were written for prompts ("tench") stand for labels as the data set has them ("n01440764").
     """
-    return numbered(names) | (numbered(own) if len(own) == len(names) else {})
+    return numbers_by_name(names) | (numbers_by_name(own) if len(own) == len(names) else {})
 
 
 def labels_of(part: Chunk, numbers: Mapping[str, int], task: str, source: str, whose: str = "given") -> torch.Tensor:
@@ -72,7 +72,7 @@ class TopClasses:
     ranks: list[int] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
-    def graded(self, scores: torch.Tensor, labels: torch.Tensor) -> dict[str, list[int]]:
+    def ranked(self, scores: torch.Tensor, labels: torch.Tensor) -> dict[str, list[int]]:
         """Of a batch with scores ``[B, C]`` and class numbers ``[B]``: the ``best`` classes, the right ones' ``ranks``.
 
         A wrong class that scores as high as the right one counts as before it.

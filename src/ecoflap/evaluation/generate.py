@@ -58,7 +58,7 @@ def generate(
     return said
 
 
-def hands_over(model: nn.Module) -> bool:
+def delegates_generation(model: nn.Module) -> bool:
     """Whether ``generate`` hands over to the model's own text decoder, with end and padding tokens of its own (BLIP).
 
     These models have absolute positions and lose the mask of the prompt on the way, so that padding would change what
@@ -69,7 +69,7 @@ def hands_over(model: nn.Module) -> bool:
 
 def _padded_alike(model: nn.Module, prompter: Prompter, texts: Sequence[str]) -> Iterator[list[int]]:
     """Rows that go through the model together: all, or those of one length where padding is not masked."""
-    if not hands_over(model):
+    if not delegates_generation(model):
         yield list(range(len(texts)))
         return
     by_length: dict[int, list[int]] = {}
@@ -94,7 +94,7 @@ def _continue(model: nn.Module, prompter: Prompter, inputs: dict[str, Any], opti
     ids, tokenizer = inputs["input_ids"].clone(), prompter.tokenizer  # BLIP writes into the ids it is given
     assert tokenizer is not None
     length = ids.shape[1]
-    if hands_over(model):
+    if delegates_generation(model):
         output = model.generate(**inputs, **options)  # type: ignore[operator]
         # The decoder began with the prompt, the first token replaced and the last left out; one that answers did not.
         if not answers_by_decoder(model):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ecoflap.data.encode import numbered
+from ecoflap.data.encode import numbers_by_name
 from ecoflap.data.model_facts import parameters_of, to_device
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.classes import TopClasses, labels_of
@@ -62,19 +62,19 @@ class ImageClassification(Task):
         if classes is not None and len(classes) != len(names):
             raise InvalidOption(f"{len(classes)} classes are given, but {type(model).__name__} has {len(names)}")
         reader = open_data(TASK, test)
-        numbers, how = numbered(names), "by name"
+        numbers, how = numbers_by_name(names), "by name"
         own = reader.classes or ()
         if classes is not None:
-            numbers, how = numbered(classes), "as given"
-        elif len(own) == len(names) and not numbers.keys() & numbered(own).keys():
-            numbers, how = numbered(own), "by order"
+            numbers, how = numbers_by_name(classes), "as given"
+        elif len(own) == len(names) and not numbers.keys() & numbers_by_name(own).keys():
+            numbers, how = numbers_by_name(own), "by order"
         found = TopClasses(TASK, names, reader.source)
         told: Shared[dict[str, list[int]]] = Shared(test.workers)
         truths: list[tuple[list[int], torch.Tensor]] = []
 
         def classified(part: Chunk, labels: torch.Tensor) -> dict[str, list[int]]:
             inputs = image_inputs(processor, pictures(part, TASK, reader.source), TASK)
-            return found.graded(model(**to_device(inputs, model)).logits.float().cpu(), labels)
+            return found.ranked(model(**to_device(inputs, model)).logits.float().cpu(), labels)
 
         with evaluating(model):
             for part in in_chunks(reader, test.batch_size, test.progress, TASK):

@@ -112,7 +112,7 @@ class Knn(Task):
         def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
             seen = embed(part, reader.source)
             check_finite(seen, "a feature", reader.source)
-            return found.graded(weighted_votes(seen @ features.t(), votes, len(names), k, temperature), labels)
+            return found.ranked(weighted_votes(seen @ features.t(), votes, len(names), k, temperature), labels)
 
         with evaluating(model):
             for part in in_chunks(voters, test.batch_size, test.progress, "knn, training samples"):

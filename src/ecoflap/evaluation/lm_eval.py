@@ -80,7 +80,7 @@ class Suite(Task):
             try:
                 with screen.silenced(), padding_token(tokenizer):
                     manager = _find(name, self.include_path)
-                    judge = judged(
+                    judge = wrapped_for_lm_eval(
                         model, processor, batch_size=test.batch_size, length=test.sequence_length, screen=screen
                     )
                     found = _evaluate(
@@ -139,7 +139,7 @@ def _generators_kept() -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def _manager(include_path: str | None, defaults: bool) -> Any:
+def _task_manager(include_path: str | None, defaults: bool) -> Any:
     """lm-eval's index of tasks; reading its 14,000 files takes seconds, so that it is kept."""
     from lm_eval.tasks import TaskManager
 
@@ -152,9 +152,9 @@ def _find(name: str, include_path: str | None) -> Any:
         raise InvalidOption(f"task option include_path={include_path}: there is no such folder")
     manager = None
     if include_path is not None:
-        manager = _manager(include_path, False)
+        manager = _task_manager(include_path, False)
     if manager is None or name not in manager.all_tasks:
-        manager = _manager(include_path, True)
+        manager = _task_manager(include_path, True)
     if name not in manager.all_tasks:
         error = unknown("task of lm-eval", name, list(manager.all_tasks))
         short = str(error).partition("choose from")[0]
@@ -244,7 +244,7 @@ class Screen:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
 
-    def asked(self, method: Callable[..., Any], requests: list[Any]) -> Any:
+    def responses_to(self, method: Callable[..., Any], requests: list[Any]) -> Any:
         """What ``method`` answers to ``requests``, with a bar."""
         with contextlib.redirect_stderr(self._error), self._progress.stage(self._name, len(requests)) as self._stage:
             return method(requests, disable_tqdm=True)
@@ -274,13 +274,13 @@ class TextModel(_Shown):
     """A language model."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        return self.screen.asked(super().loglikelihood, requests)
+        return self.screen.responses_to(super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        return self.screen.asked(super().loglikelihood_rolling, requests)
+        return self.screen.responses_to(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        return self.screen.asked(super().generate_until, requests)
+        return self.screen.responses_to(super().generate_until, requests)
 
 
 class SeeingModel(HFMultimodalLM):  # type: ignore[misc]
@@ -295,22 +295,24 @@ class SeeingModel(HFMultimodalLM):  # type: ignore[misc]
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
         self.processor, self.tokenizer = self._ours, tokenizer_of(self._ours)
 
-    def _way(self, name: str, requests: list[Any]) -> Callable[..., Any]:
+    def _kind_of_requests(self, name: str, requests: list[Any]) -> Callable[..., Any]:
         seen = not requests or len(requests[0].args) > 2
         owner = HFMultimodalLM if seen else HFLM
         return getattr(owner, name).__get__(self)  # type: ignore[no-any-return]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        return self.screen.asked(self._way("loglikelihood", requests), requests)
+        return self.screen.responses_to(self._kind_of_requests("loglikelihood", requests), requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        return self.screen.asked(HFLM.loglikelihood_rolling.__get__(self), requests)
+        return self.screen.responses_to(HFLM.loglikelihood_rolling.__get__(self), requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        return self.screen.asked(self._way("generate_until", requests), requests)
+        return self.screen.responses_to(self._kind_of_requests("generate_until", requests), requests)
 
 
-def judged(model: nn.Module, processor: Any, *, batch_size: int, length: int | None, screen: Screen) -> HFLM:
+def wrapped_for_lm_eval(
+    model: nn.Module, processor: Any, *, batch_size: int, length: int | None, screen: Screen
+) -> HFLM:
     """The model as lm-eval wants it."""
     options: dict[str, Any] = {
         "pretrained": model,

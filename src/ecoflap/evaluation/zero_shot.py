@@ -72,7 +72,7 @@ class ZeroShot(Task):
 
         def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
             seen = embedder.pictures(pictures(part, "zero-shot", reader.source))
-            return found.graded(similarity(seen, prompts), labels)
+            return found.ranked(similarity(seen, prompts), labels)
 
         with evaluating(model):
             prompts = class_embeddings(embedder, names, templates, test.batch_size, test.progress)

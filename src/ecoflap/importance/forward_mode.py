@@ -74,7 +74,7 @@ class ForwardMode(ImportanceMeasure):
         """Signed projections g, batch by batch and unit by unit, without those in ``context.done``."""
         with torch.no_grad(), differentiable_attention():
             trial = _Trial(context, self.precision)
-            towers = {tower.name: reason for tower in context.anatomy.towers if (reason := trial.trouble(tower))}
+            towers = {tower.name: reason for tower in context.anatomy.towers if (reason := trial.obstacle(tower))}
             if towers:
                 _tell(towers)
                 context.remarks[FALLBACK] = {"importance": "zeroth-order", "towers": towers}
@@ -126,7 +126,7 @@ class _Trial:
     precision: str
     difference: ZerothOrder = field(default_factory=ZerothOrder)
 
-    def trouble(self, tower: Tower) -> str:
+    def obstacle(self, tower: Tower) -> str:
         """Why forward mode can't be used for a tower; "" if it can.
 
         Its first layer is taken: what is computed from that passes through all that comes after.

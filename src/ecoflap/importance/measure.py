@@ -86,7 +86,7 @@ def own_share(pieces: Iterable[Sequence[Key]], known: Mapping[Key, float], worke
     return frozenset(key for piece in mine for key in piece if key not in known)
 
 
-def _narrowed(
+def _own_work(
     context: ProbeContext,
     pieces: Sequence[Sequence[Key]] | None,
     turn: Sequence[Sequence[Key]],
@@ -249,7 +249,7 @@ def measure(
             norms=norms or SharedNorms(),
         )  # fmt: skip
         pieces = None if (found := measure.pieces(context)) is None else list(found)
-        whole = _narrowed(context, pieces, pieces or (), known)
+        whole = _own_work(context, pieces, pieces or (), known)
         total = measure.steps(context) if pieces is None else len(known) + len(_keys(pieces) - whole.done)
         if rule is not None:
             check_budget(rule, pieces or (), len(batches))
@@ -258,7 +258,7 @@ def measure(
             together = len(pieces[0]) if pieces else 1
             task = Forecast(stage, importance, total - len(known), together) if workers.first else stage
             for turn, passed in [(pieces, 0)] if rule is None or pieces is None else turns(pieces, known, rule):
-                fresh = _measured(measure, _narrowed(context, pieces, turn or (), known), journal, task, pieces)
+                fresh = _measured(measure, _own_work(context, pieces, turn or (), known), journal, task, pieces)
                 known |= {(layer, batch, draw): value for layer, batch, draw, value in fresh}
                 if passed:
                     task.advance(passed)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ecoflap.errors import InvalidOption
 from ecoflap.importance.registry import AUTO, IMPORTANCES
-from ecoflap.model.offload import OFFLOADED, adopt, is_offloaded
+from ecoflap.model.offload import OFFLOADED, is_offloaded, keep_placeholders
 
 _PROJECTIONS = ("zeroth-order", "forward-mode")
 
@@ -33,5 +33,5 @@ def _is_blockwise(importance: str) -> bool:
 def check_offloaded(model: nn.Module, importance: str) -> None:
     """:func:`check_blockwise` for an offloaded model, which is made ready for the work; nothing for another one."""
     if is_offloaded(model):
-        adopt(model)
+        keep_placeholders(model)
         check_blockwise(importance)

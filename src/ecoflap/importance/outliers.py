@@ -37,7 +37,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
 
 
-def one_each(
+def one_estimate_per_layer(
     context: ProbeContext,
     scope: str,
     reduce: Callable[[Tensor], float],
@@ -121,7 +121,9 @@ class Owl(ImportanceMeasure):
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """One value a layer, its block's; after one pass of the dense model over the batches."""
-        return one_each(context, self.scope, lambda products: outlier_share(products, self.multiple), dict)
+        return one_estimate_per_layer(
+            context, self.scope, lambda products: outlier_share(products, self.multiple), dict
+        )
 
 
 def outlier_share(products: Tensor, multiple: float) -> float:
@@ -159,7 +161,7 @@ class Dlp(ImportanceMeasure):
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """One value a layer, its block's; after one pass of the dense model over the batches."""
-        return one_each(context, self.scope, lower_median, relative_importance)
+        return one_estimate_per_layer(context, self.scope, lower_median, relative_importance)
 
 
 def lower_median(products: Tensor) -> float:

@@ -41,7 +41,7 @@ class Stopping:
         """The smallest number of estimates that can be enough, unless all are zero."""
         return max(LEAST, math.ceil((self.scatter / self.error) ** 2 * (1 - 1e-12)))
 
-    def enough(self, values: Sequence[float]) -> bool:
+    def is_precise_enough(self, values: Sequence[float]) -> bool:
         """Whether these estimates of one layer are enough; the same for any order of them."""
         if len(values) >= LEAST and not any(values):
             return True  # the loss does not depend on it
@@ -75,7 +75,9 @@ def turns(
     """
     values: dict[str, list[float]] = {}
     for of_round in rounds(pieces):
-        wanted = [piece for piece in of_round if any(not rule.enough(values.get(key[0], ())) for key in piece)]
+        wanted = [
+            piece for piece in of_round if any(not rule.is_precise_enough(values.get(key[0], ())) for key in piece)
+        ]
         asked = [key for piece in wanted for key in piece]
         yield wanted, sum(len(piece) for piece in of_round) - len(asked)
         for key in asked:

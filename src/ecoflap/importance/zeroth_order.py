@@ -49,7 +49,7 @@ def rounding_share(context: ProbeContext, project: Projection, epsilon: float) -
     return math.sqrt(error / size) if size else 0.0
 
 
-def tell_rounding(context: ProbeContext, project: Projection, epsilon: float) -> None:
+def report_rounding(context: ProbeContext, project: Projection, epsilon: float) -> None:
     """Measure it, keep it in the remarks, and warn; nothing to do for a model that computes in fp32."""
     kinds = {context.model.get_parameter(layer.name).dtype for layer in context.layers}
     if all(kind.itemsize >= 4 for kind in kinds) or ROUNDING in context.remarks:
@@ -108,7 +108,7 @@ class ZerothOrder(ImportanceMeasure):
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
         """Signed projections g, batch by batch and unit by unit, without those in ``context.done``."""
         if self.precision == "native":
-            tell_rounding(context, self._stepping, self.epsilon)
+            report_rounding(context, self._stepping, self.epsilon)
         return projections(context, self.projection, draws=self.draws, probe=self.probe, replay=self.replay)
 
     def projection(self, probe: Probe, replay: Replay) -> float:

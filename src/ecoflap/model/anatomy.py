@@ -113,7 +113,7 @@ def discover(
     for pattern in (*include, *exclude):
         if pattern not in reader.used_patterns:
             raise AnatomyError(f"pattern '{pattern}' selects no layer or tower; 'ecoflap inspect' shows their names")
-    outside = reader.rest(defined)
+    outside = reader.name_other_matrices(defined)
     anatomy = Anatomy(
         towers=tuple(tower for tower in found_towers if tower.numel),
         unprunable=tuple(reader.unprunable),
@@ -230,7 +230,7 @@ class _Reader:
                     uncalled=self._uncalled(path, parameter),
                 )
 
-    def rest(self, defined: Sequence[str]) -> list[Unprunable]:
+    def name_other_matrices(self, defined: Sequence[str]) -> list[Unprunable]:
         """Name all other matrices: those in lists that are no towers as dense, those outside of any list as returned.
 
         Args:
@@ -275,7 +275,7 @@ class _Reader:
                 return f"shared with the embedding {other}"
         running = self.experts.running(module) or self._uncalled(module, weight)
         if self.traced is not None and module not in self.traced.calls and not running:
-            return self._unseen(module, self.traced)
+            return self._did_not_run(module, self.traced)
         if makes_positions(module) and not included:
             return "makes position biases, dense by default (--include)"
         if self.experts.routed_by(module, weight.shape[0]) and not included:
@@ -288,7 +288,7 @@ class _Reader:
         traced = self.traced
         return traced is not None and module not in traced.calls and id(weight) in traced.multiplied
 
-    def _unseen(self, module: str, traced: Trace) -> str:
+    def _did_not_run(self, module: str, traced: Trace) -> str:
         parent = module.rpartition(".")[0]
         if parent in traced.calls and not isinstance(self.model.get_submodule(parent), nn.ModuleList | nn.ModuleDict):
             kind = type(self.model.get_submodule(parent)).__name__

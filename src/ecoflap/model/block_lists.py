@@ -82,7 +82,7 @@ def _joined(stacks: list[BlockList], loose: list[BlockList], trace: Trace) -> li
     while left:
         one = left.pop(0)
         for other in (*found, *left):
-            both = _taking_turns(one, other, trace)
+            both = _interleaved(one, other, trace)
             if both is not None:
                 (found if other in found else left).remove(other)
                 found.append(both)
@@ -90,7 +90,7 @@ def _joined(stacks: list[BlockList], loose: list[BlockList], trace: Trace) -> li
     return found
 
 
-def _taking_turns(one: BlockList, other: BlockList, trace: Trace) -> BlockList | None:
+def _interleaved(one: BlockList, other: BlockList, trace: Trace) -> BlockList | None:
     if one.driver != other.driver:
         return None
     merged = tuple(sorted((*one.elements, *other.elements), key=trace.position))

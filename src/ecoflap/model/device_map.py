@@ -15,7 +15,7 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from torch import nn
 
 from ecoflap.errors import CheckpointError, InvalidOption
-from ecoflap.model.offload import Offloaded, adopt, is_offloaded, removed_with, temporary_folder
+from ecoflap.model.offload import Offloaded, is_offloaded, keep_placeholders, remove_together_with, temporary_folder
 
 DISK = "disk"
 DEVICE_MAPS = (DISK, "auto", "balanced", "balanced_low_0", "sequential")
@@ -87,10 +87,10 @@ class Dispatch:
         if is_offloaded(model):
             if self.options["device_map"] == {"": DISK} and place.type != "cpu":
                 _compute_on(model, place)
-            adopt(model)
+            keep_placeholders(model)
             Offloaded(model).fill_missing()  # those of which the loading's report says that they are at random
             _check_shapes(model)
-            removed_with(model, self._folder)
+            remove_together_with(model, self._folder)
             self._folder = None
         return model
 

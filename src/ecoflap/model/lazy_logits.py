@@ -109,12 +109,12 @@ def logits_on_demand(model: nn.Module) -> Iterator[None]:
         return defer
 
     with ExitStack() as wraps:
-        for head in heads(model):
+        for head in output_heads(model):
             wraps.enter_context(forward_replaced(head, deferring))
         yield
 
 
-def heads(model: nn.Module) -> list[nn.Linear]:
+def output_heads(model: nn.Module) -> list[nn.Linear]:
     """The linear maps to a vocabulary that the model, or a model in it, names as its output embeddings; often one."""
     found: dict[int, nn.Linear] = {}
     for module in model.modules():
@@ -177,7 +177,7 @@ class _Logits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if args and isinstance(args[0], _Logits) and args[0]._value is None:
-            found = _put_off(func, args[0], args[1:], kwargs)
+            found = _deferred_result(func, args[0], args[1:], kwargs)
             if found is not None:
                 return found
         args, kwargs = pytree.tree_map_only(_Logits, _computed, (args, kwargs))
@@ -199,7 +199,7 @@ def _computed(logits: _Logits) -> Tensor:
     return found
 
 
-def _put_off(func: Any, logits: _Logits, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _deferred_result(func: Any, logits: _Logits, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What ``func`` makes of logits without computing them, or their loss; None where they are needed whole."""
     if func is functional.cross_entropy:
         return _loss(logits, *rest, **kwargs)

@@ -106,11 +106,11 @@ def with_decoder(model: nn.Module, towers: Sequence[Tower]) -> list[Tower]:
     if not language:
         return list(towers)
     last = language[-1]
-    crossing = any(_crosses(model.get_submodule(block.name)) for block in last.blocks)
+    crossing = any(_has_cross_attention(model.get_submodule(block.name)) for block in last.blocks)
     several = len(language) > 1
     decodes = (crossing or several) if is_encoder_decoder(model) else (crossing and several)
     return [replace(tower, decoder=True) if decodes and tower is last else tower for tower in towers]
 
 
-def _crosses(block: nn.Module) -> bool:
+def _has_cross_attention(block: nn.Module) -> bool:
     return any(word in name.lower() for name, _ in block.named_modules() for word in CROSS_WORDS)

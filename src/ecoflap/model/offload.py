@@ -79,11 +79,11 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def adopt(model: nn.Module) -> None:
+def keep_placeholders(model: nn.Module) -> None:
     """Let an offloaded model's placeholders last through forwards; nothing to do for another one, or a second time."""
     if not is_offloaded(model):
         return
-    _bring_own(model)
+    _load_own_parameters(model)
     hooked: list[tuple[nn.Module, _Hook]] = []
     for module in model.modules():
         hook = _loading(getattr(module, "_hf_hook", None))
@@ -96,7 +96,7 @@ def adopt(model: nn.Module) -> None:
         hook.settle(module)
 
 
-def _bring_own(model: nn.Module) -> None:
+def _load_own_parameters(model: nn.Module) -> None:
     """Load what the model itself holds (BLIP-2's queries, CLIP's scale) for good: ``generate`` reads it, and is no
     forward, before which a hook would do it. These are single vectors, or a few."""
     hook = _loading(getattr(model, "_hf_hook", None))
@@ -219,7 +219,7 @@ def _whole_map(weights: Any, name: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def resident(model: nn.Module, path: str) -> Iterator[None]:
+def in_memory(model: nn.Module, path: str) -> Iterator[None]:
     """Hold all weights of one module in memory: parameters are real inside, and may be written; placeholders return.
 
     What was written inside is lost at exit, unless :meth:`Offloaded.move` has put it elsewhere. For modules whose
@@ -259,7 +259,7 @@ def temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="ecoflap-weights-"))
 
 
-def removed_with(owner: object, folder: Path) -> None:
+def remove_together_with(owner: object, folder: Path) -> None:
     """The folder goes when ``owner`` does, or at exit."""
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from ecoflap.model.offload import resident
+from ecoflap.model.offload import in_memory
 from ecoflap.model.patching import Forward, forward_replaced, trim
 from ecoflap.model.precision import leaves_in_fp32
 
@@ -129,7 +129,7 @@ class _Call:
     def backward(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Leave in the leaves among ``inputs`` what the outputs' gradients give."""
         module = self._model.get_submodule(self._path)
-        with torch.enable_grad(), resident(self._model, self._path), leaves_in_fp32(module):
+        with torch.enable_grad(), in_memory(self._model, self._path), leaves_in_fp32(module):
             self._due(self._path)
             outputs = self.run(inputs)
             pairs = [

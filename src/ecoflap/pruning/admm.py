@@ -71,7 +71,7 @@ class ADMM:
         """See :class:`ecoflap.pruning.criteria.Criterion`."""
         return self._chooser().default_compare if self.mask else "matrix"
 
-    def _corrects(self, statistics: InputStatistics | None) -> bool:
+    def _has_error_to_correct(self, statistics: InputStatistics | None) -> bool:
         """Whether a layer that keeps all its weights has something to make up for."""
         return self.targets == "dense" and isinstance(statistics, InputPair)
 
@@ -82,7 +82,7 @@ class ADMM:
         """Prune ``weight`` (out, in) to ``zeros`` zeros; see :class:`ecoflap.pruning.criteria.Criterion`."""
         weight = weight.detach()
         check_fits(pattern, (weight.shape[0], weight.shape[1]), zeros)
-        if zeros == weight.numel() or (zeros == 0 and not self._corrects(statistics)):
+        if zeros == weight.numel() or (zeros == 0 and not self._has_error_to_correct(statistics)):
             return zero_out(weight, torch.full_like(weight, zeros == 0, dtype=torch.bool))
         gram = check_statistics(self.name, statistics, weight.shape[1])
         if not isinstance(gram, InputGram):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ecoflap.errors import StorageError
-from ecoflap.model.offload import removed_with, temporary_folder
+from ecoflap.model.offload import remove_together_with, temporary_folder
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SpilledBlocks:
 
     def __init__(self, model: nn.Module) -> None:
         self.folder = temporary_folder()
-        removed_with(model, self.folder)
+        remove_together_with(model, self.folder)
 
     def place(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"

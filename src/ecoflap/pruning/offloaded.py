@@ -6,7 +6,7 @@ from torch import nn
 
 from ecoflap.errors import InvalidOption
 from ecoflap.importance import offloaded
-from ecoflap.model.offload import OFFLOADED, adopt, is_offloaded
+from ecoflap.model.offload import OFFLOADED, is_offloaded, keep_placeholders
 from ecoflap.pruning.registry import is_global
 
 
@@ -28,5 +28,5 @@ def check_blockwise(importance: str | None, criterion: str, search: bool = False
 def check_offloaded(model: nn.Module, importance: str | None, criterion: str, search: bool = False) -> None:
     """:func:`check_blockwise` for an offloaded model, which is made ready for the work; nothing for another one."""
     if is_offloaded(model):
-        adopt(model)
+        keep_placeholders(model)
         check_blockwise(importance, criterion, search)

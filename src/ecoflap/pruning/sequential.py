@@ -138,7 +138,7 @@ class DenseModel:
             driver.run(index, lambda call: found.begin(next(numbers)), last=True)
         return found
 
-    def leave(self, tower: Tower) -> None:
+    def finish_tower(self, tower: Tower) -> None:
         """The tower is done; what is kept of it is forgotten."""
         del self._drivers[tower.name]
 

@@ -15,7 +15,7 @@ from ecoflap.allocation.patterns import Pattern
 from ecoflap.data.model_facts import TokenMasks, placeholders, token_masks
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.model.block_runner import Run, TowerDriver
-from ecoflap.model.offload import Offloaded, adopt, is_offloaded, resident
+from ecoflap.model.offload import Offloaded, in_memory, is_offloaded, keep_placeholders
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower
 from ecoflap.model.patching import cache_disabled, trim
 from ecoflap.model.trace import evaluating
@@ -24,7 +24,7 @@ from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock, Spille
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.sequential import DenseModel, LayerGroup, layer_groups
 from ecoflap.statistics.choice import ALL, TokenChoice
-from ecoflap.statistics.dense import decoder_of, gather, keepers_of, sequence_of
+from ecoflap.statistics.dense import assign_layers, decoder_of, gather, sequence_of
 from ecoflap.statistics.gather import STATISTICS, Gatherer
 from ecoflap.statistics.inputs import InputStatistics, all_finite
 from ecoflap.statistics.tokens import check_choice, chooser
@@ -76,7 +76,7 @@ def walk(
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
     """
     check_choice(tokens, model, batches, criterion.statistics)
-    adopt(model)
+    keep_placeholders(model)
     walker = _Walker(model, criterion, pattern, allocation, journal or NoJournal(), workers)
     decoder = decoder_of(anatomy)
     part = share_of(len(batches), workers)
@@ -108,7 +108,7 @@ def walk(
                 continue
             if not gathers:
                 for block in todo:
-                    with resident(model, block.name):
+                    with in_memory(model, block.name):
                         walker.prune_layers(block.layers, None)
                         walker.finish(block, task)
                 continue
@@ -163,10 +163,10 @@ def _walk_tower(
         if not index:
             task.advance(passed, block.name)
         if block not in todo and dense is not None:
-            with resident(model, block.name):
+            with in_memory(model, block.name):
                 dense.skip(tower, index)
             walker.restore_all([block])
-        with resident(model, block.name):
+        with in_memory(model, block.name):
             if block in todo:
                 before = dense.inputs(tower, index) if dense is not None else None
                 choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
@@ -177,7 +177,7 @@ def _walk_tower(
                     gathered = gather(
                         model, driver, index, replace(block, layers=group.layers), make, masks, sequence,
                         choose=choose, part=part, workers=workers, dense=before, once=group.once,
-                        keepers=partial(keepers_of, layers=group.layers, workers=workers.count),
+                        pruners=partial(assign_layers, layers=group.layers, workers=workers.count),
                     )  # fmt: skip
                     walker.prune_layers(group.layers, gathered)
                     if before is not None:
@@ -189,7 +189,7 @@ def _walk_tower(
             driver.run(index, last=True)
             task.advance(1, block.name)
     if dense is not None:
-        dense.leave(tower)
+        dense.finish_tower(tower)
         walker.restore_all(tower.blocks)
 
 
@@ -235,7 +235,7 @@ class _Walker:
         done = self.journal.load(block.name)
         if done is None:
             return False
-        elsewhere = self._put_away(block, done.weights)
+        elsewhere = self._read_from_saved(block, done.weights)
         for layer in block.layers:
             if layer.name not in elsewhere:
                 self.model.get_parameter(layer.name).data.copy_(done.weights[layer.name])
@@ -246,12 +246,12 @@ class _Walker:
         """Prune some layers of a block, by what was gathered of their inputs."""
         # Without statistics there is nothing to share out: all workers prune alike.
         rank = self.workers.rank
-        keeper = dict.fromkeys((layer.name for layer in layers), rank)
+        pruner = dict.fromkeys((layer.name for layer in layers), rank)
         if gathered is not None:
-            keeper = keepers_of(gathered.owners, layers, self.workers.count)
+            pruner = assign_layers(gathered.owners, layers, self.workers.count)
         left: list[str] = []
         for layer in layers:
-            if keeper[layer.name] == rank and not self._prune_layer(
+            if pruner[layer.name] == rank and not self._prune_layer(
                 layer, gathered.statistics(layer) if gathered is not None else None
             ):
                 left.append(layer.name)
@@ -260,7 +260,7 @@ class _Walker:
         if gathered is not None:
             left = [name for of_worker in self.workers.gather(left) for name in of_worker]
             for layer in layers:
-                self.workers.spread(self.model.get_parameter(layer.name).data, keeper[layer.name])
+                self.workers.copy_from(self.model.get_parameter(layer.name).data, pruner[layer.name])
         self._left += left
 
     def finish(self, block: Block, task: Task) -> None:
@@ -269,11 +269,11 @@ class _Walker:
         self._left.clear()
         weights = {layer.name: self.model.get_parameter(layer.name).data for layer in block.layers}
         self.journal.save(block.name, PrunedBlock(weights, unreached))
-        self._put_away(block, weights)
+        self._read_from_saved(block, weights)
         self.unreached += unreached
         task.advance(1, block.name)
 
-    def _put_away(self, block: Block, weights: Mapping[str, Tensor]) -> list[str]:
+    def _read_from_saved(self, block: Block, weights: Mapping[str, Tensor]) -> list[str]:
         """Let what is offloaded of a saved block be read as it is now; its layers' names."""
         names = self.offloaded.among(layer.name for layer in block.layers)
         place = self.journal.place(block.name) if names else None

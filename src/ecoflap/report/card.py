@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, is_global
-from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, put
+from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
 from ecoflap.report.data import METRICS, OtherMetric, Quality, RunData, read_run
 from ecoflap.run.citations import citations
 from ecoflap.run.recipe import Recipe
@@ -45,7 +45,7 @@ def write_card(run: str | Path) -> Path:
     folder = data.path / MODEL
     if not folder.is_dir() or data.metrics is None:
         raise InvalidOption(f"{data.path} is not finished: 'ecoflap prune --resume' with its options goes on with it")
-    return put(folder, _of_run(data, processor_class(folder)))
+    return write_readme(folder, _of_run(data, processor_class(folder)))
 
 
 def write_model_card(
@@ -98,7 +98,7 @@ def write_model_card(
         results=[*_results(pruned, {}, {})],
         environment=versions(),
     )
-    return put(folder, card)
+    return write_readme(folder, card)
 
 
 def _of_run(run: RunData, processor: str | None) -> Card:

@@ -223,7 +223,7 @@ def _usage(card: Card) -> str:
     return "\n".join(lines)
 
 
-def addressed(text: str, repo_id: str) -> str:
+def with_repository(text: str, repo_id: str) -> str:
     """A card whose usage loads ``repo_id`` where it says so of no place yet."""
     return text.replace(f'"{PLACE}"', f'"{repo_id}"')
 
@@ -236,7 +236,7 @@ def processor_class(folder: Path) -> str | None:
     return "AutoTokenizer" if has["tokenizer"] else "AutoImageProcessor" if has["preprocessor"] else None
 
 
-def put(folder: Path, card: Card) -> Path:
+def write_readme(folder: Path, card: Card) -> Path:
     """Write ``card`` as README.md of ``folder`` in one step; a README that is not of ours is kept beside it.
 
     Returns:

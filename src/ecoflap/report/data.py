@@ -65,7 +65,7 @@ class Search(Content):
     costs: dict[str, Finite] = {}
 
     @model_validator(mode="after")
-    def _a_round_for_each_loss(self) -> Self:
+    def _check_rounds(self) -> Self:
         if len(self.rounds) != len(self.losses):
             raise ValueError(f"{len(self.losses)} losses of {len(self.rounds)} rounds")
         return self

@@ -21,7 +21,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from ecoflap.errors import EcoflapError, HubError, InvalidOption
 from ecoflap.report.card import MODEL, write_card
-from ecoflap.report.card_page import README, addressed
+from ecoflap.report.card_page import README, with_repository
 from ecoflap.report.data import METRICS, RECIPE
 
 LOG_IN = "log in with 'hf auth login', or set HF_TOKEN to a token that may write"
@@ -122,7 +122,7 @@ def later(run: str | Path, repo_id: str, *, private: bool = False) -> str:
 def _content(path: Path, folder: Path, repo_id: str) -> Path | bytes:
     if path != folder / README:
         return path
-    return addressed(path.read_text("utf-8", errors="replace"), repo_id).encode()
+    return with_repository(path.read_text("utf-8", errors="replace"), repo_id).encode()
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def _explained(what: str) -> Iterator[None]:
 
 def _refusal(error: HfHubHTTPError, what: str) -> str:
     status = error.response.status_code
-    said = _said(error)
+    said = _answer_of_server(error)
     if status == 401:
         return f"the Hub does not accept the token: {LOG_IN}"
     if status == 403:
@@ -170,7 +170,7 @@ def _refusal(error: HfHubHTTPError, what: str) -> str:
     return f"the Hub refused {what} with {status}{said}"
 
 
-def _said(error: HfHubHTTPError) -> str:
+def _answer_of_server(error: HfHubHTTPError) -> str:
     """The server's own words, in brackets, where it has some."""
     words = error.server_message
     if not words:

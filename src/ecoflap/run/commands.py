@@ -167,7 +167,7 @@ def _measured(
     from ecoflap.run.log import explained, logging_to
     from ecoflap.run.pipeline import importance_for
     from ecoflap.run.prepare import load_checkpoint, naming_samples, plan_on, settled
-    from ecoflap.run.provenance import as_it_began
+    from ecoflap.run.provenance import threads_of_start
 
     recipe.method().importance.check(recipe.granularity)
     recipe = work.settled(recipe)
@@ -180,7 +180,7 @@ def _measured(
         logging_to(work.log),
         explained(work.path, work.log),
         naming_samples(plan),
-        as_it_began(work.path / JOURNAL / "machine.json", plan.checkpoint.model, workers),
+        threads_of_start(work.path / JOURNAL / "machine.json", plan.checkpoint.model, workers),
     ):
         journal = work.estimates()
         try:

@@ -84,11 +84,11 @@ class RunDirectory:
             raise InvalidOption("--overwrite starts again and --resume goes on: give one of them")
         run = cls(Path(path))
         run._asked = (overwrite, resume)
-        run._look(recipe)
+        run._check_may_write(recipe)
         run._check_inputs_are_elsewhere(recipe)
         return run
 
-    def _look(self, recipe: Recipe) -> None:
+    def _check_may_write(self, recipe: Recipe) -> None:
         """Whether what is in the folder now may be replaced or continued, as the user asked."""
         overwrite, resume = self._asked
         if self.path.exists() and not self.path.is_dir():
@@ -118,7 +118,7 @@ class RunDirectory:
                 f"{self.path} has no whole {MANIFEST}, so nobody knows which of its files ecoflap wrote: choose "
                 "another --output, or remove the folder yourself"
             )
-        found = list(self.manifest.strangers(self.ours))
+        found = list(self.manifest.foreign_files(self.ours))
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise OutputExists(
@@ -141,7 +141,7 @@ class RunDirectory:
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
-        self._look(recipe)  # again: another process may have begun and ended since
+        self._check_may_write(recipe)  # again: another process may have begun and ended since
         if self.resumed:
             self._check_fingerprint(fingerprint)
             self._check_inputs(inputs)
@@ -150,7 +150,7 @@ class RunDirectory:
             self.manifest.begin()
             self._write_recipe(recipe, fingerprint)
         self.manifest.begin()
-        self.sweep()
+        self.remove_temporary_files()
         with storage(self.path):
             (self.path / JOURNAL).mkdir(exist_ok=True)
         if not self.has(self.inputs):
@@ -201,7 +201,7 @@ class RunDirectory:
         pattern = rf"\.({'|'.join(map(re.escape, self.ours))})\.(.*{re.escape(PARTIAL)}|partial|old)"
         return re.fullmatch(pattern, name) is not None
 
-    def sweep(self) -> None:
+    def remove_temporary_files(self) -> None:
         """Remove temporary files that a killed process left."""
         inner = [self.path / name for name in (*self.ours, f"{JOURNAL}/blocks") if name != MODEL]
         for folder in (self.path, *inner):
@@ -292,7 +292,7 @@ class RunDirectory:
     def finish(self) -> None:
         """All is written: the journal is no longer needed."""
         with suppress(StorageError):
-            self.manifest.settle()
+            self.manifest.finish_pending()
             self.discard(JOURNAL)
 
     @property

@@ -54,7 +54,7 @@ class Evaluation(BaseModel):
 
     @field_validator("classes", "class_prompts", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+    def _wrap_single(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("task")

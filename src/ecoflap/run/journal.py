@@ -44,7 +44,7 @@ class EstimateFile:
     def estimates(self) -> Iterable[Estimate]:
         return tuple(self._known)
 
-    def with_those_of(self, others: Iterable[Path]) -> tuple[Estimate, ...]:
+    def merged_with(self, others: Iterable[Path]) -> tuple[Estimate, ...]:
         """:meth:`estimates`, and those in the files of other workers, which are only read."""
         return (*self._known, *(estimate for path in others for estimate, _ in _lines(path)))
 

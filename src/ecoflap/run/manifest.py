@@ -70,13 +70,13 @@ class Manifest:
         yield
         self.note(*names)
 
-    def settle(self) -> None:
+    def finish_pending(self) -> None:
         """Note what was about to be written when an earlier process ended."""
         under_way = [name for name, entry in self._read().items() if entry is _UNDER_WAY]
         if under_way:
             self.note(*under_way)
 
-    def strangers(self, ours: Iterable[str]) -> Iterator[str]:
+    def foreign_files(self, ours: Iterable[str]) -> Iterator[str]:
         """Files under the names ``ours`` that were not written by us, or were changed since."""
         known = self._read()
         whole = tuple(name for name, entry in known.items() if name.endswith("/") and entry is _UNDER_WAY)

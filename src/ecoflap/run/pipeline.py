@@ -33,11 +33,11 @@ from ecoflap.run.predictions import add_pictures, answers_of, compared
 from ecoflap.run.prepare import Prepared, naming_samples, prepare
 from ecoflap.run.provenance import (
     Usage,
-    as_it_began,
     calibration_record,
     environment,
     measured,
     sparsity_summary,
+    threads_of_start,
 )
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.shared import SharedRun
@@ -161,7 +161,7 @@ def run_recipe(
             logging_to(run.log),
             explained(run.path, run.log),
             naming_samples(plan),
-            as_it_began(run.path / MACHINE, plan.checkpoint.model, workers),
+            threads_of_start(run.path / MACHINE, plan.checkpoint.model, workers),
         ):
             usages = [Usage(**row) for row in run.read_sealed(STAGES) or ()]
             _stages(_Job(plan, run, progress or Silent(), usages, workers))
@@ -229,13 +229,15 @@ def _allocation(job: _Job) -> Allocation:
             allocation = allocation_for(plan, importance, job.progress)
         assert allocation is not None
         run.write_result(files.ALLOCATION, allocation.to_json())
-    return Allocation.from_json(job.workers.told(lambda: read_allocation(run.path / files.ALLOCATION).to_json()))
+    return Allocation.from_json(job.workers.from_first(lambda: read_allocation(run.path / files.ALLOCATION).to_json()))
 
 
 def _importance(job: _Job) -> Importance:
     run, plan = job.run, job.plan
     if run.has_result(files.IMPORTANCE):
-        return Importance.from_json(job.workers.told(lambda: Importance.load(run.path / files.IMPORTANCE).to_json()))
+        return Importance.from_json(
+            job.workers.from_first(lambda: Importance.load(run.path / files.IMPORTANCE).to_json())
+        )
     if plan.importance is not None or job.recipe.importance == "uniform":
         importance = importance_for(plan, job.progress)
     else:

@@ -85,7 +85,7 @@ def machine(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def as_it_began(path: Path, model: nn.Module, workers: Workers = ALONE) -> Iterator[None]:
+def threads_of_start(path: Path, model: nn.Module, workers: Workers = ALONE) -> Iterator[None]:
     """A resumed run computes with as many threads as it began with, whatever this process was given.
 
     So do all workers. Another processor can't be made the same: that is told, and the run goes on.
@@ -95,7 +95,7 @@ def as_it_began(path: Path, model: nn.Module, workers: Workers = ALONE) -> Itera
     """
     now = machine(model)
     every = workers.gather(now)
-    before = workers.told(lambda: read_sealed(path))
+    before = workers.from_first(lambda: read_sealed(path))
     if before is None:
         before = every[0]
         if workers.first:

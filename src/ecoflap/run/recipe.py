@@ -193,7 +193,7 @@ class Recipe(BaseModel):
 
     @field_validator("include", "exclude", "towers", "task", "classes", "class_prompts", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+    def _wrap_single(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("offload_activations", mode="before")
@@ -435,11 +435,11 @@ def _read(path: Path) -> dict[str, Any]:
     entries = data.get("evaluations")
     for holder in (data, *(entries if isinstance(entries, list) else ())):
         if isinstance(holder, dict):
-            _look_beside(holder, path.parent)
+            _resolve_beside(holder, path.parent)
     return data
 
 
-def _look_beside(holder: dict[str, Any], folder: Path) -> None:
+def _resolve_beside(holder: dict[str, Any], folder: Path) -> None:
     """Files that come with a recipe are given relative to it."""
     for field in ("classes", "class_prompts"):
         value = holder.get(field)

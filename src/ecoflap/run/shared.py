@@ -36,7 +36,7 @@ class SharedRun:
         self.path, self._directory, self._workers = path, directory, workers
         self.first = workers.first
         self.log = path / (LOG if self.first else f"{JOURNAL}/log-{workers.rank}.txt")
-        self.complete = workers.told(lambda: self._own.complete)
+        self.complete = workers.from_first(lambda: self._own.complete)
         self.resumed = False
 
     @classmethod
@@ -59,7 +59,9 @@ class SharedRun:
     def settled(self, recipe: Recipe) -> Recipe:
         """:meth:`RunDirectory.settled` of a run that goes on; the recipe as it is of another one."""
         own = self._directory
-        took = self._workers.told(lambda: own.settled(recipe).importance if own and own.resumed else recipe.importance)
+        took = self._workers.from_first(
+            lambda: own.settled(recipe).importance if own and own.resumed else recipe.importance
+        )
         return recipe.model_copy(update={"importance": took})
 
     def locked(self) -> AbstractContextManager[object]:
@@ -90,12 +92,14 @@ class SharedRun:
                     )
         if self.first:
             self._own.begin(recipe, fingerprint, inputs)
-        self.resumed = self._workers.told(lambda: self._own.resumed)  # so nobody writes before the folder is ready
+        self.resumed = self._workers.from_first(
+            lambda: self._own.resumed
+        )  # so nobody writes before the folder is ready
         self.log.parent.mkdir(parents=True, exist_ok=True)
 
     def has_result(self, name: str) -> bool:
         """:meth:`Results.has <ecoflap.run.manifest.Results.has>`."""
-        return self._workers.told(lambda: self._own.results.has(name))
+        return self._workers.from_first(lambda: self._own.results.has(name))
 
     def write_result(self, name: str, data: Any) -> None:
         if self.first:
@@ -103,7 +107,7 @@ class SharedRun:
 
     def read_sealed(self, name: str) -> Any | None:
         """A file of :meth:`write_sealed`; None where there is none that is whole."""
-        return self._workers.told(lambda: read_sealed(self.path / name))
+        return self._workers.from_first(lambda: read_sealed(self.path / name))
 
     def write_sealed(self, name: str, data: Any) -> None:
         if self.first:
@@ -146,7 +150,9 @@ class SharedEstimates:
 
         self._file = EstimateFile(path(workers.rank))
         others = (file for file in sorted(folder.glob(path("*").name)) if file != path(workers.rank))
-        known = workers.told(lambda: [[e.layer, e.batch, e.draw, e.value] for e in self._file.with_those_of(others)])
+        known = workers.from_first(
+            lambda: [[e.layer, e.batch, e.draw, e.value] for e in self._file.merged_with(others)]
+        )
         self._known: list[Any] = known
 
     def estimates(self) -> Iterable[Estimate]:
@@ -175,7 +181,7 @@ class SharedBlocks:
             found = self._files.load(block)
             return None if found is None else {"weights": dict(found.weights), "unreached": found.unreached}
 
-        told = self._workers.told(read)
+        told = self._workers.from_first(read)
         return None if told is None else PrunedBlock(told["weights"], tuple(told["unreached"]))
 
     def save(self, block: str, pruned: PrunedBlock) -> None:
@@ -199,7 +205,7 @@ class SharedSearch:
         self._file, self._workers = file, workers
 
     def load(self) -> dict[str, Any] | None:
-        return self._workers.told(self._file.load)
+        return self._workers.from_first(self._file.load)
 
     def save(self, state: dict[str, Any]) -> None:
         if self._workers.first:

@@ -90,7 +90,7 @@ class Divergence:
 
     def each(self, work: Callable[[int], T]) -> list[T]:
         """``work(index)`` of every batch, by the worker that has recorded it; known to all, in the batches' order."""
-        return self._workers.spaced(len(self), work)
+        return self._workers.map_parts(len(self), work)
 
     def __call__(self, index: int) -> Tensor:
         """Of batch ``index``: a scalar in fp32, with a graph where gradients are on.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecoflap.data.model_facts import TokenMasks, placeholders, token_masks
 from ecoflap.model.block_runner import Run, TowerDriver
-from ecoflap.model.offload import resident
+from ecoflap.model.offload import in_memory
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating
@@ -39,7 +39,7 @@ def agreed(gatherer: Gatherer | None, workers: Workers, layers: Sequence[Layer])
     columns = {layer.name: layer.shape[1] for layer in layers}
     own = None
     if gatherer is not None:
-        held = {name: gatherer.held(name) for name in dict.fromkeys(gatherer.owners.values())}
+        held = {name: gatherer.accumulator_of(name) for name in dict.fromkeys(gatherer.owners.values())}
         own = {"owners": dict(gatherer.owners), "held": {n: [a.tokens, len(a.sums())] for n, a in held.items()}}
     told = workers.gather(own)
     if gatherer is None or None in told:
@@ -49,7 +49,7 @@ def agreed(gatherer: Gatherer | None, workers: Workers, layers: Sequence[Layer])
         for name, owner in one["owners"].items():
             if owners.setdefault(name, owner) != owner:
                 raise InputsDiverged(name)
-    gatherer.settle({layer.name: owners[layer.name] for layer in layers if layer.name in owners})
+    gatherer.use_owners({layer.name: owners[layer.name] for layer in layers if layer.name in owners})
     return {
         owner: {"columns": columns[owner], "held": [one["held"].get(owner, [0, 0]) for one in told]}
         for owner in dict.fromkeys(gatherer.owners.values())
@@ -60,43 +60,43 @@ def collect(
     gatherer: Gatherer,
     workers: Workers,
     found: Mapping[str, dict[str, Any]],
-    keepers: Mapping[str, int],
+    pruners: Mapping[str, int],
     device: torch.device,
 ) -> None:
     """Add up the sums of all workers, group by group in their order, where they are wanted.
 
     Args:
         found: of :func:`agreed`.
-        keepers: owner to the worker that wants its statistics, or :data:`EVERYWHERE`.
+        pruners: owner to the worker that wants its statistics, or :data:`EVERYWHERE`.
         device: of this worker, where sums are that it has no inputs for.
     """
     for owner, told in found.items():
-        keeper, held = keepers[owner], told["held"]
-        if keeper not in (workers.rank, EVERYWHERE):
-            for one in gatherer.held(owner).sums() if held[workers.rank][1] else ():
-                workers.send(one, keeper)
+        pruner, held = pruners[owner], told["held"]
+        if pruner not in (workers.rank, EVERYWHERE):
+            for one in gatherer.accumulator_of(owner).sums() if held[workers.rank][1] else ():
+                workers.send(one, pruner)
             continue
-        statistic = gatherer.held(owner, told["columns"])
+        statistic = gatherer.accumulator_of(owner, told["columns"])
         others = sum(tokens for rank, (tokens, _) in enumerate(held) if rank != workers.rank)
-        statistic.absorb(_sums(workers, statistic.sums(), held, keeper, device), others)
+        statistic.absorb(_sums(workers, statistic.sums(), held, pruner, device), others)
 
 
 def _sums(
-    workers: Workers, own: Sequence[Tensor], held: Sequence[Sequence[int]], keeper: int, device: torch.device
+    workers: Workers, own: Sequence[Tensor], held: Sequence[Sequence[int]], pruner: int, device: torch.device
 ) -> Iterator[Tensor]:
     """The sums of all groups in their order; those of other workers are received as they are asked for."""
     for rank, (_, count) in enumerate(held):
         for number in range(count):
             mine = rank == workers.rank
             one = own[number] if mine else torch.empty(own[0].shape, dtype=own[0].dtype, device=device)
-            if keeper == EVERYWHERE:
-                workers.spread(one, rank)
+            if pruner == EVERYWHERE:
+                workers.copy_from(one, rank)
             elif not mine:
                 workers.receive(one, rank)
             yield one
 
 
-def keepers_of(owners: Mapping[str, str], layers: Sequence[Layer], workers: int) -> dict[str, int]:
+def assign_layers(owners: Mapping[str, str], layers: Sequence[Layer], workers: int) -> dict[str, int]:
     """Layer to the worker that prunes it: layers of one input go together, the dearest first to whom has least.
 
     The cost of an input is that of its factorisation and of the updates that follow, columns² · (columns + rows).
@@ -108,14 +108,14 @@ def keepers_of(owners: Mapping[str, str], layers: Sequence[Layer], workers: int)
         if layer.name in owners:
             owner = owners[layer.name]
             costs[owner] = costs.get(owner, columns**3) + columns**2 * rows
-    loads, keeper = [0] * workers, dict[str, int]()
+    loads, pruner = [0] * workers, dict[str, int]()
     for owner in sorted(costs, key=lambda name: -costs[name]):
-        keeper[owner] = min(range(workers), key=lambda rank: loads[rank])
-        loads[keeper[owner]] += costs[owner]
-    return {layer.name: keeper[owners[layer.name]] if layer.name in owners else 0 for layer in layers}
+        pruner[owner] = min(range(workers), key=lambda rank: loads[rank])
+        loads[pruner[owner]] += costs[owner]
+    return {layer.name: pruner[owners[layer.name]] if layer.name in owners else 0 for layer in layers}
 
 
-Keepers = Callable[[Mapping[str, str]], Mapping[str, int]]
+Pruners = Callable[[Mapping[str, str]], Mapping[str, int]]
 
 
 def dense_statistics(
@@ -169,7 +169,7 @@ def dense_statistics(
                 if block not in wanted:
                     driver.run(index)
                     continue
-                with resident(model, block.name):
+                with in_memory(model, block.name):
                     gathered = gather(
                         model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder),
                         tokens, part=part, workers=workers, outputs=not changing,
@@ -179,7 +179,7 @@ def dense_statistics(
                 if block == wanted[-1]:
                     break
                 if changing:
-                    with resident(model, block.name):
+                    with in_memory(model, block.name):
                         driver.run(index)
 
 
@@ -242,7 +242,7 @@ def gather(
     *,
     part: Share | None = None,
     workers: Workers = ALONE,
-    keepers: Keepers | None = None,
+    pruners: Pruners | None = None,
     outputs: bool = False,
     choose: Chooser | None = None,
     dense: DenseInputs | None = None,
@@ -253,7 +253,7 @@ def gather(
     Args:
         masks: of the batches that this worker runs.
         part: which these are among all; by default all, in one group.
-        keepers: of layer to the layer whose input it shares, gives layer to the worker that wants its statistics;
+        pruners: of layer to the layer whose input it shares, gives layer to the worker that wants its statistics;
             by default all workers get all.
         outputs: keep the block's outputs for the next one, as :meth:`TowerDriver.run` does; else each call ends with
             the last layer's input.
@@ -285,12 +285,12 @@ def gather(
             gatherer = watching
         if workers.count == 1 and gatherer is not None:
             for owner in dict.fromkeys(gatherer.owners.values()):
-                gatherer.held(owner).close()
+                gatherer.accumulator_of(owner).close()
             return gatherer
         with suppress(InputsDiverged):
             found = agreed(gatherer, workers, block.layers)
             assert gatherer is not None
-            wanted = keepers(gatherer.owners) if keepers is not None else dict.fromkeys(found, EVERYWHERE)
+            wanted = pruners(gatherer.owners) if pruners is not None else dict.fromkeys(found, EVERYWHERE)
             collect(gatherer, workers, found, wanted, model.get_parameter(block.layers[0].name).device)
             return gatherer
     raise AssertionError("layers that share nothing can't diverge")

@@ -148,13 +148,13 @@ class Gatherer:
         """Layer to the layer whose accumulator is its own, too, for all that were reached."""
         return self._owner
 
-    def held(self, owner: str, columns: int = 0) -> InputStatistics:
+    def accumulator_of(self, owner: str, columns: int = 0) -> InputStatistics:
         """The accumulator of ``owner``; a new one of so many columns where no call of this worker reached it."""
         if owner not in self._of:
             self._of[owner] = self._make(columns)
         return self._of[owner]
 
-    def settle(self, owners: Mapping[str, str]) -> None:
+    def use_owners(self, owners: Mapping[str, str]) -> None:
         """Go by these owners, which are those of all workers."""
         self._owner = dict(owners)
 

@@ -167,7 +167,7 @@ def chooser(
     shared = sequence == "encoder" and any(mask.image is not None for mask in masks.values())
     if choice.name == "all" or not any(workers.gather(shared)):
         return None
-    drifts = _drifts(model, driver, index, block) if choice.name == "atv" else []
+    drifts = _token_drift(model, driver, index, block) if choice.name == "atv" else []
     attended = _attended(driver, index, block, masks) if choice.name == "text+attended" else {}
     reach = choice.used
     if choice.name == "atv":
@@ -180,7 +180,7 @@ def chooser(
         if mask.image is None:
             return None
         x = tensors_in((call.args, call.kwargs))[0]
-        visual, text = _parted(mask, x, block)
+        visual, text = _split_tokens(mask, x, block)
         if choice.name == "text":
             return text
         if choice.name == "atv":
@@ -219,7 +219,7 @@ def _visual(mask: TokenMasks, x: Tensor, block: Block) -> Tensor:
     return mask.image.to(x.device)
 
 
-def _parted(mask: TokenMasks, x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def _split_tokens(mask: TokenMasks, x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """(batch, tokens) bool for ``x``: the visual tokens, and the real ones of the text."""
     visual = _visual(mask, x, block)
     return visual, ~visual if mask.encoder is None else mask.encoder.to(x.device) & ~visual
@@ -233,7 +233,7 @@ def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int,
         mask = masks[call.batch]
         pictures.append(mask.image is not None)
         x = tensors_in((call.args, call.kwargs))[0]
-        attention.begin(_parted(mask, x, block)[1] if pictures[-1] else None)
+        attention.begin(_split_tokens(mask, x, block)[1] if pictures[-1] else None)
 
     attention = TextAttention(early=True)
     with attention:
@@ -246,7 +246,7 @@ def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int,
     return {number: seen for number, seen in enumerate(attention.received) if seen is not None}
 
 
-def _drifts(model: nn.Module, driver: TowerDriver, index: int, block: Block) -> list[tuple[int, Tensor]]:
+def _token_drift(model: nn.Module, driver: TowerDriver, index: int, block: Block) -> list[tuple[int, Tensor]]:
     """Batch and (batch, tokens) 1 − cos(token as it enters the block, as it leaves), for each call."""
     entered: list[tuple[int, Tensor]] = []
     found: list[tuple[int, Tensor]] = []

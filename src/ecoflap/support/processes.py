@@ -129,7 +129,7 @@ class Processes(Workers):
             dist.broadcast(data, 0)
         return unpack(data.numpy().tobytes())
 
-    def spread(self, tensor: Tensor, source: int) -> None:
+    def copy_from(self, tensor: Tensor, source: int) -> None:
         with self._placed(tensor) as moved, _whole():
             dist.broadcast(_raw(moved), source)
 

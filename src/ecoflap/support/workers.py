@@ -42,7 +42,7 @@ class Workers:
         """What worker 0 says; what the others give is not looked at."""
         return tree
 
-    def spread(self, tensor: Tensor, source: int) -> None:
+    def copy_from(self, tensor: Tensor, source: int) -> None:
         """Write the tensor of worker ``source`` into those of all others, of the same shape and dtype."""
 
     def send(self, tensor: Tensor, to: int) -> None:
@@ -53,12 +53,12 @@ class Workers:
         """Write what worker ``source`` sends into ``tensor``, of the same shape and dtype."""
         raise AssertionError("there is nobody else")
 
-    def told(self, read: Callable[[], T]) -> T:
+    def from_first(self, read: Callable[[], T]) -> T:
         """What ``read`` gives worker 0, which alone calls it."""
         found: T = self.broadcast(read() if self.first else None)
         return found
 
-    def spaced(self, count: int, work: Callable[[int], T]) -> list[T]:
+    def map_parts(self, count: int, work: Callable[[int], T]) -> list[T]:
         """``work(i)`` for i = 0 … ``count`` − 1, each by one worker, known to all in this order."""
         own = [work(number) for number in part(count, self.count, self.rank)]
         return [result for of_one in self.gather(own) for result in of_one]

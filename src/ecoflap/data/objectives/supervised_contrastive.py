@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ecoflap.data.encode import class_number, label_of, numbered, sentence_of, text_options
+from ecoflap.data.encode import class_number, label_of, numbers_by_name, sentence_of, text_options
 from ecoflap.data.model_facts import Batch, takes_images
 from ecoflap.data.prompts import image_processor_of, padding_token, tokenizer_of
 from ecoflap.data.sample import Sample
@@ -79,7 +79,7 @@ def encode_labelled(
     Raises:
         CalibrationError: a sample has no class, or nothing that the model takes.
     """
-    numbers = numbered(classes)
+    numbers = numbers_by_name(classes)
     reads = not takes_images(model)
     labels = [sample.label if reads else label_of(sample) for sample in samples]
     chosen = [class_number(label or "", numbers, source, "given") for label in labels]

@@ -84,7 +84,7 @@ def analyse(
     outcomes: dict[str, Outcome] = {}
     with RunDirectory(subject.path) as directory:
         directory.lock()
-        directory.sweep()
+        directory.remove_temporary_files()
         try:
             for name in names:
                 try:

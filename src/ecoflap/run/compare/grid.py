@@ -47,7 +47,7 @@ from ecoflap.run.prepare import (
     needs_data,
     plan_on,
 )
-from ecoflap.run.provenance import Usage, as_it_began, environment, measured, sparsity_summary
+from ecoflap.run.provenance import Usage, environment, measured, sparsity_summary, threads_of_start
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.progress import Progress, Silent, Task
 
@@ -177,7 +177,7 @@ def run_grid(
             if say is not None:
                 say(line)
         folder.begin(grid, fingerprint(checkpoint.model), _inputs(base))
-        began, log = as_it_began(folder.path / MACHINE, checkpoint.model), folder.path / LOG
+        began, log = threads_of_start(folder.path / MACHINE, checkpoint.model), folder.path / LOG
         with logging_to(log), explained(folder.path, log), began:
             _log.info("comparison %s in %s", "goes on" if folder.resumed else "begins", folder.path.absolute())
             _log.info("recipe: %s", grid.model_dump(mode="json", exclude_defaults=True))
