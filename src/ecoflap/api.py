@@ -41,11 +41,11 @@ __all__ = ["Method", "PruneResult", "allocate", "inspect", "prune"]
 
 @dataclass(frozen=True, repr=False)
 class PruneResult:
-    """What :func:`prune` did.
+    """The result of :func:`prune`.
 
     Attributes:
-        model: the model that was given, pruned in place.
-        anatomy: its towers, blocks and layers, and what stayed dense.
+        model: the given model, pruned in place.
+        anatomy: its towers, blocks and layers, and the matrices that stay dense.
         importance: scores of stage 1; None if an allocation was given.
         allocation: target and achieved sparsity of each layer.
         unreached: layers that no calibration token reached, pruned by magnitude.
@@ -115,7 +115,7 @@ def importance_of(
     journal: EstimateJournal | None = None,
     norms: SharedNorms | None = None,
 ) -> Importance:
-    """Stage 1: the scores that are given, none for ``uniform``, else measured ones."""
+    """Stage 1: the given scores, none for ``uniform``, else measured ones."""
     if isinstance(given, Importance):
         return given
     if not method.importance.measured:
@@ -133,7 +133,7 @@ def allocation_of(
     journal: SearchJournal | None = None,
     norms: SharedNorms | None = None,
 ) -> Allocation:
-    """Scores to zeros for each layer, and the search from there where the method asks for it."""
+    """Turns scores into zeros for each layer, and starts the search there where the method has one."""
     allocation = allocate_scores(scores, method.allocation)
     check_allocation(anatomy, allocation, method.allocation.pattern)
     if method.search is None:
@@ -180,8 +180,8 @@ def prune(
     """Prune ``model`` in place to ``sparsity``: importance, allocation, then the walk (ECoFLaP, arXiv 2310.02998).
 
     Args:
-        model: any module whose forward returns a loss, or give ``loss``. What ``torch.compile`` has made of it is
-            pruned as the module inside.
+        model: any module whose forward returns a loss, or give ``loss``. Of a compiled model (``torch.compile``) the
+            module inside is pruned.
         batches: calibration batches (a list, a ``DataLoader``, a generator), mappings of keyword arguments; moved to
             the model's device as needed. May be empty for the criterion ``magnitude`` with importance ``uniform`` or an
             allocation, and for ``global-magnitude``, which read no data.
@@ -197,19 +197,19 @@ def prune(
         search: improve the allocation by measuring the pruned model; by default where ``sensitivity`` is measured here.
         search_options: see :class:`ecoflap.search.options.SearchOptions`.
         importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
-        importance_error: sample a layer only until its standard error is this share of its score.
+        importance_error: stop sampling a layer when its standard error is this share of its score.
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.model.anatomy.discover`.
-        tokens: what enters the criterion's statistics where a language tower reads visual tokens, too: ``all``,
+        tokens: which tokens enter the criterion's statistics where a language tower reads visual tokens: ``all``,
             ``text``, ``text+top``, ``text+attended`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
-        offload_activations: keep block inputs elsewhere between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
-            memory-mapped file that goes with the process.
+        offload_activations: where block inputs are kept between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
+            memory-mapped file that is removed with the process.
         max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.
-        workers: processes that have model and batches alike and share the work, see :mod:`ecoflap.support.processes`.
+        workers: processes with the same model and batches that share the work, see :mod:`ecoflap.support.processes`.
 
     Raises:
-        EcoflapError: says what is wrong and how to mend it; the model is untouched unless the walk had begun.
+        EcoflapError: says what is wrong and how to mend it. The model is unchanged unless stage 2 had begun.
     """
     method = make_method(
         sparsity=sparsity, max_sparsity=max_sparsity, min_sparsity=min_sparsity, granularity=granularity,
@@ -226,7 +226,7 @@ def prune(
 
 
 def as_batches(batches: Iterable[Any], loss: Objective | None) -> Sequence[Any]:
-    """The batches in a list: a ``DataLoader`` or a generator is read to its end, once.
+    """Collects the batches in a list; reads a ``DataLoader`` or a generator once, to its end.
 
     Raises:
         CalibrationError: a batch is no mapping, and there is no ``loss`` that could take it.

@@ -17,7 +17,7 @@ from ecoflap.errors import InvalidOption, NonFiniteLoss
 
 @dataclass(frozen=True)
 class AllocationOptions:
-    """How scores become sparsities; :func:`allocate` says what each option does.
+    """Options of the allocation; :func:`allocate` describes each of them.
 
     ``rule`` and ``spread`` None: those that the importance was made for.
     """
@@ -58,16 +58,16 @@ def allocate(
     Args:
         layers: sizes and scores (finite, >= 0; scores may be None with ``uniform``).
         sparsity: target p, a fraction of all weights of ``layers``; round((1 - p) N) weights are kept in all.
-        max_sparsity: no group above it; by default what the rule says: min(1, p + 0.1) for "proportional", p being a
-            tower's own target where it has one.
-        min_sparsity: no group below it.
-        granularity: what shares one sparsity: "block", "layer" or "tower".
+        max_sparsity: upper limit for every group; by default the rule's: min(1, p + 0.1) for "proportional", where p is
+            a tower's own target if it has one.
+        min_sparsity: lower limit for every group.
+        granularity: which layers share one sparsity: those of a "block", a "layer" or a "tower".
         aggregate: a group's score is the "sum" of its layers' scores, that divided by its weights ("mean") or by the
-            number of its layers ("layer-mean"); by default what the rule says: "sum" for "proportional".
+            number of its layers ("layer-mean"); by default the rule's: "sum" for "proportional".
         budget: "global", or "tower": every tower meets its target by itself.
         tower_sparsity: own targets by tower name or modality (a name wins). Each key is a budget of its own (with
             budget "tower", each of its towers is); the towers not named keep the overall target, together or each.
-        uniform: the same sparsity in every layer; scores, rule and spread are not looked at.
+        uniform: the same sparsity in every layer; scores, rule and spread are ignored.
         pattern: "unstructured", or "N:M" which fixes every layer's ratio and so asks for ``uniform``.
         rule: how scores become shares; one of :data:`~ecoflap.allocation.rules.RULES`.
         spread: how far the rule lets groups differ; None for its default.

@@ -15,14 +15,14 @@ from ecoflap.errors import InvalidOption
 
 @dataclass(frozen=True)
 class Curve:
-    """What pruning one group costs: predicted loss over sparsity, both from 0 at sparsity 0.
+    """The cost of pruning one group: predicted loss over sparsity, starting at loss 0 for sparsity 0.
 
     Attributes:
         levels: sparsities, ascending, above 0 and at most 1.
         losses: the loss added at each level, in any unit that is the same for all groups.
 
     Raises:
-        InvalidOption: the levels or losses are not as said.
+        InvalidOption: the levels or losses are not of that kind.
     """
 
     levels: tuple[float, ...]

@@ -15,7 +15,7 @@ from ecoflap.support.registry import unknown
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What the allocation needs to know of a layer: where it stands, how many weights, its score (None: not scored)."""
+    """What the allocation reads of a layer: its place, its number of weights, its score (None: not scored)."""
 
     name: str
     tower: str
@@ -47,10 +47,10 @@ class Group:
         key: orders groups independently of the order of the layers: (tower, block), (layer name) or (tower).
         layers: its members.
         weights: of all members.
-        least: weights that it must keep (its cap).
-        most: weights that it may keep (its floor).
-        score: its members' scores, by ``aggregate``; 0 where there are none.
-        data: what ``allocate(..., data=…)`` said about this group, for rules that need more than a score.
+        least: weights that must be kept (set by the cap of the sparsity).
+        most: weights that may be kept (set by the floor of the sparsity).
+        score: of its members together, by ``aggregate``; 0 where they have none.
+        data: the entry of ``allocate(..., data=…)`` for this group, for rules that need more than a score.
     """
 
     key: tuple[str, ...]

@@ -34,15 +34,15 @@ _WHERE = "allocation: search"
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """What the search began with, the losses on its way, and what it last measured.
+    """The start of a search, the losses after its steps, and its last measured costs.
 
     Attributes:
-        metric: what ``losses`` are: ``kl`` (nats, of the outputs to the dense model's) or ``loss``.
-        losses: at the beginning and after every step that was taken.
-        rounds: the round of each of them: ``start``, ``block 1``, ``layer 2 along the walk``, ``swaps``.
-        given: layer name to the zeros that the search was given.
-        costs: block name to what its lost weights cost by the last round's measurement, in units of ``metric``; empty
-            where no round was made.
+        metric: the kind of ``losses``: ``kl`` (nats, from the dense model's outputs to the pruned one's) or ``loss``.
+        losses: at the start and after every step that was taken.
+        rounds: the round of each loss: ``start``, ``block 1``, ``layer 2 along the walk``, ``swaps``.
+        given: layer name to its zeros at the start.
+        costs: block name to the cost of its pruned weights, as the last round measured it, in units of ``metric``;
+            empty where no round was run.
     """
 
     metric: str
@@ -107,8 +107,8 @@ class LayerAllocation:
 class Allocation:
     """Zeros for every layer, in the order of the layers given, with the options that led to them.
 
-    ``model_parameters`` counts all parameters of the model, prunable or not, where it is known; ``search`` tells how a
-    search came to it, where there was one.
+    ``model_parameters`` counts all parameters of the model, prunable or not, where the count is known; ``search``
+    records the search that found this allocation, if one did.
     """
 
     sparsity: float
@@ -142,7 +142,7 @@ class Allocation:
         raise unknown("layer", name, [layer.name for layer in self.layers])
 
     def with_achieved(self, achieved: Mapping[str, float]) -> Allocation:
-        """A copy with the sparsity that pruning really made, for the layers named in ``achieved``."""
+        """A copy with the sparsity that pruning reached in the layers named in ``achieved``."""
         layers = (replace(layer, achieved=achieved.get(layer.name, layer.achieved)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
 

@@ -25,10 +25,10 @@ class Rule(Protocol):
     """Shares the kept weights of one budget among its groups.
 
     Attributes:
-        margin: without a cap of the user's, no group goes further above the target than this; None: no such cap,
-            because the rule bounds the shares itself.
-        scored: whether it reads the scores, which must then be there.
-        aggregate: how a group's score is made of its layers', unless the user says it; one of ``AGGREGATES``.
+        margin: without a cap from the user, the cap is the target plus this; None: no cap, because the rule itself
+            limits the shares.
+        scored: whether the rule needs scores.
+        aggregate: the default way to combine the scores of a group's layers; one of ``AGGREGATES``.
     """
 
     margin: Fraction | None
@@ -41,7 +41,7 @@ class Rule(Protocol):
         Args:
             groups: with sizes, limits, scores and data; in the order of the layers, which must not matter.
             keep: weights to keep in all, between the sums of the groups' ``least`` and ``most``.
-            target: the sparsity asked of this budget; ``keep`` is what it comes to.
+            target: the sparsity of this budget, from which ``keep`` was computed.
 
         Returns:
             For each group a number between its ``least`` and ``most``; their sum is ``keep``.
@@ -63,10 +63,10 @@ RULES: Registry[Callable[[float | None], Rule]] = Registry(
 
 
 def distribute(total: int, room: list[int], scores: list[int], keys: list[tuple[str, ...]]) -> list[int]:
-    """Deal ``total`` in proportion to ``scores``, to no more than its ``room`` each; the result is exact.
+    """Distributes ``total`` in proportion to ``scores``, at most ``room`` to each; the sum is exact.
 
-    Who is full drops out and the rest is dealt again (water-filling); shares are rounded by largest remainder, ties by
-    ``keys``. Zero scores get nothing while the others have room, then equal shares.
+    A group that is full leaves, and the rest is distributed again (water-filling). Shares are rounded by largest
+    remainder, ties by ``keys``. Groups with score zero get nothing while the others have room, then equal shares.
 
     Args:
         total: at most the sum of ``room``.

@@ -29,7 +29,7 @@ _log = logging.getLogger("ecoflap")
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Turns the system's refusals to write at ``path`` (disk full, no permission) into one clear line."""
+    """Turns errors of the system when writing at ``path`` (disk full, no permission) into one clear line."""
     try:
         yield
     except OSError as error:
@@ -73,7 +73,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raises StorageError where ``folder`` has not so many bytes free for ``what``; as far as the system can tell."""
+    """Raises StorageError where the disk of ``folder`` has fewer than ``needed`` bytes free for ``what``."""
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
         if free < needed:
@@ -99,12 +99,12 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_sealed(path: Path, data: Any) -> None:
-    """Atomically write JSON with a digest of itself, for :func:`read_sealed`. What nobody is to edit is kept so."""
+    """Atomically write JSON with its own digest, for files that nobody should edit; :func:`read_sealed` checks it."""
     write_json(path, {_SEAL: _digest(data), _SEALED: data})
 
 
 def read_sealed(path: Path) -> Any | None:
-    """What :func:`write_sealed` wrote; None where there is nothing, and with a warning where it is damaged."""
+    """Reads what :func:`write_sealed` wrote; None if there is no file, or (with a warning) if it is damaged."""
     if not path.exists():
         return None
     try:
@@ -113,7 +113,7 @@ def read_sealed(path: Path) -> Any | None:
             return found[_SEALED]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
-    _log.warning("%s is damaged: what it held is done again", path)
+    _log.warning("%s is damaged: its content is computed again", path)
     return None
 
 

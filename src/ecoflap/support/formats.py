@@ -7,8 +7,8 @@ import re
 from typing import Protocol
 
 MISSING = "not measured"
-# Of suites of lm-eval and of older runs: shares of samples, shown in per cent. lm-eval names a metric "acc,none": what
-# follows the comma is a filter.
+# Metrics of lm-eval and of older runs that are shares of samples, shown in per cent. lm-eval names a metric "acc,none";
+# the part after the comma is a filter.
 _SHARES = re.compile(r"(.*[ _])?(accuracy|exact_match|acc|acc_norm|em|f1|recall)(,.*)?|(TR|IR|top|recall)[@-]?\d+")
 _HUNDREDS = {"CIDEr", "SPICE"}  # by custom shown times 100, without a unit
 
@@ -46,7 +46,7 @@ class Pair(Protocol):
 
 
 def paired_change(metric: str, pair: Pair | None, other: float | None, *, unit: str | None = None) -> str:
-    """What follows :func:`metric_change` where samples are paired: its standard error, and how the samples went."""
+    """The text after :func:`metric_change` for paired samples: standard error, p-value, better and worse samples."""
     if pair is None or not other:
         return ""
     scale = 100.0 if unit_of(metric, unit) else 100.0 / abs(other)
@@ -140,7 +140,7 @@ def _signed(value: float, digits: int) -> str:
 
 
 def shortened(name: str, most: int) -> str:
-    """At most ``most`` characters: the end of a path, which tells most; of words, such as a method's, both ends."""
+    """At most ``most`` characters: the end of a path; both ends of other text, such as a method's name."""
     if len(name) <= most:
         return name
     head = (most - 1) * 4 // 5 if " " in name else 0

@@ -27,10 +27,10 @@ class Plugin:
 
 
 def plugins(group: str) -> dict[str, Plugin]:
-    """The entry points of ``group`` by name, in the order of the distributions' names; nothing is imported.
+    """The entry points of ``group`` by name, ordered by the names of their distributions; nothing is imported.
 
-    What can't be used is left out with a warning that names the distribution: a file of entry points that can't be
-    read, a name that no command line could hold, a name that two distributions give.
+    Entries that can't be used are left out, with a warning that names the distribution: an unreadable file of entry
+    points, a name that can't be written on a command line, a name that two distributions give.
     """
     return _plugins(group, tuple(sys.path))
 

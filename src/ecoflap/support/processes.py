@@ -66,7 +66,7 @@ PATIENCE = timedelta(hours=4)
 
 @contextmanager
 def joined() -> Iterator[Workers]:
-    """This process among those that were launched with it; :data:`ALONE` for one that was started by itself.
+    """This process as one of the workers that were launched together; :data:`ALONE` if it was started alone.
 
     Raises:
         WorkerLost: the others can't be reached.
@@ -143,7 +143,7 @@ class Processes(Workers):
 
     @contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
-        """``tensor`` whole and where it can travel; what is written there is written into it."""
+        """``tensor`` contiguous and on a device that can send it; afterwards its content is copied back."""
         # A device map may have put it on another GPU than the one by which this worker speaks.
         place = torch.device("cuda", torch.cuda.current_device()) if self.direct and tensor.is_cuda else "cpu"
         moved = tensor.to(place).contiguous()

@@ -10,14 +10,14 @@ class Task(Protocol):
     """One stage under way."""
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        """``steps`` of the stage's total are done; ``detail`` says what is being worked on (a layer's name)."""
+        """Reports ``steps`` more of the stage's total as done; ``detail`` names the current work (a layer's name)."""
 
 
 class Progress(Protocol):
     """Opens one :class:`Task` a stage: ``with progress.stage("importance", total=840) as task``."""
 
     def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
-        """A stage of ``total`` steps, ``done`` of which an interrupted run has left behind."""
+        """Opens a stage of ``total`` steps, ``done`` of which an interrupted run has done before."""
 
 
 class _SilentTask:
@@ -33,7 +33,7 @@ class Silent:
 
 
 class Labelled:
-    """Progress whose stages say in addition what they are for, such as the model: dense or pruned."""
+    """Progress that adds a label to each stage's name, such as the model: dense or pruned."""
 
     def __init__(self, inner: Progress, label: str) -> None:
         self._inner, self._label = inner, label

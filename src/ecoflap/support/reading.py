@@ -21,7 +21,7 @@ def read_json(path: str | Path, what: str, error: type[EcoflapError] = InvalidOp
     """The content of a JSON file.
 
     Args:
-        what: it is, for messages.
+        what: the kind of file, for messages.
         error: raised where the file can't be read.
         finite: refuse NaN and infinities, which JSON does not have (configurations of transformers may).
 
@@ -67,7 +67,7 @@ def yaml_value(text: str) -> Any:
 
 
 def reason_of(error: BaseException, kind: str) -> str:
-    """What is wrong with a file, without the words of Python."""
+    """Says what is wrong with a file, without Python's own terms."""
     if isinstance(error, RecursionError):
         return f"it is nested more than {DEEPEST} deep"
     if isinstance(error, OSError):
@@ -82,7 +82,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises RecursionError, long before Python's own limit would be met by what works on the value."""
+    """Raises RecursionError for deep nesting, long before later code would reach Python's own limit."""
     level, depth = [value], 0
     seen: set[int] = set()  # YAML's anchors may make one list stand in many places, or in itself
     while level:
@@ -98,13 +98,13 @@ def _check_depth(value: Any) -> None:
 
 
 def _check_nesting(text: str) -> None:
-    """Refuses text that only nests: the YAML reader takes seconds and gigabytes before it meets Python's limit."""
+    """Refuses deeply nested text: the YAML reader takes seconds and gigabytes until it reaches Python's limit."""
     if any(mark * (DEEPEST + 1) in "".join(text.split()) for mark in "[{"):
         raise RecursionError
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Plain types alone; of two entries with one key the second would win unseen, so it is refused."""
+    """Loads plain types alone, and refuses a key that appears twice: YAML would silently take the second."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         known: set[Any] = set()

@@ -14,7 +14,7 @@ from ecoflap.support.plugins import NAME, plugins
 
 
 def number(text: str) -> Any:
-    """A number or truth value where the text is one."""
+    """The text as a number or truth value where it is one, else the text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -76,9 +76,9 @@ class Entry:
 
     Attributes:
         target: ``"package.module:attribute"``, or the object itself.
-        facts: class attributes of the target that must be known before it is imported; those left out have their
-            defaults. None: not told, so that the target is imported to find out.
-        origin: who gave it, for messages; "" for this package.
+        facts: class attributes of the target that are needed before it is imported; those left out have their
+            defaults. None: unknown, so the target is imported to read them.
+        origin: the package that it comes from, for messages; "" for this one.
     """
 
     target: Any
@@ -87,7 +87,7 @@ class Entry:
 
 
 def entry(target: str, **facts: Any) -> Entry:
-    """A line for one of this package's own, with the class attributes that differ from their defaults."""
+    """An entry of this package, with the class attributes that differ from their defaults."""
     return Entry(target, facts)
 
 
@@ -99,8 +99,8 @@ class Registry(Generic[T]):
     Args:
         kind: what the names stand for, for messages ("criterion").
         entries: name to ``"package.module:attribute"``, or to an :func:`entry`.
-        group: of Python entry points that add to the table; None for a table that nobody adds to.
-        complaint: says of an object from outside why it can't be an entry ("is no dataclass"); None where it can.
+        group: Python entry points that add to the table; None for a table that is closed.
+        complaint: returns why an object from outside can't be an entry ("is no dataclass"), or None if it can.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Registry(Generic[T]):
         return cast(T, self._from_outside(name, line))
 
     def fact(self, name: str, attribute: str, default: Any) -> Any:
-        """The class attribute ``attribute`` of the entry ``name``; nothing is imported where the table knows it.
+        """The class attribute ``attribute`` of the entry ``name``; imports nothing where the table has it.
 
         Raises:
             BrokenPlugin: as :meth:`get`.

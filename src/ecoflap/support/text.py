@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Control characters (a terminal obeys them), half characters (no encoding has them), and marks that turn the direction
-# of writing, with which a line may read as another one. Tabs and ends of lines stay.
+# Control characters (a terminal executes them), lone surrogates (they can't be encoded), and marks that change the
+# writing direction (they can disguise a line). Tabs and line ends stay.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -35,9 +35,9 @@ def store() -> Any | None:
 def round_of(store: Any, own: Workers) -> Any:
     """The store under a prefix that these workers have for themselves.
 
-    torchrun gives workers that it starts anew the store of those before them, with the addresses of the dead in it;
-    and the count of restarts is not the same on all machines. So worker 0 names the round, and welcomes everyone: what
-    it finds may be a greeting of before, hence it goes on until all have answered by the name.
+    torchrun gives restarted workers the store of the earlier ones, which still holds addresses of dead processes; and
+    the count of restarts differs between machines. So worker 0 gives the round a new name and repeats it until every
+    worker has answered with that name: an answer that it finds may be an old one.
 
     Raises:
         WorkerLost: not all came.
@@ -63,7 +63,7 @@ def round_of(store: Any, own: Workers) -> Any:
 
 
 def first_to_fail() -> bool:
-    """Whether no other worker of this round has told the user yet why it ends."""
+    """Whether no other worker of this round has printed yet why it ends."""
     kept, found = store(), launched()
     if kept is None or found is None:
         return found is None or found.first
@@ -75,13 +75,13 @@ def first_to_fail() -> bool:
 
 
 def note_begun(run: Path) -> None:
-    """Let workers that are started anew know that the run in this folder is of this very launch."""
+    """Records for restarted workers that this launch began the run in this folder."""
     if (kept := store()) is not None:
         kept.set(_begun(run), "yes")
 
 
 def begun(run: Path) -> bool:
-    """Whether this launch has begun the run in this folder, before its workers were started anew."""
+    """Whether this launch began the run in this folder before its workers were restarted."""
     kept = store()
     return kept is not None and bool(kept.check([_begun(run)]))
 

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """The loss, the seed, where to report, and who shares the work.
+    """The loss, the seed, the progress, and the workers that share the work.
 
     Attributes:
         loss: ``loss(model, batch)`` gives a scalar tensor.
         seed: of all noise and random choices.
-        workers: processes that have model and batches alike.
+        workers: processes that hold the same model and batches.
     """
 
     loss: Callable[[nn.Module, Any], Tensor]

@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workers:
-    """One process among ``count``; as it stands here, the only one, for which nothing is to be told.
+    """One process among ``count``. This base class is a process that works alone and exchanges nothing.
 
-    All workers call the same methods in the same order. What is told is a tree of dicts with string keys, lists,
-    strings, numbers, None and tensors (they arrive on the CPU); tuples arrive as lists. Floats keep every bit.
+    All workers call the same methods in the same order. Messages are trees of dicts with string keys, lists, strings,
+    numbers, None and tensors (they arrive on the CPU); tuples arrive as lists. Floats keep every bit.
 
     Attributes:
-        rank: number of this worker; number 0 alone writes files and speaks to the user.
+        rank: number of this worker; only number 0 writes files and prints to the user.
         local: its number on its machine.
     """
 
@@ -35,18 +35,18 @@ class Workers:
         return self.rank == 0
 
     def gather(self, tree: Any) -> list[Any]:
-        """What each worker says, in the order of their numbers."""
+        """The trees of all workers, in the order of their numbers."""
         return [tree]
 
     def broadcast(self, tree: Any) -> Any:
-        """What worker 0 says; what the others give is not looked at."""
+        """The tree of worker 0; those of the others are ignored."""
         return tree
 
     def copy_from(self, tensor: Tensor, source: int) -> None:
-        """Write the tensor of worker ``source`` into those of all others, of the same shape and dtype."""
+        """Copies the tensor of worker ``source`` into those of all others, of the same shape and dtype."""
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """Give a tensor to one worker, which calls :meth:`receive`."""
+        """Sends a tensor to one worker, which calls :meth:`receive`."""
         raise AssertionError("there is nobody else")
 
     def receive(self, tensor: Tensor, source: int) -> None:
@@ -54,12 +54,12 @@ class Workers:
         raise AssertionError("there is nobody else")
 
     def from_first(self, read: Callable[[], T]) -> T:
-        """What ``read`` gives worker 0, which alone calls it."""
+        """The result of ``read``, which only worker 0 calls."""
         found: T = self.broadcast(read() if self.first else None)
         return found
 
     def map_parts(self, count: int, work: Callable[[int], T]) -> list[T]:
-        """``work(i)`` for i = 0 … ``count`` − 1, each by one worker, known to all in this order."""
+        """``work(i)`` for i = 0 … ``count`` − 1, each by one worker; all workers get the results in this order."""
         own = [work(number) for number in part(count, self.count, self.rank)]
         return [result for of_one in self.gather(own) for result in of_one]
 
@@ -68,7 +68,7 @@ ALONE = Workers()
 
 
 def launched() -> Workers | None:
-    """Who this process is by the environment that torchrun and its like set; None where it was started by itself."""
+    """This worker by the environment variables of torchrun and similar launchers; None if it was started alone."""
     try:
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
@@ -79,7 +79,7 @@ def launched() -> Workers | None:
 
 
 def part(count: int, parts: int, number: int) -> range:
-    """The part ``number`` of ``count`` things in ``parts`` contiguous parts, whose sizes differ by 1 at most."""
+    """Part ``number`` when ``count`` items are cut into ``parts`` contiguous parts whose sizes differ by 1 at most."""
     size, more = divmod(count, parts)
     begin = number * size + min(number, more)
     return range(begin, begin + size + (number < more))
@@ -102,12 +102,12 @@ class Share:
 
     @property
     def leads(self) -> bool:
-        """Whether its sums can be added as they come, because no other worker's stand before them."""
+        """Whether its sums can be added at once, because no other worker's sums come before them."""
         return not self.groups or self.groups[0] == 0
 
 
 def share_of(batches: int, workers: Workers) -> Share:
-    """What of so many batches is this worker's: whole groups, contiguous; nothing for a worker that is one too many."""
+    """The batches of this worker: whole contiguous groups; none where there are more workers than groups."""
     number = min(GROUPS, batches)
     groups = [part(batches, number, group) for group in range(number)]
     own = part(number, workers.count, workers.rank)
