@@ -30,8 +30,8 @@ def allocate(
 ) -> Allocation:
     """Scores to an exact number of zeros for each layer; see :func:`ecoflap.allocation.allocate` for the options.
 
-    The importance ``uniform`` gives every layer the same sparsity. Without a rule, that which the importance was made
-    for is taken, with its spread.
+    The importance ``uniform`` gives every layer the same sparsity. The default rule and spread are those of the
+    importance.
 
     Raises:
         InvalidOption, InfeasibleAllocation, UnknownName: as there; or the scores are of whole blocks, and
@@ -61,7 +61,7 @@ def allocate_scores(importance: Importance, options: AllocationOptions) -> Alloc
 
 
 def flat(anatomy: Anatomy, rule: str = "proportional") -> Importance:
-    """Every layer as important as any other: to learn at once, before stage 1, whether an allocation is feasible."""
+    """Equal scores for all layers: shows before stage 1 whether an allocation is feasible."""
     scores = {layer.name: Score(1.0, 0.0, 1) for layer in anatomy.layers}
     curves = {block.name: Curve((1.0,), (1.0,)) for block in anatomy.blocks if block.layers}
     return Importance("flat", {"rule": rule}, anatomy.layers, scores, curves)

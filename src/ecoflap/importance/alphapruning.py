@@ -24,10 +24,10 @@ class AlphaPruning(ImportanceMeasure):
     """The exponent α of a power law fitted to the largest eigenvalues of WᵀW by Hill's estimator (PL_Alpha_Hill); Lu et
     al., NeurIPS 2024, arXiv 2410.10912, section 3.
 
-    A low α is a heavy tail, the mark of a well-trained matrix, which is to keep more. So the score is the highest α of
-    all matrices less the matrix's own: turned round, and as linear in α as the paper's map, which the rule
-    ``linear-relative`` makes of it: sparsities from η(1 − τ) to η(1 + τ). A block's α is the plain mean of its
-    matrices', whatever their sizes; granularity ``layer`` is the paper's variant per matrix.
+    A low α means a heavy tail, the sign of a well-trained matrix, which should keep more weights. So the score is the
+    highest α of all matrices minus the matrix's own α. The rule ``linear-relative`` maps it linearly, as the paper
+    does, to sparsities from η(1 − τ) to η(1 + τ). A block's α is the unweighted mean over its matrices; granularity
+    ``layer`` is the paper's variant per matrix.
 
     Attributes:
         tail: where the tail begins: ``half`` takes the larger half of the eigenvalues; ``peak`` those above the peak of

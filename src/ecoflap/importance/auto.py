@@ -27,11 +27,11 @@ from ecoflap.model.trace import evaluating
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``auto`` took.
+    """The importance that ``auto`` chose.
 
     Attributes:
         name: of the importance.
-        reason: why, as a part of a sentence.
+        reason: why it was chosen, as part of a sentence.
     """
 
     name: str

@@ -29,10 +29,10 @@ class ProbeContext:
 
     Attributes:
         done: (layer, batch, draw) of estimates that an interrupted run already has.
-        remarks: what the measure finds out that belongs into the settings of its scores.
-        workers: those who measure; each asks for the estimates of its own, all others are in its ``done``.
-        upcast: blocks that compute in fp32, though their weights are kept as they were loaded.
-        norms: what other measures on the same batches have gathered.
+        remarks: findings of the measure that are saved with the settings of its scores.
+        workers: the processes that measure; each computes its own estimates, all others are in its ``done``.
+        upcast: blocks that compute in fp32 although their weights keep the loaded dtype.
+        norms: input norms that other measures on the same batches have gathered.
     """
 
     model: nn.Module
@@ -62,7 +62,7 @@ class ProbeContext:
         return self.anatomy.replayable
 
     def blocks_of(self, layer: Layer) -> tuple[str, ...]:
-        """The blocks that must be computed when this matrix changes: all that hold it, if it is shared."""
+        """The blocks that must be computed again when this matrix changes: all that share it."""
         if not layer.aliases:
             return (layer.block,)
         return tuple(block for block in self.blocks if any(m.startswith(block + ".") for m in layer.modules))
@@ -90,20 +90,19 @@ class ProbeContext:
 
 
 class ImportanceMeasure(ABC):
-    """Base of all importances: yields estimates; averages, journal, resume and precision are the caller's
-    (``measure.py``).
+    """Base of all importances: yields estimates. Averages, journal, resume and precision are done in ``measure.py``.
 
-    A subclass is a frozen dataclass: its fields are its options, its class attributes say what it is.
+    A subclass is a frozen dataclass: its fields are its options, its class attributes describe it.
 
     Attributes:
-        rule: the allocation rule that the scores are made for.
-        noisy: False where a single estimate has no standard error of its own.
-        scatter: the smallest relative standard deviation of one estimate, where sampling may stop when there are enough
+        rule: the default allocation rule for the scores.
+        noisy: False where a single estimate has no standard error.
+        scatter: the smallest relative standard deviation of one estimate, for measures whose sampling may stop early
             (``stopping.py``); None where estimates are not sampled.
-        blockwise: whether it needs the weights of one block at a time, so that the others may lie on the disk.
-        reads: fields of a recipe for stage 2 that change its scores, such as ``("criterion", "pattern")``.
-        cites: papers behind it, each an :class:`ecoflap.support.citations.Citation`, or the key of one that is there.
-            This package's own measures name theirs in ``registry.py``.
+        blockwise: whether it needs the weights of only one block at a time, so that the others may stay on the disk.
+        reads: recipe fields of stage 2 that change its scores, such as ``("criterion", "pattern")``.
+        cites: papers behind it, each an :class:`ecoflap.support.citations.Citation` or the key of a listed one. This
+            package's own measures name theirs in ``registry.py``.
         precision: ``fp32``, or ``native``: the model computes in the checkpoint's dtype.
         scope: ``block`` where only the sum over a block has a meaning.
     """
@@ -127,9 +126,9 @@ class ImportanceMeasure(ABC):
         """All estimates that are not in ``context.done``, in a fixed order."""
 
     def pieces(self, context: ProbeContext) -> Iterable[Sequence[Key]] | None:
-        """Keys of the estimates in the order of :meth:`estimates`, those together that are measured together.
+        """Keys of the estimates in the order of :meth:`estimates`, in groups that are measured together.
 
-        Several workers share them. None: all workers measure all estimates.
+        Several workers share the groups. None: all workers measure all estimates.
         """
         return None
 
@@ -141,7 +140,7 @@ class ImportanceMeasure(ABC):
         return ()
 
     def curves(self, anatomy: Anatomy, known: Mapping[Key, float]) -> Mapping[str, Curve]:
-        """Block name to its loss over sparsity, made of the estimates; empty where the scores say all."""
+        """Block name to its curve of loss over sparsity, made from the estimates; empty for measures without curves."""
         return {}
 
 

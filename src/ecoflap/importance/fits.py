@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_same_layers(anatomy: Anatomy, given: Allocation | Importance) -> None:
-    """What was given is of this very model: same layers, same sizes. Raises InvalidOption with the first difference."""
+    """Checks that ``given`` has the layers and sizes of this model. Raises InvalidOption with the first difference."""
     kind = "allocation" if isinstance(given, Allocation) else "importance"
     sizes = {layer.name: layer.numel for layer in anatomy.layers}
     theirs = {row.name: row.weights if isinstance(row, LayerAllocation) else row.numel for row in given.layers}

@@ -23,14 +23,14 @@ LESS = "fewer --importance-samples or a shorter --sequence-length take less"
 
 
 class Forecast:
-    """A task that tells its time when the first probes are done.
+    """A task that says, after the first probes, how long the whole stage will take.
 
     Args:
-        task: is told of every step as well.
+        task: receives every step too.
         name: of the importance.
-        steps: how many are to come.
-        together: steps that come at once, such as all layers of a batch; nothing is told before so many are done.
-        clock: seconds.
+        steps: number of steps to come.
+        together: steps that are reported at once, such as all layers of a batch; no forecast before so many are done.
+        clock: returns seconds.
     """
 
     def __init__(

@@ -32,21 +32,21 @@ _TRIALS = 3  # noises with which a tower's derivatives are compared with differe
 class ForwardMode(ImportanceMeasure):
     """g = ⟨z, ∇L⟩ with z ~ N(0, I) for each matrix alone, in one forward pass; the score is the mean of |g|.
 
-    The noise is the zeroth order's (same seed, layer, batch, draw: same z), which is the limit of its estimates for
-    ε → 0: no step to choose, and no difference of two nearly equal losses. Activations downstream of the matrix carry
-    a tangent of their own size, so that a probe holds about twice the activations of a forward; attention is computed
-    by elementary operators, which hold its matrix of weights.
+    The noise is that of the zeroth order (same seed, layer, batch, draw: same z), and the result is the limit of its
+    estimates for ε → 0: there is no step to choose, and no difference of two nearly equal losses. Activations after the
+    matrix carry a tangent of their own size, so a probe holds about twice the activations of a forward; attention is
+    computed by elementary operators, which keep the attention matrix.
 
-    Where an operator has no forward mode, or drops the derivative in silence, the towers before it are measured by the
-    zeroth order, with a warning and an entry ``fallback`` in the settings. That is found out by trying the first layer
-    of each tower, and comparing with differences of losses.
+    Where an operator has no forward mode, or silently drops the derivative, the towers before it are measured by the
+    zeroth order, with a warning and an entry ``fallback`` in the settings. A trial on the first layer of each tower,
+    compared with differences of losses, finds this.
 
     Attributes:
         draws: noises a (matrix, batch).
         replay: answer unchanged blocks from memory; off, every probe is a whole forward with the same result.
         probe: ``matrix`` or ``block``, as in :class:`~ecoflap.importance.zeroth_order.ZerothOrder`.
-        precision: ``fp32``, or ``native``: compute in the checkpoint's dtype, in half the memory where that is a half
-            precision. A derivative is rounded there, but does not drown as a difference of losses does.
+        precision: ``fp32``, or ``native``: compute in the checkpoint's dtype, in half the memory for half precision.
+            Rounding changes a derivative there far less than a difference of losses.
     """
 
     scatter: ClassVar[float | None] = HALF_NORMAL_SPREAD
@@ -129,7 +129,7 @@ class _Trial:
     def obstacle(self, tower: Tower) -> str:
         """Why forward mode can't be used for a tower; "" if it can.
 
-        Its first layer is taken: what is computed from that passes through all that comes after.
+        Tries the first layer, because its output passes through all later operators.
         """
         layer = next(iter(tower.layers))
         with Replay(self.context.model, self.context.blocks) as replay:

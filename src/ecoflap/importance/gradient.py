@@ -36,12 +36,12 @@ def visit_gradients(
 ) -> None:
     """Call ``visit(name, weight, gradient)`` for each layer that the loss of batch ``index`` depends on.
 
-    Weight and gradient have the shape of the stored parameter. The gradient is freed after its visit; with
-    ``recompute`` only one block's graph exists at a time, so that the memory above a forward's is the inputs of the
-    blocks, one block's activations and one matrix. Flags and gradients of the model's own are as before at the end.
+    Weight and gradient have the shape of the stored parameter. The gradient is freed after its visit. With
+    ``recompute`` only one block's graph exists at a time, so the extra memory beside a forward is the inputs of the
+    blocks, one block's activations and one matrix. The model's own flags and gradients are restored at the end.
 
     Args:
-        instead: what a user may do where there are no gradients.
+        instead: advice for the user where gradients can't be taken.
 
     Raises:
         InvalidOption: the model can't be differentiated.
@@ -144,8 +144,8 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class FirstOrder(ImportanceMeasure):
     """Elementwise gradient scores, summed per matrix (Sung et al. 2024, section 3.2 and its comparison of measures).
 
-    Gradients are taken of each batch's mean loss. No gradient outlives its hook, and only one block's graph exists at a
-    time, so that the memory above a forward's is the inputs of the blocks, one block's activations and one matrix.
+    Each batch's mean loss is differentiated. A gradient is freed in its hook, and only one block's graph exists at a
+    time, so the extra memory beside a forward is the inputs of the blocks, one block's activations and one matrix.
 
     Attributes:
         variant: one of :data:`VARIANTS`.

@@ -31,7 +31,7 @@ def _is_blockwise(importance: str) -> bool:
 
 
 def check_offloaded(model: nn.Module, importance: str) -> None:
-    """:func:`check_blockwise` for an offloaded model, which is made ready for the work; nothing for another one."""
+    """For an offloaded model, calls :func:`check_blockwise` and prepares the model; does nothing for another one."""
     if is_offloaded(model):
         keep_placeholders(model)
         check_blockwise(importance)

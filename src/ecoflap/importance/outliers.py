@@ -26,7 +26,7 @@ SCOPES = ("block", "layer")
 
 
 def check_scope(scope: str) -> None:
-    """Raises UnknownName for a scope that there is not."""
+    """Raises UnknownName for an unknown scope."""
     if scope not in SCOPES:
         raise unknown("scope", scope, list(SCOPES))
 
@@ -51,8 +51,8 @@ def one_estimate_per_layer(
         reduce: pooled products |W_ij|·‖X_j‖₂, flat fp32, to a number.
         scale: the numbers of all pools by name to scores, higher meaning: keep more.
 
-    Layers that no token reached are left out of their block's pool; where a whole pool was not reached, it gets the
-    lowest score of the others (0 if there is none): nothing says that it matters, and it must not stretch the scale.
+    Layers that no token reached are left out of their block's pool. A pool that no token reached at all gets the lowest
+    score of the others (0 if there is none), so that it does not stretch the scale.
 
     Raises:
         NonFiniteLoss: a weight or an input is NaN or infinite; names the layer or block.
@@ -136,9 +136,9 @@ class Dlp(ImportanceMeasure):
     """Chen et al., "DLP", ICML 2025, arXiv 2505.23807, section 3: U_l is the median of |W_ij|·‖X_j‖₂ in block l, ‖X_j‖₂
     over all calibration tokens of the dense model; the score is 1 − U_l / Σ_m U_m.
 
-    The paper takes U for how unimportant a block is: a high median, and the block keeps less. The rule ``linear`` maps
-    scores to sparsities in a band 2α wide whose mean is the target. Medians of towers with other numbers of tokens or
-    other scales of weights can't be compared: with several towers, take ``budget="tower"``.
+    In the paper a high U means an unimportant block, which keeps less. The rule ``linear`` maps scores to sparsities in
+    a band 2α wide whose mean is the target. Medians of towers with different numbers of tokens or scales of weights
+    can't be compared: with several towers, use ``budget="tower"``.
 
     Attributes:
         scope: ``block`` takes the median over all matrices of a transformer block, as published; ``layer`` over each

@@ -31,7 +31,7 @@ def noise_key(seed: int, layer: str, batch: int, draw: int) -> int:
 def noise(shape: torch.Size, device: torch.device, *, seed: int, layer: str, batch: int, draw: int) -> Tensor:
     """Standard normal fp32 noise of ``shape`` for one probe, from a generator of its own on ``device``.
 
-    The global generators are neither read nor moved. CPU and CUDA generators give different numbers for one key.
+    The global generators are not used. CPU and CUDA generators give different numbers for one key.
     """
     generator = torch.Generator(device=device).manual_seed(noise_key(seed, layer, batch, draw))
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
@@ -80,7 +80,7 @@ class Probe:
 
     @contextmanager
     def using(self, tensors: Sequence[Tensor], replay: Replay) -> Iterator[None]:
-        """The model computes with ``tensors`` in the place of the unit's matrices, and replays all that stays as is."""
+        """Inside, the model computes with ``tensors`` instead of the unit's matrices, and replays unchanged blocks."""
         forced = dict.fromkeys(block for layer in self.unit for block in self.context.blocks_of(layer))
         with ExitStack() as swaps, replay.forcing(*forced):
             for layer, tensor in zip(self.unit, tensors, strict=True):
@@ -121,7 +121,7 @@ def projections(
         project: gives ⟨z, ∇L⟩ for one probe, summed over the matrices of its unit.
         draws: noises a (unit, batch).
         probe: ``matrix``: one matrix at a time; ``block``: all matrices of a block at once, each with its own noise.
-            The value is then shared out among them by their numbers of weights.
+            The value is then divided among them by their numbers of weights.
         replay: answer unchanged blocks from memory.
     """
     units = _units(context, probe)

@@ -43,10 +43,10 @@ _GRADIENT_OPTIONS = frozenset(("recompute",))
 
 
 def named(importance: str, options: Iterable[str]) -> str:
-    """The importance that its options belong to, where ``auto`` leaves it open; else as it is.
+    """Resolves ``auto`` by the given options; other names stay as they are.
 
     Args:
-        options: their names. Those of gradient norms ask for these, all others for the zeroth order.
+        options: names of options. Those of gradient norms select gradient norms, all others the zeroth order.
     """
     names = frozenset(options)
     if importance != AUTO or not names:

@@ -48,7 +48,7 @@ class Importance:
         settings: options that it was measured with.
         layers: the layers in the network's order.
         scores: parameter name to :class:`Score`, for each of them.
-        curves: block name to what pruning it costs; empty but for ``sensitivity``.
+        curves: block name to its cost of pruning over sparsity; only ``sensitivity`` has them.
     """
 
     method: str
@@ -134,7 +134,7 @@ class Importance:
 
 
 def check_granularity(options: Mapping[str, Any], granularity: str) -> None:
-    """Scores of whole blocks say nothing about single layers.
+    """Refuses granularity ``layer`` for scores of whole blocks, which have no values of single layers.
 
     Args:
         options: of the importance measure.
@@ -150,9 +150,9 @@ def check_granularity(options: Mapping[str, Any], granularity: str) -> None:
 
 
 def summarise(estimates: Iterable[float], noisy: bool = True) -> Score:
-    """Mean and standard error of the absolute values; the same for any order of them.
+    """Mean and standard error of the absolute values; independent of their order.
 
-    One lone estimate has the standard error that the half-normal distribution gives it, or 0 where it holds no noise.
+    A single estimate gets the standard error of the half-normal distribution, or 0 for a measure without noise.
     """
     values = [abs(value) for value in estimates]
     n = len(values)

@@ -20,9 +20,9 @@ LEAST = 3  # estimates of a layer, below which their scatter says nothing
 class Stopping:
     """A layer has enough estimates when their standard error is at most ``error`` times their mean.
 
-    Whether it has is asked again and again, so that one lucky pair of like values must not end its sampling: where
-    estimates are known to scatter by at least ``scatter`` of their mean (|N(0, σ)|, whatever σ does from batch to
-    batch), n of them are not believed to have a standard error below ``scatter``/√n.
+    This is checked after every round, so two values that are equal by chance must not end the sampling. Where the
+    relative standard deviation of one estimate is known to be at least ``scatter`` (as for |N(0, σ)| with any σ), the
+    standard error of n estimates is taken as at least ``scatter``/√n.
 
     Attributes:
         error: above 0 and below 1.
@@ -65,13 +65,13 @@ def _round(piece: Sequence[Key]) -> tuple[int, int]:
 def turns(
     pieces: Iterable[Sequence[Key]], known: Mapping[Key, float], rule: Stopping
 ) -> Iterator[tuple[list[Sequence[Key]], int]]:
-    """Round by round: the pieces that are still to be measured, and the number of estimates that need not be.
+    """Yields for each round the pieces that are still to be measured, and the number of estimates that are saved.
 
-    A piece is wanted as long as a layer in it has not enough estimates in the rounds before; what else is known
-    decides nothing, so that an interrupted run takes the same turns again, whoever measures what.
+    A piece is measured while one of its layers has too few estimates in the rounds before. Other known estimates don't
+    count, so an interrupted run takes the same rounds again, with any number of workers.
 
     Args:
-        known: filled by the caller with what was wanted, before it asks for the next round.
+        known: the caller adds the measured estimates before it asks for the next round.
     """
     values: dict[str, list[float]] = {}
     for of_round in rounds(pieces):

@@ -50,7 +50,7 @@ def rounding_share(context: ProbeContext, project: Projection, epsilon: float) -
 
 
 def report_rounding(context: ProbeContext, project: Projection, epsilon: float) -> None:
-    """Measure it, keep it in the remarks, and warn; nothing to do for a model that computes in fp32."""
+    """Measures the rounding, adds it to the remarks, and warns; does nothing for a model that computes in fp32."""
     kinds = {context.model.get_parameter(layer.name).dtype for layer in context.layers}
     if all(kind.itemsize >= 4 for kind in kinds) or ROUNDING in context.remarks:
         return
@@ -75,10 +75,10 @@ class ZerothOrder(ImportanceMeasure):
         draws: noises a (matrix, batch).
         replay: answer unchanged blocks from memory; off, every probe is two whole forwards with the same result.
         probe: ``matrix`` perturbs one matrix at a time; ``block`` all matrices of a block at once, each with its own
-            noise. That takes as many probes as there are blocks, and estimates √(2/π)·(Σ‖∇L‖²)^½ over the block's
-            matrices; each of them is given its part by its number of weights, so only the block's sum has a meaning.
-        precision: ``fp32``, or ``native``: compute in the checkpoint's dtype. Of half precision little is left in a
-            difference of losses; how little is measured, told in a warning, and kept as ``rounding`` in the settings.
+            noise. That takes one probe for each block, and estimates √(2/π)·(Σ‖∇L‖²)^½ over the block's matrices. The
+            value is divided among them by their numbers of weights, so only the sum of a block has a meaning.
+        precision: ``fp32``, or ``native``: compute in the checkpoint's dtype. In half precision a difference of losses
+            is mostly rounding; its share is measured, reported in a warning, and saved as ``rounding`` in the settings.
     """
 
     scatter: ClassVar[float | None] = HALF_NORMAL_SPREAD

@@ -139,7 +139,7 @@ class DenseModel:
         return found
 
     def finish_tower(self, tower: Tower) -> None:
-        """The tower is done; what is kept of it is forgotten."""
+        """Ends the tower, and frees what is kept of it."""
         del self._drivers[tower.name]
 
     @contextmanager

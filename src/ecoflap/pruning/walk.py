@@ -34,7 +34,7 @@ from ecoflap.support.workers import ALONE, Share, Workers, share_of
 
 @dataclass(frozen=True)
 class WalkResult:
-    """What the walk did: the allocation with its achieved sparsities, and layers that no calibration token reached."""
+    """The allocation with the achieved sparsities, and the layers that no calibration token reached."""
 
     allocation: Allocation
     unreached: tuple[str, ...]
@@ -66,11 +66,10 @@ def walk(
         allocation: zeros for each layer.
         batches: calibration batches on the model's device; not read if the criterion needs no statistics.
         run: runs the model on a batch (the objective).
-        offload: keep block inputs elsewhere: "cpu" (or True), or "disk", in the journal's folder.
+        offload: where block inputs are kept: "cpu" (or True), or "disk", in the journal's folder.
         tokens: which tokens of a tower that reads text and pictures enter the statistics.
-        journal: blocks pruned by an interrupted walk, which are taken over, and where new ones go; the same for all
-            workers.
-        workers: those who have ``model`` and ``batches`` alike.
+        journal: holds the blocks that an interrupted walk has pruned, and receives new ones; the same for all workers.
+        workers: processes with the same ``model`` and ``batches``.
 
     Raises:
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
@@ -121,8 +120,9 @@ def walk(
 
 
 def _runs(anatomy: Anatomy, gathers: bool, todo: Sequence[Block]) -> int:
-    """How often a block is run on all batches to prune those of ``todo``: for its statistics, for the next block's
-    inputs, and before a tower, where the walk enters it. So the steps of a walk take about the same time each.
+    """The steps of the walk: how often a block is run on all batches to prune ``todo``. All take about the same time.
+
+    A block is run for its statistics, for the inputs of the next block, and before a tower where the walk enters it.
 
     Args:
         gathers: the criterion reads statistics; else each block is one step.
@@ -224,14 +224,14 @@ class _Walker:
         return known
 
     def restore_all(self, blocks: Iterable[Block]) -> None:
-        """Take over those of ``blocks`` that are known and not restored yet."""
+        """Restores those of ``blocks`` that an interrupted walk has pruned and that are not restored yet."""
         for block in blocks:
             if block.name in self._known:
                 self._known.remove(block.name)
                 self.restore(block)
 
     def restore(self, block: Block) -> bool:
-        """Take over a block that an interrupted walk has pruned."""
+        """Restores a block that an interrupted walk has pruned."""
         done = self.journal.load(block.name)
         if done is None:
             return False
@@ -274,7 +274,7 @@ class _Walker:
         task.advance(1, block.name)
 
     def _read_from_saved(self, block: Block, weights: Mapping[str, Tensor]) -> list[str]:
-        """Let what is offloaded of a saved block be read as it is now; its layers' names."""
+        """Makes the offloaded weights of a saved block be read from its file; returns the names of its layers."""
         names = self.offloaded.among(layer.name for layer in block.layers)
         place = self.journal.place(block.name) if names else None
         for name in names:
@@ -300,7 +300,7 @@ class _Walker:
 
 
 def achieved(model: nn.Module, allocation: Allocation) -> Allocation:
-    """The allocation with the sparsity that the weights now really have."""
+    """The allocation with the sparsity that the weights have now."""
     weights = Offloaded(model)
     zeros = {
         row.name: row.weights - int(torch.count_nonzero(weights.read(model.get_parameter(row.name))))

@@ -125,7 +125,7 @@ def prune_globally(
     the order of the layers, then by the weight's index in its stored matrix; weights that are zero already come first.
 
     Args:
-        budgets: their sum over the layers of a pool is its number of zeros; how it lies among them is not looked at.
+        budgets: zeros of each layer; only the sum over the layers of a pool counts.
         pools: layer to the name of the budget that it shares.
         batches: calibration batches, for criteria that read data.
         objective: ``objective(model, batch)`` giving the loss, which moves the batch to the model's device.
@@ -263,9 +263,9 @@ class GlobalMagnitude:
 class IterativeGradient:
     """score = |w|·E|g|, measured anew in each of N rounds, of which round i makes the model p^(N/i) sparse.
 
-    The baseline of Sung et al. 2024 (arXiv 2310.02998, section 4) that stands there as OBD, after LeCun et al. 1989. g
-    is the gradient of one calibration batch's mean loss, E the mean over batches; both are taken in fp32, whatever the
-    checkpoint's dtype. Weights that are zero stay zero: each round's zeros hold those of the round before.
+    The baseline of Sung et al. 2024 (arXiv 2310.02998, section 4) called OBD there, after LeCun et al. 1989. g is the
+    gradient of one calibration batch's mean loss, E the mean over batches; both are computed in fp32 for every dtype of
+    the checkpoint. Weights that are zero stay zero: each round's zeros include those of the round before.
 
     Memory: E|g| of every prunable weight at once, 4 bytes each (in the computer's memory with ``offload_activations``),
     beside the model in fp32, the inputs of its blocks, and the activations of one block, which are computed again in

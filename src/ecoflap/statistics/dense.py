@@ -26,9 +26,9 @@ EVERYWHERE = -1  # as the number of a worker: all of them
 
 
 def agreed(gatherer: Gatherer | None, workers: Workers, layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
-    """What each worker holds, known to all: owner of an accumulator to its columns, and a list of what each one has.
+    """Exchanges what each worker holds: the columns of each accumulator by its owner, and the groups of each worker.
 
-    Afterwards ``gatherer`` goes by the owners of all workers.
+    Afterwards ``gatherer`` uses the owners that all workers agreed on.
 
     Args:
         gatherer: None where this worker saw inputs diverge.
@@ -63,7 +63,7 @@ def collect(
     pruners: Mapping[str, int],
     device: torch.device,
 ) -> None:
-    """Add up the sums of all workers, group by group in their order, where they are wanted.
+    """Adds the sums of all workers, group by group in order, on the workers that need them.
 
     Args:
         found: of :func:`agreed`.
@@ -97,7 +97,7 @@ def _sums(
 
 
 def assign_layers(owners: Mapping[str, str], layers: Sequence[Layer], workers: int) -> dict[str, int]:
-    """Layer to the worker that prunes it: layers of one input go together, the dearest first to whom has least.
+    """Assigns layers to workers: layers with one input together, the most expensive first, to the least loaded worker.
 
     The cost of an input is that of its factorisation and of the updates that follow, columns² · (columns + rows).
     Layers that nothing reached are worker 0's.
@@ -141,11 +141,11 @@ def dense_statistics(
         batches: calibration batches; ``run`` puts them on the model's device.
         run: runs the model on a batch (an objective that does).
         kind: "norm" (Wanda) or "gram" (SparseGPT's Hessian).
-        skip: names of blocks whose statistics nobody wants; after the last one that is wanted a tower is left.
-        offload: keep block inputs elsewhere: "cpu" (or True) or "disk".
-        tokens: which tokens of a tower that reads text and pictures count.
-        workers: those among whom the batches are shared out; all get all statistics.
-        changing: the caller changes what a block computes while it has its statistics, and the next blocks see that.
+        skip: names of blocks without statistics; a tower ends after the last block that needs them.
+        offload: where block inputs are kept: "cpu" (or True) or "disk"; by default on their device.
+        tokens: which tokens count in a tower that reads text and pictures.
+        workers: processes that share the batches; all get all statistics.
+        changing: the caller changes a block's weights while it has the statistics, and later blocks see the change.
 
     Yields:
         Blocks in the order of a forward, each with layer name to statistics; None where no token reached the layer.
@@ -203,9 +203,9 @@ def dense_norms(
 
 
 class SharedNorms:
-    """Norms of the dense model's inputs, for those who ask for the same ones in turn: gathered for the first of them.
+    """Norms of the dense model's inputs, gathered at the first request and shared by later ones.
 
-    Of one model and one list of batches; none of its layers may differ from the dense model when it is asked.
+    Belongs to one model and one list of batches; the model must be dense at every request.
     """
 
     def __init__(self) -> None:

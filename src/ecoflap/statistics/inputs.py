@@ -22,10 +22,10 @@ GRAM_PART = 512
 
 @contextmanager
 def exact_products(x: Tensor) -> Iterator[None]:
-    """Inside, fp32 products of numbers that were ``x``'s may use its own type's units, which multiply them exactly.
+    """Inside, fp32 products of values that came from ``x``'s dtype may use faster units that multiply them exactly.
 
-    Half-precision numbers lose nothing as factors of a product that is summed in fp32 (TF32 on a GPU holds bf16 and
-    fp16, a CPU's bf16 units bf16), and such units are several times faster. For an fp32 ``x`` nothing changes.
+    Half-precision values lose nothing as factors of a product that is summed in fp32 (TF32 on a GPU represents bf16
+    and fp16, a CPU's bf16 units bf16), and such units are several times faster. For an fp32 ``x`` nothing changes.
     """
     kind, gpu = x.dtype, x.is_cuda
     backend: Any = torch.backends.cuda.matmul if gpu else getattr(torch.backends.mkldnn, "matmul", None)
@@ -50,7 +50,7 @@ class _Accumulator:
     :meth:`begin` says to which one the next inputs belong, and :meth:`close` must be called before anything is read.
 
     Attributes:
-        apart: keep the sums of the groups, because those of another worker stand before them.
+        apart: keep the sums of the groups separate, because sums of another worker come before them.
     """
 
     def __init__(self, columns: int, shape: tuple[int, ...]) -> None:
@@ -62,7 +62,7 @@ class _Accumulator:
         self._group: int | None = None
 
     def begin(self, group: int) -> None:
-        """What comes next is of this group; groups come in their order."""
+        """The next inputs belong to this group; groups come in order."""
         if self._group is not None and group != self._group:
             if self._closed and not self.apart:
                 self._closed[0] += self._sum
@@ -73,7 +73,7 @@ class _Accumulator:
         self._group = group
 
     def close(self) -> None:
-        """No more inputs come: the sum is that of all groups, from the first to the last.
+        """Ends the input: adds the sums of all groups, from the first to the last.
 
         Raises:
             NonFiniteLoss: the groups are finite, and their sum is not.
@@ -82,11 +82,11 @@ class _Accumulator:
             self.absorb(self.sums())
 
     def sums(self) -> list[Tensor]:
-        """The sums of the groups that stand for themselves, in their order."""
+        """The sums of the separate groups, in order."""
         return [*self._closed, self._sum]
 
     def absorb(self, sums: Iterable[Tensor], tokens: int = 0) -> None:
-        """Become the sum of these, added from the first to the last; ``tokens`` are counted in addition."""
+        """Replaces the sum by that of ``sums``, added from the first to the last, and adds ``tokens`` to the count."""
         total: Tensor | None = None
         for one in sums:
             total = one if total is None else total.add_(one)
@@ -283,5 +283,5 @@ def _invert_upper(r: Tensor) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity in it; by its extremes, in one pass and without a mask as large as itself."""
+    """Whether it has no NaN and no infinity; checks minimum and maximum, in one pass without a mask."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
