@@ -18,25 +18,25 @@ from ecoflap.statistics.inputs import InputGram, InputStatistics
 from ecoflap.statistics.pair import InputPair
 
 _PENALTY = 1.0  # ρ, in the units of the scaled moments, whose diagonal is 1
-_CHOOSING = 0.75  # the share of the iterations in which the mask may change
-_SMALL = 4096  # of so few weights the mask is a matter of luck: the better one of ADMM's and SparseGPT's is taken
+_CHOOSING = 0.75  # share of the iterations in which the mask may change
+_SMALL = 4096  # with so few weights chance decides the mask: the better one of ADMM's and SparseGPT's is taken
 
 
 @dataclass(frozen=True)
 class ADMM:
     """Alternating direction method of multipliers with a growing mask, then least squares on the last one.
 
-    Minimises ‖X Wᵀ − X̂ Ŵᵀ‖² over the weights Ŵ with so many zeros: X are the layer's inputs in the dense model, X̂
-    those in the model as it is pruned up to here. Scaling, penalty and mask as in Boža's paper; the final conjugate
+    Minimises ‖X Wᵀ − X̂ Ŵᵀ‖² over the weights Ŵ with the given number of zeros: X are the layer's inputs in the dense
+    model, X̂ those in the model pruned so far. Scaling, penalty and mask as in Boža's paper; the final conjugate
     gradients as in ALPS (Meng et al. 2024, arXiv 2406.07831).
 
     Args:
-        iterations: of ADMM. In the first three quarters the mask is chosen anew each time, with ever more zeros.
-        damping: is added to the diagonal of X̂ᵀX̂, scaled to 1, and draws the weights to the dense ones.
+        iterations: of ADMM. In the first three quarters each iteration chooses the mask again, with more zeros.
+        damping: added to the diagonal of X̂ᵀX̂, which is scaled to 1; keeps the weights near the dense ones.
         polish: steps of conjugate gradients on the final mask.
-        targets: "dense": the layer is to give what it gives in the dense model. "own": what the dense weight gives
-            for the inputs of the pruned model (X = X̂), as SparseGPT has it.
-        mask: a criterion whose mask is taken; ADMM then finds the weights alone.
+        targets: "dense": the layer's outputs in the dense model. "own": the outputs of the dense weight for the inputs
+            of the pruned model (X = X̂), as in SparseGPT.
+        mask: a criterion that chooses the mask; ADMM then finds the weights alone.
         order: see :attr:`ecoflap.pruning.criteria.Criterion.order`.
     """
 
@@ -72,7 +72,7 @@ class ADMM:
         return self._chooser().default_compare if self.mask else "matrix"
 
     def _has_error_to_correct(self, statistics: InputStatistics | None) -> bool:
-        """Whether a layer that keeps all its weights has something to make up for."""
+        """Whether a layer that keeps all its weights has an error of its inputs to correct."""
         return self.targets == "dense" and isinstance(statistics, InputPair)
 
     def _chooser(self) -> Any:
@@ -104,7 +104,7 @@ class ADMM:
 def _admm(
     layer: Reconstruction, inverse: Tensor, zeros: int, pattern: Pattern, iterations: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scaled weight and mask after so many iterations; a mask that is given stays.
+    """Scaled weight and mask after ``iterations`` iterations; a given ``mask`` stays.
 
     In the paper's terms, with S = W + U: Z = mask ⊙ S, U = S − Z, and W = (B + ρ (Z − U)) (H + ρI)⁻¹.
     """

@@ -22,7 +22,7 @@ Scores = Callable[[Layer], Tensor]
 
 @runtime_checkable
 class GlobalCriterion(Protocol):
-    """A global rule: scores that are compared over the whole model, or over each tower, in one or several rounds."""
+    """A global rule: compares scores over the whole model, or over each tower, in one or several rounds."""
 
     @property
     def name(self) -> str: ...
@@ -39,16 +39,16 @@ class GlobalCriterion(Protocol):
         ...
 
     def scores(self, context: ProbeContext, offload: bool, task: Task) -> Scores:
-        """What the weights of a layer are worth in the model as it is now.
+        """The scores of each layer's weights in the present model.
 
         Args:
             context: model, layers, calibration batches and objective.
             offload: keep what is as large as the model in the computer's memory.
-            task: is told of each step.
+            task: receives each step.
 
         Returns:
-            a function that gives the scores of one layer: fp32, at least 0, in the shape of the stored parameter. It
-            gives the same ones at each call, as long as the layer's weights are the same.
+            a function from a layer to its scores: fp32, at least 0, in the shape of the stored parameter; the same at
+            each call while the layer's weights are the same.
         """
         ...
 
@@ -66,7 +66,7 @@ class Pruned(NamedTuple):
 
 
 class Criterion(Protocol):
-    """A local rule: which weights of one layer become zero, and how the others make up for them."""
+    """A local rule: which weights of one layer become zero, and how the others compensate."""
 
     @property
     def name(self) -> str: ...
@@ -79,14 +79,14 @@ class Criterion(Protocol):
 
     @property
     def default_compare(self) -> Compare:
-        """Where scores are compared when the pattern is unstructured and leaves it open."""
+        """Where scores are compared by default in an unstructured pattern: in each row, or in the matrix."""
         ...
 
     @property
     def order(self) -> BlockOrder:
-        """Which layers of a block are pruned at once: all, or those that read one input, group after group.
+        """Which layers of a block are pruned at once: all, or group after group those that read one input.
 
-        With "sequential" each group's inputs are those that the groups before it leave.
+        With "sequential" each group sees the inputs that the pruned groups before it produce.
         """
         ...
 

@@ -17,9 +17,9 @@ from ecoflap.model.offload import remove_together_with, temporary_folder
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """A block that is done: its layers' weights by parameter name, and those that no calibration token reached.
+    """A pruned block: the weights of its layers by parameter name, and the layers that no calibration token reached.
 
-    A round of a global criterion is kept in this form too, with packed masks of all layers in the place of weights.
+    A round of a global criterion has this form too, with packed masks of all layers instead of weights.
     """
 
     weights: Mapping[str, Tensor]
@@ -27,7 +27,7 @@ class PrunedBlock:
 
 
 class BlockJournal(Protocol):
-    """Where pruned blocks are kept as they come, so that an interrupted walk can go on."""
+    """Saves pruned blocks one by one, so that an interrupted walk can be resumed."""
 
     @property
     def folder(self) -> Path | None:
@@ -58,7 +58,7 @@ class NoJournal:
 
 
 class SpilledBlocks:
-    """A journal that keeps what the model itself can't hold, and that no later walk goes on from."""
+    """A journal for offloaded models without a run: keeps the pruned weights, but no walk resumes from it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.folder = temporary_folder()

@@ -20,9 +20,9 @@ Targets = Literal["dense", "own"]
 class Reconstruction:
     """Find Ŵ with few non-zeros so that X̂ Ŵᵀ is near X Wᵀ: minimise tr(Ŵ H Ŵᵀ) − 2 tr(B Ŵᵀ).
 
-    H = X̂ᵀX̂ + damping and B = W XᵀX̂ + damping · W, in units in which every input has the length one: column j of the
-    weight is multiplied by d_j = ‖X̂_j‖, and H has a constant diagonal, so that no preconditioner is left to be had
-    (Jacobi's is the unit matrix). Damping draws the solution to the dense weight.
+    H = X̂ᵀX̂ + damping and B = W XᵀX̂ + damping · W, scaled so that every input has length one: column j of the weight
+    is multiplied by d_j = ‖X̂_j‖, and H has a constant diagonal, so a Jacobi preconditioner would change nothing.
+    Damping keeps the solution near the dense weight.
 
     Attributes:
         weight: (out, in) fp32, the dense weight W, scaled.
@@ -65,14 +65,14 @@ class Reconstruction:
         return cls(w, moments, products, scale)
 
     def error(self, w: Tensor) -> float:
-        """What is minimised, at a scaled weight (out, in): below 0 where it is better than no weight at all."""
+        """The objective at a scaled weight (out, in); 0 for a zero weight, negative for a better one."""
         return float((w @ self.moments).sub_(self.products, alpha=2).mul_(w).sum(dtype=torch.float64))
 
     def solve(self, w: Tensor, mask: Tensor, steps: int) -> Tensor:
         """A better scaled weight than ``w``, with the same mask: conjugate gradients for all rows at once.
 
-        They minimise over the weights that ``mask`` (out, in) keeps; in exact arithmetic as many steps as a row has
-        weights left end at the minimum.
+        Minimises over the weights that ``mask`` (out, in) keeps; in exact arithmetic as many steps as a row has weights
+        reach the minimum.
 
         Args:
             w: (out, in), zero where ``mask`` is False.

@@ -47,9 +47,9 @@ def lowest_mask(scores: Tensor, zeros: int, pattern: Pattern) -> Tensor:
 
 
 def gradual_mask(scores: Tensor, zeros: int, goal: int, pattern: Pattern) -> Tensor:
-    """As :func:`lowest_mask` on the way to ``goal`` zeros, of which ``zeros`` go by now, in any number.
+    """As :func:`lowest_mask`, for ``zeros`` of the ``goal`` zeros that are removed in the end; any number is allowed.
 
-    Of an N:M pattern these are the lowest of those that the pattern removes in the end.
+    For an N:M pattern these are the lowest of those that the pattern removes in the end.
     """
     if isinstance(pattern, NofM) and zeros < goal:
         final = lowest_mask(scores, goal, pattern)

@@ -14,7 +14,7 @@ def check_blockwise(importance: str | None, criterion: str, search: bool = False
     """Raises InvalidOption for what needs more of a model than one block at a time.
 
     Args:
-        importance: a measure's name; None for one that is measured already.
+        importance: a measure's name; None where the scores are given.
     """
     if is_global(criterion):
         raise InvalidOption(f"criterion '{criterion}' needs all weights in memory, and {OFFLOADED}: take a local one, "
@@ -26,7 +26,7 @@ def check_blockwise(importance: str | None, criterion: str, search: bool = False
 
 
 def check_offloaded(model: nn.Module, importance: str | None, criterion: str, search: bool = False) -> None:
-    """:func:`check_blockwise` for an offloaded model, which is made ready for the work; nothing for another one."""
+    """For an offloaded model, calls :func:`check_blockwise` and prepares the model; does nothing for another one."""
     if is_offloaded(model):
         keep_placeholders(model)
         check_blockwise(importance, criterion, search)

@@ -37,8 +37,8 @@ class PruningOptions:
     Attributes:
         criterion: a registered name, local or for the whole model; ``options`` are its own.
         compare: ``row`` or ``matrix``: where scores are compared; None for the criterion's own.
-        tokens: what enters the statistics where a language tower reads visual tokens, too.
-        offload_activations: keep block inputs elsewhere between blocks: ``cpu`` or ``disk``.
+        tokens: which tokens enter the statistics where a language tower reads visual tokens.
+        offload_activations: where block inputs are kept between blocks: ``cpu`` or ``disk``.
     """
 
     criterion: str = "wanda"
@@ -65,10 +65,10 @@ def prune_layers(
     """Prune ``model`` in place to the zeros that ``allocation`` gives each layer.
 
     Args:
-        allocation: of a global criterion only the sums count, one for each budget that ``shares`` makes; the
-            allocation that is returned then has the zeros that each layer was given.
+        allocation: for a global criterion only its sums count, one for each budget of ``shares``; the returned
+            allocation then has the zeros that each layer got.
         shares: pattern and budgets.
-        journal: what an interrupted run has done, and where more goes; the same for all workers.
+        journal: holds the work of an interrupted run, and receives new work; the same for all workers.
 
     Raises:
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.

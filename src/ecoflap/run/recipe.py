@@ -315,7 +315,7 @@ class Recipe(BaseModel):
             else None
         )
         if self.search and obstacle is not None:
-            raise InvalidOption(f"search: {obstacle}, so there is nothing to search for")
+            raise InvalidOption(f"search: {obstacle}, so there is nothing to search")
         if self.search is None and importance == "sensitivity" and obstacle is None:
             return True
         return self.search

@@ -20,13 +20,13 @@ from ecoflap.search.masked_model import MaskedModel
 def by_probes(
     masked: MaskedModel, replay: Replay, divergence: Divergence, units: Mapping[str, Sequence[Layer]]
 ) -> dict[str, float]:
-    """For each unit of layers: the divergence less that with this unit dense and the rest pruned.
+    """For each unit of layers: the divergence minus the divergence with this unit dense and the rest pruned.
 
-    Forward passes only: one a unit and batch, from the unit's first block on (what lies before is replayed).
-    Interactions count: it is the loss that the unit's removed weights add to a model that has lost all the others.
+    Forward passes only: one for each unit and batch, from the unit's first block on (earlier blocks are replayed).
+    Interactions count: this is the loss that the unit's removed weights add to a model without all other removed ones.
 
     Returns:
-        Unit to the mean over batches, in the divergence's unit; below 0 where the model is better off pruned.
+        Unit to the mean over batches, in the divergence's unit; negative where pruning the unit helps.
     """
 
     def of_batch(index: int) -> list[float]:
@@ -49,9 +49,9 @@ def by_gradient(
 ) -> dict[str, float]:
     """For each layer: ⟨∇L at the masked weights, masked - dense⟩, by one backward pass a batch.
 
-    In a quadratic model that is the layer's part of twice the loss, interactions included; the parts add up to it. It
-    is the end point of the path integral of Sundararajan et al. 2017 (arXiv 1703.01365) from dense to masked weights.
-    Kept are the inputs of the blocks; the rest of each block is computed again in the backward pass.
+    In a quadratic model this is the layer's part of twice the loss, interactions included; the parts sum to it. It is
+    the end point of the path integral of Sundararajan et al. 2017 (arXiv 1703.01365) from dense to masked weights. Only
+    the inputs of the blocks are kept; the backward pass computes the rest of each block again.
 
     Raises:
         InvalidOption: the model can't be differentiated.

@@ -22,21 +22,20 @@ T = TypeVar("T")
 
 
 class Divergence:
-    """Compares a model with itself as it was when :meth:`record` was called.
+    """Compares a model with its state when :meth:`record` was called.
 
-    ``kl`` is the mean KL(dense ‖ changed) over the output positions that a label belongs to (all real ones without
-    labels), in nats. It needs no labels to be right, and says something at every one of the vocabulary's words. Kept
-    are the dense logits of those positions, in the model's dtype. ``loss`` is the objective itself, minus that of the
-    dense model.
+    ``kl`` is the mean KL(dense ‖ changed) over the output positions with a label (all real ones without labels), in
+    nats. It does not need correct labels, and uses all words of the vocabulary. The dense logits of those positions are
+    kept, in the model's dtype. ``loss`` is the objective itself, minus that of the dense model.
 
     Args:
         model: whose forward gives ``logits`` (or ``logits_per_image``), for ``kl``.
         batches: calibration batches.
-        objective: loss of a batch that lies anywhere, the same in every call.
+        objective: loss of a batch on any device, the same in every call.
         metric: ``kl``, ``loss``, or ``auto``: ``kl`` where the objective runs one forward that gives logits.
-        positions: of ``kl``: ``labels``, those that a label belongs to; ``text``, all of real tokens that are not a
-            part of a picture. In a decoder behind an encoder, and without labels, the two are the same.
-        workers: those among whom :meth:`each` shares out the batches; each records its own.
+        positions: of ``kl``: ``labels``, those with a label; ``text``, all real tokens that are not part of a picture.
+            In the decoder of an encoder-decoder, and without labels, the two are the same.
+        workers: processes that share the batches in :meth:`each`; each records its own.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Divergence:
         self._dense: dict[int, float] = {}
 
     def record(self) -> None:
-        """Run the model as it is on the batches, and take its outputs for the dense ones.
+        """Runs the model on the batches, and keeps its outputs as the dense ones.
 
         Raises:
             NonFiniteLoss: a loss is NaN or infinite.
@@ -89,11 +88,11 @@ class Divergence:
         return len(self._batches)
 
     def each(self, work: Callable[[int], T]) -> list[T]:
-        """``work(index)`` of every batch, by the worker that has recorded it; known to all, in the batches' order."""
+        """``work(index)`` of every batch, by the worker that has recorded it; all workers get all, in order."""
         return self._workers.map_parts(len(self), work)
 
     def __call__(self, index: int) -> Tensor:
-        """Of batch ``index``: a scalar in fp32, with a graph where gradients are on.
+        """The divergence of batch ``index``: a scalar in fp32, with a graph where gradients are on.
 
         Raises:
             NonFiniteLoss: it is NaN or infinite.
@@ -109,7 +108,7 @@ class Divergence:
         return value
 
     def value(self, index: int) -> float:
-        """Of batch ``index``, without gradients."""
+        """The divergence of batch ``index`` as a number, without gradients."""
         with torch.no_grad():
             return float(self(index))
 

@@ -54,9 +54,9 @@ def _places(like: Tensor) -> Tensor:
 class MaskedModel:
     """Context in which blocks run with their weights masked.
 
-    The masked weights of a model whose layers take up to 1 GiB are kept; of a larger one, those of a block exist while
-    it runs, and kept is one bit a weight. The parameters themselves are not touched, so that nothing has to be put
-    back. Layers without a mask are dense.
+    If the layers take at most 1 GiB, their masked weights are kept. For a larger model the masked weights of a block
+    exist only while it runs, and one bit for each weight is kept. The parameters are not changed, so nothing has to be
+    restored. Layers without a mask are dense.
 
     Args:
         model: in eval mode.
@@ -90,7 +90,7 @@ class MaskedModel:
         return tuple(block for block, layers in self._inside.items() if any(one.name == layer for one in layers))
 
     def set(self, masks: Mapping[Layer, Tensor]) -> None:
-        """Give these layers masks, (out, in) bool, True = kept, or whole weights, (out, in); the others keep theirs."""
+        """Sets masks, (out, in) bool, True = kept, or whole weights, (out, in), of these layers; others keep theirs."""
         for layer, given in masks.items():
             stand_in = given.t() if layer.transposed else given
             if stand_in.dtype != torch.bool:
@@ -115,9 +115,9 @@ class MaskedModel:
 
     @contextmanager
     def removed_part(self, parts: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let layer ``name`` compute with W + t·(masked W − W), t = ``parts[name]``, a scalar that is 1.
+        """Inside, layer ``name`` computes with W + t·(masked W − W), where t = ``parts[name]`` is a scalar 1.
 
-        The value is that of the masked weights, and its derivative by t ⟨∇L there, masked W − W⟩.
+        The value is that of the masked weights; its derivative by t is ⟨∇L there, masked W − W⟩.
         """
         outer, self._parts = self._parts, dict(parts)
         try:

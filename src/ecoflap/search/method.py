@@ -26,7 +26,7 @@ from ecoflap.search.search import search_options as checked_search_options
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.tokens import check_choice
 
-Given = Importance | Allocation | None  # what an earlier run has measured or decided
+Given = Importance | Allocation | None  # scores or an allocation from an earlier run
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Method:
             first_samples(batches, self.search.samples or None)
 
     def check_layers(self, anatomy: Anatomy, given: Given = None) -> None:
-        """Refuse what does not fit the layers: rehearses the allocation with equal scores where none are given yet.
+        """Refuses what does not fit the layers: tries the allocation with equal scores where none are given.
 
         Raises:
             InvalidOption: ``given`` is of another model, or the allocation can't be made with the pattern.
@@ -126,7 +126,7 @@ def make_method(
         importance_error,
     )
     if search and allocation is not None:
-        raise InvalidOption("search: an allocation is given, so there is nothing to search for")
+        raise InvalidOption("search: an allocation is given, so there is nothing to search")
     options = checked_search_options(search_options)
     searched = stage1.name == "sensitivity" if search is None else search
     choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens

@@ -23,28 +23,28 @@ CHOICES: Mapping[str, Collection[str]] = {
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How the search goes.
+    """Options of the search.
 
     Attributes:
-        by: what costs are found with: ``probes`` (forward passes alone, one a unit and batch, replayed up to it) or
-            ``gradient`` (one backward pass a batch for all).
-        granularity: what gets a share of its own in the end: ``block``, ``kind`` (blocks, then a factor for each kind
+        by: how costs are measured: ``probes`` (forward passes alone, one for each unit and batch, with replay) or
+            ``gradient`` (one backward pass for each batch).
+        granularity: what gets its own sparsity in the end: ``block``, ``kind`` (blocks, then a factor for each kind
             of matrix in a tower) or ``layer``. With ``probes``, ``layer`` takes a probe for every matrix.
         metric: ``kl`` (of the outputs to the dense model's), ``loss``, or ``auto``.
         positions: where ``kl`` compares outputs: at ``labels``, or over the whole ``text``, questions and prompts
             included.
         rounds: most rounds for blocks, and as many again for what follows; 0 leaves the allocation as it is.
-        tolerance: a round that lowers the loss by less than this part of it is the last.
-        weights: what is measured for a criterion that updates the weights it keeps: its ``own``, or Wanda's ``masked``
-            ones, which are cheap and the same for all criteria that read inputs.
-        inputs: what decides which weights of a layer go: its inputs in the ``dense`` model, or in the ``pruned`` one,
-            as in stage 2: then every step is measured after a walk over all calibration samples. ``both`` searches by
-            ``dense`` first, and goes on by ``pruned`` from there, or from the given allocation if a walk shows that
-            to be better.
-        budget: the ``given`` one of the allocation, or ``global``: begin within a budget for each tower, and move
-            weights across towers all the same.
-        samples: the search uses the first whole batches with so many calibration samples; 0 takes all.
-        swaps: at the end, so many tries to move 2 % of a layer's zeros to another one, kept where the loss falls.
+        tolerance: the search ends after a round that lowers the loss by less than this part of it.
+        weights: the weights to measure for a criterion that updates the weights it keeps: its ``own``, or Wanda's
+            ``masked`` ones, which are fast and the same for all criteria that read inputs.
+        inputs: which inputs decide the weights that a layer loses: those in the ``dense`` model, or in the ``pruned``
+            one, as in stage 2: then every step is measured after a walk over all calibration samples. ``both`` searches
+            by ``dense`` first, then by ``pruned`` from there, or from the given allocation if a walk shows that it is
+            better.
+        budget: the ``given`` one of the allocation, or ``global``: start within a budget for each tower, but move
+            weights between towers too.
+        samples: number of calibration samples for the search (the first whole batches); 0 takes all.
+        swaps: number of tries at the end to move 2 % of a layer's zeros to another one, kept where the loss falls.
     """
 
     by: str = "gradient"
@@ -74,17 +74,17 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class State:
-    """Where the search stands.
+    """The state of the search.
 
     Attributes:
         phase: number of the phase, 0 for blocks; ``round`` rounds of it are done, ``swaps`` swaps were tried.
-        zeros: layer name to its zeros; ``loss`` is what was measured there.
-        scales: log of each layer's scale, averaged over the rounds of this phase; empty at its beginning.
-        step: the longest step that the next round tries: twice the one that was best in the last round, up to what a
-            phase begins with.
-        history: the loss at the beginning and after every step that was taken.
-        rounds: the names of the rounds that these are of.
-        costs: block name to what it cost in the last round.
+        zeros: layer name to its zeros; ``loss`` was measured there.
+        scales: log of each layer's scale, averaged over the rounds of this phase; empty at its start.
+        step: the longest step that the next round tries: twice the best one of the last round, at most the first one of
+            a phase.
+        history: the loss at the start and after every step that was taken.
+        rounds: the name of the round of each of these losses.
+        costs: block name to its cost in the last round.
     """
 
     zeros: Mapping[str, int]
@@ -103,7 +103,7 @@ class State:
         return replace(self, zeros=zeros, loss=loss, history=(*self.history, loss), rounds=(*self.rounds, at))
 
     def steps(self, rounds: int) -> int:
-        """Of the progress: so many are behind, where a phase has at most so many rounds."""
+        """Steps of the progress that are done, where a phase has at most ``rounds`` rounds."""
         return self.phase * rounds + self.round + self.swaps
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class State:
 
 
 class SearchJournal(Protocol):
-    """Where the search keeps its state after every round."""
+    """Saves the state of the search after every round."""
 
     def load(self) -> dict[str, Any] | None: ...
 

@@ -22,7 +22,7 @@ LEVELS = 50  # steps of a local curve: 2 % of a layer's weights each
 
 @dataclass(frozen=True)
 class Order:
-    """How the weights of all layers are ranked.
+    """Ranks the weights of all layers.
 
     Attributes:
         norms: layer name to the norm of each input column, (columns,) fp32, of the dense model; a layer without one
@@ -30,8 +30,8 @@ class Order:
         weighted: rank by |w|·‖x‖ (Wanda, arXiv 2306.11695), else by |w| alone.
         compare: rank within each output row, or over the whole matrix.
 
-    SparseGPT's own order depends on the weights it has updated already; Wanda's may stand in for it (the two agree
-    where the inputs are uncorrelated), or :class:`ecoflap.search.order.Compensated` does it in full.
+    SparseGPT's own order depends on the weights it has updated already. Wanda's order can replace it (both agree where
+    the inputs are uncorrelated), or :class:`ecoflap.search.order.Compensated` computes it in full.
     """
 
     norms: Mapping[str, Tensor]
@@ -58,7 +58,7 @@ class Order:
     def errors(self, model: nn.Module, layer: Layer) -> Tensor:
         """Local error Σ (w·‖x‖)² over the weights removed, at the sparsities i / LEVELS.
 
-        That is the squared error of the layer's outputs over the calibration tokens if its inputs were uncorrelated.
+        This is the squared error of the layer's outputs over the calibration tokens for uncorrelated inputs.
 
         Returns:
             (LEVELS + 1,) fp64 on the CPU, ascending from 0.
@@ -102,10 +102,10 @@ def local_errors(model: nn.Module, anatomy: Anatomy, order: Order) -> dict[str, 
 
 @dataclass(frozen=True)
 class Compensated(Order):
-    """Prunes each layer by a criterion with a Hessian, on the dense model's statistics, whenever its share changes.
+    """Prunes each layer by a criterion with a Hessian, on the dense model's statistics, when its sparsity changes.
 
-    Kept are the Hessian and its factor of every distinct input, 8 bytes · columns² each, and by the searched model one
-    copy of the weights. Layers that no token reached go by Wanda's order.
+    Keeps the Hessian and its factor of every distinct input, 8 bytes · columns² each; the searched model keeps one copy
+    of the weights. Layers that no token reached use Wanda's order.
     """
 
     criterion: Criterion | None = None
@@ -122,7 +122,7 @@ class Compensated(Order):
         return self.criterion(weight, gram, zeros, Unstructured(self.compare)).weight
 
     def errors(self, model: nn.Module, layer: Layer) -> Tensor:
-        """As of :class:`Order`, of the scores that SparseGPT starts with: (w / U_jj)², UᵀU = H⁻¹."""
+        """As :meth:`Order.errors`, with the scores that SparseGPT starts with: (w / U_jj)², UᵀU = H⁻¹."""
         gram = (self.grams or {}).get(layer.name)
         if gram is None:
             return super().errors(model, layer)

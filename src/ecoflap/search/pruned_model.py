@@ -26,16 +26,16 @@ from ecoflap.support.workers import ALONE, Workers
 
 @dataclass(frozen=True)
 class Orders:
-    """Gathers statistics, and makes orders of them.
+    """Gathers statistics, and makes orders from them.
 
     Attributes:
         batches: calibration batches, those of stage 2.
         run: runs the model on one of them.
         kind: of statistics, "norm" or "gram".
-        make: the order that statistics give, by layer name; layers that no token reached have none.
+        make: makes an order from statistics by layer name; layers that no token reached have none.
         tokens: which tokens count.
-        workers: those who have model and batches alike.
-        norms: what other searches on the same batches have gathered.
+        workers: processes with the same model and batches.
+        norms: input norms that other searches on the same batches have gathered.
     """
 
     model: nn.Module
@@ -49,7 +49,7 @@ class Orders:
     norms: SharedNorms = field(default_factory=SharedNorms)
 
     def dense(self) -> Order:
-        """By the inputs that layers get in the dense model.
+        """The order by the inputs in the dense model.
 
         Raises:
             NonFiniteLoss: an input is NaN or infinite.
@@ -65,10 +65,10 @@ class Orders:
         return every
 
     def along(self, zeros: Mapping[str, int], masked: MaskedModel) -> Order:
-        """By the inputs in the model pruned to ``zeros`` of each layer, with which ``masked`` computes afterwards.
+        """The order by the inputs in the model pruned to ``zeros``, with which ``masked`` computes afterwards.
 
-        Each block is pruned as soon as its statistics are there, and the next one sees what it makes of its inputs:
-        the walk of stage 2, except that no weight changes.
+        Each block is pruned as soon as its statistics are complete, and the next one sees its pruned outputs: the walk
+        of stage 2, but no weight changes.
 
         Raises:
             NonFiniteLoss: an input is NaN or infinite.
@@ -92,10 +92,10 @@ class Orders:
 
 @dataclass
 class PrunedModel:
-    """Computes with the weights that an allocation leaves. The weights themselves stay.
+    """Computes with the weights that an allocation keeps. The model's own weights stay unchanged.
 
     Attributes:
-        orders: in which the criterion removes weights; or what finds it, where it depends on inputs.
+        orders: the order in which the criterion removes weights, or what finds it where it depends on inputs.
         order: the present one; None before :meth:`by_dense` or a walk.
     """
 
@@ -112,9 +112,9 @@ class PrunedModel:
 
     @property
     def errors(self) -> Mapping[str, Tensor]:
-        """Of each layer, by the present order: see :meth:`ecoflap.search.order.Order.errors`.
+        """Local errors of each layer by the present order, see :meth:`ecoflap.search.order.Order.errors`.
 
-        Found when they are asked for: of a walk that only a loss is wanted of, nobody does.
+        Computed on request: a walk that only measures a loss does not need them.
         """
         if self._errors is None:
             assert self.order is not None
@@ -122,7 +122,7 @@ class PrunedModel:
         return self._errors
 
     def by_dense(self) -> None:
-        """From here on the order is that of the dense model."""
+        """Uses the order of the dense model from now on."""
         if self.order is None:
             self._order_is(self.orders if isinstance(self.orders, Order) else self.orders.dense())
 

@@ -34,7 +34,7 @@ Costs = tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None
 
 @dataclass
 class Search:
-    """From a given allocation to one whose measured loss is lower, round by round.
+    """Improves a given allocation round by round until its measured loss falls no more.
 
     Attributes:
         pruned: the model, pruned and measured.
@@ -42,8 +42,8 @@ class Search:
         budgets: those that every step keeps.
         phases: name of each, and whether it goes by the inputs in the pruned model.
         save: is given the state after every round.
-        task: progress; told what is being measured, too, since a round may take minutes.
-        given: zeros to begin with.
+        task: progress; also shows what is being measured, because a round can take minutes.
+        given: zeros at the start.
     """
 
     pruned: PrunedModel
@@ -71,10 +71,9 @@ class Search:
         return self._shares
 
     def start(self) -> State:
-        """The given allocation, or the same sparsity for all layers of a budget where that measures lower.
+        """The given allocation, or one sparsity for all layers of a budget where its measured loss is lower.
 
-        Blocks interact: what looks best for each alone can be far off together. Both are measured as the first phase
-        measures.
+        Blocks interact: what is best for each block alone can be bad together. Both are measured as in the first phase.
         """
         walking = self.phases[0][1]
         if not walking:
@@ -91,7 +90,7 @@ class Search:
         return begun.moved(candidates[best], losses[best], self._at_work)
 
     def settled(self, here: State) -> State:
-        """Rounds of every phase, until one gains too little."""
+        """Runs the rounds of every phase, until one gains too little."""
         done = here.steps(self.options.rounds)
         while here.phase < len(self.phases):
             phase, walking = self.phases[here.phase]
@@ -117,7 +116,7 @@ class Search:
         return WALKED_STEPS if phase < len(self.phases) and self.phases[phase][1] else STEPS
 
     def _compared(self, here: State) -> State:
-        """With a walk to each: where the search by dense inputs has ended, or the given allocation."""
+        """The better one, by a walk to each, of the result of the search by dense inputs and the given allocation."""
         candidates = [here.zeros] if self.given == here.zeros else [self.given, here.zeros]
         losses = ((self._measured(zeros, "begin", walking=True), zeros) for zeros in candidates)
         loss, zeros = min(losses, key=lambda found: found[0])
@@ -150,7 +149,7 @@ class Search:
         return replace(best, round=here.round + 1, scales=kept, costs=blocks)
 
     def _emptied(self, zeros: Mapping[str, int], idle: Collection[str]) -> Mapping[str, int]:
-        """Idle layers at the cap at once: no part of the way to that is better than all of it."""
+        """Sets idle layers to the cap at once: a part of this step is never better than the whole."""
         assert self.pruned.order is not None
         shares, norms = self.shares, self.pruned.order.norms
         # An expert that no token reached costs nothing here and may elsewhere; so may a layer that lost but zeros.
@@ -201,9 +200,9 @@ class Search:
         return best
 
     def _costs(self, phase: str) -> Costs:
-        """Of the blocks, and as the phase needs them of the kinds and layers; last, the layers that cost exactly 0.
+        """Costs of the blocks and, if the phase needs them, of kinds and layers; last, the layers that cost exactly 0.
 
-        No output depends on those: they lie behind the block whose features are taken from a vision tower.
+        No output depends on those layers: they come after the block whose features a vision tower returns.
         """
         pruned, shares = self.pruned, self.shares
         blocks, kinds, layers = shares.blocks, shares.kinds, {x.name: [x] for x in self.anatomy.layers}
@@ -251,7 +250,7 @@ class Search:
         return here
 
     def _pair(self, seed: int, number: int) -> tuple[Sequence[str], str, str]:
-        """Two layers of one budget, by (seed, number) alone, so that a resumed search goes on as it would have."""
+        """Two layers of one budget, chosen by (seed, number) alone, so that a resumed search gives the same result."""
         digest = hashlib.sha256(f"ecoflap swap {seed} {number}".encode()).digest()
         draw = random.Random(int.from_bytes(digest[:8], "big"))
         names = draw.choices(self.budgets, weights=[len(budget) for budget in self.budgets])[0]
@@ -263,5 +262,5 @@ class Search:
         return self.pruned.measure(zeros, walking=walking)
 
     def _tell(self, what: str) -> None:
-        """No step is done, but a look at the screen shows what goes on, and a signal is heard."""
+        """Updates the progress without a step: it shows what is measured, and handles a signal."""
         self.task.advance(0, f"{self._at_work}: {what}")

@@ -44,14 +44,14 @@ _log = logging.getLogger("ecoflap")
 
 @dataclass(frozen=True)
 class Found:
-    """The allocation that the search ended with, and the way there."""
+    """The allocation that the search ended with, and its record."""
 
     allocation: Allocation
     record: SearchRecord
 
     @property
     def recorded(self) -> Allocation:
-        """The allocation, which tells the way itself."""
+        """The allocation with the search record inside."""
         return replace(self.allocation, search=self.record)
 
 
@@ -70,22 +70,22 @@ def refine(
     journal: SearchJournal | None = None,
     workers: Workers = ALONE,
 ) -> Found:
-    """Improve ``allocation`` by measuring the model masked by it. The model is as before afterwards.
+    """Improve ``allocation`` by measuring the model masked by it. The model is unchanged afterwards.
 
-    Each round finds what every part costs at the present allocation, scales the layers' local errors to that, solves
-    for the shares with the least predicted loss under budget and caps, and steps towards them as far as the measured
-    loss falls. So the result is never worse than the start, on these batches and with these masks; the criterion then
-    prunes in its own way, block by block.
+    Each round measures what every part costs at the present allocation, scales the layers' local errors to these costs,
+    solves for the shares with the least predicted loss under budget and caps, and steps towards them as far as the
+    measured loss falls. So the result is never worse than the start, on these batches and with these masks; the
+    criterion then prunes in its own way, block by block.
 
     Args:
-        allocation: where to begin.
+        allocation: the start.
         batches: to measure on.
-        order: in which the criterion removes weights; or what finds it, where it depends on inputs.
-        loss: objective; also the measure, where the outputs' divergence can't be.
+        order: the order in which the criterion removes weights, or what finds it where it depends on inputs.
+        loss: objective; also the measure where the outputs have no divergence.
         shares: options of the allocation: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity.
         seed: of the swaps.
-        journal: state of an interrupted search, and where the new one goes; the same for all workers.
-        workers: those who have model and batches alike; each runs a share of the batches.
+        journal: holds the state of an interrupted search, and receives new states; the same for all workers.
+        workers: processes with the same model and batches; each runs a share of the batches.
 
     Raises:
         InvalidOption: the model can't be differentiated, or has no logits for ``metric=kl``.
@@ -163,7 +163,7 @@ def search_allocation(
         norms: of the same batches, shared with other searches.
 
     Raises:
-        CalibrationError: fewer samples than the search is to have.
+        CalibrationError: there are fewer samples than the search asks for.
         NonFiniteLoss, InvalidOption: as there.
     """
     rule: Any = pruning.made()

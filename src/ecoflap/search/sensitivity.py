@@ -30,12 +30,12 @@ ORDERS = ("wanda", "magnitude")
 class Sensitivity(ImportanceMeasure):
     """Divergence of the outputs when one block alone is pruned, at each level: a curve for every block.
 
-    A score is the mean over levels and batches; a block's is split among its layers by their weights, so that only the
-    block's sum has a meaning. The curves are what the allocation goes by (rule ``curves``).
+    A score is the mean over levels and batches; a block's score is divided among its layers by their weights, so only
+    the sum of a block has a meaning. The allocation uses the curves (rule ``curves``).
 
     Attributes:
-        levels: sparsities to measure at, parted by commas.
-        order: local criterion that masks: ``wanda`` (which stands in for SparseGPT, too), or ``magnitude``.
+        levels: sparsities to measure at, separated by commas.
+        order: local criterion that makes the masks: ``wanda`` (used for SparseGPT too), or ``magnitude``.
         metric: ``kl``, ``loss`` or ``auto``, see :class:`ecoflap.search.divergence.Divergence`.
         precision: ``native``, the checkpoint's own, or ``fp32``: what is measured is large enough for half precision.
     """
@@ -62,7 +62,7 @@ class Sensitivity(ImportanceMeasure):
             return tuple(float(part) for part in str(self.levels).split(","))
         except ValueError as error:
             raise InvalidOption(
-                f"levels {self.levels!r}: give sparsities parted by commas, such as 0.3,0.5,0.7"
+                f"levels {self.levels!r}: give sparsities separated by commas, such as 0.3,0.5,0.7"
             ) from error
 
     def steps(self, context: ProbeContext) -> int:

@@ -33,7 +33,7 @@ class Shares:
         layers: of the model, in its order.
         errors: layer name to its local error at the sparsities 0, 1/n, …, 1.
         options: of :func:`ecoflap.allocation.allocate`: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity.
-        reach: how far a single layer's scale may be from that of its block and kind: its cost is the noisiest.
+        reach: the largest factor between a layer's scale and that of its block and kind: a layer's cost is noisy.
     """
 
     layers: Sequence[Layer]
@@ -76,7 +76,7 @@ class Shares:
         kinds: Mapping[str, float] | None = None,
         layers: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """log c_l for every layer, from what blocks, kinds and layers cost now.
+        """log c_l for every layer, from the present costs of blocks, kinds and layers.
 
         Args:
             zeros: of the present allocation.
@@ -113,9 +113,9 @@ class Shares:
         """Zeros of every layer with the least Σ c_l·E_l, exactly within the budget.
 
         Args:
-            here: the present zeros, which keep the budget, too.
-            step: no unit's sparsity moves further than this from ``here``, but for the distance to the next level of
-                the local errors. Scales are those of the present allocation, and mean little far from it.
+            here: the present zeros, within the budget.
+            step: largest change of a unit's sparsity from ``here`` (plus the distance to the next level of the local
+                errors). The scales belong to the present allocation, and are wrong far from it.
         """
         groups = self._blocks if granularity == "block" else {layer.name: [layer] for layer in self.layers}
         top = max(scales.values())  # only ratios count
@@ -138,9 +138,9 @@ class Shares:
 
 
 def _within(losses: Tensor, share: float, step: float, steep: float) -> Tensor:
-    """(levels + 1,): free up to ``share`` - ``step``, all but forbidden from ``share`` + ``step`` on, as given between.
+    """(levels + 1,): free up to ``share`` - ``step``, nearly forbidden above ``share`` + ``step``, as given between.
 
-    So a solver that takes the cheapest weights first ends inside, as there is a solution at ``share`` for every unit.
+    So a solver that takes the cheapest weights first stays inside, because ``share`` for every unit is a solution.
     """
     count = len(losses) - 1
     low = max(0, math.floor((share - step) * count + _ROUNDING))
@@ -186,8 +186,8 @@ def filled(
 ) -> dict[str, int]:
     """``zeros`` with those of ``idle`` layers at the cap, and as many fewer in the others of their budget.
 
-    The others give in proportion to what they have above ``floor``; where that is less than the idle ones could take,
-    these take it in proportion to their room. Every budget's sum stays exact.
+    The others lose zeros in proportion to what they have above ``floor``; where that is less than the room of the idle
+    layers, these fill in proportion to their room. Every budget's sum stays exact.
     """
     sizes = {layer.name: layer.numel for layer in layers}
     found = dict(zeros)

@@ -13,7 +13,7 @@ class InputPair(InputGram):
 
     With them, a layer's outputs can be fitted to those of the dense model: ‖X Wᵀ − X̂ Ŵᵀ‖² is
     tr(Ŵ H Ŵᵀ) − 2 tr(W C Ŵᵀ) and a constant (asymmetric calibration; GPTAQ, Li et al. 2025, arXiv 2504.02692).
-    All that an :class:`InputGram` has is of X̂.
+    The methods of :class:`InputGram` refer to X̂.
 
     Args:
         columns: width of the layer's input.

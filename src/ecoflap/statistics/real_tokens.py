@@ -20,11 +20,11 @@ class OwnMasks:
     """Real tokens by the masks of one call of a block.
 
     Attributes:
-        tokens: bool ``[batch, tokens]`` of the block's own sequence; None where its mask does not say (there is none,
-            or it is causal, so that it mixes order with padding).
-        others: the same for the encoder's sequence that the block attends to; None where it does not say.
+        tokens: bool ``[batch, tokens]`` of the block's own sequence; None where its mask can't tell (there is none,
+            or it is causal and mixes order with padding).
+        others: the same for the encoder's sequence that the block attends to; None where its mask can't tell.
         attends: the block has an argument for the mask of ``others``: without a mask all of them are real.
-        queries: number of query tokens in front of the text, 0 where the block knows of none.
+        queries: number of query tokens before the text, 0 for blocks without them.
     """
 
     tokens: Tensor | None
@@ -37,7 +37,7 @@ class OwnMasks:
 
         Args:
             x: ``[batch, tokens, features]``, or ``[batch · tokens, features]``.
-            module: path of the layer, which tells queries from text if there are as many of either.
+            module: path of the layer; it distinguishes queries from text where both have the same number.
         """
         mask = self.tokens
         if mask is None:
@@ -96,8 +96,8 @@ _CHUNK = 1 << 22  # numbers hashed at a time
 def row_hashes(x: Tensor) -> Tensor:
     """A 64-bit hash of the bits of each row of ``x`` (tokens, features): (tokens,) int64.
 
-    Sums of products with fixed odd numbers modulo 2⁶⁴: no rounding, so that a copied row has the same hash wherever
-    it stands. Two unlike rows share one with a chance of about 2⁻⁶³.
+    Sums of products with fixed odd numbers modulo 2⁶⁴: there is no rounding, so a copied row has the same hash at every
+    place. Two different rows share a hash with a probability of about 2⁻⁶³.
     """
     x = x.detach().contiguous()
     words = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
@@ -123,7 +123,7 @@ class RoutedTokens:
     def real_among(self, x: Tensor) -> Tensor | None:
         """(tokens,) bool: which rows of ``x`` (tokens, features) are copies of real tokens.
 
-        None if some row is no copy of any token, because the mixture scales what it routes: nothing is known then.
+        None if a row is no copy of any token, because the mixture scales its tokens: then it can't be told.
         """
         hashes = row_hashes(x.reshape(-1, x.shape[-1]))
         if not torch.isin(hashes, self._all).all():

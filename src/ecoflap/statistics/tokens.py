@@ -28,15 +28,15 @@ _QUERIES = 64  # rows of a sample's attention map at a time: (heads, 64, tokens)
 
 
 class TextAttention(TorchFunctionMode):
-    """Context that sees the self-attention of a block, and sums what the text's tokens give to every token.
+    """Context that records a block's self-attention, and sums the attention of the text tokens to every token.
 
     It reads the arguments of ``scaled_dot_product_attention``, or the result of a softmax over as many keys as there
-    are queries (eager attention). Kernels that are neither (flash-attn's own, flex attention) go unseen. Nothing that
-    is computed inside changes.
+    are queries (eager attention). Other kernels (flash-attn's own, flex attention) are not recorded. The computation
+    itself is unchanged.
 
     Args:
-        early: the first call with text is seen to its end, to know how many self-attentions a call has; later ones
-            end with the last of theirs, by :class:`~ecoflap.model.block_runner.Enough`.
+        early: the first call with text runs to its end, to count its self-attentions; later calls end after the last
+            one, by :class:`~ecoflap.model.block_runner.Enough`.
 
     Attributes:
         received: for each call of the block, (batch, tokens) fp32: the mean over heads and the text's tokens of the
@@ -122,7 +122,7 @@ Chooser = Callable[[int, BlockCall], Tensor | None]
 
 
 def check_choice(choice: TokenChoice, model: nn.Module, batches: Sequence[Any], statistics: str) -> None:
-    """Whether a choice can matter at all, before anything is pruned.
+    """Checks before pruning that a choice of tokens can change anything.
 
     Args:
         statistics: what the criterion asks for: "none", "norm" or "gram".

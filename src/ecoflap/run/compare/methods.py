@@ -90,7 +90,7 @@ class Method:
 
 
 def split_methods(texts: Iterable[str]) -> list[str]:
-    """Methods that stand in one text, parted by commas.
+    """Methods that stand in one text, separated by commas.
 
     A part such as ``granularity=layer``, with "=" and no ":" before it, is one more option of the method before.
     """
