@@ -44,7 +44,7 @@ class _InMemory:
 
 
 class _Mapping(mmap.mmap):
-    """A private view of a part of the file, which keeps the part from being written again while it is in use."""
+    """A private view of a part of the file; the part is not written again while the view is in use."""
 
     part: _OnDisk
 
@@ -70,7 +70,7 @@ class _OnDisk:
 
 
 class _ScratchFile:
-    """A file without a name, which the system removes with the process, however that ends; parts are used again."""
+    """A file without a name, which the system removes when the process ends in any way; free parts are used again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -103,10 +103,10 @@ class _ScratchFile:
 
 
 class Offload:
-    """Keeps the tensors of a tree of arguments, and gives them back.
+    """Stores the tensors of a tree of arguments, and returns them later.
 
     Args:
-        kind: one of ``OFFLOADS``. On disk go contiguous tensors of some size; the rest stays in memory.
+        kind: one of ``OFFLOADS``. "disk" stores large contiguous tensors in a file; the others stay in memory.
         folder: where the file lies; None: the system's folder for temporary files.
     """
 
@@ -115,11 +115,11 @@ class Offload:
         self._file = _ScratchFile(folder or Path(tempfile.gettempdir())) if kind == "disk" else None
 
     def keep(self, tree: Any) -> Any:
-        """The same tree with something in every tensor's place that :meth:`use` knows; on "none" the tree itself."""
+        """The tree with a reference in the place of every tensor, for :meth:`use`; for "none" the tree itself."""
         return tree if self._kind == "none" else pytree.tree_map_only(Tensor, self._put, tree)
 
     def use(self, tree: Any) -> Any:
-        """What was kept, on its device."""
+        """The stored tree, with every tensor on its device."""
         return tree if self._kind == "none" else pytree.tree_map_only((_InMemory, _OnDisk), _tensor, tree)
 
     def _put(self, tensor: Tensor) -> _Kept:

@@ -15,14 +15,14 @@ from ecoflap.model.modality import modality_of, with_decoder
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
 from ecoflap.model.trace import Run, Trace, plain_forward, trace
 
-# Parts of module paths whose linear layers only make a table of positions: the paper's method leaves those dense.
+# Parts of module paths whose linear layers only compute position biases: the paper's method leaves those dense.
 POSITION_WORDS = ("position_bias", "pos_bias", "rel_pos", "cpb_mlp")
-# Names of a state-space mixer's own parameters (Mamba and its kin), beside its convolution and its linear layers.
+# Names of a state-space mixer's own parameters (Mamba and similar), besides its convolution and its linear layers.
 STATE_SPACE_NAMES = ("A_log", "D", "dt_bias", "x_proj_weight", "dt_proj_weight")
 
 
 def makes_positions(path: str) -> bool:
-    """Whether the module at ``path`` is part of a small network that makes position biases."""
+    """Whether the module at ``path`` is part of a small network that computes position biases."""
     return any(word in path for word in POSITION_WORDS)
 
 
@@ -44,7 +44,7 @@ def quantised(module: nn.Module) -> tuple[str, int] | None:
 
 
 def reason_for(name: str, parameter: Tensor, module: nn.Module) -> str:
-    """Why ``parameter``, called ``name`` in ``module``, is no prunable matrix."""
+    """Why ``parameter``, called ``name`` in ``module``, is not a prunable matrix."""
     kind = type(module).__name__
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return f"convolution ({kind})"
@@ -58,7 +58,7 @@ def reason_for(name: str, parameter: Tensor, module: nn.Module) -> str:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Raises AnatomyError for a model with LoRA adapters beside its weights: these are no weights of their own."""
+    """Raises AnatomyError for a model with unmerged LoRA adapters: they are corrections, not weights to prune."""
     for path, module in model.named_modules():
         if "lora_A" in module._modules and "lora_B" in module._modules:
             raise AnatomyError(
@@ -80,12 +80,12 @@ def discover(
 
     Args:
         model: any module.
-        batch: one batch; with it a forward is watched, which gives the true order and leaves out what never runs.
-        include: patterns (``*``, ``?``) of layers or towers to prune although they are left out by default (bridges
-            such as the Q-Former).
+        batch: one batch; with it a forward is traced, which gives the true order and leaves out modules that never run.
+        include: patterns (``*``, ``?``) of layers or towers to prune that are dense by default (bridges such as the
+            Q-Former).
         exclude: patterns of layers or towers to leave dense; wins over ``include``.
         towers: patterns of paths of module lists; only these become towers.
-        run: how one batch is run (a loss function, say); by default ``model(**batch)``.
+        run: runs one batch (for example a loss function); by default ``model(**batch)``.
 
     Raises:
         AnatomyError: nothing to prune was found, a pattern selects nothing, or the model has unmerged adapters.

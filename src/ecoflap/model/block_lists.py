@@ -21,24 +21,24 @@ class BlockList:
 
 
 def _holds_matrix(module: nn.Module) -> bool:
-    """An inner module with a weight matrix below it: a block, not a lone layer."""
+    """Whether it has inner modules with a weight matrix: a block, not a single layer."""
     children = list(module.children())
     return bool(children) and any(parameter.dim() >= 2 for parameter in module.parameters())
 
 
 def _holds_linear(module: nn.Module) -> bool:
-    """There is something to prune in it: convolutions between the stages of a network (Florence-2) are no blocks."""
+    """Whether it has a linear layer to prune: convolutions between stages (Florence-2) are not blocks."""
     return any(isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D" for inner in module.modules())
 
 
 def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
     """Stacks of blocks in ``model``, in the order of their first call (of definition without a trace).
 
-    A ``ModuleList`` or ``Sequential`` whose elements hold matrices is a stack if, in the traced forward, each element
-    passes something on to the next one, as it is or changed on the way. Experts and deep-stack mergers, which stand
-    side by side, are not. Two lists whose elements take turns (Idefics' cross-attention between its layers) make one
-    stack, which is called by the path of the larger one. A stack whose elements are themselves
-    stacks of blocks, or of one class and made of stacks of like blocks (the stages of a Swin), gives way to those.
+    A ``ModuleList`` or ``Sequential`` whose elements hold matrices is a stack if, in the traced forward, the output of
+    each element reaches the next one, unchanged or changed on the way. Experts and deep-stack mergers work in parallel,
+    so they are no stacks. Two lists whose elements alternate (Idefics' cross-attention between its layers) make one
+    stack, named by the path of the larger one. A stack whose elements are themselves stacks of blocks, or consist of
+    stacks of equal blocks (the stages of a Swin), is replaced by those.
     """
     found: list[BlockList] = []
     loose: list[BlockList] = []
@@ -72,10 +72,10 @@ def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
 
 
 def _joined(stacks: list[BlockList], loose: list[BlockList], trace: Trace) -> list[BlockList]:
-    """``stacks``, each with the ``loose`` list whose elements stand between its own, and pairs of loose lists.
+    """``stacks``, each merged with the ``loose`` list whose elements run between its own, and pairs of loose lists.
 
-    An element stands between two others if one of them passes something on to it and it passes something on to the
-    other; what only reads a stack (deep-stack mergers) does not.
+    An element runs between two others if the output of one reaches it and its output reaches the other; a module that
+    only reads from a stack (deep-stack mergers) does not.
     """
     found = list(stacks)
     left = list(loose)

@@ -19,7 +19,7 @@ Run = Callable[[nn.Module, Any], Any]
 
 
 class _Reached(BaseException):
-    """Ends a forward early. Not an Exception, so that no model's own handler swallows it."""
+    """Ends a forward early. Not an Exception, so that no handler inside a model catches it."""
 
 
 class Enough(BaseException):
@@ -74,16 +74,16 @@ def tower_entries(
 class TowerDriver:
     """Steps through the blocks of one tower.
 
-    For each block, the parent's forward is called with its own arguments while the blocks before return the output of
-    the block just before (T5's position biases travel in it), and the block itself only takes note of its arguments.
-    Kept at any time: the parent's arguments and the inputs or outputs of one block, for all batches.
+    For each block, the parent's forward is called with its own arguments. The earlier blocks return the output of the
+    block just before (which carries T5's position biases), and the block itself only records its arguments. At any time
+    the parent's arguments and the inputs or outputs of one block are kept, for all batches.
 
     Args:
         model: in eval mode, without a KV cache.
-        tower: which one; the towers before it are run as they are now, pruned or not.
+        tower: the tower to run; the towers before it are run in their present state, pruned or not.
         batches: what ``run`` takes.
         run: runs the model on one batch.
-        offload: "cpu" or "disk" keep what is kept there, and move it to its device for each call (True: "cpu").
+        offload: "cpu" (or True) or "disk": where inputs are kept; they are moved to their device for each call.
         folder: of the file, for "disk"; by default the system's folder for temporary files.
         entries: of :func:`tower_entries`, taken before; None: they are taken here.
     """
@@ -108,7 +108,7 @@ class TowerDriver:
         self._items = [_Item(call) for call in entries]
 
     def enter(self, index: int) -> int:
-        """Take the inputs of block ``index`` for all batches; the blocks before it must have been run.
+        """Records the inputs of block ``index`` for all batches; the blocks before it must have been run.
 
         Returns:
             The number of calls; 0 if the parent does not call this block.
@@ -143,9 +143,9 @@ class TowerDriver:
         return taken[0] if taken else None
 
     def observe(self, index: int, before: Callable[[BlockCall], None], *, calls: int | None = None) -> None:
-        """Run block ``index`` on the inputs taken by :meth:`enter`, for what hooks see of it; outputs are not kept.
+        """Runs block ``index`` on the inputs recorded by :meth:`enter`, for hooks alone; outputs are not kept.
 
-        A hook that has seen enough of a call may raise :class:`Enough`, and the next call begins.
+        A hook that needs no more of a call may raise :class:`Enough`; then the next call begins.
 
         Args:
             before: called with each call (arguments on their device) just before the block runs.
@@ -162,7 +162,7 @@ class TowerDriver:
 
         Args:
             before: as in :meth:`observe`.
-            last: give up each input once it has been used; only :meth:`enter` may follow.
+            last: free each input after its use; only :meth:`enter` may follow.
         """
         for number, (item, call) in enumerate(self._calls):
             args, kwargs = self._offload.use((call.args, call.kwargs))

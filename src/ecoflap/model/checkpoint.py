@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model and what is needed to save it as it came.
+    """A loaded model, with all that is needed to save it in the form of its source.
 
     ``processor`` is what AutoProcessor, AutoTokenizer or AutoImageProcessor gave, or None; ``dtype`` that of most
     weights; ``shard_sizes`` the bytes of each weight file of the source (empty for GGUF); ``warnings`` one line each.
@@ -71,9 +71,9 @@ def load(
         device: "auto" (a GPU if there is one) or a torch device.
         trust_remote_code: run model code that comes with the checkpoint; only for sources that you trust.
         gguf_file: which GGUF file of the folder or hub repository to read.
-        device_map: for a model larger than the memory: "disk" leaves its weights in their files, from which a module's
-            are read while it runs; "auto", "balanced", "balanced_low_0" or "sequential" fill the GPUs, then the
-            computer's memory, then the disk. ``device`` then says where what is on the disk is computed.
+        device_map: for a model larger than the memory: "disk" leaves the weights in their files and reads those of a
+            module while it runs; "auto", "balanced", "balanced_low_0" or "sequential" fill the GPUs, then the memory of
+            the computer, then the disk. ``device`` then says where weights on the disk are computed.
         max_memory: what such a map may use of a device: "0" (a GPU's number) or "cpu" to "20GiB".
 
     Raises:
@@ -176,7 +176,7 @@ def _auto_class(files: Files) -> Any:
 def _load_model(
     files: Files, model_class: Any, name: str, dtype: str, trust_remote_code: bool, spread: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
-    # Always said: where nothing is said, transformers asks on the terminal.
+    # Always given: without a value, transformers asks on the terminal.
     options: dict[str, Any] = {**spread, "trust_remote_code": trust_remote_code}
     bars: AbstractContextManager[object] = nullcontext()
     if files.gguf_file is not None:

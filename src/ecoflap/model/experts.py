@@ -70,7 +70,7 @@ def _stacked(path: str, module: nn.Module) -> list[ExpertGroup]:
 
 
 class Experts:
-    """What the reader of a model asks of its mixtures."""
+    """Answers questions about the mixtures of a model, for the discovery of layers."""
 
     def __init__(self, groups: Iterable[ExpertGroup], trace: Trace | None) -> None:
         self._groups = tuple(groups)

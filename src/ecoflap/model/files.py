@@ -55,7 +55,7 @@ def locate(source: str | Path, *, gguf_file: str | None = None, trust_remote_cod
 
 
 def _means_path(name: str) -> bool:
-    """Whether a name that is no folder can only be a mistyped path: then the hub is not asked."""
+    """Whether a name that is no folder must be a mistyped path and no hub id: then the hub is not asked."""
     if name.startswith((".", "/", "~")) or name.endswith((".gguf", ".safetensors")):
         return True
     first = name.split("/")[0]
@@ -267,7 +267,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and reports of their own; what matters of them we say ourselves."""
+    """Inside, transformers and the hub show no bars and reports; our own messages say what matters."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     accelerate = logging.getLogger("accelerate")
     level = accelerate.level

@@ -17,8 +17,7 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 (64 hex digits) over name, dtype, shape and bytes of every entry of the state dict, sorted by name.
 
     A tensor that appears under several names (tied weights) counts once, under the first name. The result does not
-    depend on device, memory layout or the order of registration. What an offloaded model keeps elsewhere is read weight
-    by weight.
+    depend on device, memory layout or the order of registration. Offloaded weights are read one by one.
     """
     digest, weights = hashlib.sha256(), Offloaded(model)
     for name, tensor in _distinct(model):

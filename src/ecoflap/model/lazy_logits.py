@@ -91,13 +91,13 @@ _VIEWS = frozenset((Tensor.view, Tensor.reshape, Tensor.__getitem__, Tensor.cont
 
 @contextmanager
 def logits_on_demand(model: nn.Module) -> Iterator[None]:
-    """Inside, a head's output (see :func:`heads`) is not computed until it is known what for.
+    """Inside, a head's output (see :func:`output_heads`) is not computed until its use is known.
 
     ``cross_entropy`` of it, after reshaping, slicing, casting or scaling, then multiplies only the rows whose target is
-    not ignored, in parts, and forms the gradient of a part with its value where gradients are on; and a bool mask of
-    positions multiplies only those. Anything else that is done with the logits computes them whole, as the head itself
-    would have. Losses and gradients agree with the
-    plain forward's within the rounding of fp32: matrix products of other shapes, and sums in another order.
+    not ignored, in parts, and forms the gradient of a part with its value where gradients are on. A bool mask of
+    positions multiplies only those. Any other use computes the logits whole, as the head itself does. Losses and
+    gradients agree with those of the plain forward within the rounding of fp32: the matrix products have other shapes,
+    and sums another order.
     """
 
     def deferring(forward: Forward) -> Forward:
@@ -131,7 +131,7 @@ def output_heads(model: nn.Module) -> list[nn.Linear]:
 
 @dataclass(frozen=True)
 class _Product:
-    """A head's multiplication that is put off: ``hidden`` (..., H) times its weight."""
+    """A deferred product of a head: ``hidden`` (..., H) times its weight."""
 
     hidden: Tensor
     head: nn.Linear
@@ -143,10 +143,10 @@ class _Product:
 
 
 class _Logits(Tensor):
-    """Stands for ``steps(head(hidden))``, some rows of it, in some shape: (*rows.shape, classes).
+    """A placeholder for some rows of ``steps(head(hidden))``, in shape (*rows.shape, classes).
 
-    As a tensor it is one NaN, shown in that shape: whatever overlooks what it is, does not do so in silence. Once they
-    were needed whole the numbers are kept, so that what is written into them stays.
+    As a tensor it is one NaN, expanded to that shape: code that does not know it gets visible NaNs. Once the numbers
+    were needed whole they are kept, so that later writes into them stay.
     """
 
     _product: _Product
@@ -200,7 +200,7 @@ def _computed(logits: _Logits) -> Tensor:
 
 
 def _deferred_result(func: Any, logits: _Logits, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What ``func`` makes of logits without computing them, or their loss; None where they are needed whole."""
+    """The result of ``func`` without computing the logits, or their loss; None where they are needed whole."""
     if func is functional.cross_entropy:
         return _loss(logits, *rest, **kwargs)
     if func is Tensor.__getitem__ and isinstance(rest[0], Tensor):

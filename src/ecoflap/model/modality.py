@@ -45,9 +45,9 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def modality_of(path: str, model: nn.Module, inputs: Collection[str] = ()) -> str:
     """Modality of the tower whose list of blocks sits at ``path``: bridge, vision, audio or language.
 
-    A word in the path says it; else what the nearest model around the tower declares to take (a Whisper's ``encoder``
-    takes sound, the ``encoder`` of a VisionEncoderDecoder pictures); else its sub-configuration; else which arguments
-    of the forward reached it.
+    Decided by a word in the path; else by the inputs that the nearest model around the tower declares (the ``encoder``
+    of Whisper takes sound, that of a VisionEncoderDecoder pictures); else by its sub-configuration; else by the
+    arguments of the forward that reached it.
 
     Args:
         path: module path, for example ``"model.vision_tower.encoder.layers"``.
@@ -89,7 +89,7 @@ def _configured(path: str, model: nn.Module) -> str | None:
 
 
 def _reached(inputs: Collection[str]) -> str | None:
-    """By the arguments that reached the tower; None where text is among them, or what is known of no modality."""
+    """By the arguments that reached the tower; None where text is among them, or where none has a known modality."""
     if any(name.endswith(TEXT_INPUTS) for name in inputs):
         return None
     found = {modality for name in inputs for main, modality in MAIN_INPUTS.items() if name.startswith(main)}
@@ -99,8 +99,8 @@ def _reached(inputs: Collection[str]) -> str | None:
 def with_decoder(model: nn.Module, towers: Sequence[Tower]) -> list[Tower]:
     """The towers, with the decoder marked as such where the model has one.
 
-    It is the last language tower, in a model that is an encoder-decoder: by its configuration, or because its blocks
-    attend to another tower that reads text too (BLIP's answers). Two towers of text alone make no decoder.
+    It is the last language tower of an encoder-decoder: of a model that its configuration calls so, or whose blocks
+    attend to another tower that reads text too (BLIP's answers). Two separate towers of text don't make a decoder.
     """
     language = [tower for tower in towers if tower.modality == "language"]
     if not language:

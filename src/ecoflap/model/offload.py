@@ -37,9 +37,9 @@ class _Slot(NamedTuple):
 
 
 class _Hook(AlignDevicesHook):  # type: ignore[misc]
-    """accelerate's own hook, but the very same placeholders return after a forward: ties, dtypes, flags last.
+    """accelerate's own hook, but the same placeholder objects return after a forward, so ties, dtypes and flags stay.
 
-    They return after one that was broken off, too, as the walk does when it has seen what it wants.
+    They also return after a forward that was ended early, as the walk does.
     """
 
     def __init__(self, hook: AlignDevicesHook) -> None:
@@ -47,7 +47,7 @@ class _Hook(AlignDevicesHook):  # type: ignore[misc]
         self.slots: tuple[_Slot, ...] = ()
 
     def settle(self, module: nn.Module) -> None:
-        """Take the other hook's place; the module's parameters as they are now are the placeholders."""
+        """Replaces the other hook; the module's present parameters are the placeholders."""
         found = module.named_parameters(recurse=self.place_submodules)
         split = [(*name.rpartition(".")[::2], name, parameter) for name, parameter in found if parameter.is_meta]
         self.slots = tuple(_Slot(module.get_submodule(path), leaf, name, p) for path, leaf, name, p in split)
@@ -80,7 +80,7 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def keep_placeholders(model: nn.Module) -> None:
-    """Let an offloaded model's placeholders last through forwards; nothing to do for another one, or a second time."""
+    """Makes an offloaded model keep its placeholder objects in forwards; for other models does nothing."""
     if not is_offloaded(model):
         return
     _load_own_parameters(model)
@@ -97,8 +97,9 @@ def keep_placeholders(model: nn.Module) -> None:
 
 
 def _load_own_parameters(model: nn.Module) -> None:
-    """Load what the model itself holds (BLIP-2's queries, CLIP's scale) for good: ``generate`` reads it, and is no
-    forward, before which a hook would do it. These are single vectors, or a few."""
+    """Loads for good the parameters that the model itself holds (BLIP-2's queries, CLIP's scale): a few vectors.
+
+    ``generate`` reads them, but it is not a forward, before which a hook would load them."""
     hook = _loading(getattr(model, "_hf_hook", None))
     if hook is None or isinstance(hook, _Hook) or hook.place_submodules:
         return
@@ -135,7 +136,7 @@ def home_of(model: nn.Module) -> torch.device:
 
 
 def read_weight(model: nn.Module, name: str) -> Tensor:
-    """A parameter's values without a graph: itself where it is in memory, else read for the caller alone.
+    """A parameter's values without a graph: the parameter itself if it is in memory, else read for this call.
 
     Don't write to it: it may be the model's own, or a view of a file.
     """
@@ -190,11 +191,11 @@ class Offloaded:
         return [name for name in names if self._slot(name) is not None]
 
     def move(self, name: str, value: Tensor, file: Path) -> None:
-        """From now on the offloaded parameter ``name``, and whatever is tied to it, has other values.
+        """Gives new values to the offloaded parameter ``name`` and to all parameters tied to it.
 
         Args:
-            value: those.
-            file: a safetensors file that holds them by the parameter's name.
+            value: the new values.
+            file: a safetensors file that holds them under the parameter's name.
         """
         slot = self._slot(name)
         assert slot is not None
@@ -220,10 +221,10 @@ def _whole_map(weights: Any, name: str) -> tuple[Any, str]:
 
 @contextmanager
 def in_memory(model: nn.Module, path: str) -> Iterator[None]:
-    """Hold all weights of one module in memory: parameters are real inside, and may be written; placeholders return.
+    """Inside, all weights of one module are in memory and can be written; the placeholders return at exit.
 
-    What was written inside is lost at exit, unless :meth:`Offloaded.move` has put it elsewhere. For modules whose
-    weights are in memory anyway this does nothing.
+    Changes are lost at exit, unless :meth:`Offloaded.move` has stored them. For modules that are in memory anyway this
+    does nothing.
     """
     held: list[tuple[nn.Module, _Hook]] = []
     loaded: dict[int, nn.Parameter] = {}
@@ -260,7 +261,7 @@ def temporary_folder() -> Path:
 
 
 def remove_together_with(owner: object, folder: Path) -> None:
-    """The folder goes when ``owner`` does, or at exit."""
+    """Removes the folder when ``owner`` is deleted, or at exit."""
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def forward_replaced(module: nn.Module, wrap: Callable[[Forward], Forward]) -> Iterator[None]:
-    """``module.forward`` is ``wrap(old forward)`` inside; hooks still fire, and the old state returns at exit."""
+    """Inside, ``module.forward`` is ``wrap(old forward)``; hooks still run, and the old state returns at exit."""
     own = module.__dict__.get("forward")  # an instance attribute if some other tool has wrapped it already
     module.forward = wrap(module.forward)
     try:
@@ -47,8 +47,8 @@ def has_tangent(value: Any) -> bool:
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """torch's scaled dot-product attention is computed by elementary operators inside: fused kernels have no forward
-    mode. The matrix of attention weights exists in memory meanwhile.
+    """Inside, torch's scaled dot-product attention is computed by elementary operators, because fused kernels have no
+    forward mode. The matrix of attention weights then exists in memory.
     """
     with sdpa_kernel(SDPBackend.MATH):
         yield
@@ -56,7 +56,7 @@ def differentiable_attention() -> Iterator[None]:
 
 @contextmanager
 def swapped(model: nn.Module, modules: Sequence[str], tensor: Tensor, name: str = "weight") -> Iterator[None]:
-    """Let the modules at these paths use ``tensor`` as their ``name`` parameter; the old ones return at exit.
+    """Inside, the modules at these paths use ``tensor`` as their ``name`` parameter; the old ones return at exit.
 
     Args:
         model: owner of the modules.
@@ -121,10 +121,10 @@ def cache_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def trim() -> None:
-    """Return the pages of all freed pieces of the C library's heap, wherever they lie in it; only glibc knows how.
+    """Returns all free pages of the C library's heap to the system; works with glibc alone.
 
-    Small things that stay (the nodes of a graph) lie between large ones that are freed, and the heap grows around them
-    although most of it is empty. Pages that are used again cost a page fault each: not for inner loops.
+    Small objects that stay (the nodes of a graph) lie between large ones that are freed, so the heap grows although
+    most of it is free. A page that is used again costs a page fault: don't call this in inner loops.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -17,12 +17,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def computing_in_fp32(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[None]:
-    """Half-precision parameters and buffers compute as fp32 inside the context, and their very bits are back at exit.
+    """Inside, half-precision parameters and buffers compute as fp32; at exit they have their old bits again.
 
-    The way there and back is exact (every fp16 and bf16 number is an fp32 number), so no second copy is kept of what is
-    converted for the whole context: that takes twice its bytes meanwhile. What lies in ``blocks`` stays as it is, and
-    is fp32 while its block runs, so that the memory above the model is one block's fp32 weights and the converted rest
-    (embeddings, head). Results are the same to the bit. Parameter objects stay the same (ties survive).
+    The conversion is exact in both directions (every fp16 and bf16 number is an fp32 number), so no second copy is
+    kept; converted weights take twice their bytes. Weights in ``blocks`` are converted only while their block runs, so
+    the extra memory is one block's fp32 weights and the converted rest (embeddings, head). Results are the same to the
+    bit. Parameter objects stay the same, so ties survive.
 
     Args:
         blocks: paths of blocks that don't contain one another. A graph through them can't be taken backward in the
@@ -55,9 +55,9 @@ def computing_in_fp32(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[
 
 @contextmanager
 def leaves_in_fp32(module: nn.Module) -> Iterator[None]:
-    """New leaves stand in the place of the module's parameters, in fp32 those of half precision: so are gradients then.
+    """Inside, the module's parameters are new leaf tensors, in fp32 for half precision, so gradients are fp32 too.
 
-    (A parameter whose values are exchanged for others under the same object has its gradients in its old type.)
+    (A parameter object whose data is replaced would keep the dtype of its gradient.)
     """
     new: dict[int, nn.Parameter] = {}
     places = [
@@ -82,8 +82,8 @@ def leaves_in_fp32(module: nn.Module) -> Iterator[None]:
 def half_blocks(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
     """Those of ``blocks`` that hold half-precision weights in memory, for :func:`computing_in_fp32`.
 
-    None of them where a block holds the model's first parameter, whose dtype inputs are given: nothing comes before the
-    blocks then that would make fp32 of them.
+    Empty where a block holds the model's first parameter: inputs get the dtype of that one, and no module before the
+    blocks would convert them to fp32.
     """
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     found = {path: [one for one in _half(model.get_submodule(path)) if not one.is_meta] for path in blocks}

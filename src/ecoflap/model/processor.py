@@ -20,7 +20,7 @@ _SETTINGS = ("video_preprocessor_config.json", "preprocessor_config.json")  # wh
 
 
 class NoVideo(VideoProcessorMixin):  # type: ignore[misc]
-    """Stands where a video processor should: keeps its settings, to be saved as they came, and reads no video."""
+    """Replaces a video processor: keeps its settings, so that they are saved unchanged, and reads no video."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()

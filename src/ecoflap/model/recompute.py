@@ -30,7 +30,7 @@ def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     The activations that a backward needs are then those of one block and the inputs of all (Chen et al. 2016, "Training
     Deep Nets with Sublinear Memory Cost"), for one more forward. Gradients are the same.
 
-    The heap is trimmed after every few blocks, without which most of what their forwards freed stayed with the process
+    The heap is trimmed after every few blocks; else most of the memory that their forwards free stays with the process
     (SmolLM2-135M, 8 × 128 tokens: 300 MiB at the end of the forward for 70 MiB in use).
 
     Args:
@@ -61,17 +61,17 @@ _TENSOR = object()  # stands for a tensor among a call's arguments
 
 @contextmanager
 def reloading(model: nn.Module, blocks: Sequence[str], loaded: Loaded) -> Iterator[None]:
-    """Inside the context, these blocks keep their inputs alone for the backward.
+    """Inside the context, these blocks keep only their inputs for the backward pass.
 
-    There the block is held in memory and in fp32, computed again with a graph, and taken backward at once, so that the
-    weights and activations of one block exist at a time. (Reloading in the midst of torch's own checkpoint would not
-    do: its graph holds on to the weights of the first forward.)
+    In the backward pass each block is loaded in fp32, computed again with a graph, and differentiated at once, so the
+    weights and activations of one block exist at a time. (torch's own checkpointing can't do this: its graph keeps the
+    weights of the first forward.)
 
     Args:
         model: without dropout (eval mode): random numbers are not replayed.
         blocks: paths of blocks that don't contain one another.
-        loaded: called with a block's path when it is held in memory, before it is computed for its gradients, and
-            whether this is for the last time: a block that runs twice a forward has its gradients in two parts. Its
+        loaded: called with a block's path when it is in memory, before its gradients are computed, and with whether
+            this is the last time: the gradients of a block that runs twice in a forward come in two parts. Its
             parameters are new tensors each time.
     """
     calls: Counter[str] = Counter()

@@ -25,7 +25,7 @@ class _Call:
     versions: list[int]
 
     def current(self) -> bool:
-        """Nobody has written into a remembered tensor since."""
+        """Whether no remembered tensor was written to since."""
         return self.versions == _versions((self.leaves, self.output))
 
 
@@ -49,18 +49,17 @@ class _Memory:
 class Replay:
     """Memoises the blocks of a model for one batch at a time.
 
-    Inside the context, the first forward is recorded. A later forward of the same batch returns each block's
-    remembered outputs (the same tensor objects, so that the next block sees unchanged inputs) as long as the block's
-    inputs are the ones remembered: the same tensors, or else equal ones. A block named in :meth:`forcing` is always
-    computed; what follows is computed only where its inputs really differ. Nothing computed under :meth:`forcing`
-    replaces the memory. The loss is therefore, to the bit, that of the plain forward.
+    Inside the context, the first forward is recorded. A later forward of the same batch returns each block's remembered
+    outputs (the same tensor objects, so the next block sees unchanged inputs) while the block's inputs are the
+    remembered ones: the same tensors, or equal ones. A block named in :meth:`forcing` is always computed; later blocks
+    are computed only where their inputs differ. Results under :meth:`forcing` are not remembered. So the loss has the
+    bits of the plain forward.
 
-    Forward-mode derivatives pass through: a call with a tangent among its inputs is always computed and never recorded
-    (its values may well be those remembered, its tangent is not), while one without is answered as ever, since what is
-    remembered has no tangent either.
+    Forward-mode derivatives pass through: a call with a tangent among its inputs is always computed and never recorded,
+    because its tangent is new even where its values are the remembered ones. Calls without a tangent are replayed.
 
-    A block's memory is valid only while its weights are those it was recorded with: whoever changes a weight must
-    force the blocks that hold it, or :meth:`reset`.
+    A block's memory is valid only with the weights that it was recorded with: code that changes a weight must force the
+    blocks that hold it, or call :meth:`reset`.
 
     Args:
         model: the model; put it in eval mode, without dropout or a KV cache.

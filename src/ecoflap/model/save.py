@@ -103,9 +103,9 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _in_order(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """The state dict of an offloaded model in the order in which transformers writes that of one in memory.
+    """The state dict of an offloaded model, in the order in which transformers writes one in memory.
 
-    Without it, the same weights would lie in other files. None for a model in memory, which it puts in order itself.
+    In another order the same weights would go to other files. None for a model in memory, which transformers orders.
     """
     if not is_offloaded(model):
         return None

@@ -49,9 +49,9 @@ def linear_weight(func: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 class _Origins(TorchFunctionMode):
-    """Follows tensors through every operation: from which watched modules, not going through another, each comes.
+    """Follows tensors through every operation, and knows from which watched modules each comes directly.
 
-    A parent may work on what it passes from block to block (Qwen3-VL adds picture features to it), in place or not.
+    A parent may change the hidden states between two blocks (Qwen3-VL adds picture features), in place or not.
     """
 
     def __init__(self) -> None:
@@ -93,11 +93,11 @@ class Trace:
         ranks: path of each called module to the rank of its first call.
         drivers: for each called module, the path of the innermost module in whose forward it was (first) called.
         calls: number of calls of each module.
-        chained: pairs ``(a, b)`` such that what watched module ``a`` returned, or what the modules around it made of
-            that, was passed to watched ``b``.
+        chained: pairs ``(a, b)`` of watched modules: the output of ``a``, or something computed from it outside of
+            watched modules, was an argument of ``b``.
         multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, by their module or not.
-        inputs: of each watched module, the names of the batch's entries that its arguments were computed from, not
-            going through another watched module.
+        inputs: for each watched module, the names of the batch's entries that its arguments were computed from outside
+            of other watched modules.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
