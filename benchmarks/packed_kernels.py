@@ -52,8 +52,8 @@ def copies(packed: PackedWeight, count: int, bias: torch.Tensor) -> list[tuple[t
     return [(*(part.clone() for part in parts), bias) for _ in range(count)]
 
 
-def packed_pass(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]]) -> Pass:
-    return lambda: [multiply(x, *parts, 0) for parts in weights] and None
+def packed_pass(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]], group_size: int) -> Pass:
+    return lambda: [multiply(x, *parts, group_size) for parts in weights] and None
 
 
 def measure(passes: dict[str, Pass], counts: dict[str, int], repeats: int) -> dict[str, list[float]]:
@@ -106,20 +106,20 @@ def compare(
     none = torch.empty(0)
     for sparsity in args.sparsity:
         weight = sparse(rows, columns, sparsity, torch.bfloat16)
-        half, int8 = pack_weight(weight), pack_weight(weight, "int8")
-        sets = {"packed": copies(half, count, none), "int8": copies(int8, count, none)}
-        passes = {**reference, **{name: packed_pass(x, weights) for name, weights in sets.items()}}
+        made = {"packed": pack_weight(weight), "int8": pack_weight(weight, "int8"), "int4": pack_weight(weight, "int4")}
+        sets = {name: packed_pass(x, copies(packed, count, none), packed.group_size) for name, packed in made.items()}
+        passes = {**reference, **sets}
         times = measure(passes, dict.fromkeys(passes, count), args.repeats)
         best = min(reference, key=lambda name: statistics.median(times[name]))
         row = {
             "isa": isa, "threads": threads, "shape": f"{rows}x{columns}", "tokens": tokens, "sparsity": sparsity,
-            "bytes": round(half.nbytes / weight.nbytes, 4), "int8_bytes": round(int8.nbytes / weight.nbytes, 4),
+            **{f"{name}_bytes": round(packed.nbytes / weight.nbytes, 4) for name, packed in made.items()},
             "best_dense": best, "dense_ms": round(1e3 * statistics.median(times[best]), 3),
-            "packed_ms": round(1e3 * statistics.median(times["packed"]), 3),
-            "int8_ms": round(1e3 * statistics.median(times["int8"]), 3),
+            **{f"{name}_ms": round(1e3 * statistics.median(times[name]), 3) for name in made},
             "to_best": round(ratio(times[best], times["packed"]), 2),
             "to_linear": round(ratio(times["F.linear"], times["packed"]), 2),
             "int8_to_best": round(ratio(times[best], times["int8"]), 2),
+            "int4_to_best": round(ratio(times[best], times["int4"]), 2),
         }  # fmt: skip
         print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
         found.append(row)

@@ -20,8 +20,8 @@ Folder = Annotated[
 ]  # fmt: skip
 Values = Annotated[
     str,
-    typer.Option("--values", metavar="KIND", help="auto keeps every bit of the non-zeros; int8 rounds them to 8 bits "
-                 "with a scale for each row. Default: auto.", show_default=False, rich_help_panel="Packing"),
+    typer.Option("--values", metavar="KIND", help="auto keeps every bit of the non-zeros; int8 and int4 round them to "
+                 "8 and 4 bits. Default: auto.", show_default=False, rich_help_panel="Packing"),
 ]  # fmt: skip
 Overwrite = Annotated[bool, flag("--overwrite", text="Replace the folder that is there.")]
 
@@ -35,10 +35,11 @@ def pack_model(
     output: Folder,
     values: Values = "auto",
     group_size: Annotated[
-        int,
-        typer.Option("--group-size", metavar="N", help="Columns that share a scale of int8 values, a multiple of 64. "
-                     "Default: 0, the whole row.", show_default=False, rich_help_panel="Packing"),
-    ] = 0,
+        int | None,
+        typer.Option("--group-size", metavar="N", help="Columns that share a scale of rounded values, a multiple of "
+                     "64; 0: the whole row. Default: 0 for int8, 128 for int4.", show_default=False,
+                     rich_help_panel="Packing"),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.",
                            rich_help_panel="Packing")
@@ -53,7 +54,7 @@ def pack_model(
 
     Examples:
         ecoflap pack runs/first --output packed
-        ecoflap pack path/to/pruned --output packed --values int8
+        ecoflap pack path/to/pruned --output packed --values int4
     """
     told = packed_to(model_of(source), output, values, group_size, overwrite, trust_remote_code, quiet)
     if as_json:
@@ -94,8 +95,9 @@ def model_of(source: str) -> str:
 
 
 def packed_to(
-    source: str, output: Path, values: str, group_size: int, overwrite: bool, trust_remote_code: bool, quiet: bool
-) -> dict[str, Any]:
+    source: str, output: Path, values: str, group_size: int | None, overwrite: bool, trust_remote_code: bool,
+    quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Pack ``source`` into ``output``; what came of it, for ``--json``."""
     from ecoflap.model.packed.checkpoint import pack_checkpoint
 

@@ -82,7 +82,7 @@ def prune(
     packed = None
     if pack:
         with Manifest(run).writing(f"{PACKED}/"):
-            packed = packed_to(str(run / MODEL), run / PACKED, "auto", 0, True, recipe.trust_remote_code, quiet)
+            packed = packed_to(str(run / MODEL), run / PACKED, "auto", None, True, recipe.trust_remote_code, quiet)
     pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     if as_json:
         more: dict[str, Any] = {} if push_to_hub is None else {"pushed": pushed}

@@ -32,7 +32,7 @@ static int failures = 0;
 
 static void check(const char* isa, int64_t rows, int64_t columns, double sparsity, int32_t kind, int64_t group,
                   int32_t x_kind, int64_t tokens) {
-  int64_t mask_bytes = (columns + 7) / 8, groups = kind == INT8 ? (columns + group - 1) / group : 1;
+  int64_t mask_bytes = (columns + 7) / 8, groups = kind >= INT8 ? (columns + group - 1) / group : 1;
   std::vector<uint8_t> mask((size_t)(rows * mask_bytes)), values;
   std::vector<int64_t> offsets;
   std::vector<double> dense((size_t)(rows * columns));
@@ -40,12 +40,22 @@ static void check(const char* isa, int64_t rows, int64_t columns, double sparsit
   int64_t count = 0;
   for (int64_t row = 0; row < rows; row++) {
     offsets.push_back(count);
-    for (int64_t g = 0; kind == INT8 && g < groups; g++) scales.push_back((float)(0.01 + fabs(uniform())));
+    for (int64_t g = 0; kind >= INT8 && g < groups; g++) scales.push_back((float)(0.01 + fabs(uniform())));
+    bool second = false;  // a code of 4 bits goes into the upper half of the last byte
     for (int64_t column = 0; column < columns; column++) {
+      if (column % BLOCK == 0) second = false;
       if ((uniform() + 1) / 2 < sparsity) continue;
       mask[(size_t)(row * mask_bytes + column / 8)] |= (uint8_t)(1 << column % 8);
       uint8_t bytes[4];
       double value;
+      if (kind == INT4) {
+        int code = (int)(generator() % 16);
+        dense[(size_t)(row * columns + column)] = (2 * code - 15) * (double)scales[(size_t)(row * groups + column / group)];
+        if (second) values.back() = (uint8_t)(values.back() | code << 4);
+        else values.push_back((uint8_t)code), count++;
+        second = !second;
+        continue;
+      }
       if (kind == INT8) {
         int8_t q = (int8_t)(1 + (int)(126 * fabs(uniform()))) * (uniform() < 0 ? -1 : 1);
         memcpy(bytes, &q, 1);
@@ -65,8 +75,8 @@ static void check(const char* isa, int64_t rows, int64_t columns, double sparsit
   Exact<int64_t> own_offsets(offsets);
   Exact<float> own_scales(scales);
   Matrix matrix = {own_values.data.get(), own_mask.data.get(), own_offsets.data.get(),
-                   kind == INT8 ? own_scales.data.get() : nullptr, rows, columns, count, mask_bytes,
-                   kind == INT8 ? group : (columns + 63) / 64 * 64, groups, kind, nullptr, 0};
+                   kind >= INT8 ? own_scales.data.get() : nullptr, rows, columns, count, mask_bytes,
+                   kind >= INT8 ? group : (columns + 63) / 64 * 64, groups, kind, nullptr, 0};
   Exact<float> y(std::vector<float>((size_t)(rows * tokens)));
   Output out = {y.data.get(), x_kind, nullptr, FP32};
   std::unique_ptr<uint8_t[]> room(new uint8_t[(size_t)(rows * tokens * size_of(x_kind))]);
@@ -105,7 +115,7 @@ int main() {
     if (ecoflap_choose(isa)) continue;
     for (auto& shape : shapes)
       for (double sparsity : {0.0, 0.5, 0.95, 1.0})
-        for (int32_t kind : {BF16, FP16, FP32, INT8})
+        for (int32_t kind : {BF16, FP16, FP32, INT8, INT4})
           for (int64_t group : {(int64_t)64, (shape[1] + 63) / 64 * 64})
             for (int32_t x_kind : {BF16, FP16, FP32})
               for (int64_t tokens : {1, 2, 3, 4, 9}) check(isa, shape[0], shape[1], sparsity, kind, group, x_kind, tokens);

@@ -81,13 +81,9 @@ def test_int8_comes_back_near_in_the_models_dtype(tmp_path):
             assert ((after[name].float() - weight.float()).abs() <= step * 0.51 + weight.abs() * 2**-8).all()
 
 
-@pytest.mark.parametrize("style", ["layer", "weight"])
-@pytest.mark.parametrize("where", ["quantization_config", "sparsity_config", "compression_config"])
-def test_former_sparse_bitmask_files(style, where, tmp_path):
-    """As compressed-tensors wrote them before 0.15: parts named after the layer or its weight."""
-    source = pruned("llama", tmp_path / "pruned")
-    old = tmp_path / "old"
-    shutil.copytree(source, old)
+def former(source, folder, where, style):
+    """``source`` as compressed-tensors wrote it before 0.15: parts named after the layer or its weight."""
+    shutil.copytree(source, folder)
     written = {}
     for name, tensor in tensors(source).items():
         if tensor.dim() == 2 and "proj" in name:
@@ -95,13 +91,21 @@ def test_former_sparse_bitmask_files(style, where, tmp_path):
             written |= {f"{base}.{part}": value for part, value in pack_weight(tensor).tensors().items()}
         else:
             written[name] = tensor
-    save_file(written, old / "model.safetensors", {"format": "pt"})
-    config = json.loads((old / "config.json").read_text())
+    save_file(written, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
     sparsity = {"format": "sparse-bitmask", "global_sparsity": 0.7, "sparsity_structure": "unstructured"}
     config[where] = sparsity if where == "sparsity_config" else {
         "quant_method": "compressed-tensors", "format": "dense", "sparsity_config": sparsity,
     }  # fmt: skip
-    (old / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("style", ["layer", "weight"])
+@pytest.mark.parametrize("where", ["quantization_config", "sparsity_config", "compression_config"])
+def test_former_sparse_bitmask_files(style, where, tmp_path):
+    source = pruned("llama", tmp_path / "pruned")
+    old = former(source, tmp_path / "old", where, style)
     if where != "sparsity_config":
         with pytest.raises(CheckpointError, match="ecoflap unpack"):
             ecoflap.load(old)
@@ -127,19 +131,21 @@ def test_refusals(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def packed_folder(tmp_path_factory):
+def packed_folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    pack_checkpoint(pruned("llama", folder / "pruned"), folder / "packed")
-    return folder / "packed"
+    pack_checkpoint(pruned("llama", folder / "pruned"), folder / "auto")
+    pack_checkpoint(folder / "pruned", folder / "int4", values="int4")
+    former(folder / "pruned", folder / "former", "sparsity_config", "weight")
+    return folder
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_byte_may_be_wrong(data, packed_folder, tmp_path):
+def test_any_byte_may_be_wrong(data, packed_folders, tmp_path):
     """Flipped bytes in a weight file or the configuration: one line, or a model; nothing else, and nothing half."""
     broken = tmp_path / "broken"
     shutil.rmtree(broken, ignore_errors=True)
-    shutil.copytree(packed_folder, broken)
+    shutil.copytree(packed_folders / data.draw(st.sampled_from(["auto", "int4", "former"])), broken)
     file = broken / data.draw(st.sampled_from(["model.safetensors", "config.json"]))
     content = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):

@@ -86,12 +86,69 @@ def test_int8_is_within_half_a_step_of_its_groups_largest(group_size):
     assert (back[weight == 0] == 0).all()
 
 
-def test_int8_of_rows_without_weights_and_of_tiny_ones():
+def by_hand(packed):
+    """The dense weight of int4 codes, one weight after the other."""
+    rows, columns = packed.shape
+    mask = np.unpackbits(packed.bitmask.numpy(), axis=1, bitorder="little")[:, :columns]
+    dense, stored = np.zeros((rows, columns), np.float32), packed.compressed.numpy()
+    for row in range(rows):
+        half = 2 * int(packed.row_offsets[row])
+        for column in range(columns):
+            if column % 64 == 0:
+                half += half % 2
+            if mask[row, column]:
+                code = int(stored[half // 2]) >> half % 2 * 4 & 15
+                scale = packed.scales[row, column // packed.group_size if packed.group_size else 0].numpy()
+                dense[row, column] = np.float32(2 * code - 15) * scale
+                half += 1
+    return torch.from_numpy(dense)
+
+
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 200), sparsity=st.floats(0, 1),
+    group_size=st.sampled_from([0, 64, 128]), dtype=st.sampled_from(DTYPES[:4]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_int4_is_read_one_by_one_and_no_worse_than_steps_to_the_largest(
+    rows, columns, sparsity, group_size, dtype, seed
+):
+    weight = sparse(rows, columns, sparsity, dtype, seed)
+    packed = pack_weight(weight, "int4", group_size)
+    check(packed, "w")
+    back = unpack_weight(packed)
+    assert torch.equal(back, by_hand(packed))
+    assert torch.equal(back != 0, weight != 0)
+    assert packed.nbytes <= packed_bytes(weight, "int4", group_size)
+    size = group_size or columns
+    for first in range(0, columns, size):
+        part = weight[:, first : first + size].float()
+        steps = part.abs().amax(dim=1, keepdim=True) / 15
+        odd = (2 * ((part / steps.clamp(min=1e-30) - 1) / 2).round() + 1).clamp(-15, 15)
+        plain = torch.where(part == 0, part, odd * steps)
+        found = (back[:, first : first + size] - part).square().sum(dim=1)
+        assert (found <= (plain - part).square().sum(dim=1) * 1.001 + 1e-12).all()
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_what_is_not_finite_is_not_rounded(values):
+    with pytest.raises(InvalidOption, match="finite"):
+        pack_weight(torch.tensor([[1.0, float("inf")]]), values)
+
+
+def test_the_default_group_of_int4_takes_a_quarter_of_a_bit_a_weight():
+    packed = pack_weight(sparse(64, 1024, 0.7), "int4")
+    assert packed.scales.shape == (64, 8)
+    kept = int((unpack_weight(packed) != 0).sum())
+    halves = 2 * len(packed.compressed) - kept  # of blocks with an odd number of codes
+    assert 0 <= halves <= 64 * 16
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_rows_without_weights_and_tiny_ones(values):
     weight = torch.zeros(3, 64)
     weight[1, 5] = 1e-44  # over 127 it underflows
-    packed = pack_weight(weight, "int8")
+    packed = pack_weight(weight, values)
     check(packed, "w")
-    assert torch.isfinite(unpack_weight(packed)).all()
+    assert unpack_weight(packed).abs().max() < 1e-30
 
 
 def test_what_is_worth_packing():
@@ -102,7 +159,7 @@ def test_what_is_worth_packing():
     assert not worth_packing(torch.zeros(64, 64, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("values", "group_size"), [("int3", 0), ("int8", 63), ("int8", -64)])
+@pytest.mark.parametrize(("values", "group_size"), [("int3", 0), ("int8", 63), ("int8", -64), ("int4", 32)])
 def test_wrong_options(values, group_size):
     with pytest.raises(InvalidOption):
         pack_weight(torch.ones(2, 2), values, group_size)
@@ -166,8 +223,8 @@ def test_damaged_scales(change):
 @given(data=st.data())
 def test_whatever_is_in_a_file_is_whole_or_refused(data):
     """Random bytes, dtypes, shapes in any part: a weight of its shape comes out, or one line."""
-    int8 = data.draw(st.booleans())
-    tensors = pack_weight(sparse(5, 70, 0.5), *(("int8", 64) if int8 else ())).tensors()
+    values, group_size = data.draw(st.sampled_from([("auto", 0), ("int8", 64), ("int4", 64)]))
+    tensors = pack_weight(sparse(5, 70, 0.5), values, group_size).tensors()
     for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=2)):
         whole = tensors[name]
         kind = data.draw(st.sampled_from(["bytes", "dtype", "cut", "gone", "value"]))
@@ -188,7 +245,7 @@ def test_whatever_is_in_a_file_is_whole_or_refused(data):
         tensors[name] = whole
     line = ""
     try:
-        packed = from_tensors(tensors, "w", 64 if int8 else 0)
+        packed = from_tensors(tensors, "w", group_size)
         assert unpack_weight(packed).shape == packed.shape
     except EcoflapError as error:  # nothing else may come
         line = str(error)

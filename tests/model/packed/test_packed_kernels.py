@@ -1,5 +1,6 @@
 """The product with packed weights against the dense one in float64, by every instruction set that is here."""
 
+import dataclasses
 import os
 import platform
 import shutil
@@ -12,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecoflap.model.packed import kernels, ops
-from ecoflap.model.packed.format import PackedWeight, pack_weight, unpack_weight
+from ecoflap.model.packed.format import pack_weight, unpack_weight
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 # Half a unit in the last place of a result, and the smallest that such a result can be off when it is subnormal.
 ROUNDING = {torch.bfloat16: (2**-8, 1e-38), torch.float16: (2**-10, 6e-8), torch.float32: (2**-23, 1e-37)}
+VALUES = [("auto", 0), *((values, size) for values in ("int8", "int4") for size in (0, 64, 128))]
 CHOICES = [name for name in ("avx512", "avx2", "neon", "scalar") if kernels.choose(name)] or ["torch"]
 
 
@@ -68,7 +70,7 @@ def agrees(result, x, packed, bias=None, unpacked_in=None):
 @given(
     rows=st.integers(1, 40), columns=st.integers(1, 300), sparsity=st.sampled_from([0, 0.1, 0.5, 0.7, 0.97, 1]),
     tokens=st.integers(1, 70), dtype=st.sampled_from(FLOATS), x_dtype=st.sampled_from(FLOATS),
-    values=st.sampled_from([("auto", 0), ("int8", 0), ("int8", 64), ("int8", 128)]), biased=st.booleans(),
+    values=st.sampled_from(VALUES), biased=st.booleans(),
     seed=st.integers(0, 99), choice=st.sampled_from(CHOICES),
 )  # fmt: skip
 def test_ragged_shapes_of_every_kind(rows, columns, sparsity, tokens, dtype, x_dtype, values, biased, seed, choice):
@@ -81,13 +83,14 @@ def test_ragged_shapes_of_every_kind(rows, columns, sparsity, tokens, dtype, x_d
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16, 24, 25, 64, 65, 200])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_larger_matrices(isa, tokens, dtype):
-    packed = pack_weight(sparse(333, 1000, 0.6, dtype))
+@pytest.mark.parametrize("values", ["auto", "int4"])
+def test_larger_matrices(isa, tokens, dtype, values):
+    packed = pack_weight(sparse(333, 1000, 0.6, dtype), values)
     x = sparse(tokens, 1000, 0, dtype, 1)
-    agrees(ops.packed_linear(x, packed), x, packed)
+    agrees(ops.packed_linear(x, packed), x, packed, None, dtype if tokens > kernels.most_tokens() else None)
 
 
-@pytest.mark.parametrize("values", ["auto", "int8"])
+@pytest.mark.parametrize("values", ["auto", "int8", "int4"])
 def test_empty_and_full_rows(isa, values):
     weight = sparse(30, 200, 0.5, torch.bfloat16)
     weight[::3], weight[1::3] = 0, 1.5
@@ -100,15 +103,19 @@ def test_empty_and_full_rows(isa, values):
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3, 5])
-def test_unaligned_memory_that_ends_with_the_last_value(isa, shift):
-    packed = pack_weight(sparse(9, 123, 0.5, torch.bfloat16))
+@pytest.mark.parametrize("values", ["auto", "int4"])
+def test_unaligned_memory_that_ends_with_the_last_value(isa, shift, values):
+    packed = pack_weight(sparse(9, 123, 0.5, torch.bfloat16), values)
 
     def moved(tensor):
         room = torch.zeros(tensor.nbytes + 64, dtype=torch.uint8)
         place = room[shift * tensor.element_size() :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         return place.copy_(tensor)
 
-    packed = PackedWeight(moved(packed.compressed), moved(packed.bitmask), moved(packed.row_offsets), packed.shape)
+    packed = dataclasses.replace(
+        packed, compressed=moved(packed.compressed), bitmask=moved(packed.bitmask),
+        row_offsets=moved(packed.row_offsets), scales=packed.scales if packed.scales is None else moved(packed.scales),
+    )  # fmt: skip
     x = moved(sparse(3, 123, 0, torch.bfloat16, 1))
     agrees(ops.packed_linear(x, packed), x, packed)
 

@@ -55,7 +55,7 @@ def pack_checkpoint(
     output: str | Path,
     *,
     values: str = "auto",
-    group_size: int = 0,
+    group_size: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> PackedFolder:
@@ -82,7 +82,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool
     """Write the plain checkpoint of a packed one: ours, or a ``sparse-bitmask`` one of compressed-tensors.
 
     Weight file after weight file; what is not packed is copied as it is. Values that were not quantised come back to
-    the bit; int8 values become the numbers that they stand for, in the dtype that the configuration names.
+    the bit; rounded values become the numbers that they stand for, in the dtype that the configuration names.
 
     Raises:
         CheckpointError: it is not packed, or damaged.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import CheckpointError
-from ecoflap.model.packed.format import GROUP_STEP, PackedWeight, chunks
+from ecoflap.model.packed.format import GROUP_STEP, STORED, PackedWeight, chunks
+from ecoflap.model.packed.nibbles import BLOCK, row_bytes
 
 _LARGEST = 1 << 48  # of a dimension; beyond it a product of two overflows
 
@@ -59,28 +60,36 @@ def _fault(packed: PackedWeight) -> str:
         return f"its row_offsets are {offsets.dtype} {list(offsets.shape)} for {rows} rows"
     if columns % 8 and rows and bool((mask[:, -1] >> (columns % 8)).any()):
         return "its bitmask has bits behind the last column"
-    counts = torch.cat([popcount(part) for part in chunks(mask)]) if rows else offsets
-    if not torch.equal(counts.cumsum(0) - counts, offsets):
+    sizes = torch.cat([_stored_sizes(part, packed.values) for part in chunks(mask)]) if rows else offsets
+    if not torch.equal(sizes.cumsum(0) - sizes, offsets):
         return "bitmask and row_offsets disagree"
-    if (total := int(counts.sum())) != len(values):
+    if (total := int(sizes.sum())) != len(values):
         return f"its bitmask tells of {total} values, and there are {len(values)}"
     return ""
 
 
 def _scales_fault(packed: PackedWeight, rows: int, columns: int) -> str:
     dtype, scales, size = packed.compressed.dtype, packed.scales, packed.group_size
-    if (dtype == torch.int8) != (scales is not None) or not (dtype.is_floating_point or scales is not None):
+    if (dtype in STORED.values()) != (scales is not None) or not (dtype.is_floating_point or scales is not None):
         return f"its values are {dtype} {'without' if scales is None else 'with'} scales"
     if scales is None:
         return ""
     if size < 0 or size % GROUP_STEP:
         return f"its scales are for {size} columns each"
-    if bool((packed.compressed == -128).any()):
+    if dtype == torch.int8 and bool((packed.compressed == -128).any()):
         return "it holds the value -128, which our rounding never gives"
     groups = -(-columns // size) if size else 1
     if scales.dtype != torch.float32 or tuple(scales.shape) != (rows, max(groups, 1)):
         return f"its scales are {scales.dtype} {list(scales.shape)}, expected float32 {[rows, groups]}"
     return "" if bool(torch.isfinite(scales).all()) else "its scales are not finite"
+
+
+def _stored_sizes(mask: Tensor, values: str) -> Tensor:
+    """How many stored values, or bytes of codes of 4 bits, each row of (R, B) bytes of a mask tells of."""
+    if values != "int4":
+        return popcount(mask)
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % (BLOCK // 8)))
+    return row_bytes(popcount(padded.reshape(-1, BLOCK // 8)).view(len(mask), padded.shape[1] // (BLOCK // 8)))
 
 
 def popcount(mask: Tensor) -> Tensor:

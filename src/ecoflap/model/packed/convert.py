@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ecoflap.errors import InvalidOption
-from ecoflap.model.packed.format import pack_weight, unpack_weight, worth_packing
+from ecoflap.model.packed.format import checked_group_size, pack_weight, unpack_weight, worth_packing
 from ecoflap.model.packed.linear import PackedLinear
 
 
@@ -25,7 +25,7 @@ class PackedModel:
         dense_bytes: what their weights took before.
         packed_bytes: what they take now.
         other_bytes: all other parameters and buffers, which stay as they are.
-        error: ‖W - Ŵ‖ / ‖W‖ over all packed weights, Ŵ what int8 values stand for; 0 for "auto".
+        error: ‖W - Ŵ‖ / ‖W‖ over all packed weights, Ŵ what rounded values stand for; 0 for "auto".
     """
 
     layers: tuple[str, ...]
@@ -35,7 +35,7 @@ class PackedModel:
     error: float = 0.0
 
 
-def pack(model: nn.Module, *, values: str = "auto", group_size: int = 0) -> PackedModel:
+def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = None) -> PackedModel:
     """Pack the weight of every linear layer (``nn.Linear``, transformers' Conv1D) with enough zeros, in place.
 
     The model computes the same within the rounding of a sum in float32 ("auto"), takes less memory, and saves with
@@ -43,12 +43,14 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int = 0) -> Pack
     tenth of zeros stay dense.
 
     Args:
-        values: "auto" keeps the dtype and every bit; "int8" rounds the non-zeros to 8 bits.
-        group_size: columns that share a scale of int8 values, a multiple of 64; 0: the whole row.
+        values: "auto" keeps the dtype and every bit; "int8" and "int4" round the non-zeros to 8 or 4 bits.
+        group_size: columns that share a scale of rounded values, a multiple of 64; 0: the whole row. None: 0 for int8,
+            128 for int4.
 
     Raises:
         InvalidOption: unknown ``values`` or group size, weights that are not in memory, or nothing to pack.
     """
+    group_size = checked_group_size(values, group_size)
     layers: list[str] = []
     transposed: list[str] = []
     before = after = 0
@@ -62,7 +64,7 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int = 0) -> Pack
         weight = layer.weight.detach()
         rows = weight.t().contiguous() if turned else weight
         packed = pack_weight(rows, values, group_size)
-        if values == "int8":
+        if values != "auto":
             off += float((unpack_weight(packed) - rows.float()).square().sum())
             size += float(rows.float().square().sum())
         before, after = before + weight.nbytes, after + packed.nbytes

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import InvalidOption
+from ecoflap.model.packed.nibbles import BLOCK, block_counts, joined, parted, row_bytes
+from ecoflap.model.packed.rounding import meaning, rounded
 
-PARTS = ("compressed", "bitmask", "row_offsets", "shape", "scales")  # what is stored of a weight; scales for int8 alone
-VALUES = ("auto", "int8")
+PARTS = (
+    "compressed",
+    "bitmask",
+    "row_offsets",
+    "shape",
+    "scales",
+)  # what is stored of a weight; scales for rounded values
+VALUES = ("auto", "int8", "int4")
 GROUP_STEP = 64  # columns; kernels read as many at a time, so a group never ends inside a step
+GROUP_SIZES = {"auto": 0, "int8": 0, "int4": 128}  # by default
+STORED = {"int8": torch.int8, "int4": torch.uint8}  # dtype of rounded values
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 24  # weights that are worked on at a time: bounds the memory of temporaries
 _FEW = 0.01  # share of weights that are -0 up to which each is stored, so that unpacking gives every bit back
@@ -25,11 +35,12 @@ class PackedWeight:
     """One weight of shape (..., C), seen as R rows of C columns.
 
     Attributes:
-        compressed: (nnz,) the values that are not zero, row by row, columns ascending; int8 with ``scales``.
+        compressed: (nnz,) the values that are not zero, row by row, columns ascending. With ``scales`` they are int8,
+            or uint8 with two codes of 4 bits each (see ``nibbles.py``), and then there are as many as bytes.
         bitmask: (R, ceil(C / 8)) uint8; bit j of byte b is column 8 b + j.
         row_offsets: (R,) int64; where each row begins in ``compressed``.
         shape: the dense weight's.
-        scales: (R, groups) float32, by which the int8 values of a row are multiplied, group of columns by group.
+        scales: (R, groups) float32, by which the rounded values of a row are multiplied, group of columns by group.
         group_size: columns that share a scale; 0 for the whole row.
     """
 
@@ -39,6 +50,11 @@ class PackedWeight:
     shape: tuple[int, ...]
     scales: Tensor | None = None
     group_size: int = 0
+
+    @property
+    def values(self) -> str:
+        """ "auto", "int8" or "int4"."""
+        return "auto" if self.scales is None else "int8" if self.compressed.dtype == torch.int8 else "int4"
 
     @property
     def nbytes(self) -> int:
@@ -57,48 +73,62 @@ class PackedWeight:
         return found if self.scales is None else {**found, "scales": self.scales}
 
 
-def pack_weight(weight: Tensor, values: str = "auto", group_size: int = 0) -> PackedWeight:
+def pack_weight(weight: Tensor, values: str = "auto", group_size: int | None = None) -> PackedWeight:
     """Pack ``weight`` of any floating dtype and at least one dimension, where it lies.
 
     Args:
         values: "auto" keeps the non-zeros to the bit (a -0 too, unless more than 1 % of the weights are -0: then it
-            is one of the zeros). "int8" rounds them to 8 bits, symmetrically: w ≈ q s with s = max |w| / 127 of the
-            group.
-        group_size: columns that share a scale of int8 values, a multiple of 64; 0: the whole row.
+            is one of the zeros). "int8" and "int4" round them (``rounding.py``).
+        group_size: columns that share a scale of rounded values, a multiple of 64; 0: the whole row. None: 0 for int8,
+            128 for int4.
 
     Raises:
-        InvalidOption: unknown ``values``, or a group size that no kernel reads.
+        InvalidOption: unknown ``values``, a group size that no kernel reads, or weights to round that are not finite.
     """
-    if values not in VALUES:
-        raise InvalidOption(f"values '{values}' is not one of {', '.join(VALUES)}")
-    if group_size < 0 or group_size % GROUP_STEP:
-        raise InvalidOption(f"group size {group_size}: give a multiple of {GROUP_STEP} columns")
+    group_size = checked_group_size(values, group_size)
     matrix = weight.detach().reshape(prod(weight.shape[:-1]), weight.shape[-1])
-    scales = None
-    if values == "int8":
-        matrix, scales = _quantised(matrix, group_size or max(matrix.shape[1], 1))
-    exact = values == "auto" and _negative_zeros(matrix) <= _FEW * matrix.numel()
-    masks, stored, counts = [], [], []
+    if values == "auto":
+        exact = _negative_zeros(matrix) <= _FEW * matrix.numel()
+    masks, stored, sizes, scales = [], [], [], []
     for rows in chunks(matrix):
-        kept = _bits(rows) != 0 if exact else rows != 0
+        if values == "auto":
+            kept, codes = _bits(rows) != 0 if exact else rows != 0, rows
+        else:
+            codes, scale = rounded(rows, values, group_size)
+            scales.append(scale)
+            kept = codes != 0 if values == "int8" else rows != 0
         masks.append(_to_bits(kept))
-        stored.append(rows[kept])
-        counts.append(kept.sum(dim=1, dtype=torch.int64))
-    count = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64, device=weight.device)
-    offsets = count.cumsum(0) - count
-    empty = (matrix.new_zeros(0), torch.zeros(0, -(-matrix.shape[1] // 8), dtype=torch.uint8, device=weight.device))
+        stored.append(joined(codes, kept) if values == "int4" else codes[kept])
+        sizes.append(row_bytes(block_counts(kept)) if values == "int4" else kept.sum(dim=1, dtype=torch.int64))
+    if not masks:  # no rows: empty parts of the right dtypes
+        groups = -(-matrix.shape[1] // group_size) if group_size else 1
+        masks = [torch.zeros(0, -(-matrix.shape[1] // 8), dtype=torch.uint8, device=weight.device)]
+        stored = [torch.zeros(0, dtype=STORED.get(values, matrix.dtype), device=weight.device)]
+        sizes = [torch.zeros(0, dtype=torch.int64, device=weight.device)]
+        scales = [] if values == "auto" else [torch.ones(0, max(groups, 1), device=weight.device)]
+    size = torch.cat(sizes)
     return PackedWeight(
-        torch.cat(stored) if stored else empty[0],
-        torch.cat(masks) if masks else empty[1],
-        offsets,
+        torch.cat(stored),
+        torch.cat(masks),
+        size.cumsum(0) - size,
         tuple(weight.shape),
-        scales,
-        group_size if scales is not None else 0,
+        torch.cat(scales) if scales else None,
+        group_size if scales else 0,
     )
 
 
+def checked_group_size(values: str, group_size: int | None) -> int:
+    """The group size, by default that of ``values``; raises InvalidOption as :func:`pack_weight`."""
+    if values not in VALUES:
+        raise InvalidOption(f"values '{values}' is not one of {', '.join(VALUES)}")
+    size = GROUP_SIZES[values] if group_size is None else group_size
+    if size < 0 or size % GROUP_STEP:
+        raise InvalidOption(f"group size {size}: give a multiple of {GROUP_STEP} columns")
+    return size
+
+
 def unpack_weight(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight, where the parts lie; in ``dtype``, by default that of the values (float32 for int8)."""
+    """The dense weight, where the parts lie; in ``dtype``, by default that of the values (float32 if rounded)."""
     dtype = dtype or (torch.float32 if packed.scales is not None else packed.compressed.dtype)
     rows, columns = len(packed.bitmask), packed.shape[-1]
     dense = torch.zeros(rows, columns, dtype=dtype, device=packed.bitmask.device)
@@ -119,44 +149,28 @@ def unpack_rows(packed: PackedWeight, first: int, dense: Tensor) -> None:
         part = dense[low:high]
         if packed.scales is not None:
             scales = packed.scales[first + low : first + high].repeat_interleave(packed.group_size or columns, dim=1)
-            stored = stored.float() * scales[:, :columns][kept]
+            codes = parted(stored, kept) if packed.values == "int4" else stored
+            stored = meaning(codes, scales[:, :columns][kept])
         _bits(part)[kept] = _bits(stored.to(dense.dtype))
 
 
-def packed_bytes(weight: Tensor, values: str = "auto", group_size: int = 0) -> int:
-    """What :func:`pack_weight` would make of ``weight``, without making it (int8: at most)."""
-    columns = weight.shape[-1]
-    rows = prod(weight.shape[:-1])
+def packed_bytes(weight: Tensor, values: str = "auto", group_size: int | None = None) -> int:
+    """What :func:`pack_weight` would make of ``weight``, without making it (int8 and int4: at most)."""
+    columns, rows = weight.shape[-1], prod(weight.shape[:-1])
     kept = sum(int(part.count_nonzero()) for part in chunks(weight.detach().reshape(rows, columns)))
-    size = 1 if values == "int8" else weight.element_size()
-    groups = -(-columns // group_size) if group_size else 1
-    scales = 4 * rows * groups if values == "int8" else 0
-    return kept * size + rows * -(-columns // 8) + 8 * rows + 8 * weight.dim() + scales
+    size = {"auto": weight.element_size(), "int8": 1, "int4": 0.5}[values]
+    rest = 0.5 * rows * -(-columns // BLOCK) if values == "int4" else 0  # a code that is alone in its byte
+    group_size = checked_group_size(values, group_size)
+    groups = max(1, -(-columns // group_size)) if group_size else 1
+    scales = 0 if values == "auto" else 4 * rows * groups
+    return int(kept * size + rest) + rows * -(-columns // 8) + 8 * rows + 8 * weight.dim() + scales
 
 
-def worth_packing(weight: Tensor, values: str = "auto", group_size: int = 0) -> bool:
+def worth_packing(weight: Tensor, values: str = "auto", group_size: int | None = None) -> bool:
     """Whether packing makes ``weight`` smaller by more than a few per cent."""
     if weight.dim() < 2 or not weight.is_floating_point():
         return False
     return packed_bytes(weight, values, group_size) < _WORTH * weight.nbytes
-
-
-def _quantised(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """(R, C) int8 and (R, groups) float32."""
-    rows, columns = matrix.shape
-    groups = max(1, -(-columns // group_size))
-    scales = torch.ones(rows, groups, device=matrix.device)
-    rounded = torch.empty(rows, columns, dtype=torch.int8, device=matrix.device)
-    for group in range(groups):
-        part = matrix[:, group * group_size : (group + 1) * group_size].float()
-        largest = part.abs().amax(dim=1) if part.shape[1] else scales[:, group] * 0
-        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a quotient that underflows
-        scales[:, group] = scale
-        rounded[:, group * group_size : (group + 1) * group_size] = (
-            (part / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        )
-    return rounded, scales
 
 
 def _negative_zeros(matrix: Tensor) -> int:

@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
         weight: the packed matrix; for Conv1D that of Wᵀ, with ``transposed``.
         bias: (outputs,) or None.
         transposed: the layer whose place this takes stores its weight as (inputs, outputs).
-        dtype: of the dense weight, where the values are int8.
+        dtype: of the dense weight, where the values are rounded.
     """
 
     compressed: nn.Parameter
@@ -111,7 +111,7 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """As for any module, but scales stay float32: 16 bits would add to the error of int8 values."""
+        """As for any module, but scales stay float32: 16 bits would add to the error of rounded values."""
         scales = self._parameters.pop("scales", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None:
@@ -122,10 +122,13 @@ class PackedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        share = 1 - self.compressed.numel() / max(self.out_features * self.in_features, 1)
+        packed = self.packed()
+        kept = self.compressed.numel() * (2 if packed.values == "int4" else 1)  # two to a byte, or nearly so
+        share = 1 - kept / max(self.out_features * self.in_features, 1)
+        kind = str(self.compressed.dtype).removeprefix("torch.") if packed.scales is None else packed.values
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"sparsity={share:.3f}, values={str(self.compressed.dtype).removeprefix('torch.')}"
+            f"sparsity={share:.3f}, values={kind}"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ecoflap.model.packed import kernels
-from ecoflap.model.packed.format import PackedWeight, unpack_rows, unpack_weight
+from ecoflap.model.packed.format import STORED, PackedWeight, unpack_rows, unpack_weight
 
 _TILE = 8 << 20  # bytes of rows that are unpacked at a time: they stay in the cache until they are multiplied
 _PARTS = "Tensor compressed, Tensor bitmask, Tensor row_offsets, Tensor scales"
@@ -83,7 +83,7 @@ def _tiled(
     tokens = x.numel() // max(columns, 1)
     on_cpu = x.device.type == "cpu"
     fast = on_cpu and kernels.load() is not None and x.dtype in _KERNEL_DTYPES and compressed.dtype in (
-        *_KERNEL_DTYPES, torch.int8,
+        *_KERNEL_DTYPES, *STORED.values(),
     )  # fmt: skip
     if fast and tokens <= kernels.most_tokens() and not x.is_contiguous():
         return multiply(x.contiguous(), compressed, bitmask, offsets, scales, bias, group_size)

@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ecoflap.errors import CheckpointError
 from ecoflap.model.packed.convert import is_linear, pack, replace, unpack
-from ecoflap.model.packed.format import GROUP_STEP, VALUES, PackedWeight
+from ecoflap.model.packed.format import GROUP_SIZES, GROUP_STEP, STORED, VALUES, PackedWeight
 from ecoflap.model.packed.linear import PackedLinear
 
 METHOD = "ecoflap"
@@ -23,9 +23,9 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         format: "bitmask", the only one.
-        values: "auto" or "int8", as in :func:`ecoflap.pack`.
-        group_size: columns that share a scale of int8 values; 0: the whole row.
-        layers: number of stored values of each packed layer.
+        values: "auto", "int8" or "int4", as in :func:`ecoflap.pack`.
+        group_size: columns that share a scale of rounded values; 0: the whole row. None: the default of ``values``.
+        layers: number of stored values of each packed layer; of int4, of bytes.
         transposed: those whose file holds the transpose of the layer's weight.
         version: of the format.
 
@@ -37,14 +37,15 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         format: str = "bitmask",
         values: str = "auto",
-        group_size: int = 0,
+        group_size: int | None = None,
         layers: dict[str, int] | None = None,
         transposed: list[str] | None = None,
         version: int = VERSION,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
-        self.format, self.values, self.group_size, self.version = format, values, group_size, version
+        self.format, self.values, self.version = format, values, version
+        self.group_size: Any = GROUP_SIZES.get(str(values), 0) if group_size is None else group_size
         self.layers, self.transposed = layers or {}, transposed or []
         self._refuse_others()
 
@@ -99,16 +100,16 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"config.json tells of {count} values in '{name}', which has {rows} × {columns} weights: download "
                     "or pack the model again"
                 )
-            int8 = config.values == "int8"
+            kind = STORED.get(config.values)
             groups = -(-columns // config.group_size) if config.group_size else 1
             with torch.device("meta"):
                 packed = PackedWeight(
-                    torch.empty(count, dtype=torch.int8 if int8 else weight.dtype),
+                    torch.empty(count, dtype=kind or weight.dtype),
                     torch.empty(rows, -(-columns // 8), dtype=torch.uint8),
                     torch.empty(rows, dtype=torch.int64),
                     (rows, columns),
-                    torch.empty(rows, groups, dtype=torch.float32) if int8 else None,
-                    config.group_size if int8 else 0,
+                    torch.empty(rows, groups, dtype=torch.float32) if kind else None,
+                    config.group_size if kind else 0,
                 )
                 made = PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype)
             replace(model, name, made)

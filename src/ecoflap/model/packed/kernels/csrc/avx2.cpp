@@ -117,6 +117,52 @@ struct Long : Floats<V, Expand> {
   }
 };
 
+// int4, 64 columns a step: codes become bytes, those the lanes of int8.
+struct Int4 : Floats<int8_t, FromInt8> {
+  typedef Floats<int8_t, FromInt8> Part;
+  typedef uint8_t Value;
+  typedef uint64_t Bits;
+  struct Weights {
+    __m256 at[8];
+  };
+  static int64_t count(Bits bits) { return (_mm_popcnt_u64(bits) + 1) / 2; }
+  static Weights expand(const Value* values, Bits bits) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15));
+    alignas(32) int8_t bytes[64 + 8];  // a load of 8 may begin behind the last one
+    for (int half = 0; half < 2; half++) {
+      __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)values + half));
+      __m256i codes = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), low);
+      _mm256_store_si256((__m256i*)bytes + half, _mm256_shuffle_epi8(table, codes));
+    }
+    memset(bytes + 64, 0, 8);
+    Weights found;
+    const int8_t* at = bytes;
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; part++) {
+      uint64_t slot = (part ? bits >> (8 * part - 2) : bits << 2) & 0x3fc;
+      found.at[part] = FromInt8::expand(at, slot);
+      at += _mm_popcnt_u64(slot);
+    }
+    return found;
+  }
+  static __m256 add(__m256 sum, const Weights& weights, const float* x) {
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; part++) sum = Part::add(sum, weights.at[part], x + 8 * part);
+    return sum;
+  }
+  static Weights scale(Weights weights, float scale) {
+    for (__m256& part : weights.at) part = Part::scale(part, scale);
+    return weights;
+  }
+  static void store(void* dense, int32_t kind, const Weights& weights, int64_t n) {
+    char* to = (char*)dense;
+    for (int i = 0; i < 8 && n > 0; i++, n -= 8, to += 8 * size_of(kind))
+      Part::store(to, kind, weights.at[i], n < 8 ? n : 8);
+  }
+};
+
 // 16-bit values to the same kind: moved, not converted.
 struct Moved {
   typedef uint16_t Value;
@@ -138,11 +184,7 @@ void arrange(const Matrix*, float*, int64_t) {}
 template <class V, class Expand>
 void few(const Matrix* matrix, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
          const Output* out) {
-  typedef Floats<V, Expand> P;
-  int64_t token = 0;
-  for (; tokens - token >= 4; token += 4) rows_product<P, 2, 4>(matrix, x + token * padded, padded, token, low, high, out);
-  for (; tokens - token >= 2; token += 2) rows_product<P, 4, 2>(matrix, x + token * padded, padded, token, low, high, out);
-  if (token < tokens) rows_product<Long<V, Expand>, 3, 1>(matrix, x + token * padded, padded, token, low, high, out);
+  tokens_product<Floats<V, Expand>, 2, 4, Long<V, Expand>, 3>(matrix, x, padded, tokens, low, high, out);
 }
 
 void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
@@ -151,7 +193,8 @@ void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, in
     case BF16: return few<uint16_t, FromBf16>(m, x, padded, tokens, low, high, out);
     case FP16: return few<uint16_t, FromFp16>(m, x, padded, tokens, low, high, out);
     case FP32: return few<float, FromFp32>(m, x, padded, tokens, low, high, out);
-    default: return few<int8_t, FromInt8>(m, x, padded, tokens, low, high, out);
+    case INT8: return few<int8_t, FromInt8>(m, x, padded, tokens, low, high, out);
+    default: return tokens_product<Int4, 1, 2, Int4, 2>(m, x, padded, tokens, low, high, out);
   }
 }
 
@@ -161,7 +204,8 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
     case BF16: return rows_expand<Floats<uint16_t, FromBf16>>(m, low, high, dense, kind);
     case FP16: return rows_expand<Floats<uint16_t, FromFp16>>(m, low, high, dense, kind);
     case FP32: return rows_expand<Floats<float, FromFp32>>(m, low, high, dense, kind);
-    default: return rows_expand<Floats<int8_t, FromInt8>>(m, low, high, dense, kind);
+    case INT8: return rows_expand<Floats<int8_t, FromInt8>>(m, low, high, dense, kind);
+    default: return rows_expand<Int4>(m, low, high, dense, kind);
   }
 }
 

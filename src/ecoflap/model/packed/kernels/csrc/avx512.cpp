@@ -48,7 +48,10 @@ struct Int8 : Floats {
   static constexpr float ONE = 1.0f / (1 << 24);
   static int64_t count(Bits bits) { return _mm_popcnt_u64(bits); }
   static Weights expand(const Value* values, Bits bits) {
-    __m512i four = _mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(values)), top = _mm512_set1_epi32((int)0xff000000);
+    return lanes(_mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(values)));
+  }
+  static Weights lanes(__m512i four) {
+    __m512i top = _mm512_set1_epi32((int)0xff000000);
     return {{_mm512_cvtepi32_ps(_mm512_slli_epi32(four, 24)),
              _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_slli_epi32(four, 16), top)),
              _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_slli_epi32(four, 8), top)),
@@ -59,6 +62,23 @@ struct Int8 : Floats {
     return sum;
   }
   static Sum scaled(Sum total, Sum sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale * ONE), total); }
+};
+
+// The numbers of 64 codes of 4 bits, as bytes.
+inline __m512i numbers(const uint8_t* values) {
+  __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)values));
+  __m512i codes = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
+  const __m128i table = _mm_setr_epi8(-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15);
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
+}
+
+// int4, 64 columns a step: codes become the bytes that int8 has.
+struct Int4 : Int8 {
+  typedef uint8_t Value;
+  static int64_t count(Bits bits) { return (_mm_popcnt_u64(bits) + 1) / 2; }
+  static Weights expand(const Value* values, Bits bits) {
+    return lanes(_mm512_maskz_expand_epi8(bits, numbers(values)));
+  }
 };
 
 // float16, 32 columns a step, and float32, 16: in their own order.
@@ -122,6 +142,31 @@ inline __m512 from_int8(const int8_t* values, uint16_t bits) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_expand_epi8(bits, _mm_loadu_si128((const __m128i*)values))));
 }
 
+struct DenseInt4 {  // 64 columns a step
+  typedef uint8_t Value;
+  typedef uint64_t Bits;
+  struct Weights {
+    __m512 at[4];
+  };
+  typedef Dense<int8_t, from_int8> Part;
+  static int64_t count(Bits bits) { return Int4::count(bits); }
+  static Weights expand(const Value* values, Bits bits) {
+    __m512i all = _mm512_maskz_expand_epi8(bits, numbers(values));
+    return {{part(_mm512_extracti32x4_epi32(all, 0)), part(_mm512_extracti32x4_epi32(all, 1)),
+             part(_mm512_extracti32x4_epi32(all, 2)), part(_mm512_extracti32x4_epi32(all, 3))}};
+  }
+  static __m512 part(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+  static Weights scale(Weights weights, float scale) {
+    for (__m512& part : weights.at) part = Part::scale(part, scale);
+    return weights;
+  }
+  static void store(void* dense, int32_t kind, Weights weights, int64_t n) {
+    char* to = (char*)dense;
+    for (int i = 0; i < 4 && n > 0; i++, n -= 16, to += 16 * size_of(kind))
+      Part::store(to, kind, weights.at[i], n < 16 ? n : 16);
+  }
+};
+
 // 16-bit values to the same kind: moved, not converted.
 struct Moved {
   typedef uint16_t Value;
@@ -139,7 +184,7 @@ struct Moved {
 };
 
 void arrange(const Matrix* matrix, float* x, int64_t length) {
-  const int64_t parts = matrix->kind == BF16 ? 2 : matrix->kind == INT8 ? 4 : 1;
+  const int64_t parts = matrix->kind == BF16 ? 2 : matrix->kind >= INT8 ? 4 : 1;
   if (parts == 1) return;
   float part[LANES];
   for (; length > 0; x += 16 * parts, length -= 16 * parts) {
@@ -148,22 +193,14 @@ void arrange(const Matrix* matrix, float* x, int64_t length) {
   }
 }
 
-template <class P>
-void few(const Matrix* matrix, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
-         const Output* out) {
-  int64_t token = 0;
-  for (; tokens - token >= 4; token += 4) rows_product<P, 4, 4>(matrix, x + token * padded, padded, token, low, high, out);
-  for (; tokens - token >= 2; token += 2) rows_product<P, 4, 2>(matrix, x + token * padded, padded, token, low, high, out);
-  if (token < tokens) rows_product<P, 6, 1>(matrix, x + token * padded, padded, token, low, high, out);
-}
-
 void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
              const Output* out) {
   switch (m->kind) {
-    case BF16: return few<Bf16>(m, x, padded, tokens, low, high, out);
-    case FP16: return few<Fp16>(m, x, padded, tokens, low, high, out);
-    case FP32: return few<Fp32>(m, x, padded, tokens, low, high, out);
-    default: return few<Int8>(m, x, padded, tokens, low, high, out);
+    case BF16: return tokens_product<Bf16, 4, 4, Bf16, 6>(m, x, padded, tokens, low, high, out);
+    case FP16: return tokens_product<Fp16, 4, 4, Fp16, 6>(m, x, padded, tokens, low, high, out);
+    case FP32: return tokens_product<Fp32, 4, 4, Fp32, 6>(m, x, padded, tokens, low, high, out);
+    case INT8: return tokens_product<Int8, 4, 4, Int8, 6>(m, x, padded, tokens, low, high, out);
+    default: return tokens_product<Int4, 4, 4, Int4, 6>(m, x, padded, tokens, low, high, out);
   }
 }
 
@@ -173,7 +210,8 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
     case BF16: return rows_expand<Dense<uint16_t, from_bf16>>(m, low, high, dense, kind);
     case FP16: return rows_expand<Dense<uint16_t, from_fp16>>(m, low, high, dense, kind);
     case FP32: return rows_expand<Dense<float, from_fp32>>(m, low, high, dense, kind);
-    default: return rows_expand<Dense<int8_t, from_int8>>(m, low, high, dense, kind);
+    case INT8: return rows_expand<Dense<int8_t, from_int8>>(m, low, high, dense, kind);
+    default: return rows_expand<DenseInt4>(m, low, high, dense, kind);
   }
 }
 

@@ -53,8 +53,8 @@ thread_local Buffer buffer;
 
 bool fits(const Matrix* m) {
   return m->rows >= 0 && m->columns > 0 && m->count >= 0 && m->mask_bytes == (m->columns + 7) / 8 && m->group > 0 &&
-         m->groups == (m->scales ? (m->columns + m->group - 1) / m->group : 1) && m->kind >= BF16 && m->kind <= INT8 &&
-         (m->kind == INT8) == (m->scales != nullptr);
+         m->groups == (m->scales ? (m->columns + m->group - 1) / m->group : 1) && m->kind >= BF16 && m->kind <= INT4 &&
+         (m->kind >= INT8) == (m->scales != nullptr);
 }
 
 // Index of the first value of the rows that end within AHEAD bytes of the last value.

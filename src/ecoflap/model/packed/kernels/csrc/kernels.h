@@ -5,13 +5,16 @@
 #pragma once
 #include <stdint.h>
 
-enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3 };
+// INT4: codes of 4 bits, two to a byte, the lower half first; those of BLOCK columns begin with a byte of their own.
+// A code c is the number 2 c - 15. Counts and offsets of such values are in bytes.
+enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
+enum { BLOCK = 64 };
 
 struct Matrix {
   const void* values;       // (count)
   const uint8_t* mask;      // (rows, mask_bytes)
   const int64_t* offsets;   // (rows)
-  const float* scales;      // (rows, groups), int8 values alone
+  const float* scales;      // (rows, groups), INT8 and INT4 alone
   int64_t rows, columns, count, mask_bytes;
   int64_t group;            // columns that share a scale, a multiple of 64, or not less than columns
   int64_t groups;

@@ -83,16 +83,54 @@ struct Floats {
   }
 };
 
+// int4, 64 columns a step: codes become bytes, those the lanes of int8.
+struct Int4 : Floats<int8_t, FromInt8> {
+  typedef Floats<int8_t, FromInt8> Part;
+  typedef uint8_t Value;
+  typedef uint64_t Bits;
+  struct Weights {
+    Pair at[8];
+  };
+  static int64_t count(Bits bits) { return (__builtin_popcountll(bits) + 1) / 2; }
+  static Weights expand(const Value* values, Bits bits) {
+    int8_t bytes[64 + 8] = {0};  // a load of 8 may begin behind the last one
+    for (int half = 0; half < 2; half++) {
+      uint8x16_t pairs = vld1q_u8(values + 16 * half);
+      uint8x16x2_t codes = vzipq_u8(vandq_u8(pairs, vdupq_n_u8(15)), vshrq_n_u8(pairs, 4));
+      for (int part = 0; part < 2; part++)  // 2 c - 15
+        vst1q_s8(bytes + 32 * half + 16 * part,
+                 vsubq_s8(vreinterpretq_s8_u8(vshlq_n_u8(codes.val[part], 1)), vdupq_n_s8(15)));
+    }
+    Weights found;
+    const int8_t* at = bytes;
+    for (int part = 0; part < 8; part++, bits >>= 8) {
+      found.at[part] = FromInt8::expand(at, (uint8_t)bits);
+      at += __builtin_popcount((uint8_t)bits);
+    }
+    return found;
+  }
+  static Sum add(Sum sum, const Weights& weights, const float* x) {
+    for (int part = 0; part < 8; part++) sum = Part::add(sum, weights.at[part], x + 8 * part);
+    return sum;
+  }
+  static Weights scale(Weights weights, float scale) {
+    for (Pair& part : weights.at) part = Part::scale(part, scale);
+    return weights;
+  }
+  static void store(void* dense, int32_t kind, const Weights& weights, int64_t n) {
+    char* to = (char*)dense;
+    for (int i = 0; i < 8 && n > 0; i++, n -= 8, to += 8 * size_of(kind))
+      Part::store(to, kind, weights.at[i], n < 8 ? n : 8);
+  }
+};
+
 void arrange(const Matrix*, float*, int64_t) {}
 
 template <class V, class Expand>
 void few(const Matrix* matrix, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
          const Output* out) {
   typedef Floats<V, Expand> P;
-  int64_t token = 0;
-  for (; tokens - token >= 4; token += 4) rows_product<P, 4, 4>(matrix, x + token * padded, padded, token, low, high, out);
-  for (; tokens - token >= 2; token += 2) rows_product<P, 4, 2>(matrix, x + token * padded, padded, token, low, high, out);
-  if (token < tokens) rows_product<P, 4, 1>(matrix, x + token * padded, padded, token, low, high, out);
+  tokens_product<P, 4, 4, P, 4>(matrix, x, padded, tokens, low, high, out);
 }
 
 void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
@@ -101,7 +139,8 @@ void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, in
     case BF16: return few<uint16_t, FromBf16>(m, x, padded, tokens, low, high, out);
     case FP16: return few<uint16_t, FromFp16>(m, x, padded, tokens, low, high, out);
     case FP32: return few<float, FromFp32>(m, x, padded, tokens, low, high, out);
-    default: return few<int8_t, FromInt8>(m, x, padded, tokens, low, high, out);
+    case INT8: return few<int8_t, FromInt8>(m, x, padded, tokens, low, high, out);
+    default: return tokens_product<Int4, 1, 2, Int4, 2>(m, x, padded, tokens, low, high, out);
   }
 }
 
@@ -110,7 +149,8 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
     case BF16: return rows_expand<Floats<uint16_t, FromBf16>>(m, low, high, dense, kind);
     case FP16: return rows_expand<Floats<uint16_t, FromFp16>>(m, low, high, dense, kind);
     case FP32: return rows_expand<Floats<float, FromFp32>>(m, low, high, dense, kind);
-    default: return rows_expand<Floats<int8_t, FromInt8>>(m, low, high, dense, kind);
+    case INT8: return rows_expand<Floats<int8_t, FromInt8>>(m, low, high, dense, kind);
+    default: return rows_expand<Int4>(m, low, high, dense, kind);
   }
 }
 

@@ -61,7 +61,11 @@ inline void put_number(void* values, int32_t kind, int64_t index, float value) {
   }
 }
 
-inline int64_t size_of(int32_t kind) { return kind == INT8 ? 1 : kind == FP32 ? 4 : 2; }
+inline int code_at(const void* values, int64_t half) {
+  return 2 * (((const uint8_t*)values)[half / 2] >> half % 2 * 4 & 15) - 15;
+}
+
+inline int64_t size_of(int32_t kind) { return kind >= INT8 ? 1 : kind == FP32 ? 4 : 2; }
 
 inline void put_result(const Output* out, int64_t rows, int64_t token, int64_t row, float sum) {
   if (out->bias) sum += number(out->bias, out->bias_kind, row);

@@ -67,8 +67,12 @@ int32_t dtype(Tensor tensor) {
 }
 int32_t kind(Tensor tensor) {  // -1 where kernels have none
   int32_t found = dtype(tensor);
-  return found == torch.bf16 ? BF16 : found == torch.fp16 ? FP16 : found == torch.fp32 ? FP32 : found == torch.int8 ? INT8 : -1;
+  if (found == torch.bf16) return BF16;
+  if (found == torch.fp16) return FP16;
+  if (found == torch.fp32) return FP32;
+  return found == torch.int8 ? INT8 : found == torch.uint8 ? INT4 : -1;
 }
+bool is_float(int32_t kind) { return kind >= BF16 && kind <= FP32; }
 int64_t columns(Tensor tensor) {
   int64_t dim, *sizes;
   check(torch.dim(tensor, &dim));
@@ -116,7 +120,7 @@ void packed_linear(Value* stack, uint64_t, uint64_t) {
   int64_t width = columns(x), tokens = width ? numel(x) / width : 0;
   Matrix matrix;
   int32_t x_kind = kind(x), bias_kind = kind(bias);
-  bool ours = x_kind >= 0 && x_kind != INT8 && bias_kind >= 0 && tokens > 0 && tokens <= ecoflap_most_tokens() && contiguous(x) &&
+  bool ours = is_float(x_kind) && is_float(bias_kind) && tokens > 0 && tokens <= ecoflap_most_tokens() && contiguous(x) &&
               contiguous(bias);
   bool taken;
   {
@@ -161,7 +165,7 @@ void unpack_rows(Value* stack, uint64_t, uint64_t) {
   Matrix matrix;
   int64_t width = columns(dense), first = (int64_t)stack[6], rows = width ? numel(dense) / width : 0;
   int32_t dense_kind = kind(dense);
-  if (!contiguous(dense) || dense_kind < 0 || dense_kind == INT8 || !matrix_of(stack + 1, width, (int64_t)stack[5], &matrix))
+  if (!contiguous(dense) || !is_float(dense_kind) || !matrix_of(stack + 1, width, (int64_t)stack[5], &matrix))
     fail("rows are unpacked into a contiguous tensor of 16- or 32-bit floats");
   told(ecoflap_expand(&matrix, first, first + rows, data(dense), dense_kind, threads));
 }
