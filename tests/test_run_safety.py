@@ -103,11 +103,11 @@ def test_a_second_signal_stops_at_once(prune: Command, tmp_path: Path, monkeypat
 
 
 WITHIN_A_CALL = """
-import hashlib
+import hashlib, threading
 from ecoflap.cli.signals import stops
 from ecoflap.support.progress import Silent
 with stops.listening(), stops.progress(Silent()).stage("pruning", total=2):
-    print("at work", flush=True)
+    threading.Timer(1, print, ["at work"], {"flush": True}).start()  # when the call below has begun
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # many minutes, in which Python calls no handler
 """
 

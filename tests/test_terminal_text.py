@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from ecoflap.cli.terminal import Bars, Lines, messages, standard_output, tell
+from ecoflap.cli.terminal import Bars, Lines, messages, print_lines, standard_output
 from ecoflap.run.log import logging_to
 from ecoflap.support.text import printable
 
@@ -36,9 +36,9 @@ def test_printable_text_has_nothing_that_a_terminal_obeys(text: str) -> None:
 def test_lines_tables_warnings_bars_and_the_log_are_clean(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell(EVIL)
+    print_lines(EVIL)
     assert clean(capsys.readouterr().out)
-    tell(EVIL, error=True)
+    print_lines(EVIL, error=True)
     assert clean(capsys.readouterr().err)
     table = Table(EVIL)
     table.add_row(EVIL)

@@ -138,7 +138,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ("text", None, "not a list of turns"),
         ([USER], ["x"], "no answer"),
         ([USER, {"role": "assistant", "content": " "}], ["x"], "no answer"),
-        ([ANSWER], None, "nobody asks"),
+        ([ANSWER], None, "no question of the user"),
         ([USER, ANSWER], None, "places for 1 pictures, but there are 0"),
         ([USER, ANSWER], ["x", "y"], "places for 1 pictures, but there are 2"),
         ([{"role": "tool", "content": "x"}, ANSWER], None, "a turn of 'tool'"),

@@ -35,11 +35,11 @@ def by_pairs(features: torch.Tensor, labels: list[int]) -> float:
     losses = []
     for i, own in enumerate(labels):
         others = [a for a in range(len(labels)) if a != i]
-        alike = [p for p in others if labels[p] == own]
+        same_class = [p for p in others if labels[p] == own]
         below = sum(math.exp(float(z[i] @ z[a]) / TEMPERATURE) for a in others)
-        if alike:
-            logs = [math.log(math.exp(float(z[i] @ z[p]) / TEMPERATURE) / below) for p in alike]
-            losses.append(-sum(logs) / len(alike))
+        if same_class:
+            logs = [math.log(math.exp(float(z[i] @ z[p]) / TEMPERATURE) / below) for p in same_class]
+            losses.append(-sum(logs) / len(same_class))
     return sum(losses) / len(losses)
 
 

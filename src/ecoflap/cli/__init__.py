@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import typer
 from ecoflap.cli import packed, prune, runs, stages  # their commands add themselves to the application
 from ecoflap.cli.app import Ended, app
 from ecoflap.cli.signals import stops
-from ecoflap.cli.terminal import messages, tell
+from ecoflap.cli.terminal import messages, print_lines
 from ecoflap.errors import EcoflapError
 from ecoflap.run.directory import Stopped
 from ecoflap.support.workers import launched
@@ -29,12 +30,12 @@ def _no_command(
     if version:
         from ecoflap import __version__
 
-        tell(f"ecoflap {__version__}")
+        print_lines(f"ecoflap {__version__}")
     elif context.invoked_subcommand is None:
-        tell(context.get_help())
+        print_lines(context.get_help())
 
 
-TRACEBACK = "ECOFLAP_TRACEBACK"  # environment variable: let what nobody foresaw end in Python's own traceback
+TRACEBACK = "ECOFLAP_TRACEBACK"  # environment variable: show Python's traceback for unexpected errors
 
 
 def main() -> NoReturn:
@@ -69,8 +70,8 @@ def _run() -> NoReturn:
     except Ended as ended:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while we say good-bye
         kept = "the same command with --resume goes on from here"
-        told = kept if isinstance(ended.stop, Stopped) else getattr(ended.stop, "told", "nothing was written")
-        _fail(f"stopped; {told}", 143 if str(ended.stop) == "SIGTERM" else 130)
+        message = kept if isinstance(ended.stop, Stopped) else getattr(ended.stop, "message", "nothing was written")
+        _fail(f"stopped; {message}", 143 if str(ended.stop) == "SIGTERM" else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
         sys.exit(1)
@@ -92,8 +93,8 @@ def _run() -> NoReturn:
             _fail(error.format_message(), 2)
         if os.environ.get(TRACEBACK):
             raise
-        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        _fail(f"unexpected failure: {told} ({TRACEBACK}=1 shows where)", 1)
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _fail(f"unexpected failure: {message} ({TRACEBACK}=1 shows where)", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -105,19 +106,21 @@ def _silence_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+    for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     line = f"ecoflap: {' '.join(message.split())}"
     if launched() is None:
-        tell(line, error=True)
+        print_lines(line, error=True)
         sys.exit(code)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the launcher ends all workers as soon as one has ended
     from ecoflap.support.torchrun import first_to_fail
 
     if first_to_fail():
-        tell(line, error=True)
+        print_lines(line, error=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # at once: what the others are told is that the connection is closed
+    os._exit(code)  # at once: the other workers see a closed connection

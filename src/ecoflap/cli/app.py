@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from ecoflap.cli.options import OUTPUT
 from ecoflap.cli.signals import stops
-from ecoflap.cli.terminal import messages, progress_on, standard_error, tell
+from ecoflap.cli.terminal import messages, print_lines, progress_on, standard_error
 from ecoflap.errors import InvalidOption
 from ecoflap.run.compare.recipe import UNUSED, Grid
 from ecoflap.run.extensions import installed
@@ -28,7 +28,7 @@ _LAST = "Run and output"
 
 
 class PlainHelp(TyperCommand):
-    """A command whose options stand under their headings, with examples at the end."""
+    """A command whose help groups the options under headings, with examples at the end."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         width = max(60, min(shutil.get_terminal_size().columns, 110)) - 1
@@ -94,7 +94,7 @@ class Ended(BaseException):
 
 
 class Command(PlainHelp):
-    """A command that can be stopped with a word, and whose ``--offload-activations`` may stand alone."""
+    """A command that handles signals with a message, and whose ``--offload-activations`` needs no value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(_with_value(args)))
@@ -159,13 +159,13 @@ def file_option(text: str) -> Any:
 
 
 def progress_to(quiet: bool) -> Progress:
-    """Where progress goes, and whether warnings are told: by the first of several workers alone."""
+    """Where progress and warnings go: the first of several workers alone shows them."""
     messages.quiet = stops.quiet = quiet = quiet or not (launched() or ALONE).first
     return stops.progress(Silent() if quiet else progress_on(standard_error()))
 
 
 def say_line(line: str) -> None:
-    tell(line, error=True)
+    print_lines(line, error=True)
 
 
 def print_json(data: Any) -> None:

@@ -16,7 +16,7 @@ from ecoflap.run.commands import find_own_modules
 from ecoflap.run.recipe import OPTIONS, Recipe, flag_of
 from ecoflap.support.registry import number
 
-# Which heading of --help an option stands under.
+# The heading of --help for each option.
 PANELS: dict[str, tuple[str, ...]] = {
     "Grid": ("methods", "sparsities", "seeds"),
     "Model": ("device", "device_map", "max_memory", "dtype", "trust_remote_code", "include", "exclude", "towers"),
@@ -103,7 +103,7 @@ def _option(name: str, alias: str | None, kind_of_recipe: type[Recipe]) -> inspe
     if isinstance(default, int | float | str) and not isinstance(default, bool):
         help_text = f"{help_text} Default: {default}."
     panel = next(title for title, names in PANELS.items() if name in names)
-    # None means "not given", so that a recipe file's value stands; the default is therefore said in the help.
+    # None means "not given", so that a recipe file's value stays; so the help states the default.
     flags = (flag,) if alias is None else (flag, alias)
     option = typer.Option(*flags, help=help_text, metavar=metavar, show_default=False, rich_help_panel=panel)
     return _parameter(name, Annotated[kind, option])

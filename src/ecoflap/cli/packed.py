@@ -9,7 +9,7 @@ import typer
 
 from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json, progress_to
 from ecoflap.cli.options import OUTPUT
-from ecoflap.cli.terminal import messages, standard_output, tell
+from ecoflap.cli.terminal import messages, print_lines, standard_output
 from ecoflap.errors import InvalidOption
 from ecoflap.run.names import MODEL, RECIPE
 
@@ -56,11 +56,11 @@ def pack_model(
         ecoflap pack runs/first --output packed
         ecoflap pack path/to/pruned --output packed --values int4
     """
-    told = packed_to(model_of(source), output, values, group_size, overwrite, trust_remote_code, quiet)
+    packed = packed_to(model_of(source), output, values, group_size, overwrite, trust_remote_code, quiet)
     if as_json:
-        print_json(told)
+        print_json(packed)
     elif not quiet:
-        tell(packed_line(told))
+        print_lines(packed_line(packed))
 
 
 @app.command("unpack", cls=Command, short_help="Write the plain model of a packed one.")
@@ -85,7 +85,7 @@ def unpack_model(
     if as_json:
         print_json({"model": str(folder)})
     elif not quiet:
-        tell(f"model   {folder}")
+        print_lines(f"model   {folder}")
 
 
 def model_of(source: str) -> str:
@@ -115,14 +115,14 @@ def packed_to(
     }
 
 
-def packed_line(told: dict[str, Any]) -> str:
-    """What :func:`packed_to` told, for people."""
-    layers, files = told["layer_bytes"], told["file_bytes"]
-    error = f", weights off by {100 * told['weight_error']:.2f} % in the mean" if told["weight_error"] else ""
+def packed_line(packed: dict[str, Any]) -> str:
+    """What :func:`packed_to` packed, for people."""
+    layers, files = packed["layer_bytes"], packed["file_bytes"]
+    error = f", weights off by {100 * packed['weight_error']:.2f} % in the mean" if packed["weight_error"] else ""
     return (
-        f"packed  {told['layers']} layers, {layers['packed'] / layers['dense']:.3f} of their bytes{error}; "
+        f"packed  {packed['layers']} layers, {layers['packed'] / layers['dense']:.3f} of their bytes{error}; "
         f"files {files['packed'] / 1e6:.1f} MB instead of {files['dense'] / 1e6:.1f} MB\n"
-        f"packed  {told['model']}"
+        f"packed  {packed['model']}"
     )
 
 
@@ -133,7 +133,7 @@ def bench_model(
         typer.Argument(metavar="[PACKED]", show_default=False, help="A packed model's folder. Default: the embedded "
                        "model, and random weights in the shape of a 1 B language model."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds; medians are told. Default: 3.",
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds; medians are shown. Default: 3.",
                                         show_default=False, rich_help_panel="Measuring")] = 3,
     new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", help="Tokens generated. Default: 8.",
                                             show_default=False, rich_help_panel="Measuring")] = 8,

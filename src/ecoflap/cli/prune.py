@@ -13,7 +13,7 @@ import typer
 from ecoflap.cli.app import GRID_FIELDS, PRIVATE, Command, Json, Quiet, app, flag, print_json, progress_to, say_line
 from ecoflap.cli.options import OUTPUT, with_recipe_options
 from ecoflap.cli.packed import packed_line, packed_to
-from ecoflap.cli.terminal import standard_error, standard_output, tell
+from ecoflap.cli.terminal import print_lines, standard_error, standard_output
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.run.compare.folder import PAGE, TABLE, GridDirectory
 from ecoflap.run.compare.recipe import Grid
@@ -62,7 +62,7 @@ def prune(
 
             resume, overwrite = (True, False) if begun(output) else (resume, overwrite)
         _check_hub(push_to_hub, private)
-        # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+        # Checked before anything heavy is imported, so that a folder in use is reported at once.
         examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
         if examined.complete and not quiet:
             standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
@@ -92,11 +92,11 @@ def prune(
     elif not quiet:
         standard_output().print(summary_table(run))
         standard_output().print(stages_table(run))
-        tell(f"model   {run / MODEL}\nreport  {run / REPORT}")
+        print_lines(f"model   {run / MODEL}\nreport  {run / REPORT}")
         if packed is not None:
-            tell(packed_line(packed))
+            print_lines(packed_line(packed))
         if pushed:
-            tell(f"pushed  {pushed}")
+            print_lines(f"pushed  {pushed}")
     if failure is not None:
         raise failure
 
@@ -164,7 +164,7 @@ def compare(
         ecoflap compare --methods first-order+wanda:variant=fisher,granularity=layer,sparsegpt --output compared/first
     """
     progress = progress_to(quiet or as_json)
-    # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+    # Checked before anything heavy is imported, so that a folder in use is reported at once.
     examined = GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume)
     if examined.complete and not quiet:
         standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
@@ -180,4 +180,4 @@ def compare(
     elif not quiet:
         for table in comparison_tables(comparison):
             standard_output().print(table)
-        tell(f"table   {output / TABLE}\npage    {output / PAGE}")
+        print_lines(f"table   {output / TABLE}\npage    {output / PAGE}")

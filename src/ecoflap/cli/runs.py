@@ -9,7 +9,7 @@ import typer
 
 from ecoflap.cli.app import PRIVATE, Command, Json, Quiet, app, flag, print_json, progress_to
 from ecoflap.cli.options import OUTPUT
-from ecoflap.cli.terminal import messages, tell
+from ecoflap.cli.terminal import messages, print_lines
 from ecoflap.run.names import ANALYSIS, REPORT
 from ecoflap.run.recipe import OPTIONS, Recipe
 
@@ -63,9 +63,9 @@ def analyse(
         print_json({"run": str(run), "analyses": {name: found.to_json() for name, found in outcomes.items()}})
     elif not quiet:
         for name, found in outcomes.items():
-            told = f"{found.state}: {found.note}" if found.note else found.state
-            tell(f"{name:<14}{told}")
-        tell(f"pictures  {run / ANALYSIS}\nreport    {run / REPORT}")
+            text = f"{found.state}: {found.note}" if found.note else found.state
+            print_lines(f"{name:<14}{text}")
+        print_lines(f"pictures  {run / ANALYSIS}\nreport    {run / REPORT}")
 
 
 @app.command(cls=Command, short_help="Write the page of a run or comparison again, from its files.")
@@ -85,7 +85,7 @@ def report(
 
     path = rebuild(folder)
     if not quiet:
-        tell(f"report  {path}")
+        print_lines(f"report  {path}")
 
 
 @app.command("push", cls=Command, short_help="Upload a run's model with its card to the Hub.")
@@ -120,4 +120,4 @@ def push_run(
     if as_json:
         print_json({"pushed": address})
     elif not quiet:
-        tell(f"pushed  {address}")
+        print_lines(f"pushed  {address}")

@@ -30,7 +30,7 @@ class Stops:
         self.quiet = False
         self._asked: str | None = None
         self._open = 0
-        self._telling = threading.Lock()  # taken by who tells that the work stops, and never given back
+        self._telling = threading.Lock()  # taken by the thread that reports the stop, and never released
         self._ends = threading.Event()  # the exception that ends the work is on its way, or the work is over
 
     @contextmanager
@@ -54,7 +54,7 @@ class Stops:
                 signal.signal(number, handler)
 
     def _watch(self, reader: int, heard: Sequence[int], ends: threading.Event) -> None:
-        """In a thread of its own: tell of the first signal, and end the process soon after the second one."""
+        """In its own thread: reports the first signal, and ends the process soon after the second one."""
         came: list[int] = []
         while numbers := os.read(reader, 64):
             came += [number for number in numbers if number in heard]

@@ -27,7 +27,7 @@ from ecoflap.cli.app import (
     say_line,
 )
 from ecoflap.cli.options import with_recipe_options
-from ecoflap.cli.terminal import messages, standard_output, tell
+from ecoflap.cli.terminal import messages, print_lines, standard_output
 from ecoflap.run.recipe import Recipe
 
 
@@ -83,7 +83,7 @@ def importance(
     if as_json:
         print_json(scores.to_json())
     elif not quiet:
-        tell(f"scores  {output}")
+        print_lines(f"scores  {output}")
 
 
 @app.command(cls=Command, short_help="Scores to sparsities: instantaneous, needs neither model nor data.")
@@ -115,7 +115,7 @@ def allocate(
         from ecoflap.cli.tables import allocation_table
 
         standard_output().print(allocation_table(allocation))
-        tell(f"allocation  {target}")
+        print_lines(f"allocation  {target}")
 
 
 @app.command(cls=Command, short_help="VQA accuracy, CIDEr, recall, perplexity, ..., suites of lm-eval.")

@@ -45,11 +45,11 @@ def line(
     rest = " ".join(parts)
     room = width - len(rest) - 1
     name = name.ljust(12 if bars else 0) if len(name) <= room else name[: max(room - 1, 0)] + "…"
-    told = f"{name} {rest}"
-    room = width - len(told) - 1
+    message = f"{name} {rest}"
+    room = width - len(message) - 1
     if detail and room >= _DETAIL:
-        told += " " + (detail if len(detail) <= room else "…" + detail[len(detail) - room + 1 :])  # its end tells most
-    return told[:width]
+        message += " " + (detail if len(detail) <= room else "…" + detail[len(detail) - room + 1 :])
+    return message[:width]
 
 
 def memory() -> str:
@@ -136,7 +136,7 @@ class _BarTask:
 
 
 class _Column(ProgressColumn):
-    """The whole of a line; it is made anew ten times a second, so that the time left counts down."""
+    """A whole line; it is drawn again ten times a second, so that the time left counts down."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -144,11 +144,11 @@ class _Column(ProgressColumn):
 
     def render(self, task: RichTask) -> Text:
         pace: Pace = task.fields["pace"]
-        told = line(
+        message = line(
             self._console.width, task.description, pace.done, pace.total, pace.elapsed, pace.left(), memory(),
             task.fields["detail"],
         )  # fmt: skip
-        return Text(told, no_wrap=True, overflow="crop")
+        return Text(message, no_wrap=True, overflow="crop")
 
 
 class Bars:
@@ -219,8 +219,8 @@ class Lines:
         if not self._depth:
             self._print(task.line())
 
-    def _print(self, told: str) -> None:
-        self._console.print(told, markup=False, highlight=False)
+    def _print(self, message: str) -> None:
+        self._console.print(message, markup=False, highlight=False)
 
 
 def progress_on(console: Console) -> Progress:
@@ -251,8 +251,8 @@ def _console(terminal: bool, stderr: bool) -> Console:
     return _CleanConsole(stderr=stderr, soft_wrap=not terminal) if terminal else _CleanConsole(stderr=stderr, width=160)
 
 
-def tell(text: str, *, error: bool = False) -> None:
-    """Print lines: results on standard output, what else there is to tell on standard error. The one place for it."""
+def print_lines(text: str, *, error: bool = False) -> None:
+    """Prints lines: results on standard output, all else on standard error. All printing goes through here."""
     stream = sys.stderr if error else sys.stdout
     stream.write(f"{printable(text)}\n")
 
@@ -273,7 +273,7 @@ class Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         kind = "warning: " if record.levelno >= logging.WARNING else ""
         if not self.quiet and (kind or getattr(record, "notice", False)):
-            tell(f"ecoflap: {kind}{' '.join(record.getMessage().split())}", error=True)
+            print_lines(f"ecoflap: {kind}{' '.join(record.getMessage().split())}", error=True)
 
     def __enter__(self) -> None:
         self.quiet, self._shown = False, warnings.showwarning

@@ -150,7 +150,7 @@ def _collator(
         prompts = [prompter.render(sample) for sample in shown]
         return _limited(with_instruction_alone(encoded, prompts, processor), length, source)
 
-    def told(part: list[Sample], start: int) -> dict[str, Any]:
+    def explained(part: list[Sample], start: int) -> dict[str, Any]:
         try:
             return collate(part, start)
         except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:  # what processors refuse with
@@ -161,7 +161,7 @@ def _collator(
                 "images and texts"
             ) from error
 
-    return told
+    return explained
 
 
 def _without_their_pictures(samples: Sequence[Sample]) -> list[Sample]:

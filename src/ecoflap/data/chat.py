@@ -24,8 +24,8 @@ class Chat:
     Attributes:
         messages: the turns before it, in transformers' format with content parts.
         text: the last answer.
-        question: the last thing that the user said.
-        prompt: all that was said before the answer, for models without a chat template.
+        question: the last message of the user.
+        prompt: all text before the answer, for models without a chat template.
         images: what the data set holds for each ``{"type": "image"}`` part, in their order.
     """
 
@@ -59,7 +59,7 @@ def read_chat(turns: Any, images: Any) -> Chat:
     before = read[:last]
     asked = next((parts for role, parts in before if role == "user"), None)
     if asked is None:
-        raise BrokenSample("nobody asks anything in the chat")
+        raise BrokenSample("the chat has no question of the user")
     if not any(part["type"] == "image" for _, parts in before for part in parts):
         asked[:0] = [{"type": "image", "held": None} for _ in held]
     pictures: list[Any] = []
@@ -99,7 +99,7 @@ def _parts(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _picture_of_part(part: Mapping[str, Any]) -> Any:
-    """What the part says about its picture; None if that stands in the row's own column."""
+    """The part's own reference to its picture; None if the picture is in the row's own column."""
     held = next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key) is not None), None)
     return held.get("url") if isinstance(held, dict) and "url" in held else held
 

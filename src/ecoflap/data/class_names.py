@@ -13,7 +13,7 @@ def class_names(entries: Sequence[str] | None) -> tuple[str, ...] | None:
 
     Args:
         entries: at least two names, or one path of a text file with a name a line (blank lines don't count).
-            A name may come twice, as in the list published for ImageNet: classes are told apart by their number.
+            A name may appear twice, as in the list published for ImageNet: the number identifies a class.
 
     Raises:
         InvalidOption: the file can't be read or holds less than two names.

@@ -85,8 +85,8 @@ def objective_collator(
     templates = tuple(class_prompts or DEFAULT_TEMPLATES)
     if name == "zero-shot":
         return _zero_shot(samples, model, processor, source, classes, own_classes, templates)
-    alike = classes is not None and own_classes is not None and len(classes) == len(own_classes)
-    names = dict(zip(own_classes or (), classes or (), strict=True)) if alike else {}
+    same_number = classes is not None and own_classes is not None and len(classes) == len(own_classes)
+    names = dict(zip(own_classes or (), classes or (), strict=True)) if same_number else {}
     return lambda part, start: _paired(name, part, model, processor, source, templates[0], names)
 
 

@@ -133,9 +133,9 @@ def _tensors(encoded: Any) -> dict[str, torch.Tensor]:
 
 
 def answers_by_decoder(model: nn.Module) -> bool:
-    """A generating question-answering class whose configuration does not say "encoder-decoder", though it is one.
+    """Whether it is a generating encoder-decoder whose configuration does not say so.
 
-    So is BlipForQuestionAnswering: its labels are not shifted for its decoder, and start with the start token.
+    BlipForQuestionAnswering is one: its labels are not shifted for its decoder, and begin with the start token.
     """
     generates = getattr(model, "can_generate", None)
     return (
@@ -150,8 +150,8 @@ def answers_by_decoder(model: nn.Module) -> bool:
 def encode_answers(samples: Sequence[Sample], model: nn.Module, processor: Any, source: str) -> dict[str, Any]:
     """Question and picture for the encoder, the answer for the decoder.
 
-    The question stands alone, as in BLIP's own training, without the words that a prompt puts around it. The answer is
-    framed as the model generates it: from the start token of its configuration to the separator.
+    The question is used alone, as in BLIP's own training, without the words of a prompt. The answer has the tokens that
+    the model generates: from the start token of its configuration to the separator.
 
     Returns:
         ``pixel_values``; ``input_ids``, ``attention_mask`` ``[B, L]`` of the questions; ``decoder_input_ids``,
@@ -207,10 +207,10 @@ def with_own_start(ids: torch.Tensor, model: nn.Module, tokenizer: Any) -> torch
 
 
 def with_instruction_alone(encoded: dict[str, Any], prompts: Sequence[str], processor: Any) -> dict[str, Any]:
-    """The batch with the prompts alone, not the answers behind them, as what an instructed Q-Former reads.
+    """The batch with only the prompts as input of an instructed Q-Former, without the answers.
 
-    InstructBLIP's processor gives its Q-Former the language model's whole text, by a tokenizer of its own; a decoder's
-    text ends in the answer, which the pictures' features must not know.
+    InstructBLIP's processor gives its Q-Former the whole text of the language model, by its own tokenizer. The text of
+    a decoder ends in the answer, which must not influence the features of the picture.
     """
     tokenizer = getattr(processor, "qformer_tokenizer", None)
     if tokenizer is None or "qformer_input_ids" not in encoded:
@@ -228,7 +228,7 @@ def class_number(label: str, classes: Mapping[str, int], source: str, whose: str
 
     Args:
         classes: names in lower case to numbers; empty where names are not known.
-        whose: who numbers the classes, for the message.
+        whose: the owner of the numbering, for the message.
 
     Raises:
         CalibrationError: it is none of the classes.

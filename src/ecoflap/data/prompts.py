@@ -131,7 +131,7 @@ class Prompter:
         return bool(self.token_ids(text)[-1:] == [self.tokenizer.eos_token_id])
 
     def _find_placeholder(self, prompt: str, image: Image.Image) -> str:
-        """What must stand in front of the prompt so that the image is seen: "" where the processor sees to it."""
+        """The text before the prompt that announces the image; "" where the processor inserts it itself."""
         identifier = image_token_id(self._model, self.processor)
         if identifier is None:
             return ""  # the image does not go through the text (cross-attention)

@@ -47,7 +47,7 @@ FORMATS: Registry[Format] = Registry(
 def formats(names: Iterable[str] | None = None) -> Iterator[Format]:
     """Those called ``names``, or all.
 
-    One of another package that can't be used is left out with a warning, as nobody has asked for it by name.
+    A broken one of another package is left out with a warning, because the user did not ask for it by name.
     """
     for name in FORMATS if names is None else names:
         try:

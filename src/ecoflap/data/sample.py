@@ -15,7 +15,7 @@ class Sample:
 
     Attributes:
         images: its pictures in RGB, none for a text; two for NLVR2.
-        prompt: what the model is given beside the pictures, as it stands before any chat template.
+        prompt: the text for the model besides the pictures, before any chat template.
         text: what the model should say (answer, caption, the last turn of a chat), or plain text to be packed.
         question: the question alone, where ``prompt`` puts words around it.
         answers: what several annotators answered (VQAv2).
@@ -25,7 +25,7 @@ class Sample:
         choices: the options of a multiple-choice question, ``text`` being the right one.
         messages: turns of a chat before ``text``, in transformers' format: ``{"role": ..., "content": [{"type":
             "image"}, {"type": "text", "text": ...}]}``; their images stand in ``images`` in the same order.
-        group: samples of one picture share it (retrieval); None where every sample stands alone.
+        group: number that the samples of one picture share (retrieval); None where samples are independent.
     """
 
     images: tuple[Image.Image, ...] = ()

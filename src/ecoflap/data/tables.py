@@ -13,7 +13,7 @@ from ecoflap.errors import CalibrationError
 
 Row = dict[str, Any]
 ClassNames = Mapping[str, Sequence[str]]  # of the columns that hold classes
-Taken = Iterator["Row | BrokenSample"]  # a row that can't be read is told, so that it can be counted and skipped
+Taken = Iterator["Row | BrokenSample"]  # a row that can't be read is yielded too, to be counted and skipped
 BLOCK_BYTES = 16 << 20  # decoded at a time from a parquet row group
 
 

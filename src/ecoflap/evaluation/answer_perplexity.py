@@ -63,7 +63,7 @@ class AnswerPerplexity(Task):
             raise InvalidOption(f"task '{TASK}' needs a model that generates text, and its processor")
         source = bundled_questions() if test.data is None else test.data
         reader = open_data(TASK, replace(test, data=source))
-        told: Shared[list[list[float]]] = Shared(test.workers)
+        collected: Shared[list[list[float]]] = Shared(test.workers)
         kinds: list[str | None] = []
 
         def scored(part: list[Sample]) -> list[list[float]]:
@@ -75,8 +75,8 @@ class AnswerPerplexity(Task):
             for part in in_chunks(reader, test.batch_size, test.progress, TASK):
                 asked = [_answered(index, sample, reader.source) for index, sample in part]
                 kinds += [sample.kind for sample in asked]
-                told.add(partial(scored, asked))
-        answers = [(total, int(tokens)) for of_part in told.all() for total, tokens in of_part]
+                collected.add(partial(scored, asked))
+        answers = [(total, int(tokens)) for of_part in collected.all() for total, tokens in of_part]
         value, stderr = perplexity_of(answers)
         groups: dict[str, list[tuple[float, int]]] = {}
         for kind, answer in zip(kinds, answers, strict=True):

@@ -248,7 +248,7 @@ class Captioning(Task):
             "min_tokens": self.min_tokens,
         }
         found: dict[str, _Picture] = {}
-        told: Shared[list[str]] = Shared(test.workers)
+        collected: Shared[list[str]] = Shared(test.workers)
         with evaluating(model):
             for part in in_chunks(reader, test.batch_size, test.progress, "captioning"):
                 pictures(part, "captioning", reader.source)
@@ -260,9 +260,9 @@ class Captioning(Task):
                         fresh.append((found[key], replace(sample, prompt=_prompt(self.prompt, sample, prompter))))
                     found[key].references += captions_of(index, sample, "captioning", reader.source)
                 asked = [sample for _, sample in fresh]
-                told.add(partial(generate, model, prompter, asked, limit=test.sequence_length, **decoding))
+                collected.add(partial(generate, model, prompter, asked, limit=test.sequence_length, **decoding))
         shown = list(found.values())
-        for picture, text in zip(shown, (text for of_part in told.all() for text in of_part), strict=True):
+        for picture, text in zip(shown, (text for of_part in collected.all() for text in of_part), strict=True):
             picture.said = text.partition("\n")[0].strip()
         scores = _scores(names, self.tokenizer, shown)
         values = {_label(name, self.tokenizer): measured(of_all) for name, of_all in scores.items()}

@@ -64,7 +64,7 @@ def label_names(part: Chunk, task: str, source: str) -> list[str]:
 
 @dataclass
 class TopClasses:
-    """Collects which classes score highest and where the right one stands."""
+    """Collects the classes with the highest scores and the rank of the right one."""
 
     task: str
     names: Sequence[str]
@@ -108,7 +108,7 @@ class TopClasses:
 
 
 def check_classes(names: Sequence[str], task: str, source: str) -> None:
-    """Raises InvalidOption if there are less than two classes to tell apart."""
+    """Raises InvalidOption if there are fewer than two classes."""
     if len(names) < 2:
         raise InvalidOption(
             f"{source} has {len(names)} classes, and task '{task}' needs at least 2: give --classes FILE"

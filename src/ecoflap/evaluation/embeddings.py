@@ -121,7 +121,7 @@ class Matcher:
         return self._vectors(output, "text_embeds", "question_embeds", PROJECTIONS[1])
 
     def match(self, pictures: Sequence[int], texts: Sequence[str]) -> Tensor:
-        """Logits ``[B]`` that ``texts[i]`` tells of the picture that was embedded as number ``pictures[i]``."""
+        """Logits ``[B]`` that ``texts[i]`` matches the picture that was embedded as number ``pictures[i]``."""
         inputs = self._read(texts)
         device = inputs["input_ids"].device
         seen = torch.stack([self._kept[i] for i in pictures]).to(device)

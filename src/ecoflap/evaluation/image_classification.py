@@ -69,7 +69,7 @@ class ImageClassification(Task):
         elif len(own) == len(names) and not numbers.keys() & numbers_by_name(own).keys():
             numbers, how = numbers_by_name(own), "by order"
         found = TopClasses(TASK, names, reader.source)
-        told: Shared[dict[str, list[int]]] = Shared(test.workers)
+        collected: Shared[dict[str, list[int]]] = Shared(test.workers)
         truths: list[tuple[list[int], torch.Tensor]] = []
 
         def classified(part: Chunk, labels: torch.Tensor) -> dict[str, list[int]]:
@@ -80,8 +80,8 @@ class ImageClassification(Task):
             for part in in_chunks(reader, test.batch_size, test.progress, TASK):
                 labels = labels_of(part, numbers, TASK, reader.source, "model's")
                 truths.append(([index for index, _ in part], labels))
-                told.add(partial(classified, part, labels))
-        for (rows, labels), graded in zip(truths, told.all(), strict=True):
+                collected.add(partial(classified, part, labels))
+        for (rows, labels), graded in zip(truths, collected.all(), strict=True):
             found.add(rows, labels, graded)
         return found.result(common_settings(reader, test, labels=how))
 

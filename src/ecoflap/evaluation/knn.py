@@ -106,7 +106,7 @@ class Knn(Task):
         found = TopClasses("knn", names, reader.source)
         classes: list[Tensor] = []
         known: Shared[Tensor] = Shared(test.workers)
-        told: Shared[dict[str, list[int]]] = Shared(test.workers)
+        collected: Shared[dict[str, list[int]]] = Shared(test.workers)
         truths: list[tuple[list[int], Tensor]] = []
 
         def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
@@ -124,8 +124,8 @@ class Knn(Task):
             for part in in_chunks(reader, test.batch_size, test.progress, "knn"):
                 labels = classes_of(part, reader.source)
                 truths.append(([index for index, _ in part], labels))
-                told.add(partial(classified, part, labels))
-        for (rows, labels), graded in zip(truths, told.all(), strict=True):
+                collected.add(partial(classified, part, labels))
+        for (rows, labels), graded in zip(truths, collected.all(), strict=True):
             found.add(rows, labels, graded)
         settings = {"train": voters.source, "train_samples": self.train_samples, "k": k, "temperature": temperature}
         more: dict[str, Any] = {"voters": len(votes), "layer": layer, "pool": pool}

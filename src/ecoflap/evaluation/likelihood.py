@@ -107,11 +107,11 @@ class Scorer:
         if self._seq2seq:
             inputs = _padded([context for context, _ in rows])
             begin = _decoder_start(self._model)
-            extra["decoder_input_ids"] = _padded([(begin, *told) for _, told in rows])["input_ids"]
-            spans = [(0, len(told) + 1) for _, told in rows]
+            extra["decoder_input_ids"] = _padded([(begin, *continuation) for _, continuation in rows])["input_ids"]
+            spans = [(0, len(continuation) + 1) for _, continuation in rows]
         else:
-            inputs = _padded([context + told for context, told in rows])
-            spans = [(len(context) - 1, len(context) + len(told)) for context, told in rows]
+            inputs = _padded([context + continuation for context, continuation in rows])
+            spans = [(len(context) - 1, len(context) + len(continuation)) for context, continuation in rows]
         first = 0
         if not self._seq2seq and "logits_to_keep" in parameters_of(self._model):
             first = min(start for start, _ in spans)  # logits of a long prompt would fill the memory for nothing

@@ -127,15 +127,15 @@ class MultipleChoice(Task):
         source = _all_of(shown) if shots else reader
         examples = _Examples(source, shots, same=self.shots_source is None)
         asked = _Asker(Scorer(model, processor, test.sequence_length), Prompts(style, prompt_template), examples)
-        told: Shared[dict[str, Any]] = Shared(test.workers)
+        collected: Shared[dict[str, Any]] = Shared(test.workers)
         was_training = model.training
         model.eval()
         try:
             for part in in_chunks(reader, max(test.batch_size, 16), test.progress, TASK):
-                told.add(partial(asked.answer, part, test.batch_size, reader.source))
+                collected.add(partial(asked.answer, part, test.batch_size, reader.source))
         finally:
             model.train(was_training)
-        parts = told.all()
+        parts = collected.all()
         predictions = [record for of_part in parts for record in of_part["records"]]
         shortened = sum(of_part["shortened"] for of_part in parts)
         settings = common_settings(reader, test, style=style, shots=shots,
@@ -212,7 +212,7 @@ class _Asker:
         shots = self._examples.of(index, sample)
         for count in range(len(shots), -1, -1):
             context = self._prompts.render(sample, shots[:count])
-            found = [self._scorer.encode(context, told) for told in self._prompts.continuations(sample)]
+            found = [self._scorer.encode(context, collected) for collected in self._prompts.continuations(sample)]
             if all(self._scorer.fits(request) for request in found):
                 self._shortened += count < len(shots)
                 return found

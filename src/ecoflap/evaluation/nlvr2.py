@@ -41,7 +41,7 @@ Score = Callable[[list[Sample]], torch.Tensor]  # samples -> scores [B, 2] of fa
 
 @dataclass(frozen=True)
 class Nlvr2(Task):
-    """Share of sentences whose truth is told right.
+    """Share of sentences whose truth is predicted correctly.
 
     A classifier (ViLT for NLVR2) decides by its logits. A generating model decides by which of the answers "True" and
     "False" has the higher log-likelihood, its end token included; equal ones count as wrong.
@@ -68,15 +68,15 @@ class Nlvr2(Task):
         reader = open_data("nlvr2", replace(test, prompt_template=template))
         score, how = _scores(model, processor, reader.source, template, test.sequence_length)
         predictions: list[dict[str, Any]] = []
-        told: Shared[torch.Tensor] = Shared(test.workers)
+        collected: Shared[torch.Tensor] = Shared(test.workers)
         parts: list[list[tuple[int, str | None, int]]] = []
         with evaluating(model):
             for part in in_chunks(reader, test.batch_size, test.progress, "nlvr2"):
                 truths = [_truth(index, sample, reader.source) for index, sample in part]
                 _check_pictures(part, reader.source)
                 parts.append([(index, sentence_of(s), truth) for (index, s), truth in zip(part, truths, strict=True)])
-                told.add(partial(score, [sample for _, sample in part]))
-        for of_part, scores in zip(parts, told.all(), strict=True):
+                collected.add(partial(score, [sample for _, sample in part]))
+        for of_part, scores in zip(parts, collected.all(), strict=True):
             check_finite(scores, "the score of an answer", reader.source)
             for (index, sentence, truth), (false, true) in zip(of_part, scores.tolist(), strict=True):
                 right = true > false if truth else false > true

@@ -76,17 +76,17 @@ class Perplexity(Task):
         if count == 0:
             raise CalibrationError(f"{data} has {len(tokens)} tokens, less than one window of {length}: give more text")
         first = max(len(tokens.start), 1) if window_start == "each" else 1  # the first token that is scored
-        told: Shared[list[float]] = Shared(test.workers)
+        collected: Shared[list[float]] = Shared(test.workers)
         was_training = model.training
         model.eval()
         try:
             with test.progress.stage("perplexity", total=count) as bar:
                 for part in torch.split(windows, batch_size):
-                    told.add(partial(_window_losses, model, part, first))
+                    collected.add(partial(_window_losses, model, part, first))
                     bar.advance(len(part))
         finally:
             model.train(was_training)
-        losses = [loss for of_part in told.all() for loss in of_part]
+        losses = [loss for of_part in collected.all() for loss in of_part]
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise NonFiniteLoss(

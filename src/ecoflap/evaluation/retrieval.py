@@ -57,11 +57,11 @@ class Queries:
 
 
 def rank_queries(queries: Queries, rerank: int, bar: Bar, workers: Workers = ALONE) -> list[int]:
-    """Rank of the best right candidate of each query, 0 = first; the best ``rerank`` are sorted anew.
+    """Rank of the best right candidate of each query, 0 = first; the best ``rerank`` are sorted again.
 
     With ``rerank`` each query is one worker's.
     """
-    told: Shared[int] = Shared(workers)
+    collected: Shared[int] = Shared(workers)
     found: list[int] = []
     for start in range(0, queries.count, ROWS):
         rows = slice(start, min(start + ROWS, queries.count))
@@ -71,9 +71,9 @@ def rank_queries(queries: Queries, rerank: int, bar: Bar, workers: Workers = ALO
             bar.advance(rows.stop - rows.start)
             continue
         for row, query in enumerate(range(rows.start, rows.stop)):
-            told.add(partial(_matched, queries, query, scores[row], right[row], rerank))
+            collected.add(partial(_matched, queries, query, scores[row], right[row], rerank))
             bar.advance()
-    return found + told.all()
+    return found + collected.all()
 
 
 def _matched(queries: Queries, query: int, scores: Tensor, right: Tensor, rerank: int) -> int:
@@ -84,7 +84,7 @@ def _matched(queries: Queries, query: int, scores: Tensor, right: Tensor, rerank
 def ranks(scores: Tensor, right: Tensor) -> Tensor:
     """How many wrong candidates score at least as high as the best right one, ``[B]`` from ``[B, C]`` each.
 
-    A tie counts against the right one, so that a model that scores all alike finds nothing.
+    A tie counts against the right one, so a model with equal scores for all finds nothing.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~right).sum(dim=1)

@@ -44,7 +44,7 @@ class TestData:
         classes: names of the classes.
         class_prompts: templates with ``{}`` for a class's name.
         progress: where to report.
-        workers: those who share the samples.
+        workers: processes that share the samples.
     """
 
     __test__: ClassVar[bool] = False  # no test of pytest's
@@ -265,5 +265,5 @@ class Shared(Generic[T]):
 
     def all(self) -> list[T]:
         """The results of all workers, in the order of the calls of :meth:`add`; tensors lie on the CPU."""
-        told = self._workers.gather(self._own)
-        return [told[number % len(told)][number // len(told)] for number in range(self._count)]
+        gathered = self._workers.gather(self._own)
+        return [gathered[number % len(gathered)][number // len(gathered)] for number in range(self._count)]

@@ -154,7 +154,7 @@ class Vqa(Task):
         own = getattr(getattr(model, "generation_config", None), "max_new_tokens", None)
         longest = self.new_tokens or own or MAX_NEW_TOKENS
         decoding: dict[str, Any] = {"new_tokens": longest, "beams": self.beams, "length_penalty": self.length_penalty}
-        told: Shared[list[dict[str, Any]]] = Shared(test.workers)
+        collected: Shared[list[dict[str, Any]]] = Shared(test.workers)
 
         def answered(part: Chunk) -> list[dict[str, Any]]:
             answers = generate(model, prompter, [sample for _, sample in part], limit=test.sequence_length, **decoding)
@@ -173,8 +173,8 @@ class Vqa(Task):
             for part in in_chunks(reader, test.batch_size, test.progress, "vqa"):
                 if must_see:
                     pictures(part, "vqa", reader.source)
-                told.add(partial(answered, part))
-        predictions = [record for of_part in told.all() for record in of_part]
+                collected.add(partial(answered, part))
+        predictions = [record for of_part in collected.all() for record in of_part]
         value, stderr = mean_and_stderr([record["score"] for record in predictions])
         groups: dict[str, list[float]] = {}
         for record in predictions:

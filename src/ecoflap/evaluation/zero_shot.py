@@ -67,7 +67,7 @@ class ZeroShot(Task):
         check_classes(names, "zero-shot", reader.source)
         numbers = numbers_of(names, own)
         found = TopClasses("zero-shot", names, reader.source)
-        told: Shared[dict[str, list[int]]] = Shared(test.workers)
+        collected: Shared[dict[str, list[int]]] = Shared(test.workers)
         truths: list[tuple[list[int], Tensor]] = []
 
         def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
@@ -80,8 +80,8 @@ class ZeroShot(Task):
             for part in in_chunks(reader, test.batch_size, test.progress, "zero-shot"):
                 labels = labels_of(part, numbers, "zero-shot", reader.source)
                 truths.append(([index for index, _ in part], labels))
-                told.add(partial(classified, part, labels))
-        for (rows, labels), graded in zip(truths, told.all(), strict=True):
+                collected.add(partial(classified, part, labels))
+        for (rows, labels), graded in zip(truths, collected.all(), strict=True):
             found.add(rows, labels, graded)
         return found.result(common_settings(reader, test, class_prompts=list(templates)))
 

@@ -30,7 +30,7 @@ __getattr__ = lazily(
 
 
 def rebuild(folder: Path | str) -> Path:
-    """Write the page of a folder anew: ``compare.html`` beside a ``compare.json``, else ``report.html`` of a run.
+    """Writes the page of a folder again: ``compare.html`` beside a ``compare.json``, else ``report.html`` of a run.
 
     Raises:
         InvalidOption: the folder holds neither, or a file in it is broken.

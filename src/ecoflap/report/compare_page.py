@@ -20,7 +20,7 @@ COMPARE = "compare.html"
 
 
 def write_compare(folder: Path | str) -> Path:
-    """Write ``compare.html`` into the output folder of ``ecoflap compare``, anew from its ``compare.json``.
+    """Writes ``compare.html`` into the output folder of ``ecoflap compare``, from its ``compare.json``.
 
     The same file gives the same bytes. Cells that are not there yet are said to be "not measured".
 

@@ -127,7 +127,7 @@ class Comparison(Content):
         return self.tests or [alone]
 
     def result(self, cell: Cell, test: Test) -> Result:
-        """A cell's result on a test; that on the first test also stands in the cell's own fields."""
+        """A cell's result on a test; the result on the first test is also in the cell's own fields."""
         if test.name in cell.tests:
             return cell.tests[test.name]
         return Result(value=cell.value, stderr=cell.stderr, n=cell.n) if test == self.each_test[0] else Result()

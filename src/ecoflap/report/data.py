@@ -222,7 +222,7 @@ class RunData:
 
     @property
     def scores(self) -> dict[str, LayerScore]:
-        """Layer name to its score; without those that no estimate stands behind, as with uniform importance."""
+        """Layer name to its score; without layers that have no estimates, as with uniform importance."""
         return {layer.name: layer for layer in self.importance.layers if layer.n != 0} if self.importance else {}
 
     @property

@@ -82,7 +82,7 @@ class Plots:
 
 
 def in_script(value: Any) -> Markup:
-    """JSON that may stand in a ``<script>`` element: nothing in it can end the element or open a comment.
+    """JSON for a ``<script>`` element: nothing in it can end the element or open a comment.
 
     Raises:
         ValueError: it holds NaN or an infinity.

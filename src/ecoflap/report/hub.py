@@ -42,7 +42,7 @@ def check_name(repo_id: str) -> str:
 
 
 def check_account() -> str:
-    """Ask the Hub who is logged in: the account's name.
+    """The name of the account that is logged in at the Hub.
 
     Raises:
         HubError: no token, one that is not accepted or may only read, or the Hub can't be reached.

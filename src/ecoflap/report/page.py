@@ -90,7 +90,7 @@ REPORT = "report.html"
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write ``report.html`` into a run directory, anew from its other files.
+    """Writes ``report.html`` into a run directory, from its other files.
 
     The same files give the same bytes. Whatever is missing is said to be "not measured".
 

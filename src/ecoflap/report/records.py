@@ -70,7 +70,7 @@ def flat(value: Any) -> str:
 
 
 def options(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The recipe's options; what is not set is named by what it stands for with the embedded model."""
+    """The recipe's options; unset ones show their default for the embedded model."""
     embedded = {"model": "embedded VLM", "calibration": "bundled samples", "test": "bundled questions"}
     for key, value in recipe.items():
         if key not in RECORDS:

@@ -187,7 +187,7 @@ def _random_variant(
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.randn(1, config.hidden_size).to(dtype))
     # A slice of the prompt's states is not contiguous, and for such torch copies the head's weight for every row:
-    # seconds that would hide all else, in every variant alike.
+    # seconds that would hide all else, equally in every variant.
     model.lm_head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     made: nn.Module = model.eval()
     return made

@@ -125,8 +125,8 @@ def measure_to(
     Args:
         overwrite: replace the file, and an interrupted measurement for it.
         resume: go on with an interrupted measurement; begin one if there is none.
-        workers: those who call this alike; the first of them writes.
-        say: is told which importance was taken, where the recipe left it open.
+        workers: processes that all make this call; the first of them writes.
+        say: receives the name of the chosen importance, where the recipe left it open.
 
     Raises:
         OutputExists: the file, or an interrupted measurement for it, is there and neither option is given.

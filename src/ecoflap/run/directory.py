@@ -46,7 +46,7 @@ class RunFailed(EcoflapError):
 class RunDirectory:
     """One run's files: :meth:`examine`, then :meth:`begin`; close it (or use it as a context) to let go of its lock.
 
-    A subclass keeps the files of another kind of work, under the same rules of who may write and what may go on.
+    A subclass holds the files of another kind of work, with the same rules for writing and resuming.
 
     Attributes:
         what: the kind of work, for messages.
@@ -115,7 +115,7 @@ class RunDirectory:
     def _check_all_is_ours(self) -> None:
         if not self.manifest.exists:
             raise OutputExists(
-                f"{self.path} has no whole {MANIFEST}, so nobody knows which of its files ecoflap wrote: choose "
+                f"{self.path} has no complete {MANIFEST}, so it is unknown which of its files ecoflap wrote: choose "
                 "another --output, or remove the folder yourself"
             )
         found = list(self.manifest.foreign_files(self.ours))
@@ -259,7 +259,7 @@ class RunDirectory:
                 continue
             if inside:
                 raise InvalidOption(
-                    f"{field} {value} is part of {self.path}, which is written anew: choose another --output"
+                    f"{field} {value} is part of {self.path}, which is written again: choose another --output"
                 )
 
     def has(self, name: str) -> bool:

@@ -83,7 +83,7 @@ def _is_text(source: str) -> bool:
     if path.is_dir():
         try:
             return isinstance(open_source(source), TextFiles)
-        except CalibrationError:  # told when the task opens it
+        except CalibrationError:  # message when the task opens it
             return False
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower() in SUFFIXES
 
@@ -235,10 +235,10 @@ _UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 
 
 def _unfit(error: Exception, entry: Evaluation, checkpoint: Checkpoint) -> EcoflapError:
-    told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     model, data = type(checkpoint.model).__name__, entry.test or "its data"
     return InvalidOption(
-        f"task '{entry.task}' can't work on {model} with {data} ({told}): "
+        f"task '{entry.task}' can't work on {model} with {data} ({message}): "
         "choose another --task or --test; 'ecoflap evaluate' shows the traceback"
     )
 

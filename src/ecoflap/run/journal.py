@@ -37,7 +37,7 @@ class EstimateFile:
             self._known.append(estimate)
             whole += length
         with storage(path):
-            # Without a buffer: a line that can't be written is told by its own write, and not again at closing.
+            # Without a buffer: a failed write raises at once, and not again at closing.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the stage runs
             self._file.truncate(whole)
 
@@ -142,7 +142,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 
 
 class SearchFile:
-    """Where the search for an allocation stands, as one JSON file; numbers are kept to the bit."""
+    """The state of an allocation search, as one JSON file; numbers are kept to the bit."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -119,7 +119,7 @@ class Results:
     def has(self, name: str) -> bool:
         """Whether ``name`` is there as it was written; one that is no JSON is made again, with a warning.
 
-        A file whose digest nobody noted (the journal of a complete run is gone) is taken as it is.
+        A file without a recorded digest (after the journal of a complete run was removed) is accepted.
 
         Raises:
             ResumeMismatch: it was edited.

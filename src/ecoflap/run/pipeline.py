@@ -130,8 +130,8 @@ def run_recipe(
     Several workers end with the files of one; the first of them writes these.
 
     Args:
-        say: is told, a line each, what was chosen where the recipe left it open: columns of the data, objective.
-        workers: those who call this alike.
+        say: receives one line for each choice that the recipe left open: columns of the data, objective.
+        workers: processes that all make this call.
         begun: is called once the folder is this run's.
 
     Returns:

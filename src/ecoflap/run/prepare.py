@@ -147,8 +147,8 @@ class Prepared:
         tokenizer = tokenizer_of(self.checkpoint.processor)
         ids = self.batches[batch].get("input_ids")
         begins = [] if tokenizer is None or ids is None else [tokenizer.decode(row[:8]) for row in ids]
-        told = "; ".join(f"“{' '.join(text.split())} …”" for text in begins)
-        return f"windows {first} to {first + size - 1} of the text of {self.samples.source}, which begin {told}"
+        begin = "; ".join(f"“{' '.join(text.split())} …”" for text in begins)
+        return f"windows {first} to {first + size - 1} of the text of {self.samples.source}, which begin {begin}"
 
     def choices(self) -> Iterator[str]:
         """Lines that say what was chosen where the recipe left it open: columns of the data, and the objective."""

@@ -88,7 +88,7 @@ def machine(model: nn.Module) -> dict[str, Any]:
 def threads_of_start(path: Path, model: nn.Module, workers: Workers = ALONE) -> Iterator[None]:
     """A resumed run computes with as many threads as it began with, whatever this process was given.
 
-    So do all workers. Another processor can't be made the same: that is told, and the run goes on.
+    So do all workers. For another processor there is only a warning, and the run goes on.
 
     Args:
         path: where the run keeps what it began with; written, by the first worker, if it is not there.

@@ -82,9 +82,9 @@ class SharedRun:
         options = {f"option {flag_of(name)}": str(value) for name, value in recipe.to_dict().items()}
         same = {**options, **{f"version of {name}": version for name, version in versions().items()}}
         same |= {"model": fingerprint, **inputs}
-        told = self._workers.gather(same)
-        for rank, other in enumerate(told):
-            for name, value in told[0].items():
+        given = self._workers.gather(same)
+        for rank, other in enumerate(given):
+            for name, value in given[0].items():
                 if other.get(name) != value:
                     raise InvalidOption(
                         f"worker {rank} has another {name} than worker 0 ({other.get(name)}, not {value}): "
@@ -168,7 +168,7 @@ class SharedEstimates:
 
 
 class SharedBlocks:
-    """Pruned blocks of stage 2: the first worker keeps them, and tells the others what an interrupted run had done."""
+    """Pruned blocks of stage 2: the first worker saves them, and sends the others those of an interrupted run."""
 
     def __init__(self, files: BlockFiles, workers: Workers) -> None:
         self._files, self._workers = files, workers
@@ -181,8 +181,8 @@ class SharedBlocks:
             found = self._files.load(block)
             return None if found is None else {"weights": dict(found.weights), "unreached": found.unreached}
 
-        told = self._workers.from_first(read)
-        return None if told is None else PrunedBlock(told["weights"], tuple(told["unreached"]))
+        given = self._workers.from_first(read)
+        return None if given is None else PrunedBlock(given["weights"], tuple(given["unreached"]))
 
     def save(self, block: str, pruned: PrunedBlock) -> None:
         if self._workers.first:

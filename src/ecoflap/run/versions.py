@@ -9,5 +9,5 @@ def versions() -> dict[str, str]:
     """Versions of what decides the numbers of a run."""
     from ecoflap import __version__
 
-    # From the installed packages' records: importing torch takes seconds, and a wrong option is told at once.
+    # From the installed packages' records: importing torch takes seconds, and a wrong option must be reported at once.
     return {"ecoflap": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}

@@ -49,7 +49,7 @@ def open_saved(place: Place) -> Table | None:
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 FLICKR = ("results.csv", "results_*.token", "Flickr8k.token.txt", "captions.txt")
-LOOKED_AT = 1000  # files of a folder by which it is told whether it holds images
+LOOKED_AT = 1000  # files of a folder that decide whether it holds images
 
 
 def open_folder(place: Place) -> Opened:
@@ -182,7 +182,7 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _of_split(files: Sequence[Path], place: Place) -> list[Path]:
-    """Files named after the asked split; by default those named "train" where the names tell splits apart."""
+    """Files named after the given split; by default those named "train" where the names contain splits."""
     wanted = [file for file in files if file.name.startswith(place.split or "train")]
     if place.split is None:
         others = [file for file in files if file.name.startswith(("test", "val", "dev"))]

@@ -87,7 +87,7 @@ class HubStream:
         raise CalibrationError(f"hub data set {name} has no split '{address.split}': it has {', '.join(splits)}")
 
     def _as_config(self, address: Address) -> Any | None:
-        """The streams of the configuration that stands where a split usually does; None if there is none."""
+        """The streams of a configuration whose name was given as the split; None if there is none."""
         try:
             return self._load(address, address.split)
         except Exception:  # whatever it was, the caller's message about the split says more

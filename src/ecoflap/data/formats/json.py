@@ -123,7 +123,7 @@ class JsonDocument:
             raise CalibrationError(f"{self.source} is not valid JSON: it ends too early")
 
     def _check_gap(self, between: bytes) -> None:
-        """What stands between two objects of a list is a comma, or there is something else in the list."""
+        """Checks that only a comma stands between two objects of a list; else the list holds other values."""
         if between.strip() not in (b"", b","):
             raise CalibrationError(f"{self.source} must hold a list of objects, one a sample")
 

@@ -125,7 +125,7 @@ def expand(pattern: str) -> list[str]:
 
 
 class TarTable:
-    """Samples of one or several tars: the members whose names are alike up to the first dot.
+    """Samples of one or several tars: members with the same name up to the first dot form a sample.
 
     The columns are what follows that dot (``jpg``, ``txt``, ``cls``), and the keys of ``json`` members.
     """

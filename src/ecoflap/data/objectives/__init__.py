@@ -112,7 +112,7 @@ def on_device(objective: Objective) -> Objective:
 
 @contextmanager
 def _randomness_fixed(model: nn.Module) -> Iterator[None]:
-    """The generators of the CPU and of the model's GPUs begin anew inside, and go on where they were at exit."""
+    """Inside, the generators of the CPU and the model's GPUs have a fixed seed; at exit their old state returns."""
     # Without CUDA, looking at all parameters again with every loss is in vain.
     on_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [home_of(model), *(parameter.device for parameter in model.parameters())] if on_gpus else []

@@ -104,7 +104,7 @@ def with_negatives(model: nn.Module, batch: Batch, samples: Sequence[Sample]) ->
     )  # fmt: skip
     if bool(right.all(dim=1).any()):
         raise CalibrationError(
-            "a calibration batch holds nothing but texts of one picture, so it has no wrong pairs to tell apart: raise "
+            "a calibration batch holds only texts of one picture, so it has no wrong pairs: raise "
             "the batch size, or give one text a picture"
         )
     scores = scores.masked_fill(right, -torch.inf)

@@ -37,9 +37,9 @@ def supervised_contrastive(model: nn.Module, batch: Batch) -> Tensor:
     labels = inputs.pop("labels", None)
     if labels is None:
         raise CalibrationError("the batch has no labels, so there is no contrast of classes: give a class column")
-    alike = labels[:, None] == labels[None, :]
-    alike.fill_diagonal_(False)
-    if not bool(alike.any()):
+    same_class = labels[:, None] == labels[None, :]
+    same_class.fill_diagonal_(False)
+    if not bool(same_class.any()):
         raise CalibrationError(
             f"no two of the {len(labels)} samples of a batch are of one class: raise the batch size, or give more data "
             "of each class"
@@ -47,8 +47,8 @@ def supervised_contrastive(model: nn.Module, batch: Batch) -> Tensor:
     features = normalize(pooled(model(**inputs), inputs).float(), dim=-1)
     cosines = features @ features.t() / TEMPERATURE
     cosines = cosines.masked_fill(torch.eye(len(labels), dtype=torch.bool, device=cosines.device), -torch.inf)
-    logs = cosines.log_softmax(dim=-1).masked_fill(~alike, 0.0)
-    counts = alike.sum(dim=-1)
+    logs = cosines.log_softmax(dim=-1).masked_fill(~same_class, 0.0)
+    counts = same_class.sum(dim=-1)
     return -(logs.sum(dim=-1) / counts.clamp(min=1)).sum() / (counts > 0).sum()
 
 

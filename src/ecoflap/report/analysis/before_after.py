@@ -75,13 +75,13 @@ def _bar(axes: Axes, name: str, counts: Mapping[str, int]) -> None:
 def _example(axes: Axes, row: Mapping[str, Any], folder: Path) -> None:
     import matplotlib.image
 
-    told = textwrap.wrap(row["question"] or "", 30)[:2]
-    told += [f"truth: {_cut(row['truth'])}", f"dense: {_cut(row['dense'])}", f"pruned: {_cut(row['pruned'])}"]
+    lines = textwrap.wrap(row["question"] or "", 30)[:2]
+    lines += [f"truth: {_cut(row['truth'])}", f"dense: {_cut(row['dense'])}", f"pruned: {_cut(row['pruned'])}"]
     path = (folder / row["picture"]).resolve() if row["picture"] else None
     inside = path is not None and path.is_relative_to(folder.resolve()) and path.is_file()
     if path is not None and inside:
         axes.imshow(matplotlib.image.imread(path, format="png"))
-    axes.text(0.5 if inside else 0, -0.04 if inside else 0.9, "\n".join(told), transform=axes.transAxes, va="top",
+    axes.text(0.5 if inside else 0, -0.04 if inside else 0.9, "\n".join(lines), transform=axes.transAxes, va="top",
               ha="center" if inside else "left", fontsize=7, parse_math=False)  # fmt: skip
 
 

@@ -106,7 +106,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Chart:
-    """One plot: its caption, its description for those who do not see it, axes, and what is in it."""
+    """One plot: its caption, its text alternative, axes, and data."""
 
     caption: str
     description: str
@@ -116,13 +116,13 @@ class Chart:
     rules: Sequence[Rule] = ()
     heat: Heat | None = None
     modality: str = ""
-    horizontal: bool = False  # bars lie; their names stand at the left
+    horizontal: bool = False  # horizontal bars with their names at the left
     stacked: bool = False
     wide: bool = False  # takes the whole width of the page
 
     @property
     def on_bars(self) -> bool:
-        """Whether points may stand on bars, from whose colour an outline sets them off."""
+        """Whether points may lie on bars; then they get an outline in another colour."""
         return any(series.kind == "bar" for series in self.series)
 
     @property

@@ -141,7 +141,7 @@ def tower_charts(content: Comparison) -> list[Chart]:
 
 
 def draw_comparison(folder: Path | str) -> None:
-    """Write ``quality`` (a panel a test) and ``cost``, each as PNG and SVG, anew from ``compare.json``.
+    """Writes ``quality`` (a panel for each test) and ``cost``, each as PNG and SVG, from ``compare.json``.
 
     Raises:
         InvalidOption: the folder holds no ``compare.json``, or it is broken.

@@ -22,7 +22,7 @@ from ecoflap.support import formats
 _BEFORE = Style("ink", marker=2)
 _ALIKE = 0.005  # sparsities of one block that differ by no more are one in whole per cent
 MOST_NUMBERS = 24  # more blocks than that leave no room for numbers in a heat map
-MOST_KINDS = 16  # more kinds of matrices than that are not told apart by colours and dashes
+MOST_KINDS = 16  # more kinds of matrices can't be distinguished by colours and dashes
 
 
 def sparsity_charts(run: RunData, blocks: list[BlockRow]) -> list[Chart]:
@@ -89,7 +89,7 @@ def layer_importance_charts(run: RunData) -> list[Chart]:
     for tower, (blocks, kinds) in _matrices(run.allocation.layers).items():
         series = []
         for index, (kind, layers) in enumerate(kinds.items()):
-            aside = 0.7 * ((index + 0.5) / len(kinds) - 0.5)  # kinds stand side by side, so that none hides another
+            aside = 0.7 * ((index + 0.5) / len(kinds) - 0.5)  # kinds are drawn side by side, so that none hides another
             own = [(blocks.index(layer.block) + aside, scores[layer.name]) for layer in layers if layer.name in scores]
             found = [(place, score) for place, score in own if score.score > 0]
             if found:

@@ -84,7 +84,7 @@ def svg(chart: Chart, prefix: str) -> str:
 def picture(rows: Sequence[Sequence[Chart]], title: str = "") -> Figure:
     """Charts with their captions and legends, for a file: ``rows`` of panels beside each other.
 
-    A legend that a row's panels share stands once.
+    A legend that the panels of a row share is drawn once.
     """
     rows = [row for row in rows if row]
     sizes = [[_size(chart) for chart in row] for row in rows]

@@ -156,7 +156,7 @@ def run_grid(
 
     Args:
         low_memory: keep the dense weights in a file of ``output`` while the work goes on, not in memory.
-        say: is told, a line each, what was chosen where the recipe left it open: columns of the data, objective.
+        say: receives one line for each choice that the recipe left open: columns of the data, objective.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to mend it; before ``output`` is touched where a look at
@@ -190,13 +190,13 @@ def run_grid(
 
 
 def _inputs(plan: Prepared) -> dict[str, str]:
-    """Digests of what decides the cells of the plan's group, under names that tell one group from another."""
+    """Digests of what decides the cells of the plan's group, under a name for each group."""
     of = f"of seed {plan.recipe.seed}, {plan.recipe.samples} samples"
     return {name if name == "device" else f"{name} {of}": value for name, value in plan.inputs().items()}
 
 
 class _Work:
-    """A grid under way: one model, put back to its dense weights after each cell."""
+    """A running grid: one model, whose dense weights are restored after each cell."""
 
     def __init__(
         self, grid: Grid, folder: GridDirectory, plans: Plans, base: Prepared, progress: Progress, low_memory: bool
@@ -331,5 +331,5 @@ def _file_of(place: Place) -> str:
 
 
 def _line(error: BaseException) -> str:
-    told = " ".join(str(error).split()) or type(error).__name__
-    return told if isinstance(error, EcoflapError) else f"out of memory: {told}"
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if isinstance(error, EcoflapError) else f"out of memory: {message}"

@@ -14,9 +14,9 @@ from ecoflap.support.registry import number, unknown
 
 # Fields that the grid says itself.
 AXES = frozenset(("sparsity", "seed"))
-# Fields that make a method what it is; their values stand before the colon, or are collected from what stands after.
+# Fields that define a method; their values come before the colon, or are collected from the part after it.
 OF_METHOD = frozenset(("importance", "criterion", "importance_options", "criterion_options"))
-# Fields that must be alike for all methods, or the numbers could not be compared.
+# Fields that must be the same for all methods, so that their numbers can be compared.
 SHARED = frozenset((
     "model", "allocation", "calibration", "columns", "prompt", "objective", "image_folder", "classes", "class_prompts",
     "batch_size", "sequence_length", "window_start", "include", "exclude", "towers", "task", "task_options", "test",
@@ -47,12 +47,12 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that stands after the colon."""
+        """The part after the colon."""
         return {**self.fields, **self.importance_options, **self.criterion_options}
 
     @property
     def core(self) -> str:
-        """What stands before the colon: ``owl+wanda``, or the criterion alone where every layer is pruned alike."""
+        """The part before the colon: ``owl+wanda``, or the criterion alone for one sparsity in all layers."""
         return self.criterion if self.importance == "uniform" else f"{self.importance}+{self.criterion}"
 
     @property
@@ -90,7 +90,7 @@ class Method:
 
 
 def split_methods(texts: Iterable[str]) -> list[str]:
-    """Methods that stand in one text, separated by commas.
+    """The methods of one text, separated by commas.
 
     A part such as ``granularity=layer``, with "=" and no ":" before it, is one more option of the method before.
     """
@@ -108,8 +108,8 @@ def split_methods(texts: Iterable[str]) -> list[str]:
 def parse_method(text: str) -> Method:
     """Read ``IMPORTANCE+CRITERION[:NAME=VALUE,…]``.
 
-    A criterion alone prunes every layer alike; an importance alone goes with Wanda. A NAME is a field of the recipe,
-    else an option of the importance, else one of the criterion.
+    A criterion alone gives every layer the same sparsity; an importance alone uses Wanda. A NAME is a field of the
+    recipe, else an option of the importance, else one of the criterion.
 
     Raises:
         UnknownName: an importance, criterion or option is not there.

@@ -39,8 +39,8 @@ class Grid(Recipe):
 
     methods: tuple[str, ...] = Field(
         DEFAULT_METHODS,
-        description="IMPORTANCE+CRITERION[:NAME=VALUE,...], a criterion alone (every layer alike) or an importance "
-        f"alone (with wanda); separated by commas. Default: {', '.join(DEFAULT_METHODS)}.",
+        description="IMPORTANCE+CRITERION[:NAME=VALUE,...], a criterion alone (one sparsity for all layers) or an "
+        f"importance alone (with wanda); separated by commas. Default: {', '.join(DEFAULT_METHODS)}.",
     )
     sparsities: tuple[float, ...] = Field(
         (0.5, 0.6, 0.7), description="Such as 0.3:0.7:0.1 (with both ends) or 0.5,0.6. Default: 0.5,0.6,0.7."

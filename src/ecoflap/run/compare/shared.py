@@ -65,7 +65,7 @@ class Took(BaseModel):
 
 
 def key_of(recipe: Recipe) -> str:
-    """A file's name that tells apart what gives other scores: measure, options, samples, seed."""
+    """A file name that differs for everything that changes the scores: measure, options, samples, seed."""
     reads = MEASURES.fact(recipe.importance, "reads", ())
     decides = {
         name: value
@@ -144,7 +144,7 @@ def order_of(recipe: Recipe) -> str:
 
 
 def search_key(recipe: Recipe) -> str:
-    """A file's name that tells apart what gives other allocations."""
+    """A file name that differs for everything that changes the allocation."""
     decides = {name: value for name, value in recipe.to_dict().items() if name not in SHARED | _AFTER_SEARCH}
     decides["statistics"] = order_of(recipe)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
