@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--criterion", default="wanda")
     parser.add_argument("--importance", default="uniform")
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--length", type=int, default=16, help="tokens a sample")
+    parser.add_argument("--length", type=int, default=16, help="tokens per sample")
     parser.add_argument("--folder", type=Path, help="where the files go; by default where temporary files do")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON, too")
     options = parser.parse_args()

@@ -271,7 +271,7 @@ def test_size_on_disk_as_saved_and_without_zeros(tmp_path, page):
     (run / "model" / "model-00001-of-00002.safetensors").write_bytes(bytes(3_000_000))
     (run / "model" / "model-00002-of-00002.safetensors").write_bytes(bytes(1_000_000))
     zeros = sum(t["zeros"] for t in towers)
-    packed = 4_000_000 - 2 * zeros + sum(t["weights"] for t in towers) / 8  # two bytes a weight
+    packed = 4_000_000 - 2 * zeros + sum(t["weights"] for t in towers) / 8  # two bytes per weight
     text = Page(read(write_report(run))).words("headline")
     assert "4.00 MB" in text
     assert f"{packed / 1e6:.2f} MB if zeros took a bit each (computed)" in text

@@ -48,7 +48,7 @@ def pack_model(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write the model of RUN, or MODEL, packed: each pruned layer as its non-zeros and one bit a weight.
+    """Write the model of RUN, or MODEL, packed: each pruned layer as its non-zeros and one bit per weight.
 
     transformers loads the folder once ecoflap is imported: 'import ecoflap' before from_pretrained.
 
@@ -126,7 +126,7 @@ def packed_line(packed: dict[str, Any]) -> str:
     )
 
 
-@app.command("bench", cls=Command, short_help="What packing gains on this machine: bytes, loading, tokens a second.")
+@app.command("bench", cls=Command, short_help="What packing gains on this machine: bytes, loading, tokens per second.")
 def bench_model(
     packed: Annotated[
         Path | None,

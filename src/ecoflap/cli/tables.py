@@ -137,7 +137,7 @@ def allocation_table(allocation: Allocation) -> Table:
 
 
 def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row a task, one for each of its further metrics, and one a group of its samples."""
+    """One row per task, one for each of its further metrics, and one per group of its samples."""
     from ecoflap.support import formats
 
     table = _table("", "task", "value", "n")
@@ -257,7 +257,7 @@ def bench_tables(found: Mapping[str, Any]) -> Iterator[Table]:
                 *(_pace(speed[(name, threads, batch)]) for threads, batch in cells),
             )
         table.caption = Text(
-            "first token in ms, tokens a second, each with its ratio to dense bfloat16", justify="left"
+            "first token in ms, tokens per second, each with its ratio to dense bfloat16", justify="left"
         )
         table.caption_justify = "left"
         yield table

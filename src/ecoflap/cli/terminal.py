@@ -152,7 +152,7 @@ class _Column(ProgressColumn):
 
 
 class Bars:
-    """One line a stage, with a bar: name, count, time elapsed and left, memory, and what is being worked on.
+    """One line per stage, with a bar: name, count, time elapsed and left, memory, and what is being worked on.
 
     A stage inside another one has its line below the other's, and takes it away when it ends.
     """

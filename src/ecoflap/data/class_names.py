@@ -23,7 +23,7 @@ def class_names(entries: Sequence[str] | None) -> tuple[str, ...] | None:
     names = _lines(entries[0], "classes") if len(entries) == 1 else tuple(entries)
     source = f"classes {entries[0]}" if len(entries) == 1 else "classes"
     if len(names) < 2:
-        raise InvalidOption(f"{source}: at least two class names are needed, one a line")
+        raise InvalidOption(f"{source}: at least two class names are needed, one per line")
     return names
 
 
@@ -31,7 +31,7 @@ def class_templates(entries: Sequence[str] | None) -> tuple[str, ...] | None:
     """Prompt templates, each with ``{}`` where the class name goes; None for the default of the task.
 
     Args:
-        entries: templates, or one path of a text file with a template a line.
+        entries: templates, or one path of a text file with a template per line.
 
     Raises:
         InvalidOption: the file can't be read or is empty, or a template has not exactly one ``{}``.
@@ -43,7 +43,7 @@ def class_templates(entries: Sequence[str] | None) -> tuple[str, ...] | None:
         raise InvalidOption(f"class prompt {entries[0]!r}: one {{}} is needed where the class name goes")
     templates = _lines(entries[0], "class_prompts") if from_file else tuple(entries)
     if not templates:
-        raise InvalidOption(f"class_prompts {entries[0]}: the file is empty; a template a line is expected")
+        raise InvalidOption(f"class_prompts {entries[0]}: the file is empty; a template per line is expected")
     for template in templates:
         if template.count("{}") != 1:
             raise InvalidOption(f"class prompt {template!r}: one {{}} is needed where the class name goes")
@@ -60,5 +60,7 @@ def _lines(path: str, what: str) -> tuple[str, ...]:
         text = Path(path).expanduser().read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InvalidOption(f"{what}: can't read the file '{path}' ({reason}): give a text file, one a line") from error
+        raise InvalidOption(
+            f"{what}: can't read the file '{path}' ({reason}): give a text file, one per line"
+        ) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -28,7 +28,7 @@ from ecoflap.data.samples import SampleSet
 from ecoflap.errors import CalibrationError
 
 Collate = Callable[[list[Sample], int], dict[str, Any]]  # (samples, number of the first one) -> tensors
-BY_ROW = ("classification", "supervised-contrastive")  # of texts too they take one row a sample, with its class
+BY_ROW = ("classification", "supervised-contrastive")  # of texts too they take one row per sample, with its class
 PAIRED = ("contrastive", "itm-itc")  # objectives that compare the samples of a batch with one another
 
 

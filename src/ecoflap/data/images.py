@@ -145,7 +145,7 @@ def _from_base64(text: str) -> bytes:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more than 8 bits a pixel (X-rays, depth, microscopes), scaled to 8 bits.
+    """A grey picture of more than 8 bits per pixel (X-rays, depth, microscopes), scaled to 8 bits.
 
     Black and white are the ends of the range that the values lie in: 0 to 1 (floating numbers), 255 or 65,535; where
     they go beyond these, the least and the greatest value.

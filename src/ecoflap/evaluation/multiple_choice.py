@@ -194,7 +194,7 @@ class _Asker:
         self._shortened = 0
 
     def answer(self, part: Sequence[Shot], batch_size: int, source: str) -> dict[str, Any]:
-        """``records``, one a question, and how many of them are ``shortened``."""
+        """``records``, one per question, and how many of them are ``shortened``."""
         before = self._shortened
         asked = [self._requests(index, sample, source) for index, sample in part]
         scores = iter(self._scorer.score([request for each in asked for request in each], batch_size))

@@ -117,8 +117,8 @@ class Retrieval(Task):
     A wrong candidate that scores as high as the right one counts as before it. Standard errors are binomial over the
     queries. ``n`` counts pictures. Recall depends on the number of candidates, so on the number of samples.
 
-    Data: pictures with captions: several a row, or rows that share a picture by their group column. The sequence length
-    has no effect; captions are cut to what the text tower takes.
+    Data: pictures with captions: several per row, or rows that share a picture by their group column. The sequence
+    length has no effect; captions are cut to what the text tower takes.
 
     Attributes:
         rerank: how many of the best candidates a model with a matching head reads (256 published for COCO, 128 for

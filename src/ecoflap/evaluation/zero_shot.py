@@ -93,7 +93,7 @@ def class_embeddings(
     batch_size: int,
     progress: Progress | None,
 ) -> Tensor:
-    """One normalised row a class, ``[C, D]``: the mean of its normalised prompts."""
+    """One normalised row per class, ``[C, D]``: the mean of its normalised prompts."""
     prompts = [fill(template, name) for name in names for template in templates]
     rows = []
     with (progress or Silent()).stage("zero-shot, prompts", total=len(prompts)) as task:

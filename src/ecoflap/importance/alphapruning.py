@@ -51,7 +51,7 @@ class AlphaPruning(ImportanceMeasure):
         return len(context.layers)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
-        """One value a layer: max α − α; 0 where there is no tail (all its eigenvalues are equal, or all zero).
+        """One value per layer: max α − α; 0 where there is no tail (all its eigenvalues are equal, or all zero).
 
         Raises:
             NonFiniteLoss: a weight is NaN or infinite; names the layer.

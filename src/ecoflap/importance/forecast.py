@@ -14,9 +14,9 @@ _log = logging.getLogger("ecoflap")
 SOONEST = 5.0  # seconds that must have gone by: the first probes of a stage are slow, or together too short to tell
 LONG = 1800.0  # seconds from which a faster way is named
 FASTER = {
-    "zeroth-order": "--importance gradient-norm measures the same without noise, by one backward pass a batch",
-    "forward-mode": "--importance gradient-norm measures the same without noise, by one backward pass a batch",
-    "sensitivity": "--importance gradient-norm takes one backward pass a batch, and --search goes on from there",
+    "zeroth-order": "--importance gradient-norm measures the same without noise, by one backward pass per batch",
+    "forward-mode": "--importance gradient-norm measures the same without noise, by one backward pass per batch",
+    "sensitivity": "--importance gradient-norm takes one backward pass per batch, and --search goes on from there",
 }
 REPLAYED = ("zeroth-order", "forward-mode")  # their first probes are the longest: later blocks need fewer computed anew
 LESS = "fewer --importance-samples or a shorter --sequence-length take less"

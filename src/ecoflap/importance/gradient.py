@@ -130,7 +130,7 @@ def _norm(weight: Tensor, gradient: Tensor) -> Tensor:
     return gradient.square().sum().sqrt() * math.sqrt(2 / math.pi)
 
 
-# All are linear in what is averaged over batches, so that one number a batch is enough: Σ|w|·E|g| = E Σ|w|·|g|.
+# All are linear in what is averaged over batches, so that one number per batch is enough: Σ|w|·E|g| = E Σ|w|·|g|.
 VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weight-gradient": _weight_gradient,
     "gradient": _gradient,

@@ -43,7 +43,7 @@ def one_estimate_per_layer(
     reduce: Callable[[Tensor], float],
     scale: Callable[[Mapping[str, float]], Mapping[str, float]],
 ) -> Iterator[Estimate]:
-    """One estimate a layer, all on batch 0 (it stands for the pass over all batches), without those that are known.
+    """One estimate per layer, all on batch 0 (it stands for the pass over all batches), without those that are known.
 
     Args:
         scope: "block" pools the products of all matrices of a block, which all get its number; "layer" takes each
@@ -120,7 +120,7 @@ class Owl(ImportanceMeasure):
         return len(context.layers)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
-        """One value a layer, its block's; after one pass of the dense model over the batches."""
+        """One value per layer, its block's; after one pass of the dense model over the batches."""
         return one_estimate_per_layer(
             context, self.scope, lambda products: outlier_share(products, self.multiple), dict
         )
@@ -160,7 +160,7 @@ class Dlp(ImportanceMeasure):
         return len(context.layers)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
-        """One value a layer, its block's; after one pass of the dense model over the batches."""
+        """One value per layer, its block's; after one pass of the dense model over the batches."""
         return one_estimate_per_layer(context, self.scope, lower_median, relative_importance)
 
 

@@ -106,7 +106,7 @@ def check_budget(rule: Stopping, pieces: Iterable[Sequence[Key]], batches: int) 
     if 0 < most < rule.least:
         draws = most // batches
         warnings.warn(
-            f"importance_error {rule.error:g} takes at least {rule.least} estimates a layer, and {batches} batches × "
+            f"importance_error {rule.error:g} takes at least {rule.least} estimates per layer, and {batches} batches × "
             f"{draws} draw{'s' if draws > 1 else ''} are {most}: raise importance_samples"
             + (", or draws among the importance's options" if rule.scatter else ""),
             stacklevel=3,

@@ -46,7 +46,7 @@ class _Item:
 def tower_entries(
     model: nn.Module, towers: Sequence[Tower], batches: Sequence[Any], run: Run, store: Offload
 ) -> dict[str, list[BlockCall]]:
-    """By tower, the calls of its parent's forward for all batches; one forward a batch, up to the last of them.
+    """By tower, the calls of its parent's forward for all batches; one forward per batch, up to the last of them.
 
     Args:
         store: keeps the arguments.

@@ -136,7 +136,7 @@ def keep_zeros(model: nn.Module, *, include: Sequence[str] = (), exclude: Sequen
     gradients, half precision, and weights that a checkpoint has replaced; weights that become zero later stay free.
     Parameters are looked up by their module, so moving the model or loading into it is fine.
 
-    Costs one byte a weight of the matrices with zeros, and one masked write to each a step. Weights that are split
+    Costs one byte per weight of the matrices with zeros, and one masked write to each a step. Weights that are split
     among processes (FSDP, DeepSpeed ZeRO 3) are refused.
 
     Args:

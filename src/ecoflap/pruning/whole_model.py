@@ -131,7 +131,7 @@ def prune_globally(
         objective: ``objective(model, batch)`` giving the loss, which moves the batch to the model's device.
         offload: keep what is as large as the model in the computer's memory.
         journal: rounds done by an interrupted run, which are taken over, and where new ones go: one entry each, which
-            holds a bit a weight.
+            holds a bit per weight.
 
     Returns:
         the allocation with the zeros that each layer was given, and the sparsity that it now has.

@@ -15,7 +15,7 @@ _NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "j
 
 
 def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
-    """``ecoflap prune`` with the options of ``recipe`` that are not the defaults, one a line, quoted for a POSIX shell.
+    """``ecoflap prune`` with the options of ``recipe`` that differ from the defaults, one per line, for a POSIX shell.
 
     Args:
         recipe: flat option names to values; lists repeat the option, mappings give ``key=value``, None is left out.

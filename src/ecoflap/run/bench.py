@@ -1,4 +1,4 @@
-"""Measures what packing gains on this machine: bytes, loading, time to the first token, tokens a second.
+"""Measures what packing gains on this machine: bytes, loading, time to the first token, tokens per second.
 
 Every round runs each variant once, one after the other, so that other load on the machine affects all alike; ratios
 are medians over the rounds.
@@ -28,7 +28,7 @@ def bench(packed: Path | None, options: BenchOptions, progress: Progress | None 
 
     Returns:
         ``machine`` and ``models``, each with its ``variants`` (bytes, seconds to load) and ``speed``: for every number
-        of threads, batch size and variant the seconds to the first token, tokens a second, and both as ratios to the
+        of threads, batch size and variant the seconds to the first token, tokens per second, and both as ratios to the
         dense model in bfloat16 (above 1 is better).
 
     Raises:
@@ -110,7 +110,7 @@ class _Clock(LogitsProcessor):  # type: ignore[misc]
 
 @torch.inference_mode()
 def _generate(model: nn.Module, inputs: dict[str, Any], tokens: int, size: int) -> tuple[float, float]:
-    """Seconds to the first token, and tokens a second of all rows together after it."""
+    """Seconds to the first token, and tokens per second of all rows together after it."""
     clock = _Clock()
     start = time.perf_counter()
     model.generate(  # type: ignore[operator]

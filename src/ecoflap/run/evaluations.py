@@ -89,7 +89,7 @@ def _is_text(source: str) -> bool:
 
 
 def evaluations_of(recipe: Recipe) -> tuple[Evaluation, ...]:
-    """All that is measured, in full: one entry a task, or the recipe's ``evaluations``.
+    """All that is measured, in full: one entry per task, or the recipe's ``evaluations``.
 
     With ``evaluations``, ``task`` chooses some of them by name, ``test_samples`` is a limit for each, and
     ``task_options``, ``classes`` and ``class_prompts`` hold where an entry says nothing itself.

@@ -130,7 +130,7 @@ class Recipe(BaseModel):
     )
     image_folder: str | None = Field(None, description="Where the pictures of an annotation file lie.")
     classes: tuple[str, ...] | None = Field(
-        None, description="Class names of zero-shot classification: a text file with one a line, or the names."
+        None, description="Class names of zero-shot classification: a text file with one per line, or the names."
     )
     class_prompts: tuple[str, ...] | None = Field(
         None, description="Templates with {} for the class name, or a text file of them. Default: a photo of a {}."

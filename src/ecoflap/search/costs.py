@@ -47,7 +47,7 @@ def by_probes(
 def by_gradient(
     model: nn.Module, masked: MaskedModel, divergence: Divergence, layers: Sequence[Layer], blocks: Sequence[str]
 ) -> dict[str, float]:
-    """For each layer: ⟨∇L at the masked weights, masked - dense⟩, by one backward pass a batch.
+    """For each layer: ⟨∇L at the masked weights, masked - dense⟩, by one backward pass per batch.
 
     In a quadratic model this is the layer's part of twice the loss, interactions included; the parts sum to it. It is
     the end point of the path integral of Sundararajan et al. 2017 (arXiv 1703.01365) from dense to masked weights. Only

@@ -110,11 +110,11 @@ def _open_json(place: Place) -> Table:
     if document.kind == "object" and document.lists:
         raise CalibrationError(
             f"{place.source} holds several lists ({', '.join(document.lists)}), and is of no format that is known: "
-            "give a file with one list of objects, one a sample"
+            "give a file with one list of objects, one per sample"
         )
     if document.kind == "object" and b"\n" not in head(place.path).strip():  # JSON lines with a single line
         return _adapted(JsonLinesTable(place.path, place.source))
-    raise CalibrationError(f"{place.source} must hold a list of objects, one a sample")
+    raise CalibrationError(f"{place.source} must hold a list of objects, one per sample")
 
 
 def _adapted(table: Table) -> Table:

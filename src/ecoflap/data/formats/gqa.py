@@ -12,7 +12,7 @@ COLUMNS = ("image", "question", "answer", "kind", "image_id")
 
 
 def open_gqa(document: JsonDocument, place: Place) -> MappedTable | None:
-    """One row a question; None for another kind of document."""
+    """One row per question; None for another kind of document."""
     if document.kind != "object" or document.lists or not len(document.members):
         return None
     table = ObjectTable(document.members, place.source, place.path.parent)

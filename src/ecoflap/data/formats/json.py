@@ -125,7 +125,7 @@ class JsonDocument:
     def _check_gap(self, between: bytes) -> None:
         """Checks that only a comma stands between two objects of a list; else the list holds other values."""
         if between.strip() not in (b"", b","):
-            raise CalibrationError(f"{self.source} must hold a list of objects, one a sample")
+            raise CalibrationError(f"{self.source} must hold a list of objects, one per sample")
 
 
 class ObjectTable:

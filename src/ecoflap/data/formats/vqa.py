@@ -17,7 +17,7 @@ PATTERNS = ("*OpenEnded_mscoco_*_questions.json",)
 
 
 class VqaTable:
-    """One row a question; both files are read where they lie."""
+    """One row per question; both files are read where they lie."""
 
     def __init__(self, questions: Objects, notes: Objects | None, subtype: str, folder: Path, source: str) -> None:
         self.source, self._questions, self._notes, self._subtype = source, questions, notes, subtype

@@ -71,7 +71,7 @@ def zero_shot(model: nn.Module, batch: Batch) -> torch.Tensor:
     prompts: Any = getattr(output, "text_embeds", None)
     if not (_is_matrix(pictures) and _is_matrix(prompts)):
         raise CalibrationError(
-            f"objective 'zero-shot': {type(model).__name__} gives no image_embeds and text_embeds, one a picture and "
+            f"objective 'zero-shot': {type(model).__name__} gives no image_embeds and text_embeds, one per picture and "
             "one a text: it needs a model with two towers, such as CLIP"
         )
     templates = int(batch["class_prompts"])

@@ -28,7 +28,7 @@ _HEADING = "## Packed weights"
 _UNTRUE = "The zeros are stored like other numbers: files and memory are as large as the dense model's, and a runtime"
 _NOTE = f"""{_HEADING}
 
-The weights of the pruned layers are packed: their non-zeros and one bit a weight. Load the model with ecoflap, which
+The weights of the pruned layers are packed: their non-zeros and one bit per weight. Load the model with ecoflap, which
 multiplies by them as they are:
 
 ```python

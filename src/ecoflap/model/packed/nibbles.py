@@ -1,7 +1,7 @@
 """Codes of 4 bits, two to a byte: how many bytes each row has, and where each code lies.
 
 The codes of 64 columns begin with a byte of their own, so that kernels, which take as many columns a step, never begin
-in the middle of a byte. That costs a sixteenth of a bit a weight at most.
+in the middle of a byte. That costs a sixteenth of a bit per weight at most.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def compute(subject: Subject) -> dict[str, Any]:
 
 
 def block_values(importance: Importance) -> list[float]:
-    """One score a block, in the order of the model, as :func:`block_scores` has them."""
+    """One score per block, in the order of the model, as :func:`block_scores` has them."""
     return [score.score for blocks in block_scores(importance).values() for score in blocks.values()]
 
 

@@ -129,7 +129,7 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """∇L of the mean loss over ``batches`` by parameter name, in the shape of the parameter; zeros where L has none.
 
-    One backward a batch. Memory: one number a prunable weight, and one block's activations. The model and its own
+    One backward a batch. Memory: one number per prunable weight, and one block's activations. The model and its own
     gradients are as before afterwards.
 
     Raises:

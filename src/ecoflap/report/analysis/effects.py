@@ -28,7 +28,7 @@ DRAWS = (1, 2, 4, 8)
 SEEDS = 3  # whose spread is the standard error
 EPSILON = 1e-3  # of the effects of draws and samples
 ABOVE = (0.0, 0.05, 0.1, 0.2, 0.3, 1.0)  # caps: so much above the sparsity
-_LABELS = {"epsilon": "ε", "draws": "noises a batch", "samples": "calibration samples"}
+_LABELS = {"epsilon": "ε", "draws": "noises per batch", "samples": "calibration samples"}
 
 
 class Estimates:

@@ -14,7 +14,7 @@ _GIGABYTE = 1e9
 
 
 def quality_chart(content: Comparison, test: Test) -> Chart | None:
-    """One line a method with the spread over seeds as a band, and the dense model as a dashed line."""
+    """One line per method with the spread over seeds as a band, and the dense model as a dashed line."""
     share = formats.unit_of(test.metric, test.unit) == "%"
     dense = test.dense.value
     series = []
@@ -111,7 +111,7 @@ def cost_charts(content: Comparison) -> list[Chart]:
 
 
 def tower_charts(content: Comparison) -> list[Chart]:
-    """One plot a tower: its sparsity less the target, one line a method; at zero it loses just its share."""
+    """One plot per tower: its sparsity less the target, one line per method; at zero it loses just its share."""
     charts = []
     apart = [value - cell.sparsity for cell in content.cells for value in cell.towers.values() if value is not None]
     if not apart:

@@ -29,7 +29,7 @@ def write_results(folder: Path, comparison: Comparison) -> None:
 
 
 def command_of(grid: Grid, folder: Path) -> str:
-    """``ecoflap compare`` with the options that are not the defaults, one a line, quoted for a POSIX shell.
+    """``ecoflap compare`` with the options that are not the defaults, one per line, quoted for a POSIX shell.
 
     A grid with what no option can say is repeated from its own file.
     """

@@ -23,7 +23,7 @@ NOTHING = "—"
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One row a cell, numbers in full; empty where nothing was measured.
+    """One row per cell, numbers in full; empty where nothing was measured.
 
     After the fixed columns: ``tower:NAME`` for each tower's sparsity, ``other:METRIC`` for further metrics of the first
     test, and ``test:NAME`` and ``test:NAME:stderr`` for each further test.
