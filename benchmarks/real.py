@@ -85,7 +85,7 @@ class Bench:
         for split in ("train", "test"):
             questions[split] = self.runs / f"easy-vqa-{split}.jsonl"
             if not questions[split].exists():
-                _write_questions(data / split, questions[split])
+                write_questions(data / split, questions[split])
         calibration = ("--calibration", str(questions["train"]))
         return folder, calibration, {"easy-VQA": ("vqa", "--test", str(questions["test"]), *self.limited(1000))}
 
@@ -122,7 +122,7 @@ class Bench:
         return found
 
 
-def _write_questions(folder: Path, target: Path) -> None:
+def write_questions(folder: Path, target: Path) -> None:
     rows = json.loads((folder / "questions.json").read_text("utf-8"))
     lines = [
         {"image": str(folder / "images" / f"{number}.png"), "question": question, "answer": answer}

@@ -35,8 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 COMMANDS = (
-    "prune", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report", "push", "pack", "unpack",
-    "bench",
+    "prune", "recover", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report", "push", "pack",
+    "unpack", "bench",
 )  # fmt: skip
 
 

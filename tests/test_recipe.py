@@ -43,6 +43,8 @@ FULL: dict[str, Any] = {
     "criterion": "sparsegpt",
     "criterion_options": {"damping": 0.02},
     "compare": "matrix",
+    "recover": True,
+    "recover_options": {"steps": 5, "damping": 0.1},
     "tokens": "text+top",
     "top_tokens": 0.3,
     "calibration": "data/it's.jsonl",
@@ -102,7 +104,7 @@ def test_yaml_and_back(tmp_path: Path) -> None:
     code = {"trust_remote_code": True, "objective": recipe.objective}  # a file is not trusted with it
     assert Recipe.load(path, code) == recipe
     assert Recipe.load(path, {**code, "seed": 12}) == recipe.model_copy(update={"seed": 12})
-    assert set(FULL) | {"pattern", "allocation", "evaluations"} == set(Recipe.model_fields)
+    assert set(FULL) | {"pattern", "allocation", "evaluations", "pruned"} == set(Recipe.model_fields)
 
 
 def test_the_command_line_and_back() -> None:

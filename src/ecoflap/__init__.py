@@ -9,7 +9,7 @@ from ecoflap.model.packed.register import register as register_packed
 from ecoflap.support.lazy import lazily
 
 if TYPE_CHECKING:
-    from ecoflap.api import PruneResult, inspect, prune
+    from ecoflap.api import PruneResult, inspect, prune, recover
     from ecoflap.importance.allocate import allocate
     from ecoflap.importance.measure import measure_importance
     from ecoflap.importance.scores import Importance, Score
@@ -41,6 +41,7 @@ __all__ = [
     "pack",
     "prune",
     "push",
+    "recover",
     "register",
     "save",
     "write_model_card",
@@ -68,6 +69,7 @@ _HOMES = {
     "pack": "ecoflap.model.packed.convert",
     "prune": "ecoflap.api",
     "push": "ecoflap.report.hub",
+    "recover": "ecoflap.api",
     "register": "ecoflap.run.extensions",
     "save": "ecoflap.model.save",
     "write_model_card": "ecoflap.report.card",

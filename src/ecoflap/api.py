@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
+import torch
 from torch import nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.allocation.allocate import AllocationOptions
+from ecoflap.data.batches import as_batches
 from ecoflap.data.model_facts import to_device
 from ecoflap.data.objectives import Objective, default_objective, on_device
 from ecoflap.errors import CalibrationError
@@ -22,21 +24,25 @@ from ecoflap.importance.allocate import allocate, allocate_scores
 from ecoflap.importance.fits import check_allocation
 from ecoflap.importance.measure import EstimateJournal, measure
 from ecoflap.importance.scores import Importance
+from ecoflap.model.activation_store import offload_kind
 from ecoflap.model.anatomy import discover
+from ecoflap.model.offload import check_in_memory
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
 from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import PruningOptions, prune_layers
+from ecoflap.pruning.recovery import recover_layers, recovery_options, sparse_part, weights_to_recover
 from ecoflap.search.method import Given, Method, make_method
 from ecoflap.search.options import SearchJournal
 from ecoflap.search.search import search_allocation
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import SharedNorms
+from ecoflap.statistics.tokens import check_choice
 from ecoflap.support.progress import Progress, Silent
 from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers
 
-__all__ = ["Method", "PruneResult", "allocate", "inspect", "prune"]
+__all__ = ["Method", "PruneResult", "allocate", "inspect", "prune", "recover"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,6 +173,8 @@ def prune(
     importance_samples: int | None = None,
     importance_error: float | None = None,
     importance_options: Mapping[str, Any] | None = None,
+    recover: bool = False,
+    recover_options: Mapping[str, Any] | None = None,
     loss: Objective | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -199,6 +207,8 @@ def prune(
         importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
         importance_error: stop sampling a layer when its standard error is this share of its score.
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
+        recover: the criterion's zeros stay, and the other weights are fitted to the dense model's outputs by least
+            squares; see :func:`ecoflap.recover`, also for ``recover_options``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.model.anatomy.discover`.
         tokens: which tokens enter the criterion's statistics where a language tower reads visual tokens: ``all``,
@@ -217,30 +227,12 @@ def prune(
         importance=importance, importance_options=importance_options, importance_samples=importance_samples,
         importance_error=importance_error, allocation=allocation, search=search, search_options=search_options,
         criterion=criterion, criterion_options=criterion_options, compare=compare, tokens=tokens,
-        offload_activations=offload_activations,
+        offload_activations=offload_activations, recover=recover, recover_options=recover_options,
     )  # fmt: skip
     model, batches = getattr(model, "_orig_mod", model), as_batches(batches, loss)
     given = allocation if allocation is not None else importance if isinstance(importance, Importance) else None
     work = Work(loss or default_objective(model), seed, progress or Silent(), workers)
     return carry_out(model, batches, method, work, given, include=include, exclude=exclude, towers=towers)
-
-
-def as_batches(batches: Iterable[Any], loss: Objective | None) -> Sequence[Any]:
-    """Collects the batches in a list; reads a ``DataLoader`` or a generator once, to its end.
-
-    Raises:
-        CalibrationError: a batch is no mapping, and there is no ``loss`` that could take it.
-    """
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches is a {type(batches).__name__}: give a list of batches, or a DataLoader")
-    found = batches if isinstance(batches, Sequence) else list(batches)
-    for number, batch in enumerate(found if loss is None else ()):
-        if not isinstance(batch, Mapping):
-            raise CalibrationError(
-                f"batch {number} is a {type(batch).__name__}: give mappings of the arguments of the model's forward, "
-                "such as {'input_ids': ..., 'labels': ...}, or a loss(model, batch) that takes it"
-            )
-    return found
 
 
 def prune_to(
@@ -258,6 +250,8 @@ def prune_to(
     loss: Objective | None = None,
     offload_activations: bool | str = "none",
     tokens: str | TokenChoice = "all",
+    recover: bool = False,
+    recover_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     journal: BlockJournal | None = None,
     workers: Workers = ALONE,
@@ -267,11 +261,64 @@ def prune_to(
     Options are those of :func:`prune`; ``journal`` holds what an interrupted run has done.
     """
     choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
-    options = PruningOptions(criterion, dict(criterion_options or {}), compare, choice, offload_activations)
+    recovery = recovery_options(recover_options) if recover else None
+    options = PruningOptions(criterion, dict(criterion_options or {}), compare, choice, offload_activations, recovery)
     shares = AllocationOptions(budget=budget, tower_sparsity=tower_sparsity, pattern=pattern)
     work = Work(loss or default_objective(model), progress=progress or Silent(), workers=workers)
     found = prune_layers(model, anatomy, allocation, batches, options, shares, work, journal)
     return found.allocation, found.unreached
+
+
+def recover(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    options: Mapping[str, Any] | None = None,
+    loss: Objective | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    towers: Sequence[str] | None = None,
+    tokens: str | TokenChoice = "all",
+    offload_activations: bool | str = "none",
+    progress: Progress | None = None,
+    workers: Workers = ALONE,
+) -> PruneResult:
+    """Give a pruned ``model``, in place, better weights for its zeros, whoever pruned it: the zeros stay.
+
+    Layer by layer, ‖X Wᵀ − X̂ Ŵᵀ‖² is minimised over all Ŵ with these zeros: W is the dense weight, X are the layer's
+    inputs in the dense model and X̂ those in the model as it is recovered up to there
+    (:class:`ecoflap.pruning.recovery.FitLayer`). Layers without zeros keep their weights.
+
+    Args:
+        model: pruned from ``dense``, in any pattern; all its weights in memory.
+        dense: is not changed.
+        batches: calibration batches, as of :func:`prune`.
+        options: ``steps`` of conjugate gradients (20) and ``damping`` (0.01).
+        loss, include, exclude, towers, tokens, offload_activations, progress, workers: as of :func:`prune`.
+
+    Raises:
+        InvalidOption: the models are of other shapes, differ outside the layers, or nothing is pruned.
+        EcoflapError: says what is wrong and how to mend it; ``model`` is untouched unless the walk had begun.
+    """
+    fit, choice = recovery_options(options), TokenChoice(tokens) if isinstance(tokens, str) else tokens
+    model, dense = (getattr(given, "_orig_mod", given) for given in (model, dense))
+    objective, batches = loss or default_objective(model), as_batches(batches, loss)
+    if not len(batches):
+        raise CalibrationError("no calibration batches: give at least one")
+    check_choice(choice, model, batches, "pair")
+    check_in_memory(model, "recover")
+    with cache_disabled(model):
+        anatomy = discover(model, batches[0], run=on_device(objective), include=include, exclude=exclude, towers=towers)
+    pruned = weights_to_recover(dense, model, anatomy, ("the dense model", "the model"))
+    part = sparse_part(anatomy, pruned, dense)
+    with torch.no_grad():
+        for layer in part.layers:
+            model.get_parameter(layer.name).copy_(dense.get_parameter(layer.name))
+    work = Work(objective, progress=progress or Silent(), workers=workers)
+    offload = offload_kind(offload_activations)
+    done = recover_layers(model, part, pruned, batches, fit, work, offload=offload, tokens=choice)
+    return PruneResult(model, anatomy, None, done.allocation, done.unreached)
 
 
 def inspect(

@@ -82,7 +82,7 @@ def _entry(names: str, text: str, width: int) -> str:
     return "\n".join([f"  {names:<{NAMES}}{lines[0]}", *(indent + line for line in lines[1:])]).rstrip()
 
 
-SHARED = ("prune", "importance", "evaluate")  # commands that several workers can do together
+SHARED = ("prune", "recover", "importance", "evaluate")  # commands that several workers can do together
 
 
 class Ended(BaseException):

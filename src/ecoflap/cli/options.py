@@ -26,7 +26,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Importance (stage 1)": ("importance", "importance_options", "importance_samples", "importance_error"),
     "Pruning (stage 2)": (
-        "criterion", "criterion_options", "pattern", "compare", "tokens", "top_tokens", "offload_activations",
+        "criterion", "criterion_options", "pattern", "compare", "recover", "recover_options", "tokens", "top_tokens",
+        "offload_activations",
     ),
     "Calibration": (
         "calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts", "samples",
@@ -60,6 +61,7 @@ _METAVARS = {
     "tokens": "NAME",
     "criterion_options": "NAME=VALUE",
     "search_options": "NAME=VALUE",
+    "recover_options": "NAME=VALUE",
     "rule": "NAME",
     "pattern": "unstructured|N:M",
     "calibration": "SOURCE",

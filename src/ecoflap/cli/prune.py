@@ -10,7 +10,22 @@ from typing import Annotated, Any
 
 import typer
 
-from ecoflap.cli.app import GRID_FIELDS, PRIVATE, Command, Json, Quiet, app, flag, print_json, progress_to, say_line
+from ecoflap.cli.app import (
+    DATA_FIELDS,
+    GRID_FIELDS,
+    MODEL_FIELDS,
+    PART_FIELDS,
+    PRIVATE,
+    TEST_FIELDS,
+    Command,
+    Json,
+    Quiet,
+    app,
+    flag,
+    print_json,
+    progress_to,
+    say_line,
+)
 from ecoflap.cli.options import OUTPUT, with_recipe_options
 from ecoflap.cli.packed import packed_line, packed_to
 from ecoflap.cli.terminal import print_lines, standard_error, standard_output
@@ -54,6 +69,63 @@ def prune(
         ecoflap prune --recipe runs/first/recipe.yaml --sparsity 0.7 --output runs/second
         ecoflap prune path/to/llama --allocation allocation.json --calibration prose.txt
     """
+    if (launched() or ALONE).first:
+        _check_hub(push_to_hub, private)
+    run = _run(recipe, output, overwrite, resume, quiet, as_json)
+    if run is None:
+        return
+    packed = None
+    if pack:
+        with Manifest(run).writing(f"{PACKED}/"):
+            packed = packed_to(str(run / MODEL), run / PACKED, "auto", None, True, recipe.trust_remote_code, quiet)
+    pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
+    more: dict[str, Any] = {} if push_to_hub is None else {"pushed": pushed}
+    _tell(run, quiet, as_json, more if packed is None else {**more, "packed": packed})
+    if failure is not None:
+        raise failure
+
+
+@app.command(cls=Command, short_help="Better weights for the zeros that a pruned model has.")
+@with_recipe_options(
+    *MODEL_FIELDS, *PART_FIELDS, *DATA_FIELDS, *TEST_FIELDS, "test_batch_size", "recover_options", "tokens",
+    "top_tokens", "offload_activations",
+)  # fmt: skip
+def recover(
+    recipe: Recipe,
+    dense: Annotated[
+        str | None,
+        typer.Option("--dense", metavar="DENSE", help="What MODEL was pruned from: folder, GGUF file or hub id; left "
+                     "out: the embedded model.", show_default=False, rich_help_panel="Model"),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="The run directory. Default: ecoflap-recovered.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = Path("ecoflap-recovered"),
+    overwrite: Annotated[bool, flag("--overwrite", text="Replace the run that is there (its files alone).")] = False,
+    resume: Annotated[bool, flag("--resume", text="Go on with the run that is there.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Recover a pruned MODEL, whoever pruned it: zeros stay, the other weights are fitted to the DENSE model's outputs.
+
+    Leaves a run directory as 'ecoflap prune' does.
+
+    Examples:
+        ecoflap recover runs/first/model --output runs/recovered
+        ecoflap recover path/to/pruned --dense path/to/llama --calibration prose.txt --test held-out.txt
+    """
+    if recipe.pruned is None:
+        if recipe.model is None:
+            raise InvalidOption("what to recover? give the pruned model: ecoflap recover MODEL --dense DENSE")
+        recipe = recipe.model_copy(update={"model": dense, "pruned": recipe.model})
+    run = _run(recipe, output, overwrite, resume, quiet, as_json)
+    if run is not None:
+        _tell(run, quiet, as_json, {})
+
+
+def _run(recipe: Recipe, output: Path, overwrite: bool, resume: bool, quiet: bool, as_json: bool) -> Path | None:
+    """Carry a recipe out; its folder, or None for another worker than the first."""
     progress = progress_to(quiet or as_json)
     first = (launched() or ALONE).first
     if first:
@@ -61,7 +133,6 @@ def prune(
             from ecoflap.support.torchrun import begun
 
             resume, overwrite = (True, False) if begun(output) else (resume, overwrite)
-        _check_hub(push_to_hub, private)
         # Checked before anything heavy is imported, so that a folder in use is reported at once.
         examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
         if examined.complete and not quiet:
@@ -75,30 +146,27 @@ def prune(
             recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say, workers=workers,
             begun=partial(_note_begun, output) if first else None,
         )  # fmt: skip
-    if not first:
-        return
+    return run if first else None
+
+
+def _tell(run: Path, quiet: bool, as_json: bool, more: dict[str, Any]) -> None:
+    """Say what a run has made.
+
+    Args:
+        more: what else was made of it: ``packed``, ``pushed``.
+    """
     from ecoflap.cli.tables import stages_table, summary_table
 
-    packed = None
-    if pack:
-        with Manifest(run).writing(f"{PACKED}/"):
-            packed = packed_to(str(run / MODEL), run / PACKED, "auto", None, True, recipe.trust_remote_code, quiet)
-    pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     if as_json:
-        more: dict[str, Any] = {} if push_to_hub is None else {"pushed": pushed}
-        if packed is not None:
-            more["packed"] = packed
         print_json({"run": str(run), **more, **json.loads((run / METRICS).read_text("utf-8"))})
     elif not quiet:
         standard_output().print(summary_table(run))
         standard_output().print(stages_table(run))
         print_lines(f"model   {run / MODEL}\nreport  {run / REPORT}")
-        if packed is not None:
-            print_lines(packed_line(packed))
-        if pushed:
-            print_lines(f"pushed  {pushed}")
-    if failure is not None:
-        raise failure
+        if "packed" in more:
+            print_lines(packed_line(more["packed"]))
+        if more.get("pushed"):
+            print_lines(f"pushed  {more['pushed']}")
 
 
 def _note_begun(output: Path) -> None:

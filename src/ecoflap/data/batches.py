@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,24 @@ from ecoflap.data.prompts import Prompter, image_processor_of, tokenizer_of
 from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleSet
 from ecoflap.errors import CalibrationError, InvalidOption
+
+
+def as_batches(batches: Iterable[Any], loss: object | None) -> Sequence[Any]:
+    """Collects the batches in a list; reads a ``DataLoader`` or a generator once, to its end.
+
+    Raises:
+        CalibrationError: a batch is no mapping, and there is no ``loss`` that could take it.
+    """
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"batches is a {type(batches).__name__}: give a list of batches, or a DataLoader")
+    found = batches if isinstance(batches, Sequence) else list(batches)
+    for number, batch in enumerate(found if loss is None else ()):
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"batch {number} is a {type(batch).__name__}: give mappings of the arguments of the model's forward, "
+                "such as {'input_ids': ..., 'labels': ...}, or a loss(model, batch) that takes it"
+            )
+    return found
 
 
 def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:

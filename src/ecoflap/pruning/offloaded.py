@@ -10,7 +10,7 @@ from ecoflap.model.offload import OFFLOADED, is_offloaded, keep_placeholders
 from ecoflap.pruning.registry import is_global
 
 
-def check_blockwise(importance: str | None, criterion: str, search: bool = False) -> None:
+def check_blockwise(importance: str | None, criterion: str, search: bool = False, recover: bool = False) -> None:
     """Raises InvalidOption for what needs more of a model than one block at a time.
 
     Args:
@@ -23,10 +23,14 @@ def check_blockwise(importance: str | None, criterion: str, search: bool = False
         offloaded.check_blockwise(importance)
     if search:
         raise InvalidOption(f"search prunes the whole model at a time, and {OFFLOADED}: add --no-search")
+    if recover:
+        raise InvalidOption(f"recover needs all weights in memory, and {OFFLOADED}: take criterion admm in its place")
 
 
-def check_offloaded(model: nn.Module, importance: str | None, criterion: str, search: bool = False) -> None:
+def check_offloaded(
+    model: nn.Module, importance: str | None, criterion: str, search: bool = False, recover: bool = False
+) -> None:
     """For an offloaded model, calls :func:`check_blockwise` and prepares the model; does nothing for another one."""
     if is_offloaded(model):
         keep_placeholders(model)
-        check_blockwise(importance, criterion, search)
+        check_blockwise(importance, criterion, search, recover)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from ecoflap.data.objectives import on_device
 from ecoflap.importance.allocate import sizes_of
 from ecoflap.model.activation_store import offload_kind
 from ecoflap.pruning.criteria import Criterion, GlobalCriterion, make_criterion
-from ecoflap.pruning.journal import BlockJournal
+from ecoflap.pruning.journal import BlockJournal, NoJournal
 from ecoflap.pruning.offloaded import check_offloaded
+from ecoflap.pruning.recovery import DenseWeights, RecoveryOptions, SecondWalk, recover_layers
 from ecoflap.pruning.registry import refuse_with_global
-from ecoflap.pruning.walk import WalkResult, walk
+from ecoflap.pruning.walk import WalkResult, achieved, walk
 from ecoflap.pruning.whole_model import prune_globally
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.tokens import check_choice
@@ -39,6 +40,7 @@ class PruningOptions:
         compare: ``row`` or ``matrix``: where scores are compared; None for the criterion's own.
         tokens: which tokens enter the statistics where a language tower reads visual tokens.
         offload_activations: where block inputs are kept between blocks: ``cpu`` or ``disk``.
+        recovery: the criterion's zeros stay, and the other weights are fitted to the dense model's outputs.
     """
 
     criterion: str = "wanda"
@@ -46,6 +48,7 @@ class PruningOptions:
     compare: str | None = None
     tokens: TokenChoice = ALL
     offload_activations: bool | str = "none"
+    recovery: RecoveryOptions | None = None
 
     def made(self) -> Criterion | GlobalCriterion:
         """The criterion with its options; raises as :func:`~ecoflap.pruning.criteria.make_criterion`."""
@@ -74,6 +77,8 @@ def prune_layers(
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
         InvalidOption: the criterion can't be used with these options.
     """
+    if options.recovery is not None:
+        return _recovered(model, anatomy, allocation, batches, options, shares, work, journal or NoJournal())
     criterion = options.made()
     check_offloaded(model, None, options.criterion)
     offload, run = offload_kind(options.offload_activations), on_device(work.loss)
@@ -90,6 +95,28 @@ def prune_layers(
         model, anatomy, allocation, batches, criterion, pattern,
         run=run, offload=offload, tokens=options.tokens, progress=work.progress, journal=journal, workers=work.workers,
     )  # fmt: skip
+
+
+def _recovered(
+    model: nn.Module,
+    anatomy: Anatomy,
+    allocation: Allocation,
+    batches: Sequence[Any],
+    options: PruningOptions,
+    shares: AllocationOptions,
+    work: Work,
+    journal: BlockJournal,
+) -> WalkResult:
+    """As :func:`prune_layers`, and a second walk that fits the weights which the first one left."""
+    assert options.recovery is not None
+    check_offloaded(model, None, options.criterion, recover=True)
+    dense = DenseWeights(model, [layer.name for layer in anatomy.layers])
+    found = prune_layers(model, anatomy, allocation, batches, replace(options, recovery=None), shares, work, journal)
+    recover_layers(
+        model, anatomy, dense.swap(), batches, options.recovery, work, SecondWalk(journal),
+        offload=offload_kind(options.offload_activations), tokens=options.tokens,
+    )  # fmt: skip
+    return WalkResult(achieved(model, found.allocation), found.unreached)
 
 
 def _budgets(anatomy: Anatomy, shares: AllocationOptions) -> dict[str, str]:

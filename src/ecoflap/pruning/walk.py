@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -54,6 +54,7 @@ def walk(
     progress: Progress | None = None,
     journal: BlockJournal | None = None,
     workers: Workers = ALONE,
+    each: Callable[[Layer], Criterion] | None = None,
 ) -> WalkResult:
     """Prune ``model`` in place.
 
@@ -70,13 +71,15 @@ def walk(
         tokens: which tokens of a tower that reads text and pictures enter the statistics.
         journal: holds the blocks that an interrupted walk has pruned, and receives new ones; the same for all workers.
         workers: processes with the same ``model`` and ``batches``.
+        each: the rule of each layer, where they differ; ``criterion`` then says what all of them read. Layers that no
+            token reached are its own matter.
 
     Raises:
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
     """
     check_choice(tokens, model, batches, criterion.statistics)
     keep_placeholders(model)
-    walker = _Walker(model, criterion, pattern, allocation, journal or NoJournal(), workers)
+    walker = _Walker(model, criterion, pattern, allocation, journal or NoJournal(), workers, each)
     decoder = decoder_of(anatomy)
     part = share_of(len(batches), workers)
     batches = [batches[number] for number in part.batches]
@@ -204,14 +207,13 @@ class _Walker:
         allocation: Allocation,
         journal: BlockJournal,
         workers: Workers,
+        each: Callable[[Layer], Criterion] | None = None,
     ) -> None:
         if is_offloaded(model) and isinstance(journal, NoJournal):
-            pass
-
             journal = SpilledBlocks(model)
         self.model, self.criterion, self.pattern, self.journal = model, criterion, pattern, journal
         self.offloaded = Offloaded(model)
-        self.allocation, self.workers = allocation, workers
+        self.allocation, self.workers, self.each = allocation, workers, each
         self.unreached: list[str] = []
         self._left: list[str] = []  # of the block at hand, layers without statistics
         self._known: set[str] = set()  # blocks that an interrupted walk has pruned and that are dense as yet
@@ -283,14 +285,15 @@ class _Walker:
         return names
 
     def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> bool:
-        """Prune one layer; False if it had to be by magnitude, because no calibration token reached it."""
+        """Prune one layer; False if no calibration token reached it: then by magnitude, where ``each`` is not given."""
         parameter = self.model.get_parameter(layer.name)
         weight = parameter.data.t() if layer.transposed else parameter.data
         if not all_finite(weight):
             raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")
-        criterion, reached = self.criterion, True
-        if criterion.statistics != "none" and (statistics is None or statistics.tokens == 0):
-            criterion, statistics, reached = Magnitude(), None, False
+        criterion = self.each(layer) if self.each is not None else self.criterion
+        reached = criterion.statistics == "none" or (statistics is not None and statistics.tokens > 0)
+        if not reached and self.each is None:
+            criterion, statistics = Magnitude(), None
         try:
             pruned = criterion(weight, statistics, self.allocation[layer.name].zeros, self.pattern)
         except NonFiniteLoss as error:

@@ -14,8 +14,8 @@ from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
 from ecoflap.report.data import METRICS, OtherMetric, Quality, RunData, read_run
-from ecoflap.run.citations import citations
-from ecoflap.run.recipe import Recipe
+from ecoflap.run.citations import RECOVERY_PAPERS, citations
+from ecoflap.run.recipe import Recipe, idle_fields
 from ecoflap.support import formats
 from ecoflap.support.reading import read_json
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MODEL = "model"
 _PLACES = (
     "model", "calibration", "image_folder", "test", "test_image_folder", "importance", "allocation", "classes",
-    "class_prompts",
+    "class_prompts", "pruned",
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _of_run(run: RunData, processor: str | None) -> Card:
     assert metrics is not None
     said = run.recipe or {}
     order = [*(name for name in Recipe.model_fields if name in said), *sorted(set(said) - set(Recipe.model_fields))]
-    recipe = {name: _shortened(said[name], name) for name in order}
+    recipe = {name: _shortened(said[name], name) for name in order if name not in idle_fields(said)}
     found = base_model(said.get("model"))
     raw = read_json(run.path / METRICS, "the run's file")
     data = {
@@ -144,6 +144,10 @@ def _tags(criterion: str) -> list[str]:
 
 def _steps(method: str | None, settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Step]:
     """What decided the layers' shares, how weights were chosen, which inputs were counted."""
+    if recipe.get("pruned"):
+        yield Step("Zeros", f"those of {_place(str(recipe['pruned']))}")
+        yield _recovered()
+        return
     if recipe.get("criterion") in CRITERIA and is_global(str(recipe["criterion"])):
         within = "each tower" if recipe.get("budget") == "tower" else "the whole model"
         yield Step("Sparsity of each layer", f"as the criterion makes it, over the weights of {within}")
@@ -162,9 +166,16 @@ def _steps(method: str | None, settings: Mapping[str, Any], recipe: Mapping[str,
     criterion = str(recipe.get("criterion", ""))
     pattern = recipe.get("pattern") or "unstructured"
     yield Step("Weights within a layer", f"criterion {criterion}, {pattern}", citations(criterion))
+    if recipe.get("recover"):
+        yield _recovered()
     tokens = str(recipe.get("tokens", "all"))
     if tokens != "all":
         yield Step("Tokens that the criterion's statistics count", tokens, citations(tokens))
+
+
+def _recovered() -> Step:
+    how = "fitted to the dense model's outputs by least squares, the zeros kept"
+    return Step("Weights that are not zero", how, citations(*RECOVERY_PAPERS))
 
 
 def _rows(dense: Mapping[str, Quality], pruned: Mapping[str, Quality], data: Mapping[str, str]) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ecoflap.report.charts import run as run_charts
 from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, read_run
 from ecoflap.report.html import PanelGroup, Plots, environment
 from ecoflap.report.predictions import gallery
-from ecoflap.run.citations import citations
+from ecoflap.run.citations import RECOVERY_PAPERS, citations
 from ecoflap.run.manifest import Manifest
 from ecoflap.support import formats
 from ecoflap.support.files import write_text
@@ -138,7 +138,7 @@ def render(run: RunData) -> str:
             scores=run.scores,
             given=run.given_sparsity(),
             galleries=_galleries(run),
-            papers=citations("ecoflap", *(_text(name) for name in (method, rule, recipe.get("criterion")))),
+            papers=citations("ecoflap", *(_text(name) for name in (method, rule, *_of_stage_2(recipe)))),
             **panels,
             **plots.context(),
         )
@@ -193,6 +193,12 @@ def _towers(run: RunData, blocks: list[BlockRow]) -> Iterator[dict[str, Any]]:
             "target": sum(block.target * block.weights for block in own) / weights if weights else None,
             "achieved": measured[name].sparsity if name in measured else None,
         }
+
+
+def _of_stage_2(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What stage 2 did, by the names that papers are found by."""
+    recovery = RECOVERY_PAPERS if recipe.get("recover") else ()
+    return recovery if recipe.get("pruned") else (recipe.get("criterion"), *recovery)
 
 
 def _text(value: Any) -> str | None:

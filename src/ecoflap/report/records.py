@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ecoflap.report.data import RunData
-from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of
+from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of, idle_fields
 
 RECORDS = ("versions", "fingerprint", "format")  # what a recipe notes about its run, not options
 _NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "json", "recipe"}
@@ -73,7 +73,7 @@ def options(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The recipe's options; unset ones show their default for the embedded model."""
     embedded = {"model": "embedded VLM", "calibration": "bundled samples", "test": "bundled questions"}
     for key, value in recipe.items():
-        if key not in RECORDS:
+        if key not in RECORDS and key not in idle_fields(recipe):
             stands_for = embedded.get(key) if value is None and recipe.get("model") is None else None
             yield key, stands_for or flat(value)
 

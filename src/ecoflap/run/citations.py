@@ -19,6 +19,7 @@ _BY_KEY = {paper.key: paper for paper in PAPERS}
 # Choices within a method that have a paper of their own; importances, criteria and rules name theirs where they are
 # registered (``cites``).
 _CHOICES = {"fisher": ("obd",), "text": ("atv-pruning",), "atv": ("atv-pruning",)}
+RECOVERY_PAPERS = ("gptaq", "alps")  # its targets, its solver
 _REGISTRIES: tuple[Registry[Any], ...] = (IMPORTANCES, CRITERIA, RULES)
 
 

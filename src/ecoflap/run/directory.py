@@ -217,7 +217,10 @@ class RunDirectory:
         return data
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """The recipe with the importance that the run took, where ``auto`` leaves it open."""
+        """The recipe with what the run found where it was left open: the importance, or a pruned model's sparsity."""
+        if recipe.pruned is not None:  # its sparsity is known when it is read
+            known = {name: self.recorded().get(name) for name in ("sparsity", "max_sparsity")}
+            return recipe.model_copy(update=known)
         took = str(self.recorded().get("importance"))
         if recipe.importance != AUTO or took not in (GRADIENT_NORM, ZEROTH_ORDER):
             return recipe
@@ -303,7 +306,7 @@ class RunDirectory:
 
 def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Each field that names a file or folder to read, with what it says."""
-    single = ("model", "calibration", "test", "importance", "allocation", "image_folder", "test_image_folder")
+    single = ("model", "pruned", "calibration", "test", "importance", "allocation", "image_folder", "test_image_folder")
     lists = ("classes", "class_prompts")
     for prefix, holder in (("", recipe), *((f"evaluations {e.name} ", e) for e in recipe.evaluations or ())):
         for field in single:

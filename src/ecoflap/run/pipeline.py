@@ -27,6 +27,7 @@ from ecoflap.pruning.prune import prune_layers
 from ecoflap.pruning.walk import WalkResult
 from ecoflap.run import names as files
 from ecoflap.run.evaluations import Evaluation, evaluate, evaluations_of
+from ecoflap.run.given_zeros import recovered, with_given_zeros
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.pages import PAGES
 from ecoflap.run.predictions import add_pictures, answers_of, compared
@@ -80,6 +81,8 @@ def pruned_to(
 ) -> WalkResult:
     """Stage 2, in place; ``journal`` holds blocks that are pruned already, and takes new ones."""
     model, anatomy, batches = plan.parts
+    if plan.pruned is not None:
+        return recovered(plan, progress, journal, workers)
     method, work = plan.recipe.method(), plan.work(progress, workers)
     return prune_layers(model, anatomy, allocation, batches, method.pruning, method.allocation, work, journal)
 
@@ -150,7 +153,7 @@ def run_recipe(
             if run.first:
                 run.finish()
             return run.path
-        plan = prepare(run.settled(recipe), workers)
+        plan = with_given_zeros(prepare(run.settled(recipe), workers))
         for line in plan.choices():
             if say is not None:
                 say(line)
@@ -257,12 +260,16 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
     if run.first and not (run.path / files.MODEL).exists():
         model = plan.checkpoint.model
         layers = sum(model.get_parameter(layer.name).nbytes for layer in plan.anatomy.layers)
-        check_room(run.path, layers - blocks.bytes() + stored_bytes(model), "the pruned model, and its journal first,")
+        walks = 2 if job.recipe.recover and plan.pruned is None else 1
+        check_room(
+            run.path, walks * layers - blocks.bytes() + stored_bytes(model), "the pruned model, and its journal first,"
+        )
     with job.stage("pruning"):
         pruned = pruned_to(plan, allocation, job.progress, blocks, job.workers)
     allocation, unreached = pruned.allocation, pruned.unreached
     for name in unreached:
-        _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
+        how = "pruned by magnitude" if plan.pruned is None else "not recovered"
+        _log.warning("%s was reached by no calibration token: %s", name, how)
     run.write_result(files.ALLOCATION, allocation.to_json())
     if run.first and not (run.path / files.MODEL).exists():
         with job.stage("saving"), job.progress.stage("saving", total=1) as task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def load_checkpoint(
@@ -87,6 +87,8 @@ class Prepared:
         batches: the same, fixed once, on the CPU.
         importance: read from the file that the recipe names, else None.
         allocation: read from the file that the recipe names, else None.
+        pruned: the weights whose zeros are kept, where the recipe names a pruned model; ``anatomy`` and ``allocation``
+            are then of the layers that have zeros.
         chosen: a line that says which importance was taken, and why, where the recipe left it open.
         norms: of the dense model's inputs; kept by a comparison for the cells that share the batches.
     """
@@ -100,6 +102,7 @@ class Prepared:
     objective_name: str
     importance: Importance | None = None
     allocation: Allocation | None = None
+    pruned: Mapping[str, Tensor] | None = field(default=None, compare=False)
     norms: SharedNorms = field(default_factory=SharedNorms, compare=False)
     chosen: str = ""
 
@@ -180,12 +183,12 @@ def naming_samples(plan: Prepared) -> Iterator[None]:
 def is_measured(recipe: Recipe) -> bool:
     """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
     known = recipe.importance in IMPORTANCES or recipe.importance == AUTO
-    return recipe.allocation is None and known and recipe.importance != "uniform"
+    return recipe.allocation is None and recipe.pruned is None and known and recipe.importance != "uniform"
 
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether calibration samples decide the result."""
-    return reads_data(recipe.criterion) or is_measured(recipe) or bool(recipe.search)
+    return reads_data(recipe.criterion) or is_measured(recipe) or bool(recipe.search) or recipe.recover
 
 
 def prepare(recipe: Recipe, workers: Workers = ALONE) -> Prepared:
@@ -230,7 +233,8 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check_device_map(recipe.device_map, recipe.max_memory)
     if recipe.device_map == DISK:
-        check_blockwise(recipe.importance if is_measured(recipe) else None, recipe.criterion, bool(recipe.search))
+        measured = recipe.importance if is_measured(recipe) else None
+        check_blockwise(measured, recipe.criterion, bool(recipe.search), recipe.recover)
     recipe.method().check_options()
     check_source(recipe.calibration, recipe.image_folder)
     for entry in check_evaluations(recipe):

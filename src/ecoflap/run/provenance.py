@@ -40,7 +40,7 @@ def digests_of(recipe: Recipe) -> dict[str, str]:
     """What is read beside model and calibration data: test data, scores, an allocation, the user's own objective."""
     named = {f"test data of {entry.name}": entry.test for entry in evaluations_of(recipe)}
     scores = recipe.importance if recipe.importance.endswith(".json") else None
-    named |= {"allocation": recipe.allocation, "importance": scores}
+    named |= {"allocation": recipe.allocation, "importance": scores, "pruned model": recipe.pruned}
     found = {what: digest for what, source in named.items() if source and (digest := source_digest(source))}
     module, colon, _ = str(recipe.objective).partition(":")
     spec = importlib.util.find_spec(module) if colon else None

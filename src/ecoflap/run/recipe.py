@@ -5,7 +5,7 @@ Over 350 lines, because options, help, YAML and documentation are all read from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ecoflap.search.method import Method
 
-FILE_ONLY = ("evaluations",)  # fields that only a recipe file can say
+FILE_ONLY = ("evaluations", "pruned")  # fields that only a recipe file can say (or a command of its own)
 _FLAGS = {"task_options": "--task-option"}  # where it is not the field's name
 OPTIONS = "options"  # the source of a recipe that was given on the command line: messages name the flags
 
@@ -45,8 +45,17 @@ _SHARES = (
 )  # fmt: skip
 _METHOD = (
     "importance", "importance_options", "importance_samples", "importance_error", "criterion", "criterion_options",
-    "compare", "offload_activations", "allocation", "search", "search_options",
+    "compare", "offload_activations", "allocation", "search", "search_options", "recover", "recover_options",
 )  # fmt: skip
+_DECIDE_ZEROS = (
+    *_SHARES, "importance", "importance_options", "importance_error", "criterion", "criterion_options", "compare",
+    "pattern", "allocation", "search", "search_options",
+)  # fmt: skip
+
+
+def idle_fields(recipe: Mapping[str, Any]) -> frozenset[str]:
+    """Fields of a run's recipe that decided nothing: those of the criterion, where another model gave the zeros."""
+    return frozenset(_DECIDE_ZEROS) - {"sparsity", "max_sparsity"} if recipe.get("pruned") else frozenset()
 
 
 class Recipe(BaseModel):
@@ -105,6 +114,16 @@ class Recipe(BaseModel):
         default_factory=dict,
         description="Options of the criterion: order (wanda, sparsegpt, admm); damping, slab (sparsegpt); damping, "
         "iterations, polish, targets, mask (admm); rounds.",
+    )
+    recover: bool = Field(
+        False,
+        description="The criterion's zeros stay, and the other weights are fitted to the dense model's outputs.",
+    )
+    recover_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict, description="Options of recover: steps, damping."
+    )
+    pruned: str | None = Field(
+        None, description="A model that was pruned from this one, whose zeros are kept ('ecoflap recover')."
     )
     pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (N of M kept).")
     compare: Literal["row", "matrix"] | None = Field(
@@ -286,6 +305,8 @@ class Recipe(BaseModel):
             InvalidOption: an N:M pattern stands with another sparsity or with an importance; an allocation can't be
                 read, or stands with another sparsity; a global criterion stands with what it decides itself.
         """
+        if self.pruned is not None:
+            return self._of_pruned()
         changes: dict[str, Any] = self._fixed_by_criterion() if is_global(self.criterion) else {}
         changes |= self._fixed_by_allocation()
         if self.importance_samples > self.samples:
@@ -338,6 +359,19 @@ class Recipe(BaseModel):
         """A global criterion decides each layer's share, so there is neither importance nor cap."""
         refuse_with_global(self.criterion, {name: getattr(self, name) for name in sorted(self.model_fields_set)})
         return {"importance": "uniform", "importance_options": {}, "max_sparsity": 1.0}
+
+    def _of_pruned(self) -> Recipe:
+        """The zeros of another model are kept, so that nothing here decides where they fall."""
+        recorded = self.recover and self.importance == "uniform"  # a run's own recipe, given again
+        for name in () if recorded else sorted(self.model_fields_set.intersection(_DECIDE_ZEROS)):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise InvalidOption(
+                    f"{name} decides where zeros fall, and those of {self.pruned} are kept: leave it out"
+                )
+        few = min(self.samples, self.importance_samples)
+        return self.model_copy(
+            update={"recover": True, "importance": "uniform", "importance_options": {}, "importance_samples": few}
+        )
 
     def _fixed_by_allocation(self) -> dict[str, Any]:
         """What the allocation file says where the recipe says nothing, so that the run's record is true."""

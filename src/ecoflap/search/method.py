@@ -20,6 +20,7 @@ from ecoflap.importance.scores import Importance
 from ecoflap.model.parts import Anatomy
 from ecoflap.pruning.offloaded import check_offloaded
 from ecoflap.pruning.prune import PruningOptions
+from ecoflap.pruning.recovery import recovery_options
 from ecoflap.pruning.registry import is_global, reads_data, refuse_with_global
 from ecoflap.search.options import SearchOptions
 from ecoflap.search.search import search_options as checked_search_options
@@ -41,7 +42,8 @@ class Method:
     @property
     def reads_data(self) -> bool:
         """Whether calibration samples decide the result."""
-        return reads_data(self.pruning.criterion) or self.importance.measured or self.search is not None
+        chosen = self.importance.measured or self.search is not None
+        return chosen or reads_data(self.pruning.criterion) or self.pruning.recovery is not None
 
     def check_options(self) -> None:
         """Raise InvalidOption or UnknownName for an option that is not there, takes no such value or contradicts."""
@@ -57,9 +59,10 @@ class Method:
         """
         self.check_options()
         pruning, searched = self.pruning, self.search is not None
-        check_choice(pruning.tokens, model, batches, getattr(pruning.made(), "statistics", "none"))
+        needs = "pair" if pruning.recovery is not None else getattr(pruning.made(), "statistics", "none")
+        check_choice(pruning.tokens, model, batches, needs)
         measured = self.importance.name if self.importance.measured else None
-        check_offloaded(model, measured, pruning.criterion, searched)
+        check_offloaded(model, measured, pruning.criterion, searched, pruning.recovery is not None)
         if not len(batches) and self.reads_data:
             raise CalibrationError("no calibration batches: give at least one")
         if self.importance.measured:
@@ -98,6 +101,8 @@ def make_method(
     allocation: Any = None,
     search: bool | None = None,
     search_options: Mapping[str, Any] | None = None,
+    recover: bool = False,
+    recover_options: Mapping[str, Any] | None = None,
     **shares: Any,
 ) -> Method:
     """A method from options by their names in a recipe; ``shares`` are those of the allocation.
@@ -127,12 +132,17 @@ def make_method(
     )
     if search and allocation is not None:
         raise InvalidOption("search: an allocation is given, so there is nothing to search")
+    if recover_options and not recover:
+        raise InvalidOption("recover_options say how weights are recovered: give recover, too")
     options = checked_search_options(search_options)
     searched = stage1.name == "sensitivity" if search is None else search
     choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
     return Method(
         stage1,
         AllocationOptions(**shares),
-        PruningOptions(criterion, dict(criterion_options or {}), compare, choice, offload_activations),
+        PruningOptions(
+            criterion, dict(criterion_options or {}), compare, choice, offload_activations,
+            recovery_options(recover_options) if recover else None,
+        ),
         options if searched else None,
-    )
+    )  # fmt: skip

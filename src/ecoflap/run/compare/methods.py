@@ -18,10 +18,10 @@ AXES = frozenset(("sparsity", "seed"))
 OF_METHOD = frozenset(("importance", "criterion", "importance_options", "criterion_options"))
 # Fields that must be the same for all methods, so that their numbers can be compared.
 SHARED = frozenset((
-    "model", "allocation", "calibration", "columns", "prompt", "objective", "image_folder", "classes", "class_prompts",
-    "batch_size", "sequence_length", "window_start", "include", "exclude", "towers", "task", "task_options", "test",
-    "test_columns", "test_prompt", "test_image_folder", "test_samples", "test_batch_size", "evaluations", "device",
-    "dtype", "trust_remote_code",
+    "model", "allocation", "pruned", "calibration", "columns", "prompt", "objective", "image_folder", "classes",
+    "class_prompts", "batch_size", "sequence_length", "window_start", "include", "exclude", "towers", "task",
+    "task_options", "test", "test_columns", "test_prompt", "test_image_folder", "test_samples", "test_batch_size",
+    "evaluations", "device", "dtype", "trust_remote_code",
 ))  # fmt: skip
 DEFAULT_CRITERION = "wanda"
 # What no cap and no number of samples contradicts: a value is checked alone first, with its grid later.

@@ -27,7 +27,7 @@ DEFAULT_METHODS = (
 )
 MOST = 1000  # sparsities of one grid; more is a slip of the pen
 # Fields of a run's recipe that mean nothing here: the methods, or the grid's axes, say them.
-UNUSED = frozenset((*AXES, *OF_METHOD, "allocation")) - {"seed"}
+UNUSED = frozenset((*AXES, *OF_METHOD, "allocation", "pruned")) - {"seed"}
 
 
 class Grid(Recipe):

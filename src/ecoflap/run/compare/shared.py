@@ -39,7 +39,7 @@ _log = logging.getLogger("ecoflap")
 _AFTER_STAGE_1 = frozenset((
     "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule",
     "spread", "search", "search_options", "allocation",
-    "criterion", "criterion_options", "pattern", "compare", "offload_activations",
+    "criterion", "criterion_options", "pattern", "compare", "offload_activations", "recover", "recover_options",
 ))  # fmt: skip
 
 # Fields that came later: left out where they say nothing, or files of older grids would get other names.
@@ -132,7 +132,9 @@ def took_of(data: Any, name: str) -> Took:
 
 
 # What is decided after the search, or (the criterion) enters it by its order alone.
-_AFTER_SEARCH = frozenset(("criterion", "criterion_options", "pattern", "offload_activations"))
+_AFTER_SEARCH = frozenset((
+    "criterion", "criterion_options", "pattern", "offload_activations", "recover", "recover_options",
+))  # fmt: skip
 
 
 def order_of(recipe: Recipe) -> str:

@@ -1,0 +1,246 @@
+"""Recovery: the zeros of a pruned model stay, and its other weights are fitted to the dense model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.allocation import Allocation
+from ecoflap.allocation.parts import LayerAllocation
+from ecoflap.allocation.patterns import Pattern, Unstructured
+from ecoflap.data.objectives import on_device
+from ecoflap.errors import InvalidOption
+from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.pruning.criteria import Needs, Pruned, check_statistics
+from ecoflap.pruning.journal import BlockJournal, PrunedBlock
+from ecoflap.pruning.least_squares import Reconstruction
+from ecoflap.pruning.walk import WalkResult, walk
+from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.inputs import InputGram, InputStatistics
+from ecoflap.support.registry import check_options
+from ecoflap.support.work import Work
+
+if TYPE_CHECKING:
+    from ecoflap.allocation.patterns import Compare
+    from ecoflap.pruning.criteria import BlockOrder
+
+Weights = Mapping[str, Tensor]  # parameter name to a weight as the model stores it
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """How weights are fitted.
+
+    Attributes:
+        steps: of conjugate gradients, which begin with the pruned model's weights.
+        damping: is added to the diagonal of the inputs' moments, scaled to 1, and draws to the dense weights.
+    """
+
+    steps: int = 20
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise InvalidOption(f"recover_options: steps must be a whole number of at least 1, not {self.steps!r}")
+        if not self.damping > 0:
+            raise InvalidOption(f"recover_options: damping must be above 0, not {self.damping!r}")
+
+
+def recovery_options(options: Mapping[str, Any] | None) -> RecoveryOptions:
+    """The options by their names.
+
+    Raises:
+        InvalidOption: there is no such option, or its value is out of range.
+    """
+    check_options("recovery", "recover", RecoveryOptions, options or {})
+    return RecoveryOptions(**(options or {}))
+
+
+@dataclass(frozen=True)
+class FitLayer:
+    """New weights for the zeros of one layer: asymmetric masked least squares.
+
+    Minimises ‖X Wᵀ − X̂ Ŵᵀ‖² over the Ŵ that are zero where ``pruned`` is: W is the dense weight, X are the layer's
+    inputs in the dense model (GPTAQ's asymmetric targets, arXiv 2504.02692), X̂ those in the model as it is recovered up
+    to here. The solver is that of ALPS (arXiv 2406.07831).
+
+    Attributes:
+        pruned: (out, in), what conjugate gradients begin with.
+    """
+
+    pruned: Tensor
+    options: RecoveryOptions
+    name: ClassVar[str] = "recover"
+    statistics: ClassVar[Needs] = "pair"
+    default_compare: ClassVar[Compare] = "matrix"
+    order: ClassVar[BlockOrder] = "sequential"
+
+    def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
+        """Fit to the dense ``weight`` (out, in); without any token, or any zero, the weight stays as it was pruned.
+
+        Raises:
+            NonFiniteLoss: a weight or a statistic is not finite.
+        """
+        given = self.pruned.to(weight.device)
+        mask = given != 0
+        if statistics is None or statistics.tokens == 0 or bool(mask.all()):
+            return Pruned(given.clone(), mask)
+        gram = check_statistics(self.name, statistics, weight.shape[1])
+        assert isinstance(gram, InputGram)
+        layer = Reconstruction.of(weight, gram, self.options.damping)
+        w = layer.solve(given.float() * layer.scale, mask, self.options.steps)
+        return layer.pruned(w, mask, given)
+
+
+def recover_layers(
+    model: nn.Module,
+    anatomy: Anatomy,
+    pruned: Weights,
+    batches: Sequence[Any],
+    options: RecoveryOptions,
+    work: Work,
+    journal: BlockJournal | None = None,
+    *,
+    offload: bool | str = False,
+    tokens: TokenChoice = ALL,
+) -> WalkResult:
+    """Give the layers of a dense ``model``, in place, the zeros of ``pruned`` and weights that are fitted to them.
+
+    Args:
+        pruned: a weight for each layer of ``anatomy``.
+        journal: blocks that an interrupted recovery has done, and where more go; the same for all workers.
+        offload, tokens: see :func:`~ecoflap.pruning.walk.walk`.
+
+    Returns:
+        the zeros of each layer, and the layers that no calibration token reached: they have the weights of ``pruned``.
+
+    Raises:
+        NonFiniteLoss: a layer's input or weight is not finite; names the layer.
+    """
+
+    def of(layer: Layer) -> FitLayer:
+        given = pruned[layer.name]
+        return FitLayer(given.t() if layer.transposed else given, options)
+
+    allocation = allocation_of_zeros(anatomy, pruned)
+    return walk(
+        model, anatomy, allocation, batches, of(anatomy.layers[0]), Unstructured("matrix"), each=of,
+        run=on_device(work.loss), offload=offload, tokens=tokens, progress=work.progress, journal=journal,
+        workers=work.workers,
+    )  # fmt: skip
+
+
+def allocation_of_zeros(anatomy: Anatomy, pruned: Weights) -> Allocation:
+    """The zeros that each layer of a pruned model has."""
+    rows = tuple(
+        LayerAllocation(
+            layer.name, layer.tower, layer.modality, layer.block, layer.shape, layer.numel,
+            layer.numel - int(torch.count_nonzero(pruned[layer.name])),
+        )
+        for layer in anatomy.layers
+    )  # fmt: skip
+    sparsity = sum(row.zeros for row in rows) / sum(row.weights for row in rows)
+    highest = max(row.sparsity for row in rows)
+    return Allocation(sparsity, highest, "layer", "sum", "unstructured", rows, anatomy.total_parameters)
+
+
+class DenseWeights:
+    """The dense weights of a model that is about to be pruned, on the CPU.
+
+    Args:
+        names: of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self._model = model
+        self._kept = {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
+
+    def swap(self) -> dict[str, Tensor]:
+        """Make the model dense again; the weights that it had, on the CPU."""
+        pruned = {}
+        for name in list(self._kept):
+            weight = self._model.get_parameter(name).data
+            pruned[name] = weight.to("cpu", copy=True)
+            weight.copy_(self._kept.pop(name))
+        return pruned
+
+
+class SecondWalk:
+    """The part of a journal that belongs to a walk over blocks that another walk has pruned before."""
+
+    def __init__(self, journal: BlockJournal) -> None:
+        self._journal, self.folder = journal, journal.folder
+
+    def load(self, block: str) -> PrunedBlock | None:
+        return self._journal.load(f"recovered.{block}")
+
+    def save(self, block: str, pruned: PrunedBlock) -> None:
+        self._journal.save(f"recovered.{block}", pruned)
+
+    def place(self, block: str) -> Path | None:
+        return self._journal.place(f"recovered.{block}")
+
+
+def weights_to_recover(dense: nn.Module, pruned: nn.Module, anatomy: Anatomy, names: tuple[str, str]) -> Weights:
+    """The weights of ``pruned`` for each layer of ``anatomy``, a copy on the CPU, once the two models are known to fit.
+
+    Args:
+        anatomy: of ``dense``.
+        names: what the user calls the dense and the pruned model, for messages.
+
+    Raises:
+        InvalidOption: the models have other weights or shapes; nothing is pruned; or weights differ outside the layers.
+    """
+    of_dense, of_pruned = names
+    before, after = dict(dense.named_parameters()), dict(pruned.named_parameters())
+    for name in [*before, *after]:
+        shapes = [tuple(model[name].shape) if name in model else None for model in (before, after)]
+        if shapes[0] != shapes[1]:
+            said = " and ".join(
+                f"{'missing' if shape is None else shape} in {of}" for shape, of in zip(shapes, names, strict=True)
+            )
+            raise InvalidOption(
+                f"{of_pruned} was not pruned from {of_dense}: {name} is {said}; give the dense model of the same shapes"
+            )
+    found = {layer.name: after[layer.name].detach() for layer in anatomy.layers}
+    zeros = [sum(int((model[name] == 0).sum()) for name in found) for model in (before, after)]
+    if zeros[1] <= zeros[0]:
+        raise InvalidOption(
+            f"{of_pruned} has no more zeros in its layers than {of_dense}, so there is nothing to recover: is the "
+            "pruned model given as the dense one, or the dense one as the pruned?"
+        )
+    others = [name for name, weight in after.items() if name not in found and not _alike(weight, before[name])]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise InvalidOption(
+            f"{of_pruned} differs from {of_dense} outside of the layers to be recovered ({others[0]}{more}): include "
+            "layers that are pruned; a model that was trained afterwards can't be recovered"
+        )
+    return {name: weight.to("cpu", copy=True) for name, weight in found.items()}
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights are the same but for the dtype that they are stored in."""
+    coarse = min(one.dtype, other.dtype, key=lambda kind: kind.itemsize)
+    return bool(torch.equal(one.to(other.device, coarse), other.to(coarse)))
+
+
+def sparse_part(anatomy: Anatomy, pruned: Weights, dense: nn.Module) -> Anatomy:
+    """The anatomy without the layers whose weights are the dense ones, none of them zero: they stay as they are."""
+
+    def sparse(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+        return tuple(
+            layer for layer in layers
+            if bool((pruned[layer.name] == 0).any()) or not _alike(pruned[layer.name], dense.get_parameter(layer.name))
+        )  # fmt: skip
+
+    towers = (
+        replace(tower, blocks=tuple(replace(block, layers=sparse(block.layers)) for block in tower.blocks))
+        for tower in anatomy.towers
+    )
+    return replace(anatomy, towers=tuple(tower for tower in towers if tower.layers))
