@@ -19,6 +19,7 @@ from ecoflap.data.objectives import Objective, on_device, resolve
 from ecoflap.model.anatomy import discover
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.patching import cache_disabled
+from ecoflap.model.slices import matrix_in, parameter_of
 
 FAMILIES: dict[str, Family] = {
     family.name: family for kind in (text, vision, moe, vlm, dual, blip) for family in kind.FAMILIES
@@ -73,6 +74,15 @@ def some_layers(anatomy: Anatomy) -> list[Layer]:
                 layer = block.layers[position]
                 chosen[layer.name] = layer
     return list(chosen.values())
+
+
+def gradients_of(loss: Tensor, model: nn.Module, names: list[str]) -> list[Tensor | None]:
+    """∇L of matrices as they are stored, by autograd; of a slice, that part of its parameter's."""
+    parameters = [model.get_parameter(parameter_of(name)) for name in names]
+    found = torch.autograd.grad(loss, list(dict.fromkeys(parameters)), allow_unused=True)
+    of = dict(zip(map(id, dict.fromkeys(parameters)), found, strict=True))
+    whole = [of[id(parameter)] for parameter in parameters]
+    return [None if one is None else matrix_in(one, name) for one, name in zip(whole, names, strict=True)]
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families.matrix import FAMILIES, case
+from families.matrix import FAMILIES, case, gradients_of
 
 from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.forward_mode import derivative
 from ecoflap.importance.projections import Probe
 from ecoflap.model.patching import cache_disabled, differentiable_attention
 from ecoflap.model.replay import Replay
+from ecoflap.model.slices import experts_in_turn
 
-# An activation function of its own, and the product with stacked experts.
-WITHOUT = {"bloom": "jvp", "mixtral": "_grouped_mm", "qwen3_moe": "_grouped_mm"}
+WITHOUT = {"bloom": "jvp"}  # an activation function of its own
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -24,14 +24,17 @@ def test_the_derivative_along_noise_is_that_of_the_backward_pass(name: str) -> N
     context = ProbeContext(model, found.anatomy, found.padded[:1], found.loss, seed=0)
     probes = [Probe(context, (layer,), 0, 0) for layer in layers]
     with cache_disabled(model):
-        gradients = torch.autograd.grad(
-            context.loss_tensor(0), [model.get_parameter(layer.name) for layer in layers], allow_unused=True
-        )
+        gradients = gradients_of(context.loss_tensor(0), model, [layer.name for layer in layers])
         exact = [
             0.0 if gradient is None else float((gradient * probe.noises()[0]).sum())
             for probe, gradient in zip(probes, gradients, strict=True)
         ]
-        with torch.no_grad(), differentiable_attention(), Replay(model, context.blocks) as replay:
+        with (
+            torch.no_grad(),
+            differentiable_attention(),
+            experts_in_turn(model),
+            Replay(model, context.blocks) as replay,
+        ):
             context.loss(0)
             if name in WITHOUT:
                 with pytest.raises(NotImplementedError, match=WITHOUT[name]):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.matrix import FAMILIES, allocation_of, bits, calls_of, case, differences, some_layers
+from families.matrix import FAMILIES, allocation_of, bits, calls_of, case, differences, gradients_of, some_layers
 from torch import Tensor, nn
 
 from ecoflap import api
@@ -18,8 +18,10 @@ from ecoflap.importance.projections import noise
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.model.block_runner import BlockCall, TowerDriver
 from ecoflap.model.parts import Anatomy
-from ecoflap.model.patching import cache_disabled, swapped
+from ecoflap.model.patching import cache_disabled
 from ecoflap.model.replay import Replay
+from ecoflap.model.slices import parameter_of, stored_matrix
+from ecoflap.model.swapping import layers_swapped
 from ecoflap.model.trace import tensors_in
 
 CRITERIA = ("wanda", "sparsegpt", "magnitude")
@@ -52,13 +54,13 @@ def test_replay_is_the_plain_forward_to_the_bit(name: str, padding: bool) -> Non
     probes = []
     for number, block in enumerate(found.anatomy.blocks):
         layer = block.layers[number % len(block.layers)]
-        weight = model.get_parameter(layer.name)
+        weight = stored_matrix(model, layer.name)
         noise_of_block = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
         probes.append((block, layer, weight + 0.3 * noise_of_block))
     plain = _outputs(name, model, batch)
     expected = []
     for _, layer, noisy in probes:
-        with swapped(model, layer.modules, noisy):
+        with layers_swapped(model, [(layer, noisy)]):
             expected.append(_outputs(name, model, batch))
     assert sum(differences(plain, other) is not None for other in expected) > len(probes) / 2
 
@@ -67,7 +69,7 @@ def test_replay_is_the_plain_forward_to_the_bit(name: str, padding: bool) -> Non
             found.loss(model, batch)
         assert differences(_outputs(name, model, batch), plain) is None
         for (block, layer, noisy), outputs in zip(probes, expected, strict=True):
-            with swapped(model, layer.modules, noisy), replay.forcing(block.name):
+            with layers_swapped(model, [(layer, noisy)]), replay.forcing(block.name):
                 assert differences(_outputs(name, model, batch), outputs) is None, layer.name
 
 
@@ -98,7 +100,7 @@ def test_scores_are_gradient_norms_and_leave_no_trace(name: str) -> None:
 
     with cache_disabled(model), torch.enable_grad():
         loss = found.loss(model, batch)
-        gradients = torch.autograd.grad(loss, [model.get_parameter(n) for n in names], allow_unused=True)
+        gradients = gradients_of(loss, model, names)
     rounding = 8 * torch.finfo(torch.float32).eps * abs(float(loss.detach())) / (2 * epsilon)
     relative = []
     for layer_name, gradient in zip(names, gradients, strict=True):
@@ -160,7 +162,7 @@ def test_the_walk_gives_blocks_the_arguments_that_their_parent_passes(name: str)
                     assert mine.batch == number
                     assert differences((mine.args, mine.kwargs), (args, kwargs)) is None, block.name
                 for layer in block.layers:  # from here on the model is partly pruned
-                    weight = model.get_parameter(layer.name)
+                    weight = stored_matrix(model, layer.name)
                     weight[weight.abs() < weight.abs().median()] = 0
                 driver.run(index)
 
@@ -182,10 +184,10 @@ def _pruned(name: str, criterion: str, **options: Any) -> tuple[nn.Module, Any]:
 def test_sparsity_is_the_one_asked_for_to_the_weight(name: str, criterion: str) -> None:
     anatomy = case(name).anatomy
     model, achieved = _pruned(name, criterion)
-    zeros = {layer.name: int((model.get_parameter(layer.name) == 0).sum()) for layer in anatomy.layers}
+    zeros = {layer.name: int((stored_matrix(model, layer.name) == 0).sum()) for layer in anatomy.layers}
     assert sum(zeros.values()) == round(0.5 * anatomy.prunable_parameters)
     assert zeros == {row.name: row.zeros for row in achieved.layers}
-    others = {other for layer in anatomy.layers for other in (layer.name, *layer.aliases)}
+    others = {parameter_of(other) for layer in anatomy.layers for other in (layer.name, *layer.aliases)}
     before = case(name).model.state_dict()
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if key not in others)
 
@@ -195,7 +197,7 @@ def test_sparsity_is_the_one_asked_for_to_the_weight(name: str, criterion: str) 
 def test_n_of_m_holds_in_every_group(name: str, criterion: str) -> None:
     model, _ = _pruned(name, criterion, uniform=True, pattern="2:4")
     for layer in case(name).anatomy.layers:
-        weight = model.get_parameter(layer.name)
+        weight = stored_matrix(model, layer.name)
         groups = (weight.T if layer.transposed else weight).reshape(-1, 4)
         assert ((groups == 0).sum(1) == 2).all(), layer.name
 
@@ -204,7 +206,7 @@ def test_n_of_m_holds_in_every_group(name: str, criterion: str) -> None:
 def test_another_allocation_gives_other_masks(name: str) -> None:
     anatomy = case(name).anatomy
     uneven, even = (_pruned(name, "wanda", uniform=uniform)[0] for uniform in (False, True))
-    masks = [[model.get_parameter(layer.name) == 0 for layer in anatomy.layers] for model in (uneven, even)]
+    masks = [[stored_matrix(model, layer.name) == 0 for layer in anatomy.layers] for model in (uneven, even)]
     changed = sum(not torch.equal(a, b) for a, b in zip(*masks, strict=True))
     assert changed > len(anatomy.layers) / 2
     assert sum(int(m.sum()) for m in masks[0]) == sum(int(m.sum()) for m in masks[1])

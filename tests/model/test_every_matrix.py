@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from ecoflap.model.parts import Anatomy
 
 
 def told(anatomy: Anatomy) -> list[str]:
-    names = [layer.name for layer in anatomy.layers]
+    names = list(dict.fromkeys(layer.parameter for layer in anatomy.layers))
     return names + [entry.name for entry in (*anatomy.unprunable, *anatomy.outside)]
 
 
@@ -30,6 +31,10 @@ def check_each_matrix_once(model: nn.Module, anatomy: Anatomy) -> None:
         mentions = [one for one in names if name == one or name.startswith(one + ".")]
         aliases = [layer.name for layer in anatomy.layers if name in layer.aliases]
         assert len(mentions) + len(aliases) == 1, (name, mentions, aliases)
+    stacked = Counter[str]()
+    for layer in anatomy.layers:
+        stacked.update({layer.parameter: layer.numel} if layer.stacked else {})
+    assert all(model.get_parameter(name).numel() == count for name, count in stacked.items())
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters(remove_duplicate=False)}
     assert all(e.numel == sizes[e.name] for e in (*anatomy.unprunable, *anatomy.outside) if e.name in sizes)
     assert all(entry.reason for entry in (*anatomy.unprunable, *anatomy.outside))

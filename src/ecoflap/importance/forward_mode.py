@@ -23,6 +23,7 @@ from ecoflap.importance.zeroth_order import ZerothOrder
 from ecoflap.model.parts import Anatomy, Layer, Tower
 from ecoflap.model.patching import differentiable_attention, tangent_of, with_tangent
 from ecoflap.model.replay import Replay
+from ecoflap.model.slices import stored_matrix
 
 FALLBACK = "fallback"  # in the settings of an importance: towers whose scores are the zeroth order's, and why
 _TRIALS = 3  # noises with which a tower's derivatives are compared with differences of losses
@@ -138,7 +139,7 @@ class _Trial:
                 found = [derivative(self._probe(layer, draw), replay) for draw in range(_TRIALS)]
             except NotImplementedError as error:
                 return _line(error)
-            if self.precision == "native" and self.context.model.get_parameter(layer.name).dtype.itemsize < 4:
+            if self.precision == "native" and stored_matrix(self.context.model, layer.name).dtype.itemsize < 4:
                 return ""  # a difference of losses in half precision is no yardstick
             expected = [self.difference.projection(self._probe(layer, draw), replay) for draw in range(_TRIALS)]
             rounding = torch.finfo(torch.float32).eps * abs(self.context.loss(0)) / self.difference.epsilon

@@ -21,6 +21,8 @@ from ecoflap.model.offload import Offloaded, read_weight
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import gradients_set_aside
 from ecoflap.model.recompute import recomputing, reloading
+from ecoflap.model.slices import experts_in_turn, parameter_of, stored_matrix
+from ecoflap.model.swapping import slices_swapped
 from ecoflap.support.registry import unknown
 
 Visit = Callable[[str, Tensor, Tensor], None]
@@ -47,15 +49,16 @@ def visit_gradients(
         InvalidOption: the model can't be differentiated.
         NonFiniteLoss: the loss is not finite.
     """
-    elsewhere = set(Offloaded(context.model).among(layer.name for layer in context.layers))
+    elsewhere = set(Offloaded(context.model).among(dict.fromkeys(layer.parameter for layer in context.layers)))
     of_block: dict[str, list[str]] = {block: [] for block in context.blocks if block in context.upcast}
     stay: list[str] = []
     for layer in context.layers:
-        if layer.name in elsewhere or layer.block in context.upcast:
+        if layer.parameter in elsewhere or layer.block in context.upcast:
             of_block.setdefault(layer.block, []).append(layer.name)
         else:
             stay.append(layer.name)
 
+    slices: dict[str, Tensor] = {}  # leaves in the place of slices of stacked parameters
     parts: dict[str, Tensor] = {}  # of weights that are used several times, and made anew each time
 
     def hook_of(name: str, last: bool) -> Callable[[Tensor], None]:
@@ -71,7 +74,11 @@ def visit_gradients(
         return hook
 
     def watch(name: str, last: bool = True) -> Callable[[], None]:
-        weight = context.model.get_parameter(name)
+        weight: Tensor
+        if parameter_of(name) == name:
+            weight = context.model.get_parameter(name)
+        else:  # a leaf of its own, so that no gradient is as large as the parameter
+            slices[name] = weight = stored_matrix(context.model, name)
         weight.requires_grad_(True)
         handle = weight.register_post_accumulate_grad_hook(hook_of(name, last))  # type: ignore[no-untyped-call]
         return handle.remove  # type: ignore[no-any-return]
@@ -83,6 +90,8 @@ def visit_gradients(
     with (
         torch.enable_grad(),
         gradients_set_aside(context.model),
+        experts_in_turn(context.model),
+        slices_swapped(context.model, [layer for layer in context.layers if layer.stacked], slices),
         recomputing(context.model, [path for path in context.blocks if path not in of_block] if recompute else ()),
         reloading(context.model, list(of_block), loaded),
         ExitStack() as hooks,

@@ -25,6 +25,7 @@ from ecoflap.model.anatomy import discover
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled, gradients_set_aside
 from ecoflap.model.precision import computing_in_fp32, half_blocks
+from ecoflap.model.slices import experts_in_turn
 from ecoflap.model.trace import evaluating
 from ecoflap.statistics.dense import SharedNorms
 from ecoflap.support.progress import Progress, Silent, Task
@@ -237,7 +238,12 @@ def measure(
     journal = journal or _MemoryJournal()
     with ExitStack() as state:
         # Gradients of the user's own have the parameters' dtype, so they go before it changes and return after.
-        for context_manager in (evaluating(model), cache_disabled(model), gradients_set_aside(model)):
+        for context_manager in (
+            evaluating(model),
+            cache_disabled(model),
+            gradients_set_aside(model),
+            experts_in_turn(model),
+        ):
             state.enter_context(context_manager)
         upcast: tuple[str, ...] = ()
         if not _is_native(measure):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from ecoflap.errors import InvalidOption
 from ecoflap.importance.base import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.parts import Layer
-from ecoflap.model.patching import swapped
 from ecoflap.model.replay import Replay
+from ecoflap.model.slices import stored_matrix
+from ecoflap.model.swapping import layers_swapped
 from ecoflap.support.registry import unknown
 
 
@@ -63,7 +64,7 @@ class Probe:
 
     def weights(self) -> list[Tensor]:
         """The unit's matrices in the dtype that they compute in, without a graph; don't write to them."""
-        stored = [self.context.model.get_parameter(layer.name).detach() for layer in self.unit]
+        stored = [stored_matrix(self.context.model, layer.name) for layer in self.unit]
         upcast = self.context.upcast
         return [w.float() if layer.block in upcast else w for layer, w in zip(self.unit, stored, strict=True)]
 
@@ -71,7 +72,7 @@ class Probe:
         """z ~ N(0, I) of each matrix, in its shape, device and dtype (drawn in fp32)."""
         context, found = self.context, []
         for layer in self.unit:
-            weight = context.model.get_parameter(layer.name)
+            weight = stored_matrix(context.model, layer.name)
             drawn = noise(
                 weight.shape, weight.device, seed=context.seed, layer=layer.name, batch=self.batch, draw=self.draw
             )
@@ -82,9 +83,7 @@ class Probe:
     def using(self, tensors: Sequence[Tensor], replay: Replay) -> Iterator[None]:
         """Inside, the model computes with ``tensors`` instead of the unit's matrices, and replays unchanged blocks."""
         forced = dict.fromkeys(block for layer in self.unit for block in self.context.blocks_of(layer))
-        with ExitStack() as swaps, replay.forcing(*forced):
-            for layer, tensor in zip(self.unit, tensors, strict=True):
-                swaps.enter_context(swapped(self.context.model, layer.modules, tensor))
+        with replay.forcing(*forced), layers_swapped(self.context.model, zip(self.unit, tensors, strict=True)):
             yield
 
 

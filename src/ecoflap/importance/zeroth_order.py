@@ -21,6 +21,7 @@ from ecoflap.importance.projections import Probe, check_probes, probes, projecti
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.replay import Replay
+from ecoflap.model.slices import stored_matrix
 
 TRIALS = 8  # matrices, evenly spread
 ROUNDING = "rounding"  # in the settings of an importance: what :func:`rounding_share` found
@@ -51,7 +52,7 @@ def rounding_share(context: ProbeContext, project: Projection, epsilon: float) -
 
 def report_rounding(context: ProbeContext, project: Projection, epsilon: float) -> None:
     """Measures the rounding, adds it to the remarks, and warns; does nothing for a model that computes in fp32."""
-    kinds = {context.model.get_parameter(layer.name).dtype for layer in context.layers}
+    kinds = {stored_matrix(context.model, layer.name).dtype for layer in context.layers}
     if all(kind.itemsize >= 4 for kind in kinds) or ROUNDING in context.remarks:
         return
     share = rounding_share(context, project, epsilon)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,48 +14,9 @@ from ecoflap.model.block_lists import BlockList, block_lists
 from ecoflap.model.experts import Experts, expert_groups
 from ecoflap.model.modality import modality_of, with_decoder
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
+from ecoflap.model.reasons import makes_positions, quantised, reason_for
+from ecoflap.model.slices import slice_name
 from ecoflap.model.trace import Run, Trace, plain_forward, trace
-
-# Parts of module paths whose linear layers only compute position biases: the paper's method leaves those dense.
-POSITION_WORDS = ("position_bias", "pos_bias", "rel_pos", "cpb_mlp")
-# Names of a state-space mixer's own parameters (Mamba and similar), besides its convolution and its linear layers.
-STATE_SPACE_NAMES = ("A_log", "D", "dt_bias", "x_proj_weight", "dt_proj_weight")
-
-
-def makes_positions(path: str) -> bool:
-    """Whether the module at ``path`` is part of a small network that computes position biases."""
-    return any(word in path for word in POSITION_WORDS)
-
-
-def quantised(module: nn.Module) -> tuple[str, int] | None:
-    """The reason and the number of weights if ``module`` is a linear layer in a quantisation library's own format.
-
-    Known by its sizes (``in_features``, ``out_features``) without a floating 2-D weight of at least two bytes each:
-    packed integers (bitsandbytes, GPTQ, AWQ, HQQ, torch.ao) and eight-bit floats alike.
-    """
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
-    inputs, outputs = (size if isinstance(size, int) else 0 for size in sizes)
-    weight = module._parameters.get("weight")
-    if not (inputs and outputs) or (weight is not None and weight.is_floating_point() and weight.element_size() > 1):
-        return None
-    if weight is None and module._modules and any(True for _ in module.parameters()):
-        return None  # a composite, such as an adapter around a layer of its own
-    stored = str(weight.dtype).removeprefix("torch.") if weight is not None else type(module).__name__
-    return f"quantised ({stored})", inputs * outputs
-
-
-def reason_for(name: str, parameter: Tensor, module: nn.Module) -> str:
-    """Why ``parameter``, called ``name`` in ``module``, is not a prunable matrix."""
-    kind = type(module).__name__
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return f"convolution ({kind})"
-    if name in STATE_SPACE_NAMES:
-        return f"state-space parameter of {kind}"
-    if "router" in kind.lower():
-        return f"router of experts ({kind})"
-    if parameter.dim() == 3 and "expert" in kind.lower():
-        return f"fused 3-D expert weights of {kind}"
-    return f"{parameter.dim()}-D weight of {kind}"
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -201,6 +163,10 @@ class _Reader:
                 full = f"{path}.{name}"
                 if id(parameter) in self.seen:
                     continue
+                if parameter.dim() == 3 and (turned := self._turned(full, module)) is not None:
+                    self.seen.add(id(parameter))
+                    yield from self._slices(full, path, block, tower, modality, parameter, turned)
+                    continue
                 if not (is_linear and name == "weight" and parameter.dim() == 2):
                     if (
                         parameter.dim() >= 2
@@ -229,6 +195,56 @@ class _Reader:
                     expert=self.experts.of(path),
                     uncalled=self._uncalled(path, parameter),
                 )
+
+    def _turned(self, name: str, module: nn.Module) -> bool | None:
+        """Whether the matrices stacked in a 3-D parameter are (inputs, outputs); None where it is no such stack.
+
+        Without a trace, that is known of modules that tell it (transformers' interface for experts).
+        """
+        if self.traced is not None and name in self.traced.stacked:
+            return self.traced.stacked[name]
+        told = getattr(module, "is_transposed", None)
+        return told if isinstance(told, bool) and "expert" in type(module).__name__.lower() else None
+
+    def _slices(
+        self, name: str, path: str, block: str, tower: str, modality: str, parameter: nn.Parameter, turned: bool
+    ) -> Iterable[Layer]:
+        """The matrices of a stacked parameter, but those that stay dense."""
+        others = [other for other in self.names[id(parameter)] if other != name]
+        rows, columns = parameter.shape[1:]
+        dense: Counter[str] = Counter()
+        for number in range(len(parameter)):
+            full = slice_name(name, number)
+            reason = self._reason_of_slice(full, name, tower, modality)
+            if reason:
+                dense[reason] += 1
+                continue
+            yield Layer(
+                name=full,
+                module=path,
+                block=block,
+                tower=tower,
+                modality=modality,
+                shape=(columns, rows) if turned else (rows, columns),
+                transposed=turned,
+                aliases=tuple(slice_name(other, number) for other in others),
+                expert=slice_name(path, number),
+            )
+        for reason, count in dense.items():
+            told = reason if count == len(parameter) else f"{reason} ({count} of {len(parameter)} experts)"
+            self._dense(name, told, count * rows * columns)
+
+    def _reason_of_slice(self, name: str, parameter: str, tower: str, modality: str) -> str | None:
+        included, excluded = (
+            _matches(name, patterns) or _matches(parameter, patterns) or _matches(tower, patterns)
+            for patterns in (self.include, self.exclude)
+        )
+        self.used_patterns.update(pattern for pattern in (included, excluded) if pattern)
+        if excluded:
+            return "excluded"
+        if self.traced is not None and parameter not in self.traced.stacked:
+            return "not reached by the traced forward"
+        return "bridge between towers, dense by default (--include)" if modality == "bridge" and not included else None
 
     def name_other_matrices(self, defined: Sequence[str]) -> list[Unprunable]:
         """Name all other matrices: those in lists that are no towers as dense, those outside of any list as returned.

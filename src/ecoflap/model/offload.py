@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption
+from ecoflap.model.slices import matrix_in, parameter_of
 
 
 class _Slot(NamedTuple):
@@ -136,11 +137,11 @@ def home_of(model: nn.Module) -> torch.device:
 
 
 def read_weight(model: nn.Module, name: str) -> Tensor:
-    """A parameter's values without a graph: the parameter itself if it is in memory, else read for this call.
+    """A matrix's values without a graph: the parameter itself if it is in memory, else read for this call.
 
     Don't write to it: it may be the model's own, or a view of a file.
     """
-    return Offloaded(model).read(model.get_parameter(name))
+    return matrix_in(Offloaded(model).read(model.get_parameter(parameter_of(name))), name)
 
 
 class Offloaded:

@@ -8,16 +8,17 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable weight matrix.
+    """One prunable weight matrix: a parameter, or one expert's slice of a parameter that stacks them.
 
     Attributes:
-        name: its parameter name in the state dict.
+        name: its parameter name in the state dict; of a slice with its number, ``…experts.gate_up_proj[3]``.
         module: path of the module that owns it.
         shape: (output, input) features, also for ``Conv1D``, whose stored weight is transposed.
         transposed: the stored weight is (input, output).
         aliases: other parameter names of the same tensor inside the blocks (shared weights).
         uncalled: its module is never called: the parent multiplies by the weight itself (EVA's and BEiT's qkv).
         expert: path of the expert of a mixture that holds it, which sees a part of the tokens alone; "" for the rest.
+            Of a slice the path of its module with the slice's number, ``…experts[3]``.
     """
 
     name: str
@@ -34,6 +35,21 @@ class Layer:
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds it."""
+        return self.name.rpartition("[")[0] if self.stacked else self.name
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a slice of a parameter."""
+        return self.name.endswith("]")
+
+    @property
+    def mixture(self) -> str:
+        """Path of the list or module of experts that it belongs to; "" where :attr:`expert` is."""
+        return self.expert.rpartition("[" if self.stacked else ".")[0]
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -61,12 +61,12 @@ def swapped(model: nn.Module, modules: Sequence[str], tensor: Tensor, name: str 
     Args:
         model: owner of the modules.
         modules: paths of all modules that share the parameter.
-        tensor: same shape as the parameter; not copied. A tangent that it carries (forward mode) is kept.
+        tensor: same shape as the parameter; not copied. A tangent (forward mode) or a graph that it has is kept.
     """
     owners = [model.get_submodule(path) for path in modules]
     originals = [owner._parameters[name] for owner in owners]
-    # A Parameter would lose the tangent; a module reads a plain tensor from here as well.
-    stand_in = tensor if has_tangent(tensor) else nn.Parameter(tensor, requires_grad=False)
+    # A Parameter would lose tangent and graph; a module reads a plain tensor from here as well.
+    stand_in = tensor if has_tangent(tensor) or tensor.requires_grad else nn.Parameter(tensor, requires_grad=False)
     try:
         for owner in owners:
             owner._parameters[name] = stand_in  # type: ignore[assignment]

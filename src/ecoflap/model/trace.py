@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ecoflap.model.slices import experts_in_turn, factors, product_with
+
 Batch = Mapping[str, Any]
 Run = Callable[[nn.Module, Any], Any]
 
@@ -54,10 +56,11 @@ class _Origins(TorchFunctionMode):
     A parent may change the hidden states between two blocks (Qwen3-VL adds picture features), in place or not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: StackedWeights) -> None:
         super().__init__()
         self._known: Any = WeakTensorKeyDictionary()  # keeps no activation alive
         self._multiplied: dict[int, weakref.ref[Tensor]] = {}  # by id: what was the weight of a functional linear map
+        self.weights = weights
 
     @property
     def multiplied(self) -> set[int]:
@@ -73,6 +76,7 @@ class _Origins(TorchFunctionMode):
             self._known[tensor] = origins
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.weights.see(func, args, kwargs)
         result = func(*args, **(kwargs or {}))
         if (weight := linear_weight(func, args, kwargs)) is not None:
             self._multiplied[id(weight)] = weakref.ref(weight)
@@ -83,6 +87,41 @@ class _Origins(TorchFunctionMode):
             if given and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))):
                 self.set(given[:1], origins)  # written in place
         return result
+
+
+class StackedWeights:
+    """Finds out which 3-D parameters are stacks of matrices that modules multiply by, and which way these lie.
+
+    Args:
+        model: owner of the parameters.
+        stack: paths of the modules whose forwards are running, the innermost last.
+    """
+
+    def __init__(self, model: nn.Module, stack: Sequence[str]) -> None:
+        self._stack = stack
+        self._owners = {
+            path: (module, leaves)
+            for path, module in model.named_modules()
+            if (leaves := [leaf for leaf, p in module._parameters.items() if p is not None and p.dim() == 3])
+        }
+        self._ways: dict[str, set[bool]] = {}
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Take note, if this call multiplies by slices of a parameter of a running module."""
+        if not self._owners or factors(func, args, kwargs) is None:
+            return
+        for path in reversed(self._stack):
+            module, leaves = self._owners.get(path, (None, ()))
+            for leaf in leaves:
+                stacked = module._parameters[leaf] if module is not None else None
+                product = product_with(func, args, kwargs, stacked) if stacked is not None else None
+                if product is not None:
+                    self._ways.setdefault(f"{path}.{leaf}", set()).add(product.turned)
+                    return
+
+    def found(self) -> dict[str, bool]:
+        """Name of each such parameter to whether its matrices are stored as (inputs, outputs)."""
+        return {name: next(iter(ways)) for name, ways in self._ways.items() if len(ways) == 1}
 
 
 @dataclass
@@ -96,6 +135,7 @@ class Trace:
         chained: pairs ``(a, b)`` of watched modules: the output of ``a``, or something computed from it outside of
             watched modules, was an argument of ``b``.
         multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, by their module or not.
+        stacked: names of the 3-D parameters that are stacks of matrices, to whether these are (inputs, outputs).
         inputs: for each watched module, the names of the batch's entries that its arguments were computed from outside
             of other watched modules.
     """
@@ -105,6 +145,7 @@ class Trace:
     calls: dict[str, int] = field(default_factory=dict)
     chained: set[tuple[str, str]] = field(default_factory=set)
     multiplied: set[int] = field(default_factory=set)
+    stacked: dict[str, bool] = field(default_factory=dict)
     inputs: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def position(self, path: str) -> int:
@@ -123,7 +164,7 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
     """
     result = Trace()
     stack: list[str] = []
-    origins = _Origins()
+    origins = _Origins(StackedWeights(model, stack))
     # Entries of the batch have origins of their own, which no path of a module can be.
     entries = {f"batch entry {name}": str(name) for name in batch} if isinstance(batch, Mapping) else {}
 
@@ -150,7 +191,7 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
 
         return hook
 
-    with ExitStack() as hooks, evaluating(model), torch.no_grad(), origins:
+    with ExitStack() as hooks, evaluating(model), experts_in_turn(model), torch.no_grad(), origins:
         for origin, name in entries.items():
             origins.set(tensors_in(batch[name]), frozenset({origin}))
         for path, module in model.named_modules():
@@ -158,4 +199,5 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
             hooks.callback(module.register_forward_hook(after(path)).remove)
         run(model, batch)
     result.multiplied = origins.multiplied
+    result.stacked = origins.weights.found()
     return result

@@ -79,8 +79,7 @@ def _place(layer: Layer) -> str:
     """The layer's name, which is that of all its like in the experts of a mixture."""
     if not layer.expert:
         return layer.name
-    mixture = layer.expert.rpartition(".")[0]
-    return f"{mixture}.*{layer.name[len(layer.expert) :]}"
+    return layer.parameter if layer.stacked else f"{layer.mixture}.*{layer.name[len(layer.expert) :]}"
 
 
 class DenseModel:

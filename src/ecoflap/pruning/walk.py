@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ecoflap.model.block_runner import Run, TowerDriver
 from ecoflap.model.offload import Offloaded, in_memory, is_offloaded, keep_placeholders
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower
 from ecoflap.model.patching import cache_disabled, trim
+from ecoflap.model.slices import matrix_in, parameter_of, stored_matrix
 from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock, SpilledBlocks
@@ -238,9 +240,9 @@ class _Walker:
         if done is None:
             return False
         elsewhere = self._read_from_saved(block, done.weights)
-        for layer in block.layers:
-            if layer.name not in elsewhere:
-                self.model.get_parameter(layer.name).data.copy_(done.weights[layer.name])
+        for name in _parameters(block):
+            if name not in elsewhere:
+                self.model.get_parameter(name).data.copy_(done.weights[name])
         self.unreached += done.unreached
         return True
 
@@ -262,22 +264,22 @@ class _Walker:
         if gathered is not None:
             left = [name for of_worker in self.workers.gather(left) for name in of_worker]
             for layer in layers:
-                self.workers.copy_from(self.model.get_parameter(layer.name).data, pruner[layer.name])
+                self.workers.copy_from(stored_matrix(self.model, layer.name), pruner[layer.name])
         self._left += left
 
     def finish(self, block: Block, task: Task) -> None:
         """All layers of the block are pruned: it is kept."""
         unreached = tuple(layer.name for layer in block.layers if layer.name in self._left)
         self._left.clear()
-        weights = {layer.name: self.model.get_parameter(layer.name).data for layer in block.layers}
+        weights = {name: self.model.get_parameter(name).data for name in _parameters(block)}
         self.journal.save(block.name, PrunedBlock(weights, unreached))
         self._read_from_saved(block, weights)
         self.unreached += unreached
         task.advance(1, block.name)
 
     def _read_from_saved(self, block: Block, weights: Mapping[str, Tensor]) -> list[str]:
-        """Makes the offloaded weights of a saved block be read from its file; returns the names of its layers."""
-        names = self.offloaded.among(layer.name for layer in block.layers)
+        """Makes the offloaded weights of a saved block be read from its file; returns the names of its parameters."""
+        names = self.offloaded.among(_parameters(block))
         place = self.journal.place(block.name) if names else None
         for name in names:
             assert place is not None
@@ -286,8 +288,8 @@ class _Walker:
 
     def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> bool:
         """Prune one layer; False if no calibration token reached it: then by magnitude, where ``each`` is not given."""
-        parameter = self.model.get_parameter(layer.name)
-        weight = parameter.data.t() if layer.transposed else parameter.data
+        stored = stored_matrix(self.model, layer.name)
+        weight = stored.t() if layer.transposed else stored
         if not all_finite(weight):
             raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")
         criterion = self.each(layer) if self.each is not None else self.criterion
@@ -298,15 +300,20 @@ class _Walker:
             pruned = criterion(weight, statistics, self.allocation[layer.name].zeros, self.pattern)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{layer.name}: {error}") from error
-        parameter.data.copy_(pruned.weight.t() if layer.transposed else pruned.weight)
+        stored.copy_(pruned.weight.t() if layer.transposed else pruned.weight)
         return reached
+
+
+def _parameters(block: Block) -> list[str]:
+    """Names of the parameters that hold the block's layers: what is kept of a pruned block, whole."""
+    return list(dict.fromkeys(layer.parameter for layer in block.layers))
 
 
 def achieved(model: nn.Module, allocation: Allocation) -> Allocation:
     """The allocation with the sparsity that the weights have now."""
-    weights = Offloaded(model)
-    zeros = {
-        row.name: row.weights - int(torch.count_nonzero(weights.read(model.get_parameter(row.name))))
-        for row in allocation.layers
-    }
+    weights, zeros = Offloaded(model), dict[str, int]()
+    for name, rows in groupby(allocation.layers, lambda row: parameter_of(row.name)):
+        parameter = weights.read(model.get_parameter(name))  # an offloaded one that stacks matrices is read once
+        for row in rows:
+            zeros[row.name] = row.weights - int(torch.count_nonzero(matrix_in(parameter, row.name)))
     return allocation.with_achieved({row.name: zeros[row.name] / row.weights for row in allocation.layers})

@@ -23,6 +23,7 @@ from ecoflap.importance.gradient import visit_gradients
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.precision import computing_in_fp32
+from ecoflap.model.slices import stored_matrix
 from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import GlobalCriterion, Scores
 from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock
@@ -185,7 +186,7 @@ class _Cutter:
         """
 
         def keys(layer: Layer) -> Tensor:
-            weight = self.model.get_parameter(layer.name).detach()
+            weight = stored_matrix(self.model, layer.name)
             if not torch.isfinite(weight).all():
                 raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")
             try:
@@ -217,7 +218,7 @@ class _Cutter:
 
     def _apply(self, cut: Mapping[str, Tensor]) -> None:
         for name, packed in cut.items():
-            weight = self.model.get_parameter(name).data
+            weight = stored_matrix(self.model, name)
             weight.masked_fill_(_unpacked(packed, weight.shape).to(weight.device), 0)
 
 
@@ -254,7 +255,7 @@ class GlobalMagnitude:
         """|w| in fp32; see :class:`ecoflap.pruning.criteria.GlobalCriterion`."""
 
         def magnitude(layer: Layer) -> Tensor:
-            return context.model.get_parameter(layer.name).detach().float().abs()
+            return stored_matrix(context.model, layer.name).float().abs()
 
         return magnitude
 
@@ -302,9 +303,7 @@ class IterativeGradient:
         """
         device = torch.device("cpu") if offload else None
         sums = {
-            layer.name: torch.zeros_like(
-                context.model.get_parameter(layer.name), dtype=torch.float32, device=device, requires_grad=False
-            )
+            layer.name: torch.zeros_like(stored_matrix(context.model, layer.name), dtype=torch.float32, device=device)
             for layer in context.layers
         }
 
@@ -317,7 +316,7 @@ class IterativeGradient:
                 task.advance(1, f"gradients of batch {index + 1}")
 
         def score(layer: Layer) -> Tensor:
-            weight = context.model.get_parameter(layer.name).detach()
+            weight = stored_matrix(context.model, layer.name)
             return weight.float().abs() * sums[layer.name].to(weight.device)
 
         return score

@@ -22,6 +22,7 @@ from ecoflap.importance.measure import EstimateJournal
 from ecoflap.importance.scores import Importance
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.save import save, stored_bytes
+from ecoflap.model.slices import stored_matrix
 from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import prune_layers
 from ecoflap.pruning.walk import WalkResult
@@ -259,7 +260,7 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
     blocks = run.blocks()
     if run.first and not (run.path / files.MODEL).exists():
         model = plan.checkpoint.model
-        layers = sum(model.get_parameter(layer.name).nbytes for layer in plan.anatomy.layers)
+        layers = sum(stored_matrix(model, layer.name).nbytes for layer in plan.anatomy.layers)
         walks = 2 if job.recipe.recover and plan.pruned is None else 1
         check_room(
             run.path, walks * layers - blocks.bytes() + stored_bytes(model), "the pruned model, and its journal first,"

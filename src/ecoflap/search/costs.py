@@ -13,6 +13,7 @@ from ecoflap.model.parts import Layer
 from ecoflap.model.patching import gradients_set_aside
 from ecoflap.model.recompute import recomputing
 from ecoflap.model.replay import Replay
+from ecoflap.model.slices import stored_matrix
 from ecoflap.search.divergence import Divergence
 from ecoflap.search.masked_model import MaskedModel
 
@@ -59,7 +60,7 @@ def by_gradient(
     with gradients_set_aside(model), torch.enable_grad(), recomputing(model, blocks):
         model.requires_grad_(False)
         parts = {
-            layer.name: torch.ones((), device=model.get_parameter(layer.name).device, requires_grad=True)
+            layer.name: torch.ones((), device=stored_matrix(model, layer.name).device, requires_grad=True)
             for layer in layers
         }
 

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.patching import Forward, forward_replaced
+from ecoflap.model.slices import stored_matrix
+from ecoflap.model.swapping import layers_swapped
 
 _READY = 1 << 30  # bytes; up to here masked weights are kept whole: unpacking them costs every batch a pass over them
 
@@ -70,7 +72,7 @@ class MaskedModel:
         self._parts: dict[str, Tensor] = {}
         self._wraps = ExitStack()
         self._inside: dict[str, list[Layer]] = {}
-        self._whole = sum(model.get_parameter(layer.name).nbytes for layer in anatomy.layers) <= _READY
+        self._whole = sum(stored_matrix(model, layer.name).nbytes for layer in anatomy.layers) <= _READY
         for layer in anatomy.layers:
             for block in anatomy.replayable:
                 if any(module.startswith(f"{block}.") for module in layer.modules):
@@ -96,7 +98,7 @@ class MaskedModel:
             if stand_in.dtype != torch.bool:
                 self._masks[layer.name] = stand_in
             elif self._whole:
-                self._masks[layer.name] = self._model.get_parameter(layer.name).detach().masked_fill(~stand_in, 0)
+                self._masks[layer.name] = stored_matrix(self._model, layer.name).masked_fill(~stand_in, 0)
             else:
                 self._masks[layer.name] = PackedMask(stand_in)
 
@@ -127,28 +129,17 @@ class MaskedModel:
 
     def _wrapper(self, layers: list[Layer], forward: Forward) -> Callable[..., Any]:
         def masked(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as swaps:
-                for layer in layers:
-                    packed = self._masks.get(layer.name)
-                    if packed is not None and layer.name not in self._dense:
-                        swaps.enter_context(self._swapped(layer, packed))
+            masked = [layer for layer in layers if layer.name in self._masks and layer.name not in self._dense]
+            with layers_swapped(self._model, ((layer, self._stand_in(layer)) for layer in masked)):
                 return forward(*args, **kwargs)
 
         return masked
 
-    @contextmanager
-    def _swapped(self, layer: Layer, packed: PackedMask | Tensor) -> Iterator[None]:
-        owners = [self._model.get_submodule(path) for path in layer.modules]
-        originals = [owner._parameters["weight"] for owner in owners]
-        weight = self._model.get_parameter(layer.name).detach()
-        part = self._parts.get(layer.name)
+    def _stand_in(self, layer: Layer) -> Tensor:
+        """What the layer computes with, as its matrix is stored."""
+        packed, part = self._masks[layer.name], self._parts.get(layer.name)
+        weight = stored_matrix(self._model, layer.name)
         stand_in = weight.masked_fill(~packed.unpacked(), 0) if isinstance(packed, PackedMask) else packed
         if part is not None:
             stand_in = _Partly.apply(part, stand_in, weight)  # type: ignore[no-untyped-call]
-        try:
-            for owner in owners:
-                owner._parameters["weight"] = stand_in  # type: ignore[assignment]  # a graph can't begin at a Parameter
-            yield
-        finally:
-            for owner, original in zip(owners, originals, strict=True):
-                owner._parameters["weight"] = original
+        return stand_in

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ecoflap.allocation.patterns import Compare, Unstructured
 from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.model.slices import stored_matrix
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.masks import lowest_mask
 from ecoflap.statistics.inputs import InputGram, InputStatistics
@@ -91,7 +92,7 @@ def _at_levels(ordered: Tensor) -> Tensor:
 
 def weight_of(model: nn.Module, layer: Layer) -> Tensor:
     """A layer's weight, (out, in) fp32."""
-    weight = model.get_parameter(layer.name).detach()
+    weight = stored_matrix(model, layer.name)
     return (weight.t() if layer.transposed else weight).float()
 
 
@@ -117,7 +118,7 @@ class Compensated(Order):
         gram = (self.grams or {}).get(layer.name)
         if gram is None or self.criterion is None:
             return self.mask(model, layer, zeros)
-        weight = model.get_parameter(layer.name).detach()
+        weight = stored_matrix(model, layer.name)
         weight = weight.t() if layer.transposed else weight
         return self.criterion(weight, gram, zeros, Unstructured(self.compare)).weight
 

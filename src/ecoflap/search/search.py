@@ -23,6 +23,7 @@ from ecoflap.data.objectives import Objective, on_device
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.replay import Replay
+from ecoflap.model.slices import experts_in_turn
 from ecoflap.model.trace import evaluating
 from ecoflap.pruning.prune import PruningOptions
 from ecoflap.search.divergence import Divergence
@@ -98,7 +99,7 @@ def refine(
     if options.budget == "global":
         limits["budget"] = "global"
     with ExitStack() as state:
-        for context in (evaluating(model), cache_disabled(model)):
+        for context in (evaluating(model), cache_disabled(model), experts_in_turn(model)):
             state.enter_context(context)
         divergence = Divergence(model, batches, on_device(loss), options.metric, options.positions, workers)
         divergence.record()

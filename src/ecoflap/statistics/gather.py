@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -91,13 +91,13 @@ class Gatherer:
     def __enter__(self) -> Gatherer:
         self._hooks.enter_context(inputs_watched(self._model, self._block.layers, self._feed))
         if self._sequence is not None:
-            self._watch_experts({layer.expert for layer in self._block.layers if layer.expert})
+            self._watch_experts([layer for layer in self._block.layers if layer.expert])
         return self
 
-    def _watch_experts(self, experts: set[str]) -> None:
+    def _watch_experts(self, layers: Sequence[Layer]) -> None:
         """Note what enters each mixture (the list of experts, if it has a forward, and its owner) and each expert."""
-        mixtures = {expert.rpartition(".")[0] for expert in experts}
-        for path in mixtures:
+        experts = {layer.expert for layer in layers if not layer.stacked}
+        for path in {layer.mixture for layer in layers}:
             for watched in (path.rpartition(".")[0], path):
                 self._watch(watched, partial(self._note_mixture, path))
         for path in sorted(experts):
@@ -110,14 +110,19 @@ class Gatherer:
     def _note_mixture(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         for x in tensors_in((args, kwargs))[:1]:
             real = self._keep(x)
+            self._in_expert = {expert: real for expert, real in self._in_expert.items() if not expert.startswith(path)}
             if real is not None:
                 self._routed.setdefault(path, []).append(RoutedTokens(x, real))
 
     def _note_expert(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._in_expert[path] = None
         for x in tensors_in((args, kwargs))[:1]:
-            found = (tokens.real_among(x) for tokens in self._routed.get(path.rpartition(".")[0], ()))
-            self._in_expert[path] = next((real for real in found if real is not None), None)
+            self._in_expert[path] = self._sent(path.rpartition(".")[0], x)
+
+    def _sent(self, mixture: str, x: Tensor) -> Tensor | None:
+        """Which rows of an expert's input are real tokens; None where that is not known."""
+        found = (tokens.real_among(x) for tokens in self._routed.get(mixture, ()))
+        return next((real for real in found if real is not None), None)
 
     def __exit__(self, *exception: object) -> None:
         self._hooks.close()
@@ -211,9 +216,19 @@ class Gatherer:
 
     def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:
         """The mask of tokens that count, fitting ``x`` (batch, tokens, features), also flattened; None if all do."""
+        if layer is not None and layer.stacked and (sent := self._sent(layer.mixture, x)) is not None:
+            self._in_expert[layer.expert] = sent  # and its later matrices get the same tokens, in the same order
         routed = self._in_expert.get(layer.expert) if layer is not None else None
         if routed is not None and routed.numel() == x.shape[:-1].numel():
             return routed
+        if layer is not None and layer.stacked:  # tokens that are not sent to it are zeros, if they are there at all
+            there = (x != 0).any(dim=-1)
+            counted = self._own_keep(x, layer)
+            return there if counted is None else there & counted.to(there.device)
+        return self._own_keep(x, layer)
+
+    def _own_keep(self, x: Tensor, layer: Layer | None) -> Tensor | None:
+        """As :meth:`_keep`, of an input that no router has taken apart."""
         foreign = any(x is other for other in self._others)
         real = self._real(x, layer, foreign)
         chosen = None if foreign else _fitting(self._chosen, x)

@@ -118,6 +118,7 @@ class RoutedTokens:
 
     def __init__(self, x: Tensor, real: Tensor) -> None:
         hashes = row_hashes(x.reshape(-1, x.shape[-1]))
+        self._kind = x.shape[-1], x.dtype
         self._all, self._real = hashes, hashes[real.reshape(-1)]
 
     def real_among(self, x: Tensor) -> Tensor | None:
@@ -125,6 +126,8 @@ class RoutedTokens:
 
         None if a row is no copy of any token, because the mixture scales its tokens: then it can't be told.
         """
+        if (x.shape[-1], x.dtype) != self._kind:
+            return None
         hashes = row_hashes(x.reshape(-1, x.shape[-1]))
         if not torch.isin(hashes, self._all).all():
             return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ecoflap.model.parts import Layer
+from ecoflap.model.slices import Product, experts_in_turn, products_seen, slice_name
 from ecoflap.model.trace import linear_weight
 
 Feed = Callable[[Layer, Tensor], None]
@@ -19,15 +21,31 @@ Feed = Callable[[Layer, Tensor], None]
 def inputs_watched(model: nn.Module, layers: Iterable[Layer], feed: Feed) -> Iterator[None]:
     """Inside, ``feed`` is called with each layer and its input, just before the layer computes."""
     functional: dict[int, Layer] = {}
+    slices: dict[str, Layer] = {}
+    owners: dict[str, dict[str, None]] = {}
     with ExitStack() as hooks:
         for layer in layers:
+            if layer.stacked:
+                slices[layer.name] = layer
+                owners.setdefault(layer.module, {})[layer.parameter.rpartition(".")[2]] = None
+                continue
             if layer.uncalled:
                 functional[id(model.get_parameter(layer.name))] = layer
             module = model.get_submodule(layer.module)
             hooks.callback(module.register_forward_pre_hook(_hook(layer, feed)).remove)
+        if slices:
+            hooks.enter_context(experts_in_turn(model))
+            hooks.enter_context(products_seen(model, owners, partial(_feed_slices, slices, feed)))
         if functional:
             hooks.enter_context(_FunctionalInputs(functional, feed))
         yield
+
+
+def _feed_slices(slices: Mapping[str, Layer], feed: Feed, path: str, leaf: str, product: Product) -> None:
+    for number, x in product.inputs():
+        layer = slices.get(slice_name(f"{path}.{leaf}", number))
+        if layer is not None:
+            feed(layer, x)
 
 
 def _hook(layer: Layer, feed: Feed) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -16,6 +16,7 @@ from ecoflap.data.objectives import Objective
 from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.gradient import visit_gradients
 from ecoflap.model.parts import Anatomy
+from ecoflap.model.slices import stored_matrix
 from ecoflap.report.analyses import Distributions
 from ecoflap.report.analysis.registry import Analysis
 from ecoflap.report.charts.analysis import distribution_charts
@@ -47,13 +48,13 @@ def compute(subject: Subject) -> dict[str, Any]:
     with computing(model), subject.progress.stage("distributions", total=total) as task:
         gradients = mean_gradients(model, anatomy, batches, subject.objective, task)
         for layer in anatomy.layers:
-            counts[layer.tower]["weight"].add(model.get_parameter(layer.name))
+            counts[layer.tower]["weight"].add(stored_matrix(model, layer.name))
             counts[layer.tower]["gradient"].add(gradients.pop(layer.name))
         for block, statistics in dense_statistics(model, anatomy, batches, subject.objective):
             for layer in block.layers:
                 found = statistics[layer.name]
                 if found is not None:
-                    weight = model.get_parameter(layer.name).detach()
+                    weight = stored_matrix(model, layer.name)
                     norm = found.norm[:, None] if layer.transposed else found.norm
                     counts[layer.tower]["local"].add(weight * norm)
             task.advance(1, block.name)
@@ -137,7 +138,7 @@ def mean_gradients(
         InvalidOption: the model can't be differentiated.
     """
     context = ProbeContext(model, anatomy, batches, objective, seed=0)
-    means = {layer.name: torch.zeros_like(model.get_parameter(layer.name).detach()) for layer in anatomy.layers}
+    means = {layer.name: torch.zeros_like(stored_matrix(model, layer.name)) for layer in anatomy.layers}
 
     def add(name: str, weight: Tensor, gradient: Tensor) -> None:
         means[name].add_(gradient, alpha=1 / len(batches))

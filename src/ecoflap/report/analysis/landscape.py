@@ -7,7 +7,6 @@ section 4: every filter (here: row of a matrix) of the random direction has the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ecoflap.report.analyses import Landscape
@@ -59,16 +58,17 @@ class Slices:
 
     def loss(self, alpha: float, beta: float) -> float:
         """The mean loss over the batches; NaN or infinite where the model breaks."""
-        from ecoflap.model.patching import swapped
+        from ecoflap.model.slices import stored_matrix
+        from ecoflap.model.swapping import layers_swapped
 
         if (alpha, beta) not in self._known:
-            with ExitStack() as swaps:
-                for layer in self._layers:
-                    weight = self._model.get_parameter(layer.name).detach()
-                    moved = weight + alpha * self._direction(weight, layer, 0)
-                    if beta:
-                        moved += beta * self._direction(weight, layer, 1)
-                    swaps.enter_context(swapped(self._model, layer.modules, moved))
+            moved: list[Tensor] = []
+            for layer in self._layers:
+                weight = stored_matrix(self._model, layer.name)
+                moved.append(weight + alpha * self._direction(weight, layer, 0))
+                if beta:
+                    moved[-1] += beta * self._direction(weight, layer, 1)
+            with layers_swapped(self._model, zip(self._layers, moved, strict=True)):
                 self._known[alpha, beta] = self._losses(self._model)
         return self._known[alpha, beta]
 

@@ -206,7 +206,8 @@ class _Work:
         self._scores = SharedScores(folder, progress)
         self._entries = evaluations_of(grid)
         path = folder.path / JOURNAL / "dense.safetensors" if low_memory else None
-        self._kept = KeptWeights(self._checkpoint.model, [layer.name for layer in base.anatomy.layers], path)
+        names = list(dict.fromkeys(layer.parameter for layer in base.anatomy.layers))
+        self._kept = KeptWeights(self._checkpoint.model, names, path)
 
     @property
     def _checkpoint(self) -> Checkpoint:

@@ -1,0 +1,55 @@
+"""Lets a model compute with other values in the place of some of its matrices, which are never written to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from ecoflap.model.parts import Layer
+from ecoflap.model.patching import swapped
+from ecoflap.model.slices import Product, products_seen
+
+
+@contextmanager
+def layers_swapped(model: nn.Module, tensors: Iterable[tuple[Layer, Tensor]]) -> Iterator[None]:
+    """The model computes with these tensors in the place of whole layers' matrices inside.
+
+    Args:
+        tensors: each in the shape in which its matrix is stored; not copied. Tangent and graph are kept.
+    """
+    slices: dict[str, Tensor] = {}
+    layers: list[Layer] = []
+    with ExitStack() as swaps:
+        for layer, tensor in tensors:
+            if layer.stacked:
+                layers.append(layer)
+                slices.update((name, tensor) for name in (layer.name, *layer.aliases))
+            else:
+                swaps.enter_context(swapped(model, layer.modules, tensor))
+        swaps.enter_context(slices_swapped(model, layers, slices))
+        yield
+
+
+@contextmanager
+def slices_swapped(model: nn.Module, layers: Iterable[Layer], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model computes with other slices of stacked parameters inside, also in what a backward pass repeats.
+
+    Args:
+        layers: slices that may be swapped.
+        tensors: name of a slice to what stands in for it, in the shape in which it is stored: looked up at each
+            product, so that entries may come and go.
+    """
+    owners: dict[str, dict[str, None]] = {}
+    for layer in layers:
+        for name in (layer.name, *layer.aliases):
+            path, _, leaf = name.rpartition("[")[0].rpartition(".")
+            owners.setdefault(path, {})[leaf] = None
+
+    def standing_in(path: str, leaf: str, product: Product) -> dict[int, Tensor]:
+        numbers = range(product.first, product.first + max(1, product.count))
+        return {number: tensors[name] for number in numbers if (name := f"{path}.{leaf}[{number}]") in tensors}
+
+    with products_seen(model, owners, standing_in):
+        yield

@@ -1,0 +1,151 @@
+"""Slices of stacked parameters as layers: what is found, their names, and computing with others in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families.stacked import EXPERTS, LAYOUTS, batches, build
+from torch import Tensor
+
+import ecoflap
+from ecoflap.data.objectives import default_objective
+from ecoflap.errors import AnatomyError
+from ecoflap.importance.base import ProbeContext
+from ecoflap.importance.gradient import visit_gradients
+from ecoflap.model.anatomy import discover
+from ecoflap.model.replay import Replay
+from ecoflap.model.slices import experts_in_turn, matrix_in, parameter_of, slice_name, stored_matrix
+from ecoflap.model.swapping import layers_swapped
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def test_names_say_which_slice_of_which_parameter() -> None:
+    name = slice_name("model.layers.0.mlp.experts.gate_up_proj", 11)
+    assert name == "model.layers.0.mlp.experts.gate_up_proj[11]"
+    assert parameter_of(name) == "model.layers.0.mlp.experts.gate_up_proj"
+    assert parameter_of("a.weight") == "a.weight"
+    stacked = torch.randn(12, 3, 5)
+    assert torch.equal(matrix_in(stacked, name), stacked[11])
+    assert matrix_in(stacked, "a.weight") is stacked
+
+
+@every_layout
+def test_every_expert_is_a_layer_in_its_true_orientation(layout: str) -> None:
+    model, data = build(layout), batches()
+    anatomy = discover(model, data[0])
+    slices = [layer for layer in anatomy.layers if layer.stacked]
+    assert len(slices) == 2 * EXPERTS
+    for layer in slices:
+        stored = tuple(model.get_parameter(layer.parameter).shape[1:])
+        assert layer.shape == (stored[::-1] if layer.transposed else stored)
+        assert layer.transposed == (layout in ("GptOss", "Llama4Text"))
+        assert layer.expert == f"{layer.module}{layer.name[layer.name.index('[') :]}"
+        assert layer.mixture == layer.module
+        width = model.config.hidden_size
+        assert layer.shape[1 if "gate_up" in layer.name else 0] == width
+    in_blocks = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1)
+    biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bias"))
+    assert anatomy.prunable_parameters >= 0.9 * (in_blocks - biases)
+    if layout != "Llama4Text":  # whose experts don't tell without data how they lie
+        assert discover(model).layers == anatomy.layers
+
+
+def test_patterns_choose_single_experts_and_whole_parameters() -> None:
+    model, data = build("Mixtral"), batches()
+    path = "model.layers.0.mlp.experts"
+    one = discover(model, data[0], exclude=[f"{path}.gate_up_proj[1]"])
+    assert [layer.name for layer in one.layers if "gate_up" in layer.name] == [
+        f"{path}.gate_up_proj[{number}]" for number in (0, 2, 3)
+    ]
+    dense = {entry.name: (entry.reason, entry.numel) for entry in one.unprunable}
+    assert dense[f"{path}.gate_up_proj"] == (
+        "excluded (1 of 4 experts)",
+        model.get_parameter(f"{path}.gate_up_proj")[0].numel(),
+    )
+    whole = discover(model, data[0], exclude=[f"{path}.down_proj"])
+    assert not [layer for layer in whole.layers if "down_proj" in layer.name]
+    with pytest.raises(AnatomyError, match="selects no layer"):
+        discover(model, data[0], exclude=[f"{path}.gate_up_proj[9]"])
+
+
+@every_layout
+@pytest.mark.parametrize("in_turn", [True, False])
+@torch.no_grad()
+def test_other_values_in_the_place_of_slices_are_as_if_they_were_written(layout: str, in_turn: bool) -> None:
+    model, batch = build(layout), batches()[0]
+    layers = [layer for layer in discover(model, batch).layers if layer.stacked]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    implementation = experts_in_turn(model) if in_turn else torch.no_grad()
+    with implementation:
+        for chosen in ([layers[1]], [layers[0], layers[-1]], layers):
+            others = [(layer, torch.randn_like(stored_matrix(model, layer.name))) for layer in chosen]
+            with layers_swapped(model, others):
+                ours = model(**batch).logits
+            for layer, other in others:
+                stored_matrix(model, layer.name).copy_(other)
+            theirs = model(**batch).logits
+            model.load_state_dict(before)
+            assert torch.equal(ours, theirs)
+            assert not torch.equal(ours, model(**batch).logits)
+
+
+@every_layout
+@pytest.mark.parametrize("recompute", [True, False])
+def test_gradients_arrive_slice_by_slice_and_are_those_of_autograd(layout: str, recompute: bool) -> None:
+    model, data = build(layout), batches()
+    anatomy = discover(model, data[0])
+    context = ProbeContext(model, anatomy, data, default_objective(model), seed=0)
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, weight: Tensor, gradient: Tensor) -> None:
+        assert torch.equal(weight, stored_matrix(model, name))
+        assert gradient.shape == weight.shape
+        found[name] = gradient.clone()
+
+    visit_gradients(context, 0, visit, recompute=recompute)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.requires_grad_(False)
+    for layer in anatomy.layers:
+        model.get_parameter(layer.parameter).requires_grad_(True)
+    with experts_in_turn(model):
+        context.loss_tensor(0).backward()
+    for layer in anatomy.layers:
+        expected = matrix_in(model.get_parameter(layer.parameter).grad, layer.name)
+        if layer.name not in found:  # no token was sent to it
+            assert not expected.any()
+        else:
+            assert torch.equal(found[layer.name], expected), layer.name
+
+
+@every_layout
+@torch.no_grad()
+def test_replay_with_a_changed_slice_is_the_plain_forward_to_the_bit(layout: str) -> None:
+    model, batch = build(layout, num_hidden_layers=2) if layout == "Mixtral" else build(layout), batches()[0]
+    anatomy = discover(model, batch)
+    layer = next(layer for layer in anatomy.layers if layer.stacked)
+    other = torch.randn_like(stored_matrix(model, layer.name))
+    with layers_swapped(model, [(layer, other)]):
+        plain = model(**batch).logits
+    with Replay(model, anatomy.replayable) as replay:
+        model(**batch)
+        with replay.forcing(layer.block), layers_swapped(model, [(layer, other)]):
+            assert torch.equal(model(**batch).logits, plain)
+        assert replay.counts.computed < 2 * len(anatomy.replayable) + 1
+
+
+@every_layout
+@pytest.mark.parametrize("importance", ["gradient-norm", "forward-mode", "zeroth-order"])
+def test_a_mixture_is_pruned_to_the_weight_with_every_measure(layout: str, importance: str) -> None:
+    model, data = build(layout), batches()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    options: dict[str, Any] = {} if importance == "gradient-norm" else {"probe": "block"}
+    result = ecoflap.prune(model, data, sparsity=0.5, importance=importance, importance_options=options)
+    for row in result.allocation.layers:
+        assert int((stored_matrix(model, row.name) == 0).sum()) == row.zeros
+    assert result.allocation.zeros == round(0.5 * result.anatomy.prunable_parameters)
+    for name, value in model.state_dict().items():
+        kept = value != 0
+        assert torch.equal(value[kept], dense[name][kept])  # Wanda changes nothing but zeros
