@@ -29,6 +29,7 @@ from ecoflap.model.anatomy import discover
 from ecoflap.model.offload import check_in_memory
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
+from ecoflap.model.slices import stored_matrix
 from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import PruningOptions, prune_layers
 from ecoflap.pruning.recovery import recover_layers, recovery_options, sparse_part, weights_to_recover
@@ -314,7 +315,7 @@ def recover(
     part = sparse_part(anatomy, pruned, dense)
     with torch.no_grad():
         for layer in part.layers:
-            model.get_parameter(layer.name).copy_(dense.get_parameter(layer.name))
+            stored_matrix(model, layer.name).copy_(stored_matrix(dense, layer.name))
     work = Work(objective, progress=progress or Silent(), workers=workers)
     offload = offload_kind(offload_activations)
     done = recover_layers(model, part, pruned, batches, fit, work, offload=offload, tokens=choice)

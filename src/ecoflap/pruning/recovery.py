@@ -16,6 +16,7 @@ from ecoflap.allocation.patterns import Pattern, Unstructured
 from ecoflap.data.objectives import on_device
 from ecoflap.errors import InvalidOption
 from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.model.slices import matrix_in, stored_matrix
 from ecoflap.pruning.criteria import Needs, Pruned, check_statistics
 from ecoflap.pruning.journal import BlockJournal, PrunedBlock
 from ecoflap.pruning.least_squares import Reconstruction
@@ -153,18 +154,18 @@ class DenseWeights:
     """The dense weights of a model that is about to be pruned, on the CPU.
 
     Args:
-        names: of the parameters.
+        names: of the matrices.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self._model = model
-        self._kept = {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
+        self._kept = {name: stored_matrix(model, name).to("cpu", copy=True) for name in names}
 
     def swap(self) -> dict[str, Tensor]:
         """Make the model dense again; the weights that it had, on the CPU."""
         pruned = {}
         for name in list(self._kept):
-            weight = self._model.get_parameter(name).data
+            weight = stored_matrix(self._model, name)
             pruned[name] = weight.to("cpu", copy=True)
             weight.copy_(self._kept.pop(name))
         return pruned
@@ -207,14 +208,15 @@ def weights_to_recover(dense: nn.Module, pruned: nn.Module, anatomy: Anatomy, na
             raise InvalidOption(
                 f"{of_pruned} was not pruned from {of_dense}: {name} is {said}; give the dense model of the same shapes"
             )
-    found = {layer.name: after[layer.name].detach() for layer in anatomy.layers}
-    zeros = [sum(int((model[name] == 0).sum()) for name in found) for model in (before, after)]
+    found = {layer.name: matrix_in(after[layer.parameter].detach(), layer.name) for layer in anatomy.layers}
+    held = {layer.parameter for layer in anatomy.layers}
+    zeros = [sum(int((model[name] == 0).sum()) for name in held) for model in (before, after)]
     if zeros[1] <= zeros[0]:
         raise InvalidOption(
             f"{of_pruned} has no more zeros in its layers than {of_dense}, so there is nothing to recover: is the "
             "pruned model given as the dense one, or the dense one as the pruned?"
         )
-    others = [name for name, weight in after.items() if name not in found and not _alike(weight, before[name])]
+    others = [name for name, weight in after.items() if name not in held and not _alike(weight, before[name])]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise InvalidOption(
@@ -236,7 +238,7 @@ def sparse_part(anatomy: Anatomy, pruned: Weights, dense: nn.Module) -> Anatomy:
     def sparse(layers: Iterable[Layer]) -> tuple[Layer, ...]:
         return tuple(
             layer for layer in layers
-            if bool((pruned[layer.name] == 0).any()) or not _alike(pruned[layer.name], dense.get_parameter(layer.name))
+            if bool((pruned[layer.name] == 0).any()) or not _alike(pruned[layer.name], stored_matrix(dense, layer.name))
         )  # fmt: skip
 
     towers = (

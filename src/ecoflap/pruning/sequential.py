@@ -118,7 +118,8 @@ class DenseModel:
         }
         # A weight that several blocks share is pruned with the first of them.
         self._shared = {
-            layer.name: model.get_parameter(layer.name).detach().clone() for layer in anatomy.layers if layer.aliases
+            name: model.get_parameter(name).detach().clone()
+            for name in dict.fromkeys(layer.parameter for layer in anatomy.layers if layer.aliases)
         }
 
     def skip(self, tower: Tower, index: int) -> None:

@@ -291,6 +291,6 @@ def gather(
             found = agreed(gatherer, workers, block.layers)
             assert gatherer is not None
             wanted = pruners(gatherer.owners) if pruners is not None else dict.fromkeys(found, EVERYWHERE)
-            collect(gatherer, workers, found, wanted, model.get_parameter(block.layers[0].name).device)
+            collect(gatherer, workers, found, wanted, model.get_parameter(block.layers[0].parameter).device)
             return gatherer
     raise AssertionError("layers that share nothing can't diverge")
