@@ -44,7 +44,7 @@ def line(
     parts = [*(["━" * full + "·" * (bars - full)] if bars else []), *numbers]
     rest = " ".join(parts)
     room = width - len(rest) - 1
-    name = name.ljust(12 if bars else 0) if len(name) <= room else name[: max(room - 1, 0)] + "…"
+    name = name.ljust(min(12, room) if bars else 0) if len(name) <= room else name[: max(room - 1, 0)] + "…"
     message = f"{name} {rest}"
     room = width - len(message) - 1
     if detail and room >= _DETAIL:
