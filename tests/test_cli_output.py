@@ -35,7 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 COMMANDS = (
-    "prune", "recover", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report", "push", "pack",
+    "prune", "recover", "finetune", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report",
+    "push", "pack",
     "unpack", "bench",
 )  # fmt: skip
 

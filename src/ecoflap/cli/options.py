@@ -19,6 +19,11 @@ from ecoflap.support.registry import number
 # The heading of --help for each option.
 PANELS: dict[str, tuple[str, ...]] = {
     "Grid": ("methods", "sparsities", "seeds"),
+    "Training": (
+        "train", "train_samples", "validation", "held_out", "tune", "rank", "epochs", "learning_rate", "weight_decay",
+        "warmup", "accumulate", "evaluate_every", "patience", "dense", "distill", "distill_hidden", "temperature",
+        "training_options",
+    ),
     "Model": ("device", "device_map", "max_memory", "dtype", "trust_remote_code", "include", "exclude", "towers"),
     "Sparsity": (
         "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
@@ -65,6 +70,10 @@ _METAVARS = {
     "rule": "NAME",
     "pattern": "unstructured|N:M",
     "calibration": "SOURCE",
+    "train": "SOURCE",
+    "validation": "SOURCE",
+    "dense": "MODEL",
+    "training_options": "NAME=VALUE",
     "test": "SOURCE",
     "prompt": "TEMPLATE",
     "test_prompt": "TEMPLATE",
@@ -133,7 +142,7 @@ def with_recipe_options(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        parameters = [_parameter(name, annotation) for name, annotation in _MODEL] if model else []
+        parameters = [_parameter(*each) for each in _model(recipe)] if model else []
         parameters += [_option(name, (aliases or {}).get(name), recipe) for name in chosen]
         parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 
@@ -155,27 +164,20 @@ def with_recipe_options(
     return decorate
 
 
-_MODEL = (
-    (
-        "model",
-        Annotated[
-            str | None,
-            typer.Argument(metavar="[MODEL]", help=Recipe.model_fields["model"].description, show_default=False),
-        ],
-    ),
-    (
-        "recipe",
-        Annotated[
-            list[Path] | None,
-            typer.Option(
-                "--recipe",
-                metavar="FILE",
-                help="YAML with any of these options; options win. May be repeated: later files win.",
-                rich_help_panel=OUTPUT,
-            ),
-        ],
-    ),
-)
+def _model(recipe: type[Recipe]) -> list[tuple[str, Any]]:
+    """The argument MODEL and the option ``--recipe``, with their annotations."""
+    about = recipe.model_fields["model"].description
+    optional = "[MODEL]" if "left out" in str(about) else "RUN|MODEL"
+    files = typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="YAML with any of these options; options win. May be repeated: later files win.",
+        rich_help_panel=OUTPUT,
+    )
+    return [
+        ("model", Annotated[str | None, typer.Argument(metavar=optional, help=about, show_default=False)]),
+        ("recipe", Annotated[list[Path] | None, files]),
+    ]
 
 
 def _plain(recipe: type[Recipe], name: str, value: Any) -> Any:

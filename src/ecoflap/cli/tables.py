@@ -14,6 +14,7 @@ from rich.text import Text
 from ecoflap.allocation import Allocation
 from ecoflap.model.parts import Anatomy, Unprunable
 from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
+from ecoflap.report.finetune_page import MODELS, read_finetune, tests
 from ecoflap.support import formats
 
 
@@ -213,6 +214,32 @@ def summary_table(run: RunData | Path | str) -> Table:
             _row(table, f"  {layer}")
         if len(metrics.unreached) > NAMED:
             _row(table, "  … all in metrics.json")
+    return table
+
+
+def finetune_table(folder: Path) -> Table:
+    """Quality dense, pruned and fine-tuned, and what the training came to.
+
+    Raises:
+        InvalidOption: as :func:`ecoflap.report.finetune_page.read_finetune`.
+    """
+    recipe, metrics = read_finetune(folder)
+    table = _table(str(recipe.get("model")), "", *(name.lower() for name in MODELS.values()), "gain")
+    for test in tests(metrics):
+        for number, line in enumerate(test.lines):
+            _row(table, f"  {line.label}" if number else test.title, *line.values, line.gain)
+    if not metrics.finetuned:
+        _row(table, "quality", *(formats.MISSING for _ in MODELS))
+    table.add_section()
+    training, percent = metrics.training, formats.percent
+    losses = dict(training.held_out)
+    before, after = (losses.get(step) for step in (0, training.best))
+    shown = [formats.MISSING if loss is None else formats.significant(loss, 4) for loss in (before, after)]
+    _row(table, "held-out loss", "", *shown)
+    _row(table, "sparsity, prunable weights", "", "", percent(metrics.sparsity.prunable))
+    _row(table, "steps", "", "", f"{training.steps:,} of {training.planned:,}")
+    if training.best != training.steps:
+        _row(table, "  the weights are those after", "", "", f"{training.best:,}")
     return table
 
 

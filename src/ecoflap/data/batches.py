@@ -115,26 +115,57 @@ def make_batches(
     """
     if batch_size < 1:
         raise CalibrationError(f"the batch size must be at least 1, not {batch_size}")
-    if processor is None:
-        raise CalibrationError("the checkpoint has no processor or tokenizer, so samples cannot be turned into batches")
-    name = collating_objective(objective, model)
-    sample_set = unpacked(sample_set, name, processor)
+    name, sample_set = _as_wanted(sample_set, model, processor, objective)
     if sample_set.windows is not None:
         return _packed(sample_set, model, processor, batch_size, sequence_length, seed, window_start)
     samples = list(sample_set.samples)
-    if not samples:
+    collate = make_collator(
+        sample_set, model, processor, sequence_length=sequence_length, seed=seed, objective=objective,
+        classes=classes, class_prompts=class_prompts,
+    )  # fmt: skip
+    groups = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
+    if name in PAIRED and len(groups[-1]) == 1:  # one pair has nothing to contrast with: its loss is always 0
+        if len(groups) == 1 or batch_size == 1:
+            raise CalibrationError("a contrastive loss needs at least 2 samples in a batch: raise the batch size")
+        groups[-2:] = [range(groups[-2].start, groups[-1].stop)]
+    return [collate([samples[i] for i in group], group.start) for group in groups]
+
+
+def _as_wanted(sample_set: SampleSet, model: nn.Module, processor: Any, objective: str | None) -> tuple[str, SampleSet]:
+    """The objective that shapes the batches, and the samples as it wants them: rows, or text to be packed."""
+    if processor is None:
+        raise CalibrationError("the checkpoint has no processor or tokenizer, so samples cannot be turned into batches")
+    name = collating_objective(objective, model)
+    return name, unpacked(sample_set, name, processor)
+
+
+def make_collator(
+    sample_set: SampleSet,
+    model: nn.Module,
+    processor: Any,
+    *,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    objective: str | None = None,
+    classes: Sequence[str] | None = None,
+    class_prompts: Sequence[str] | None = None,
+) -> Collate:
+    """What makes a batch, as :func:`make_batches` does, of any of the set's samples and a number that seeds its cuts.
+
+    Raises:
+        CalibrationError: as :func:`make_batches`; or the set is plain text, which is cut into windows instead.
+        InvalidOption: a class prompt without ``{}``.
+    """
+    name, sample_set = _as_wanted(sample_set, model, processor, objective)
+    samples = list(sample_set.samples)
+    if sample_set.windows is not None or not samples:
         raise CalibrationError(f"{sample_set.source} gave no samples")
     own_classes = getattr(sample_set, "classes", None)
     collate = objective_collator(
         name, samples, model, processor, sample_set.source,
         classes=classes, own_classes=own_classes, class_prompts=class_prompts,
     ) or _collator(samples, model, processor, sequence_length, seed, sample_set.source)  # fmt: skip
-    groups = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
-    if name in PAIRED and len(groups[-1]) == 1:  # one pair has nothing to contrast with: its loss is always 0
-        if len(groups) == 1 or batch_size == 1:
-            raise CalibrationError("a contrastive loss needs at least 2 samples in a batch: raise the batch size")
-        groups[-2:] = [range(groups[-2].start, groups[-1].stop)]
-    return [_tidy(collate([samples[i] for i in group], group.start)) for group in groups]
+    return lambda part, start: dict(_tidy(collate(part, start)))
 
 
 def _collator(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecoflap.run.names import is_compare
+from ecoflap.run.names import is_compare, is_finetune
 from ecoflap.support.lazy import lazily
 
 if TYPE_CHECKING:
@@ -30,13 +30,17 @@ __getattr__ = lazily(
 
 
 def rebuild(folder: Path | str) -> Path:
-    """Writes the page of a folder again: ``compare.html`` beside a ``compare.json``, else ``report.html`` of a run.
+    """Writes the page of a folder again: ``compare.html`` beside a ``compare.json``, else ``report.html`` of a run or a
+    fine-tuning.
 
     Raises:
         InvalidOption: the folder holds neither, or a file in it is broken.
         StorageError: the page could not be written; an older page stays as it was.
     """
     from ecoflap.report.compare_page import write_compare
+    from ecoflap.report.finetune_page import write_finetune
     from ecoflap.report.page import write_report
 
-    return write_compare(folder) if is_compare(folder) else write_report(folder)
+    if is_compare(folder):
+        return write_compare(folder)
+    return write_finetune(folder) if is_finetune(folder) else write_report(folder)

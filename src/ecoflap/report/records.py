@@ -30,19 +30,20 @@ def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
     defaults = Recipe.parse({}).to_dict()
     for key, value in recipe.items():
         if key not in _NOT_REPEATED and (key == "sparsity" or key not in defaults or value != defaults[key]):
-            lines += (shlex.join(words) for words in _options(flag_of(key), value))
+            lines += (shlex.join(words) for words in flags(flag_of(key), value))
     lines.append(shlex.join(["--output", output]))
     return " \\\n  ".join(lines)
 
 
 def _code(recipe: Mapping[str, Any]) -> list[list[str]]:
     """The flags that let a recipe file run code, where it does."""
-    trusted = _options("--trust-remote-code", recipe.get("trust_remote_code") or None)
+    trusted = flags("--trust-remote-code", recipe.get("trust_remote_code") or None)
     objective = str(recipe.get("objective") or "")
-    return [*trusted, *(_options("--objective", objective) if ":" in objective else [])]
+    return [*trusted, *(flags("--objective", objective) if ":" in objective else [])]
 
 
-def _options(option: str, value: Any) -> list[list[str]]:
+def flags(option: str, value: Any) -> list[list[str]]:
+    """The words that give an option this value; none for None."""
     if value is None:
         return []
     if value is False:

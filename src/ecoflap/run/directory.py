@@ -17,7 +17,7 @@ import yaml
 from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch, StorageError
 from ecoflap.importance.registry import AUTO, GRADIENT_NORM, ZEROTH_ORDER
 from ecoflap.run.manifest import Manifest, Results
-from ecoflap.run.names import GRID, INPUTS, JOURNAL, MANIFEST, METRICS, MODEL, OURS, RECIPE, REPORT, WRITTEN
+from ecoflap.run.names import GRID, INPUTS, JOURNAL, MANIFEST, METRICS, MODEL, OURS, RECIPE, REPORT, TRAIN, WRITTEN
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.versions import versions
 from ecoflap.support.files import PARTIAL, storage, write_json, write_text
@@ -163,7 +163,7 @@ class RunDirectory:
     def _is_ours(self) -> bool:
         """Whether the recipe file that is there is of this kind of work; one that can't be read may be replaced."""
         try:
-            return GRID not in self.recorded()
+            return not {GRID, TRAIN} & self.recorded().keys()
         except InvalidOption:
             return self.manifest.exists
 
@@ -306,7 +306,10 @@ class RunDirectory:
 
 def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Each field that names a file or folder to read, with what it says."""
-    single = ("model", "pruned", "calibration", "test", "importance", "allocation", "image_folder", "test_image_folder")
+    single = (
+        "model", "pruned", "calibration", "test", "importance", "allocation", "image_folder", "test_image_folder",
+        "train", "validation", "dense",
+    )  # fmt: skip
     lists = ("classes", "class_prompts")
     for prefix, holder in (("", recipe), *((f"evaluations {e.name} ", e) for e in recipe.evaluations or ())):
         for field in single:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ecoflap.errors import ResumeMismatch
-from ecoflap.run.names import JOURNAL, LOG, MANIFEST, RECIPE
+from ecoflap.run.names import CHECKPOINTS, JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.support.files import PARTIAL, json_text, read_sealed, write_sealed, write_text
 
 _log = logging.getLogger("ecoflap")
@@ -147,6 +147,7 @@ class Results:
 
 def _by_name(place: str) -> bool:
     own = place.startswith(f"{JOURNAL}/") and place.endswith(_IN_JOURNAL)
+    own = own or place.startswith(f"{JOURNAL}/{CHECKPOINTS}/")  # transformers' own, of many kinds
     return place in _BY_NAME or own or (place.rpartition("/")[2].startswith(".") and place.endswith(PARTIAL))
 
 

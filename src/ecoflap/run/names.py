@@ -17,9 +17,18 @@ OURS = (
 )  # fmt: skip
 INPUTS = f"{JOURNAL}/inputs.json"
 WRITTEN = f"{JOURNAL}/written.json"
+CHECKPOINTS = "checkpoints"  # of a training, in the journal
+TRAIN = "train"  # the field of a recipe file that makes its folder a fine-tuning's
 GRID = "methods"  # the field of a recipe file that makes its folder a comparison's, not a run's
 
 
 def is_compare(folder: str | Path) -> bool:
     """Whether ``folder`` holds the result of ``ecoflap compare``."""
     return (Path(folder) / COMPARISON).is_file()
+
+
+def is_finetune(folder: str | Path) -> bool:
+    """Whether ``folder`` holds a fine-tuning: its recipe, as written, has a line that names the training data."""
+    path = Path(folder) / RECIPE
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    return any(line.startswith(f"{TRAIN}:") for line in lines)

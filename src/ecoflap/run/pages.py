@@ -12,6 +12,7 @@ PAGES: Registry[Callable[[Path], object]] = Registry(
     {
         "card": "ecoflap.report.card:write_card",
         "report": "ecoflap.report.page:write_report",
+        "finetune": "ecoflap.report.finetune_page:write_finetune",
         "compare-plots": "ecoflap.report.charts.compare:draw_comparison",
         "compare": "ecoflap.report.compare_page:write_compare",
     },

@@ -11,7 +11,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +117,11 @@ def threads_of_start(path: Path, model: nn.Module, workers: Workers = ALONE) -> 
 
 def sparsity_summary(anatomy: Anatomy, allocation: Allocation) -> dict[str, Any]:
     """Achieved sparsity over the prunable weights, over all parameters, and per tower."""
-    zeros = {row.name: round((row.achieved or 0.0) * row.weights) for row in allocation.layers}
+    return sparsity_of(anatomy, {row.name: round((row.achieved or 0.0) * row.weights) for row in allocation.layers})
+
+
+def sparsity_of(anatomy: Anatomy, zeros: Mapping[str, int]) -> dict[str, Any]:
+    """The same of the number of zeros in each layer."""
     towers = {}
     for tower in anatomy.towers:
         count = sum(zeros[layer.name] for layer in tower.layers)

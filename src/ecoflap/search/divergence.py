@@ -70,7 +70,7 @@ class Divergence:
             for index in part(len(self._batches), self._workers.count, self._workers.rank):
                 loss, outputs = self._run(index)
                 self._dense[index] = self._finite(float(loss), index)
-                logits = _logits(outputs[0]) if len(outputs) == 1 else None
+                logits = output_logits(outputs[0]) if len(outputs) == 1 else None
                 if logits is None and self.metric == "kl":
                     name = type(self._model).__name__
                     raise InvalidOption(f"metric=kl needs one forward of {name} that gives logits: take metric=loss")
@@ -78,7 +78,7 @@ class Divergence:
                     self.metric = "loss"
                     self._references = {}
                     continue
-                self._references[index] = logits[self._positions(index, logits)].clone()
+                self._references[index] = logits[self._positions(index, logits).to(logits.device)].clone()
         if "loss" in self._workers.gather(self.metric):
             self.metric, self._references = "loss", {}
         if self.metric == "auto":
@@ -101,9 +101,9 @@ class Divergence:
         if self.metric == "loss":
             value = loss.float() - self._dense[index]
         else:
-            logits = _logits(outputs[0])
+            logits = output_logits(outputs[0])
             assert logits is not None
-            value = mean_kl(self._references[index], logits[self._positions(index, logits)])
+            value = mean_kl(self._references[index], logits[self._positions(index, logits).to(logits.device)])
         self._finite(float(value.detach()), index)
         return value
 
@@ -122,38 +122,7 @@ class Divergence:
             handle.remove()
 
     def _positions(self, index: int, logits: Tensor) -> Tensor:
-        """Bool in the leading shape of ``logits``: where an output counts."""
-        shape = logits.shape[:-1]
-        counts = torch.ones(shape, dtype=torch.bool, device=logits.device)
-        labels, real = (self._given(index, name, shape) for name in ("labels", "attention_mask"))
-        if labels is not None:
-            counts = labels.to(logits.device) != -100
-            if not is_encoder_decoder(self._model) and _continues(self._model):  # an output is about the next token
-                counts = torch.cat([counts[:, 1:], counts.new_zeros(len(counts), 1)], dim=1)
-            if self._of_text:
-                counts = self._text(index, counts)
-        elif real is not None and not is_encoder_decoder(self._model):  # there it is the mask of the encoder's text
-            counts = real.to(logits.device) != 0
-        return counts
-
-    def _text(self, index: int, labelled: Tensor) -> Tensor:
-        """``labelled`` and all other real tokens of the text, in a model that reads it in one sequence."""
-        batch = self._batches[index]
-        if is_encoder_decoder(self._model) or not hasattr(batch, "get"):
-            return labelled
-        masks = token_masks(batch, False, placeholders(self._model))
-        text = torch.ones_like(labelled)
-        if masks.encoder is not None and masks.encoder.shape == labelled.shape:
-            text &= masks.encoder.to(labelled.device)
-        if masks.image is not None and masks.image.shape == labelled.shape:
-            text &= ~masks.image.to(labelled.device)
-        return labelled | text
-
-    def _given(self, index: int, name: str, shape: torch.Size) -> Tensor | None:
-        """The batch's tensor of this name, if it is about the positions of a text of this shape."""
-        batch = self._batches[index]
-        found = batch.get(name) if hasattr(batch, "get") else None
-        return found if isinstance(found, Tensor) and found.dim() == 2 and found.shape == shape else None
+        return output_positions(self._model, self._batches[index], logits.shape[:-1], self._of_text)
 
     def _finite(self, value: float, index: int) -> float:
         if not math.isfinite(value):
@@ -163,13 +132,48 @@ class Divergence:
         return value
 
 
+def output_positions(model: nn.Module, batch: Any, shape: torch.Size, of_text: bool = False) -> Tensor:
+    """Bool in ``shape``, the leading one of the logits, on the CPU or the batch's device: where an output counts.
+
+    Those that a label belongs to, all real ones without labels. ``of_text`` adds all other real tokens of the text, in
+    a model that reads it in one sequence.
+    """
+    labels, real = (_given(batch, name, shape) for name in ("labels", "attention_mask"))
+    if labels is not None:
+        counts = labels != -100
+        if not is_encoder_decoder(model) and _continues(model):  # an output is about the next token
+            counts = torch.cat([counts[:, 1:], counts.new_zeros(len(counts), 1)], dim=1)
+        return _text(model, batch, counts) if of_text else counts
+    if real is not None and not is_encoder_decoder(model):  # there it is the mask of the encoder's text
+        return real != 0
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def _text(model: nn.Module, batch: Any, labelled: Tensor) -> Tensor:
+    if is_encoder_decoder(model) or not hasattr(batch, "get"):
+        return labelled
+    masks = token_masks(batch, False, placeholders(model))
+    text = torch.ones_like(labelled)
+    if masks.encoder is not None and masks.encoder.shape == labelled.shape:
+        text &= masks.encoder.to(labelled.device)
+    if masks.image is not None and masks.image.shape == labelled.shape:
+        text &= ~masks.image.to(labelled.device)
+    return labelled | text
+
+
+def _given(batch: Any, name: str, shape: torch.Size) -> Tensor | None:
+    """The batch's tensor of this name, if it is about the positions of a text of this shape."""
+    found = batch.get(name) if hasattr(batch, "get") else None
+    return found if isinstance(found, Tensor) and found.dim() == 2 and found.shape == shape else None
+
+
 def _continues(model: nn.Module) -> bool:
     """Whether outputs are about the next token, as in all models that write; BERT's are about the token itself."""
     generates = getattr(model, "can_generate", None)
     return bool(generates()) if callable(generates) else True
 
 
-def _logits(output: Any) -> Tensor | None:
+def output_logits(output: Any) -> Tensor | None:
     for name in ("logits", "logits_per_image"):
         found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
         if isinstance(found, Tensor) and found.dim() >= 2:

@@ -1,0 +1,63 @@
+"""The command that trains a sparse model further: finetune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json, progress_to, say_line
+from ecoflap.cli.options import OUTPUT, with_recipe_options
+from ecoflap.cli.terminal import standard_error, standard_output, tell
+from ecoflap.run.finetune.folder import FinetuneDirectory
+from ecoflap.run.finetune.recipe import NOT_HERE, Finetune
+from ecoflap.run.names import METRICS, MODEL, REPORT
+from ecoflap.run.recipe import FILE_ONLY
+
+FIELDS = tuple(name for name in Finetune.model_fields if name not in {"model", *NOT_HERE, *FILE_ONLY})
+
+
+@app.command(cls=Command, short_help="Train a sparse model further, its zeros kept; with a page of before and after.")
+@with_recipe_options(*FIELDS, recipe=Finetune)
+def finetune(
+    recipe: Finetune,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="The folder to write. Default: ecoflap-finetune.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = Path("ecoflap-finetune"),
+    overwrite: Annotated[bool, flag("--overwrite", text="Replace the fine-tuning that is there.")] = False,
+    resume: Annotated[bool, flag("--resume", text="Go on from the last checkpoint of the one that is there.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Train the sparse model of RUN, or MODEL, further: its zeros stay zeros, to the bit.
+
+    A part of the data is held out, and training stops when its loss no longer falls. For a run, the dense model, the
+    tests, the prompt and the objective are those of the run where nothing else is said.
+
+    Examples:
+        ecoflap finetune runs/first --train train.parquet --epochs 5 --output tuned/first
+        ecoflap finetune runs/first --train train.parquet --distill 1 --output tuned/distilled
+        ecoflap finetune path/to/pruned --train train.jsonl --tune lora --rank 32 --test held-out.jsonl --task vqa
+    """
+    progress = progress_to(quiet or as_json)
+    # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+    examined = FinetuneDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
+    if examined.complete and not quiet:
+        standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    from ecoflap.run.finetune.pipeline import run_finetune
+
+    say = None if quiet or as_json else say_line
+    folder = run_finetune(recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say)
+    metrics = json.loads((folder / METRICS).read_text("utf-8"))
+    if as_json:
+        print_json({"folder": str(folder), **metrics})
+    elif not quiet:
+        from ecoflap.cli.tables import finetune_table, stages_table
+
+        standard_output().print(finetune_table(folder))
+        standard_output().print(stages_table(folder))
+        tell(f"model   {folder / MODEL}\nreport  {folder / REPORT}")

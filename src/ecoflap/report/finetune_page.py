@@ -1,0 +1,186 @@
+"""``report.html`` of a fine-tuning: losses, and quality dense, pruned and fine-tuned; from nothing but its files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ecoflap.errors import InvalidOption
+from ecoflap.report import records
+from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, Style
+from ecoflap.report.data import METRICS, RECIPE, OtherMetric, PairedDifference, Quality, Sparsity, Stage
+from ecoflap.report.html import Plots, environment
+from ecoflap.report.reading import Content, Count, Finite, read_mapping, read_model
+from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.run.manifest import Manifest
+from ecoflap.run.names import REPORT
+from ecoflap.run.recipe import flag_of
+from ecoflap.support import formats
+from ecoflap.support.files import write_text
+
+MODELS = {"dense": "Dense", "pruned": "Pruned", "finetuned": "Fine-tuned"}
+Point = tuple[Count, Finite]
+
+
+class TrainingRecord(Content):
+    """What the training came to, see :class:`ecoflap.run.finetune.train.Training`; ``best`` 0: the weights stayed."""
+
+    steps: Count = 0
+    planned: Count = 0
+    best: Count = 0
+    losses: list[Point] = []
+    held_out: list[Point] = []
+    samples: Count = 0
+    held_out_samples: Count = 0
+    objective: str = ""
+    source: str = ""
+
+
+class FinetuneMetrics(Content):
+    """``metrics.json`` of a fine-tuning."""
+
+    dense: dict[str, Quality] = {}
+    pruned: dict[str, Quality] = {}
+    finetuned: dict[str, Quality] = {}
+    paired: dict[str, dict[str, PairedDifference]] = {}
+    sparsity: Sparsity = Sparsity()
+    training: Annotated[TrainingRecord, Field(default_factory=TrainingRecord)]
+    stages: list[Stage] = []
+    environment: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the quality table: its values in the order of :data:`MODELS`, and the gain over the pruned model."""
+
+    label: str
+    values: tuple[str, ...]
+    gain: str
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test, formatted."""
+
+    title: str
+    n: str
+    lines: list[Line]
+
+
+def read_finetune(folder: Path | str) -> tuple[dict[str, Any], FinetuneMetrics]:
+    """Recipe and metrics of a fine-tuning that is complete.
+
+    Raises:
+        InvalidOption: it is not there, not complete, or a file is broken.
+    """
+    path = Path(folder)
+    recipe, metrics = read_mapping(path / RECIPE), read_model(path / METRICS, FinetuneMetrics)
+    if recipe is None or metrics is None:
+        raise InvalidOption(f"{path} is not finished: 'ecoflap finetune --resume' with its options goes on with it")
+    return recipe, metrics
+
+
+def tests(metrics: FinetuneMetrics) -> Iterator[Test]:
+    """The tests of all models, in order."""
+    nothing = Quality(metric="")
+    for name, tuned in metrics.finetuned.items():
+        models = [getattr(metrics, model).get(name, nothing) for model in MODELS]
+        metric, unit = tuned.metric, tuned.unit
+        pair = metrics.paired.get(name, {}).get("pruned")
+        whole = _line("all", metric, unit, [(q.value, q.stderr) for q in models])
+        gain = whole.gain + formats.paired_change(metric, pair, models[1].value, unit=unit)
+        lines = [Line(whole.label, whole.values, gain)]
+        for other in tuned.others:
+            found = [q.others.get(other, OtherMetric()) for q in models]
+            lines.append(_line(other, other, unit, [(one.value, one.stderr) for one in found]))
+        for group in tuned.by_group or {}:
+            lines.append(_line(group, metric, unit, [((q.by_group or {}).get(group), None) for q in models]))
+        yield Test(formats.task_title(name, metric), formats.integer(tuned.n), lines)
+
+
+def _line(label: str, metric: str, unit: str | None, values: Sequence[tuple[float | None, float | None]]) -> Line:
+    shown = tuple(formats.metric_value(metric, *value, unit=unit) for value in values)
+    return Line(label, shown, formats.metric_change(metric, values[1][0], values[2][0], unit=unit))
+
+
+def loss_chart(training: TrainingRecord) -> Chart | None:
+    """Training and held-out loss by step; None where nothing was logged."""
+    rows = {"training": training.losses, "held out": training.held_out}
+    series = [
+        Series(name, "line", [step for step, _ in points], [loss for _, loss in points], Style(f"c{place}", 0, place),
+               [f"{name}\nstep {step}: {formats.significant(loss, 4)}" for step, loss in points])
+        for place, (name, points) in enumerate(rows.items(), 1) if points
+    ]  # fmt: skip
+    values = [loss for points in rows.values() for _, loss in points]
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    best = dict(training.held_out).get(training.best)
+    told = "" if best is None else f"; the best held-out loss is {formats.significant(best, 4)}, at {training.best}"
+    return Chart(
+        caption="Loss by step",
+        description=f"Training and held-out loss over {training.steps} steps{told}.",
+        x=Axis("step", limits=(0.0, float(max(1, training.steps)))),
+        y=Axis("loss", limits=(low - margin, high + margin)),
+        series=series,
+        rules=[] if best is None else [Rule(best, f"kept: step {training.best}", 1)],
+        wide=True,
+    )
+
+
+def write_finetune(folder: Path | str) -> Path:
+    """Write ``report.html`` into the folder of a fine-tuning, anew from its other files; the page's path.
+
+    Raises:
+        InvalidOption: as :func:`read_finetune`.
+        StorageError: the page could not be written; an older page stays as it was.
+    """
+    path = Path(folder) / REPORT
+    content = render(*read_finetune(folder))
+    with Manifest(Path(folder)).writing(REPORT):
+        write_text(path, content)
+    return path
+
+
+def render(recipe: Mapping[str, Any], metrics: FinetuneMetrics) -> str:
+    """The page as text."""
+    plots = Plots()
+    chart = loss_chart(metrics.training)
+    stages = [stage.seconds for stage in metrics.stages if stage.seconds is not None]
+    return (
+        environment()
+        .get_template("finetune.html.j2")
+        .render(
+            model=str(recipe.get("model") or ""),
+            recipe=recipe,
+            metrics=metrics,
+            training=metrics.training,
+            models=list(MODELS.values()),
+            tests=list(tests(metrics)),
+            loss_panels=plots.group("loss", [chart] if chart else []),
+            seconds=sum(stages) if stages else None,
+            peak=max((s.peak_memory_bytes for s in metrics.stages if s.peak_memory_bytes is not None), default=None),
+            options=list(records.options(recipe)),
+            records=list(records.records("", records.environment(recipe, metrics.environment))),
+            command=command(recipe),
+            **plots.context(),
+        )
+    )
+
+
+def command(recipe: Mapping[str, Any], output: str = "tuned/again") -> str:
+    """``ecoflap finetune`` with the options of ``recipe`` that are not the defaults, quoted for a POSIX shell."""
+    if recipe.get("evaluations"):
+        return f"ecoflap finetune --recipe recipe.yaml --output {output}"
+    defaults = Finetune.parse({}).to_dict()
+    lines = [f"ecoflap finetune {shlex.quote(str(recipe.get('model')))}"]
+    for name, value in recipe.items():
+        if name in defaults and name != "model" and value != defaults[name]:
+            lines += (shlex.join(words) for words in records.flags(flag_of(name), value))
+    return " \\\n  ".join([*lines, f"--output {output}"])

@@ -1,0 +1,33 @@
+"""The folder of a fine-tuning: the rules of a run directory, with the trainer's checkpoints in its journal."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ecoflap.errors import InvalidOption
+from ecoflap.run.directory import RunDirectory
+from ecoflap.run.names import CHECKPOINTS, JOURNAL, LOG, MANIFEST, METRICS, MODEL, RECIPE, REPORT, TRAIN
+
+TRAINING = f"{JOURNAL}/training.json"  # what the training came to, once its model is saved
+
+
+class FinetuneDirectory(RunDirectory):
+    """One fine-tuning's files."""
+
+    what: ClassVar[str] = "fine-tuning"
+    ours: ClassVar[tuple[str, ...]] = (METRICS, REPORT, MODEL, JOURNAL, LOG, RECIPE, MANIFEST)
+
+    def _is_ours(self) -> bool:
+        try:
+            return TRAIN in self.recorded()
+        except InvalidOption:
+            return self.manifest.exists
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder in which transformers' trainer keeps its checkpoints."""
+        return str(self.path / JOURNAL / CHECKPOINTS)
+
+    def result(self, name: str) -> str:
+        """The file that keeps what the model called ``name`` reached in the tests."""
+        return f"{JOURNAL}/{name}.json"

@@ -1,0 +1,109 @@
+"""A recipe's choices as transformers' ``TrainingArguments``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from ecoflap.errors import InvalidOption
+from ecoflap.model.files import first_line
+from ecoflap.run.finetune.recipe import Finetune
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+LOOKS = 10  # at the held-out data in a training, where the recipe does not say how often
+# Said by the recipe's own fields, or needed as they are.
+_OWN = {
+    "learning_rate": "--learning-rate", "weight_decay": "--weight-decay", "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch-size", "per_device_eval_batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--accumulate", "warmup_steps": "--warmup", "seed": "--seed",
+    "eval_steps": "--evaluate-every", "save_steps": "--evaluate-every", "use_cpu": "--device",
+}  # fmt: skip
+_FIXED = (
+    "output_dir", "eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model",
+    "greater_is_better", "remove_unused_columns", "dataloader_num_workers", "report_to", "disable_tqdm",
+    "prediction_loss_only", "eval_on_start", "save_total_limit", "save_only_model", "push_to_hub", "deepspeed", "fsdp",
+    "fsdp_config", "data_seed", "full_determinism", "label_names", "max_steps", "logging_strategy", "logging_steps",
+)  # fmt: skip
+
+
+def check_training_options(recipe: Finetune) -> None:
+    """Look at ``training_options`` before a model is loaded.
+
+    Raises:
+        InvalidOption: transformers knows no such argument, or it is said otherwise here.
+    """
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    for name in recipe.training_options:
+        if name in _OWN:
+            raise InvalidOption(f"training_options {name}: that is {_OWN[name]} here")
+        if name in _FIXED:
+            raise InvalidOption(f"training_options {name}: finetune sets it itself")
+        if name not in known:
+            near = get_close_matches(name, known - {*_OWN, *_FIXED}, n=1, cutoff=0.5)
+            hint = f": did you mean '{near[0]}'?" if near else ""
+            raise InvalidOption(f"training_options: transformers' TrainingArguments have no '{name}'{hint}")
+    _built(recipe, "checkpoints", {"use_cpu": True})
+
+
+def total_steps(recipe: Finetune, samples: int, paired: bool) -> int:
+    """Steps of the optimiser in the whole training."""
+    batches = samples // recipe.batch_size if paired else math.ceil(samples / recipe.batch_size)
+    return max(1, math.ceil(recipe.epochs * max(1, math.ceil(max(1, batches) / recipe.accumulate))))
+
+
+def training_arguments(
+    recipe: Finetune, folder: str, steps: int, *, on_cpu: bool, resumed: bool, paired: bool
+) -> TrainingArguments:
+    """What the trainer is told.
+
+    Args:
+        folder: for its checkpoints.
+        steps: of the whole training.
+        resumed: it goes on with a checkpoint, so that the first look was taken before.
+        paired: a batch of one sample says nothing, and is left out.
+    """
+    every = recipe.evaluate_every or max(1, steps // LOOKS)
+    return _built(recipe, folder, {
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": min(every, steps),
+        "save_steps": min(every, steps),
+        "logging_steps": max(1, min(every, steps) // 5),
+        "eval_on_start": not resumed,
+        "dataloader_drop_last": paired,
+        "use_cpu": on_cpu,
+    })  # fmt: skip
+
+
+def _built(recipe: Finetune, folder: str, more: dict[str, object]) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    asked = {
+        "output_dir": folder,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "warmup_steps": recipe.warmup,  # below 1: a share
+        "num_train_epochs": recipe.epochs,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.accumulate,
+        "seed": recipe.seed,
+        "save_total_limit": 1,
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "report_to": [],
+        "disable_tqdm": True,  # the command's own bar shows the steps
+        **more,
+    }
+    if more.keys() >= {"eval_steps"}:
+        asked |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    try:
+        return TrainingArguments(**{**asked, **recipe.training_options})
+    except (ValueError, TypeError, ImportError) as error:
+        raise InvalidOption(f"transformers refuses these training options: {first_line(error)}") from error

@@ -1,0 +1,286 @@
+"""The whole job on one page: quality before, training with zeros kept, saved model, quality after, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecoflap.data.class_names import class_names, class_templates
+from ecoflap.data.objectives import Objective, objective_name, resolve
+from ecoflap.data.samples import check_source
+from ecoflap.errors import CheckpointError, InvalidOption
+from ecoflap.model.checkpoint import DTYPES, Checkpoint, load
+from ecoflap.model.fingerprint import fingerprint
+from ecoflap.model.parts import Anatomy
+from ecoflap.model.save import save, stored_bytes
+from ecoflap.pruning.keep_zeros import keep_zeros
+from ecoflap.run import names as files
+from ecoflap.run.evaluations import Evaluation, check_evaluations, evaluate, evaluations_of, rehearse
+from ecoflap.run.finetune.data import TrainingData, described, digests, training_data
+from ecoflap.run.finetune.distillation import Distillation
+from ecoflap.run.finetune.folder import TRAINING, FinetuneDirectory
+from ecoflap.run.finetune.lora import adapted, check_peft, merged
+from ecoflap.run.finetune.options import check_training_options
+from ecoflap.run.finetune.recipe import EMBEDDED, Finetune
+from ecoflap.run.finetune.train import Training, in_dtype, train
+from ecoflap.run.log import explained, logging_to
+from ecoflap.run.pages import PAGES
+from ecoflap.run.pipeline import MACHINE, STAGES, paired_results, quality
+from ecoflap.run.predictions import answers_of
+from ecoflap.run.prepare import find_layers, load_checkpoint
+from ecoflap.run.provenance import Usage, as_it_began, environment, measured, source_digest, sparsity_of
+from ecoflap.support.files import check_room, read_sealed, write_sealed
+from ecoflap.support.progress import Labelled, Progress, Silent
+
+_log = logging.getLogger("ecoflap")
+_Results = dict[str, dict[str, Any]]  # of each evaluation: its "result", and what pairs it with another model's
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the stages work on."""
+
+    recipe: Finetune
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    data: TrainingData
+    objective: Objective
+    objective_name: str
+
+    def choices(self) -> Iterator[str]:
+        guessed = self.data.samples.columns and not self.recipe.columns
+        yield described(self.data) + (" (columns guessed; --columns sets them)" if guessed else "")
+        chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
+        yield f"objective: {self.objective_name}{chosen}"
+
+    def inputs(self) -> dict[str, str]:
+        tests = {f"test data of {entry.name}": entry.test for entry in evaluations_of(self.recipe)}
+        known = {what: digest for what, source in tests.items() if source and (digest := source_digest(source))}
+        return {**digests(self.recipe, self.data), **known, "device": self.checkpoint.model.device.type}
+
+
+@dataclass
+class _Job:
+    """A fine-tuning under way."""
+
+    plan: _Plan
+    run: FinetuneDirectory
+    progress: Progress
+    usages: list[Usage]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a stage, and keep its figures for a run that is resumed later."""
+        _log.info("%s: begins", name)
+        with measured(name, self.usages):
+            yield
+        write_sealed(self.run.path / STAGES, [usage.to_json() for usage in self.usages])
+
+
+def run_finetune(
+    recipe: Finetune,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Path:
+    """Train the recipe's sparse model further and leave model, metrics and page in ``output``; the folder.
+
+    Interrupted at any moment, it goes on from the trainer's last checkpoint with ``resume=True``.
+
+    Args:
+        say: is told, a line each, what was chosen where the recipe left it open.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it; before ``output`` is touched where the recipe
+            and a look at one sample can tell.
+        Stopped: by a signal, once the work had begun.
+        RunFailed: anything else went wrong; the log has the traceback.
+    """
+    recipe = recipe.resolved()
+    with FinetuneDirectory.examine(output, recipe, overwrite=overwrite, resume=resume) as run:
+        if run.complete:
+            run.finish()
+            return run.path
+        plan = prepare_finetune(recipe)
+        for line in plan.choices():
+            if say is not None:
+                say(line)
+        run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
+        log, began = run.path / files.LOG, as_it_began(run.path / MACHINE, plan.checkpoint.model)
+        with logging_to(log), explained(run.path, log), began:
+            _log.info("fine-tuning %s in %s", "goes on" if run.resumed else "begins", run.path.absolute())
+            _log.info("recipe: %s", recipe.model_dump(mode="json", exclude_defaults=True))
+            for line in plan.choices():
+                _log.info("%s", line)
+            usages = [Usage(**row) for row in read_sealed(run.path / STAGES) or ()]
+            _stages(_Job(plan, run, progress or Silent(), usages))
+        return run.path
+
+
+def prepare_finetune(recipe: Finetune) -> _Plan:
+    """Load and check all that a resolved recipe names, so that nothing of it can stop the work half-way.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it.
+    """
+    if recipe.tune == "lora":
+        check_peft()
+    if (recipe.distill or recipe.distill_hidden) and recipe.dense is None:
+        raise InvalidOption("distilling needs the dense model: give --dense MODEL")
+    check_training_options(recipe)
+    class_names(recipe.classes), class_templates(recipe.class_prompts)
+    for source in (recipe.train, recipe.validation):
+        check_source(source, recipe.image_folder)
+    for entry in check_evaluations(recipe):
+        check_source(entry.test, entry.image_folder)
+    checkpoint = load_checkpoint(_of_model(recipe), "finetune")
+    keep_zeros(checkpoint.model)  # told now if there are none
+    name = objective_name(recipe.objective, checkpoint.model)
+    objective = resolve(name, checkpoint.model)
+    data = training_data(recipe, checkpoint)
+    anatomy = find_layers(recipe, checkpoint.model, [data.first(recipe.batch_size)], objective)
+    rehearse(checkpoint, recipe)
+    return _Plan(recipe, checkpoint, anatomy, data, objective, name)
+
+
+def _of_model(recipe: Finetune) -> Finetune:
+    """The recipe with the place of the weights as its model, in the checkpoint's own dtype."""
+    return recipe.model_copy(update={"model": recipe.source, "dtype": "auto"})
+
+
+def _stages(job: _Job) -> None:
+    run, plan = job.run, job.plan
+    entries = evaluations_of(plan.recipe)
+    teacher = _teacher(job)
+    dense = {} if teacher is None else _evaluated(job, entries, "dense", teacher)
+    pruned = _evaluated(job, entries, "pruned", plan.checkpoint)
+    checkpoint, training = _trained(job, teacher)
+    tuned = _evaluated(job, entries, "fine-tuned", checkpoint)
+    run.discard(files.REPORT)  # of an older state; metrics and a page say that all is done
+    run.write(files.METRICS, {
+        "format": 1,
+        "dense": {name: kept["result"] for name, kept in dense.items()},
+        "pruned": {name: kept["result"] for name, kept in pruned.items()},
+        "finetuned": {name: kept["result"] for name, kept in tuned.items()},
+        "paired": paired_results(tuned, {"dense": dense, "pruned": pruned}),
+        "sparsity": sparsity_of(plan.anatomy, _zeros(checkpoint, plan.anatomy)),
+        "training": {
+            **asdict(training),
+            "objective": plan.objective_name,
+            "source": plan.data.samples.source,
+            "columns": plan.data.samples.columns,
+            "samples": len(plan.data.train),
+            "held_out_samples": len(plan.data.held_out),
+        },
+        "stages": [usage.to_json() for usage in job.usages],
+        "environment": environment(checkpoint),
+    })  # fmt: skip
+    PAGES.get("finetune")(run.path)
+    run.finish()
+    _log.info("complete: %s", run.path)
+
+
+def _zeros(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, int]:
+    return {layer.name: int((checkpoint.model.get_parameter(layer.name) == 0).sum()) for layer in anatomy.layers}
+
+
+def _teacher(job: _Job) -> Checkpoint | None:
+    """The dense model where one is known; one that nobody asked for may be gone."""
+    recipe = job.plan.recipe
+    if recipe.dense is None:
+        return None
+    try:
+        found = load(
+            None if recipe.dense == EMBEDDED else recipe.dense,
+            device=str(job.plan.checkpoint.model.device),
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    except CheckpointError as error:
+        if recipe.distill or recipe.distill_hidden or recipe.source == recipe.model:  # asked for
+            raise
+        _log.warning("the run's dense model is not compared with: %s", error)
+        return None
+    found.model.requires_grad_(False)
+    return found
+
+
+def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str, checkpoint: Checkpoint) -> _Results:
+    """Results of all evaluations by their names; those that interrupted work has done come from its journal."""
+    path = job.run.path / job.run.result(when)
+    kept: _Results = read_sealed(path) or {}
+    todo = [entry for entry in entries if entry.name not in kept]
+    with job.stage(f"evaluation, {when}") if todo else nullcontext():
+        for entry in todo:
+            found = evaluate(checkpoint, entry, job.plan.recipe, Labelled(job.progress, when))
+            row = quality(found)
+            _log.info("%s, %s: %s %s", entry.name, when, row["metric"], row["value"])
+            kept[entry.name] = {"result": row, "answers": answers_of(found.predictions), "losses": found.losses}
+            write_sealed(path, kept)
+    return kept
+
+
+def _trained(job: _Job, teacher: Checkpoint | None) -> tuple[Checkpoint, Training]:
+    """The fine-tuned model, saved, and what its training came to."""
+    run, plan = job.run, job.plan
+    place = run.path / files.MODEL
+    known = read_sealed(run.path / TRAINING)
+    if known is not None and place.exists():
+        return load_checkpoint(plan.recipe.model_copy(update={"model": str(place), "dtype": "auto"})), _training(known)
+    model = plan.checkpoint.model
+    # A checkpoint has the weights and both moments in float32; two of them are there while one takes the other's place.
+    check_room(run.path, 7 * sum(p.numel() * 4 for p in model.parameters()) + stored_bytes(model), "the checkpoints")
+    before = _zeros(plan.checkpoint, plan.anatomy)
+    with job.stage("fine-tuning"):
+        training = _tuned(job, teacher)
+    if training.best == 0:
+        _log.warning("no look at the held-out data was better than the first: the weights are the pruned model's")
+        model = load_checkpoint(_of_model(plan.recipe)).model
+    checkpoint = replace(plan.checkpoint, model=model.eval())
+    lost = [name for name, count in _zeros(checkpoint, plan.anatomy).items() if count < before[name]]
+    if lost:
+        raise RuntimeError(f"{len(lost)} layers have lost zeros ({lost[0]}): nothing is saved")
+    with job.stage("saving"), run.manifest.writing(f"{files.MODEL}/"):
+        write_sealed(run.path / TRAINING, asdict(training))
+        save(checkpoint, place)
+    return checkpoint, training
+
+
+def _training(known: Mapping[str, Any]) -> Training:
+    pairs = {name: [(int(step), float(loss)) for step, loss in known[name]] for name in ("losses", "held_out")}
+    return Training(known["steps"], known["planned"], known["best"], **pairs)
+
+
+def _tuned(job: _Job, teacher: Checkpoint | None) -> Training:
+    """Train the plan's model in place, in the dtype that the recipe asks for."""
+    recipe, model = job.plan.recipe, job.plan.checkpoint.model
+    back = in_dtype(model, torch.float32 if recipe.dtype == "auto" else DTYPES[recipe.dtype])
+    distillation = None
+    if recipe.distill or recipe.distill_hidden:
+        assert teacher is not None
+        distillation = Distillation(
+            teacher.model, recipe.distill, recipe.temperature, recipe.distill_hidden, job.plan.anatomy.towers
+        )
+    torch.manual_seed(recipe.seed)  # of the adapters
+    trained: Any = model
+    if recipe.tune == "lora":
+        pruned = [layer for layer in job.plan.anatomy.layers if bool((model.get_parameter(layer.name) == 0).any())]
+        trained = adapted(model, pruned, recipe.rank)
+    keeper = keep_zeros(model) if recipe.tune == "full" else None
+    with keeper or nullcontext():
+        training = train(
+            trained, model, job.plan.data, recipe, job.plan.objective, keeper, distillation, job.run.checkpoints,
+            job.progress,
+        )  # fmt: skip
+    if recipe.tune == "lora":
+        merged(trained)
+    back()
+    return training

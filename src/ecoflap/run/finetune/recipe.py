@@ -1,0 +1,131 @@
+"""The recipe of a fine-tuning: a run's recipe with training data and a few choices in place of the pruning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ecoflap.errors import InvalidOption
+from ecoflap.run.compare.recipe import UNUSED
+from ecoflap.run.names import COMPARISON, MODEL, RECIPE, TRAIN
+from ecoflap.run.recipe import Recipe
+from ecoflap.run.trust import refuse_code
+from ecoflap.support.reading import read_yaml
+
+# Fields of a run's recipe that mean nothing here: they say how to prune, or what to calibrate on.
+NOT_HERE = (UNUSED | {
+    "calibration", "samples", "search", "search_options", "importance_samples", "importance_error", "criterion_options",
+    "importance_options", "tokens", "top_tokens", "offload_activations", "device_map", "max_memory", "compare",
+    "pattern", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule", "spread",
+}) - {"seed"}  # fmt: skip
+_TESTS = ("evaluations", "task", "task_options", "test", "test_columns", "test_prompt", "test_image_folder")
+_OF_THE_RUN = ("prompt", "objective", "classes", "class_prompts", "sequence_length", "window_start")
+RATES = {"full": 5e-5, "lora": 2e-4}  # transformers' default, and the usual one of adapters
+EMBEDDED = "embedded"  # in the field ``dense``: the embedded VLM, which has no place of its own
+
+
+class Finetune(Recipe):
+    """All that decides the result of a fine-tuning."""
+
+    model: str | None = Field(None, description="The run whose model is trained further, or a pruned model.")
+    train: str | None = Field(None, description="Training data: file, folder or dataset id, as --calibration of prune.")
+    train_samples: int | None = Field(None, ge=2, description="Train on so many samples of it. Default: all.")
+    validation: str | None = Field(None, description="Held-out data. Default: a part of the training data.")
+    held_out: float = Field(0.1, gt=0.0, lt=1.0, description="Share of the training data that is held out.")
+    tune: Literal["full", "lora"] = Field(
+        "full", description="What is trained: all weights, or a low-rank update of the pruned layers (extra 'lora')."
+    )
+    rank: int = Field(16, ge=1, description="Of the low-rank update.")
+    epochs: float = Field(3.0, gt=0.0, description="Passes over the training data at most.")
+    learning_rate: float | None = Field(
+        None, gt=0.0, description=f"At its highest. Default: {RATES['full']:g}, with --tune lora {RATES['lora']:g}."
+    )
+    weight_decay: float = Field(0.01, ge=0.0, description="Of AdamW.")
+    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Share of the steps in which the rate rises.")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients make one step.")
+    evaluate_every: int | None = Field(
+        None, ge=1, description="Steps between two looks at the held-out data. Default: ten looks in all."
+    )
+    patience: int = Field(3, ge=0, description="Looks without a better held-out loss until it stops; 0 never stops.")
+    dense: str | None = Field(
+        None, description="The dense model: compared with, and the teacher. Default: that of the run."
+    )
+    distill: float = Field(0.0, ge=0.0, description="Weight of the dense model's outputs beside the loss: 0.5 or 1.")
+    distill_hidden: float = Field(0.0, ge=0.0, description="Weight of the dense model's hidden states.")
+    temperature: float = Field(1.0, gt=0.0, description="That softens both models' outputs for --distill.")
+    training_options: dict[str, float | int | bool | str] = Field(
+        default_factory=dict,
+        description="Further arguments of transformers' TrainingArguments: lr_scheduler_type=cosine.",
+    )
+
+    @model_validator(mode="after")
+    def _fit(self) -> Finetune:
+        if self.dtype == "float16":
+            raise InvalidOption("dtype float16: AdamW's small numbers vanish in it: take float32 or bfloat16")
+        if self.validation is not None and "held_out" in self.model_fields_set:
+            raise InvalidOption("validation and held_out are both given: give the held-out data, or a share")
+        return self
+
+    def resolved(self) -> Finetune:
+        """The same recipe with what the run says and what follows from other fields filled in.
+
+        Raises:
+            InvalidOption: there is no model or no training data, or the run's recipe can't be read or asks for code.
+        """
+        if self.model is None:
+            raise InvalidOption("what to train? give a run or a pruned model: 'ecoflap finetune RUN --train DATA'")
+        if self.train is None:
+            raise InvalidOption("finetune needs training data: give --train FILE")
+        changes: dict[str, Any] = {"learning_rate": self.learning_rate or RATES[self.tune]}
+        run = run_of(self.model)
+        if run is not None:
+            changes |= self._of_run(run)
+        return Finetune.parse({**self.given(), **changes})
+
+    def given(self) -> dict[str, Any]:
+        """The fields that were said."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+    def _of_run(self, run: Path) -> dict[str, Any]:
+        """What the run's recipe says where this one says nothing: the dense model, tests, prompt and objective."""
+        recorded = read_yaml(run / RECIPE, "the run's recipe")
+        if not isinstance(recorded, dict):
+            raise InvalidOption(f"{run / RECIPE} is damaged: give the run's model itself, {run / MODEL}")
+        names = list(_OF_THE_RUN)
+        if not any(getattr(self, name) for name in _TESTS):
+            names += (*_TESTS, "test_samples")
+        found = {name: recorded[name] for name in names if recorded.get(name) and name not in self.model_fields_set}
+        refuse_code(found, self.given(), f"run {run}")
+        if self.dense is None:
+            found["dense"] = recorded.get("dense") if TRAIN in recorded else recorded.get("model") or EMBEDDED
+        if recorded.get("model") is None and not any(found.get(name) or getattr(self, name) for name in _TESTS):
+            found["task"] = ("vqa",)  # of the embedded model, as in its run
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def source(self) -> str:
+        """Where the weights are: the run's model, or the model that was named."""
+        run = run_of(str(self.model))
+        return str(self.model if run is None else run / MODEL)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields that decide something, as plain YAML and JSON types."""
+        return {name: value for name, value in super().to_dict().items() if name not in NOT_HERE}
+
+
+def run_of(model: str) -> Path | None:
+    """The run directory that ``model`` names, if it is one that has its model.
+
+    Raises:
+        InvalidOption: it is a comparison, or a run that has no model yet.
+    """
+    path = Path(model).expanduser()
+    if (path / COMPARISON).is_file():
+        raise InvalidOption(f"{path} is a comparison, which keeps no models: give a run or a pruned model")
+    if not (path / RECIPE).is_file():
+        return None
+    if not (path / MODEL / "config.json").is_file():
+        raise InvalidOption(f"the run in {path} has no model yet: 'ecoflap prune --resume' with its options ends it")
+    return path

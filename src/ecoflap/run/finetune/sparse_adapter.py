@@ -1,0 +1,36 @@
+"""peft's LoRA layers with an update that is zero where the base weight is; imported where peft is needed alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import Linear
+from torch import Tensor
+from torch.func import functional_call
+
+
+class SparseLinear(Linear):  # type: ignore[misc]
+    """y = x (W + M ⊙ s·BA)ᵀ + b, with M = [W ≠ 0]: the product of A and B is formed, as a mask does not factor."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """M ⊙ s·BA in the shape of the stored weight; what peft adds when it merges."""
+        delta: Tensor = super().get_delta_weight(adapter)
+        return delta.masked_fill(self.get_base_layer().weight == 0, 0)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        if self.disable_adapters or self.merged:
+            return base(x)  # type: ignore[no-any-return]
+        weight = base.weight
+        for adapter in self.active_adapters:
+            weight = weight + self.get_delta_weight(adapter).to(weight.dtype)
+        found: Tensor = functional_call(base, {"weight": weight}, (x,))
+        return found
+
+
+class SparseConv1D(SparseLinear):
+    """The same for transformers' ``Conv1D``, whose stored weight is (input, output)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fan_in_fan_out = True

@@ -1,0 +1,191 @@
+"""The training itself: transformers' Trainer with our objective, batches and zeros; and what came of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ecoflap.data.model_facts import to_device
+from ecoflap.data.objectives import Objective, on_device
+from ecoflap.errors import NonFiniteLoss
+from ecoflap.model.files import quiet
+from ecoflap.model.offload import home_of
+from ecoflap.model.patching import cache_disabled
+from ecoflap.pruning.keep_zeros import ZeroKeeper
+from ecoflap.run.finetune.data import TrainingData
+from ecoflap.run.finetune.distillation import Distillation
+from ecoflap.run.finetune.options import total_steps, training_arguments
+from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.support.progress import Progress, Task
+
+_log = logging.getLogger("ecoflap")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training came to.
+
+    Attributes:
+        steps: of the optimiser that were taken.
+        planned: those that it would have taken without an early stop.
+        best: after which the held-out loss was lowest; 0 is the model as it began, which is kept then.
+        losses: (step, mean training loss since the last one).
+        held_out: (step, held-out loss of the task); step 0 is the model as it began.
+    """
+
+    steps: int
+    planned: int
+    best: int
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.steps < self.planned
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Takes the loss from our objective; looks at the held-out data by the task's loss alone."""
+
+    def __init__(
+        self, *, objective: Objective, distillation: Distillation | None, inner: nn.Module, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self._objective, self._distillation, self._inner = objective, distillation, inner
+        self._fixed = on_device(objective)
+        self.model_accepts_loss_kwargs = False  # our losses are means over a batch
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Tensor:
+        batch = to_device(inputs, self._inner)
+        with self.accelerator.autocast():
+            if self._distillation is None:
+                loss = self._objective(self._inner, batch)
+            else:
+                loss = self._distillation.loss(self._inner, batch, self._objective)
+        if not math.isfinite(float(loss.detach())):
+            raise NonFiniteLoss(
+                f"the training loss is {float(loss.detach())} at step {self.state.global_step}: lower --learning-rate, "
+                "or look at the samples"
+            )
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> tuple[Any, ...]:
+        with torch.no_grad(), self.accelerator.autocast():
+            loss = self._fixed(self._inner, dict(inputs))
+        return loss.detach(), None, None
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Shows each step, and ends the training with a checkpoint when the work is to stop."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.stop: KeyboardInterrupt | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        known = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        try:
+            self._task.advance(1, f"held-out loss {known[-1]:.4f}" if known else "")
+        except KeyboardInterrupt as stop:
+            self.stop = stop
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        told = f", training loss {losses[-1]:.4f}" if losses else ""
+        _log.info("step %d of %d: held-out loss %.4f%s", state.global_step, state.max_steps, metrics["eval_loss"], told)
+
+
+def train(
+    model: nn.Module,
+    inner: nn.Module,
+    data: TrainingData,
+    recipe: Finetune,
+    objective: Objective,
+    keeper: ZeroKeeper | None,
+    distillation: Distillation | None,
+    folder: str,
+    progress: Progress,
+) -> Training:
+    """Train in place; the best weights by the held-out loss are in ``model`` at the end.
+
+    Where no look was better than the first, the model is left as the last step made it, and ``best`` is 0.
+
+    Args:
+        model: what is trained and kept in checkpoints: the model, or its adapters around it.
+        inner: the model that the objective is called with.
+        keeper: of the zeros; None where the weights with zeros are not trained.
+        folder: for checkpoints; the last one there is gone on with.
+
+    Raises:
+        NonFiniteLoss: a training loss is NaN or infinite.
+        KeyboardInterrupt: the work was stopped; a checkpoint is there.
+    """
+    steps = total_steps(recipe, len(data.train), data.paired)
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    on_cpu = home_of(inner).type == "cpu"
+    arguments = training_arguments(
+        recipe, folder, steps, on_cpu=on_cpu, resumed=last is not None, paired=data.paired
+    )  # fmt: skip
+    arguments._n_gpu = min(1, arguments.n_gpu)  # the model's own GPU; DataParallel would copy it to all of them
+    done = 0 if last is None else int(last.rpartition("-")[2])
+    with quiet(), progress.stage("fine-tuning", total=steps, done=done) as task, cache_disabled(inner):
+        watch = _Watch(task)
+        callbacks: list[Any] = [watch]
+        if keeper is not None:
+            callbacks.append(keeper)
+        if recipe.patience:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
+        trainer = _Trainer(
+            objective=objective, distillation=distillation, inner=inner, model=model, args=arguments,
+            train_dataset=data.train, eval_dataset=data.held_out, data_collator=data.collate, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last)
+        if watch.stop is not None:
+            raise watch.stop
+    model.eval()
+    return _outcome(trainer.state)
+
+
+def _outcome(state: Any) -> Training:
+    losses = [(int(e["step"]), float(e["loss"])) for e in state.log_history if "loss" in e]
+    looks = [(int(e["step"]), float(e["eval_loss"])) for e in state.log_history if "eval_loss" in e]
+    start = min((loss for step, loss in looks if step == 0), default=math.inf)
+    later = [(loss, step) for step, loss in looks if step > 0]
+    best = min(later, default=(math.inf, 0))
+    kept = best[1] if best[0] < start else 0
+    return Training(int(state.global_step), int(state.max_steps), kept, losses, looks)
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+    """Turn the weights into ``dtype``; what is returned turns each back into its own.
+
+    In float32, small steps add up that half precision would round away. Buffers follow into float32 alone: those that
+    a half-precision model keeps in float32 (rotary frequencies) need it.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in _floating(model)}
+    for _, tensor in _floating(model):
+        if dtype == torch.float32 or isinstance(tensor, nn.Parameter):
+            tensor.data = tensor.data.to(dtype)
+
+    def back() -> None:
+        for name, tensor in _floating(model):
+            tensor.data = tensor.data.to(dtypes[name])
+
+    return back
+
+
+def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_floating_point()]

@@ -1,0 +1,143 @@
+"""A fine-tuning from its data to the saved model: zeros to the bit, better on held-out data, resumable, one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from console import model_weights
+from transformers import AutoModelForCausalLM
+from tuning import recipe_of, same_zeros, sparse_checkpoint
+
+from ecoflap.errors import EcoflapError
+from ecoflap.report import rebuild
+from ecoflap.run.directory import Stopped
+from ecoflap.run.finetune.pipeline import run_finetune
+from ecoflap.support.progress import Silent
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return dict(json.loads((folder / "metrics.json").read_text())["training"]["held_out"])
+
+
+def test_model_metrics_and_page(trained, made):
+    same_zeros(made.llama, trained / "model")
+    metrics = json.loads((trained / "metrics.json").read_text())
+    held_out, training = losses(trained), metrics["training"]
+    assert held_out[training["best"]] == min(held_out.values()) < held_out[0]
+    assert training["samples"] + training["held_out_samples"] == 66
+    for model in ("dense", "pruned", "finetuned"):
+        assert metrics[model]["perplexity"]["value"] > 1
+    assert metrics["finetuned"]["perplexity"]["value"] < metrics["pruned"]["perplexity"]["value"]
+    assert set(metrics["paired"]["perplexity"]) == {"dense", "pruned"}
+    zeros = sum(int((w == 0).sum()) for n, w in model_weights(made.llama).items() if "layers" in n and w.dim() == 2)
+    assert metrics["sparsity"]["prunable"] * metrics["sparsity"]["prunable_parameters"] == pytest.approx(zeros)
+    names = {"log.txt", "manifest.json", "metrics.json", "model", "recipe.yaml", "report.html"}
+    assert {path.name for path in trained.iterdir()} == names
+    assert (trained / "model" / "tokenizer.json").exists()
+    AutoModelForCausalLM.from_pretrained(trained / "model")
+
+
+def test_the_page_is_built_again_from_the_files(trained):
+    page = (trained / "report.html").read_text()
+    for words in ("Fine-tuned", "Loss by step", "ecoflap finetune", "--distill 0.5", "zeros kept"):
+        assert words in page
+    assert rebuild(trained).read_text() == page
+
+
+def test_the_saved_weights_are_those_of_the_best_look(trained, made):
+    """The held-out loss of the saved model is the lowest one that the record has."""
+    from ecoflap.data.objectives import on_device, resolve
+    from ecoflap.model.checkpoint import load
+    from ecoflap.run.finetune.data import training_data
+    from ecoflap.run.finetune.recipe import Finetune
+
+    recipe = Finetune.load(trained / "recipe.yaml")
+    checkpoint = load(trained / "model")
+    data = training_data(recipe, checkpoint)
+    loss = on_device(resolve(None, checkpoint.model))
+    rows = [data.held_out[index] for index in range(len(data.held_out))]
+    with torch.no_grad():
+        values = [float(loss(checkpoint.model, data.collate([row]))) for row in rows]
+    assert sum(values) / len(values) == pytest.approx(min(losses(trained).values()), rel=1e-4)
+
+
+class StopAt:
+    """Progress that is told to stop after so many steps of the training."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def stage(self, name, total, done=0):
+        silent = Silent().stage(name, total, done)
+        return self if name == "fine-tuning" else silent
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def advance(self, steps=1, detail=""):
+        self._left -= steps
+        if self._left <= 0:
+            raise KeyboardInterrupt("SIGTERM")
+
+
+def test_stopped_and_resumed_it_ends_with_the_same_bits(made, tmp_path, pageless):
+    recipe = recipe_of(made.llama, made.prose, **made.text, accumulate=2, patience=0)
+    whole = run_finetune(recipe, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run_finetune(recipe, tmp_path / "halves", progress=StopAt(7))
+    assert (tmp_path / "halves" / "journal" / "checkpoints" / "checkpoint-7").is_dir()
+    assert not (tmp_path / "halves" / "model").exists()
+    with pytest.raises(EcoflapError, match="already holds a fine-tuning"):
+        run_finetune(recipe, tmp_path / "halves")
+    with pytest.raises(EcoflapError, match=r"epochs: 2\.0 then, 3\.0 now"):
+        run_finetune(recipe.model_copy(update={"epochs": 3.0}), tmp_path / "halves", resume=True)
+    halves = run_finetune(recipe, tmp_path / "halves", resume=True)
+    one, other = model_weights(whole / "model"), model_weights(halves / "model")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert losses(whole) == losses(halves)
+    run_finetune(recipe, tmp_path / "halves", overwrite=True, progress=Silent())  # nothing of it is a stranger's
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_checkpoint_keeps_its_dtype(dtype, made, tmp_path, pageless):
+    """Trained in float32, where steps of 1e-3 add up, and saved as it came."""
+    source = sparse_checkpoint("llama", tmp_path / "half", dtype)
+    folder = run_finetune(recipe_of(source, made.prose, sequence_length=12), tmp_path / "out")
+    same_zeros(source, folder / "model")
+
+
+def test_bfloat16_weights_are_trained_as_they_are(made, tmp_path, pageless):
+    source = sparse_checkpoint("llama", tmp_path / "half", torch.bfloat16)
+    recipe = recipe_of(source, made.prose, sequence_length=12, dtype="bfloat16", learning_rate=1e-2)
+    same_zeros(source, run_finetune(recipe, tmp_path / "out") / "model")
+
+
+def test_questions_about_pictures(made, tmp_path, pageless):
+    recipe = recipe_of(made.blip2, made.questions, task=["vqa"], test=str(made.questions), distill=0.0, epochs=1)
+    folder = run_finetune(recipe, tmp_path / "out")
+    same_zeros(made.blip2, folder / "model")
+    assert json.loads((folder / "metrics.json").read_text())["finetuned"]["vqa"]["n"] == 24
+
+
+def test_where_nothing_helps_the_weights_stay(made, tmp_path, pageless):
+    """A rate that only does harm: training stops early, and the pruned model is what is saved."""
+    recipe = recipe_of(made.llama, made.prose, sequence_length=12, learning_rate=50.0, patience=1, evaluate_every=1)
+    folder = run_finetune(recipe, tmp_path / "out")
+    training = json.loads((folder / "metrics.json").read_text())["training"]
+    assert training["best"] == 0
+    assert training["steps"] < training["planned"]
+    before, after = model_weights(made.llama), model_weights(folder / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "no look at the held-out data was better" in (folder / "log.txt").read_text()
+
+
+def test_held_out_data_of_its_own(made, tmp_path, pageless):
+    recipe = recipe_of(made.llama, made.prose, sequence_length=12, validation=str(made.held_out), epochs=0.5)
+    training = json.loads((run_finetune(recipe, tmp_path / "out") / "metrics.json").read_text())["training"]
+    assert (training["samples"], training["held_out_samples"]) == (66, 16)
