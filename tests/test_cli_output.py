@@ -36,8 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 COMMANDS = (
     "prune", "recover", "finetune", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report",
-    "push", "pack",
-    "unpack", "bench",
+    "push", "pack", "unpack", "bench",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.pruning.registry import CRITERIA
 from ecoflap.report.records import reproduce
 from ecoflap.run.compare.recipe import Grid
+from ecoflap.run.finetune.recipe import Finetune
 from ecoflap.run.recipe import FILE_ONLY, Recipe
 
 FULL: dict[str, Any] = {
@@ -157,8 +158,9 @@ def test_any_recipe_survives_both_ways(values: dict[str, Any]) -> None:
 
 def test_every_field_is_an_option_under_one_heading() -> None:
     listed = [name for names in PANELS.values() for name in names]
-    assert sorted(listed) == sorted(set(Grid.model_fields) - {"model", *FILE_ONLY})
+    assert sorted(listed) == sorted({*Grid.model_fields, *Finetune.model_fields} - {"model", *FILE_ONLY})
     assert set(PANELS["Grid"]) == set(Grid.model_fields) - set(Recipe.model_fields)
+    assert set(PANELS["Training"]) == set(Finetune.model_fields) - set(Recipe.model_fields)
 
 
 def test_resolved() -> None:

@@ -14,7 +14,6 @@ from rich.text import Text
 from ecoflap.allocation import Allocation
 from ecoflap.model.parts import Anatomy, Unprunable
 from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
-from ecoflap.report.finetune_page import MODELS, read_finetune, tests
 from ecoflap.support import formats
 
 
@@ -223,6 +222,8 @@ def finetune_table(folder: Path) -> Table:
     Raises:
         InvalidOption: as :func:`ecoflap.report.finetune_page.read_finetune`.
     """
+    from ecoflap.report.finetune_page import MODELS, read_finetune, tests  # not before: it draws, too
+
     recipe, metrics = read_finetune(folder)
     table = _table(str(recipe.get("model")), "", *(name.lower() for name in MODELS.values()), "gain")
     for test in tests(metrics):

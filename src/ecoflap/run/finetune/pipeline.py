@@ -34,7 +34,7 @@ from ecoflap.run.pages import PAGES
 from ecoflap.run.pipeline import MACHINE, STAGES, paired_results, quality
 from ecoflap.run.predictions import answers_of
 from ecoflap.run.prepare import find_layers, load_checkpoint
-from ecoflap.run.provenance import Usage, as_it_began, environment, measured, source_digest, sparsity_of
+from ecoflap.run.provenance import Usage, environment, measured, source_digest, sparsity_of, threads_of_start
 from ecoflap.support.files import check_room, read_sealed, write_sealed
 from ecoflap.support.progress import Labelled, Progress, Silent
 
@@ -115,7 +115,7 @@ def run_finetune(
             if say is not None:
                 say(line)
         run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
-        log, began = run.path / files.LOG, as_it_began(run.path / MACHINE, plan.checkpoint.model)
+        log, began = run.path / files.LOG, threads_of_start(run.path / MACHINE, plan.checkpoint.model)
         with logging_to(log), explained(run.path, log), began:
             _log.info("fine-tuning %s in %s", "goes on" if run.resumed else "begins", run.path.absolute())
             _log.info("recipe: %s", recipe.model_dump(mode="json", exclude_defaults=True))
