@@ -10,7 +10,7 @@ import typer
 
 from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json, progress_to, say_line
 from ecoflap.cli.options import OUTPUT, with_recipe_options
-from ecoflap.cli.terminal import standard_error, standard_output, tell
+from ecoflap.cli.terminal import print_lines, standard_error, standard_output
 from ecoflap.run.finetune.folder import FinetuneDirectory
 from ecoflap.run.finetune.recipe import NOT_HERE, Finetune
 from ecoflap.run.names import METRICS, MODEL, REPORT
@@ -35,8 +35,8 @@ def finetune(
 ) -> None:  # fmt: skip
     """Train the sparse model of RUN, or MODEL, further: its zeros stay zeros, to the bit.
 
-    A part of the data is held out, and training stops when its loss no longer falls. For a run, the dense model, the
-    tests, the prompt and the objective are those of the run where nothing else is said.
+    A part of the data is held out, and training stops when its loss no longer falls. Where no option sets them, the
+    dense model, the tests, the prompt and the objective are those of the run.
 
     Examples:
         ecoflap finetune runs/first --train train.parquet --epochs 5 --output tuned/first
@@ -44,7 +44,7 @@ def finetune(
         ecoflap finetune path/to/pruned --train train.jsonl --tune lora --rank 32 --test held-out.jsonl --task vqa
     """
     progress = progress_to(quiet or as_json)
-    # Looked at once before anything heavy is imported, so that a folder in use is told at once.
+    # Checked before anything heavy is imported, so that a folder in use is reported at once.
     examined = FinetuneDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
     if examined.complete and not quiet:
         standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
@@ -60,4 +60,4 @@ def finetune(
 
         standard_output().print(finetune_table(folder))
         standard_output().print(stages_table(folder))
-        tell(f"model   {folder / MODEL}\nreport  {folder / REPORT}")
+        print_lines(f"model   {folder / MODEL}\nreport  {folder / REPORT}")

@@ -217,7 +217,7 @@ def summary_table(run: RunData | Path | str) -> Table:
 
 
 def finetune_table(folder: Path) -> Table:
-    """Quality dense, pruned and fine-tuned, and what the training came to.
+    """Quality dense, pruned and fine-tuned, and the outcome of the training.
 
     Raises:
         InvalidOption: as :func:`ecoflap.report.finetune_page.read_finetune`.

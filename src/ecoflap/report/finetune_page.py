@@ -28,7 +28,7 @@ Point = tuple[Count, Finite]
 
 
 class TrainingRecord(Content):
-    """What the training came to, see :class:`ecoflap.run.finetune.train.Training`; ``best`` 0: the weights stayed."""
+    """The outcome of the training, see :class:`ecoflap.run.finetune.train.Training`; ``best`` 0: the weights stayed."""
 
     steps: Count = 0
     planned: Count = 0
@@ -122,10 +122,10 @@ def loss_chart(training: TrainingRecord) -> Chart | None:
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     best = dict(training.held_out).get(training.best)
-    told = "" if best is None else f"; the best held-out loss is {formats.significant(best, 4)}, at {training.best}"
+    note = "" if best is None else f"; the best held-out loss is {formats.significant(best, 4)}, at {training.best}"
     return Chart(
         caption="Loss by step",
-        description=f"Training and held-out loss over {training.steps} steps{told}.",
+        description=f"Training and held-out loss over {training.steps} steps{note}.",
         x=Axis("step", limits=(0.0, float(max(1, training.steps)))),
         y=Axis("loss", limits=(low - margin, high + margin)),
         series=series,

@@ -134,7 +134,7 @@ def test_where_nothing_helps_the_weights_stay(made, tmp_path, pageless):
     assert training["steps"] < training["planned"]
     before, after = model_weights(made.llama), model_weights(folder / "model")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert "no look at the held-out data was better" in (folder / "log.txt").read_text()
+    assert "no evaluation had a lower held-out loss" in (folder / "log.txt").read_text()
 
 
 def test_held_out_data_of_its_own(made, tmp_path, pageless):

@@ -1,4 +1,4 @@
-"""Training and held-out samples: drawn as calibration's are, and made into batches when their turn comes."""
+"""Training and held-out samples: drawn as for calibration, and made into batches when they are needed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TrainingData:
     Attributes:
         collate: makes a batch, on the CPU, of rows of either.
         samples: what was drawn for training, for the record.
-        paired: a batch is contrasted within itself, so that one of a single sample says nothing.
+        paired: the loss contrasts the samples of a batch, so a batch of one sample has no meaning.
     """
 
     train: Rows
@@ -139,5 +139,5 @@ def described(data: TrainingData) -> str:
     """One line for people: how much of what is trained on."""
     whole = replace(data.samples, windows=None) if data.samples.windows is not None else data.samples
     columns = ", ".join(f"{role}={column}" for role, column in whole.columns.items())
-    told = f"{len(data.train)} samples of {whole.source}{f' ({columns})' if columns else ''}"
-    return f"training: {told}; {len(data.held_out)} held out"
+    source = f"{whole.source} ({columns})" if columns else whole.source
+    return f"training: {len(data.train)} samples of {source}; {len(data.held_out)} held out"

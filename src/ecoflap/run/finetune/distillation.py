@@ -25,7 +25,7 @@ from ecoflap.search.divergence import output_logits, output_positions
 
 @dataclass(frozen=True)
 class Distillation:
-    """The teacher, and how much it says.
+    """The teacher and its weights in the loss.
 
     Attributes:
         teacher: in evaluation mode, on the student's device.

@@ -14,8 +14,8 @@ from ecoflap.run.finetune.recipe import Finetune
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-LOOKS = 10  # at the held-out data in a training, where the recipe does not say how often
-# Said by the recipe's own fields, or needed as they are.
+EVALUATIONS = 10  # on the held-out data in a training, where the recipe does not set how often
+# Set by the recipe's own fields, or fixed.
 _OWN = {
     "learning_rate": "--learning-rate", "weight_decay": "--weight-decay", "num_train_epochs": "--epochs",
     "per_device_train_batch_size": "--batch-size", "per_device_eval_batch_size": "--batch-size",
@@ -31,10 +31,10 @@ _FIXED = (
 
 
 def check_training_options(recipe: Finetune) -> None:
-    """Look at ``training_options`` before a model is loaded.
+    """Checks ``training_options`` before a model is loaded.
 
     Raises:
-        InvalidOption: transformers knows no such argument, or it is said otherwise here.
+        InvalidOption: transformers has no such argument, or the recipe has a field for it.
     """
     from transformers import TrainingArguments
 
@@ -60,15 +60,15 @@ def total_steps(recipe: Finetune, samples: int, paired: bool) -> int:
 def training_arguments(
     recipe: Finetune, folder: str, steps: int, *, on_cpu: bool, resumed: bool, paired: bool
 ) -> TrainingArguments:
-    """What the trainer is told.
+    """The trainer's arguments.
 
     Args:
         folder: for its checkpoints.
         steps: of the whole training.
-        resumed: it goes on with a checkpoint, so that the first look was taken before.
-        paired: a batch of one sample says nothing, and is left out.
+        resumed: training continues from a checkpoint, so the evaluation before the first step is done.
+        paired: a batch of one sample has no contrast, and is left out.
     """
-    every = recipe.evaluate_every or max(1, steps // LOOKS)
+    every = recipe.evaluate_every or max(1, steps // EVALUATIONS)
     return _built(recipe, folder, {
         "eval_strategy": "steps",
         "save_strategy": "steps",
@@ -98,7 +98,7 @@ def _built(recipe: Finetune, folder: str, more: dict[str, object]) -> TrainingAr
         "remove_unused_columns": False,
         "prediction_loss_only": True,
         "report_to": [],
-        "disable_tqdm": True,  # the command's own bar shows the steps
+        "disable_tqdm": True,  # the command's own progress shows the steps
         **more,
     }
     if more.keys() >= {"eval_steps"}:

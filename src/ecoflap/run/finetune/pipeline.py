@@ -76,7 +76,7 @@ class _Job:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure a stage, and keep its figures for a run that is resumed later."""
+        """Measures a stage, and stores its figures for a run that is resumed later."""
         _log.info("%s: begins", name)
         with measured(name, self.usages):
             yield
@@ -92,16 +92,16 @@ def run_finetune(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Train the recipe's sparse model further and leave model, metrics and page in ``output``; the folder.
+    """Trains the recipe's sparse model further and writes model, metrics and page into ``output``; returns the folder.
 
-    Interrupted at any moment, it goes on from the trainer's last checkpoint with ``resume=True``.
+    After an interruption, ``resume=True`` continues from the trainer's last checkpoint.
 
     Args:
-        say: is told, a line each, what was chosen where the recipe left it open.
+        say: receives one line for each choice that the recipe left open.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to mend it; before ``output`` is touched where the recipe
-            and a look at one sample can tell.
+            and one sample can show it.
         Stopped: by a signal, once the work had begun.
         RunFailed: anything else went wrong; the log has the traceback.
     """
@@ -127,7 +127,7 @@ def run_finetune(
 
 
 def prepare_finetune(recipe: Finetune) -> _Plan:
-    """Load and check all that a resolved recipe names, so that nothing of it can stop the work half-way.
+    """Loads and checks all that a resolved recipe names, so that no input can stop the run half-way.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to mend it.
@@ -143,7 +143,7 @@ def prepare_finetune(recipe: Finetune) -> _Plan:
     for entry in check_evaluations(recipe):
         check_source(entry.test, entry.image_folder)
     checkpoint = load_checkpoint(_of_model(recipe), "finetune")
-    keep_zeros(checkpoint.model)  # told now if there are none
+    keep_zeros(checkpoint.model)  # raises where there are none
     name = objective_name(recipe.objective, checkpoint.model)
     objective = resolve(name, checkpoint.model)
     data = training_data(recipe, checkpoint)
@@ -194,7 +194,7 @@ def _zeros(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, int]:
 
 
 def _teacher(job: _Job) -> Checkpoint | None:
-    """The dense model where one is known; one that nobody asked for may be gone."""
+    """The dense model where one is known; one that only the run names may be missing."""
     recipe = job.plan.recipe
     if recipe.dense is None:
         return None
@@ -207,14 +207,14 @@ def _teacher(job: _Job) -> Checkpoint | None:
     except CheckpointError as error:
         if recipe.distill or recipe.distill_hidden or recipe.source == recipe.model:  # asked for
             raise
-        _log.warning("the run's dense model is not compared with: %s", error)
+        _log.warning("no results of the dense model: %s", error)
         return None
     found.model.requires_grad_(False)
     return found
 
 
 def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str, checkpoint: Checkpoint) -> _Results:
-    """Results of all evaluations by their names; those that interrupted work has done come from its journal."""
+    """Results of all evaluations by their names; those that an interrupted run has finished come from its journal."""
     path = job.run.path / job.run.result(when)
     kept: _Results = read_sealed(path) or {}
     todo = [entry for entry in entries if entry.name not in kept]
@@ -229,20 +229,20 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str, checkpoint: 
 
 
 def _trained(job: _Job, teacher: Checkpoint | None) -> tuple[Checkpoint, Training]:
-    """The fine-tuned model, saved, and what its training came to."""
+    """The fine-tuned model, saved, and the outcome of its training."""
     run, plan = job.run, job.plan
     place = run.path / files.MODEL
     known = read_sealed(run.path / TRAINING)
     if known is not None and place.exists():
         return load_checkpoint(plan.recipe.model_copy(update={"model": str(place), "dtype": "auto"})), _training(known)
     model = plan.checkpoint.model
-    # A checkpoint has the weights and both moments in float32; two of them are there while one takes the other's place.
+    # A checkpoint has the weights and both moments in float32; there are two of them while one replaces the other.
     check_room(run.path, 7 * sum(p.numel() * 4 for p in model.parameters()) + stored_bytes(model), "the checkpoints")
     before = _zeros(plan.checkpoint, plan.anatomy)
     with job.stage("fine-tuning"):
         training = _tuned(job, teacher)
     if training.best == 0:
-        _log.warning("no look at the held-out data was better than the first: the weights are the pruned model's")
+        _log.warning("no evaluation had a lower held-out loss than the pruned model, so its weights are kept")
         model = load_checkpoint(_of_model(plan.recipe)).model
     checkpoint = replace(plan.checkpoint, model=model.eval())
     lost = [name for name, count in _zeros(checkpoint, plan.anatomy).items() if count < before[name]]
@@ -260,7 +260,7 @@ def _training(known: Mapping[str, Any]) -> Training:
 
 
 def _tuned(job: _Job, teacher: Checkpoint | None) -> Training:
-    """Train the plan's model in place, in the dtype that the recipe asks for."""
+    """Trains the plan's model in place, in the dtype that the recipe asks for."""
     recipe, model = job.plan.recipe, job.plan.checkpoint.model
     back = in_dtype(model, torch.float32 if recipe.dtype == "auto" else DTYPES[recipe.dtype])
     distillation = None

@@ -46,9 +46,11 @@ class Finetune(Recipe):
     warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Share of the steps in which the rate rises.")
     accumulate: int = Field(1, ge=1, description="Batches whose gradients make one step.")
     evaluate_every: int | None = Field(
-        None, ge=1, description="Steps between two looks at the held-out data. Default: ten looks in all."
+        None, ge=1, description="Steps between two evaluations on the held-out data. Default: ten evaluations in all."
     )
-    patience: int = Field(3, ge=0, description="Looks without a better held-out loss until it stops; 0 never stops.")
+    patience: int = Field(
+        3, ge=0, description="Evaluations without a lower held-out loss before training stops; 0: never."
+    )
     dense: str | None = Field(
         None, description="The dense model: compared with, and the teacher. Default: that of the run."
     )
@@ -69,7 +71,7 @@ class Finetune(Recipe):
         return self
 
     def resolved(self) -> Finetune:
-        """The same recipe with what the run says and what follows from other fields filled in.
+        """The same recipe with unset fields filled in from the run and from other fields.
 
         Raises:
             InvalidOption: there is no model or no training data, or the run's recipe can't be read or asks for code.
@@ -85,11 +87,11 @@ class Finetune(Recipe):
         return Finetune.parse({**self.given(), **changes})
 
     def given(self) -> dict[str, Any]:
-        """The fields that were said."""
+        """The fields that were set."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
     def _of_run(self, run: Path) -> dict[str, Any]:
-        """What the run's recipe says where this one says nothing: the dense model, tests, prompt and objective."""
+        """What the run's recipe sets where this one sets nothing: the dense model, tests, prompt and objective."""
         recorded = read_yaml(run / RECIPE, "the run's recipe")
         if not isinstance(recorded, dict):
             raise InvalidOption(f"{run / RECIPE} is damaged: give the run's model itself, {run / MODEL}")

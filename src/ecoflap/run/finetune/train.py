@@ -1,4 +1,4 @@
-"""The training itself: transformers' Trainer with our objective, batches and zeros; and what came of it."""
+"""Trains with transformers' Trainer, our objective and our batches, and keeps the zeros."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _log = logging.getLogger("ecoflap")
 
 @dataclass(frozen=True)
 class Training:
-    """What a training came to.
+    """The outcome of a training.
 
     Attributes:
         steps: of the optimiser that were taken.
@@ -54,7 +54,7 @@ class Training:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Takes the loss from our objective; looks at the held-out data by the task's loss alone."""
+    """Takes the loss from our objective; evaluates held-out data by the task's loss alone."""
 
     def __init__(
         self, *, objective: Objective, distillation: Distillation | None, inner: nn.Module, **options: Any
@@ -76,7 +76,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if not math.isfinite(float(loss.detach())):
             raise NonFiniteLoss(
                 f"the training loss is {float(loss.detach())} at step {self.state.global_step}: lower --learning-rate, "
-                "or look at the samples"
+                "or check the samples"
             )
         return loss
 
@@ -87,7 +87,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Shows each step, and ends the training with a checkpoint when the work is to stop."""
+    """Reports each step, and ends the training with a checkpoint when the process is to stop."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -103,8 +103,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        told = f", training loss {losses[-1]:.4f}" if losses else ""
-        _log.info("step %d of %d: held-out loss %.4f%s", state.global_step, state.max_steps, metrics["eval_loss"], told)
+        rest = f", training loss {losses[-1]:.4f}" if losses else ""
+        _log.info("step %d of %d: held-out loss %.4f%s", state.global_step, state.max_steps, metrics["eval_loss"], rest)
 
 
 def train(
@@ -118,19 +118,19 @@ def train(
     folder: str,
     progress: Progress,
 ) -> Training:
-    """Train in place; the best weights by the held-out loss are in ``model`` at the end.
+    """Trains in place; at the end ``model`` has the weights with the lowest held-out loss.
 
-    Where no look was better than the first, the model is left as the last step made it, and ``best`` is 0.
+    Where no evaluation was better than the one before the first step, ``best`` is 0, and the weights are arbitrary.
 
     Args:
         model: what is trained and kept in checkpoints: the model, or its adapters around it.
         inner: the model that the objective is called with.
         keeper: of the zeros; None where the weights with zeros are not trained.
-        folder: for checkpoints; the last one there is gone on with.
+        folder: for checkpoints; training continues from the last one there.
 
     Raises:
         NonFiniteLoss: a training loss is NaN or infinite.
-        KeyboardInterrupt: the work was stopped; a checkpoint is there.
+        KeyboardInterrupt: the process was asked to stop; a checkpoint is written.
     """
     steps = total_steps(recipe, len(data.train), data.paired)
     last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
@@ -161,12 +161,12 @@ def train(
 
 def _outcome(state: Any) -> Training:
     losses = [(int(e["step"]), float(e["loss"])) for e in state.log_history if "loss" in e]
-    looks = [(int(e["step"]), float(e["eval_loss"])) for e in state.log_history if "eval_loss" in e]
-    start = min((loss for step, loss in looks if step == 0), default=math.inf)
-    later = [(loss, step) for step, loss in looks if step > 0]
+    evaluations = [(int(e["step"]), float(e["eval_loss"])) for e in state.log_history if "eval_loss" in e]
+    start = min((loss for step, loss in evaluations if step == 0), default=math.inf)
+    later = [(loss, step) for step, loss in evaluations if step > 0]
     best = min(later, default=(math.inf, 0))
     kept = best[1] if best[0] < start else 0
-    return Training(int(state.global_step), int(state.max_steps), kept, losses, looks)
+    return Training(int(state.global_step), int(state.max_steps), kept, losses, evaluations)
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
