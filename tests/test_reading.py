@@ -21,9 +21,15 @@ from hypothesis import strategies as st
 from ecoflap.allocation.parts import read_allocation
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption
 from ecoflap.importance.scores import Importance
-from ecoflap.model.files import locate
+from ecoflap.model.files import locate, read_config
+from ecoflap.report.card import _of_run
+from ecoflap.report.data import Metrics, RunData
+from ecoflap.report.predictions import Predictions, gallery
+from ecoflap.report.reading import read_mapping, read_model
+from ecoflap.report.records import options
+from ecoflap.run.compare.record import Comparison
 from ecoflap.run.recipe import Recipe
-from ecoflap.support.reading import json_value, read_json, read_yaml, yaml_value
+from ecoflap.support.reading import checked, json_value, read_json, read_yaml, yaml_value
 
 DEEP = 200_000
 LAYER = {"name": "b.w", "block": "b", "tower": "t", "modality": "language", "shape": [4, 4], "score": 1.0, "n": 2}
@@ -40,44 +46,93 @@ def _recipe(path: Path) -> None:
     Recipe.load(path)
 
 
+def _metrics(path: Path) -> None:
+    read_model(path, Metrics)
+
+
+def _predictions(path: Path) -> None:
+    for task in (read_model(path, Predictions) or Predictions()).tasks.values():
+        gallery(path.parent, task)
+
+
+def _comparison(path: Path) -> None:
+    checked(read_json(path, "the comparison"), Comparison, str(path))
+
+
+def _card(path: Path) -> None:
+    """The page and the card show a recipe of any version, so they take fields that ``Recipe`` refuses."""
+    found = RunData(path.parent, read_mapping(path), None, None, Metrics())
+    _of_run(found, None)
+    list(options(found.recipe or {}))
+
+
+def _config(path: Path) -> None:
+    path.with_name("config.json").write_bytes(path.read_bytes())
+    read_config(path.parent)
+
+
+ANSWER = {"index": 1, "truth": "a", "dense": "b", "pruned": 2, "dense_score": 0.1, "pruned_score": 1, "picture": "x/y"}
+COUNTS = {"both_right": 0, "only_dense": 0, "only_pruned": 1, "both_wrong": 0}
+QUALITY = {"metric": "accuracy", "value": 0.5, "stderr": None, "n": 4, "settings": {"data": "/data/x"}}
+TESTED = {"name": "vqa", "task": "vqa", "metric": "accuracy", "higher_is_better": True, "dense": QUALITY}
+CELL = {"method": "wanda", "sparsity": 0.5, "seed": 0, "tests": {"vqa": QUALITY}, "seconds": {"pruning": 1.0}}
+COMPARISON: dict[str, Any] = {
+    **{"model": "m", "task": "vqa", "metric": "accuracy", "higher_is_better": True, "dense": QUALITY},
+    **{"tests": [TESTED], "methods": [], "sparsities": [0.5], "seeds": [0], "cells": [CELL]},
+    **{"recipe": {}, "environment": {}, "command": ""},
+}
+RECIPE = {"model": "m", "sparsity": 0.5, "samples": 4, "columns": {"question": "q"}, "seed": 1}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": {"quant_method": "x"}}
+
 READERS: dict[str, tuple[Callable[[Path], object], Any]] = {
+    "metrics": (_metrics, {"format": 1, "dense": {"vqa": QUALITY}, "stages": [{"name": "saving", "seconds": 1.0}]}),
+    "predictions": (_predictions, {"format": 1, "tasks": {"vqa": {"rows": [ANSWER], "counts": COUNTS}}}),
+    "comparison": (_comparison, COMPARISON),
+    "card": (_card, {**RECIPE, "evaluations": [{"name": "vqa", "task": "vqa"}], "criterion": "wanda"}),
+    "config": (_config, CONFIG),
     "importance": (_importance, IMPORTANCE),
     "allocation": (read_allocation, ALLOCATION),
-    "recipe": (_recipe, {"sparsity": 0.5, "samples": 4, "columns": {"question": "q"}, "seed": 1}),
+    "recipe": (_recipe, RECIPE),
 }
 
 
-@pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize(
-    "content",
-    [
-        "[" * DEEP,
-        "[" * DEEP + "]" * DEEP,
-        '{"a":' * DEEP + "1" + "}" * DEEP,
-        '{"sparsity": ' + "9" * 5000 + "}",
-        "\0",
-        "\ud800",
-        "",
-        "null",
-        "5",
-        '{"layers": [5]}',
-        '{"layers": [{"shape": [Infinity, 1e999]}]}',
-        json.dumps({**IMPORTANCE, "layers": [{**LAYER, "shape": [1e300, 2]}]}),
-        json.dumps(IMPORTANCE).replace("[4, 4]", "[1e999, 4]"),
-        json.dumps({**IMPORTANCE, "settings": [1], "curves": [2]}),
-    ],
-    ids=range(14),
+GIVEN = ("importance", "allocation", "recipe")  # files that users name
+BROKEN = (  # of no kind of file
+    "[" * DEEP,
+    "[" * DEEP + "]" * DEEP,
+    '{"a":' * DEEP + "1" + "}" * DEEP,
+    '{"sparsity": ' + "9" * 5000 + "}",
+    "\0",
+    "\ud800",
+    "",
+    "null",
+    "5",
 )
+WRONG = (  # fields of other types; what a kind of file does not know it may pass over
+    '{"layers": [5], "tasks": [5], "dense": 5, "architectures": 5, "model": [], "format": 1}',
+    '{"layers": [{"shape": [Infinity, 1e999]}]}',
+    json.dumps({**IMPORTANCE, "layers": [{**LAYER, "shape": [1e300, 2]}]}),
+    json.dumps(IMPORTANCE).replace("[4, 4]", "[1e999, 4]"),
+    json.dumps({**IMPORTANCE, "settings": [1], "curves": [2]}),
+    '{"architectures": ["A"], "quantization_config": "int4"}',
+)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("content", [*BROKEN, *WRONG], ids=range(len(BROKEN) + len(WRONG)))
 def test_a_hostile_file_is_one_line(tmp_path: Path, read: str, content: str) -> None:
     path = tmp_path / "file.json"
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(EcoflapError) as caught:
+    told: list[EcoflapError] = []
+    try:
         READERS[read][0](path)
-    assert caught.value.exit_code == 2
-    assert len(str(caught.value).splitlines()) == 1
+    except EcoflapError as error:
+        told.append(error)
+    assert told or (content in WRONG and read not in GIVEN)
+    assert all(error.exit_code == 2 and len(str(error).splitlines()) == 1 for error in told)
 
 
-@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("read", GIVEN)
 def test_a_name_that_is_no_file_is_one_line(tmp_path: Path, read: str) -> None:
     loop = tmp_path / "loop.json"
     loop.symlink_to(loop)
@@ -86,7 +141,22 @@ def test_a_name_that_is_no_file_is_one_line(tmp_path: Path, read: str) -> None:
             READERS[read][0](path)
 
 
-KEYS = st.sampled_from(["layers", "name", "shape", "zeros", "settings", "curves", "score", "search", "columns", "x"])
+KEYS = st.sampled_from(
+    [
+        "layers",
+        "evaluations",
+        "model",
+        "name",
+        "shape",
+        "zeros",
+        "settings",
+        "curves",
+        "score",
+        "search",
+        "columns",
+        "x",
+    ]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
@@ -106,7 +176,7 @@ def _changed(value: Any, path: list[int], new: Any) -> Any:
 
 
 @pytest.mark.parametrize("read", READERS)
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(steps=st.lists(st.integers(0, 9), max_size=4), new=VALUES)
 def test_any_value_in_any_field_is_read_or_is_one_line(
     tmp_path_factory: pytest.TempPathFactory, read: str, steps: list[int], new: Any
@@ -119,7 +189,7 @@ def test_any_value_in_any_field_is_read_or_is_one_line(
 
 
 @pytest.mark.parametrize("read", READERS)
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
 def test_any_flipped_bytes_are_read_or_are_one_line(
     tmp_path_factory: pytest.TempPathFactory, read: str, flips: list[tuple[int, int]]
@@ -197,8 +267,8 @@ def test_what_nobody_foresaw_of_files_and_memory_is_one_line(run: Command, monke
 
     for error, code, words in (
         (OSError(24, "Too many open files", "/data/x.png"), 2, "/data/x.png"),
-        (OSError(28, "No space left on device"), 1, "No space left"),
-        (MemoryError(), 1, "out of memory"),
+        (OSError(28, "No space left on device"), 2, "No space left"),
+        (MemoryError(), 2, "out of memory"),
         (RecursionError("maximum depth"), 2, "nested too deep"),
     ):
         monkeypatch.setattr("ecoflap.run.commands.inspect_model", failing(error))

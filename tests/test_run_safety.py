@@ -23,7 +23,9 @@ from ecoflap.pruning import walk
 from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.run.journal import BlockFiles, EstimateFile, SearchFile
 from ecoflap.run.manifest import Results
+from ecoflap.run.provenance import Usage, add_usage
 from ecoflap.support import files
+from ecoflap.support.files import read_sealed, write_sealed
 
 PROBE = zeroth_order.ZerothOrder.projection
 
@@ -188,11 +190,30 @@ def test_damaged_journals_are_not_trusted(tmp_path: Path, caplog: pytest.LogCapt
         assert blocks.load("b") is None
         assert search.load() is None
         assert caplog.text.count("is damaged") == 2
+    relabelled = whole[tmp_path / "b.safetensors"].replace(b'"unreached":"[]"', b'"unreached":"9 "')
+    (tmp_path / "b.safetensors").write_bytes(relabelled)
+    assert relabelled != whole[tmp_path / "b.safetensors"]
+    assert blocks.load("b") is None  # the metadata counts, too
     (tmp_path / "search.json").write_text(whole[tmp_path / "search.json"].decode().replace("0.5", "0.25"), "utf-8")
     assert search.load() is None
     for path, content in whole.items():
         path.write_bytes(content)
     assert blocks.load("b") is not None
+
+
+def test_the_times_of_one_stage_add_up() -> None:
+    usages: list[Usage] = []
+    for usage in (Usage("a", 1.5, 7, None), Usage("b", 1.0, 3, 5), Usage("a", 2.0, 6, 4), Usage("a", 0.5, 9, 3)):
+        add_usage(usages, usage)
+    assert usages == [Usage("a", 4.0, 9, 4), Usage("b", 1.0, 3, 5)]
+
+
+def test_a_sealed_file_of_another_kind_is_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "s.json"
+    write_sealed(path, [{"name": "saving"}])
+    assert read_sealed(path, list[dict[str, str]]) == [{"name": "saving"}]
+    assert read_sealed(path, dict[str, str]) is None
+    assert "is damaged" in caplog.text
 
 
 @pytest.mark.usefixtures("pageless")

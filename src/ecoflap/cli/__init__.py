@@ -76,7 +76,7 @@ def _run() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
         sys.exit(1)
     except MemoryError:
-        _fail("out of memory: take a smaller --batch-size, or --device-map disk for the weights", 1)
+        _fail("out of memory: take a smaller --batch-size, or --device-map disk for the weights", 2)
     except RecursionError as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -86,7 +86,7 @@ def _run() -> NoReturn:
             raise
         if error.filename is None:  # not of a file that was named: standard output, or a limit of the system
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try once more at its end
-            _fail(f"{error.strerror or error}: the output can't be written, or a limit of the system is met", 1)
+            _fail(f"{error.strerror or error}: the output can't be written, or a limit of the system is met", 2)
         _fail(f"can't use {error.filename}: {error.strerror or error}", 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # what typer raises for a wrong command line

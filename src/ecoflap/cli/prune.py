@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from ecoflap.run.directory import RunDirectory
 from ecoflap.run.manifest import Manifest
 from ecoflap.run.names import METRICS, MODEL, PACKED, REPORT
 from ecoflap.run.recipe import Recipe
+from ecoflap.support.reading import read_json
 from ecoflap.support.workers import ALONE, launched
 
 
@@ -158,7 +158,7 @@ def _tell(run: Path, quiet: bool, as_json: bool, more: dict[str, Any]) -> None:
     from ecoflap.cli.tables import stages_table, summary_table
 
     if as_json:
-        print_json({"run": str(run), **more, **json.loads((run / METRICS).read_text("utf-8"))})
+        print_json({"run": str(run), **more, **read_json(run / METRICS, "the run's file")})
     elif not quiet:
         standard_output().print(summary_table(run))
         standard_output().print(stages_table(run))

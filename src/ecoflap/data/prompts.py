@@ -15,7 +15,7 @@ from ecoflap.data.chat import answer_turn, plain_prompt, turns_of
 from ecoflap.data.model_facts import image_token_id, parameters_of
 from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError
-from ecoflap.model.files import quiet
+from ecoflap.model.files import first_line, quiet
 
 
 def tokenizer_of(processor: Any) -> Any | None:
@@ -124,7 +124,13 @@ class Prompter:
         return joined if closed or not end or self._ends(joined) else joined + str(end)
 
     def _template(self, turns: list[dict[str, Any]], **options: Any) -> str:
-        return str(self.processor.apply_chat_template(turns, tokenize=False, **options))
+        try:
+            return str(self.processor.apply_chat_template(turns, tokenize=False, **options))
+        except Exception as error:  # a template is code: it may raise anything, its sandbox too
+            raise CalibrationError(
+                f"the chat template of the model can't be used ({type(error).__name__}: {first_line(error)}): check "
+                "chat_template in its tokenizer_config.json, or chat_template.jinja beside it"
+            ) from error
 
     def _ends(self, text: str) -> bool:
         assert self.tokenizer is not None

@@ -20,7 +20,7 @@ from ecoflap.data.formats.webdataset import expand, open_tars
 from ecoflap.data.images import BrokenSample, ImageFinder
 from ecoflap.data.rows import RowReader, check_template
 from ecoflap.data.sample import Sample
-from ecoflap.data.tables import Row, Table, Taken
+from ecoflap.data.tables import Row, Table, Taken, first_line
 from ecoflap.errors import CalibrationError
 
 __all__ = ["HubStream", "TextFiles", "open_source"]
@@ -185,7 +185,7 @@ class SampleReader:
         self.skipped, good, characters = 0, 0, 0
         for index, row in self._rows():
             try:
-                sample = self._read(row)
+                sample = self._sample(row)
             except BrokenSample as error:
                 self._skip(index, error)
                 continue
@@ -225,7 +225,7 @@ class SampleReader:
             return
         for index, row in zip(indices, self._table.take(list(indices), self._wanted()), strict=True):
             with suppress(BrokenSample):
-                yield index, self._read(row)
+                yield index, self._sample(row)
 
     def _wanted(self) -> list[str]:
         """The columns of the table that are read."""
@@ -248,6 +248,13 @@ class SampleReader:
             numbers = [int(number) for number in chunk]
             rows: Taken = table.take(numbers, wanted)
             yield from zip(numbers, rows, strict=True)
+
+    def _sample(self, row: Row | BrokenSample) -> Sample:
+        """The sample of a row; raises BrokenSample where it holds other things than the columns promise."""
+        try:
+            return self._read(row)
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+            raise BrokenSample(f"its values are of other types than expected ({first_line(error)})") from error
 
     def _step(self, row_bytes: int | None) -> int:
         """Rows that are taken at once: rows of one parquet row group, or of one pass over a file, are read together."""

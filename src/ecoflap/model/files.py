@@ -14,11 +14,12 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from ecoflap.errors import CheckpointError
-from ecoflap.support.reading import NO_READING, json_value, read_text, reason_of
+from ecoflap.support.reading import NO_READING, checked, json_value, read_text, reason_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -102,9 +103,7 @@ def _from_folder(folder: Path, gguf_file: str | None) -> Files:
     names = sorted(entry.name for entry in folder.iterdir())
     if not (folder / "config.json").is_file():
         return _without_config(folder, names)
-    config = _json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"'{folder / 'config.json'}' is not a model configuration: it holds no JSON object")
+    config = read_config(folder)
     if method := quantisation(config):
         if method == PACKED:
             return Files(folder, config, None, _shards(folder, names, config))
@@ -115,6 +114,32 @@ def _from_folder(folder: Path, gguf_file: str | None) -> Files:
             "give the unquantised checkpoint"
         )
     return Files(folder, config, None, _shards(folder, names, config))
+
+
+class _Fields(BaseModel):
+    """What we read of a configuration ourselves."""
+
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    auto_map: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model folder, as it is.
+
+    Raises:
+        CheckpointError: it can't be read, is no JSON object, or a field that we read is of another type.
+    """
+    path = folder / "config.json"
+    config: Any = _json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{path}' is not a model configuration: it holds no JSON object")
+    checked(config, _Fields, f"'{path}' is not a model configuration", CheckpointError)
+    return config
 
 
 def safetensors_of(folder: Path) -> tuple[Path, ...]:
@@ -133,8 +158,6 @@ def quantisation(config: dict[str, Any]) -> str | None:
         found = {"sparsity_config": config["sparsity_config"]}
     if not found:
         return None
-    if not isinstance(found, dict):
-        return "some method"
     sparsity = found.get("sparsity_config")
     plain = not found.get("config_groups") and found.get("quantization_status") in (None, "ignored")
     formats = (found.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from ecoflap.errors import CheckpointError
 from ecoflap.model.files import Files, first_line
+from ecoflap.support.reading import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def load_without_video(folder: Path, options: dict[str, Any]) -> Any | None:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file, "the processor's file", CheckpointError, finite=False)
     return values if isinstance(values, dict) else {}
 
 

@@ -18,6 +18,7 @@ from ecoflap.errors import CheckpointError, OutputExists, StorageError
 from ecoflap.model.files import first_line, quiet
 from ecoflap.model.offload import is_offloaded
 from ecoflap.support.files import default_mode
+from ecoflap.support.reading import read_json
 
 if TYPE_CHECKING:
     from ecoflap.model.checkpoint import Checkpoint
@@ -95,7 +96,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     # save_pretrained records the dtype of the first parameter, which is float32 where a family keeps that one so in
     # a half-precision model: from_pretrained would then load all of it in float32.
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, "the configuration", CheckpointError, finite=False)
     config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in folder.iterdir():

@@ -13,11 +13,10 @@ from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
-from ecoflap.report.data import METRICS, OtherMetric, Quality, RunData, read_run
+from ecoflap.report.data import OtherMetric, Quality, RunData, read_run
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
 from ecoflap.run.recipe import Recipe, idle_fields
 from ecoflap.support import formats
-from ecoflap.support.reading import read_json
 
 if TYPE_CHECKING:
     from ecoflap.api import PruneResult
@@ -108,12 +107,11 @@ def _of_run(run: RunData, processor: str | None) -> Card:
     order = [*(name for name in Recipe.model_fields if name in said), *sorted(set(said) - set(Recipe.model_fields))]
     recipe = {name: _shortened(said[name], name) for name in order if name not in idle_fields(said)}
     found = base_model(said.get("model"))
-    raw = read_json(run.path / METRICS, "the run's file")
     data = {
-        task: _place(str(result["settings"]["data"]))
-        for part in ("dense", "pruned")
-        for task, result in raw.get(part, {}).items()
-        if (result.get("settings") or {}).get("data")
+        task: _place(str(place))
+        for part in (metrics.dense, metrics.pruned)
+        for task, result in part.items()
+        if (place := (result.settings or {}).get("data"))
     }
     kinds = {str(entry.get("name")): str(entry.get("task")) for entry in recipe.get("evaluations") or ()}
     importance = run.importance
@@ -128,7 +126,7 @@ def _of_run(run: RunData, processor: str | None) -> Card:
         tags=_tags(str(recipe.get("criterion", ""))),
         rows=[*_rows(metrics.dense, metrics.pruned, data)],
         results=[*_results(metrics.pruned, data, kinds)],
-        calibration=_calibration(raw.get("calibration")),
+        calibration=_calibration(metrics.calibration),
         recipe=recipe,
         environment=metrics.environment,
     )
@@ -226,7 +224,7 @@ def _calibration(record: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         return None
     source = record.get("source")
     return {
-        "samples": len(record.get("indices") or ()),
+        "samples": len(record["indices"]) if isinstance(record.get("indices"), list) else 0,
         "source": _place(str(source)) if source else "the bundled calibration set",
         "objective": record.get("objective"),
     }

@@ -110,6 +110,7 @@ class Quality(Content):
     n: Count | None = None
     by_group: dict[str, Finite | None] | None = None
     others: dict[str, OtherMetric] = {}
+    settings: dict[str, Any] | None = None
 
 
 class PairedDifference(Content):
@@ -169,6 +170,7 @@ class Metrics(Content):
     dense_weights: list[DenseWeight] = []
     unreached: list[str] = []
     stages: list[Stage] = []
+    calibration: dict[str, Any] | None = None
     environment: dict[str, Any] = {}
 
     def dense_by_reason(self) -> dict[str, tuple[int, int, float | None]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from pydantic import field_validator
 
 from ecoflap.report.reading import Content, Count, Finite
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 PREDICTIONS_FILE = "predictions.json"
 EXAMPLES = 8  # of each kind on the page
-_PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST = 1_000_000  # bytes of a picture that is put into the page
+_MOST_PIXELS = 1_000_000  # a run writes pictures of 160 × 160 at most
 
 # Kind → its title; the order of the page.
 KINDS = {
@@ -118,12 +120,24 @@ def gallery(folder: Path, task: TaskPredictions) -> list[Group]:
     return groups
 
 
-def _picture(folder: Path, name: str | None) -> str | None:
-    """A picture of the run directory as a ``data:`` address; None for anything else."""
+def picture_of(folder: Path, name: str | None) -> bytes | None:
+    """A small PNG picture of the run directory; None for anything else."""
     if name is None:
         return None
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size > _LARGEST:
-        return None
-    content = path.read_bytes()
-    return "data:image/png;base64," + base64.b64encode(content).decode() if content.startswith(_PNG) else None
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size > _LARGEST:
+            return None
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+            small = picture.width * picture.height <= _MOST_PIXELS
+            picture.verify()
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError):
+        return None  # a name of no file, or no whole PNG
+    return content if small else None
+
+
+def _picture(folder: Path, name: str | None) -> str | None:
+    """:func:`picture_of` as a ``data:`` address."""
+    content = picture_of(folder, name)
+    return None if content is None else "data:image/png;base64," + base64.b64encode(content).decode()

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ecoflap.errors import InvalidOption
-from ecoflap.support.reading import read_json, read_yaml
+from ecoflap.support.reading import checked, read_json, read_yaml
 
 FORMAT = 1
 Count = Annotated[int, Field(ge=0)]
@@ -23,6 +23,22 @@ class Content(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class RecipeFields(Content):
+    """The fields of ``recipe.yaml`` that pages and cards work with; all others are shown as they are."""
+
+    model: str | None = None
+    importance: str | None = None
+    allocation: str | None = None
+    criterion: str | None = None
+    pattern: str | None = None
+    granularity: str | None = None
+    rule: str | None = None
+    tokens: str | None = None
+    objective: str | None = None
+    evaluations: list[dict[str, Any]] | None = None
+    versions: dict[str, Any] | None = None
+
+
 M = TypeVar("M", bound=Content)
 
 
@@ -30,13 +46,14 @@ def read_mapping(path: Path) -> dict[str, Any] | None:
     """A YAML file of keys and values; None where it does not exist.
 
     Raises:
-        InvalidOption: it is no YAML, or no mapping.
+        InvalidOption: it is no YAML, no mapping, or one of :class:`RecipeFields` is of another type.
     """
     if not path.exists():
         return None
     content = read_yaml(path, "the recipe")
     if not isinstance(content, Mapping):
         raise InvalidOption(f"{path} should map option names to values, but holds {type(content).__name__}")
+    checked(content, RecipeFields, str(path))
     return {str(key): value for key, value in content.items()}
 
 
@@ -52,9 +69,5 @@ def read_model(path: Path, kind: type[M]) -> M | None:
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
         raise InvalidOption(f"{path} has format {version!r}; this version of ecoflap reads format {FORMAT}")
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidOption(f"{path}: {where}: {first['msg']}") from error
+    found: M = checked(content, kind, str(path))
+    return found

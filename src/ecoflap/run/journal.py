@@ -77,7 +77,7 @@ def _read(line: bytes) -> Estimate | None:
         layer, batch, draw, value = row
         whole = line.endswith(b"\n") and total == _sum(row)
         return Estimate(str(layer), int(batch), int(draw), float.fromhex(value)) if whole else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -115,10 +115,11 @@ class BlockFiles:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata.get("sha256") == _digest(weights):
-                return PrunedBlock(weights, tuple(json.loads(metadata["unreached"])))
+            unreached = metadata.get("unreached", "")
+            if metadata.get("sha256") == _digest(weights, unreached):
+                return PrunedBlock(weights, tuple(json.loads(unreached)))
             reason = "it is not as it was written"
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             reason = str(error)
         _log.warning("%s is damaged (%s): block %s is pruned again", path, reason, block)
         return None
@@ -126,15 +127,16 @@ class BlockFiles:
     def save(self, block: str, pruned: PrunedBlock) -> None:
         """Raises StorageError: it could not be written; what was there is as it was."""
         weights = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
-        metadata = {"unreached": json.dumps(list(pruned.unreached)), "sha256": _digest(weights)}
+        unreached = json.dumps(list(pruned.unreached))
+        metadata = {"unreached": unreached, "sha256": _digest(weights, unreached)}
         write_tensors(self._path(block), weights, metadata)
 
 
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
+def _digest(weights: Mapping[str, Tensor], unreached: str) -> str:
+    """SHA-256 over the layers that no token reached, and the weights' names, dtypes, shapes and bytes."""
     import torch
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(unreached.encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
         digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)  # a view: not one more copy

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from ecoflap.errors import ResumeMismatch
 from ecoflap.run.names import CHECKPOINTS, JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.support.files import PARTIAL, json_text, read_sealed, write_sealed, write_text
+from ecoflap.support.reading import NO_READING, json_value, read_text
 
 _log = logging.getLogger("ecoflap")
 
 # Written line by line, or one file a block: known by their names.
 _BY_NAME = (LOG, RECIPE, MANIFEST)
 _IN_JOURNAL = (".json", ".jsonl", ".txt", ".safetensors")
+_DIGESTS = dict[str, list[str]]
 _UNDER_WAY = None  # in place of a digest: about to be written, and not yet looked at again
+
+
+class _Entry(BaseModel):
+    sha256: str
+    size: int
+    time: int
+
+
+class _Content(BaseModel):
+    """``manifest.json``."""
+
+    format: Literal[1]
+    files: dict[str, _Entry | None]
 
 
 class Manifest:
@@ -35,7 +51,7 @@ class Manifest:
     @property
     def exists(self) -> bool:
         """Whether the folder is marked as one that ecoflap wrote, by a manifest that is whole."""
-        return read_sealed(self._folder / MANIFEST) is not None
+        return read_sealed(self._folder / MANIFEST, _Content) is not None
 
     def begin(self) -> None:
         """Mark the folder, which holds nothing of ours yet; one that is marked keeps what it knows."""
@@ -91,7 +107,8 @@ class Manifest:
                     yield place
 
     def _read(self) -> dict[str, Any]:
-        return dict((read_sealed(self._folder / MANIFEST) or {}).get("files", {}))
+        found: _Content | None = read_sealed(self._folder / MANIFEST, _Content)
+        return {} if found is None else found.model_dump()["files"]
 
     def _write(self, files: dict[str, Any]) -> None:
         write_sealed(self._folder / MANIFEST, {"format": 1, "files": files})
@@ -109,7 +126,7 @@ class Results:
     def write(self, name: str, data: Any) -> None:
         """Atomically write ``name`` as JSON. Raises StorageError."""
         text = json_text(data)
-        known = read_sealed(self._ledger) or {}
+        known = read_sealed(self._ledger, _DIGESTS) or {}
         digest = hashlib.sha256(text.encode()).hexdigest()
         if digest not in known.get(name, ()):
             write_sealed(self._ledger, {**known, name: [*known.get(name, ()), digest]})
@@ -127,13 +144,16 @@ class Results:
         path = self._folder / name
         if not path.exists():
             return False
-        content = path.read_bytes()
-        known = (read_sealed(self._ledger) or {}).get(name)
+        try:
+            content = read_text(path).encode()
+        except NO_READING:
+            content = b""
+        known = (read_sealed(self._ledger, _DIGESTS) or {}).get(name)
         if known is not None and hashlib.sha256(content).hexdigest() in known:
             return True
         try:
-            json.loads(content)
-        except ValueError:
+            json_value(content)
+        except NO_READING:
             _log.warning("%s is damaged: it is made again", path)
             return False
         if known is None:

@@ -35,6 +35,7 @@ from ecoflap.run.predictions import add_pictures, answers_of, compared
 from ecoflap.run.prepare import Prepared, naming_samples, prepare
 from ecoflap.run.provenance import (
     Usage,
+    add_usage,
     calibration_record,
     environment,
     measured,
@@ -46,6 +47,7 @@ from ecoflap.run.shared import SharedRun
 from ecoflap.search.options import SearchJournal
 from ecoflap.support.files import check_room
 from ecoflap.support.progress import Labelled, Progress, Silent
+from ecoflap.support.reading import checked
 from ecoflap.support.workers import ALONE, Workers
 
 _log = logging.getLogger("ecoflap")
@@ -111,9 +113,11 @@ class _Job:
     def stage(self, name: str) -> Iterator[None]:
         """Measure a stage, and keep its figures for a run that is resumed later."""
         _log.info("%s: begins", name)
-        with measured(name, self.usages):
+        took: list[Usage] = []
+        with measured(name, took):
             yield
-        _log.info("%s: done in %.1f s", name, self.usages[-1].seconds)
+        _log.info("%s: done in %.1f s", name, took[0].seconds)
+        add_usage(self.usages, took[0])
         self.run.write_sealed(STAGES, [usage.to_json() for usage in self.usages])
 
 
@@ -167,7 +171,7 @@ def run_recipe(
             naming_samples(plan),
             threads_of_start(run.path / MACHINE, plan.checkpoint.model, workers),
         ):
-            usages = [Usage(**row) for row in run.read_sealed(STAGES) or ()]
+            usages = checked(run.read_sealed(STAGES) or [], list[Usage], STAGES)
             _stages(_Job(plan, run, progress or Silent(), usages, workers))
         if not run.first:
             workers.gather(None)
@@ -272,11 +276,12 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
         how = "pruned by magnitude" if plan.pruned is None else "not recovered"
         _log.warning("%s was reached by no calibration token: %s", name, how)
     run.write_result(files.ALLOCATION, allocation.to_json())
-    if run.first and not (run.path / files.MODEL).exists():
-        with job.stage("saving"), job.progress.stage("saving", total=1) as task:
-            with run.writing(f"{files.MODEL}/"):
-                save(plan.checkpoint, run.path / files.MODEL)
-            task.advance()
+    if run.first:
+        with job.stage("saving"):
+            if not (run.path / files.MODEL).exists():
+                with job.progress.stage("saving", total=1) as task, run.writing(f"{files.MODEL}/"):
+                    save(plan.checkpoint, run.path / files.MODEL)
+                    task.advance()
     return allocation, unreached
 
 
@@ -285,13 +290,11 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> _Kept:
     if not entries:
         return {}
     name = f"{files.JOURNAL}/{when}.json"
-    kept: dict[str, Any] = job.run.read_sealed(name) or {}
-    if any(entry.name not in kept for entry in entries):
-        progress = Labelled(job.progress, when)
-        with job.stage(f"evaluation, {when}"):
-            for entry in entries:
-                if entry.name in kept:
-                    continue
+    kept: dict[str, Any] = job.run.read_sealed(name, _Kept) or {}
+    progress = Labelled(job.progress, when)
+    with job.stage(f"evaluation, {when}"):  # of an interrupted run, too, which may have ended before it was noted
+        for entry in entries:
+            if entry.name not in kept:
                 found = evaluate(job.plan.checkpoint, entry, job.recipe, progress, job.workers)
                 row = quality(found)
                 _log.info("%s, %s: %s %s", entry.name, when, row["metric"], row["value"])

@@ -95,7 +95,7 @@ def threads_of_start(path: Path, model: nn.Module, workers: Workers = ALONE) -> 
     """
     now = machine(model)
     every = workers.gather(now)
-    before = workers.from_first(lambda: read_sealed(path))
+    before = workers.from_first(lambda: read_sealed(path, dict[str, int | str | None]))
     if before is None:
         before = every[0]
         if workers.first:
@@ -185,6 +185,25 @@ class Usage:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def plus(self, other: Usage) -> Usage:
+        """Both together, of one stage that was done in two processes: the sum of the times, the higher peaks."""
+        cuda = [peak for peak in (self.peak_cuda_bytes, other.peak_cuda_bytes) if peak is not None]
+        return Usage(
+            self.name,
+            self.seconds + other.seconds,
+            max(self.peak_memory_bytes, other.peak_memory_bytes),
+            max(cuda, default=None),
+        )
+
+
+def add_usage(usages: list[Usage], one: Usage) -> None:
+    """Add ``one`` to the list; a stage that is there already (of an interrupted run) stays one entry."""
+    for place, known in enumerate(usages):
+        if known.name == one.name:
+            usages[place] = known.plus(one)
+            return
+    usages.append(one)
 
 
 @contextmanager

@@ -105,9 +105,9 @@ class SharedRun:
         if self.first:
             self._own.results.write(name, data)
 
-    def read_sealed(self, name: str) -> Any | None:
+    def read_sealed(self, name: str, kind: Any = Any) -> Any | None:
         """A file of :meth:`write_sealed`; None where there is none that is whole."""
-        return self._workers.from_first(lambda: read_sealed(self.path / name))
+        return self._workers.from_first(lambda: read_sealed(self.path / name, kind))
 
     def write_sealed(self, name: str, data: Any) -> None:
         if self.first:

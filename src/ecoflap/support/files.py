@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoflap.errors import StorageError
-from ecoflap.support.reading import json_value
+from ecoflap.errors import InvalidOption, StorageError
+from ecoflap.support.reading import checked, json_value, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,15 +103,19 @@ def write_sealed(path: Path, data: Any) -> None:
     write_json(path, {_SEAL: _digest(data), _SEALED: data})
 
 
-def read_sealed(path: Path) -> Any | None:
-    """Reads what :func:`write_sealed` wrote; None if there is no file, or (with a warning) if it is damaged."""
+def read_sealed(path: Path, kind: Any = Any) -> Any | None:
+    """Reads what :func:`write_sealed` wrote; None if there is no file, or (with a warning) if it is damaged.
+
+    Args:
+        kind: what it holds, as of :func:`ecoflap.support.reading.checked`; another kind counts as damaged.
+    """
     if not path.exists():
         return None
     try:
-        found = json_value(path.read_bytes())
+        found = json_value(read_text(path))
         if found[_SEAL] == _digest(found[_SEALED]):
-            return found[_SEALED]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return checked(found[_SEALED], kind, str(path))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, InvalidOption):
         pass
     _log.warning("%s is damaged: its content is computed again", path)
     return None

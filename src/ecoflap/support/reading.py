@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from ecoflap.errors import EcoflapError, InvalidOption
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 MOST_BYTES = 1 << 30  # of a JSON file; those of large models, with a row for each layer and sample, stay below
 MOST_YAML = 1 << 24  # a recipe is written by hand; the reader is a hundred times slower
@@ -64,6 +68,37 @@ def yaml_value(text: str) -> Any:
     found = yaml.load(text, Loader=_UniqueKeys)
     _check_depth(found)
     return found
+
+
+def checked(content: Any, kind: Any, where: str, error: type[EcoflapError] = InvalidOption) -> Any:
+    """``content`` as ``kind``: a pydantic model, a dataclass, or a type such as ``dict[str, int]``.
+
+    Args:
+        where: the file, for the message, which also names the field.
+
+    Raises:
+        InvalidOption, or ``error``: a field is missing or not of its type.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(content)
+    except ValidationError as found:
+        raise error(f"{where}: {first_fault(found)}") from found
+
+
+def first_fault(error: Any) -> str:
+    """The field that a pydantic ``ValidationError`` names first, and what is wrong with it."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def reason_of(error: BaseException, kind: str) -> str:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # Control characters (a terminal executes them), lone surrogates (they can't be encoded), and marks that change the
 # writing direction (they can disguise a line). Tabs and line ends stay.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def whole_characters(value: Any) -> Any:
+    """The same JSON value with U+FFFD in place of each lone surrogate, which no encoding has."""
+    if isinstance(value, str):
+        return _HALF.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [whole_characters(item) for item in value]
+    if isinstance(value, dict):
+        return {whole_characters(key): whole_characters(item) for key, item in value.items()}
+    return value
 
 
 def printable(text: str) -> str:

@@ -17,6 +17,8 @@ from ecoflap.data.formats.text import open_binary
 from ecoflap.data.images import BrokenSample
 from ecoflap.data.tables import ClassNames, Row, Taken
 from ecoflap.errors import CalibrationError
+from ecoflap.support.reading import NO_READING, json_value, reason_of
+from ecoflap.support.text import whole_characters
 
 # Brackets, and strings, which may hold brackets. The string's form has no two ways to match, so it never backtracks.
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
@@ -147,9 +149,11 @@ class ObjectTable:
 def parsed(data: bytes | str, index: int) -> Row | BrokenSample:
     """One JSON object, or what is wrong with it."""
     try:
-        row = json.loads(data)
-    except ValueError as error:
-        return BrokenSample(f"sample {index} is not valid JSON ({error})")
+        row = json_value(data, finite=False)
+    except NO_READING as error:
+        return BrokenSample(f"sample {index} is not valid JSON ({reason_of(error, 'JSON')})")
+    if b"\\ud" in data.lower() if isinstance(data, bytes) else "\\ud" in data.lower():
+        row = whole_characters(row)
     if not isinstance(row, dict):
         return BrokenSample(f"sample {index} is a {type(row).__name__}, not a JSON object")
     return row
@@ -171,7 +175,7 @@ def columns_of(rows: Taken, source: str) -> list[str]:
 
 def _string(token: bytes) -> str:
     try:
-        return str(json.loads(token))
+        return str(whole_characters(json.loads(token)))
     except ValueError:
         return token.decode("utf-8", errors="replace")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import DTYPES, load
-from ecoflap.model.files import BITMASK, INDEX, PACKED, first_line, quantisation, safetensors_of
+from ecoflap.model.files import BITMASK, INDEX, PACKED, first_line, quantisation, read_config, safetensors_of
 from ecoflap.model.packed.checks import from_tensors
 from ecoflap.model.packed.convert import PackedModel, pack
 from ecoflap.model.packed.format import PARTS, unpack_weight
@@ -91,7 +91,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool
     source = Path(source).expanduser()
     if not (source / "config.json").is_file():
         raise CheckpointError(f"'{source}' is no model folder, it has no config.json: give a packed model's folder")
-    config = _config(source)
+    config = read_config(source)
     method = quantisation(config)
     if method not in (PACKED, BITMASK):
         raise CheckpointError(f"'{source}' is not packed ({method or 'plain weights'}): there is nothing to unpack")
@@ -184,16 +184,6 @@ def _tensor(places: dict[str, Path], name: str) -> Tensor:
     with safe_open(places[name], framework="pt") as opened:
         found: Tensor = opened.get_tensor(name)
     return found
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{folder / 'config.json'}' can't be read: download or copy it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"'{folder / 'config.json'}' is not a model configuration: it holds no JSON object")
-    return config
 
 
 def _weights(folder: Path) -> list[Path]:

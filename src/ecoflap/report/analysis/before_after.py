@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import textwrap
 from collections.abc import Mapping
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ecoflap.report.analysis.registry import Analysis, NotApplicable
 from ecoflap.report.charts.static import COLOURS, drawing
+from ecoflap.report.predictions import Counts, Predictions, Row, TaskPredictions, picture_of
+from ecoflap.report.reading import read_model
 from ecoflap.run.names import PREDICTIONS
-from ecoflap.run.predictions import KINDS, outcome, spread
-from ecoflap.support.reading import read_json
+from ecoflap.run.predictions import KINDS, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,25 +30,26 @@ _COLOURS = dict(zip(KINDS, (COLOURS[name] for name in ("c3", "c1", "c2", "c8")),
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
     """A picture for each task."""
     path = subject.path / PREDICTIONS
-    if not path.is_file():
+    found = read_model(path, Predictions)
+    if found is None or not found.tasks:
         raise NotApplicable("no task of the run says which answers are right")
-    tasks = read_json(path, "the answers")["tasks"]
+    tasks = found.tasks
     stems = {name: "-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "task") for name in tasks}
     return {stems[name]: _figure(name, task, subject.path) for name, task in tasks.items()}
 
 
-def _figure(name: str, task: Mapping[str, Any], folder: Path) -> Figure:
+def _figure(name: str, task: TaskPredictions, folder: Path) -> Figure:
     from matplotlib.figure import Figure
 
-    found = {kind: [row for row in task["rows"] if outcome(row) == kind] for kind in KINDS}
+    found = {kind: [row for row in task.rows if row.outcome == kind] for kind in KINDS}
     shown = {kind: rows for kind, rows in found.items() if rows}
     with drawing():
         figure = Figure(figsize=(8.4, 1.1 + 1.75 * len(shown)), layout="constrained")
         grid = figure.add_gridspec(1 + len(shown), COLUMNS, height_ratios=[0.55] + [1.75] * len(shown))
-        _bar(figure.add_subplot(grid[0, :]), name, task["counts"])
+        _bar(figure.add_subplot(grid[0, :]), name, task.counts)
         for line, (kind, rows) in enumerate(shown.items(), 1):
             # Those with a picture come first: they were spread over all rows when they were chosen.
-            pictured = [row for row in rows if row["picture"]] or rows
+            pictured = [row for row in rows if row.picture] or rows
             chosen = [pictured[place] for place in spread(range(len(pictured)), COLUMNS)]
             for column in range(COLUMNS):
                 axes = figure.add_subplot(grid[line, column])
@@ -58,8 +61,9 @@ def _figure(name: str, task: Mapping[str, Any], folder: Path) -> Figure:
     return figure
 
 
-def _bar(axes: Axes, name: str, counts: Mapping[str, int]) -> None:
-    total, left = sum(counts.values()) or 1, 0
+def _bar(axes: Axes, name: str, found: Counts) -> None:
+    counts = found.model_dump()
+    total, left = found.total or 1, 0
     for kind in KINDS:
         axes.barh([0], [counts[kind]], left=left, color=_COLOURS[kind], label=f"{TITLES[kind]} {counts[kind]}")
         if counts[kind] > 0.06 * total:
@@ -72,15 +76,15 @@ def _bar(axes: Axes, name: str, counts: Mapping[str, int]) -> None:
     axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, 0.05), fontsize=8, handlelength=1, borderaxespad=0)
 
 
-def _example(axes: Axes, row: Mapping[str, Any], folder: Path) -> None:
+def _example(axes: Axes, row: Row, folder: Path) -> None:
     import matplotlib.image
 
-    lines = textwrap.wrap(row["question"] or "", 30)[:2]
-    lines += [f"truth: {_cut(row['truth'])}", f"dense: {_cut(row['dense'])}", f"pruned: {_cut(row['pruned'])}"]
-    path = (folder / row["picture"]).resolve() if row["picture"] else None
-    inside = path is not None and path.is_relative_to(folder.resolve()) and path.is_file()
-    if path is not None and inside:
-        axes.imshow(matplotlib.image.imread(path, format="png"))
+    lines = textwrap.wrap(row.question or "", 30)[:2]
+    lines += [f"truth: {_cut(row.truth)}", f"dense: {_cut(row.dense)}", f"pruned: {_cut(row.pruned)}"]
+    content = picture_of(folder, row.picture)
+    inside = content is not None
+    if content is not None:
+        axes.imshow(matplotlib.image.imread(io.BytesIO(content), format="png"))
     axes.text(0.5 if inside else 0, -0.04 if inside else 0.9, "\n".join(lines), transform=axes.transAxes, va="top",
               ha="center" if inside else "left", fontsize=7, parse_math=False)  # fmt: skip
 

@@ -13,7 +13,7 @@ from ecoflap.importance.scores import Estimate, Importance
 from ecoflap.model.parts import Layer
 from ecoflap.report.analyses import Effects
 from ecoflap.report.analysis.agreement import spearman
-from ecoflap.report.analysis.registry import Analysis
+from ecoflap.report.analysis.registry import Analysis, NotApplicable
 from ecoflap.report.charts.analysis import effect_charts, share_charts
 from ecoflap.report.charts.static import picture
 from ecoflap.support.progress import Labelled
@@ -184,6 +184,8 @@ def _try(into: dict[str, dict[str, float]], value: str, scores: Importance, opti
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
     """Above: rank correlation and relative error against each option. Below: the towers' sparsities."""
     content = Effects.model_validate(data)
+    if not any((*content.effects.values(), *content.allocations.values())):
+        raise NotApplicable("nothing was measured")
     return {"": picture([effect_charts(content), share_charts(content)])}
 
 

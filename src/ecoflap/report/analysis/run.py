@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.report.analysis.registry import ANALYSES, NotApplicable
 from ecoflap.run.directory import RunDirectory
 from ecoflap.support.files import write_json
 from ecoflap.support.progress import Progress
-from ecoflap.support.reading import read_json
+from ecoflap.support.reading import checked, first_fault, read_json
 
 if TYPE_CHECKING:
     from ecoflap.report.analysis.subject import Subject
@@ -112,13 +114,17 @@ def _one(name: str, subject: Subject, overwrite: bool) -> Outcome:
     if analysis.compute is not None:
         made.append(path)
         if path.exists() and not overwrite:
-            state, data = "kept", read_json(path, "the analysis")
+            state, data = "kept", checked(read_json(path, "the analysis"), dict[str, Any], str(path))
         else:
             data = {"format": 1, **_finite(_computed(analysis.compute, subject))}
             write_json(path, data)
-    for suffix, figure in analysis.draw(data, subject).items():
+    try:
+        figures = analysis.draw(data, subject)
+    except ValidationError as error:
+        raise InvalidOption(f"{path}: {first_fault(error)}: --overwrite measures it again") from error
+    for suffix, figure in figures.items():
         made += save(figure, subject.folder / f"{name}{suffix}")
-    skipped = data.get("skipped", {})
+    skipped = checked(data.get("skipped", {}), dict[str, str], f"{path}: skipped")
     note = "; ".join(f"without {one}: {reason}" for one, reason in skipped.items())
     return Outcome(state, tuple(made), note)
 

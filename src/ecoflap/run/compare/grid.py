@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from ecoflap.errors import EcoflapError, InfeasibleAllocation, InvalidOption, StorageError
 from ecoflap.importance.scores import Importance
@@ -50,6 +49,7 @@ from ecoflap.run.prepare import (
 from ecoflap.run.provenance import Usage, environment, measured, sparsity_summary, threads_of_start
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.progress import Progress, Silent, Task
+from ecoflap.support.reading import checked
 
 Group = tuple[int, int]  # seed and number of calibration samples: cells with the same two share their batches
 
@@ -254,11 +254,8 @@ class _Work:
 
     def _read(self, place: Place) -> Cell:
         name = _file_of(place)
-        try:
-            return Cell.model_validate(self._folder.read(name))
-        except ValidationError as error:
-            path = self._folder.path / name
-            raise InvalidOption(f"{path} is damaged: remove it, and --resume makes the cell again") from error
+        found: Cell = checked(self._folder.read(name), Cell, f"{self._folder.path / name}, a damaged file")
+        return found
 
     def _finish(self, place: Place, task: Task) -> None:
         task.advance(0, str(place))
@@ -319,7 +316,8 @@ class _Work:
                 test_of(entry, evaluate(self._checkpoint, entry, self._grid, self._progress)) for entry in self._entries
             ]
             self._folder.write(DENSE, [row.model_dump(mode="json") for row in rows])
-        return tuple(Test.model_validate(row) for row in self._folder.read(DENSE))
+        found: tuple[Test, ...] = checked(self._folder.read(DENSE), tuple[Test, ...], str(self._folder.path / DENSE))
+        return found
 
 
 def _file_of(place: Place) -> str:

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import TaskResult
 from ecoflap.run.compare.recipe import Place
 from ecoflap.run.compare.shared import Took
@@ -18,7 +17,7 @@ from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.names import COMPARISON
 from ecoflap.run.pipeline import quality
 from ecoflap.run.provenance import Usage
-from ecoflap.support.reading import read_json
+from ecoflap.support.reading import checked, read_json
 
 
 class _Record(BaseModel):
@@ -165,15 +164,8 @@ def read_comparison(folder: str | Path) -> Comparison:
         InvalidOption: it is not there, or is none.
     """
     path = Path(folder) / COMPARISON
-    data = read_json(path, "the comparison")
-    try:
-        return Comparison.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidOption(
-            f"{path}: {where}: {first['msg']}: make it again with 'ecoflap compare --resume'"
-        ) from error
+    found: Comparison = checked(read_json(path, "the comparison"), Comparison, str(path))
+    return found
 
 
 # Words of lm-eval's metrics of which less is better; all others are shares, recalls or scores.

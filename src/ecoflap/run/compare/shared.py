@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
@@ -32,6 +32,7 @@ from ecoflap.run.recipe import Recipe
 from ecoflap.search.search import search_options
 from ecoflap.support.files import write_tensors
 from ecoflap.support.progress import Progress
+from ecoflap.support.reading import checked
 
 _log = logging.getLogger("ecoflap")
 
@@ -125,10 +126,10 @@ class SharedScores:
 
 def took_of(data: Any, name: str) -> Took:
     """What a kept file says that it took. Raises InvalidOption where the file is damaged."""
-    try:
-        return Took.model_validate(data.get("took", {}))
-    except ValidationError as error:
-        raise InvalidOption(f"{name} is damaged: remove it, and --resume measures it again") from error
+    if not isinstance(data, dict):
+        raise InvalidOption(f"{name} holds no object: remove it, and --resume measures it again")
+    found: Took = checked(data.get("took", {}), Took, name)
+    return found
 
 
 # What is decided after the search, or (the criterion) enters it by its order alone.
