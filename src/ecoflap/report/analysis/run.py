@@ -42,7 +42,7 @@ class Outcome:
 class Interrupted(KeyboardInterrupt):
     """Stopped by a signal; analyses that were done by then are kept."""
 
-    told = "the same command goes on from here"
+    message = "the same command goes on from here"
 
 
 def analyse(
