@@ -18,7 +18,7 @@ from ecoflap.support.registry import number
 
 # The heading of --help for each option.
 PANELS: dict[str, tuple[str, ...]] = {
-    "Grid": ("methods", "sparsities", "seeds"),
+    "Grid": ("methods", "sparsities", "seeds", "values"),
     "Training": (
         "train", "train_samples", "validation", "held_out", "tune", "rank", "epochs", "learning_rate", "weight_decay",
         "warmup", "accumulate", "evaluate_every", "patience", "dense", "distill", "distill_hidden", "temperature",
@@ -51,6 +51,7 @@ _METAVARS = {
     "methods": "METHOD,...",
     "sparsities": "FROM:TO:STEP|X,...",
     "seeds": "N,...",
+    "values": "FORM,...",
     "importance": "NAME|FILE",
     "importance_options": "NAME=VALUE",
     "tower_sparsity": "TOWER=X",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ecoflap.report import records
-from ecoflap.report.charts.compare import cost_charts, quality_chart, tower_charts
+from ecoflap.report.charts.compare import bytes_chart, cost_charts, quality_chart, tower_charts
 from ecoflap.report.comparison import Cell, Comparison, Method, Test, read_comparison
 from ecoflap.report.html import Plots, environment
 from ecoflap.run.citations import paper
@@ -55,6 +55,7 @@ def render(content: Comparison) -> str:
                 "rows": [_row(content, method, test) for method in content.methods],
             }
         )
+    stored = [_stored(content, test, plots, index) for index, test in enumerate(content.each_test)]
     methods = {method.name: method.shown for method in content.methods}
     return (
         environment()
@@ -63,6 +64,7 @@ def render(content: Comparison) -> str:
             content=content,
             model=content.model or "embedded VLM",
             tests=tests,
+            stored=[one for one in stored if one["rows"]],
             tower_panels=plots.group("tower", tower_charts(content)),
             cost_panels=plots.group("cost", cost_charts(content)),
             methods=methods,
@@ -91,6 +93,18 @@ def _row(content: Comparison, method: Method, test: Test) -> dict[str, Any]:
             }
         )
     return {"title": method.shown, "name": method.name, "cells": cells}
+
+
+def _stored(content: Comparison, test: Test, plots: Plots, index: int) -> dict[str, Any]:
+    """A test's plot and table by stored bytes, the largest model first."""
+    chart = bytes_chart(content, test)
+    rows = []
+    for model in sorted(content.by_bytes(test), key=lambda model: -model.bytes):
+        found = model.average
+        text = formats.metric_value(test.metric, found.mean, found.error, unit=test.unit)
+        title = model.title if model.sparsity is None else f"{model.title} at {formats.percent(model.sparsity)}"
+        rows.append({"model": model, "title": title, "value": found.mean, "text": text})
+    return {"title": test.title, "panels": plots.group(f"bytes{index}-", [chart] if chart else []), "rows": rows}
 
 
 def _cells(content: Comparison) -> Iterator[tuple[Cell, list[tuple[float | None, str]]]]:

@@ -61,6 +61,14 @@ class Method(Content):
         return self.title or self.name
 
 
+class Stored(Content):
+    """A model in one form of its values: bytes of the prunable weights, bits of one of them, and its results."""
+
+    bytes: Count
+    bits: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    tests: dict[str, Result] = {}
+
+
 class Cell(Content):
     """One method at one sparsity with one seed; ``value`` is None where it failed, and ``error`` says why."""
 
@@ -73,6 +81,7 @@ class Cell(Content):
     tests: dict[str, Result] = {}
     achieved: Fraction | None = None
     towers: dict[str, Fraction | None] = {}
+    stored: dict[str, Stored] = {}
     seconds: dict[str, Seconds | None] = {}
     peak_memory_bytes: Count | None = None
     peak_cuda_bytes: Count | None = None
@@ -98,6 +107,35 @@ class Average:
     failures: list[str]
 
 
+def average_of(results: Sequence[Result], failures: list[str]) -> Average:
+    """The mean of the results that are known."""
+    found = [(result.value, result.stderr) for result in results if result.value is not None]
+    if not found:
+        return Average(None, None, 0, failures)
+    values = [value for value, _ in found]
+    return Average(fmean(values), stdev(values) if len(values) > 1 else found[0][1], len(values), failures)
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A method's model at one sparsity (the dense one: None), its values in one form: bytes, bits a weight, quality."""
+
+    title: str
+    sparsity: float | None
+    form: str
+    bytes: float
+    bits: float
+    average: Average
+
+    @property
+    def line(self) -> str:
+        """What it shares a line of the plot with: dense models of all forms, else a method's of one form."""
+        return "dense, quantised" if self.sparsity is None else f"{self.title}, {FORM_WORDS.get(self.form, self.form)}"
+
+
+FORM_WORDS = {"auto": "packed"}
+
+
 class Comparison(Content):
     """``compare.json``."""
 
@@ -111,6 +149,7 @@ class Comparison(Content):
     sparsities: list[Fraction]
     seeds: list[int] = []
     cells: list[Cell] = []
+    dense_stored: dict[str, Stored] = {}
     recipe: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     command: str | None = None
@@ -137,11 +176,24 @@ class Comparison(Content):
         cells = self.of(method, sparsity)
         failures = [cell.error for cell in cells if cell.error]
         results = [self.result(cell, test) for cell in cells]
-        found = [(result.value, result.stderr) for result in results if result.value is not None]
-        if not found:
-            return Average(None, None, 0, failures)
-        values = [value for value, _ in found]
-        return Average(fmean(values), stdev(values) if len(values) > 1 else found[0][1], len(values), failures)
+        return average_of(results, failures)
+
+    def by_bytes(self, test: Test) -> list[StoredModel]:
+        """Each model in each form that was measured on ``test``; those of one method and form follow one another."""
+        rows = [
+            StoredModel("dense", None, form, float(one.bytes), one.bits, average_of([one.tests[test.name]], []))
+            for form, one in self.dense_stored.items()
+            if test.name in one.tests
+        ]
+        for method in self.methods:
+            for form in self.dense_stored:
+                for sparsity in self.sparsities:
+                    found = [cell.stored[form] for cell in self.of(method.name, sparsity) if form in cell.stored]
+                    results = [one.tests[test.name] for one in found if test.name in one.tests]
+                    if results:
+                        size, bits = fmean(one.bytes for one in found), fmean(one.bits for one in found)
+                        rows.append(StoredModel(method.shown, sparsity, form, size, bits, average_of(results, [])))
+        return [row for row in rows if row.average.mean is not None]
 
     def leaders(self, sparsity: float, test: Test) -> set[str]:
         """The best method at a sparsity, and those as good within error: no further off than √(a² + b²)."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, log_ticks, style
-from ecoflap.report.comparison import Comparison, Test, mean, read_comparison
+from ecoflap.report.comparison import Comparison, StoredModel, Test, mean, read_comparison
 from ecoflap.support import formats
 
 _CONTRAST = 20.0  # values whose largest is so many times the smallest are shown on a logarithmic scale
 _LEAST = 0.02  # each way on an axis of differences: less has no whole per cent to mark
-_GIGABYTE = 1e9
+_MEGABYTE, _GIGABYTE = 1e6, 1e9
 
 
 def quality_chart(content: Comparison, test: Test) -> Chart | None:
@@ -56,6 +56,51 @@ def quality_chart(content: Comparison, test: Test) -> Chart | None:
         rules=rules,
         wide=True,
     )
+
+
+def bytes_chart(content: Comparison, test: Test) -> Chart | None:
+    """Quality against stored bytes: the dense model quantised is one line, each method in each form another."""
+    lines: dict[str, list[StoredModel]] = {}
+    for model in sorted(content.by_bytes(test), key=lambda model: model.bytes):
+        lines.setdefault(model.line, []).append(model)
+    if not lines:
+        return None
+    share = formats.unit_of(test.metric, test.unit) == "%"
+    means = [model.average.mean or 0.0 for models in lines.values() for model in models]
+    log = not share and min(means) > 0 and max(means) / min(means) > _CONTRAST
+    series = []
+    order = sorted(lines, key=lambda name: name != "dense, quantised")  # the line that all others are held against
+    for index, name in enumerate(order):
+        models = lines[name]
+        y = [model.average.mean or 0.0 for model in models]
+        errors = [model.average.error or 0.0 for model in models]
+        band = ([v - e for v, e in zip(y, errors, strict=True)], [v + e for v, e in zip(y, errors, strict=True)])
+        x = [model.bytes / _MEGABYTE for model in models]
+        hover = [_stored_words(name, model, test) for model in models]
+        series.append(Series(name, "line", x, y, style(index), hover, band=band if any(errors) else None))
+    axis = Axis(test.metric, percent=share)
+    if log:
+        limits = min(means) / 1.3, max(means) * 1.3
+        axis = Axis(test.metric, log=True, limits=limits, ticks=log_ticks(limits))
+        series = [_above(line, limits[0]) for line in series]
+    dense = test.dense.value
+    shown = formats.metric_value(test.metric, dense, unit=test.unit)
+    return Chart(
+        caption=f"{test.title} against stored bytes",
+        description=f"{test.metric} of {len(lines)} lines of models by the bytes of their prunable weights; "
+        "the table below has the numbers.",
+        x=Axis("MB of the prunable weights"),
+        y=axis,
+        series=series,
+        rules=[] if dense is None else [Rule(dense, f"dense {shown}", 1)],
+        wide=True,
+    )
+
+
+def _stored_words(name: str, model: StoredModel, test: Test) -> str:
+    what = model.form if model.sparsity is None else f"sparsity {formats.percent(model.sparsity)}"
+    value = formats.metric_value(test.metric, model.average.mean, model.average.error or None, unit=test.unit)
+    return f"{name}\n{what}: {value}\n{model.bytes / _MEGABYTE:.2f} MB, {model.bits:.2f} bits a weight"
 
 
 def _above(line: Series, floor: float) -> Series:
@@ -141,7 +186,7 @@ def tower_charts(content: Comparison) -> list[Chart]:
 
 
 def draw_comparison(folder: Path | str) -> None:
-    """Writes ``quality`` (a panel for each test) and ``cost``, each as PNG and SVG, from ``compare.json``.
+    """Writes ``quality`` and ``bytes`` (a panel for each test) and ``cost``, each as PNG and SVG, from ``compare.json``.
 
     Raises:
         InvalidOption: the folder holds no ``compare.json``, or it is broken.
@@ -152,9 +197,15 @@ def draw_comparison(folder: Path | str) -> None:
     content = read_comparison(folder)
     found = [quality_chart(content, test) for test in content.each_test]
     quality = [[chart for chart in found if chart is not None]]
+    stored = [chart for test in content.each_test if (chart := bytes_chart(content, test)) is not None]
     seeds = len(content.seeds)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "± one standard error of the test"
     title = formats.shortened(content.model or "embedded VLM", 24)
-    for name, rows, words in (("quality", quality, f"{title}: {spread}"), ("cost", [cost_charts(content)], title)):
+    drawings = (
+        ("quality", quality, f"{title}: {spread}"),
+        ("bytes", [stored], f"{title}: {spread}"),
+        ("cost", [cost_charts(content)], title),
+    )
+    for name, rows, words in drawings:
         if any(rows):
             save(picture(rows, words), Path(folder) / name)

@@ -15,7 +15,7 @@ from ecoflap.run.versions import versions
 
 CELLS, IMPORTANCES, INPUTS, PAGE = "cells", "importance", "inputs.json", "compare.html"
 TABLE, LINES = "compare.md", "compare.csv"
-PLOTS = ("quality.png", "quality.svg", "cost.png", "cost.svg")
+PLOTS = ("quality.png", "quality.svg", "bytes.png", "bytes.svg", "cost.png", "cost.svg")
 RESULTS = (COMPARISON, PAGE, TABLE, LINES, *PLOTS)
 DENSE = f"{CELLS}/dense.json"
 _AXES = ("methods", "sparsities", "seeds")
@@ -46,7 +46,7 @@ class GridDirectory(RunDirectory):
             return self.manifest.exists
 
     def _check_same(self, recipe: Recipe) -> None:
-        before, now = self.recorded(), {**recipe.to_dict(), "versions": versions()}
+        before, now = {"values": [], **self.recorded()}, {**recipe.to_dict(), "versions": versions()}
         found = [
             f"{axis}: {lost} then, not now"
             for axis in _AXES

@@ -33,6 +33,7 @@ from ecoflap.run.compare.record import (
 )
 from ecoflap.run.compare.results import command_of, write_results
 from ecoflap.run.compare.shared import KeptWeights, SharedScores, allocated
+from ecoflap.run.compare.stored import StoredForms, check_forms
 from ecoflap.run.evaluations import check_evaluations, evaluate, evaluations_of, rehearse
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.names import JOURNAL, LOG
@@ -105,6 +106,7 @@ def planned(grid: Grid) -> Plans:
     """
     if not check_evaluations(grid):
         raise InvalidOption("what to compare by? give --task vqa or --task perplexity, and its data as --test FILE")
+    check_forms(grid.values)
     plans = Plans()
     for place in grid.places():
         try:
@@ -205,9 +207,10 @@ class _Work:
         self._group: Group = group_of(base.recipe)
         self._scores = SharedScores(folder, progress)
         self._entries = evaluations_of(grid)
-        path = folder.path / JOURNAL / "dense.safetensors" if low_memory else None
-        names = list(dict.fromkeys(layer.parameter for layer in base.anatomy.layers))
-        self._kept = KeptWeights(self._checkpoint.model, names, path)
+        kept_in = folder.path / JOURNAL if low_memory else None
+        names, model = list(dict.fromkeys(layer.parameter for layer in base.anatomy.layers)), self._checkpoint.model
+        self._kept = KeptWeights(model, names, kept_in and kept_in / "dense.safetensors")
+        self._stored = StoredForms(model, names, grid.values, self._evaluated, kept_in)
 
     @property
     def _checkpoint(self) -> Checkpoint:
@@ -216,6 +219,7 @@ class _Work:
     def all(self) -> Comparison:
         """Every cell that is not finished yet, then all of them together."""
         tests = self._dense()
+        dense_stored = self._stored.dense_kept_in(self._folder, tests, self._kept)
         places = list(self._grid.places())
         # By group, so that batches are loaded once; a method with samples of its own is a group for itself.
         todo = sorted((p for p in places if not self._folder.whole(_file_of(p))), key=self._turn)
@@ -243,6 +247,7 @@ class _Work:
             sparsities=self._grid.sparsities,
             seeds=self._grid.seeds,
             cells=tuple(self._read(place) for place in places),
+            dense_stored=dense_stored,
             recipe=self._grid.to_dict(),
             environment=environment(self._checkpoint),
             command=command_of(self._grid, self._folder.path),
@@ -298,9 +303,9 @@ class _Work:
             _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
         with measured("evaluation", usages):
             results = self._evaluated()
-        return cell_of(
-            place, results=results, sparsity=sparsity_summary(plan.anatomy, pruned.allocation), took=took, usages=usages
-        )
+        sparsity = sparsity_summary(plan.anatomy, pruned.allocation)
+        stored = self._stored.of_pruned(results)
+        return cell_of(place, results=results, sparsity=sparsity, took=took, usages=usages, stored=stored)
 
     def _evaluated(self) -> dict[str, Quality]:
         # With the grid's own seed: all cells answer the same questions.

@@ -13,6 +13,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.importance.registry import AUTO
 from ecoflap.run.compare.methods import AXES, OF_METHOD, Method, parse_method, split_methods
 from ecoflap.run.recipe import Recipe
+from ecoflap.support.registry import unknown
 
 DEFAULT_METHODS = (
     "magnitude",
@@ -25,6 +26,7 @@ DEFAULT_METHODS = (
     "zeroth-order+wanda:search=true,search_options=rounds=3",
     "zeroth-order+sparsegpt:search=true,search_options=rounds=3",
 )
+FORMS = ("auto", "bfloat16", "int8", "int4")  # in which a model may be stored
 MOST = 1000  # sparsities of one grid; more is a slip of the pen
 # Fields of a run's recipe that mean nothing here: the methods, or the grid's axes, say them.
 UNUSED = frozenset((*AXES, *OF_METHOD, "allocation", "pruned")) - {"seed"}
@@ -48,6 +50,23 @@ class Grid(Recipe):
     seeds: tuple[int, ...] = Field(
         (0,), description="Of sample choice and noise, such as 0,1,2: the spread over them is shown. Default: 0."
     )
+
+    values: tuple[str, ...] = Field(
+        (),
+        description="Also store every model in these forms, and measure each by its bytes: auto (the checkpoint's "
+        "dtype), bfloat16, int8, int4. Pruned models are packed, the dense one is quantised by torchao. Default: none.",
+    )
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _known_values(cls, value: Any) -> Any:
+        found: dict[str, None] = {}
+        for item in value if isinstance(value, list | tuple) else [value]:
+            for part in str(item).split(","):
+                if (form := part.strip()) not in FORMS:
+                    raise unknown("form of values", form, list(FORMS))
+                found[form] = None
+        return tuple(found)
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -60,6 +60,17 @@ class Seconds(_Record):
     evaluation: float = 0.0
 
 
+class Stored(_Record):
+    """A model in one form that it may be stored in.
+
+    ``bytes`` are those of all prunable weights, with masks, offsets and scales; ``bits`` the same for one of them.
+    """
+
+    bytes: int
+    bits: float
+    tests: dict[str, Quality] = Field(default_factory=dict)
+
+
 class MethodRecord(_Record):
     """One method: ``name`` is how the command line writes it."""
 
@@ -88,6 +99,7 @@ class Cell(_Record):
     tests: dict[str, Quality] = Field(default_factory=dict)
     achieved: float | None = None
     towers: dict[str, float] = Field(default_factory=dict)
+    stored: dict[str, Stored] = Field(default_factory=dict, description="By the form of its values.")
     seconds: Seconds = Seconds()
     peak_memory_bytes: int | None = None
     peak_cuda_bytes: int | None = None
@@ -108,6 +120,7 @@ class Comparison(_Record):
     sparsities: tuple[float, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
+    dense_stored: dict[str, Stored] = Field(default_factory=dict, description="The dense model, by form.")
     recipe: dict[str, Any]
     environment: dict[str, Any]
     command: str
@@ -202,6 +215,7 @@ def cell_of(
     sparsity: Mapping[str, Any] | None = None,
     took: Took | None = None,
     usages: Sequence[Usage] = (),
+    stored: Mapping[str, Stored] | None = None,
 ) -> Cell:
     """A finished cell.
 
@@ -211,6 +225,7 @@ def cell_of(
         sparsity: see :func:`ecoflap.run.provenance.sparsity_summary`.
         took: what the measurement of the importance took, by which cell ever.
         usages: of the stages allocation, pruning and evaluation.
+        stored: the cell's model in each form that was asked for.
     """
     name, seed = place.method.name, place.seed
     if error is not None or results is None or sparsity is None:
@@ -230,6 +245,7 @@ def cell_of(
         tests=dict(results),
         achieved=sparsity["prunable"],
         towers={name: tower["sparsity"] for name, tower in sparsity["towers"].items()},
+        stored=dict(stored or {}),
         seconds=Seconds(importance=took.seconds, **{usage.name: usage.seconds for usage in usages}),
         peak_memory_bytes=max(memory),
         peak_cuda_bytes=max(cuda, default=None),

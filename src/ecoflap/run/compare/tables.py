@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ecoflap.run.compare.record import Cell, Comparison, MethodRecord, Summary, Test, leaders
+from ecoflap.run.compare.record import Cell, Comparison, MethodRecord, Stored, Summary, Test, leaders, summarise
 from ecoflap.support.formats import duration, metric_value, size, task_title
 
 # One row of compare.csv begins with these; docs/compare.md says what they hold.
@@ -26,13 +26,16 @@ def as_csv(comparison: Comparison) -> str:
     """One row per cell, numbers in full; empty where nothing was measured.
 
     After the fixed columns: ``tower:NAME`` for each tower's sparsity, ``other:METRIC`` for further metrics of the first
-    test, and ``test:NAME`` and ``test:NAME:stderr`` for each further test.
+    test, ``test:NAME`` and ``test:NAME:stderr`` for each further test, and ``FORM:bytes``, ``FORM:value`` and
+    ``FORM:stderr`` (first test) for each form that models were stored in.
     """
     towers = list(dict.fromkeys(name for cell in comparison.cells for name in cell.towers))
     others = list(dict.fromkeys(name for cell in comparison.cells for name in cell.others))
     tests = [test.name for test in comparison.tests[1:]]
     more = [f"tower:{name}" for name in towers] + [f"other:{name}" for name in others]
     more += [f"test:{name}{end}" for name in tests for end in ("", ":stderr")]
+    forms = list(dict.fromkeys(form for cell in comparison.cells for form in cell.stored))
+    more += [f"{form}:{what}" for form in forms for what in ("bytes", "value", "stderr")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*COLUMNS, *more])
@@ -43,6 +46,10 @@ def as_csv(comparison: Comparison) -> str:
         for name in tests:
             found = cell.tests.get(name)
             row += [found and found.value, found and found.stderr]
+        for form in forms:
+            kept = cell.stored.get(form)
+            first = kept and kept.tests.get(comparison.tests[0].name)
+            row += [kept and kept.bytes, first and first.value, first and first.stderr]
         writer.writerow(["" if value is None else value for value in row])
     return out.getvalue()
 
@@ -77,6 +84,7 @@ def as_markdown(comparison: Comparison) -> str:
         f"Columns are sparsities, {spread}. Bold: the best of a column and all that are as good within error (they "
         "differ from it by no more than √(a² + b²), a and b being the two numbers after ±)."
     )
+    parts += _by_bytes(comparison)
     parts += _not_made(comparison)
     parts += ["## Cost", _cost(comparison)]
     parts.append(
@@ -120,6 +128,46 @@ def _quality(comparison: Comparison, test: Test) -> str:
 
 def _value(test: Test, value: float | None, error: float | None) -> str:
     return metric_value(test.metric, value, error, unit=test.unit)
+
+
+def stored_rows(comparison: Comparison) -> Iterator[tuple[str, str, int, float, dict[str, Summary]]]:
+    """Models by stored bytes, the largest first: title, form, mean bytes, mean bits a weight, each test's figures."""
+    rows: list[tuple[str, str, int, float, dict[str, Summary]]] = []
+    for form, one in comparison.dense_stored.items():
+        rows.append(("dense", form, one.bytes, one.bits, _figures([one])))
+        for method in comparison.methods:
+            for sparsity in comparison.sparsities:
+                cells = comparison.cells_of(method.name, sparsity)
+                if found := [cell.stored[form] for cell in cells if form in cell.stored]:
+                    size = sum(stored.bytes for stored in found) // len(found)
+                    bits = sum(stored.bits for stored in found) / len(found)
+                    rows.append((f"{method.title} at {sparsity:g}", form, size, bits, _figures(found)))
+    yield from sorted(rows, key=lambda row: -row[2])
+
+
+def _figures(found: Sequence[Stored]) -> dict[str, Summary]:
+    names = dict.fromkeys(name for one in found for name in one.tests)
+    all_of = {name: summarise([one.tests[name] for one in found if name in one.tests]) for name in names}
+    return {name: summary for name, summary in all_of.items() if summary is not None}
+
+
+def _by_bytes(comparison: Comparison) -> list[str]:
+    """Pruned, quantised and both, side by side by their bytes."""
+    if not comparison.dense_stored:
+        return []
+    rows = [
+        [_plain(title), form, f"{size_ / 1e6:.2f}", f"{bits:.2f}"]
+        + [_of_test(test, figures) for test in comparison.tests]
+        for title, form, size_, bits, figures in stored_rows(comparison)
+    ]
+    heads = ["model", "values", "MB", "bits a weight", *(_plain(test.name) for test in comparison.tests)]
+    words = "Bytes of the prunable weights: pruned models packed, the dense one quantised by torchao without data."
+    return ["## By stored bytes", words, _table(heads, rows)]
+
+
+def _of_test(test: Test, figures: dict[str, Summary]) -> str:
+    found = figures.get(test.name)
+    return NOTHING if found is None else _value(test, found.mean, found.error)
 
 
 def _not_made(comparison: Comparison) -> list[str]:
@@ -204,4 +252,14 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
                 text = shown(comparison, test, column.get(method.name), comparison.cells_of(method.name, sparsity))
                 row.append(Text(text, style="bold" if method.name in best else ""))
             table.add_row(*row)
+        yield table
+    if comparison.dense_stored:
+        table = Table(title="by stored bytes of the prunable weights", title_justify="left", title_style="bold")
+        for head in ("model", "values"):
+            table.add_column(head)
+        for head in ("MB", "bits a weight", *(test.name for test in comparison.tests)):
+            table.add_column(head, justify="right", no_wrap=True)
+        for words, form, size_, bits, figures in stored_rows(comparison):
+            figures_ = [f"{size_ / 1e6:.2f}", f"{bits:.2f}", *(_of_test(test, figures) for test in comparison.tests)]
+            table.add_row(Text(words), form, *map(Text, figures_))
         yield table

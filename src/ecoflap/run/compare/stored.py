@@ -1,0 +1,169 @@
+"""Quality by stored bytes: a cell's model packed with rounded values, and the dense model quantised by torchao."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.errors import InvalidOption, MissingDependency
+from ecoflap.model.packed.convert import packable
+from ecoflap.model.packed.format import STORED, pack_weight, packed_bytes, unpack_weight, worth_packing
+from ecoflap.run.compare.folder import CELLS, GridDirectory
+from ecoflap.run.compare.record import Quality, Stored, Test
+from ecoflap.run.compare.shared import KeptWeights
+
+GROUP = 64  # columns that share a scale where torchao quantises to int4: 4.25 bits a weight with bfloat16 scales
+
+Results = dict[str, Quality]
+Form = Callable[[Tensor], tuple[Tensor | None, int]]
+
+
+def check_forms(values: Sequence[str]) -> None:
+    """Raises MissingDependency where dense models are to be quantised, and torchao is not there."""
+    if any(form in STORED for form in values) and find_spec("torchao") is None:
+        raise MissingDependency(
+            "--values int8 and int4 also measure the dense model quantised, by torchao: pip install 'ecoflap[torchao]'"
+        )
+
+
+class StoredForms:
+    """Measures a model in each form that it may be stored in. Its weights are rounded in place, and put back.
+
+    Rounded weights compute the same as the packed or quantised layer within the rounding of a sum, so that every model
+    and task of a comparison can be measured.
+
+    Args:
+        model: as it is to be stored.
+        names: its prunable weights; all others stay as they are, and are not counted.
+        forms: of "auto", "bfloat16", "int8" and "int4".
+        evaluated: puts the model to the tests.
+        folder: where copies of pruned weights are kept; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        forms: Sequence[str],
+        evaluated: Callable[[], Results],
+        folder: Path | None = None,
+    ) -> None:
+        self._model, self._names, self.forms = model, tuple(names), tuple(forms)
+        self._evaluated, self._folder = evaluated, folder
+
+    def of_pruned(self, results: Results) -> dict[str, Stored]:
+        """The pruned model in every form, packed; ``results`` are its own, which "auto" keeps."""
+        if not self.forms:
+            return {}
+        path = None if self._folder is None else self._folder / "pruned.safetensors"
+        kept = KeptWeights(self._model, self._names, path)
+        found = {}
+        for form in self.forms:
+            size = self._apply(_packed(form))
+            found[form] = self._stored(size, results if form == "auto" else self._evaluated())
+            kept.restore()
+        if path is not None:
+            path.unlink()
+        return found
+
+    def dense_kept_in(self, folder: GridDirectory, tests: Sequence[Test], dense: KeptWeights) -> dict[str, Stored]:
+        """The dense model in every form, by torchao; each is measured once and kept in a file of ``folder``.
+
+        Args:
+            tests: with the dense model's results, which "auto" keeps.
+            dense: puts the dense weights back.
+        """
+        found = {}
+        for form in self.forms:
+            if not folder.whole(name := f"{CELLS}/dense-{form}.json"):
+                try:
+                    made = self.of_dense(form, {test.name: test.dense for test in tests})
+                finally:
+                    dense.restore()
+                folder.write(name, made.model_dump(mode="json"))
+            found[form] = Stored.model_validate(folder.read(name))
+        return found
+
+    def of_dense(self, form: str, results: Results) -> Stored:
+        """The dense model in one form, by torchao; whoever calls puts the weights back."""
+        return self._stored(self._apply(_quantised(form)), results if form == "auto" else self._evaluated())
+
+    def _stored(self, size: int, results: Results) -> Stored:
+        count = sum(self._model.get_parameter(name).numel() for name in self._names)
+        return Stored(bytes=size, bits=8 * size / count, tests=dict(results))
+
+    @torch.no_grad()
+    def _apply(self, form: Form) -> int:
+        """Round every prunable weight; the bytes of all together."""
+        total, left = 0, set(self._names)
+        for weight, rows in self._matrices(left):
+            changed, size = form(rows)
+            total += size
+            if changed is not None:
+                rows.copy_(changed.to(weight.dtype))
+        # Experts stacked in one parameter and the like, which neither packing nor torchao takes: they stay.
+        return total + sum(self._model.get_parameter(name).nbytes for name in left)
+
+    def _matrices(self, left: set[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The weights of linear layers and (outputs, inputs) views of them; what remains in ``left`` are others."""
+        for name, layer in packable(self._model):
+            if (path := f"{name}.weight") in left:
+                left.remove(path)
+                yield layer.weight, layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+
+
+def _packed(form: str) -> Form:
+    def packed(rows: Tensor) -> tuple[Tensor | None, int]:
+        if form in STORED and worth_packing(rows):
+            made = pack_weight(rows, form)
+            return unpack_weight(made), made.nbytes
+        kept = rows.bfloat16() if form == "bfloat16" else rows
+        return kept if form == "bfloat16" else None, packed_bytes(kept) if worth_packing(kept) else kept.nbytes
+
+    return packed
+
+
+def _quantised(form: str) -> Form:
+    def quantised(rows: Tensor) -> tuple[Tensor | None, int]:
+        if form == "auto":
+            return None, rows.nbytes
+        return (rows.bfloat16(), 2 * rows.numel()) if form == "bfloat16" else quantised_by_torchao(rows, form)
+
+    return quantised
+
+
+def quantised_by_torchao(weight: Tensor, values: str) -> tuple[Tensor, int]:
+    """What an (outputs, inputs) weight becomes in torchao's weight-only quantisation, and its bytes.
+
+    int8 has one scale a row. int4 is symmetric, with one bfloat16 scale for 64 columns that HQQ chooses (Badri and
+    Shaji, 2023), without data; its codes are counted as 4 bits each.
+
+    Raises:
+        InvalidOption: torchao refuses the weight.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
+
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    group = math.gcd(columns, GROUP)
+    granularity = PerGroup(group) if group >= 16 else PerAxis(0)
+    config: Any = Int8WeightOnlyConfig() if values == "int8" else IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, "int4"),  # noqa: B009 (unknown to its stubs)
+        granularity=granularity, scale_dtype=torch.bfloat16,
+        intx_choose_qparams_algorithm="hqq_scale_only",
+    )  # fmt: skip
+    try:
+        quantize_(layer, config)
+    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InvalidOption(f"torchao can't quantise a weight of {rows} × {columns} to {values}: {first}") from error
+    made: Any = layer.weight
+    size = weight.numel() if values == "int8" else -(-weight.numel() // 2)
+    return made.dequantize(), size + made.scale.nbytes
