@@ -186,7 +186,7 @@ def tower_charts(content: Comparison) -> list[Chart]:
 
 
 def draw_comparison(folder: Path | str) -> None:
-    """Writes ``quality`` and ``bytes`` (a panel for each test) and ``cost``, each as PNG and SVG, from ``compare.json``.
+    """Writes ``quality`` and ``bytes`` (a panel for each test) and ``cost`` from ``compare.json``, as PNG and SVG.
 
     Raises:
         InvalidOption: the folder holds no ``compare.json``, or it is broken.
