@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ecoflap.allocation import Allocation, LayerSize, allocate
 from ecoflap.data.objectives import Objective, on_device, resolve
 from ecoflap.model.anatomy import discover
+from ecoflap.model.carried import packed
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.slices import matrix_in, parameter_of
@@ -111,11 +112,11 @@ def _short(value: Any) -> str:
 
 
 def calls_of(model: nn.Module, block: str, run: Callable[[], Any]) -> list[tuple[Any, Any]]:
-    """(arguments, keyword arguments) of each call of ``block`` while ``run`` runs."""
+    """(arguments, keyword arguments) of each call of ``block`` while ``run`` runs, as they are when it begins."""
     found: list[tuple[Any, Any]] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append((args, dict(kwargs)))
+        found.append(packed(args, kwargs))
 
     handle = model.get_submodule(block).register_forward_pre_hook(hook, with_kwargs=True)
     try:

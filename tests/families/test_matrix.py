@@ -17,6 +17,7 @@ from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.projections import noise
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.model.block_runner import BlockCall, TowerDriver
+from ecoflap.model.carried import packed
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.replay import Replay
@@ -151,7 +152,9 @@ def test_the_walk_gives_blocks_the_arguments_that_their_parent_passes(name: str)
             for index, block in enumerate(tower.blocks):
                 ours: list[BlockCall] = []
                 driver.enter(index)
-                driver.run(index, ours.append)
+                driver.run(
+                    index, lambda call, ours=ours: ours.append(BlockCall(call.batch, *packed(call.args, call.kwargs)))
+                )
                 calls = [
                     (number, *call)
                     for number, batch in enumerate(found.padded)

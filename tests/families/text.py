@@ -17,11 +17,18 @@ SHAPE = {
     "bos_token_id": picos.BOS,
 }  # fmt: skip
 GROUPED = {**SHAPE, "num_key_value_heads": 2}
+TEXT_PART = ("Gemma3", "Gemma3n", "Gemma4")  # whose configuration alone is that of a model of pictures and text
+# The last two blocks read keys and values that the two before them computed, by a dictionary that all are handed.
+SHARED_KEYS = {
+    **GROUPED, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 4, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": len(picos.VOCABULARY),
+}  # fmt: skip
 
 
 def _build(name: str, config: dict[str, Any], head: str, seed: int = 0) -> nn.Module:
     """``transformers.<name>Config(**config)`` as ``transformers.<name><head>``, every weight drawn from ``seed``."""
-    configuration = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**config)
+    configuration = getattr(transformers, f"{name}{'Text' if name in TEXT_PART else ''}Config")(**config)
     return picos.scramble(getattr(transformers, f"{name}{head}")(configuration), seed)
 
 
@@ -46,6 +53,8 @@ DECODERS = tuple(
             **GROUPED, "num_hidden_layers": 3, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         }),
+        ("gemma3n_text", "Gemma3n", {**SHARED_KEYS, "laurel_rank": 4, "activation_sparsity_pattern": None}),
+        ("gemma4_text", "Gemma4", {**SHARED_KEYS, "global_head_dim": 8}),
         ("phi3", "Phi3", {**GROUPED, "sliding_window": None}),
         ("olmo2", "Olmo2", GROUPED),
         ("opt", "OPT", {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),

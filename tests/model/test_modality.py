@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import ecoflap
 from ecoflap.model.anatomy import discover
-from ecoflap.statistics.dense import decoder_of, dense_norms
+from ecoflap.statistics.dense import dense_norms
+from ecoflap.statistics.later import decoder_of
 
 
 def written_pictures() -> tuple[nn.Module, dict[str, Tensor]]:

@@ -25,8 +25,9 @@ from ecoflap.model.parts import Anatomy, Block
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating, tensors_in
 from ecoflap.statistics.choice import TokenChoice
-from ecoflap.statistics.dense import decoder_of, dense_statistics, gather, sequence_of
+from ecoflap.statistics.dense import dense_statistics, gather
 from ecoflap.statistics.gather import STATISTICS
+from ecoflap.statistics.later import decoder_of, sequence_of
 from ecoflap.statistics.tokens import check_choice, largest
 
 SHARED = (

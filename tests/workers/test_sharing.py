@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from together import together
 
 from ecoflap.model.parts import Layer
-from ecoflap.statistics.dense import assign_layers
+from ecoflap.statistics.collect import assign_layers
 from ecoflap.statistics.inputs import InputGram, InputNorm
 from ecoflap.support.processes import pack, unpack
 from ecoflap.support.workers import GROUPS, Workers, launched, part, share_of

@@ -136,7 +136,7 @@ class _Reader:
             Block(path, found.path, index, tuple(self._layers(path, found.path, modality)))
             for index, path in enumerate(found.elements)
         )
-        return Tower(found.path, modality, blocks, found.driver, found.calls)
+        return Tower(found.path, modality, blocks, found.driver, found.calls, repeats=found.repeats)
 
     def _inputs(self, found: BlockList) -> frozenset[str]:
         return self.traced.inputs.get(found.elements[0], frozenset()) if self.traced is not None else frozenset()

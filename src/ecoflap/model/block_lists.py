@@ -12,12 +12,17 @@ from ecoflap.model.trace import Trace
 
 @dataclass(frozen=True)
 class BlockList:
-    """A stack of blocks: its path, its elements in the order of their calls, and who drives them."""
+    """A stack of blocks: its path, its elements in the order of their calls, and who drives them, how often.
+
+    Attributes:
+        repeats: some element is called more than once in a call of the driver.
+    """
 
     path: str
     elements: tuple[str, ...]
     driver: str
     calls: int = 1
+    repeats: bool = False
 
 
 def _holds_matrix(module: nn.Module) -> bool:
@@ -60,7 +65,8 @@ def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
             continue
         links = sum((a, b) in trace.chained for a, b in pairwise(elements))
         driver = trace.drivers[elements[0]]
-        stack = BlockList(path, tuple(elements), driver, trace.calls.get(driver, 1))
+        calls = trace.calls.get(driver, 1)
+        stack = BlockList(path, tuple(elements), driver, calls, any(trace.calls[one] > calls for one in elements))
         if links >= (len(elements) - 1) / 2:
             found.append(stack)
         elif all(_holds_linear(model.get_submodule(element)) for element in elements):
@@ -98,7 +104,7 @@ def _interleaved(one: BlockList, other: BlockList, trace: Trace) -> BlockList | 
     if any((a, b) not in trace.chained for a, b in pairwise(merged) if a in inner or b in inner):
         return None
     larger = one if len(one.elements) > len(other.elements) else other
-    return BlockList(larger.path, merged, one.driver, one.calls)
+    return BlockList(larger.path, merged, one.driver, one.calls, one.repeats or other.repeats)
 
 
 def _is_stages(model: nn.Module, elements: list[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ecoflap.model.activation_store import Offload, offload_kind
+from ecoflap.model.carried import Left, contents, left, packed, restore, unpacked
 from ecoflap.model.parts import Tower
 from ecoflap.model.patching import Forward, forward_replaced
 
@@ -37,10 +38,11 @@ class BlockCall:
 
 @dataclass
 class _Item:
-    """One call of the tower's driver: its arguments, and the output of the last block that ran."""
+    """One call of the tower's driver: its arguments, the last block's output, and what all that ran left behind."""
 
     call: BlockCall
     output: Any = None
+    left: Left = field(default_factory=dict)
 
 
 def tower_entries(
@@ -56,7 +58,7 @@ def tower_entries(
         before = {tower.name: len(found[tower.name]) for tower in towers}
 
         def note(tower: Tower, args: Any, kwargs: Any, index: int = index, before: dict[str, int] = before) -> None:
-            found[tower.name].append(BlockCall(index, *store.keep((args, kwargs))))
+            found[tower.name].append(BlockCall(index, *store.keep(packed(args, kwargs))))
             # The last call need not be run here; an earlier one must, since what follows may depend on it.
             if all(len(found[one.name]) - before[one.name] >= one.calls for one in towers):
                 raise _Reached
@@ -101,6 +103,8 @@ class TowerDriver:
     ) -> None:
         self._driver = model.get_submodule(tower.driver)
         self._blocks = [model.get_submodule(block.name) for block in tower.blocks]
+        # A block that is called again after others can't be skipped: its second output isn't its first.
+        self._skipped = [] if tower.repeats else self._blocks
         self._offload = Offload(offload_kind(offload), folder)
         self._calls: list[tuple[_Item, BlockCall]] = []
         if entries is None:
@@ -125,22 +129,31 @@ class TowerDriver:
         taken: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def skip(forward: Forward) -> Forward:
-            return lambda *args, **kwargs: self._offload.use(item.output)
+            def skipping(*args: Any, **kwargs: Any) -> Any:
+                restore(self._offload.use(item.left), args, kwargs)
+                return self._offload.use(item.output)
+
+            return skipping
 
         def take(forward: Forward) -> Forward:
             def taking(*args: Any, **kwargs: Any) -> Any:
-                taken.append(self._offload.keep((args, kwargs)))
+                taken.append(self._offload.keep(packed(args, kwargs)))
                 raise _Reached
 
             return taking
 
-        args, kwargs = self._offload.use((item.call.args, item.call.kwargs))
+        args, kwargs = self._arguments(item.call)
         with ExitStack() as wraps, torch.no_grad():
-            for number, block in enumerate(self._blocks[: index + 1]):
-                wraps.enter_context(forward_replaced(block, take if number == index else skip))
+            wraps.enter_context(forward_replaced(self._blocks[index], take))
+            for block in self._skipped[:index]:
+                wraps.enter_context(forward_replaced(block, skip))
             with suppress(_Reached):
                 self._driver(*args, **kwargs)
         return taken[0] if taken else None
+
+    def _arguments(self, call: BlockCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """For one call, on their device: what it leaves in them is not in those of the next."""
+        return unpacked(*self._offload.use((call.args, call.kwargs)))
 
     def observe(self, index: int, before: Callable[[BlockCall], None], *, calls: int | None = None) -> None:
         """Runs block ``index`` on the inputs recorded by :meth:`enter`, for hooks alone; outputs are not kept.
@@ -152,7 +165,7 @@ class TowerDriver:
             calls: only the first so many; None: all.
         """
         for _, call in self._calls[:calls]:
-            args, kwargs = self._offload.use((call.args, call.kwargs))
+            args, kwargs = self._arguments(call)
             before(BlockCall(call.batch, args, kwargs))
             with suppress(Enough), torch.no_grad():
                 self._blocks[index](*args, **kwargs)
@@ -165,11 +178,13 @@ class TowerDriver:
             last: free each input after its use; only :meth:`enter` may follow.
         """
         for number, (item, call) in enumerate(self._calls):
-            args, kwargs = self._offload.use((call.args, call.kwargs))
+            args, kwargs = self._arguments(call)
             if last:
                 self._calls[number] = (item, BlockCall(call.batch, (), {}))
             if before is not None:
                 before(BlockCall(call.batch, args, kwargs))
+            entered = contents(args, kwargs)
             with torch.no_grad():
                 item.output = self._offload.keep(self._blocks[index](*args, **kwargs))
-            del args, kwargs, call
+            item.left = {**item.left, **self._offload.keep(left(entered, args, kwargs))}
+            del args, kwargs, call, entered

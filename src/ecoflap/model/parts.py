@@ -79,6 +79,7 @@ class Tower:
         name: path of the ``ModuleList``.
         driver: path of the module whose forward calls the blocks ("" is the model itself).
         calls: how often that forward runs in one forward of the model.
+        repeats: that forward calls some block more than once (ALBERT).
         decoder: it works on a sequence of its own and attends to an encoder's: that of an encoder-decoder.
     """
 
@@ -88,6 +89,7 @@ class Tower:
     driver: str
     calls: int = 1
     decoder: bool = False
+    repeats: bool = False
 
     @property
     def numel(self) -> int:

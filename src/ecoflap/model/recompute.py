@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ecoflap.model.carried import Arguments, contents, left, packed, restore, unpacked
 from ecoflap.model.offload import in_memory
 from ecoflap.model.patching import Forward, forward_replaced, trim
 from ecoflap.model.precision import leaves_in_fp32
@@ -42,7 +44,8 @@ def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
 
     def recomputed(forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            found = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            call = partial(_Repeatable(forward, packed(args, kwargs)) if contents(args, kwargs) else forward, **kwargs)
+            found = checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
             if next(calls) % _TRIM_EVERY == 0:
                 trim()
             return found
@@ -53,6 +56,23 @@ def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
         for path in blocks:
             wraps.enter_context(forward_replaced(model.get_submodule(path), recomputed))
         yield
+
+
+class _Repeatable:
+    """A call of a block that can be made again.
+
+    What it leaves in its arguments (keys and values, in a cache) it leaves there the first time alone.
+    """
+
+    def __init__(self, forward: Forward, entered: Arguments) -> None:
+        self._forward, self._entered = forward, entered
+        self._called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._called:
+            args, kwargs = unpacked(*self._entered)
+        self._called = True
+        return self._forward(*args, **kwargs)
 
 
 Loaded = Callable[[str, bool], None]
@@ -86,7 +106,7 @@ def reloading(model: nn.Module, blocks: Sequence[str], loaded: Loaded) -> Iterat
                 if not torch.is_grad_enabled():
                     return forward(*args, **kwargs)
                 calls[path] += 1
-                found = _Call(model, path, forward, due).apply((args, kwargs))
+                found = _Call(model, path, forward, due).apply(args, kwargs)
                 trim()
                 return found
 
@@ -109,21 +129,27 @@ class _Call:
         self._spec: Any = None
         self._output: tuple[list[Any], Any] = ([], None)
 
-    def apply(self, arguments: Any) -> Any:
-        leaves, self._spec = pytree.tree_flatten(arguments)
+    def apply(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, self._spec = pytree.tree_flatten(packed(args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # the graph keeps those
         trigger = torch.zeros((), requires_grad=True)  # a graph, also where no input has one
         found = iter(_Reloaded.apply(self, trigger, *tensors))  # type: ignore[no-untyped-call]
         (leaves, spec), self._output = self._output, ([], None)
-        return pytree.tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        output, behind = pytree.tree_unflatten(
+            [next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+        )
+        restore(behind, args, kwargs)
+        return output
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The tensors among the outputs for these inputs."""
         given = iter(tensors)
         leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        self._output = pytree.tree_flatten(self._forward(*args, **kwargs))
+        args, kwargs = unpacked(*pytree.tree_unflatten(leaves, self._spec))
+        entered = contents(args, kwargs)
+        output = self._forward(*args, **kwargs)
+        self._output = pytree.tree_flatten((output, left(entered, args, kwargs)))
         return tuple(leaf for leaf in self._output[0] if isinstance(leaf, Tensor))
 
     def backward(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

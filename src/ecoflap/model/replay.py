@@ -12,21 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ecoflap.model.carried import Left, contents, left, packed, restore
 from ecoflap.model.patching import forward_replaced, has_tangent
 
 
 @dataclass
 class _Call:
-    """One remembered call: the flattened arguments, the outputs, and the versions of all their tensors."""
+    """One remembered call: the flattened arguments, the outputs, what it left behind in its arguments, and the versions
+    of all their tensors.
+    """
 
     leaves: list[Any]
     spec: Any
     output: Any
+    left: Left
     versions: list[int]
 
     def current(self) -> bool:
         """Whether no remembered tensor was written to since."""
-        return self.versions == _versions((self.leaves, self.output))
+        return self.versions == _versions((self.leaves, self.output, self.left))
 
 
 def _versions(tree: Any) -> list[int]:
@@ -106,19 +110,22 @@ class Replay:
         def replayed(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
                 return forward(*args, **kwargs)  # a remembered output has no graph
-            leaves, spec = pytree.tree_flatten((args, kwargs))
+            leaves, spec = pytree.tree_flatten(packed(args, kwargs))
             moving = any(has_tangent(leaf) for leaf in leaves)
             if path not in self._forced and not moving:
                 for call in self._memories.get(path, _Memory()).calls:
                     if self._matches(call, leaves, spec):
                         self.counts.replayed += 1
+                        restore(call.left, args, kwargs)
                         return call.output
             self.counts.computed += 1
+            entered = contents(args, kwargs)
             output = forward(*args, **kwargs)
             if self._recording and not moving:
                 memory = self._memories.setdefault(path, _Memory())
                 memory.calls = [call for call in memory.calls if call.current()]
-                memory.calls.append(_Call(leaves, spec, output, _versions((leaves, output))))
+                behind = left(entered, args, kwargs)
+                memory.calls.append(_Call(leaves, spec, output, behind, _versions((leaves, output, behind))))
             return output
 
         return replayed

@@ -26,9 +26,11 @@ from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock, Spille
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.sequential import DenseModel, LayerGroup, layer_groups
 from ecoflap.statistics.choice import ALL, TokenChoice
-from ecoflap.statistics.dense import assign_layers, decoder_of, gather, sequence_of
+from ecoflap.statistics.collect import assign_layers
+from ecoflap.statistics.dense import gather
 from ecoflap.statistics.gather import STATISTICS, Gatherer
 from ecoflap.statistics.inputs import InputStatistics, all_finite
+from ecoflap.statistics.later import decoder_of, gather_later, sequence_of
 from ecoflap.statistics.tokens import check_choice, chooser
 from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.workers import ALONE, Share, Workers, share_of
@@ -120,6 +122,7 @@ def walk(
             _walk_tower(
                 walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, part, task, dense,
                 passed=_before(anatomy, tower),
+                later=partial(gather_later, model, anatomy, batches=batches, run=run, masks=masks, part=part),
             )  # fmt: skip
     return WalkResult(achieved(model, allocation), tuple(walker.unreached))
 
@@ -160,6 +163,7 @@ def _walk_tower(
     dense: DenseModel | None,
     *,
     passed: int,
+    later: Callable[..., list[Gatherer]],
 ) -> None:
     model, workers = walker.model, walker.workers
     make = STATISTICS[walker.criterion.statistics]
@@ -171,6 +175,7 @@ def _walk_tower(
             with in_memory(model, block.name):
                 dense.skip(tower, index)
             walker.restore_all([block])
+        again = later(block, make=make, workers=workers) if block in todo else []
         with in_memory(model, block.name):
             if block in todo:
                 before = dense.inputs(tower, index) if dense is not None else None
@@ -182,8 +187,9 @@ def _walk_tower(
                     gathered = gather(
                         model, driver, index, replace(block, layers=group.layers), make, masks, sequence,
                         choose=choose, part=part, workers=workers, dense=before, once=group.once,
-                        pruners=partial(assign_layers, layers=group.layers, workers=workers.count),
+                        pruners=None if again else partial(assign_layers, layers=group.layers, workers=workers.count),
                     )  # fmt: skip
+                    gathered.join(again)
                     walker.prune_layers(group.layers, gathered)
                     if before is not None:
                         before.forget(group.layers)

@@ -1,4 +1,4 @@
-"""Gathers input statistics of the dense model in one pass, block by block; adds up those of several workers."""
+"""Input statistics of the dense model: one pass over all batches, block by block, that changes no weight."""
 
 from __future__ import annotations
 
@@ -6,116 +6,22 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from contextlib import suppress
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ecoflap.data.model_facts import TokenMasks, placeholders, token_masks
 from ecoflap.model.block_runner import Run, TowerDriver
 from ecoflap.model.offload import in_memory
-from ecoflap.model.parts import Anatomy, Block, Layer, Tower
+from ecoflap.model.parts import Anatomy, Block
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating
 from ecoflap.statistics.choice import ALL, TokenChoice
+from ecoflap.statistics.collect import Pruners, collected
 from ecoflap.statistics.dense_inputs import DenseInputs
 from ecoflap.statistics.gather import STATISTICS, Gatherer, InputsDiverged
 from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.statistics.later import decoder_of, gather_later, sequence_of
 from ecoflap.statistics.tokens import Chooser, chooser
 from ecoflap.support.workers import ALONE, Share, Workers, share_of
-
-EVERYWHERE = -1  # as the number of a worker: all of them
-
-
-def agreed(gatherer: Gatherer | None, workers: Workers, layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
-    """Exchanges what each worker holds: the columns of each accumulator by its owner, and the groups of each worker.
-
-    Afterwards ``gatherer`` uses the owners that all workers agreed on.
-
-    Args:
-        gatherer: None where this worker saw inputs diverge.
-
-    Raises:
-        InputsDiverged: on all workers, if one of them saw it, or two have other owners for a layer.
-    """
-    columns = {layer.name: layer.shape[1] for layer in layers}
-    own = None
-    if gatherer is not None:
-        held = {name: gatherer.accumulator_of(name) for name in dict.fromkeys(gatherer.owners.values())}
-        own = {"owners": dict(gatherer.owners), "held": {n: [a.tokens, len(a.sums())] for n, a in held.items()}}
-    told = workers.gather(own)
-    if gatherer is None or None in told:
-        raise InputsDiverged("those of a worker")
-    owners: dict[str, str] = {}
-    for one in told:
-        for name, owner in one["owners"].items():
-            if owners.setdefault(name, owner) != owner:
-                raise InputsDiverged(name)
-    gatherer.use_owners({layer.name: owners[layer.name] for layer in layers if layer.name in owners})
-    return {
-        owner: {"columns": columns[owner], "held": [one["held"].get(owner, [0, 0]) for one in told]}
-        for owner in dict.fromkeys(gatherer.owners.values())
-    }
-
-
-def collect(
-    gatherer: Gatherer,
-    workers: Workers,
-    found: Mapping[str, dict[str, Any]],
-    pruners: Mapping[str, int],
-    device: torch.device,
-) -> None:
-    """Adds the sums of all workers, group by group in order, on the workers that need them.
-
-    Args:
-        found: of :func:`agreed`.
-        pruners: owner to the worker that wants its statistics, or :data:`EVERYWHERE`.
-        device: of this worker, where sums are that it has no inputs for.
-    """
-    for owner, told in found.items():
-        pruner, held = pruners[owner], told["held"]
-        if pruner not in (workers.rank, EVERYWHERE):
-            for one in gatherer.accumulator_of(owner).sums() if held[workers.rank][1] else ():
-                workers.send(one, pruner)
-            continue
-        statistic = gatherer.accumulator_of(owner, told["columns"])
-        others = sum(tokens for rank, (tokens, _) in enumerate(held) if rank != workers.rank)
-        statistic.absorb(_sums(workers, statistic.sums(), held, pruner, device), others)
-
-
-def _sums(
-    workers: Workers, own: Sequence[Tensor], held: Sequence[Sequence[int]], pruner: int, device: torch.device
-) -> Iterator[Tensor]:
-    """The sums of all groups in their order; those of other workers are received as they are asked for."""
-    for rank, (_, count) in enumerate(held):
-        for number in range(count):
-            mine = rank == workers.rank
-            one = own[number] if mine else torch.empty(own[0].shape, dtype=own[0].dtype, device=device)
-            if pruner == EVERYWHERE:
-                workers.copy_from(one, rank)
-            elif not mine:
-                workers.receive(one, rank)
-            yield one
-
-
-def assign_layers(owners: Mapping[str, str], layers: Sequence[Layer], workers: int) -> dict[str, int]:
-    """Assigns layers to workers: layers with one input together, the most expensive first, to the least loaded worker.
-
-    The cost of an input is that of its factorisation and of the updates that follow, columns² · (columns + rows).
-    Layers that nothing reached are worker 0's.
-    """
-    costs: dict[str, int] = {}
-    for layer in layers:
-        rows, columns = layer.shape
-        if layer.name in owners:
-            owner = owners[layer.name]
-            costs[owner] = costs.get(owner, columns**3) + columns**2 * rows
-    loads, pruner = [0] * workers, dict[str, int]()
-    for owner in sorted(costs, key=lambda name: -costs[name]):
-        pruner[owner] = min(range(workers), key=lambda rank: loads[rank])
-        loads[pruner[owner]] += costs[owner]
-    return {layer.name: pruner[owners[layer.name]] if layer.name in owners else 0 for layer in layers}
-
-
-Pruners = Callable[[Mapping[str, str]], Mapping[str, int]]
 
 
 def dense_statistics(
@@ -164,16 +70,21 @@ def dense_statistics(
             if not wanted:
                 continue
             driver = TowerDriver(model, tower, batches, run, offload=offload)
+            sequence = sequence_of(tower, decoder)
             for index, block in enumerate(tower.blocks):
                 driver.enter(index)
                 if block not in wanted:
                     driver.run(index)
                     continue
+                later = gather_later(
+                    model, anatomy, block, batches, run, STATISTICS[kind], masks, part=part, workers=workers
+                )
                 with in_memory(model, block.name):
                     gathered = gather(
-                        model, driver, index, block, STATISTICS[kind], masks, sequence_of(tower, decoder),
-                        tokens, part=part, workers=workers, outputs=not changing,
+                        model, driver, index, block, STATISTICS[kind], masks, sequence, tokens, part=part,
+                        workers=workers, outputs=not changing,
                     )  # fmt: skip
+                gathered.join(later)
                 found = {layer.name: gathered.statistics(layer) for layer in block.layers}
                 yield block, {name: got if got is not None and got.tokens else None for name, got in found.items()}
                 if block == wanted[-1]:
@@ -216,18 +127,6 @@ class SharedNorms:
         if key not in self._found:
             self._found[key] = gather()
         return self._found[key]
-
-
-def decoder_of(anatomy: Anatomy) -> Tower | None:
-    """The decoder of an encoder-decoder, which works on a sequence of its own; None where there is none."""
-    return next((tower for tower in anatomy.towers if tower.decoder), None)
-
-
-def sequence_of(tower: Tower, decoder: Tower | None) -> str | None:
-    """Which of a batch's padding masks a tower's blocks go by, as :class:`Gatherer` names them."""
-    if tower.modality != "language":
-        return None
-    return "decoder" if tower is decoder else "encoder"
 
 
 def gather(
@@ -283,14 +182,7 @@ def gather(
                 (driver.run if outputs else driver.observe)(index, watching.before)
             watching.check()
             gatherer = watching
-        if workers.count == 1 and gatherer is not None:
-            for owner in dict.fromkeys(gatherer.owners.values()):
-                gatherer.accumulator_of(owner).close()
-            return gatherer
         with suppress(InputsDiverged):
-            found = agreed(gatherer, workers, block.layers)
-            assert gatherer is not None
-            wanted = pruners(gatherer.owners) if pruners is not None else dict.fromkeys(found, EVERYWHERE)
-            collect(gatherer, workers, found, wanted, model.get_parameter(block.layers[0].parameter).device)
-            return gatherer
+            device = model.get_parameter(block.layers[0].parameter).device
+            return collected(gatherer, workers, block.layers, device, pruners)
     raise AssertionError("layers that share nothing can't diverge")

@@ -169,6 +169,22 @@ class Gatherer:
             if self._calls[name] != self._calls[owner]:
                 raise InputsDiverged(name)
 
+    def join(self, later: Sequence[Gatherer]) -> None:
+        """Add what layers received in their later uses. All sums are closed."""
+        if not later:
+            return
+        owners: dict[tuple[int, ...], str] = {}
+        owner_of: dict[str, str] = {}
+        held: dict[str, InputStatistics] = {}
+        for layer in self._block.layers:
+            parts = [one for place in (self, *later) if (one := place.statistics(layer)) is not None and one.tokens]
+            if not parts:
+                continue
+            owner = owner_of[layer.name] = owners.setdefault(tuple(map(id, parts)), layer.name)
+            if owner == layer.name:
+                held[owner] = parts[0].with_others(parts[1:])
+        self._owner, self._of = owner_of, held
+
     def statistics(self, layer: Layer) -> InputStatistics | None:
         """What was gathered for ``layer``; None if no call reached it."""
         owner = self._owner.get(layer.name)

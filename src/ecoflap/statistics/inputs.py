@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -101,6 +101,15 @@ class _Accumulator:
         twin._sum, twin._closed = self._sum.clone(), [one.clone() for one in self._closed]
         return twin
 
+    def with_others(self: Self, others: Sequence[_Accumulator]) -> Self:
+        """The sum of this and ``others``, all closed, from the first to the last; this one itself without others."""
+        if not others:
+            return self
+        total = self.clone()
+        sums = [one.to(total._sum.device) for other in others for one in other.sums()]
+        total.absorb([*total.sums(), *sums], sum(other.tokens for other in others))
+        return total
+
     def _tokens_of(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """The real tokens of ``x`` (..., columns) as (tokens, columns); moves the sum to x's device at first."""
         if x.shape[-1] != self.columns:
@@ -193,6 +202,11 @@ class InputGram(_Accumulator):
         twin = super().clone()
         twin._shared = dict(self._shared)
         return twin
+
+    def absorb(self, sums: Iterable[Tensor], tokens: int = 0) -> None:
+        """Become the sum of these, added from the first to the last; ``tokens`` are counted in addition."""
+        self._shared.clear()
+        super().absorb(sums, tokens)
 
     def _squares(self) -> Tensor:
         return self.moments.diagonal()  # a bad entry anywhere spoils the diagonal

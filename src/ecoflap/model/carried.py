@@ -1,0 +1,148 @@
+"""What blocks leave behind for later ones outside of their outputs: dictionaries and key-value caches that they fill.
+
+Gemma 3n and Gemma 4 compute keys and values in some blocks and read them in later ones, by a dictionary that their
+parent hands to all; pi0 hands a filled key-value cache from one tower to the next. A block that is skipped, or run
+again, must leave these as one call of it would.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The contents of a carrier as plain data, and what to build it anew from.
+
+    It is a node of torch's pytrees, so that whoever keeps, moves or compares trees of arguments does so with these.
+    """
+
+    kind: type
+    contents: dict[Any, Any]
+
+
+Left = dict[int | str, Carried]
+"""Of a call: contents of carriers by their place among its arguments, positions and names."""
+
+
+def _flatten(node: Carried) -> tuple[list[Any], Any]:
+    return list(node.contents.values()), (node.kind, tuple(node.contents))
+
+
+def _unflatten(values: Any, context: Any) -> Carried:
+    return Carried(context[0], dict(zip(context[1], values, strict=True)))
+
+
+pytree.register_pytree_node(
+    Carried, _flatten, _unflatten, serialized_type_name="ecoflap.model.carried.Carried"
+)  # of our own class alone
+
+
+def _is_cache(value: Any) -> bool:
+    """A cache of transformers, or a part of one; without that module nobody has made any."""
+    library = sys.modules.get("transformers.cache_utils")
+    if library is None:
+        return False
+    kinds = [getattr(library, name, None) for name in ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")]
+    return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+
+
+def is_carrier(value: Any) -> bool:
+    """Whether a block may leave something in this argument: a mapping (no model output), or a cache."""
+    return (
+        type(value) is dict or _is_cache(value) or (isinstance(value, MutableMapping) and not isinstance(value, dict))
+    )
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value
+    if _is_cache(value):
+        return Carried(type(value), {name: _packed(one) for name, one in vars(value).items()})
+    if is_carrier(value):
+        return Carried(type(value), {key: _packed(one) for key, one in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(_packed(one) for one in value)
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, Carried):
+        return _filled(object.__new__(value.kind) if _by_attributes(value) else value.kind(), value)
+    if type(value) in (list, tuple):
+        return type(value)(_unpacked(one) for one in value)
+    return value
+
+
+def _by_attributes(node: Carried) -> bool:
+    return not issubclass(node.kind, Mapping)
+
+
+def _filled(carrier: Any, node: Carried) -> Any:
+    contents = {key: _unpacked(one) for key, one in node.contents.items()}
+    if _by_attributes(node):
+        vars(carrier).clear()
+        vars(carrier).update(contents)
+    else:
+        carrier.clear()
+        carrier.update(contents)
+    return carrier
+
+
+def _arguments(of_each: Callable[[Any], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    return tuple(of_each(one) for one in args), {name: of_each(one) for name, one in kwargs.items()}
+
+
+def packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """The arguments with the present contents of each carrier in its place; tensors are those that it holds.
+
+    They are not copied: a cache that is written into in place (a static one) can't be told from what it was before.
+    """
+    return _arguments(_packed, args, kwargs)
+
+
+def unpacked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """Arguments for one call: a new carrier for each that :func:`packed` took the contents of."""
+    return _arguments(_unpacked, args, kwargs)
+
+
+def contents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Left:
+    """What each carrier among the arguments holds now."""
+    return {place: _packed(one) for place, one in _carriers(args, kwargs)}
+
+
+def left(before: Left, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Left:
+    """What a call has left in the carriers among its arguments; none of those that it only read.
+
+    Args:
+        before: :func:`contents` before the call.
+    """
+    return {place: node for place, node in contents(args, kwargs).items() if not _same(before[place], node)}
+
+
+def restore(held: Left, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Let the carriers among the arguments hold what :func:`left` has told of another call, each in its place."""
+    if held:
+        for place, carrier in _carriers(args, kwargs):
+            if place in held:
+                _filled(carrier, held[place])
+
+
+def _same(one: Carried, other: Carried) -> bool:
+    """The very same objects in the same places."""
+    leaves, spec = pytree.tree_flatten(one)
+    others, other_spec = pytree.tree_flatten(other)
+    return bool(spec == other_spec) and all(a is b for a, b in zip(leaves, others, strict=True))
+
+
+def _carriers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[int | str, Any]]:
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return ((place, one) for place, one in places if is_carrier(one))

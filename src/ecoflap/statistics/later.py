@@ -1,0 +1,164 @@
+"""What weights that stand in several places receive in their later ones.
+
+Zamba 2 puts one block into several layers, ALBERT calls one block again and again, DiffusionGemma ties its encoder to
+its decoder. Such a weight is pruned once, in the first block that holds it, and the tokens of all its uses count. For
+those after the first, the whole model is run once more, as it is when the turn comes to that first block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.data.model_facts import TokenMasks
+from ecoflap.model.block_runner import BlockCall, Run
+from ecoflap.model.parts import Anatomy, Block, Layer, Tower
+from ecoflap.statistics.collect import collected
+from ecoflap.statistics.gather import Gatherer, InputsDiverged
+from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.support.workers import ALONE, Share, Workers
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where weights of a block are used again.
+
+    Attributes:
+        block: the block in which that is ("" as its name: in none), with those weights as its layers. They keep their
+            names, and have the module that holds them here.
+        tower: that the block belongs to.
+        again: it is the block itself, whose first call in a forward of its tower is not a later use.
+    """
+
+    block: Block
+    tower: Tower
+    again: bool = False
+
+
+def later_places(model: nn.Module, anatomy: Anatomy, block: Block) -> list[Place]:
+    """All places where weights of ``block`` are used after the block's first call."""
+    towers = {one.name: tower for tower in anatomy.towers for one in tower.blocks}
+    own = towers[block.name]
+    found: dict[str, list[Layer]] = {}
+    for layer in block.layers:
+        first = model.get_submodule(layer.module)
+        for path in layer.modules[1:]:
+            if model.get_submodule(path) is first:
+                continue  # one module under two names: hooks see all its calls
+            home = next((one for one in anatomy.replayable if path.startswith(one + ".")), "")
+            found.setdefault(home, []).append(
+                replace(layer, module=path, expert=_expert_of(layer, path), aliases=(), uncalled=False)
+            )
+    places = [
+        Place(Block(home, block.tower, block.index, tuple(layers)), towers.get(home, own))
+        for home, layers in found.items()
+    ]
+    return ([Place(block, own, again=True)] if own.repeats else []) + places
+
+
+def _expert_of(layer: Layer, module: str) -> str:
+    """The expert that holds the layer at this other path."""
+    inner = layer.module[len(layer.expert) :]
+    return module.removesuffix(inner) if layer.expert and module.endswith(inner) else ""
+
+
+class _LaterGatherer(Gatherer):
+    """Gathers only while it is open: a hook on a module can't tell one place of it from another."""
+
+    open = False
+
+    def _feed(self, layer: Layer, x: Tensor) -> None:
+        if self.open:
+            self._add(layer, x)
+
+
+def gather_later(
+    model: nn.Module,
+    anatomy: Anatomy,
+    block: Block,
+    batches: Sequence[Any],
+    run: Run,
+    make: Callable[[int], InputStatistics],
+    masks: Mapping[int, TokenMasks],
+    *,
+    part: Share,
+    workers: Workers = ALONE,
+) -> list[Gatherer]:
+    """Statistics of the layers of ``block`` in all their later uses, by place; empty where they have none.
+
+    All real tokens count, also where a choice of tokens was made. All workers get all statistics.
+
+    Args:
+        model: in eval mode, without a KV cache.
+        batches: of this worker; ``masks`` and ``part`` are of these.
+    """
+    decoder = decoder_of(anatomy)
+    found = []
+    for place in later_places(model, anatomy, block):
+        layers = place.block.layers
+        device = model.get_parameter(block.layers[0].parameter).device
+        for share in (True, False):
+            gatherer = None
+            with suppress(InputsDiverged):
+                watching = _LaterGatherer(
+                    model, place.block, make, masks, sequence_of(place.tower, decoder), share=share, part=part
+                )
+                with watching, _opened(model, place, watching) as begin, torch.no_grad():
+                    for number, batch in enumerate(batches):
+                        begin(number)
+                        run(model, batch)
+                watching.check()
+                gatherer = watching
+            with suppress(InputsDiverged):
+                found.append(collected(gatherer, workers, layers, device))
+                break
+    return found
+
+
+@contextmanager
+def _opened(model: nn.Module, place: Place, gatherer: _LaterGatherer) -> Iterator[Callable[[int], None]]:
+    """Inside, the gatherer is open during the calls that are later uses; yields what says which batch comes."""
+    batch, calls = 0, 0
+
+    def begin(number: int) -> None:
+        nonlocal batch
+        batch = number
+
+    def drive(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal calls
+        calls = 0
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1 or not place.again:
+            gatherer.before(BlockCall(batch, args, kwargs))
+            gatherer.open = True
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        gatherer.open = False
+
+    block = model.get_submodule(place.block.name)
+    with ExitStack() as hooks:
+        driver = model.get_submodule(place.tower.driver)
+        hooks.callback(driver.register_forward_pre_hook(drive, with_kwargs=True).remove)
+        hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+        hooks.callback(block.register_forward_hook(leave).remove)
+        yield begin
+
+
+def decoder_of(anatomy: Anatomy) -> Tower | None:
+    """The decoder of an encoder-decoder, which works on a sequence of its own; None where there is none."""
+    return next((tower for tower in anatomy.towers if tower.decoder), None)
+
+
+def sequence_of(tower: Tower, decoder: Tower | None) -> str | None:
+    """Which of a batch's padding masks a tower's blocks go by, as :class:`Gatherer` names them."""
+    if tower.modality != "language":
+        return None
+    return "decoder" if tower is decoder else "encoder"
