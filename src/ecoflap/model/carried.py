@@ -41,9 +41,12 @@ def _unflatten(values: Any, context: Any) -> Carried:
     return Carried(context[0], dict(zip(context[1], values, strict=True)))
 
 
-pytree.register_pytree_node(
-    Carried, _flatten, _unflatten, serialized_type_name="ecoflap.model.carried.Carried"
-)  # of our own class alone
+def _flatten_with_keys(node: Carried) -> tuple[list[Any], Any]:
+    values, context = _flatten(node)
+    return [(pytree.MappingKey(key), one) for key, one in zip(node.contents, values, strict=True)], context
+
+
+pytree.register_pytree_node(Carried, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys)  # our own class
 
 
 def _is_cache(value: Any) -> bool:
