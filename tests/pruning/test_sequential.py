@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,8 @@ def slow_walk(model: nn.Module, anatomy: Anatomy, allocation: Allocation, batche
     dense, loss, seq2seq = copy.deepcopy(model), default_objective(model), is_encoder_decoder(model)
     for block in anatomy.blocks:
         first = inputs_of(model, block.layers, lambda: loss(model, batches[0]))
+        again = [replace(layer, module=path) for layer in block.layers for path in layer.modules[1:]]
+        later = [inputs_of(model, again, lambda batch=batch: loss(model, batch)) for batch in batches]
         order: list[tuple[Tensor, list[Layer]]] = []
         names = [name for name in first if name in {layer.name for layer in block.layers}]
         of_name = {layer.name: layer for layer in block.layers}
@@ -92,6 +95,14 @@ def slow_walk(model: nn.Module, anatomy: Anatomy, allocation: Allocation, batche
                 before = inputs_of(dense, block.layers, lambda batch=batch: loss(dense, batch))[group[0].name]
                 pair.update(now, masks_for(group[0], anatomy, batch, seq2seq), before)
             pair.close()
+            if group[0].aliases:  # of later uses, the model as it is when the block's turn comes is all that is known
+                assert len(group) == 1
+                others = InputPair(group[0].shape[1])
+                for number, (batch, found) in enumerate(zip(batches, later, strict=True)):
+                    others.begin(number)
+                    others.update(found[group[0].name], masks_for(group[0], anatomy, batch, seq2seq))
+                others.close()
+                pair = pair.with_others([others])
             for layer in group:
                 weight = model.get_parameter(layer.name)
                 stored = weight.T if layer.transposed else weight

@@ -177,7 +177,11 @@ class Gatherer:
         owner_of: dict[str, str] = {}
         held: dict[str, InputStatistics] = {}
         for layer in self._block.layers:
-            parts = [one for place in (self, *later) if (one := place.statistics(layer)) is not None and one.tokens]
+            names = (layer.name, *layer.aliases)
+            found = [
+                place._of[place._owner[name]] for place in (self, *later) for name in names if name in place._owner
+            ]
+            parts = [one for one in found if one.tokens]
             if not parts:
                 continue
             owner = owner_of[layer.name] = owners.setdefault(tuple(map(id, parts)), layer.name)

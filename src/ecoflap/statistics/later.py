@@ -29,8 +29,8 @@ class Place:
     """Where weights of a block are used again.
 
     Attributes:
-        block: the block in which that is ("" as its name: in none), with those weights as its layers. They keep their
-            names, and have the module that holds them here.
+        block: the block in which that is ("" as its name: in none), with those weights as its layers, under the names
+            that they have here.
         tower: that the block belongs to.
         again: it is the block itself, whose first call in a forward of its tower is not a later use.
     """
@@ -47,13 +47,12 @@ def later_places(model: nn.Module, anatomy: Anatomy, block: Block) -> list[Place
     found: dict[str, list[Layer]] = {}
     for layer in block.layers:
         first = model.get_submodule(layer.module)
-        for path in layer.modules[1:]:
+        for alias, path in zip(layer.aliases, layer.modules[1:], strict=True):
             if model.get_submodule(path) is first:
                 continue  # one module under two names: hooks see all its calls
             home = next((one for one in anatomy.replayable if path.startswith(one + ".")), "")
-            found.setdefault(home, []).append(
-                replace(layer, module=path, expert=_expert_of(layer, path), aliases=(), uncalled=False)
-            )
+            there = replace(layer, name=alias, module=path, aliases=(), expert=_expert_of(layer, alias))
+            found.setdefault(home, []).append(there)
     places = [
         Place(Block(home, block.tower, block.index, tuple(layers)), towers.get(home, own))
         for home, layers in found.items()
@@ -61,10 +60,13 @@ def later_places(model: nn.Module, anatomy: Anatomy, block: Block) -> list[Place
     return ([Place(block, own, again=True)] if own.repeats else []) + places
 
 
-def _expert_of(layer: Layer, module: str) -> str:
-    """The expert that holds the layer at this other path."""
-    inner = layer.module[len(layer.expert) :]
-    return module.removesuffix(inner) if layer.expert and module.endswith(inner) else ""
+def _expert_of(layer: Layer, alias: str) -> str:
+    """The expert that holds the layer under its other name."""
+    if not layer.expert:
+        return ""
+    if layer.stacked:
+        return alias.rpartition("[")[0].rpartition(".")[0] + layer.expert[len(layer.mixture) :]
+    return alias.removesuffix(layer.name[len(layer.expert) :])
 
 
 class _LaterGatherer(Gatherer):
