@@ -24,6 +24,7 @@ from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import swapped
 from ecoflap.model.recompute import reloading
 from ecoflap.model.replay import Replay
+from ecoflap.model.slices import stored_matrix
 from ecoflap.model.trace import tensors_in
 
 MODELS: dict[str, Callable[..., shared.Made]] = {"pi0": shared.pi0, "diffusion_gemma": shared.diffusion_gemma}
@@ -86,7 +87,7 @@ def test_the_walk_gives_blocks_the_arguments_that_their_parent_passes(name: str)
                 ]
                 assert differences(ours, [*theirs, *theirs]) is None, block.name
                 for layer in block.layers:  # from here on the model is partly pruned
-                    weight = model.get_parameter(layer.name)
+                    weight = stored_matrix(model, layer.name)
                     weight[weight.abs() < weight.abs().median()] = 0
                 driver.run(index)
 
@@ -94,7 +95,7 @@ def test_the_walk_gives_blocks_the_arguments_that_their_parent_passes(name: str)
 @pytest.mark.parametrize("name", [*MODELS, "gemma3n_text", "gemma4_text"])
 def test_gradients_through_what_is_carried(name: str) -> None:
     model, anatomy, batches, loss = made(name)
-    names = [layer.name for layer in anatomy.layers]
+    names = [layer.name for layer in anatomy.layers if not layer.stacked]
     weights = [model.get_parameter(one) for one in names]
     expected = torch.autograd.grad(loss(model, batches[0]), weights, materialize_grads=True, allow_unused=True)
     scores = measure_importance(model, batches[:1], anatomy=anatomy, loss=loss, importance="gradient-norm").scores

@@ -31,6 +31,7 @@ def inputs_watched(model: nn.Module, layers: Iterable[Layer], feed: Feed) -> Ite
                 continue
             if layer.uncalled:
                 functional[id(model.get_parameter(layer.name))] = layer
+                continue
             module = model.get_submodule(layer.module)
             hooks.callback(module.register_forward_pre_hook(_hook(layer, feed)).remove)
         if slices:
