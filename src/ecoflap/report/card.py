@@ -14,7 +14,10 @@ from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
 from ecoflap.report.data import OtherMetric, Quality, RunData, read_run
+from ecoflap.report.finetune_page import TrainingRecord, read_finetune
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
+from ecoflap.run.finetune.recipe import EMBEDDED
+from ecoflap.run.names import TRAIN
 from ecoflap.run.recipe import Recipe, idle_fields
 from ecoflap.support import formats
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 MODEL = "model"
 _PLACES = (
     "model", "calibration", "image_folder", "test", "test_image_folder", "importance", "allocation", "classes",
-    "class_prompts", "pruned",
+    "class_prompts", "pruned", "train", "validation", "dense",
 )  # fmt: skip
 
 
@@ -44,7 +47,8 @@ def write_card(run: str | Path) -> Path:
     folder = data.path / MODEL
     if not folder.is_dir() or data.metrics is None:
         raise InvalidOption(f"{data.path} is not finished: 'ecoflap prune --resume' with its options goes on with it")
-    return write_readme(folder, _of_run(data, processor_class(folder)))
+    make = _of_finetune if (data.recipe or {}).get(TRAIN) else _of_run
+    return write_readme(folder, make(data, processor_class(folder)))
 
 
 def write_model_card(
@@ -107,12 +111,7 @@ def _of_run(run: RunData, processor: str | None) -> Card:
     order = [*(name for name in Recipe.model_fields if name in said), *sorted(set(said) - set(Recipe.model_fields))]
     recipe = {name: _shortened(said[name], name) for name in order if name not in idle_fields(said)}
     found = base_model(said.get("model"))
-    data = {
-        task: _place(str(place))
-        for part in (metrics.dense, metrics.pruned)
-        for task, result in part.items()
-        if (place := (result.settings or {}).get("data"))
-    }
+    data = _data_of(metrics.dense, metrics.pruned)
     kinds = {str(entry.get("name")): str(entry.get("task")) for entry in recipe.get("evaluations") or ()}
     importance = run.importance
     steps = _steps(importance.method if importance else None, importance.settings if importance else {}, recipe)
@@ -130,6 +129,50 @@ def _of_run(run: RunData, processor: str | None) -> Card:
         recipe=recipe,
         environment=metrics.environment,
     )
+
+
+def _data_of(*parts: Mapping[str, Quality]) -> dict[str, str]:
+    """The last part of each task's test data, by the tasks' names."""
+    return {
+        task: _place(str(place))
+        for part in parts
+        for task, result in part.items()
+        if (place := (result.settings or {}).get("data"))
+    }
+
+
+def _of_finetune(run: RunData, processor: str | None) -> Card:
+    """The card of a fine-tuned model: its own results, beside those of the dense model."""
+    recipe, metrics = read_finetune(run.path)
+    dense = recipe.get("dense")
+    found = base_model(None if dense == EMBEDDED else dense or recipe.get("model"))
+    data = _data_of(metrics.dense, metrics.finetuned)
+    shown = {name: _shortened(value, name) for name, value in recipe.items()}
+    training = metrics.training
+    kinds = {str(entry.get("name")): str(entry.get("task")) for entry in recipe.get("evaluations") or ()}
+    return Card(
+        title=f"{found.name}, {formats.percent(metrics.sparsity.prunable)} sparse and fine-tuned",
+        base=found,
+        model_class=str(metrics.environment.get("model_class", "AutoModel")),
+        processor=processor,
+        sparsity=metrics.sparsity.model_dump(),
+        steps=[*_training_steps(shown, training)],
+        tags=["ecoflap", "pruned", "sparse", "fine-tuned"],
+        rows=[*_rows(metrics.dense, metrics.finetuned, data)],
+        results=[*_results(metrics.finetuned, data, kinds)],
+        recipe=shown,
+        environment=metrics.environment,
+        trained=True,
+    )
+
+
+def _training_steps(recipe: Mapping[str, Any], training: TrainingRecord) -> Iterator[Step]:
+    yield Step("Zeros", f"those of {recipe.get('model')}, kept in training")
+    what = "a masked low-rank update of the pruned layers" if recipe.get("tune") == "lora" else "all weights"
+    source = _place(training.source) if training.source else "its data"
+    yield Step("Training", f"{what}, {training.best:,} steps on {training.samples:,} samples of {source}")
+    if recipe.get("distill") or recipe.get("distill_hidden"):
+        yield Step("Teacher", "the dense model's outputs beside the loss")
 
 
 def _title(name: str, sparsity: float | None) -> str:

@@ -148,6 +148,7 @@ class Card:
         rows: of the quality table; ``results`` the same for the card's head, of the pruned model alone.
         recipe: fields to values, places shortened; empty where there was none.
         processor: the class of transformers that loads the processor, or None.
+        trained: the model was fine-tuned after it was pruned.
     """
 
     title: str
@@ -162,6 +163,7 @@ class Card:
     calibration: Mapping[str, Any] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    trained: bool = False
 
     @property
     def papers(self) -> tuple[Citation, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,8 @@ from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, Style
 from ecoflap.report.data import METRICS, RECIPE, OtherMetric, PairedDifference, Quality, Sparsity, Stage
 from ecoflap.report.html import Plots, environment
 from ecoflap.report.reading import Content, Count, Finite, read_mapping, read_model
-from ecoflap.run.finetune.recipe import Finetune
 from ecoflap.run.manifest import Manifest
 from ecoflap.run.names import REPORT
-from ecoflap.run.recipe import flag_of
 from ecoflap.support import formats
 from ecoflap.support.files import write_text
 
@@ -168,19 +165,7 @@ def render(recipe: Mapping[str, Any], metrics: FinetuneMetrics) -> str:
             peak=max((s.peak_memory_bytes for s in metrics.stages if s.peak_memory_bytes is not None), default=None),
             options=list(records.options(recipe)),
             records=list(records.records("", records.environment(recipe, metrics.environment))),
-            command=command(recipe),
+            command=records.reproduce(recipe, "tuned/again"),
             **plots.context(),
         )
     )
-
-
-def command(recipe: Mapping[str, Any], output: str = "tuned/again") -> str:
-    """``ecoflap finetune`` with the options of ``recipe`` that are not the defaults, quoted for a POSIX shell."""
-    if recipe.get("evaluations"):
-        return f"ecoflap finetune --recipe recipe.yaml --output {output}"
-    defaults = Finetune.parse({}).to_dict()
-    lines = [f"ecoflap finetune {shlex.quote(str(recipe.get('model')))}"]
-    for name, value in recipe.items():
-        if name in defaults and name != "model" and value != defaults[name]:
-            lines += (shlex.join(words) for words in records.flags(flag_of(name), value))
-    return " \\\n  ".join([*lines, f"--output {output}"])

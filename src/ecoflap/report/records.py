@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ecoflap.report.data import RunData
+from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.run.names import TRAIN
 from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of, idle_fields
 
 RECORDS = ("versions", "fingerprint", "format")  # what a recipe notes about its run, not options
@@ -15,7 +17,7 @@ _NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "j
 
 
 def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
-    """``ecoflap prune`` with the options of ``recipe`` that differ from the defaults, one per line, for a POSIX shell.
+    """``ecoflap prune`` or ``finetune`` with the options of ``recipe`` that are not the defaults, for a POSIX shell.
 
     Args:
         recipe: flat option names to values; lists repeat the option, mappings give ``key=value``, None is left out.
@@ -23,11 +25,12 @@ def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
 
     A recipe with what no option can say is repeated from the run's own file.
     """
+    kind, command = (Finetune, "ecoflap finetune") if recipe.get(TRAIN) else (Recipe, "ecoflap prune")
     if any(recipe.get(field) for field in FILE_ONLY):
         again = [shlex.join(words) for words in _code(recipe)]  # which a file is not trusted with
-        return " \\\n  ".join(("ecoflap prune", "--recipe recipe.yaml", *again, shlex.join(["--output", output])))
-    lines = ["ecoflap prune" + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
-    defaults = Recipe.parse({}).to_dict()
+        return " \\\n  ".join((command, "--recipe recipe.yaml", *again, shlex.join(["--output", output])))
+    lines = [command + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
+    defaults = kind.parse({}).to_dict()
     for key, value in recipe.items():
         if key not in _NOT_REPEATED and (key == "sparsity" or key not in defaults or value != defaults[key]):
             lines += (shlex.join(words) for words in flags(flag_of(key), value))

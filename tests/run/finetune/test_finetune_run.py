@@ -38,6 +38,13 @@ def test_model_metrics_and_page(trained, made):
     assert {path.name for path in trained.iterdir()} == names
     assert (trained / "model" / "tokenizer.json").exists()
     AutoModelForCausalLM.from_pretrained(trained / "model")
+    card = (trained / "model" / "README.md").read_text()
+    value = metrics["finetuned"]["perplexity"]["value"]
+    assert f"{value:.4g}" in card
+    assert f"value: {value}" in card  # in the head, as the Hub lists it
+    for words in ("| fine-tuned |", "the others are fine-tuned", "59 samples of prose.txt", "ecoflap finetune"):
+        assert words in card
+    assert str(made.prose.parent) not in card
 
 
 def test_the_page_is_built_again_from_the_files(trained):

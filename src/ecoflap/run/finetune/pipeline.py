@@ -184,6 +184,8 @@ def _stages(job: _Job) -> None:
         "stages": [usage.to_json() for usage in job.usages],
         "environment": environment(checkpoint),
     })  # fmt: skip
+    with run.manifest.writing(f"{files.MODEL}/"):
+        PAGES.get("card")(run.path)  # into the model's folder
     PAGES.get("finetune")(run.path)
     run.finish()
     _log.info("complete: %s", run.path)

@@ -8,18 +8,19 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ecoflap.errors import InvalidOption
-from ecoflap.run.compare.recipe import UNUSED
 from ecoflap.run.names import COMPARISON, MODEL, RECIPE, TRAIN
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.trust import refuse_code
 from ecoflap.support.reading import read_yaml
 
-# Fields of a run's recipe that mean nothing here: they say how to prune, or what to calibrate on.
-NOT_HERE = (UNUSED | {
-    "calibration", "samples", "search", "search_options", "importance_samples", "importance_error", "criterion_options",
-    "importance_options", "tokens", "top_tokens", "offload_activations", "device_map", "max_memory", "compare",
-    "pattern", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule", "spread",
-}) - {"seed"}  # fmt: skip
+# Fields of a run's recipe that mean something here; the others set how to prune and what to calibrate on.
+_SHARED = (
+    "model", "columns", "prompt", "objective", "image_folder", "classes", "class_prompts", "batch_size",
+    "sequence_length", "window_start", "include", "exclude", "towers", "evaluations", "task", "task_options", "test",
+    "test_columns", "test_prompt", "test_image_folder", "test_samples", "test_batch_size", "seed", "device", "dtype",
+    "trust_remote_code",
+)  # fmt: skip
+NOT_HERE = frozenset(Recipe.model_fields) - {*_SHARED}
 _TESTS = ("evaluations", "task", "task_options", "test", "test_columns", "test_prompt", "test_image_folder")
 _OF_THE_RUN = ("prompt", "objective", "classes", "class_prompts", "sequence_length", "window_start")
 RATES = {"full": 5e-5, "lora": 2e-4}  # transformers' default, and the usual one of adapters
