@@ -126,6 +126,7 @@ class Cells:
         prune_to(
             checkpoint.model, anatomy, shares, batches, criterion=criterion, criterion_options=options, loss=objective,
             pattern=pattern, budget=budget, tokens=apart.get("tokens", "all"),
+            recover=apart.get("recover", False),
         )  # fmt: skip
         values = {
             "clock": round(time.perf_counter() - clock, 1),

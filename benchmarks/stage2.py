@@ -5,7 +5,8 @@
 
 The published functions run as they are, from the checkout, around today's decoder blocks: see ``published_loops.py``
 beside this file. Without ``--published`` only ours is measured. Two times are told: by the clock, and of the processor,
-which other work on the machine touches less. Results are compared by the share of weights with the same fate in both,
+which other work on the machine touches less. ``--in-turns`` runs the criteria in turns, and tells the ratio of each to
+the first. Results are compared by the share of weights with the same fate in both,
 and by the loss on the first batch of the calibration text.
 """
 
@@ -74,6 +75,24 @@ def compared(ways: dict[str, Way]) -> dict[str, float]:
     }
 
 
+def in_turns(ways: dict[str, Way], model: nn.Module, dense: dict[str, Tensor], repeats: int) -> dict[str, Any]:
+    """Times of each way in turns, and their medians' ratio to those of the first."""
+    for repeat in range(repeats):
+        for name in list(ways)[:: 1 if repeat % 2 else -1]:
+            for layer, weight in dense.items():
+                model.get_parameter(layer).data.copy_(weight)
+            ways[name].run()
+    first = next(iter(ways.values()))
+    rows: dict[str, Any] = {}
+    for name, way in ways.items():
+        clock, processor = statistics.median(way.clock), statistics.median(way.processor)
+        ratios = clock / statistics.median(first.clock), processor / statistics.median(first.processor)
+        print(f"{name:10} {clock:8.1f} s   processor {processor:8.1f} s   "
+              f"ratio {ratios[0]:.2f}   processor {ratios[1]:.2f}", flush=True)  # fmt: skip
+        rows[name] = {"clock": way.clock, "processor": way.processor, "ratio": ratios}
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="embedded")
@@ -86,6 +105,7 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--blocks", type=int, default=0, help="only the first so many blocks; 0 for all")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--in-turns", action="store_true", help="the criteria against each other, not one by one")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="a checkout of github.com/locuslab/wanda")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
@@ -99,7 +119,12 @@ def main() -> None:
     print(f"{type(model).__name__}, {model.dtype}, {anatomy.prunable_parameters:,} prunable weights, "  # type: ignore[attr-defined]
           f"{len(batches)} batches of {sorted(tokens)} tokens, {torch.get_num_threads()} threads")  # fmt: skip
     found: dict[str, Any] = {}
-    for criterion in options.criteria:
+    if options.in_turns:
+        found["in turns"] = in_turns(
+            {name: Way(_ours(model, anatomy, allocation, batches, name, objective)) for name in options.criteria},
+            model, dense, options.repeats,
+        )  # fmt: skip
+    for criterion in () if options.in_turns else options.criteria:
         ways = {"ours": Way(_ours(model, anatomy, allocation, batches, criterion, objective))}
         if options.published:
             ways["published"] = Way(

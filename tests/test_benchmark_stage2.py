@@ -114,3 +114,25 @@ def test_a_case_of_memory(offload: str) -> None:
     assert found["statistics"] == 4 * (3 * 16**2 + 24**2)
     while_run = 2 * found["statistics"] + found["forward"]
     assert found["expected"] == found["inputs"] + max(while_run, found["statistics"] + found["working"])
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_in_turns_each_way_begins_with_the_dense_weights() -> None:
+    from stage2 import Way, in_turns
+
+    model = torch.nn.Linear(2, 2)
+    dense = {"weight": model.weight.detach().clone()}
+    order: list[str] = []
+
+    def way(name: str) -> Way:
+        def prune() -> None:
+            order.append(name)
+            assert torch.equal(model.weight, dense["weight"])
+            model.weight.data.zero_()
+
+        return Way(prune)
+
+    found = in_turns({"one": way("one"), "two": way("two")}, model, dense, 2)
+    assert order == ["two", "one", "one", "two"]
+    assert found["one"]["ratio"] == (1.0, 1.0)
+    assert len(found["two"]["clock"]) == 2

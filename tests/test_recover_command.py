@@ -101,6 +101,10 @@ def test_an_interrupted_recovery_goes_on(
     resumed = weights_of(tmp_path / "run" / "model")
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
     assert calls[-1].startswith("recovered.") == (which == "prune")
+    if which == "prune":  # a run directory stands for its model
+        run("recover", "run", "--dense", made / "llama", *options(made)[:-2], "-o", "more", "--quiet").well()
+        more = weights_of(tmp_path / "more" / "model")
+        assert all(torch.equal(more[name] == 0, weight == 0) for name, weight in whole.items())
 
 
 @pytest.mark.usefixtures("pageless")

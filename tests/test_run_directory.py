@@ -47,7 +47,9 @@ def _everything(folder: Path) -> list[str]:
 
 
 def test_the_directory_of_a_vision_language_model(run: Command, tmp_path: Path) -> None:
-    outcome = pruned(run, tmp_path, "--test", "data/questions.jsonl", "--sparsity", "0.4", name="blip2_t5").well()
+    outcome = pruned(
+        run, tmp_path, "--criterion", "wanda", "--test", "data/questions.jsonl", "--sparsity", "0.4", name="blip2_t5"
+    ).well()
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
         "allocation.json", "importance.json", "log.txt",

@@ -38,13 +38,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _recipe(folder: Path) -> Recipe:
     data = str(folder / "prose.txt")
     return Recipe(model=str(folder / "llama"), calibration=data, samples=6, batch_size=2, sequence_length=12,
-                  importance="zeroth-order", importance_samples=4, test=data, test_samples=3)  # fmt: skip
+                  importance="zeroth-order", importance_samples=4, criterion="wanda", test=data,
+                  test_samples=3)  # fmt: skip
 
 
 def _options(folder: Path) -> list[object]:
     data = folder / "prose.txt"
-    return ["prune", folder / "llama", "--calibration", data, *TEXT, "--importance", "zeroth-order", "--test", data,
-            "--test-samples", 3]  # fmt: skip
+    return ["prune", folder / "llama", "--calibration", data, *TEXT, "--importance", "zeroth-order",
+            "--criterion", "wanda", "--test", data, "--test-samples", 3]  # fmt: skip
 
 
 @pytest.fixture

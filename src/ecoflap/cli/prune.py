@@ -26,7 +26,7 @@ from ecoflap.cli.app import (
     say_line,
 )
 from ecoflap.cli.options import OUTPUT, with_recipe_options
-from ecoflap.cli.packed import packed_line, packed_to
+from ecoflap.cli.packed import model_of, packed_line, packed_to
 from ecoflap.cli.terminal import print_lines, standard_error, standard_output
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.run.compare.folder import PAGE, TABLE, GridDirectory
@@ -109,16 +109,16 @@ def recover(
 ) -> None:  # fmt: skip
     """Recover a pruned MODEL, whoever pruned it: zeros stay, the other weights are fitted to the DENSE model's outputs.
 
-    Leaves a run directory as 'ecoflap prune' does.
+    MODEL may be the run directory of 'ecoflap prune'. Leaves a run directory as 'ecoflap prune' does.
 
     Examples:
-        ecoflap recover runs/first/model --output runs/recovered
+        ecoflap recover runs/first --output runs/recovered
         ecoflap recover path/to/pruned --dense path/to/llama --calibration prose.txt --test held-out.txt
     """
     if recipe.pruned is None:
         if recipe.model is None:
             raise InvalidOption("what to recover? give the pruned model: ecoflap recover MODEL --dense DENSE")
-        recipe = recipe.model_copy(update={"model": dense, "pruned": recipe.model})
+        recipe = recipe.model_copy(update={"model": dense, "pruned": model_of(recipe.model)})
     run = _run(recipe, output, overwrite, resume, quiet, as_json)
     if run is not None:
         _tell(run, quiet, as_json, {})

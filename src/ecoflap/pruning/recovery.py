@@ -87,7 +87,7 @@ class FitLayer:
         Raises:
             NonFiniteLoss: a weight or a statistic is not finite.
         """
-        given = self.pruned.to(weight.device)
+        given = self.pruned.to(weight.device, weight.dtype)
         mask = given != 0
         if statistics is None or statistics.tokens == 0 or bool(mask.all()):
             return Pruned(given.clone(), mask)

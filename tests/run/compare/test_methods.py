@@ -20,6 +20,7 @@ OPTIONS = {
     "max_sparsity": ["0.9", "0.95"],
     "budget": ["global", "tower"],
     "tower_sparsity": ["vision=0.4", "language=0.6"],
+    "recover": ["true", "false"],
     "importance_samples": ["4", "16"],
 }
 
