@@ -11,7 +11,8 @@ from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json, progres
 from ecoflap.cli.options import OUTPUT
 from ecoflap.cli.terminal import messages, print_lines, standard_output
 from ecoflap.errors import InvalidOption
-from ecoflap.run.names import MODEL, RECIPE
+from ecoflap.run.manifest import Manifest
+from ecoflap.run.names import BENCH, MODEL, PACKED, RECIPE, REPORT
 
 Folder = Annotated[
     Path,
@@ -57,6 +58,8 @@ def pack_model(
         ecoflap pack path/to/pruned --output packed --values int4
     """
     packed = packed_to(model_of(source), output, values, group_size, overwrite, trust_remote_code, quiet)
+    if output.name == PACKED and (manifest := Manifest(output.parent)).exists:
+        manifest.note(f"{PACKED}/")  # RUN/packed belongs to the run: 'prune --overwrite' removes it with the rest
     if as_json:
         print_json(packed)
     elif not quiet:
@@ -130,7 +133,8 @@ def packed_line(packed: dict[str, Any]) -> str:
 def bench_model(
     packed: Annotated[
         Path | None,
-        typer.Argument(metavar="[PACKED]", show_default=False, help="A packed model's folder. Default: the embedded "
+        typer.Argument(metavar="[PACKED|RUN]", show_default=False, help="A packed model's folder, or a run that has "
+                       "one: its report.html shows the result. Default: the embedded "
                        "model, and random weights in the shape of a 1 B language model."),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds; medians are shown. Default: 3.",
@@ -162,6 +166,7 @@ def bench_model(
     Examples:
         ecoflap bench
         ecoflap bench packed --threads 1,2,4 --rounds 5 --output bench.json
+        ecoflap bench runs/first
     """
     from ecoflap.cli.tables import bench_tables
     from ecoflap.run.bench import bench
@@ -172,7 +177,14 @@ def bench_model(
         prompt_tokens, new_tokens, rounds, numbers("--batch-sizes", batch_sizes), numbers("--threads", threads), layers,
         sparsity,
     )  # fmt: skip
+    run, packed = (None, None) if packed is None else run_and_packed(packed)
     found = bench(packed, options, progress_to(quiet or as_json))
+    if run is not None:
+        from ecoflap.report import rebuild
+
+        with Manifest(run).writing(BENCH):
+            write_json(run / BENCH, found)
+        rebuild(run)
     if output is not None:
         write_json(output, found)
     if as_json:
@@ -180,6 +192,24 @@ def bench_model(
     elif not quiet:
         for table in bench_tables(found):
             standard_output().print(table)
+        if run is not None:
+            print_lines(f"page    {run / REPORT}")
+
+
+def run_and_packed(source: Path) -> tuple[Path | None, Path]:
+    """The run directory that a packed model belongs to, if any, and the packed model.
+
+    Raises:
+        InvalidOption: ``source`` is a run without a packed model.
+    """
+    if not (source / RECIPE).is_file():
+        inside = source.name == PACKED and (source.parent / RECIPE).is_file()
+        return source.parent if inside else None, source
+    if not (source / PACKED).is_dir():
+        raise InvalidOption(
+            f"'{source}' has no packed model: make one with 'ecoflap pack {source} --output {source / PACKED}'"
+        )
+    return source, source / PACKED
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ecoflap.report import records
+from ecoflap.report.bench import read_bench
 from ecoflap.report.charts import analysis as analysis_charts
 from ecoflap.report.charts import run as run_charts
 from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, read_run
@@ -133,6 +134,7 @@ def render(run: RunData) -> str:
             peak=max((s.peak_memory_bytes for s in metrics.stages if s.peak_memory_bytes is not None), default=None),
             cuda=any(stage.peak_cuda_bytes for stage in metrics.stages),
             disk=records.on_disk(run),
+            bench=read_bench(run.path),
             towers=list(_towers(run, blocks)),
             unscored=sum(block.score is not None and block.score <= 0 for block in blocks),
             scores=run.scores,

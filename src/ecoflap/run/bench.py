@@ -27,9 +27,9 @@ def bench(packed: Path | None, options: BenchOptions, progress: Progress | None 
     """Measure the packed model in the folder ``packed``; without one, the embedded model and the shape of a 1 B LLM.
 
     Returns:
-        ``machine`` and ``models``, each with its ``variants`` (bytes, seconds to load) and ``speed``: for every number
-        of threads, batch size and variant the seconds to the first token, tokens per second, and both as ratios to the
-        dense model in bfloat16 (above 1 is better).
+        ``format``, ``machine`` and ``models``, each with its ``variants`` (bytes, seconds to load) and ``speed``: for
+        every number of threads, batch size and variant the seconds to the first token, tokens per second, and both as
+        ratios to the dense model in bfloat16 (above 1 is better).
 
     Raises:
         CheckpointError: ``packed`` is no packed model.
@@ -48,7 +48,7 @@ def bench(packed: Path | None, options: BenchOptions, progress: Progress | None 
     finally:
         torch.set_num_threads(threads)
     machine = {"kernels": kernels.isa(), "processors": os.cpu_count(), "torch": torch.__version__}
-    return {"machine": machine, "models": found}
+    return {"format": 1, "machine": machine, "models": found}
 
 
 def _measured(subject: Subject, options: BenchOptions, progress: Progress) -> dict[str, Any]:

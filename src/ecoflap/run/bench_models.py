@@ -27,7 +27,7 @@ from ecoflap.model.save import save
 from ecoflap.support.embedded import calibration_path, model_path
 
 DENSE = "dense bfloat16"
-VARIANTS = (DENSE, "dense float32", "packed", "packed int8")
+VARIANTS = (DENSE, "dense float32", "packed", "packed int8", "packed int4")
 PROMPT = "What is in the picture?"
 
 
@@ -93,11 +93,12 @@ def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
         "dense float32": load(plain, device="cpu", dtype="float32").model,
         "packed": kept.model,
     }
-    if all(layer.compressed.dtype != torch.int8 for layer in kept.model.modules() if isinstance(layer, PackedLinear)):
-        small = load(packed, device="cpu").model
-        unpack(small)
-        pack(small, values="int8")
-        variants["packed int8"] = small
+    if all(layer.compressed.is_floating_point() for layer in kept.model.modules() if isinstance(layer, PackedLinear)):
+        for values in ("int8", "int4"):
+            small = load(packed, device="cpu").model
+            unpack(small)
+            pack(small, values=values)
+            variants[f"packed {values}"] = small
     stored = {name: _stored(place) for name, place in ((DENSE, plain), ("packed", packed))}
     prompter = Prompter(kept.model, kept.processor) if tokenizer_of(kept.processor) is not None else None
     picture = _picture() if image_processor_of(kept.processor) is not None else None
@@ -168,7 +169,7 @@ def _random_variant(
         if name not in inside or not variant.startswith("packed"):
             layer.weight = nn.Parameter(patterns[shape].to(dtype, copy=True), requires_grad=False)
             continue
-        values = "int8" if variant.endswith("int8") else "auto"
+        values = variant.removeprefix("packed").strip() or "auto"
         if (values, shape) not in packed:
             packed[values, shape] = pack_weight(patterns[shape], values)
         one = packed[values, shape]

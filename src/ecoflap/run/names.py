@@ -7,13 +7,13 @@ from pathlib import Path
 RECIPE, IMPORTANCE, ALLOCATION = "recipe.yaml", "importance.json", "allocation.json"
 METRICS, REPORT, MODEL, LOG, JOURNAL = "metrics.json", "report.html", "model", "log.txt", "journal"
 PREDICTIONS, PICTURES, ANALYSIS = "predictions.json", "pictures", "analysis"
-PACKED = "packed"
+PACKED, BENCH = "packed", "bench.json"
 COMPARISON, MANIFEST = "compare.json", "manifest.json"
 # In the order of removal: what says that a run is complete goes first, what says that a folder is ours goes last.
 # The journal outlives what was made under it: it says of which data that is.
 OURS = (
-    METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, PACKED, MODEL, ALLOCATION, IMPORTANCE, JOURNAL, LOG, RECIPE,
-    MANIFEST,
+    METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, BENCH, PACKED, MODEL, ALLOCATION, IMPORTANCE, JOURNAL, LOG,
+    RECIPE, MANIFEST,
 )  # fmt: skip
 INPUTS = f"{JOURNAL}/inputs.json"
 WRITTEN = f"{JOURNAL}/written.json"
