@@ -183,7 +183,7 @@ def test_no_curve_no_spread() -> None:
         allocate(sizes(), sparsity=0.5, granularity="layer", rule="curves", data=data)
     with pytest.raises(InvalidOption, match="needs a measured curve"):
         allocate(sizes(), sparsity=0.5, rule="curves")
-    with pytest.raises(InvalidOption, match=r"spread 0\.2: the rule 'curves' has none"):
+    with pytest.raises(InvalidOption, match=r"spread 0\.2: rule 'curves' has no spread"):
         allocate(sizes(), sparsity=0.5, rule="curves", data=data, spread=0.2)
 
 

@@ -194,7 +194,7 @@ def test_budgets_of_towers_are_mapped_apart() -> None:
         ({"rule": "linear", "spread": 1.5}, InvalidOption, "spread must be a number from 0 to 1, not 1.5"),
         ({"rule": "linear", "spread": -0.1}, InvalidOption, "spread"),
         ({"rule": "linear-relative", "spread": 1.0}, InvalidOption, "below 1"),
-        ({"rule": "proportional", "spread": 0.1}, InvalidOption, "'proportional' has none"),
+        ({"rule": "proportional", "spread": 0.1}, InvalidOption, "'proportional' has no spread"),
         ({"rule": "linear", "aggregate": "median"}, UnknownName, "choose from sum, mean, layer-mean"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every bad input: exit code 2 and one line that says what, where and how to mend it; nothing is left behind."""
+"""Every bad input: exit code 2 and one line that says what, where and how to fix it; nothing is left behind."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_several_evaluations(task: str) -> None:
         ({"test": "x.jsonl", "evaluations": [{"task": "vqa"}]}, "test and evaluations are both given"),
         ({"evaluations": [{"task": "vqa", "sampels": 3}]}, r"unknown field 'sampels': did you mean 'samples'\?"),
         ({"evaluations": [{"name": "x"}]}, "evaluations 0 task"),
-        ({"evaluations": [{"task": "vqa"}, {"task": "vqa"}]}, "'vqa' is there twice"),
+        ({"evaluations": [{"task": "vqa"}, {"task": "vqa"}]}, "'vqa' appears twice"),
         ({"evaluations": [{"task": "vqa", "samples": 0}]}, "evaluations 0 samples"),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_file_of_the_users_inside_a_run_is_never_removed(folder: Path, name: s
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"mine")
     before = everything(folder)
-    with pytest.raises(OutputExists, match=rf"{name} is not as ecoflap wrote it"):
+    with pytest.raises(OutputExists, match=rf"{name} was changed after ecoflap wrote it"):
         begun(folder, overwrite=True)
     assert everything(folder) == before
     (folder / name).unlink()

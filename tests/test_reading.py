@@ -217,7 +217,7 @@ def test_what_is_whole_is_read_as_it_is(value: Any) -> None:
 @pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3\n", "x: {seed: 1, seed: 2}", "- {1: a, 1: b}"])
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "twice.yaml").write_text(text)
-    with pytest.raises(InvalidOption, match=r"stands twice \(line \d\)"):
+    with pytest.raises(InvalidOption, match=r"appears twice \(line \d\)"):
         read_yaml(tmp_path / "twice.yaml", "the recipe")
 
 

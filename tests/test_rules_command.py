@@ -70,7 +70,7 @@ def test_refusals_before_anything_is_measured(run: Command) -> None:
     run(*owl, "--granularity", "layer").refused("scope=block", "scope=layer")
     run(*owl, "--importance-options", "multiple=many").refused("multiple=many", "a number")
     run(*owl, "--rule", "linaer").refused("unknown rule 'linaer'", "did you mean 'linear'")
-    run(*owl, "--rule", "proportional", "--spread", "0.1").refused("spread 0.1", "'proportional' has none")
+    run(*owl, "--rule", "proportional", "--spread", "0.1").refused("spread 0.1", "'proportional' has no spread")
     run(*owl, "--spread", "1.5").refused("--spread", "1.5")
     assert not Path("run").exists()
 

@@ -241,7 +241,7 @@ def test_a_file_edited_by_hand_is_refused(prune: Command, tmp_path: Path, monkey
     data = json.loads(before)
     data["layers"][0]["zeros"] += 1
     path.write_text(json.dumps(data), "utf-8")
-    prune("--resume").refused("allocation.json is not as the run wrote it", "remove it", "--allocation FILE")
+    prune("--resume").refused("allocation.json was changed after the run wrote it", "remove it", "--allocation FILE")
     path.write_text(before, "utf-8")
     prune("--resume").well()
 
@@ -255,7 +255,7 @@ def test_results_of_which_nothing_was_noted_are_taken(tmp_path: Path) -> None:
     files.write_json(tmp_path / "importance.json", {"a": 1})  # a kill between noting and writing leaves the older one
     assert results.has("importance.json")
     files.write_json(tmp_path / "importance.json", {"a": 3})
-    with pytest.raises(ResumeMismatch, match="not as the run wrote it"):
+    with pytest.raises(ResumeMismatch, match="changed after the run wrote it"):
         results.has("importance.json")
     (tmp_path / "written.json").unlink()
     assert results.has("importance.json")

@@ -220,7 +220,7 @@ def prune(
         workers: processes with the same model and batches that share the work, see :mod:`ecoflap.support.processes`.
 
     Raises:
-        EcoflapError: says what is wrong and how to mend it. The model is unchanged unless stage 2 had begun.
+        EcoflapError: says what is wrong and how to fix it. The model is unchanged unless stage 2 had begun.
     """
     method = make_method(
         sparsity=sparsity, max_sparsity=max_sparsity, min_sparsity=min_sparsity, granularity=granularity,
@@ -300,7 +300,7 @@ def recover(
 
     Raises:
         InvalidOption: the models are of other shapes, differ outside the layers, or nothing is pruned.
-        EcoflapError: says what is wrong and how to mend it; ``model`` is untouched unless the walk had begun.
+        EcoflapError: says what is wrong and how to fix it; ``model`` is untouched unless the walk had begun.
     """
     fit, choice = recovery_options(options), TokenChoice(tokens) if isinstance(tokens, str) else tokens
     model, dense = (getattr(given, "_orig_mod", given) for given in (model, dense))

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one class for each kind; each message says in one line what, where and what to do."""
+"""Errors that a user can fix: one class for each kind; each message says in one line what, where and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 class EcoflapError(Exception):
     """Base of every error with a message for the user; the command line prints it as one line.
 
-    ``exit_code`` is 2 for input that the user can mend, 1 for a run that failed.
+    ``exit_code`` is 2 for input that the user can fix, 1 for a run that failed.
     """
 
     exit_code = 2

@@ -141,7 +141,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ([ANSWER], None, "no question of the user"),
         ([USER, ANSWER], None, "places for 1 pictures, but there are 0"),
         ([USER, ANSWER], ["x", "y"], "places for 1 pictures, but there are 2"),
-        ([{"role": "tool", "content": "x"}, ANSWER], None, "a turn of 'tool'"),
+        ([{"role": "tool", "content": "x"}, ANSWER], None, "a turn of unknown role 'tool'"),
         ([{"role": "user", "content": [{"type": "video", "video": "x"}]}, ANSWER], None, "holds video"),
     ],
 )

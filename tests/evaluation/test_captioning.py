@@ -189,7 +189,7 @@ def test_spice_without_its_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failing_program_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     code = "import sys; print('Loading', file=sys.stderr); sys.exit('java.lang.OutOfMemoryError: heap')"
-    found = r"^SPICE failed \(java.lang.OutOfMemoryError: heap\): mend Java, or give --task-option metrics=CIDEr$"
+    found = r"^SPICE failed \(java.lang.OutOfMemoryError: heap\): repair Java, or give --task-option metrics=CIDEr$"
     with pytest.raises(MissingDependency, match=found), captioning.java_program("SPICE", "metrics=CIDEr"):
         subprocess.check_call([sys.executable, "-c", code])
     assert capfd.readouterr().err == ""

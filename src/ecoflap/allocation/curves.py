@@ -30,7 +30,9 @@ class Curve:
 
     def __post_init__(self) -> None:
         if not self.levels or len(self.levels) != len(self.losses):
-            raise InvalidOption(f"a curve of {len(self.levels)} levels and {len(self.losses)} losses: give one a level")
+            raise InvalidOption(
+                f"a curve of {len(self.levels)} levels and {len(self.losses)} losses: give one loss for each level"
+            )
         if not all(math.isfinite(loss) for loss in self.losses):
             raise InvalidOption(f"a curve's losses must be finite numbers, not {list(self.losses)}")
         if not (self.levels[0] > 0 and self.levels[-1] <= 1 and all(a < b for a, b in pairwise(self.levels))):
@@ -79,7 +81,7 @@ class LeastLoss:
 
     def __init__(self, spread: float | None = None) -> None:
         if spread is not None:
-            raise InvalidOption(f"spread {spread:g}: the rule 'curves' has none; max_sparsity bounds it")
+            raise InvalidOption(f"spread {spread:g}: rule 'curves' has no spread; limit it with max_sparsity")
 
     def __call__(self, groups: Sequence[Group], keep: int, target: Fraction) -> list[int]:
         segments: list[tuple[float, tuple[str, ...], int, int, int]] = []  # slope, key, order in the group, group, size

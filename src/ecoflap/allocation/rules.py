@@ -156,7 +156,7 @@ class Proportional:
 
     def __init__(self, spread: float | None = None) -> None:
         if spread is not None:
-            raise InvalidOption(f"spread {spread:g}: the rule 'proportional' has none; the cap max_sparsity bounds it")
+            raise InvalidOption(f"spread {spread:g}: rule 'proportional' has no spread; limit it with max_sparsity")
 
     def __call__(self, groups: Sequence[Group], keep: int, target: Fraction) -> list[int]:
         # Only ratios count, so the scores become integers once: sums stay exact, without a gcd at every step.

@@ -101,9 +101,7 @@ class Command(PlainHelp):
 
     def invoke(self, ctx: Any) -> Any:
         if launched() is not None and ctx.info_name not in SHARED:
-            raise InvalidOption(
-                f"{ctx.info_name} is one process's work: start it without torchrun or accelerate launch"
-            )
+            raise InvalidOption(f"{ctx.info_name} runs in one process: start it without torchrun or accelerate launch")
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:

@@ -180,7 +180,7 @@ def _check_hub(repo_id: str | None, private: bool) -> None:
     """Whatever can be known of an upload before the work for it begins."""
     if repo_id is None:
         if private:
-            raise InvalidOption("--private says how to upload: give --push-to-hub REPO_ID, too")
+            raise InvalidOption("--private needs --push-to-hub REPO_ID")
         return
     from ecoflap.report.hub import check_account, check_name
 

@@ -81,7 +81,7 @@ def read_chat(turns: Any, images: Any) -> Chat:
 def _role(turn: Mapping[str, Any]) -> str:
     name = str(turn.get("role") or turn.get("from"))
     if name.lower() not in ROLES:
-        raise BrokenSample(f"the chat has a turn of '{name}'")
+        raise BrokenSample(f"the chat has a turn of unknown role '{name}'")
     return ROLES[name.lower()]
 
 

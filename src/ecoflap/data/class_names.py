@@ -61,6 +61,6 @@ def _lines(path: str, what: str) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InvalidOption(
-            f"{what}: can't read the file '{path}' ({reason}): give a text file, one per line"
+            f"{what}: can't read the file '{path}' ({reason}): give a text file with one entry per line"
         ) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())

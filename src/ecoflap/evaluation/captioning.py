@@ -175,7 +175,7 @@ def java_program(name: str, way_out: str) -> Iterator[None]:
             heard.seek(0)
             lines = [line.strip() for line in heard.read().decode(errors="replace").splitlines() if line.strip()]
             why = next((line for line in lines if "rror" in line or "xception" in line), str(error) or repr(error))
-            raise MissingDependency(f"{name} failed ({why}): mend Java, or give --task-option {way_out}") from error
+            raise MissingDependency(f"{name} failed ({why}): repair Java, or give --task-option {way_out}") from error
         finally:
             sys.stderr.flush()
             os.dup2(saved, 2)

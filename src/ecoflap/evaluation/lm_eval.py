@@ -178,8 +178,8 @@ def _evaluate(
             )  # fmt: skip
     except OSError as error:  # what datasets raises for a hub out of reach, and for a missing file
         raise CalibrationError(
-            f"the data of {PREFIX}{name} can't be had ({type(error).__name__}: {_line(error)}): it comes from the hub; "
-            "fetch it once where there is a connection, or give task files of your own by include_path"
+            f"the data of {PREFIX}{name} can't be loaded ({type(error).__name__}: {_line(error)}): it comes from the "
+            "hub; fetch it once where there is a connection, or give task files of your own by include_path"
         ) from error
     except (NotImplementedError, ValueError, TypeError, AssertionError) as error:
         raise InvalidOption(f"lm-eval can't run {PREFIX}{name} on this model: {_line(error)}") from error

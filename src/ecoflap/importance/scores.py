@@ -119,7 +119,7 @@ class Importance:
                     f"{source}: the score of {name} is {score.score}, not a finite number of at least 0"
                 )
             if name in scores:
-                raise InvalidOption(f"{source}: layer {name} stands twice")
+                raise InvalidOption(f"{source}: layer {name} appears twice")
             scores[name] = score
         settings, curves = (data.get(name) or {} for name in ("settings", "curves"))
         if not (isinstance(settings, dict) and isinstance(curves, dict)):

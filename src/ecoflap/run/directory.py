@@ -122,8 +122,8 @@ class RunDirectory:
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise OutputExists(
-                f"{self.path / found[0]}{more} is not as ecoflap wrote it, so it is not removed: move it away first, "
-                "or choose another --output"
+                f"{self.path / found[0]}{more} was changed after ecoflap wrote it, so it is not removed: move it away "
+                "first, or choose another --output"
             )
 
     def begin(self, recipe: Recipe, fingerprint: str, inputs: Mapping[str, str]) -> None:

@@ -33,7 +33,7 @@ def explained(run: Path, log: Path) -> Iterator[None]:
         _log.info("failed", exc_info=error)
         line = (str(error).strip().splitlines() or [""])[0]
         raise RunFailed(
-            f"{type(error).__name__}: {line} (the traceback is in {log}; once mended, the "
+            f"{type(error).__name__}: {line} (the traceback is in {log}; once it is fixed, the "
             "same command with --resume goes on from here)"
         ) from error
 

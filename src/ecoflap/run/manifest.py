@@ -160,8 +160,8 @@ class Results:
             return True
         option = Path(name).stem
         raise ResumeMismatch(
-            f"can't resume {self._folder}: {name} is not as the run wrote it. Put it back, or remove it and it is made "
-            f"again; a file of your own begins another run: --{option} FILE"
+            f"can't resume {self._folder}: {name} was changed after the run wrote it. Restore it, or remove "
+            f"it to make it again; to use your own file, start another run: --{option} FILE"
         )
 
 

@@ -146,7 +146,7 @@ def run_recipe(
         The run directory.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to mend it. What the recipe asks for is checked before
+        EcoflapError: a subclass says what is wrong and how to fix it. What the recipe asks for is checked before
             ``output`` is touched.
         Stopped: by a signal, once the run had begun.
         RunFailed: anything else went wrong; the run's log has the traceback.

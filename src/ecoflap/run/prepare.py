@@ -198,7 +198,7 @@ def prepare(recipe: Recipe, workers: Workers = ALONE) -> Prepared:
         recipe: resolved.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to mend it.
+        EcoflapError: a subclass says what is wrong and how to fix it.
     """
     check_recipe(recipe)
     given = None if recipe.allocation is None else read_allocation(recipe.allocation)
@@ -251,7 +251,7 @@ def plan_on(
         given: the allocation read from the recipe's file, where it names one.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to mend it.
+        EcoflapError: a subclass says what is wrong and how to fix it.
     """
     samples, batches = _calibrate(recipe, checkpoint)
     name = objective_name(recipe.objective, checkpoint.model)

@@ -259,10 +259,10 @@ class Recipe(BaseModel):
         names = [entry.name for entry in self.evaluations]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise InvalidOption(f"evaluations: '{twice}' is there twice: give each a name of its own")
+            raise InvalidOption(f"evaluations: '{twice}' appears twice: give each its own name")
         for field in ("test", "test_columns", "test_prompt", "test_image_folder"):
             if getattr(self, field):
-                raise InvalidOption(f"{field} and evaluations are both given: say it in the entries of evaluations")
+                raise InvalidOption(f"{field} and evaluations are both given: set it in the entries of evaluations")
         for name in self.task or ():
             if name not in names:
                 raise unknown("evaluation of this recipe", name, names)
@@ -366,7 +366,7 @@ class Recipe(BaseModel):
         for name in () if recorded else sorted(self.model_fields_set.intersection(_DECIDE_ZEROS)):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise InvalidOption(
-                    f"{name} decides where zeros fall, and those of {self.pruned} are kept: leave it out"
+                    f"{name} would choose zeros, but recover keeps those of {self.pruned} are kept: leave it out"
                 )
         few = min(self.samples, self.importance_samples)
         return self.model_copy(

@@ -22,7 +22,7 @@ def refuse_code(recipe: Mapping[str, Any], given: Mapping[str, Any], source: str
     for what, flag, allowed in _asked(recipe, given):
         if not allowed:
             raise InvalidOption(
-                f"{source} asks to run code ({what}), which a file is not trusted with: read that code, then give "
+                f"{source} asks to run code ({what}), which a file can't allow: read that code, then give "
                 f"{flag} yourself"
             )
 

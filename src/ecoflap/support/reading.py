@@ -151,7 +151,7 @@ class _UniqueKeys(yaml.SafeLoader):
                 continue
             if key in known:
                 where = key_node.start_mark.line + 1
-                raise ValueError(f"'{key}' stands twice (line {where}): leave one of them")
+                raise ValueError(f"'{key}' appears twice (line {where}): leave one of them")
             known.add(key)
         found: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return found

@@ -202,9 +202,9 @@ class Registry(Generic[T]):
             made = target.load() if isinstance(target, EntryPoint) else target
         except (Exception, SystemExit) as error:
             told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise BrokenPlugin(f"{who} can't be imported ({told}): mend that package, or uninstall it") from error
+            raise BrokenPlugin(f"{who} can't be imported ({told}): fix that package, or uninstall it") from error
         if self._complaint is not None and (wrong := self._complaint(made)) is not None:
-            raise BrokenPlugin(f"{who} {wrong}: mend that package, or uninstall it")
+            raise BrokenPlugin(f"{who} {wrong}: fix that package, or uninstall it")
         return made
 
 

@@ -56,7 +56,7 @@ def round_of(store: Any, own: Workers) -> Any:
                 store.set(f"ecoflap/welcome/{store.get(f'ecoflap/hello/{rank}').decode()}", name)
         missing = [rank for rank in missing if not store.check([f"ecoflap/here/{name}/{rank}"])]
         if time.monotonic() > deadline:
-            raise WorkerLost(f"worker {missing[0]} has not come: look at its machine's output, and launch again")
+            raise WorkerLost(f"worker {missing[0]} did not start: look at the output of its machine, and launch again")
         time.sleep(_GLANCE)
     os.environ[ROUND] = name
     return dist.PrefixStore(f"ecoflap/round/{name}", store)  # type: ignore[attr-defined]

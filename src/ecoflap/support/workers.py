@@ -47,11 +47,11 @@ class Workers:
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Sends a tensor to one worker, which calls :meth:`receive`."""
-        raise AssertionError("there is nobody else")
+        raise AssertionError("there is no other worker")
 
     def receive(self, tensor: Tensor, source: int) -> None:
         """Write what worker ``source`` sends into ``tensor``, of the same shape and dtype."""
-        raise AssertionError("there is nobody else")
+        raise AssertionError("there is no other worker")
 
     def from_first(self, read: Callable[[], T]) -> T:
         """The result of ``read``, which only worker 0 calls."""

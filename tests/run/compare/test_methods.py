@@ -171,7 +171,7 @@ def test_a_grid_reads_back_from_its_own_file() -> None:
 
 
 def test_options_of_one_method_are_no_options_of_all() -> None:
-    with pytest.raises(InvalidOption, match=r"stand with their method, as in zeroth-order\+wanda:draws=8"):
+    with pytest.raises(InvalidOption, match=r"belong to a method, as in zeroth-order\+wanda:draws=8"):
         Grid.parse({"importance_options": {"draws": 8}})
     with pytest.raises(InvalidOption, match="makes its own allocations"):
         Grid.parse({"allocation": "allocation.json"})

@@ -97,7 +97,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             rows, columns = (weight.shape[1], weight.shape[0]) if turned else weight.shape
             if count > rows * columns:
                 raise CheckpointError(
-                    f"config.json tells of {count} values in '{name}', which has {rows} × {columns} weights: download "
+                    f"config.json says {count} values in '{name}', which has {rows} × {columns} weights: download "
                     "or pack the model again"
                 )
             kind = STORED.get(config.values)

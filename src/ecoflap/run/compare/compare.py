@@ -43,7 +43,7 @@ def compare(
         What ``compare.json`` holds: ``comparison.summary("wanda", 0.5).mean``, ``comparison.cells``.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to mend it.
+        EcoflapError: a subclass says what is wrong and how to fix it.
     """
     from ecoflap.run.compare.grid import run_grid
     from ecoflap.run.compare.recipe import Grid

@@ -161,7 +161,7 @@ def run_grid(
         say: receives one line for each choice that the recipe left open: columns of the data, objective.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to mend it; before ``output`` is touched where a look at
+        EcoflapError: a subclass says what is wrong and how to fix it; before ``output`` is touched where a look at
             the grid, or at one sample, can tell.
         Stopped: by a signal, once the work had begun.
         RunFailed: anything else went wrong; ``log.txt`` has the traceback.

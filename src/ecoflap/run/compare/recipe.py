@@ -106,9 +106,7 @@ class Grid(Recipe):
             if options:
                 measure = "zeroth-order" if self.importance == AUTO else self.importance
                 pair = next(f"{key}={value}" for key, value in options.items())
-                raise InvalidOption(
-                    f"{field}: in a comparison they stand with their method, as in {measure}+wanda:{pair}"
-                )
+                raise InvalidOption(f"{field}: in a comparison they belong to a method, as in {measure}+wanda:{pair}")
         return self
 
     def resolved(self) -> Grid:

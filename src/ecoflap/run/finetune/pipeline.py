@@ -100,7 +100,7 @@ def run_finetune(
         say: receives one line for each choice that the recipe left open.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to mend it; before ``output`` is touched where the recipe
+        EcoflapError: a subclass says what is wrong and how to fix it; before ``output`` is touched where the recipe
             and one sample can show it.
         Stopped: by a signal, once the work had begun.
         RunFailed: anything else went wrong; the log has the traceback.
@@ -130,7 +130,7 @@ def prepare_finetune(recipe: Finetune) -> _Plan:
     """Loads and checks all that a resolved recipe names, so that no input can stop the run half-way.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to mend it.
+        EcoflapError: a subclass says what is wrong and how to fix it.
     """
     if recipe.tune == "lora":
         check_peft()

@@ -66,7 +66,7 @@ class Finetune(Recipe):
     @model_validator(mode="after")
     def _fit(self) -> Finetune:
         if self.dtype == "float16":
-            raise InvalidOption("dtype float16: AdamW's small numbers vanish in it: take float32 or bfloat16")
+            raise InvalidOption("dtype float16: it is too coarse for AdamW: use float32 or bfloat16")
         if self.validation is not None and "held_out" in self.model_fields_set:
             raise InvalidOption("validation and held_out are both given: give the held-out data, or a share")
         return self
