@@ -20,6 +20,8 @@ from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.objectives import OBJECTIVES
 from ecoflap.model.checkpoint import load
 from ecoflap.run.evaluations import check_evaluations
+from ecoflap.run.finetune.pipeline import run_finetune
+from ecoflap.run.finetune.recipe import Finetune
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe
 
@@ -62,6 +64,14 @@ def test_the_rows_of_the_paper_are_all_there() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("path", sorted((FOLDER / "blip" / "finetune").glob("*.yaml")), ids=lambda path: path.stem)
+def test_fine_tuning_of_each_row_of_blip(path: Path) -> None:
+    row, recipe = Recipe.load(path.parents[1] / path.name), Finetune.load(path, {"model": "a/run"})
+    assert recipe.train == row.calibration
+    assert (recipe.image_folder, recipe.prompt) == (row.image_folder, row.prompt)
+    assert recipe.learning_rate is not None
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_classes_and_prompts(name: str) -> None:
     recipe = Recipe.load([CLIP, CLIP.parent / f"{name}.yaml"])
@@ -79,7 +89,7 @@ def test_classes_and_prompts(name: str) -> None:
 def test_the_readme_names_every_recipe_and_no_other() -> None:
     text = (FOLDER / "README.md").read_text("utf-8")
     named = set(re.findall(r"recipes/([\w/.-]+\.yaml)", text))
-    there = {str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/*.yaml")}
+    there = {str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/**/*.yaml")}
     assert named <= there
     assert there - named == set()
 
@@ -187,6 +197,17 @@ def _checked(recipe: Recipe, names: set[str]) -> dict[str, Any]:
     return metrics
 
 
+def _checked_further(path: Path, names: set[str], tests: set[str]) -> None:
+    """The fine-tuning of the run, for a few steps: its tests are those of the run, and its zeros stay."""
+    recipe = Finetune.load(path, {"model": "run", "epochs": 1, "batch_size": 3, "device": "cpu"})
+    if recipe.validation is not None:  # the pico data has two splits
+        recipe = recipe.model_copy(update={"validation": recipe.validation.replace(":val", ":test")})
+    metrics = json.loads((run_finetune(recipe, "tuned") / "metrics.json").read_text("utf-8"))
+    assert metrics["sparsity"]["prunable"] == pytest.approx(0.5, abs=1e-3)
+    assert set(metrics["finetuned"]) == names == tests
+    assert metrics["training"]["steps"] > 0
+
+
 @pytest.mark.parametrize("row", PICOS)
 def test_a_whole_run_on_pico_data(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -195,6 +216,9 @@ def test_a_whole_run_on_pico_data(row: str, tmp_path: Path, monkeypatch: pytest.
     names = {entry.name for entry in recipe.evaluations} if recipe.evaluations else set(recipe.task or ())
     metrics = _checked(recipe, names)
     assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+    further = FOLDER / "blip" / "finetune" / Path(row).name
+    if row in ("blip/flickr30k-retrieval.yaml", "blip/vqav2.yaml"):  # the unusual objectives
+        _checked_further(further, names, set(metrics["pruned"]))
     assert metrics["calibration"]["objective"] == (recipe.objective or metrics["calibration"]["objective"])
 
 

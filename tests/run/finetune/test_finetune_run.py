@@ -104,6 +104,9 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(made, tmp_path, pageless
         run_finetune(recipe, tmp_path / "halves")
     with pytest.raises(EcoflapError, match=r"epochs: 2\.0 then, 3\.0 now"):
         run_finetune(recipe.model_copy(update={"epochs": 3.0}), tmp_path / "halves", resume=True)
+    torn = tmp_path / "halves" / "journal" / "checkpoints" / "checkpoint-9"
+    torn.mkdir()  # of a process that was killed while it wrote
+    (torn / "model.safetensors").write_bytes(b"half")
     halves = run_finetune(recipe, tmp_path / "halves", resume=True)
     one, other = model_weights(whole / "model"), model_weights(halves / "model")
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ecoflap.data.model_facts import to_device
 from ecoflap.data.objectives import Objective, on_device
@@ -133,14 +135,15 @@ def train(
         KeyboardInterrupt: the process was asked to stop; a checkpoint is written.
     """
     steps = total_steps(recipe, len(data.train), data.paired)
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    on_cpu = home_of(inner).type == "cpu"
+    last = last_checkpoint(Path(folder))
+    device = home_of(inner)
     arguments = training_arguments(
-        recipe, folder, steps, on_cpu=on_cpu, resumed=last is not None, paired=data.paired
+        recipe, folder, steps, on_cpu=device.type == "cpu", resumed=last is not None, paired=data.paired
     )  # fmt: skip
     arguments._n_gpu = min(1, arguments.n_gpu)  # the model's own GPU; DataParallel would copy it to all of them
     done = 0 if last is None else int(last.rpartition("-")[2])
-    with quiet(), progress.stage("fine-tuning", total=steps, done=done) as task, cache_disabled(inner):
+    on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # where the trainer moves the model
+    with quiet(), on_gpu, progress.stage("fine-tuning", total=steps, done=done) as task, cache_disabled(inner):
         watch = _Watch(task)
         callbacks: list[Any] = [watch]
         if keeper is not None:
@@ -157,6 +160,22 @@ def train(
             raise watch.stop
     model.eval()
     return _outcome(trainer.state)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The whole checkpoint with the most steps; one that a kill left half-written is removed.
+
+    The trainer writes ``trainer_state.json`` last.
+    """
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    for step in sorted(found, reverse=True):
+        try:
+            json.loads((found[step] / "trainer_state.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(found[step])
+            continue
+        return str(found[step])
+    return None
 
 
 def _outcome(state: Any) -> Training:
