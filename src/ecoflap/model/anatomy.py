@@ -13,6 +13,7 @@ from ecoflap.errors import AnatomyError
 from ecoflap.model.block_lists import BlockList, block_lists
 from ecoflap.model.experts import Experts, expert_groups
 from ecoflap.model.modality import modality_of, with_decoder
+from ecoflap.model.packed_attention import IN, OUT, is_packed
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
 from ecoflap.model.reasons import makes_positions, quantised, reason_for
 from ecoflap.model.slices import slice_name
@@ -148,8 +149,7 @@ class _Reader:
                 continue
             if isinstance(module, nn.MultiheadAttention):
                 prefix_done.append(path)
-                self._dense(path, "packed nn.MultiheadAttention", sum(p.numel() for p in module.parameters()))
-                self.named.update(map(id, module.parameters()))
+                yield from self._packed_attention(path, module, block, tower, modality)
                 continue
             packed = quantised(module)
             if packed is not None:
@@ -195,6 +195,38 @@ class _Reader:
                     expert=self.experts.of(path),
                     uncalled=self._uncalled(path, parameter),
                 )
+
+    def _packed_attention(
+        self, path: str, module: nn.MultiheadAttention, block: str, tower: str, modality: str
+    ) -> Iterable[Layer]:
+        """The matrices of q, k, v and the output of torch's attention; all as dense where q and k differ in width."""
+        if not is_packed(module):
+            numel = sum(parameter.numel() for parameter in module.parameters())
+            self._dense(path, "nn.MultiheadAttention with keys of another width", numel)
+            self.named.update(map(id, module.parameters()))
+            return
+        for name, bias in module.named_parameters(recurse=False):
+            if bias.dim() > 2:  # a key and a value beside those of the inputs
+                self._dense(f"{path}.{name}", "bias of nn.MultiheadAttention", bias.numel())
+                self.named.add(id(bias))
+        rows = module.embed_dim
+        for leaf in (IN, OUT):
+            full = f"{path}.{leaf}"
+            parameter = self.model.get_parameter(full)
+            if id(parameter) in self.seen:
+                continue
+            self.seen.add(id(parameter))
+            reason = self._reason_to_skip(full, path, tower, modality, parameter)
+            if reason:
+                self._dense(full, reason, parameter.numel())
+                continue
+            others = [other for other in self.names[id(parameter)] if other != full]
+            for name in [slice_name(full, number) for number in range(3)] if leaf == IN else [full]:
+                yield Layer(
+                    name=name, module=full.rpartition(".")[0], block=block, tower=tower, modality=modality,
+                    shape=(rows, rows), aliases=tuple(other + name.removeprefix(full) for other in others),
+                    expert=self.experts.of(path), uncalled=True,
+                )  # fmt: skip
 
     def _turned(self, name: str, module: nn.Module) -> bool | None:
         """Whether the matrices stacked in a 3-D parameter are (inputs, outputs); None where it is no such stack.

@@ -38,7 +38,11 @@ def parameter_of(name: str) -> str:
 def matrix_in(parameter: Tensor, name: str) -> Tensor:
     """The matrix called ``name``, as it is stored in its parameter: the parameter itself, or a view of its slice."""
     found = _INDEXED.fullmatch(name)
-    return parameter if found is None else parameter[int(found[2])]
+    if found is None:
+        return parameter
+    if parameter.dim() == 2:  # square matrices, one above another: q, k and v of torch's attention
+        parameter = parameter.view(-1, parameter.shape[1], parameter.shape[1])
+    return parameter[int(found[2])]
 
 
 def stored_matrix(model: nn.Module, name: str) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from ecoflap.model.packed_attention import packed_around, projections_swapped
 from ecoflap.model.parts import Layer
 from ecoflap.model.patching import swapped
 from ecoflap.model.slices import Product, products_seen
@@ -42,8 +43,12 @@ def slices_swapped(model: nn.Module, layers: Iterable[Layer], tensors: Mapping[s
             product, so that entries may come and go.
     """
     owners: dict[str, dict[str, None]] = {}
+    attention: dict[str, None] = {}
     for layer in layers:
         for name in (layer.name, *layer.aliases):
+            if (packed := packed_around(model, name)) is not None:
+                attention[packed] = None
+                continue
             path, _, leaf = name.rpartition("[")[0].rpartition(".")
             owners.setdefault(path, {})[leaf] = None
 
@@ -51,5 +56,5 @@ def slices_swapped(model: nn.Module, layers: Iterable[Layer], tensors: Mapping[s
         numbers = range(product.first, product.first + max(1, product.count))
         return {number: tensors[name] for number in numbers if (name := f"{path}.{leaf}[{number}]") in tensors}
 
-    with products_seen(model, owners, standing_in):
+    with products_seen(model, owners, standing_in), projections_swapped(model, attention, tensors):
         yield

@@ -171,7 +171,9 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parame
     """Weights of linear layers and convolutions, and experts that are stacked along a first dimension."""
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            own = isinstance(module, _MATRICES) and attribute == "weight"
+            own = (isinstance(module, _MATRICES) and attribute == "weight") or (
+                isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight"
+            )
             stacked = parameter.dim() == 3 and "expert" in (path.rpartition(".")[2] + type(module).__name__).lower()
             if (own or stacked) and not parameter.is_meta:
                 yield f"{path}.{attribute}" if path else attribute, module, attribute, parameter

@@ -236,12 +236,13 @@ class Gatherer:
 
     def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:
         """The mask of tokens that count, fitting ``x`` (batch, tokens, features), also flattened; None if all do."""
-        if layer is not None and layer.stacked and (sent := self._sent(layer.mixture, x)) is not None:
+        if layer is not None and layer.stacked and layer.expert and (sent := self._sent(layer.mixture, x)) is not None:
             self._in_expert[layer.expert] = sent  # and its later matrices get the same tokens, in the same order
         routed = self._in_expert.get(layer.expert) if layer is not None else None
         if routed is not None and routed.numel() == x.shape[:-1].numel():
             return routed
-        if layer is not None and layer.stacked:  # tokens that are not sent to it are zeros, if they are there at all
+        if layer is not None and layer.stacked and layer.expert:
+            # Tokens that are not sent to it are zeros, if they are there at all.
             there = (x != 0).any(dim=-1)
             counted = self._own_keep(x, layer)
             return there if counted is None else there & counted.to(there.device)

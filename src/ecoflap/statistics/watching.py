@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ecoflap.model.packed_attention import Seen, attention_inputs_seen, packed_around
 from ecoflap.model.parts import Layer
 from ecoflap.model.slices import Product, experts_in_turn, products_seen, slice_name
 from ecoflap.model.trace import linear_weight
@@ -23,17 +24,20 @@ def inputs_watched(model: nn.Module, layers: Iterable[Layer], feed: Feed) -> Ite
     functional: dict[int, Layer] = {}
     slices: dict[str, Layer] = {}
     owners: dict[str, dict[str, None]] = {}
+    attention: dict[str, dict[str, Seen]] = {}
     with ExitStack() as hooks:
         for layer in layers:
-            if layer.stacked:
+            if (layer.stacked or layer.uncalled) and (path := packed_around(model, layer.name)) is not None:
+                attention.setdefault(path, {})[layer.name.removeprefix(f"{path}.")] = partial(feed, layer)
+            elif layer.stacked:
                 slices[layer.name] = layer
                 owners.setdefault(layer.module, {})[layer.parameter.rpartition(".")[2]] = None
-                continue
-            if layer.uncalled:
+            elif layer.uncalled:
                 functional[id(model.get_parameter(layer.name))] = layer
-                continue
-            module = model.get_submodule(layer.module)
-            hooks.callback(module.register_forward_pre_hook(_hook(layer, feed)).remove)
+            else:
+                module = model.get_submodule(layer.module)
+                hooks.callback(module.register_forward_pre_hook(_hook(layer, feed)).remove)
+        hooks.enter_context(attention_inputs_seen(model, attention))
         if slices:
             hooks.enter_context(experts_in_turn(model))
             hooks.enter_context(products_seen(model, owners, partial(_feed_slices, slices, feed)))
