@@ -69,9 +69,9 @@ class Recipe(BaseModel):
         None,
         ge=0.0,
         le=1.0,
-        description="Cap of a group. Default: sparsity + 0.1; none where the rule bounds the shares itself (linear).",
+        description="Highest sparsity of a group. Default: sparsity + 0.1; none for rules with a spread (linear).",
     )
-    min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Floor of a group's sparsity.")
+    min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Lowest sparsity of a group.")
     importance: str = Field(
         "auto",
         description="auto (gradient-norm where the model can be differentiated, else zeroth-order), "
@@ -81,11 +81,14 @@ class Recipe(BaseModel):
         default_factory=dict,
         description="Options of the importance: epsilon, draws, variant, multiple, scope, tail, levels.",
     )
-    granularity: Literal["block", "layer", "tower"] = Field("block", description="What shares one sparsity.")
+    granularity: Literal["block", "layer", "tower"] = Field("block", description="Layers that share one sparsity.")
     aggregate: Literal["sum", "mean", "layer-mean"] | None = Field(
-        None, description="How a group's score is made of its layers'. Default: the rule's own (proportional: sum)."
+        None,
+        description="How the scores of a group's layers are combined. Default: the rule's own (proportional: sum).",
     )
-    budget: Literal["global", "tower"] = Field("global", description="'tower': each tower meets the sparsity itself.")
+    budget: Literal["global", "tower"] = Field(
+        "global", description="'tower': each tower meets the sparsity by itself."
+    )
     tower_sparsity: dict[str, float] = Field(
         default_factory=dict, description="Sparsity of single towers or modalities."
     )
@@ -95,7 +98,10 @@ class Recipe(BaseModel):
         "sensitivity alone). Default: what the importance is made for.",
     )
     spread: float | None = Field(
-        None, ge=0.0, le=1.0, description="How far the rule lets groups differ. Default: the importance's own."
+        None,
+        ge=0.0,
+        le=1.0,
+        description="How much sparsities may differ between groups. Default: the importance's own.",
     )
     search: bool | None = Field(
         None, description="Improve the allocation by measuring the pruned model. Default: with importance sensitivity."
@@ -117,7 +123,7 @@ class Recipe(BaseModel):
     )
     recover: bool = Field(
         False,
-        description="The criterion's zeros stay, and the other weights are fitted to the dense model's outputs.",
+        description="Keep the criterion's zeros, and fit the other weights to the dense model's outputs.",
     )
     recover_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict, description="Options of recover: steps, damping."
@@ -131,12 +137,12 @@ class Recipe(BaseModel):
     )
     tokens: str = Field(
         "all",
-        description="What counts in the statistics of towers that read text and pictures: all, text, text+top, "
+        description="Tokens that count in the statistics of towers that read text and pictures: all, text, text+top, "
         "text+attended or atv.",
     )
     top_tokens: float | None = Field(
         None,
-        description="Of text+top and text+attended: share of the visual tokens, default 0.2; of atv: its factor, "
+        description="For text+top and text+attended: share of the visual tokens, default 0.2; for atv: its factor, "
         "default 1.",
     )
     calibration: str | None = Field(None, description="Calibration data: file, folder or dataset id.")
@@ -147,15 +153,15 @@ class Recipe(BaseModel):
         description="The loss: lm, seq2seq, contrastive, zero-shot, itm-itc, classification, supervised-contrastive, "
         "model, or your own module:function; default: by the model's class.",
     )
-    image_folder: str | None = Field(None, description="Where the pictures of an annotation file lie.")
+    image_folder: str | None = Field(None, description="Folder with the pictures of an annotation file.")
     classes: tuple[str, ...] | None = Field(
         None, description="Class names of zero-shot classification: a text file with one per line, or the names."
     )
     class_prompts: tuple[str, ...] | None = Field(
         None, description="Templates with {} for the class name, or a text file of them. Default: a photo of a {}."
     )
-    samples: int = Field(128, ge=1, description="Calibration samples of stage 2.")
-    importance_samples: int = Field(32, ge=1, description="Calibration samples of stage 1: the first of the samples.")
+    samples: int = Field(128, ge=1, description="Number of calibration samples for stage 2.")
+    importance_samples: int = Field(32, ge=1, description="Number of calibration samples for stage 1 (the first ones).")
     importance_error: float | None = Field(
         None,
         gt=0.0,
@@ -163,9 +169,9 @@ class Recipe(BaseModel):
         description="Sample a layer only until its standard error is this share of its score: 0.1. At most samples × "
         "draws.",
     )
-    batch_size: int = Field(8, ge=1, description="Samples a forward.")
+    batch_size: int = Field(8, ge=1, description="Samples in a batch.")
     sequence_length: int | None = Field(
-        None, ge=2, description="Tokens a sample of plain text. Default: what fits model, machine and text."
+        None, ge=2, description="Tokens in a sample of plain text. Default: what fits model, machine and text."
     )
     window_start: Literal["each", "once"] = Field(
         "each",
@@ -186,23 +192,23 @@ class Recipe(BaseModel):
     test: str | None = Field(None, description="Test data of the task; left out: the bundled one.")
     test_columns: dict[str, str] = Field(default_factory=dict, description="Columns of the test data.")
     test_prompt: str | None = Field(None, description="Template of the test's prompt, with {question}.")
-    test_image_folder: str | None = Field(None, description="Where the pictures of the test data lie.")
-    test_samples: int | None = Field(None, ge=1, description="Evaluate on so many samples only.")
+    test_image_folder: str | None = Field(None, description="Folder with the pictures of the test data.")
+    test_samples: int | None = Field(None, ge=1, description="Number of test samples. Default: all.")
     test_batch_size: int | None = Field(
-        None, ge=1, description="Samples a forward of the evaluation. Default: the batch size, or 32 (embedded model)."
+        None, ge=1, description="Samples in a batch of the evaluation. Default: the batch size, or 32 (embedded model)."
     )
     evaluations: tuple[Evaluation, ...] | None = Field(
         None, description="Several tests, in a recipe file alone: name, task, test, columns, ... of each."
     )
-    seed: int = Field(0, ge=0, description="Of sample choice and noise.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of samples and of the noise.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     device_map: str | None = Field(
         None,
-        description="For a model larger than the memory: disk (weights are read when their block is due), or auto, "
+        description="For a model larger than the memory: disk (the weights of a block are read when it runs), or auto, "
         "balanced, sequential: GPUs first, then memory, then disk.",
     )
     max_memory: dict[str, str] = Field(
-        default_factory=dict, description="What device-map auto may use of a GPU (by its number) or of cpu: 0=20GiB."
+        default_factory=dict, description="Memory that device-map auto may use, by GPU number or cpu: 0=20GiB."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
     offload_activations: Literal["none", "cpu", "disk"] = Field(

@@ -32,32 +32,36 @@ class Finetune(Recipe):
 
     model: str | None = Field(None, description="The run whose model is trained further, or a pruned model.")
     train: str | None = Field(None, description="Training data: file, folder or dataset id, as --calibration of prune.")
-    train_samples: int | None = Field(None, ge=2, description="Train on so many samples of it. Default: all.")
+    train_samples: int | None = Field(None, ge=2, description="Number of training samples. Default: all.")
     validation: str | None = Field(None, description="Held-out data. Default: a part of the training data.")
     held_out: float = Field(0.1, gt=0.0, lt=1.0, description="Share of the training data that is held out.")
     tune: Literal["full", "lora"] = Field(
-        "full", description="What is trained: all weights, or a low-rank update of the pruned layers (extra 'lora')."
+        "full", description="Train all weights, or a low-rank update of the pruned layers (extra 'lora')."
     )
-    rank: int = Field(16, ge=1, description="Of the low-rank update.")
-    epochs: float = Field(3.0, gt=0.0, description="Passes over the training data at most.")
+    rank: int = Field(16, ge=1, description="Rank of the low-rank update.")
+    epochs: float = Field(3.0, gt=0.0, description="Largest number of passes over the training data.")
     learning_rate: float | None = Field(
-        None, gt=0.0, description=f"At its highest. Default: {RATES['full']:g}, with --tune lora {RATES['lora']:g}."
+        None, gt=0.0, description=f"Peak learning rate. Default: {RATES['full']:g}, with --tune lora {RATES['lora']:g}."
     )
-    weight_decay: float = Field(0.01, ge=0.0, description="Of AdamW.")
-    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Share of the steps in which the rate rises.")
-    accumulate: int = Field(1, ge=1, description="Batches whose gradients make one step.")
+    weight_decay: float = Field(0.01, ge=0.0, description="Weight decay of AdamW.")
+    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Share of the steps in which the learning rate rises.")
+    accumulate: int = Field(1, ge=1, description="Number of batches whose gradients are summed for one step.")
     evaluate_every: int | None = Field(
-        None, ge=1, description="Steps between two evaluations on the held-out data. Default: ten evaluations in all."
+        None, ge=1, description="Steps between two evaluations on the held-out data. Default: ten evaluations in total."
     )
     patience: int = Field(
         3, ge=0, description="Evaluations without a lower held-out loss before training stops; 0: never."
     )
     dense: str | None = Field(
-        None, description="The dense model: compared with, and the teacher. Default: that of the run."
+        None, description="The dense model, for comparison and as the teacher. Default: that of the run."
     )
-    distill: float = Field(0.0, ge=0.0, description="Weight of the dense model's outputs beside the loss: 0.5 or 1.")
-    distill_hidden: float = Field(0.0, ge=0.0, description="Weight of the dense model's hidden states.")
-    temperature: float = Field(1.0, gt=0.0, description="That softens both models' outputs for --distill.")
+    distill: float = Field(
+        0.0, ge=0.0, description="Weight of the distance to the dense model's outputs in the loss, such as 0.5 or 1."
+    )
+    distill_hidden: float = Field(
+        0.0, ge=0.0, description="Weight of the distance to the dense model's hidden states in the loss."
+    )
+    temperature: float = Field(1.0, gt=0.0, description="Temperature that softens both models' outputs for --distill.")
     training_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict,
         description="Further arguments of transformers' TrainingArguments: lr_scheduler_type=cosine.",
