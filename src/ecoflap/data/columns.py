@@ -11,7 +11,7 @@ from ecoflap.support.registry import unknown
 NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation"),
     "image": ("image", "images", "img", "jpg", "jpeg", "png", "webp", "picture", "pictures", "image_path", "img_path",
-              "image_file", "file_name", "filename", "filepath", "path"),
+              "image_file", "file_name", "filename", "filepath", "path", "bmp", "gif", "tif", "tiff"),
     "question": ("question", "query", "question_stem", "goal"),
     "prompt": ("prompt", "instruction", "input"),
     "context": ("context", "passage"),
@@ -97,6 +97,17 @@ def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, so
             "say which ones hold them (image=..., question=..., text=...)"
         )
     return found
+
+
+def other_pictures(available: Sequence[str], columns: Mapping[str, str], chosen: Mapping[str, str] | None) -> list[str]:
+    """Columns that hold the picture of a row whose image column is empty: samples of one source may name theirs as
+    ``jpg`` and ``png``, or by ``image`` and ``image_path``. None where the user chose the column."""
+    if "image" in (chosen or {}) or "messages" in columns or len(parts(columns.get("image", ","), available)) != 1:
+        return []
+    taken = {part for column in columns.values() for part in parts(column, available)}
+    return [
+        name for known in NAMES["image"] for name in available if _plain(name) == _plain(known) and name not in taken
+    ]
 
 
 def _chosen(available: Sequence[str], chosen: Mapping[str, str], source: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 import unicodedata
 import warnings
@@ -16,6 +17,8 @@ from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF tag; cameras store turned pictures, and datasets' own decoder turns them back too
+MOST_PIXELS = 1 << 24  # of a picture: no processor that we know makes use of more
+BAND = 1024  # rows of a large picture that are worked on at a time
 LONGEST_PATH = 1024  # a longer text in an image column is the picture itself in base64
 # Pictures in base64 begin so (PNG, JPEG, GIF, BMP, WebP, TIFF); no file name is made of these letters alone.
 ENCODED = re.compile(r"\s*(iVBORw0KGgo|/9j/|R0lGOD|Qk[0-3]|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/_\s-]{40,}={0,2}\s*\Z")
@@ -44,9 +47,11 @@ class ImageFinder:
     Args:
         folder: the data file's folder; None where there is none (a hub data set).
         image_folder: where the pictures lie, when the user says it.
+        most_pixels: larger pictures are scaled down to so many while they are decoded.
     """
 
-    def __init__(self, folder: Path | None, image_folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None, image_folder: Path | None = None, most_pixels: int = MOST_PIXELS) -> None:
+        self.most_pixels = most_pixels
         self._bases: list[Path] = []
         if image_folder is not None:
             self._bases = [image_folder, *(image_folder / name for name in USUAL_FOLDERS)]
@@ -64,8 +69,9 @@ class ImageFinder:
             raise BrokenSample("the image is an address on the network, and those are not fetched")
         path = Path(name).expanduser()
         if path.is_absolute() or not self._bases:
-            if path.is_file():
-                return path
+            for spelling in (str(path), *_spellings(str(path))):
+                if (found := Path(spelling)).is_file():
+                    return found
             raise BrokenSample(f"no image file '{name}'")
         variants = list(self._variants(name))
         if self._last is not None:
@@ -86,12 +92,19 @@ class ImageFinder:
         yield last
         if renamed := COCO_2014.fullmatch(last):
             yield renamed.group(1)
-        # Written on Windows; and letters with marks as one character or as two, as file systems differ in.
-        slashed = name.replace("\\", "/")
-        for other in (slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))):
-            if other != name:
-                yield other
-                yield Path(other).name
+        for other in _spellings(name):
+            yield other
+            yield Path(other).name
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """The same name as Windows does not write it, and with letters with marks as one character or as two, in which file
+    systems differ."""
+    slashed = name.replace("\\", "/")
+    folder, slash, last = slashed.rpartition("/")
+    forms = [unicodedata.normalize(form, part) for part in (slashed, last) for form in ("NFC", "NFD")]
+    others = [slashed, *forms[:2], *(folder + slash + form for form in forms[2:])]
+    yield from dict.fromkeys(other for other in others if other != name)
 
 
 def decode(value: Any, finder: ImageFinder) -> tuple[Image.Image, ...]:
@@ -112,7 +125,7 @@ def decode(value: Any, finder: ImageFinder) -> tuple[Image.Image, ...]:
     try:
         with warnings.catch_warnings():  # Pillow's remarks on large or oddly made files are not for users
             warnings.simplefilter("ignore")
-            return (_rgb(_open(value, finder)),)
+            return (_rgb(_open(value, finder), finder.most_pixels),)
     except BrokenSample:
         raise
     except Exception as error:  # Pillow's decoders raise many unrelated types on broken bytes
@@ -150,21 +163,61 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     Black and white are the ends of the range that the values lie in: 0 to 1 (floating numbers), 255 or 65,535; where
     they go beyond these, the least and the greatest value.
     """
-    pixels = np.asarray(image).astype(np.float64)
-    finite = np.isfinite(pixels)
-    if not finite.any():
+    values = np.asarray(image)
+    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    if not finite.size:
         raise BrokenSample("the picture holds no finite number")
-    low, high = float(pixels[finite].min()), float(pixels[finite].max())
+    low, high = float(finite.min()), float(finite.max())
     ends = (0xFFFF,) if image.mode.startswith("I;16") else (0xFF, 0xFFFF) if image.mode == "I" else (1, 0xFF, 0xFFFF)
     top = next((end for end in ends if low >= 0 and high <= end), None)
     first, span = (0.0, float(top)) if top is not None else (low, max(high - low, 1e-30))
-    pixels = np.nan_to_num(pixels, nan=first, posinf=high, neginf=low)
-    return Image.fromarray(((pixels - first) * (255 / span)).round().astype(np.uint8))
+    scaled = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), BAND):
+        pixels = np.nan_to_num(values[top : top + BAND].astype(np.float64), nan=first, posinf=high, neginf=low)
+        scaled[top : top + BAND] = ((pixels - first) * (255 / span)).round()
+    return Image.fromarray(scaled)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, most_pixels: int) -> Image.Image:
+    image = _no_larger(image, most_pixels)
     if image.getexif().get(ORIENTATION):
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bits(image)
     return image.convert("RGB")  # decodes in full, so that a truncated file fails here and not in a batch
+
+
+def _no_larger(image: Image.Image, most_pixels: int) -> Image.Image:
+    """``image`` with at most ``most_pixels`` pixels, its proportions kept; one that has no more stays as it is.
+
+    JPEG is decoded at a half, a quarter or an eighth of its sides; other formats are decoded whole, once, and made
+    smaller band by band.
+
+    Raises:
+        BrokenSample: it has more pixels than Pillow takes for harmless, and its format can't be decoded smaller.
+    """
+    pixels = image.width * image.height
+    if pixels <= most_pixels:
+        return image
+    share = math.sqrt(most_pixels / pixels)
+    size = max(1, int(image.width * share)), max(1, int(image.height * share))
+    image.draft(None, size)  # of JPEG alone; what it decodes is never smaller than asked for
+    limit, whole = Image.MAX_IMAGE_PIXELS, image.size
+    if limit is not None and whole[0] * whole[1] > limit:
+        raise BrokenSample(f"a picture of {whole[0]} × {whole[1]} pixels, more than {limit}: make it smaller")
+    small = _eight_bits(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else image
+    factor = max(1, int(math.sqrt(whole[0] * whole[1] / most_pixels)))
+    rows = factor * max(1, BAND // factor)
+    bands = [
+        small.crop((0, top, whole[0], min(top + rows, whole[1]))).convert("RGB").reduce(factor)
+        for top in range(0, whole[1], rows)
+    ]
+    joined = Image.new("RGB", (bands[0].width, sum(band.height for band in bands)))
+    top = 0
+    for band in bands:
+        joined.paste(band, (0, top))
+        top += band.height
+    found = joined.resize(size, Image.Resampling.LANCZOS)
+    if exif := image.info.get("exif"):
+        found.info["exif"] = exif
+    return found

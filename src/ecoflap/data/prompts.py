@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ecoflap.data.chat import answer_turn, plain_prompt, turns_of
+from ecoflap.data.images import MOST_PIXELS
 from ecoflap.data.model_facts import image_token_id, parameters_of
 from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError
 from ecoflap.model.files import first_line, quiet
+
+LEAST_KEPT = 1 << 22  # pixels that a calibration picture keeps in any case; all samples are in memory at once
+_LONGEST_SIDE = 1 << 14  # a larger number in a processor's size counts pixels
 
 
 def tokenizer_of(processor: Any) -> Any | None:
@@ -33,6 +37,21 @@ def image_processor_of(processor: Any) -> Any | None:
     if half is None and getattr(processor, "tokenizer", None) is None and callable(processor):
         half = processor
     return half
+
+
+def pixels_used(processor: Any) -> int:
+    """Pixels of a picture that a processor makes use of, at least :data:`LEAST_KEPT` and at most :data:`MOST_PIXELS`.
+
+    Its ``size`` says sides, or (Qwen2-VL) numbers of pixels; ``max_pixels`` and ``image_grid_pinpoints`` may say more.
+    """
+    image_processor = image_processor_of(processor)
+    size = getattr(image_processor, "size", None)
+    numbers = [n for n in (dict(size).values() if isinstance(size, Mapping) else (size,)) if isinstance(n, int)]
+    found = [n if n > _LONGEST_SIDE else n * n for n in numbers]
+    found += [n for n in (getattr(image_processor, "max_pixels", None),) if isinstance(n, int)]
+    grid = getattr(image_processor, "image_grid_pinpoints", None)
+    found += [a * b for a, b in grid] if isinstance(grid, list) else []
+    return min(max(LEAST_KEPT, *found), MOST_PIXELS) if found else LEAST_KEPT
 
 
 @contextmanager

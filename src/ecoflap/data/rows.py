@@ -112,7 +112,9 @@ class RowReader:
         class_names: ClassNames,
         finder: ImageFinder,
         template: str | None,
+        others: Sequence[str] = (),
     ) -> None:
+        self._others = others
         self._columns, self._available, self._names = columns, available, class_names
         self._finder, self._template = finder, template
         self._only_text = not ({"image", "question", "prompt", "messages"} & columns.keys())
@@ -191,7 +193,12 @@ class RowReader:
         if role not in self._columns:
             return None
         names = parts(self._columns[role], self._available)
-        return row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
+        if len(names) > 1:
+            return [row.get(name) for name in names]
+        value = row.get(names[0])
+        if role == "image" and (value is None or value == ""):
+            return next((row[name] for name in self._others if row.get(name)), value)
+        return value
 
     def _plain(self, row: Row, role: str) -> str | None:
         value = self._value(row, role)

@@ -10,77 +10,15 @@ from pathlib import Path
 
 import torch
 
-from ecoflap.data.columns import guess_columns, parts
-from ecoflap.data.formats import ACCEPTED, open_file
-from ecoflap.data.formats.folder import open_folder
-from ecoflap.data.formats.hub import Address, HubStream, refuse_addresses
-from ecoflap.data.formats.place import Place
+from ecoflap.data.columns import guess_columns, other_pictures, parts
+from ecoflap.data.formats.hub import HubStream, refuse_addresses
 from ecoflap.data.formats.text import TextFiles
-from ecoflap.data.formats.webdataset import expand, open_tars
-from ecoflap.data.images import BrokenSample, ImageFinder
+from ecoflap.data.images import MOST_PIXELS, BrokenSample, ImageFinder
 from ecoflap.data.rows import RowReader, check_template
 from ecoflap.data.sample import Sample
+from ecoflap.data.sources import checked_folder, open_source, readable
 from ecoflap.data.tables import Row, Table, Taken, first_line
 from ecoflap.errors import CalibrationError
-
-__all__ = ["HubStream", "TextFiles", "open_source"]
-
-
-def open_source(source: str | Path) -> Table | TextFiles | HubStream:
-    """Open a calibration or test source: a path, ``path:split``, a brace pattern of tars, or the id of a hub data set.
-
-    Raises:
-        CalibrationError: it does not exist, is empty, cannot be read, or is of no known format.
-    """
-    text = str(source)
-    place = _local(text)
-    if place is not None:
-        opened: Table | TextFiles = open_folder(place) if place.path.is_dir() else open_file(place)
-    elif "{" in text:
-        opened = open_tars([Path(name).expanduser() for name in expand(text)], text)
-    elif (address := Address.parse(text)) is not None and _may_be_hub(text):
-        return HubStream(address, text)
-    else:
-        raise _no_such_source(source)
-    if len(opened) == 0:
-        raise CalibrationError(f"{source} is empty: it holds no samples")
-    return opened
-
-
-def check_source(source: str | Path | None, image_folder: str | Path | None = None) -> None:
-    """Whether there is such a source, before a model is loaded for it; what is in it shows when it is opened.
-
-    Raises:
-        CalibrationError: it is no file, folder or id of a hub data set; or the image folder is not there.
-    """
-    text = str(source)
-    if source is not None and _local(text) is None and "{" not in text:
-        address = Address.parse(text)
-        if address is None or not _may_be_hub(text):
-            raise _no_such_source(source)
-    _image_folder(image_folder)
-
-
-def _no_such_source(source: str | Path) -> CalibrationError:
-    return CalibrationError(f"no file or folder '{source}': check the path ({ACCEPTED})")
-
-
-def _local(text: str) -> Place | None:
-    """The file or folder that ``text`` names, with a split after a colon if there is one."""
-    path = Path(text).expanduser()
-    if path.exists():
-        return Place(path, text)
-    name, colon, split = text.rpartition(":")
-    if colon and split and Path(name).expanduser().exists():
-        return Place(Path(name).expanduser(), text, split)
-    return None
-
-
-def _may_be_hub(text: str) -> bool:
-    """Whether ``text`` looks more like an id than like a path with a mistake in it."""
-    name = Path(text.partition(":")[0])
-    return not Path(name.parts[0]).exists() and not name.suffix[1:].isalpha()
-
 
 __all__ = ["Sample", "SampleReader", "SampleSet", "load_samples"]
 BROKEN_LIMIT = 0.05  # more broken samples than this stop the run: the file, not a sample, is at fault then
@@ -143,6 +81,7 @@ class SampleReader:
         columns: Mapping[str, str] | None = None,
         prompt_template: str | None = None,
         image_folder: str | Path | None = None,
+        most_pixels: int = MOST_PIXELS,
     ) -> None:
         if samples is not None and samples < 1:
             raise CalibrationError(f"samples must be at least 1, not {samples}")
@@ -151,13 +90,17 @@ class SampleReader:
         self._table = open_source(_bundled() if source is None else source)
         self.source = "the bundled samples" if source is None else str(source)
         self.columns: dict[str, str] = {}
+        self._others: list[str] = []
         self.classes: tuple[str, ...] | None = None
         if not isinstance(self._table, TextFiles):
             if not columns:
                 refuse_addresses(self._table.columns, self.source)
             self.columns = guess_columns(self._table.columns, columns, self.source)
-            finder = ImageFinder(self._table.folder, _image_folder(image_folder))
-            self._read = RowReader(self.columns, self._table.columns, self._table.class_names, finder, prompt_template)
+            finder = ImageFinder(self._table.folder, checked_folder(image_folder), most_pixels)
+            self._others = other_pictures(self._table.columns, self.columns, columns)
+            self._read = RowReader(
+                self.columns, self._table.columns, self._table.class_names, finder, prompt_template, self._others
+            )
             self.classes = self._read.classes
         # Text alone in a table: rows are documents to be packed, like a text file.
         self.is_text = not ({"image", "question", "prompt", "messages"} & self.columns.keys())
@@ -230,7 +173,8 @@ class SampleReader:
     def _wanted(self) -> list[str]:
         """The columns of the table that are read."""
         known = self._table.columns if not isinstance(self._table, TextFiles) else []
-        return list(dict.fromkeys(name for entry in self.columns.values() for name in parts(entry, known)))
+        named = (name for entry in self.columns.values() for name in parts(entry, known))
+        return list(dict.fromkeys((*named, *self._others)))
 
     def _rows(self) -> Iterator[tuple[int, Row | BrokenSample]]:
         """(index, row): a seeded permutation when a number of samples is asked for, the file's order otherwise."""
@@ -243,6 +187,10 @@ class SampleReader:
             order = torch.arange(len(table))
         else:
             order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self._seed))
+        with readable(self.source):
+            yield from self._in_order(table, order)
+
+    def _in_order(self, table: Table, order: torch.Tensor) -> Iterator[tuple[int, Row | BrokenSample]]:
         wanted = self._wanted()
         for chunk in torch.split(order, self._step(getattr(table, "row_bytes", None))):
             numbers = [int(number) for number in chunk]
@@ -283,6 +231,7 @@ def load_samples(
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
     image_folder: str | Path | None = None,
+    most_pixels: int = MOST_PIXELS,
 ) -> SampleSet:
     """Draw ``samples`` samples of ``source`` by a seeded permutation.
 
@@ -297,6 +246,7 @@ def load_samples(
             the text as it is for a prompt column.
         image_folder: where the pictures lie that the data names by relative paths; by default beside the data, or in
             one of the usual folders there.
+        most_pixels: larger pictures are scaled down to so many while they are decoded.
 
     Raises:
         CalibrationError: nothing there, unreadable, no samples, missing columns, over 5 % broken.
@@ -308,6 +258,7 @@ def load_samples(
         columns=columns,
         prompt_template=prompt_template,
         image_folder=image_folder,
+        most_pixels=most_pixels,
     )
     drawn = list(reader)
     windows = (samples if samples is not None else -1) if reader.is_text else None
@@ -333,15 +284,6 @@ def _summary(count: str, source: str, columns: Mapping[str, str], skipped: int) 
     said = count + source
     said += f": {roles}" if roles else ""
     return f"{said}; {skipped} broken skipped" if skipped else said
-
-
-def _image_folder(folder: str | Path | None) -> Path | None:
-    if folder is None:
-        return None
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise CalibrationError(f"the image folder {path} is not there")
-    return path
 
 
 def _bundled() -> Path:

@@ -14,6 +14,7 @@ from ecoflap.errors import CalibrationError
 Row = dict[str, Any]
 ClassNames = Mapping[str, Sequence[str]]  # of the columns that hold classes
 Taken = Iterator["Row | BrokenSample"]  # a row that can't be read is yielded too, to be counted and skipped
+BLOCK_ROWS = 1024  # rows that are alike take no room in a file, and all of theirs once decoded
 BLOCK_BYTES = 16 << 20  # decoded at a time from a parquet row group
 
 
@@ -143,7 +144,7 @@ class ParquetTable:
         """The rows ``wanted`` (ascending) of one row group, of which one block at a time is in memory."""
         file, group = self._groups[number]
         size = file.metadata.row_group(group)
-        lines = max(1, min(size.num_rows, BLOCK_BYTES * size.num_rows // max(size.total_byte_size, 1)))
+        lines = max(1, min(size.num_rows, BLOCK_ROWS, BLOCK_BYTES * size.num_rows // max(size.total_byte_size, 1)))
         start, position = self._starts[number], 0
         for block in file.iter_batches(batch_size=lines, row_groups=[group], columns=columns):
             end = position

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 
 from ecoflap.errors import CheckpointError, InvalidOption
 from ecoflap.model.offload import Offloaded, is_offloaded, keep_placeholders, remove_together_with, temporary_folder
+from ecoflap.support.temporary import TemporaryFolder
 
 DISK = "disk"
 DEVICE_MAPS = (DISK, "auto", "balanced", "balanced_low_0", "sequential")
@@ -67,12 +66,12 @@ class Dispatch:
     def __init__(self, device_map: str | None, max_memory: Mapping[str, str] | None) -> None:
         check_device_map(device_map, max_memory)
         self.options: dict[str, Any] = {}
-        self._folder: Path | None = None
+        self._folder: TemporaryFolder | None = None
         if device_map is not None:
             self._folder = temporary_folder()
             self.options = {
                 "device_map": {"": DISK} if device_map == DISK else device_map,
-                "offload_folder": self._folder,
+                "offload_folder": self._folder.path,
                 **({"max_memory": _amounts(max_memory)} if max_memory else {}),
             }
 
@@ -96,7 +95,7 @@ class Dispatch:
 
     def close(self) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
 
 def _compute_on(model: nn.Module, place: torch.device) -> None:

@@ -9,8 +9,6 @@ change what the hooks load by themselves.
 from __future__ import annotations
 
 import functools
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption
 from ecoflap.model.slices import matrix_in, parameter_of
+from ecoflap.support.temporary import TemporaryFolder
 
 
 class _Slot(NamedTuple):
@@ -256,14 +255,14 @@ def _own(slot: _Slot, loaded: dict[int, nn.Parameter]) -> nn.Parameter:
     return loaded[key]
 
 
-def temporary_folder() -> Path:
-    """A new folder where the system keeps temporary files (``TMPDIR``)."""
-    return Path(tempfile.mkdtemp(prefix="ecoflap-weights-"))
+def temporary_folder() -> TemporaryFolder:
+    """A new folder for weights."""
+    return TemporaryFolder("ecoflap-weights-")
 
 
-def remove_together_with(owner: object, folder: Path) -> None:
+def remove_together_with(owner: object, folder: TemporaryFolder) -> None:
     """Removes the folder when ``owner`` is deleted, or at exit."""
-    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(owner, folder.remove)
 
 
 def check_in_memory(model: nn.Module, what: str) -> None:

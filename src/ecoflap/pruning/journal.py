@@ -61,8 +61,9 @@ class SpilledBlocks:
     """A journal for offloaded models without a run: keeps the pruned weights, but no walk resumes from it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.folder = temporary_folder()
-        remove_together_with(model, self.folder)
+        folder = temporary_folder()
+        self.folder = folder.path
+        remove_together_with(model, folder)
 
     def place(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"

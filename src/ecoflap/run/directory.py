@@ -294,7 +294,10 @@ class RunDirectory:
 
     def finish(self) -> None:
         """All is written: the journal is no longer needed."""
-        with suppress(StorageError):
+        with suppress(StorageError, OutputExists):
+            if self._lock is None:  # complete already, and killed while it tidied up
+                self.lock()
+            self.sweep()
             self.manifest.finish_pending()
             self.discard(JOURNAL)
 

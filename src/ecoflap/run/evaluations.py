@@ -76,8 +76,8 @@ def tasks_of(recipe: Recipe) -> tuple[str, ...]:
 
 def _is_text(source: str) -> bool:
     """Whether a source is plain text: a file by its name, a folder by what is in it."""
-    from ecoflap.data.formats.text import COMPRESSED, SUFFIXES
-    from ecoflap.data.samples import TextFiles, open_source
+    from ecoflap.data.formats.text import COMPRESSED, SUFFIXES, TextFiles
+    from ecoflap.data.sources import open_source
 
     path = Path(source).expanduser()
     if path.is_dir():

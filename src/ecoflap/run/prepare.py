@@ -18,8 +18,9 @@ from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.collate import collating_objective, unpacked
 from ecoflap.data.model_facts import Batch, is_encoder_decoder
 from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, on_device, resolve
-from ecoflap.data.prompts import tokenizer_of
-from ecoflap.data.samples import SampleSet, check_source, load_samples
+from ecoflap.data.prompts import pixels_used, tokenizer_of
+from ecoflap.data.samples import SampleSet, load_samples
+from ecoflap.data.sources import check_source
 from ecoflap.errors import CalibrationError, CheckpointError, EcoflapError, InvalidOption, NonFiniteLoss
 from ecoflap.importance.registry import AUTO, IMPORTANCES
 from ecoflap.importance.scores import Importance
@@ -280,6 +281,7 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
         columns=recipe.columns,
         prompt_template=recipe.prompt,
         image_folder=recipe.image_folder,
+        most_pixels=pixels_used(checkpoint.processor),
     )
     wanted = collating_objective(recipe.objective, checkpoint.model)
     sample_set = unpacked(sample_set, wanted, checkpoint.processor)  # as make_batches does: for the record

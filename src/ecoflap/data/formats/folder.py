@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ecoflap.data.columns import is_file_name
 from ecoflap.data.formats import ACCEPTED, DATA_SUFFIXES, PUBLISHED, Opened, imagenet, open_file
-from ecoflap.data.formats.image_folder import SPLITS, holds_images, open_images
+from ecoflap.data.formats.image_folder import DEEPEST, SPLITS, holds_images, open_images
 from ecoflap.data.formats.place import Place, no_splits, of_split
 from ecoflap.data.formats.text import COMPRESSED, TextFiles
 from ecoflap.data.formats.text import SUFFIXES as TEXT_SUFFIXES
@@ -68,16 +69,41 @@ def open_folder(place: Place) -> Opened:
 
 def _metadata(place: Place) -> Opened | None:
     """The image folder of ``datasets``: a table that names the images, beside them or in each split's folder."""
-    for folder in (place.path, place.path / (place.split or "train")):
-        file = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-        if file is not None:
-            return open_file(place.at(file) if folder == place.path else Place(file, str(file)))
-    base = next((one for one in (place.path / (place.split or "train"), place.path) if one.is_dir()), place.path)
-    below = [folder for folder in sorted(base.iterdir()) if folder.is_dir() and folder.name.lower() not in SPLITS]
-    files = [next((folder / name for name in METADATA if (folder / name).is_file()), None) for folder in below]
-    tables = [open_file(Place(file, str(file))) for file in files if file is not None]
-    rows: list[Table] = [Below(table) for table in tables if not isinstance(table, TextFiles)]
+    base, first = place.path, _metadata_in(place.path)
+    if first is None and (inner := place.path / (place.split or "train")).is_dir():
+        base, first = inner, _metadata_in(inner)
+    files = list(_metadata_below(base))
+    if first is not None:
+        opened = open_file(place.at(first) if base == place.path else Place(first, str(first)))
+        if not files or isinstance(opened, TextFiles):
+            return opened
+        top: list[Table] = [opened]
+    else:
+        top = []
+    tables = [open_file(Place(file, str(file))) for file in files]
+    rows = [*top, *(Below(table) for table in tables if not isinstance(table, TextFiles))]
     return JoinedTable(rows, place.source) if rows else None
+
+
+def _metadata_in(folder: Path) -> Path | None:
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def _metadata_below(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
+    """The metadata files of the sub-folders, a few levels deep; folders named as splits on the first level are not."""
+    with os.scandir(folder) as entries:
+        below = sorted(Path(one.path) for one in islice(entries, LOOKED_AT) if _is_shown_folder(one))
+    for one in below:
+        if depth == DEEPEST and one.name.lower() in SPLITS:
+            continue
+        if (file := _metadata_in(one)) is not None:
+            yield file
+        if depth > 1:
+            yield from _metadata_below(one, depth - 1)
+
+
+def _is_shown_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not entry.name.startswith((".", "__"))
 
 
 class Below:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -31,7 +31,8 @@ def open_binary(file: Path, source: str) -> Iterator[BinaryIO]:
     """
     try:
         with _opened(file) as stream:
-            yield stream
+            packed = file.suffix.lower() in COMPRESSED
+            yield io.BufferedReader(_Bounded(stream, file, source), 1 << 20) if packed else stream
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise CalibrationError(f"{source} cannot be decompressed ({error}): is it whole?") from error
 
@@ -51,6 +52,32 @@ def _opened(file: Path) -> BinaryIO:
     return file.open("rb")
 
 
+class _Bounded(io.RawIOBase):
+    """Unpacked bytes, of which there are at most :data:`MOST_UNPACKED` times those of the file.
+
+    Raises:
+        CalibrationError: there are more: text is packed to a tenth, and a few kilobytes may unpack to terabytes.
+    """
+
+    def __init__(self, stream: BinaryIO, file: Path, source: str) -> None:
+        self._stream, self._source = stream, source
+        self._left = max(READ_WHOLE, MOST_UNPACKED * file.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(min(len(buffer), 1 << 20))
+        self._left -= len(data)
+        if self._left < 0:
+            raise CalibrationError(
+                f"{self._source} unpacks to over {MOST_UNPACKED} times its size and is not read: unpack it first"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+MOST_UNPACKED = 100
 SUFFIXES = (".txt", ".text", ".md", ".raw", ".tokens")
 READ_WHOLE = 64 << 20  # bytes; of more text than this, seeded pieces are read
 PIECE = 65_536  # bytes of a piece; one for each window that is asked for

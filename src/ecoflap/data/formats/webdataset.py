@@ -18,6 +18,11 @@ from ecoflap.errors import CalibrationError
 
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
+OCTAL, DECIMAL = re.compile(rb"[0-7]{1,12}"), re.compile(r"[0-9]{1,18}")
+LONGEST_RECORD = 1 << 20  # bytes of a long name or of a pax header
+LARGEST_MEMBER = 1 << 28  # bytes of one member that is read: a picture, a text
+MOST_KINDS = 1000  # of members in one source; names without a common form have one each
+MOST_TARS = 100_000  # that one pattern may stand for
 LONG_NAME, EXTENDED = b"L", b"x"  # GNU's and POSIX's records for what has no room in the next header
 
 
@@ -47,9 +52,11 @@ def headers(file: Path, source: str) -> Iterator[tuple[str, int, int]]:
                 raise damaged
             kind, data = header[156:157], position + BLOCK
             if kind in REGULAR and "size" in records:
-                size = int(records["size"])
+                size = _decimal(records["size"])
+                if size is None:
+                    raise damaged
             position = data + -(-size // BLOCK) * BLOCK
-            if position > length:
+            if position > length or (kind in (LONG_NAME, EXTENDED) and size > LONGEST_RECORD):
                 raise damaged
             if kind == LONG_NAME:
                 long_name = _text(_read(stream, data, size))
@@ -76,10 +83,13 @@ def _number(field: bytes) -> int | None:
     """Octal digits, or GNU's binary form for large sizes; None if it is neither."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        return None
+    digits = field.strip(b"\0 ") or b"0"
+    return int(digits, 8) if OCTAL.fullmatch(digits) else None
+
+
+def _decimal(text: str) -> int | None:
+    """A size in a record of pax; None if it is none."""
+    return int(text) if DECIMAL.fullmatch(text) else None
 
 
 def _name(header: bytes) -> str:
@@ -96,7 +106,7 @@ def _records(data: bytes) -> dict[str, str]:
     found: dict[str, str] = {}
     while data:
         digits = data.partition(b" ")[0]
-        if not digits.isdigit() or not int(digits):
+        if not DECIMAL.fullmatch(digits.decode("ascii", errors="replace")) or not int(digits):
             break
         key, _, value = data[len(digits) + 1 : int(digits) - 1].partition(b"=")
         found[key.decode("utf-8", errors="replace")] = value.decode("utf-8", errors="replace")
@@ -117,6 +127,8 @@ def expand(pattern: str) -> list[str]:
     inner = match[1]
     if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
         width = len(bounds[1]) if bounds[1].startswith("0") else 0
+        if max(len(bounds[1]), len(bounds[2])) > 9 or int(bounds[2]) - int(bounds[1]) >= MOST_TARS:
+            raise CalibrationError(f"{pattern} stands for more than {MOST_TARS} files: give them in parts")
         options = [str(number).zfill(width) for number in range(int(bounds[1]), int(bounds[2]) + 1)]
     else:
         options = inner.split(",")
@@ -136,6 +148,7 @@ class TarTable:
         self.source, self._files = source, list(files)
         self.class_names: ClassNames = {}
         self._extensions: list[str] = []
+        self._kinds: dict[str, int] = {}
         self._first, self._extension = array("Q"), array("H")  # first member of a sample; kind of a member
         self._offset, self._size = array("Q"), array("Q")
         self._starts = [0]  # first sample of each tar
@@ -157,27 +170,33 @@ class TarTable:
         if wanted - set(self._extensions):
             wanted.add("json")
         for row in self._members(indices, wanted):
+            if isinstance(row, BrokenSample):
+                yield row
+                continue
             held = row.pop("json", None)
             if isinstance(held, BrokenSample):
                 yield held
             else:
                 yield {**(held or {}), **row}
 
-    def _members(self, indices: Sequence[int], wanted: set[str]) -> Iterator[Row]:
+    def _members(self, indices: Sequence[int], wanted: set[str]) -> Iterator[Row | BrokenSample]:
         for index in indices:
             file = self._files[bisect.bisect_right(self._starts, index) - 1]
             with file.open("rb") as stream:
                 row: Row = {}
+                too_large = ""
                 for member in range(self._first[index], self._first[index + 1]):
                     extension = self._extensions[self._extension[member]]
-                    if extension in wanted:
+                    if extension in wanted and self._size[member] > LARGEST_MEMBER:
+                        too_large = f"its {extension} has {self._size[member]} bytes"
+                    elif extension in wanted:
                         stream.seek(self._offset[member])
                         row[extension] = _value(extension, stream.read(self._size[member]), index)
-                yield row
+                yield BrokenSample(too_large) if too_large else row
 
     @staticmethod
-    def _only_json(rows: Iterator[Row]) -> Iterator[Row | BrokenSample]:
-        return (row.get("json") or {} for row in rows)
+    def _only_json(rows: Iterator[Row | BrokenSample]) -> Iterator[Row | BrokenSample]:
+        return (row if isinstance(row, BrokenSample) else row.get("json") or {} for row in rows)
 
     def _index(self, file: Path) -> None:
         """Adds the members of one tar, ordered by sample; those of one sample are usually, not always, neighbours."""
@@ -189,10 +208,16 @@ class TarTable:
             if not stem or not extension:
                 continue
             extension = extension.lower()
-            if extension not in self._extensions:
+            if extension not in self._kinds:
+                if len(self._extensions) == MOST_KINDS:
+                    raise CalibrationError(
+                        f"{self.source}: the names in {file.name} have over {MOST_KINDS} endings after a dot, "
+                        "so which files make a sample can't be told: rename them as 000.jpg, 000.txt, ..."
+                    )
+                self._kinds[extension] = len(self._extensions)
                 self._extensions.append(extension)
             owner.append(samples.setdefault(path + slash + stem, len(samples)))
-            kind.append(self._extensions.index(extension))
+            kind.append(self._kinds[extension])
             offsets.append(offset)
             sizes.append(size)
         before = -1

@@ -13,7 +13,7 @@ import torch
 
 from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.objectives import Objective, objective_name, resolve
-from ecoflap.data.samples import check_source
+from ecoflap.data.sources import check_source
 from ecoflap.errors import CheckpointError, InvalidOption
 from ecoflap.model.checkpoint import DTYPES, Checkpoint, load
 from ecoflap.model.fingerprint import fingerprint
