@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch, StorageError
 from ecoflap.importance.registry import AUTO, GRADIENT_NORM, ZEROTH_ORDER
+from ecoflap.run.differences import differences
 from ecoflap.run.manifest import Manifest, Results
 from ecoflap.run.names import GRID, INPUTS, JOURNAL, MANIFEST, METRICS, MODEL, OURS, RECIPE, REPORT, TRAIN, WRITTEN
 from ecoflap.run.recipe import Recipe
@@ -115,8 +117,9 @@ class RunDirectory:
     def _check_all_is_ours(self) -> None:
         if not self.manifest.exists:
             raise OutputExists(
-                f"{self.path} has no complete {MANIFEST}, so it is unknown which of its files ecoflap wrote: choose "
-                "another --output, or remove the folder yourself"
+                f"{self.path} has no complete {MANIFEST} (earlier versions wrote none), so it is unknown which of its "
+                f"files ecoflap wrote: look for files of your own, remove the folder (rm -r {quote(str(self.path))}) "
+                "and start again, or choose another --output"
             )
         found = list(self.manifest.foreign_files(self.ours))
         if found:
@@ -297,7 +300,7 @@ class RunDirectory:
         with suppress(StorageError, OutputExists):
             if self._lock is None:  # complete already, and killed while it tidied up
                 self.lock()
-            self.sweep()
+            self.remove_temporary_files()
             self.manifest.finish_pending()
             self.discard(JOURNAL)
 
@@ -334,20 +337,3 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path if path.name.startswith(".") else path.rename(old))
         else:
             path.unlink(missing_ok=True)
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What a recipe says now and said otherwise before, a few words each."""
-    for name, value in now.items():
-        earlier = before.get(name)
-        if isinstance(value, dict) and isinstance(earlier, dict):
-            keys = dict.fromkeys([*earlier, *value])
-            yield from differences(
-                {f"{name} {key}": earlier.get(key) for key in keys}, {f"{name} {key}": value.get(key) for key in keys}
-            )
-        elif earlier != value:
-            yield f"{name}: {_shown(earlier)} then, {_shown(value)} now"
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value in (None, [], {}) else str(value)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from ecoflap.errors import InvalidOption, ResumeMismatch
 from ecoflap.run.compare.recipe import Grid
-from ecoflap.run.directory import RunDirectory, differences
+from ecoflap.run.differences import differences
+from ecoflap.run.directory import RunDirectory
 from ecoflap.run.names import COMPARISON, GRID, JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.versions import versions
