@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from ecoflap.data.chat import read_chat
 from ecoflap.data.columns import parts
 from ecoflap.data.images import BrokenSample, ImageFinder, decode
@@ -91,6 +93,7 @@ def _lettered(text: str) -> list[str]:
     return found
 
 
+_BLANK = Image.new("RGB", (1, 1))
 DEFAULT_TEMPLATE = "Question: {question} Short answer:"  # published for BLIP-2 on VQAv2
 
 
@@ -125,8 +128,12 @@ class RowReader:
         names = self._names.get(self._columns.get("label", ""))
         return None if names is None else tuple(names)
 
-    def __call__(self, row: Row | BrokenSample) -> Sample:
-        """The sample of ``row``; raises BrokenSample if it cannot be used."""
+    def __call__(self, row: Row | BrokenSample, pictures: bool = True) -> Sample:
+        """The sample of ``row``; raises BrokenSample if it cannot be used.
+
+        Args:
+            pictures: decode them; else one blank pixel stands for them.
+        """
         if isinstance(row, BrokenSample):
             raise row
         columns = self._columns
@@ -145,7 +152,9 @@ class RowReader:
                 messages=chat.messages,
                 group=group,
             )
-        images = decode(self._value(row, "image"), self._finder) if "image" in columns else ()
+        images = ()
+        if "image" in columns:
+            images = decode(self._value(row, "image"), self._finder) if pictures else (_BLANK,)
         if "image" in columns and not images:
             raise BrokenSample("the image is missing")
         answers = _answers(row.get(columns["answers"])) if "answers" in columns else None

@@ -58,7 +58,7 @@ def test_the_saved_weights_are_those_of_the_best_look(trained, made):
     """The held-out loss of the saved model is the lowest one that the record has."""
     from ecoflap.data.objectives import on_device, resolve
     from ecoflap.model.checkpoint import load
-    from ecoflap.run.finetune.data import training_data
+    from ecoflap.run.finetune.data import collate, training_data
     from ecoflap.run.finetune.recipe import Finetune
 
     recipe = Finetune.load(trained / "recipe.yaml")
@@ -67,7 +67,7 @@ def test_the_saved_weights_are_those_of_the_best_look(trained, made):
     loss = on_device(resolve(None, checkpoint.model))
     rows = [data.held_out[index] for index in range(len(data.held_out))]
     with torch.no_grad():
-        values = [float(loss(checkpoint.model, data.collate([row]))) for row in rows]
+        values = [float(loss(checkpoint.model, collate([row]))) for row in rows]
     assert sum(values) / len(values) == pytest.approx(min(losses(trained).values()), rel=1e-4)
 
 
@@ -151,3 +151,42 @@ def test_held_out_data_of_its_own(made, tmp_path, pageless):
     recipe = recipe_of(made.llama, made.prose, sequence_length=12, validation=str(made.held_out), epochs=0.5)
     training = json.loads((run_finetune(recipe, tmp_path / "out") / "metrics.json").read_text())["training"]
     assert (training["samples"], training["held_out_samples"]) == (66, 16)
+
+
+def test_pictures_are_decoded_when_a_batch_needs_them(made, tmp_path, monkeypatch):
+    """Of 200 questions a few pictures are looked at first; one that is broken later is left out of its batch."""
+    from ecoflap.data import rows as data_rows
+    from ecoflap.model.checkpoint import load
+    from ecoflap.run.finetune.data import PROBED, collate, training_data
+
+    lines = made.questions.read_text().splitlines()
+    records = [{**json.loads(line), "image": str(made.questions.parent / f"{i % 24}.png")}
+               for i, line in enumerate(lines * 9)][:200]  # fmt: skip
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    records[150]["image"] = "broken.png"
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    decoded = []
+    whole = data_rows.decode
+    monkeypatch.setattr(data_rows, "decode", lambda value, finder: decoded.append(value) or whole(value, finder))
+    data = training_data(recipe_of(made.blip2, path), load(made.blip2))
+    assert len(decoded) == PROBED
+    assert (len(data.train), len(data.held_out)) == (180, 20)
+    numbers = [data.train[i][0][0] for i in range(len(data.train))]
+    assert sorted(numbers + [data.held_out[i][0][0] for i in range(20)]) == list(range(200))
+    home = data.train if 150 in numbers else data.held_out
+    chosen = [home[i] for i in range(len(home)) if home[i][0][0] in (150, 151, 152)]
+    with pytest.warns(UserWarning, match="sample 150 is left out"):
+        batch = collate(chosen)
+    assert len(batch["labels"]) == len(chosen) - 1
+    assert len(decoded) == PROBED + len(chosen)
+
+
+def test_more_broken_pictures_than_a_few_are_refused_at_once(made, tmp_path):
+    lines = [json.loads(line) | {"image": "gone.png"} for line in made.questions.read_text().splitlines()[:4]]
+    path = tmp_path / "broken.jsonl"
+    whole = made.questions.read_text().replace('"image": "', f'"image": "{made.questions.parent}/')
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + whole)
+    with pytest.raises(EcoflapError, match=r"4 of the first 28 samples are broken \(row 0: no image file"):
+        run_finetune(recipe_of(made.blip2, path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,27 +16,39 @@ from torch.utils.data import Dataset
 from ecoflap.data.batches import make_batches, make_collator
 from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.collate import PAIRED, collating_objective, unpacked
+from ecoflap.data.images import BrokenSample
 from ecoflap.data.model_facts import Batch
+from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleSet, load_samples
+from ecoflap.data.undecoded import UndecodedRows
 from ecoflap.errors import CalibrationError
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.run.finetune.recipe import Finetune
 from ecoflap.run.provenance import source_digest
 
-Row = tuple[int, Any]  # a number that seeds the cuts of captions, and the sample (or the window's tensors)
+PROBED = 64  # samples that are decoded before training, to find what is wrong with the data
+# Losses whose batches depend on the classes of all samples.
+_OF_ALL_CLASSES = ("zero-shot", "supervised-contrastive", "classification")
+Row = tuple[int, Any]  # a number that seeds the cuts of captions, and the row as stored (or the window's tensors)
+Collate = Callable[[Sequence[Row]], Batch]
 
 
 class Rows(Dataset[Row]):
-    """Samples with their numbers; pictures stay as they were read until a batch is made of them."""
+    """Rows with their numbers; pictures stay as they are stored until a batch is made of them."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Sequence[Row], collate: Collate) -> None:
+        self._rows, self._collate = rows, collate
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Row:
-        return self._rows[index]
+    def __getitem__(self, index: int) -> tuple[Row, Collate]:  # type: ignore[override]
+        return self._rows[index], self._collate
+
+
+def collate(rows: Sequence[tuple[Row, Collate]]) -> Batch:
+    """A batch, on the CPU, of what one of the data sets gives."""
+    return rows[0][1]([row for row, _ in rows])
 
 
 @dataclass(frozen=True)
@@ -42,20 +56,18 @@ class TrainingData:
     """What is trained on, and what is held out.
 
     Attributes:
-        collate: makes a batch, on the CPU, of rows of either.
-        samples: what was drawn for training, for the record.
+        samples: the drawn samples, for the record; pictures of the first ones alone.
         paired: the loss contrasts the samples of a batch, so a batch of one sample has no meaning.
     """
 
     train: Rows
     held_out: Rows
-    collate: Callable[[Sequence[Row]], Batch]
     samples: SampleSet
     paired: bool
 
     def first(self, count: int) -> Batch:
         """The first training samples as a batch."""
-        return self.collate([self.train[index] for index in range(min(count, len(self.train)))])
+        return collate([self.train[index] for index in range(min(count, len(self.train)))])
 
 
 def training_data(recipe: Finetune, checkpoint: Checkpoint) -> TrainingData:
@@ -65,63 +77,91 @@ def training_data(recipe: Finetune, checkpoint: Checkpoint) -> TrainingData:
         CalibrationError: as :func:`~ecoflap.data.samples.load_samples` and
             :func:`~ecoflap.data.batches.make_batches`; or there are too few samples to hold some out.
     """
-    drawn = _drawn(recipe, recipe.train, recipe.train_samples)
-    rows, collate = _rows(recipe, drawn, checkpoint)
+    drawn, rows, make = _drawn(recipe, recipe.train, recipe.train_samples, checkpoint)
     if recipe.validation is not None:
-        train, held_out = rows, _rows(recipe, _drawn(recipe, recipe.validation, None), checkpoint)[0]
+        _, other, make_other = _drawn(recipe, recipe.validation, None, checkpoint)
+        train, held_out = Rows(rows, make), Rows(other, make_other)
     else:
         count = max(1, round(recipe.held_out * len(rows)))
         if count >= len(rows):
             raise CalibrationError(f"{recipe.train} has {len(rows)} samples: too few to hold some out of training")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-        train, held_out = [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+        train = Rows([rows[i] for i in sorted(order[count:])], make)
+        held_out = Rows([rows[i] for i in sorted(order[:count])], make)
     paired = collating_objective(recipe.objective, checkpoint.model) in PAIRED
     if paired and min(len(train), len(held_out), recipe.batch_size) < 2:
         raise CalibrationError("a contrastive loss needs at least 2 samples in a batch, and to be held out")
-    return TrainingData(Rows(train), Rows(held_out), collate, drawn, paired)
+    return TrainingData(train, held_out, drawn, paired)
 
 
-def _drawn(recipe: Finetune, source: str | None, samples: int | None) -> SampleSet:
-    return load_samples(
-        source,
-        samples=samples,
-        seed=recipe.seed,
-        columns=recipe.columns,
-        prompt_template=recipe.prompt,
-        image_folder=recipe.image_folder,
-    )
-
-
-def _rows(
-    recipe: Finetune, drawn: SampleSet, checkpoint: Checkpoint
-) -> tuple[list[Row], Callable[[Sequence[Row]], Batch]]:
+def _drawn(
+    recipe: Finetune, source: str | None, samples: int | None, checkpoint: Checkpoint
+) -> tuple[SampleSet, list[Row], Collate]:
+    """Samples for the record, the rows, and what makes a batch of them."""
+    asked: dict[str, Any] = {
+        "samples": samples,
+        "seed": recipe.seed,
+        "columns": recipe.columns,
+        "prompt_template": recipe.prompt,
+        "image_folder": recipe.image_folder,
+    }
     model, processor = checkpoint.model, checkpoint.processor
+    objective = collating_objective(recipe.objective, model)
     named = {"classes": class_names(recipe.classes), "class_prompts": class_templates(recipe.class_prompts)}
+    options: dict[str, Any] = {
+        "sequence_length": recipe.sequence_length, "seed": recipe.seed, "objective": recipe.objective, **named,
+    }  # fmt: skip
+    reader = UndecodedRows(source, **asked)
+    if not reader.is_text:
+        rows = list(reader.rows())
+        known = reader.first(rows, PROBED)
+        if objective in _OF_ALL_CLASSES:
+            known += _without_pictures(reader, rows[PROBED:])
+        indices = tuple(index for index, _ in rows)
+        drawn = SampleSet(
+            tuple(known), indices, reader.skipped, reader.source, dict(reader.columns), classes=reader.classes
+        )
+        make = make_collator(drawn, model, processor, **options)
+        return (
+            drawn,
+            [(number, row) for number, (_, row) in enumerate(rows)],
+            lambda part: _made(make, reader, part, model),
+        )
+    drawn = load_samples(source, **asked)
     if processor is not None:
-        drawn = unpacked(drawn, collating_objective(recipe.objective, model), processor)
-    if drawn.windows is not None:
-        windows = make_batches(
-            drawn, model, processor, batch_size=1, sequence_length=recipe.sequence_length, seed=recipe.seed,
-            objective=recipe.objective, window_start=recipe.window_start, **named,
-        )  # fmt: skip
-        return list(enumerate(windows)), _stack
-    collate = make_collator(
-        drawn, model, processor, sequence_length=recipe.sequence_length, seed=recipe.seed,
-        objective=recipe.objective, **named,
-    )  # fmt: skip
-    return list(enumerate(drawn.samples)), lambda rows: _made(collate, rows, model)
+        drawn = unpacked(drawn, objective, processor)
+    if drawn.windows is None:  # a classifier of texts
+        make = make_collator(drawn, model, processor, **options)
+        return drawn, list(enumerate(drawn.samples)), lambda part: make([s for _, s in part], part[0][0])
+    windows = make_batches(drawn, model, processor, batch_size=1, window_start=recipe.window_start, **options)
+    return drawn, list(enumerate(windows)), _stack
+
+
+def _without_pictures(reader: UndecodedRows, rows: Sequence[tuple[int, Any]]) -> Iterator[Sample]:
+    for _, row in rows:
+        with suppress(BrokenSample):  # counted when its turn comes
+            yield reader.decoded(row, pictures=False)
 
 
 def _stack(rows: Sequence[Row]) -> Batch:
     return {name: torch.cat([window[name] for _, window in rows]) for name in rows[0][1]}
 
 
-def _made(collate: Any, rows: Sequence[Row], model: nn.Module) -> Batch:
+def _made(make: Any, reader: UndecodedRows, rows: Sequence[Row], model: nn.Module) -> Batch:
+    """A batch of the rows that can be used; the others are left out with a warning."""
+    samples = []
+    for number, row in rows:
+        try:
+            samples.append(reader.decoded(row))
+        except BrokenSample as error:
+            warnings.warn(f"{reader.source}: sample {number} is left out: {error}", stacklevel=2)
+    if not samples:
+        raise CalibrationError(f"{reader.source}: no sample of a batch can be used: repair the data")
     training = model.training
     model.eval()  # some objectives ask the model itself for hard partners
     try:
         with torch.no_grad():
-            found: Batch = collate([sample for _, sample in rows], rows[0][0])
+            found: Batch = make(samples, rows[0][0])
         return found
     finally:
         model.train(training)

@@ -23,7 +23,7 @@ from ecoflap.model.files import quiet
 from ecoflap.model.offload import home_of
 from ecoflap.model.patching import cache_disabled
 from ecoflap.pruning.keep_zeros import ZeroKeeper
-from ecoflap.run.finetune.data import TrainingData
+from ecoflap.run.finetune.data import TrainingData, collate
 from ecoflap.run.finetune.distillation import Distillation
 from ecoflap.run.finetune.options import total_steps, training_arguments
 from ecoflap.run.finetune.recipe import Finetune
@@ -152,7 +152,7 @@ def train(
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
         trainer = _Trainer(
             objective=objective, distillation=distillation, inner=inner, model=model, args=arguments,
-            train_dataset=data.train, eval_dataset=data.held_out, data_collator=data.collate, callbacks=callbacks,
+            train_dataset=data.train, eval_dataset=data.held_out, data_collator=collate, callbacks=callbacks,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
