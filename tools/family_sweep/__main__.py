@@ -16,7 +16,7 @@ import transformers as hf
 
 from ecoflap.model.anatomy import discover
 from family_sweep.configs import NOT_BUILT, architectures, full
-from family_sweep.inputs import text, with_pictures
+from family_sweep.inputs import special, text, with_pictures
 from family_sweep.pico import shrunk
 from family_sweep.trial import prune_and_judge
 
@@ -53,11 +53,12 @@ def attempt(kind: str, name: str) -> dict[str, Any]:
     """Build, feed and prune a pico model."""
     torch.manual_seed(0)
     model = getattr(hf, name)(shrunk(kind)).eval()
-    pictures = with_pictures(model)
-    fed = "pictures and text" if pictures is not None else "text"
-    batches = [pictures, with_pictures(model, 1)] if pictures is not None else [text(0), text(1)]
+    make: Any = with_pictures
+    if with_pictures(model) is None:
+        make = lambda model, seed: special(kind, seed) or text(seed)  # noqa: E731
+    fed = "pictures and text" if make is with_pictures else "text"
     try:
-        anatomy = prune_and_judge(model, [batch for batch in batches if batch is not None])
+        anatomy = prune_and_judge(model, [make(model, seed) for seed in (0, 1)])
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"fed": fed, "error": f"{type(error).__name__}: {error}"[:200], "at": f"{place.name} {place.lineno}"}

@@ -21,8 +21,46 @@ def text(seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
+def special(kind: str, seed: int = 0) -> dict[str, Tensor] | None:
+    """A batch for a type that takes what no other does."""
+    if kind == "diffusion_gemma":  # which draws the tokens that it begins with, where none are given
+        return {**text(seed), "decoder_input_ids": text(seed + 100)["input_ids"][:, :4]}
+    return None
+
+
 def with_pictures(model: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
-    """A batch whose samples begin with a picture; None if the model takes none that is known here."""
+    """A batch whose samples have a picture; None if the model takes none in a form that is known here."""
+    return _among_text(model, seed) or _beside_text(model, seed)
+
+
+def _beside_text(model: nn.Module, seed: int) -> dict[str, Tensor] | None:
+    """Pictures that need no place among the words."""
+    takes, words = inspect.signature(model.forward).parameters, text(seed)
+    random = torch.Generator().manual_seed(seed)
+    vision = _vision(model.config)
+    side = getattr(vision, "image_size", None)
+    side = side if isinstance(side, int) else 56
+    if "flattened_patches" in takes:
+        return {"flattened_patches": torch.rand(COUNT, 6, 770, generator=random), "labels": words["labels"]}
+    if "pixel_values" not in takes:
+        return None
+    ids = {"qformer_input_ids": words["input_ids"]} if "qformer_input_ids" in takes else {}
+    for count in ((), (1,), (4,)):
+        pictures = {"pixel_values": torch.randn(COUNT, *count, 3, side, side, generator=random)}
+        if "image_attention_mask" in takes and count:
+            pictures["image_attention_mask"] = torch.ones(COUNT, TEXT, *count, dtype=torch.long)
+        for batch in ({**words, **ids, **pictures}, {"labels": words["labels"], **pictures}):
+            try:
+                with torch.no_grad():
+                    output: Any = model(**batch)
+            except Exception:
+                continue
+            if getattr(output, "loss", None) is not None:
+                return batch
+    return None
+
+
+def _among_text(model: nn.Module, seed: int) -> dict[str, Tensor] | None:
     config: Any = model.config
     token = next((getattr(config, name, None) for name in _IMAGE_TOKENS if getattr(config, name, None)), None)
     owner = next((one for one in (model, getattr(model, "model", None)) if hasattr(one, "get_image_features")), None)
@@ -39,6 +77,8 @@ def with_pictures(model: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
         if rows == 0 or rows % COUNT:
             continue
         for batch in _batches(int(token), rows // COUNT, pictures, seed):
+            if getattr(config, "is_encoder_decoder", False) or getattr(text_of(config), "is_encoder_decoder", False):
+                batch["labels"] = text(seed)["labels"]
             try:
                 with torch.no_grad():
                     model(**batch)
@@ -61,6 +101,11 @@ def _batches(token: int, count: int, pictures: Mapping[str, Tensor], seed: int) 
     kinds = (batch["input_ids"] == token).long()
     for name in ("mm_token_type_ids", "token_type_ids"):
         yield {**batch, **pictures, name: kinds}
+
+
+def text_of(config: Any) -> Any:
+    """The configuration of the text part."""
+    return getattr(config, "text_config", config)
 
 
 def _vision(config: Any) -> Any:

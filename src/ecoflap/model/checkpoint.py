@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
 from ecoflap.model.device_map import dispatching
-from ecoflap.model.files import Files, first_line, locate, quiet
+from ecoflap.model.files import FLOATS, Files, first_line, locate, quantisation, quiet
 from ecoflap.model.processor import load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +90,8 @@ def load(
         _require_gguf()
         if device_map is not None:
             raise InvalidOption(f"a GGUF file is unpacked in memory: leave out device_map {device_map}")
+    if (floats := _floats(files)) and device_map is not None:
+        raise InvalidOption(f"{floats} weights are unpacked in memory: leave out device_map {device_map}")
     with quiet(), dispatching(device_map, max_memory) as dispatch:
         model_class = _model_class(files, trust_remote_code)
         model, warnings = _load_model(files, model_class, name, dtype, trust_remote_code, dispatch.options)
@@ -186,6 +188,9 @@ def _load_model(
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
+    floats = _floats(files)
+    if floats:
+        options["quantization_config"] = getattr(transformers, FLOATS[floats])(dequantize=True)
     try:
         with bars:
             model, info = model_class.from_pretrained(
@@ -200,12 +205,25 @@ def _load_model(
         raise
     except Exception as error:  # transformers raises many kinds for a bad checkpoint
         raise CheckpointError(f"'{name}' cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
-    if files.gguf_file is not None:
+    if files.gguf_file is not None or floats:
         # The weights are plain now; with the record of their former packing the model would refuse to be saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    return model, _review(info, name, type(model).__name__)
+    if floats:
+        vars(model).pop("_weight_conversions", None)  # by which saving would pack them again
+    told = [f"'{name}' is stored in {floats}: unpacked to {_short(model)}, pruned and saved so"] if floats else []
+    return model, told + _review(info, name, type(model).__name__)
+
+
+def _floats(files: Files) -> str:
+    """The format of small floats that the weights are stored in; "" for any other."""
+    method = quantisation(files.config) if files.gguf_file is None else None
+    return method if method in FLOATS and method is not None else ""
+
+
+def _short(model: torch.nn.Module) -> str:
+    return str(model_dtype(model)).removeprefix("torch.")
 
 
 def _review(info: dict[str, Any], name: str, model_class: str) -> list[str]:

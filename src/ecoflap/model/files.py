@@ -24,6 +24,8 @@ from ecoflap.support.reading import NO_READING, checked, json_value, read_text, 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PACKED, BITMASK = "ecoflap", "sparse-bitmask"  # quantisations whose weights can be unpacked
+# Eight- and four-bit floats with scales that transformers can turn into plain weights, to its class that says how.
+FLOATS = {"fp8": "FineGrainedFP8Config", "mxfp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_SECONDS = 10.0  # how long to wait for the hub before saying that it can't be reached
@@ -105,7 +107,7 @@ def _from_folder(folder: Path, gguf_file: str | None) -> Files:
         return _without_config(folder, names)
     config = read_config(folder)
     if method := quantisation(config):
-        if method == PACKED:
+        if method == PACKED or method in FLOATS:
             return Files(folder, config, None, _shards(folder, names, config))
         if method == BITMASK:
             raise CheckpointError(f"'{folder}' is packed by compressed-tensors: unpack it first, with 'ecoflap unpack'")
