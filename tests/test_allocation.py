@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_matches_the_slow_version_per_block(case: tuple[list[LayerSize], float, 
 
 
 @settings(max_examples=300, deadline=None)
-@given(cases(), st.sampled_from(["block", "layer", "tower"]), st.booleans())
+@given(cases(), st.sampled_from(["block", "layer", "tower", "expert"]), st.booleans())
 def test_budget_caps_and_split(case: tuple[list[LayerSize], float, float], granularity: str, uniform: bool) -> None:
     layers, p, cap = case
     try:
@@ -140,7 +141,8 @@ def test_budget_caps_and_split(case: tuple[list[LayerSize], float, float], granu
     groups: dict[str, list[Any]] = {}
     for row in allocation.layers:
         assert 0 <= row.zeros <= row.weights
-        key = "all" if uniform else {"block": row.block, "layer": row.name, "tower": row.tower}[granularity]
+        of = {"block": row.block, "layer": row.name, "tower": row.tower, "expert": row.block}  # none is in an expert
+        key = "all" if uniform else of[granularity]
         groups.setdefault(key, []).append(row)
     for rows in groups.values():
         zeros, weights = sum(r.zeros for r in rows), sum(r.weights for r in rows)
@@ -381,3 +383,21 @@ def test_instantaneous(aggregate: str) -> None:
     assert time.process_time() - start < 2
     assert allocation.total_weights > 9e9
     assert allocation.total_weights - allocation.zeros == round(Fraction("0.4") * allocation.total_weights)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.01, 100), min_size=9, max_size=9), st.floats(0.2, 0.7))
+def test_the_matrices_of_an_expert_share_one_sparsity(scores: list[float], sparsity: float) -> None:
+    """Two blocks, each with attention and two experts of two matrices; all others of a block are a group, too."""
+    places = [("a", ""), ("a", "a.experts[0]"), ("a", "a.experts[0]"), ("a", "a.experts[1]"), ("a", "a.experts[1]"),
+              ("b", ""), ("b", "b.experts[0]"), ("b", "b.experts[0]"), ("b", "b.experts[1]")]  # fmt: skip
+    layers = [
+        LayerSize(f"{block}.{number}", "t", block, 1000 + 37 * number, score, "", None, expert)
+        for number, ((block, expert), score) in enumerate(zip(places, scores, strict=True))
+    ]
+    sparsity = round(sparsity, 2)
+    by_expert = allocate(layers, sparsity=sparsity, max_sparsity=1.0, granularity="expert")
+    as_blocks = [replace(one, block=one.expert or one.block, expert="") for one in layers]
+    assert by_expert.zeros == round(sparsity * by_expert.total_weights)
+    blocks = allocate(as_blocks, sparsity=sparsity, max_sparsity=1.0, granularity="block")
+    assert [row.zeros for row in by_expert.layers] == [row.zeros for row in blocks.layers]

@@ -48,6 +48,7 @@ FULL: dict[str, Any] = {
     "recover_options": {"steps": 5, "damping": 0.1},
     "tokens": "text+top",
     "top_tokens": 0.3,
+    "expert_tokens": 64,
     "calibration": "data/it's.jsonl",
     "columns": {"question": "q 1", "answer": "7"},
     "prompt": "Q: {question} A:",

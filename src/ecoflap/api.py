@@ -55,7 +55,8 @@ class PruneResult:
         anatomy: its towers, blocks and layers, and the matrices that stay dense.
         importance: scores of stage 1; None if an allocation was given.
         allocation: target and achieved sparsity of each layer.
-        unreached: layers that no calibration token reached, pruned by magnitude.
+        unreached: layers that no calibration token reached: pruned by what all tokens of their mixture give, or by
+            magnitude.
     """
 
     model: nn.Module

@@ -14,6 +14,7 @@ from ecoflap.data.objectives import default_objective
 from ecoflap.model.anatomy import discover
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
+from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_norms, dense_statistics
 from ecoflap.statistics.inputs import InputGram
 
@@ -92,7 +93,7 @@ def test_layers_without_tokens_are_none() -> None:
     found = dense_norms(model, anatomy, batches, run)
     everything = {
         name: got
-        for _, statistics in dense_statistics(model, anatomy, batches, run)
+        for _, statistics in dense_statistics(model, anatomy, batches, run, tokens=TokenChoice(experts=0))
         for name, got in statistics.items()
     }
     assert everything.keys() == {layer.name for layer in anatomy.layers}

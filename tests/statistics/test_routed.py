@@ -1,4 +1,4 @@
-"""Experts: padding that is routed to them does not count, and one without tokens is pruned by magnitude, and named."""
+"""Experts: padding that is routed to them does not count, and one without tokens is named."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ecoflap.allocation.patterns import parse_pattern, with_default
 from ecoflap.model.anatomy import discover
 from ecoflap.pruning.magnitude import Magnitude
 from ecoflap.pruning.registry import CRITERIA
+from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.inputs import InputGram, InputNorm
 from ecoflap.statistics.real_tokens import RoutedTokens, row_hashes
 
@@ -45,11 +46,20 @@ def one_by_one(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return alone
 
 
-def pruned(model: nn.Module, batches: list[dict[str, Any]], criterion: str) -> tuple[nn.Module, Any, tuple[str, ...]]:
+def pruned(
+    model: nn.Module, batches: list[dict[str, Any]], criterion: str, tokens: str | TokenChoice = "all"
+) -> tuple[nn.Module, Any, tuple[str, ...]]:
     model = copy.deepcopy(model)
     anatomy = discover(model, batches[0])
     result = api.prune_to(
-        model, anatomy, allocation_of(anatomy), batches, criterion=criterion, pattern="unstructured", compare="row"
+        model,
+        anatomy,
+        allocation_of(anatomy),
+        batches,
+        criterion=criterion,
+        pattern="unstructured",
+        compare="row",
+        tokens=tokens,
     )
     return model, anatomy, result[1]
 
@@ -68,15 +78,43 @@ def test_padding_that_is_routed_to_experts_does_not_count(criterion: str) -> Non
     assert sum(differing.values()) <= (4 if criterion == "sparsegpt" else 0)  # a swap of two near-equal scores
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "admm"])
-def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(criterion: str) -> None:
+def with_idle_experts() -> nn.Module:
+    """Experts 2 and 3 are never chosen."""
     model = mixture_of_modules()
     mixture = Mixture(32, 16, chosen=1)
     mixture.load_state_dict(model.model.layers[1].mlp.state_dict())
     model.model.layers[1].mlp = mixture
     with torch.no_grad():  # one of the first two has the largest logit, whatever the token
         mixture.gate.weight[1:] = mixture.gate.weight[0] * torch.tensor([[-1.0], [0.5], [0.0]])
-    after, anatomy, unreached = pruned(model, picos.FAMILIES["llama"].batches(8, 4, padding=True), criterion)
+    return model
+
+
+def test_an_expert_without_tokens_has_the_statistics_of_all_that_enter_the_mixture() -> None:
+    model, batches = with_idle_experts(), picos.FAMILIES["llama"].batches(8, 4, padding=True)
+    after, _, unreached = pruned(model, batches, "wanda")
+    half = copy.deepcopy(model)  # as the walk has it when it comes to the second block
+    half.model.layers[0].load_state_dict(after.model.layers[0].state_dict())
+    entered: list[torch.Tensor] = []
+    half.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            half(**batch)
+    tokens = torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(entered, batches, strict=True)])
+    expert = half.model.layers[1].mlp.experts[3]
+    inner = nn.functional.silu(expert.w1(tokens)) * expert.w3(tokens)
+    for leaf, x in (("w1", tokens), ("w2", inner), ("w3", tokens)):
+        name = f"model.layers.1.mlp.experts.3.{leaf}.weight"
+        assert name in unreached
+        scores = model.get_parameter(name).detach().double().abs() * x.double().square().sum(0).sqrt()
+        zeros = after.get_parameter(name) == 0
+        for row, mask in zip(scores, zeros, strict=True):
+            assert row[mask].max() <= row[~mask].min() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "admm"])
+def test_an_expert_without_tokens_is_named_and_pruned_by_magnitude_where_nothing_stands_in(criterion: str) -> None:
+    model, batches = with_idle_experts(), picos.FAMILIES["llama"].batches(8, 4, padding=True)
+    after, anatomy, unreached = pruned(model, batches, criterion, TokenChoice(experts=0))
     idle = {layer.name for layer in anatomy.layers if layer.expert.endswith(("experts.2", "experts.3"))}
     assert set(unreached) == idle
     assert len(idle) == 6

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ecoflap.data.objectives import default_objective
 from ecoflap.model.anatomy import discover
+from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_statistics
 
 LIMIT = 7.0  # of GPT-OSS's gates
@@ -39,8 +40,14 @@ def inner_of(layout: str, experts: nn.Module, expert: int, x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def by_hand(layout: str, model: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, tuple[Tensor, int]]:
-    """XᵀX of each slice and its number of tokens, in fp64: the router is run in the test, one token at a time."""
+def by_hand(
+    layout: str, model: nn.Module, data: list[dict[str, Tensor]], *, everywhere: bool = False
+) -> dict[str, tuple[Tensor, int]]:
+    """XᵀX of each slice and its number of tokens, in fp64: the router is run in the test, one token at a time.
+
+    Args:
+        everywhere: all experts get all tokens.
+    """
     block = model.model.layers[0]
     mixture = block.feed_forward if layout == "Llama4Text" else block.mlp
     router = mixture.router if layout in ("GptOss", "Llama4Text") else mixture.gate
@@ -52,6 +59,10 @@ def by_hand(layout: str, model: nn.Module, data: list[dict[str, Tensor]]) -> dic
     for x, batch in zip(received, data, strict=True):
         for token, real in zip(x.flatten(0, 1), batch["attention_mask"].flatten(), strict=True):
             if not real:
+                continue
+            if everywhere:
+                for kept in rows.values():
+                    kept.append(token)
                 continue
             found = router(token[None])
             if layout == "Llama4Text":
@@ -80,7 +91,8 @@ def test_statistics_of_each_expert_are_those_of_its_own_real_tokens(layout: str,
     anatomy = discover(model, data[0])
     expected = by_hand(layout, model, data)
     found = {}
-    for _, statistics in dense_statistics(model, anatomy, data, default_objective(model), kind=kind):
+    own = TokenChoice(experts=0)
+    for _, statistics in dense_statistics(model, anatomy, data, default_objective(model), kind=kind, tokens=own):
         found.update(statistics)
     slices = [layer for layer in anatomy.layers if layer.stacked]
     assert {layer.name for layer in slices} == set(expected)
@@ -96,3 +108,28 @@ def test_statistics_of_each_expert_are_those_of_its_own_real_tokens(layout: str,
         torch.testing.assert_close(statistic.norm.double() ** 2, moments.diagonal(), rtol=1e-4, atol=1e-6)
         if kind == "gram":
             torch.testing.assert_close(statistic.moments.double(), moments, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["norm", "gram", "pair"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "Llama4Text"])
+@torch.no_grad()
+def test_missing_tokens_are_average_tokens_of_all_that_enter_the_mixture(layout: str, kind: str) -> None:
+    model, data, least = build(layout), batches(), 15
+    anatomy = discover(model, data[0])
+    own, every = by_hand(layout, model, data), by_hand(layout, model, data, everywhere=True)
+    assert any(count < least for _, count in own.values())
+    assert any(count >= least for _, count in own.values())
+    found = {}
+    choice = TokenChoice(experts=least)
+    for _, statistics in dense_statistics(model, anatomy, data, default_objective(model), kind=kind, tokens=choice):
+        found.update(statistics)
+    for name, (moments, tokens) in own.items():
+        others, count = every[name]
+        expected = moments + others * (max(0, least - tokens) / count)
+        statistic = found[name]
+        assert statistic.tokens == max(tokens, least)
+        torch.testing.assert_close(statistic.norm.double() ** 2, expected.diagonal(), rtol=1e-4, atol=1e-6)
+        if kind != "norm":
+            torch.testing.assert_close(statistic.moments.double(), expected, rtol=1e-4, atol=1e-4)
+        if kind == "pair":
+            torch.testing.assert_close(statistic.cross.double(), expected, rtol=1e-4, atol=1e-4)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
 from families.matrix import allocation_of
 from families.moe import mixture_of_modules
+from families.stacked import build
 from picos import FAMILIES
 from together import together
 from torch import nn
@@ -26,10 +27,12 @@ from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.statistics.dense import dense_norms
 from ecoflap.support.workers import ALONE, Workers
 
+MIXTURES = {"experts": mixture_of_modules, "stacked": partial(build, "Mixtral")}
+
 
 def made(name: str, number: int = 10) -> tuple[nn.Module, Anatomy, list[Any]]:
-    batches = FAMILIES["llama" if name == "experts" else name].batches(number, 1, padding=True)
-    model = mixture_of_modules() if name == "experts" else FAMILIES[name].build()
+    batches = FAMILIES[name if name in FAMILIES else "llama"].batches(number, 1, padding=True)
+    model = MIXTURES[name]() if name in MIXTURES else FAMILIES[name].build()
     with cache_disabled(model):
         return model, discover(model, batches[0], run=default_objective(model)), batches
 
@@ -66,6 +69,7 @@ def by_one(name: str, criterion: str, tokens: str = "all") -> list[Any]:
     [("llama", "wanda", 2), ("llama", "wanda", 9), ("llama", "sparsegpt", 3), ("llama", "sparsegpt", 4),
      ("blip2_t5", "sparsegpt", 2), ("experts", "wanda", 3), ("experts", "sparsegpt", 9), ("gpt2", "wanda", 2),
      ("llama", "admm", 2), ("blip2_t5", "admm", 4), ("experts", "admm", 9),
+     ("stacked", "wanda", 3), ("stacked", "sparsegpt", 9),
      ("llama", "magnitude", 2), ("llama", "iterative-gradient", 2)],
 )  # fmt: skip
 def test_the_pruned_model_is_that_of_one_worker(name: str, criterion: str, count: int) -> None:

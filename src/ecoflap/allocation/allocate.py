@@ -61,7 +61,8 @@ def allocate(
         max_sparsity: upper limit for every group; by default the rule's: min(1, p + 0.1) for "proportional", where p is
             a tower's own target if it has one.
         min_sparsity: lower limit for every group.
-        granularity: which layers share one sparsity: those of a "block", a "layer" or a "tower".
+        granularity: which layers share one sparsity: those of a "block", of an "expert" of a mixture (and the rest of
+            each block), a single "layer", or those of a "tower".
         aggregate: a group's score is the "sum" of its layers' scores, that divided by its weights ("mean") or by the
             number of its layers ("layer-mean"); by default the rule's: "sum" for "proportional".
         budget: "global", or "tower": every tower meets its target by itself.

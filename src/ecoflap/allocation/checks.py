@@ -10,7 +10,7 @@ from typing import Any
 from ecoflap.errors import InvalidOption
 from ecoflap.support.registry import unknown
 
-GRANULARITIES = ("block", "layer", "tower")
+GRANULARITIES = ("block", "expert", "layer", "tower")
 AGGREGATES = ("sum", "mean", "layer-mean")
 BUDGETS = ("global", "tower")
 

@@ -24,6 +24,7 @@ class LayerSize:
     score: float | None
     modality: str = ""
     shape: tuple[int, int] | None = None
+    expert: str = ""  # of a mixture that holds it
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,12 @@ def make_groups(
     """
     members: dict[tuple[str, ...], list[LayerSize]] = {}
     for layer in pool.layers:
-        key = {"layer": (layer.name,), "block": (layer.tower, layer.block), "tower": (layer.tower,)}[granularity]
+        key = {
+            "layer": (layer.name,),
+            "expert": (layer.tower, layer.expert or layer.block),
+            "block": (layer.tower, layer.block),
+            "tower": (layer.tower,),
+        }[granularity]
         members.setdefault(key, []).append(layer)
     groups = [
         _group(key, tuple(layers), cap, floor, aggregate, (data or {}).get(key[-1])) for key, layers in members.items()

@@ -32,7 +32,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Importance (stage 1)": ("importance", "importance_options", "importance_samples", "importance_error"),
     "Pruning (stage 2)": (
         "criterion", "criterion_options", "pattern", "compare", "recover", "recover_options", "tokens", "top_tokens",
-        "offload_activations",
+        "expert_tokens",         "offload_activations",
     ),
     "Calibration": (
         "calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts", "samples",

@@ -88,7 +88,7 @@ def prune(
 @app.command(cls=Command, short_help="Better weights for the zeros that a pruned model has.")
 @with_recipe_options(
     *MODEL_FIELDS, *PART_FIELDS, *DATA_FIELDS, *TEST_FIELDS, "test_batch_size", "recover_options", "tokens",
-    "top_tokens", "offload_activations",
+    "top_tokens", "expert_tokens", "offload_activations",
 )  # fmt: skip
 def recover(
     recipe: Recipe,

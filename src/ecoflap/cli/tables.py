@@ -208,7 +208,7 @@ def summary_table(run: RunData | Path | str) -> Table:
         for reason, (_, size, share) in left.items():
             _row(table, f"  {reason}", "", formats.percent(share), f"{size:,} weights")
     if metrics.unreached:
-        _row(table, "by magnitude, since no token reached it", "", f"{len(metrics.unreached)} layers")
+        _row(table, "reached by no calibration token", "", f"{len(metrics.unreached)} layers")
         for layer in metrics.unreached[:NAMED]:
             _row(table, f"  {layer}")
         if len(metrics.unreached) > NAMED:

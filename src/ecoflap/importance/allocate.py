@@ -73,4 +73,6 @@ def sizes_of(layers: Iterable[Layer]) -> list[LayerSize]:
 
 
 def _size(layer: Layer, score: float) -> LayerSize:
-    return LayerSize(layer.name, layer.tower, layer.block, layer.numel, score, layer.modality, layer.shape)
+    return LayerSize(
+        layer.name, layer.tower, layer.block, layer.numel, score, layer.modality, layer.shape, layer.expert
+    )

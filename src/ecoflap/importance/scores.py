@@ -71,6 +71,7 @@ class Importance:
                     "score": score.score,
                     "stderr": score.stderr,
                     "n": score.n,
+                    **({"expert": layer.expert} if layer.expert else {}),
                 }
             )
         curves = {"curves": {name: curve.to_json() for name, curve in self.curves.items()}} if self.curves else {}
@@ -109,6 +110,7 @@ class Importance:
                         tower=str(row["tower"]),
                         modality=str(row.get("modality", "")),
                         shape=(rows, columns),
+                        expert=str(row.get("expert", "")),
                     )
                 )
                 score = Score(float(row["score"]), float(row.get("stderr", 0.0)), int(row.get("n", 0)))
@@ -134,16 +136,16 @@ class Importance:
 
 
 def check_granularity(options: Mapping[str, Any], granularity: str) -> None:
-    """Refuses granularity ``layer`` for scores of whole blocks, which have no values of single layers.
+    """Refuses granularity ``layer`` and ``expert`` for scores of whole blocks, which have no values of single layers.
 
     Args:
         options: of the importance measure.
 
     Raises:
-        InvalidOption: they ask for scores of whole blocks, and ``granularity`` is "layer".
+        InvalidOption: they ask for scores of whole blocks, and ``granularity`` is finer.
     """
     for name, single in (("probe", "matrix"), ("scope", "layer")):
-        if granularity == "layer" and options.get(name) == "block":
+        if granularity in ("layer", "expert") and options.get(name) == "block":
             raise InvalidOption(
                 f"{name}=block measures whole blocks: take granularity block or tower, or {name}={single}"
             )

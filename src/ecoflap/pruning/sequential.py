@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,43 @@ def layer_groups(model: nn.Module, driver: TowerDriver, index: int, block: Block
     return [
         LayerGroup(members, all(times[layer.name] == 1 for layer in members)) for members in groups.values() if members
     ]
+
+
+EXPERTS_ROOM = 2 << 30  # bytes of what is gathered for a mixture's experts at a time
+
+
+def within_room(groups: Sequence[LayerGroup], numbers: Callable[[int], int], room: int) -> list[LayerGroup]:
+    """The groups, and in the place of one whose experts need more than ``room``, several with some experts each.
+
+    Those are pruned one after the other, on statistics that the same inputs give: no expert reads another's output.
+    The group's other layers come last, so that they change nothing of what the experts receive.
+
+    Args:
+        numbers: of a layer's columns, gives how many fp32 numbers its statistics take.
+        room: in bytes; a single expert may take more.
+    """
+    found: list[LayerGroup] = []
+    for group in groups:
+        sizes: dict[str, int] = {}
+        for layer in group.layers:
+            if layer.expert:  # its own statistics, and those of all tokens where it gets few
+                sizes[layer.expert] = sizes.get(layer.expert, 0) + 2 * 4 * numbers(layer.shape[1])
+        if sum(sizes.values()) <= room:
+            found.append(group)
+            continue
+        together: list[set[str]] = [set()]
+        taken = 0
+        for expert, size in sizes.items():
+            if together[-1] and taken + size > room:
+                together.append(set())
+                taken = 0
+            together[-1].add(expert)
+            taken += size
+        for some in [*together, {""}]:
+            layers = tuple(layer for layer in group.layers if layer.expert in some)
+            if layers:
+                found.append(replace(group, layers=layers))
+    return found
 
 
 def _place(layer: Layer) -> str:

@@ -24,11 +24,11 @@ from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock, SpilledBlocks
 from ecoflap.pruning.magnitude import Magnitude
-from ecoflap.pruning.sequential import DenseModel, LayerGroup, layer_groups
+from ecoflap.pruning.sequential import EXPERTS_ROOM, DenseModel, LayerGroup, layer_groups, within_room
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.collect import assign_layers
 from ecoflap.statistics.dense import gather
-from ecoflap.statistics.gather import STATISTICS, Gatherer
+from ecoflap.statistics.gather import NUMBERS, STATISTICS, Gatherer
 from ecoflap.statistics.inputs import InputStatistics, all_finite
 from ecoflap.statistics.later import decoder_of, gather_later, sequence_of
 from ecoflap.statistics.tokens import check_choice, chooser
@@ -183,10 +183,10 @@ def _walk_tower(
                 groups = [LayerGroup(block.layers)]
                 if walker.criterion.order == "sequential":
                     groups = layer_groups(model, driver, index, block, workers)
-                for group in groups:
+                for group in within_room(groups, NUMBERS[walker.criterion.statistics], EXPERTS_ROOM):
                     gathered = gather(
                         model, driver, index, replace(block, layers=group.layers), make, masks, sequence,
-                        choose=choose, part=part, workers=workers, dense=before, once=group.once,
+                        tokens, choose=choose, part=part, workers=workers, dense=before, once=group.once,
                         pruners=None if again else partial(assign_layers, layers=group.layers, workers=workers.count),
                     )  # fmt: skip
                     gathered.join(again)
@@ -261,14 +261,13 @@ class _Walker:
             pruner = assign_layers(gathered.owners, layers, self.workers.count)
         left: list[str] = []
         for layer in layers:
-            if pruner[layer.name] == rank and not self._prune_layer(
-                layer, gathered.statistics(layer) if gathered is not None else None
-            ):
+            if pruner[layer.name] == rank:
+                self._prune_layer(layer, gathered.statistics(layer) if gathered is not None else None)
+            if gathered is not None and not gathered.tokens_of(layer):
                 left.append(layer.name)
             if gathered is not None:
                 gathered.release(layer)
         if gathered is not None:
-            left = [name for of_worker in self.workers.gather(left) for name in of_worker]
             for layer in layers:
                 self.workers.copy_from(stored_matrix(self.model, layer.name), pruner[layer.name])
         self._left += left
@@ -292,22 +291,21 @@ class _Walker:
             self.offloaded.move(name, weights[name], place)
         return names
 
-    def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> bool:
-        """Prune one layer; False if no calibration token reached it: then by magnitude, where ``each`` is not given."""
+    def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> None:
+        """Prune one layer; by magnitude, if nothing is known of its inputs and ``each`` is not given."""
         stored = stored_matrix(self.model, layer.name)
         weight = stored.t() if layer.transposed else stored
         if not all_finite(weight):
             raise NonFiniteLoss(f"the weight {layer.name} holds NaN or infinite values: the checkpoint is damaged")
         criterion = self.each(layer) if self.each is not None else self.criterion
-        reached = criterion.statistics == "none" or (statistics is not None and statistics.tokens > 0)
-        if not reached and self.each is None:
+        known = criterion.statistics == "none" or (statistics is not None and statistics.tokens > 0)
+        if not known and self.each is None:
             criterion, statistics = Magnitude(), None
         try:
             pruned = criterion(weight, statistics, self.allocation[layer.name].zeros, self.pattern)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{layer.name}: {error}") from error
         stored.copy_(pruned.weight.t() if layer.transposed else pruned.weight)
-        return reached
 
 
 def _parameters(block: Block) -> list[str]:

@@ -273,7 +273,7 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
         pruned = pruned_to(plan, allocation, job.progress, blocks, job.workers)
     allocation, unreached = pruned.allocation, pruned.unreached
     for name in unreached:
-        how = "pruned by magnitude" if plan.pruned is None else "not recovered"
+        how = "pruned without statistics of its own" if plan.pruned is None else "not recovered"
         _log.warning("%s was reached by no calibration token: %s", name, how)
     run.write_result(files.ALLOCATION, allocation.to_json())
     if run.first:

@@ -20,7 +20,7 @@ from ecoflap.importance.registry import AUTO, IMPORTANCES, named, own_rule
 from ecoflap.pruning.registry import CRITERIA, is_global, refuse_with_global
 from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.trust import refuse_code
-from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.choice import EXPERT_TOKENS, TokenChoice
 from ecoflap.support.reading import read_yaml
 from ecoflap.support.registry import unknown
 
@@ -81,7 +81,9 @@ class Recipe(BaseModel):
         default_factory=dict,
         description="Options of the importance: epsilon, draws, variant, multiple, scope, tail, levels.",
     )
-    granularity: Literal["block", "layer", "tower"] = Field("block", description="Layers that share one sparsity.")
+    granularity: Literal["block", "expert", "layer", "tower"] = Field(
+        "block", description="Layers that share one sparsity."
+    )
     aggregate: Literal["sum", "mean", "layer-mean"] | None = Field(
         None,
         description="How the scores of a group's layers are combined. Default: the rule's own (proportional: sum).",
@@ -144,6 +146,11 @@ class Recipe(BaseModel):
         None,
         description="For text+top and text+attended: share of the visual tokens, default 0.2; for atv: its factor, "
         "default 1.",
+    )
+    expert_tokens: int | None = Field(
+        None,
+        description="Least tokens of an expert of a mixture: what is missing is made up by average tokens of all that "
+        "enter the mixture; default 128, 0 for none.",
     )
     calibration: str | None = Field(None, description="Calibration data: file, folder or dataset id.")
     columns: dict[str, str] = Field(default_factory=dict, description="Columns of the data: image, question, answer...")
@@ -276,7 +283,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        TokenChoice(self.tokens, self.top_tokens)
+        self.token_choice()
         if self.max_sparsity is not None and self.max_sparsity < self.sparsity:
             raise InvalidOption(
                 f"max_sparsity {self.max_sparsity:g} is below sparsity {self.sparsity:g}: "
@@ -288,6 +295,11 @@ class Recipe(BaseModel):
                 "stage 1 uses the first samples of stage 2"
             )
         return self
+
+    def token_choice(self) -> TokenChoice:
+        """What enters the statistics of stage 2. Raises InvalidOption, UnknownName for what can't be."""
+        least = EXPERT_TOKENS if self.expert_tokens is None else self.expert_tokens
+        return TokenChoice(self.tokens, self.top_tokens, least)
 
     def shares(self) -> dict[str, Any]:
         """The options of the allocation, as :func:`ecoflap.allocate` takes them."""
@@ -302,7 +314,7 @@ class Recipe(BaseModel):
         from ecoflap.search.method import make_method
 
         options = {name: getattr(self, name) for name in (*_SHARES, *_METHOD)}
-        return make_method(**options, pattern=self.pattern, tokens=TokenChoice(self.tokens, self.top_tokens))
+        return make_method(**options, pattern=self.pattern, tokens=self.token_choice())
 
     def resolved(self) -> Recipe:
         """The same recipe with what follows from other fields filled in.

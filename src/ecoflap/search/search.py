@@ -118,7 +118,7 @@ def refine(
         here = begun or search.start()
         here = search.swapped(search.settled(here), seed)
     rows = tuple(replace(row, zeros=here.zeros[row.name]) for row in allocation.layers)
-    single = options.granularity != "block" or options.swaps or allocation.granularity == "layer"
+    single = options.granularity != "block" or options.swaps or allocation.granularity in ("layer", "expert")
     granularity = "layer" if single else "block"
     found = replace(allocation, layers=rows, granularity=granularity, max_sparsity=_highest(allocation, limits))
     record = SearchRecord(divergence.metric, here.history, here.rounds, given, here.costs or {})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ecoflap.errors import InvalidOption
 from ecoflap.support.registry import unknown
 
+EXPERT_TOKENS = 128  # least tokens of an expert, by default
 # What is chosen beside all text, and the amount where none is given.
 AMOUNTS: Mapping[str, float | None] = {"all": None, "text": None, "text+top": 0.2, "text+attended": 0.2, "atv": 1.0}
 
@@ -24,6 +25,8 @@ class TokenChoice:
             whole (ATV-Pruning, Li et al. 2026, arXiv 2603.16001).
         amount: of "text+top" and "text+attended" the share of a sample's visual tokens; of "atv" its factor α. None:
             0.2 and 1.
+        experts: least tokens of an expert of a mixture. Where its router sends n < m, the missing m − n are average
+            tokens of all that enter the mixture: XᵀX + (m − n) · X₀ᵀX₀ / n₀.
 
     Raises:
         UnknownName, InvalidOption: at once, for another name or an amount out of its range.
@@ -31,8 +34,11 @@ class TokenChoice:
 
     name: str = "all"
     amount: float | None = None
+    experts: int = EXPERT_TOKENS
 
     def __post_init__(self) -> None:
+        if self.experts < 0:
+            raise InvalidOption(f"expert_tokens must be 0 or more, not {self.experts}")
         if self.name not in AMOUNTS:
             raise unknown("choice of tokens", self.name, list(AMOUNTS))
         if self.amount is not None and AMOUNTS[self.name] is None:

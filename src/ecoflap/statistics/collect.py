@@ -130,9 +130,11 @@ def collected(
             raise InputsDiverged("those of a worker")
         for owner in dict.fromkeys(gatherer.owners.values()):
             gatherer.accumulator_of(owner).close()
+        gatherer.counts = {owner: gatherer.accumulator_of(owner).tokens for owner in gatherer.owners.values()}
         return gatherer
     found = agreed(gatherer, workers, layers)
     assert gatherer is not None
+    gatherer.counts = {owner: sum(tokens for tokens, _ in told["held"]) for owner, told in found.items()}
     wanted = pruners(gatherer.owners) if pruners is not None else dict.fromkeys(found, EVERYWHERE)
     collect(gatherer, workers, found, wanted, device)
     return gatherer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,12 +12,13 @@ from torch import nn
 from ecoflap.data.model_facts import TokenMasks, placeholders, token_masks
 from ecoflap.model.block_runner import Run, TowerDriver
 from ecoflap.model.offload import in_memory
-from ecoflap.model.parts import Anatomy, Block
+from ecoflap.model.parts import Anatomy, Block, Layer
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.collect import Pruners, collected
 from ecoflap.statistics.dense_inputs import DenseInputs
+from ecoflap.statistics.every_token import EveryToken
 from ecoflap.statistics.gather import STATISTICS, Gatherer, InputsDiverged
 from ecoflap.statistics.inputs import InputStatistics
 from ecoflap.statistics.later import decoder_of, gather_later, sequence_of
@@ -105,10 +107,12 @@ def dense_norms(
 ) -> dict[str, InputStatistics]:
     """``InputNorm`` of every prunable layer of the dense model, by parameter name; ``.norm`` is (columns,) fp32.
 
-    Layers that no token reached are not in it. Arguments and errors as in :func:`dense_statistics`.
+    Layers that no token reached are not in it; an expert's are of its own tokens, however few they are. Arguments and
+    errors as in :func:`dense_statistics`.
     """
     found: dict[str, InputStatistics] = {}
-    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload, workers=workers):
+    own = TokenChoice(experts=0)
+    for _, statistics in dense_statistics(model, anatomy, batches, run, offload=offload, tokens=own, workers=workers):
         found.update({name: got for name, got in statistics.items() if got is not None})
     return found
 
@@ -156,33 +160,37 @@ def gather(
             by default all workers get all.
         outputs: keep the block's outputs for the next one, as :meth:`TowerDriver.run` does; else each call ends with
             the last layer's input.
-        choose: which tokens count, where that has been found already; ``tokens`` is then not looked at.
+        tokens: which tokens count, and the least of them that an expert has statistics of.
+        choose: which tokens count, where that has been found already.
         dense: what the layers received in the dense model.
         once: it is known that a call of the block calls each layer once.
     """
     if choose is None:
         choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
-    for share in (True, False):
-        gatherer = None
-        with suppress(InputsDiverged):
-            watching = Gatherer(
-                model,
-                block,
-                make,
-                masks,
-                sequence,
-                share=share,
-                choose=choose,
-                part=part,
-                whole=outputs,
-                dense=dense,
-                once=once,
-            )
-            with watching:
-                (driver.run if outputs else driver.observe)(index, watching.before)
-            watching.check()
-            gatherer = watching
-        with suppress(InputsDiverged):
-            device = model.get_parameter(block.layers[0].parameter).device
-            return collected(gatherer, workers, block.layers, device, pruners)
-    raise AssertionError("layers that share nothing can't diverge")
+
+    def passed(
+        kind: type[Gatherer], layers: Sequence[Layer], shares: Sequence[bool], wanted: Pruners | None
+    ) -> Gatherer:
+        """One pass over the batches; a second one, where layers that share an accumulator turn out to diverge."""
+        whole = outputs and kind is Gatherer
+        for share in shares:
+            gatherer = None
+            with suppress(InputsDiverged):
+                watching = kind(
+                    model, replace(block, layers=tuple(layers)), make, masks, sequence, share=share, choose=choose,
+                    part=part, whole=whole, dense=dense if kind is Gatherer else None, once=once,
+                )  # fmt: skip
+                with watching:
+                    (driver.run if whole else driver.observe)(index, watching.before)
+                watching.check()
+                gatherer = watching
+            with suppress(InputsDiverged):
+                device = model.get_parameter(layers[0].parameter).device
+                return collected(gatherer, workers, layers, device, wanted)
+        raise AssertionError("layers that share nothing can't diverge")
+
+    gathered = passed(Gatherer, block.layers, (True, False), pruners)
+    few = [layer for layer in block.layers if layer.expert and gathered.tokens_of(layer) < tokens.experts]
+    if few:
+        gathered.fill_up(passed(EveryToken, few, (gathered.shares,), None), tokens.experts)
+    return gathered

@@ -24,6 +24,12 @@ from ecoflap.support.workers import Share
 
 STATISTICS: dict[str, Callable[[int], InputStatistics]] = {"norm": InputNorm, "gram": InputGram, "pair": InputPair}
 """What a criterion asks for by ``statistics`` to the accumulator of so many columns."""
+NUMBERS: dict[str, Callable[[int], int]] = {
+    "norm": lambda columns: columns,
+    "gram": lambda columns: columns**2,
+    "pair": lambda columns: 2 * columns**2,
+}
+"""By the same names, how many fp32 numbers it holds."""
 
 
 class InputsDiverged(Exception):
@@ -87,12 +93,19 @@ class Gatherer:
         self._routed: dict[str, list[RoutedTokens]] = {}  # by mixture, of this call of the block
         self._in_expert: dict[str, Tensor | None] = {}  # by expert, the real ones among its tokens in this call of it
         self._hooks = ExitStack()
+        self._prior: Gatherer | None = None
+        self._least = 0
+        self.counts: Mapping[str, int] = {}
+        """Owner to the tokens of all workers that reached it, once all is gathered."""
 
     def __enter__(self) -> Gatherer:
         self._hooks.enter_context(inputs_watched(self._model, self._block.layers, self._feed))
-        if self._sequence is not None:
-            self._watch_experts([layer for layer in self._block.layers if layer.expert])
+        self._watch_mixtures()
         return self
+
+    def _watch_mixtures(self) -> None:
+        if self._sequence is not None:  # else there is no padding
+            self._watch_experts([layer for layer in self._block.layers if layer.expert])
 
     def _watch_experts(self, layers: Sequence[Layer]) -> None:
         """Note what enters each mixture (the list of experts, if it has a forward, and its owner) and each expert."""
@@ -188,17 +201,38 @@ class Gatherer:
             if owner == layer.name:
                 held[owner] = parts[0].with_others(parts[1:])
         self._owner, self._of = owner_of, held
+        self.counts = {owner: statistic.tokens for owner, statistic in held.items()}
+
+    @property
+    def shares(self) -> bool:
+        """Whether layers of one input have one accumulator."""
+        return self._share
+
+    def tokens_of(self, layer: Layer) -> int:
+        """How many tokens reached ``layer``, on all workers."""
+        return self.counts.get(self._owner.get(layer.name, ""), 0)
+
+    def fill_up(self, prior: Gatherer, least: int) -> None:
+        """From now on, what reaches fewer than ``least`` tokens is filled up with average tokens of ``prior``."""
+        self._prior, self._least = prior, least
 
     def statistics(self, layer: Layer) -> InputStatistics | None:
-        """What was gathered for ``layer``; None if no call reached it."""
+        """What was gathered for ``layer``, which others may share; None if no call reached it."""
         owner = self._owner.get(layer.name)
-        return self._of[owner] if owner is not None else None
+        others = self._prior.statistics(layer) if self._prior is not None else None
+        if owner is None:
+            return others
+        if others is not None:
+            self._of[owner].fill_up(others, self._least)
+        return self._of[owner]
 
     def release(self, layer: Layer) -> None:
         """``layer`` is done: what no other layer shares with it is forgotten."""
         owner = self._owner.pop(layer.name, None)
         if owner is not None and owner not in self._owner.values():
             self._of.pop(owner, None)
+        if self._prior is not None:
+            self._prior.release(layer)
 
     def _feed(self, layer: Layer, x: Tensor) -> None:
         self._add(layer, x)
@@ -230,9 +264,13 @@ class Gatherer:
 
     def _update(self, statistic: InputStatistics, layer: Layer, x: Tensor) -> None:
         if self._dense is not None and isinstance(statistic, InputPair):
-            statistic.update(x, self._keep(x, layer), self._dense.of(layer, x))
+            statistic.update(x, self._counted(x, layer), self._dense.of(layer, x))
         else:
-            statistic.update(x, self._keep(x, layer))
+            statistic.update(x, self._counted(x, layer))
+
+    def _counted(self, x: Tensor, layer: Layer) -> Tensor | None:
+        """Which tokens of a layer's input count, in the leading dimensions of ``x``; None if all do."""
+        return self._keep(x, layer)
 
     def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:
         """The mask of tokens that count, fitting ``x`` (batch, tokens, features), also flattened; None if all do."""

@@ -95,6 +95,17 @@ class _Accumulator:
         self.tokens += tokens
         self._check()
 
+    def fill_up(self, others: _Accumulator, tokens: int) -> None:
+        """Count ``tokens`` at least: the missing ones are average tokens of ``others``.
+
+        With n of its own, that is XᵀX + (tokens − n) · X₀ᵀX₀ / n₀, of norms its diagonal: a shrinkage towards the
+        others' second moments with the weight (tokens − n) / tokens.
+        """
+        missing = tokens - self.tokens
+        if missing > 0 and others.tokens:
+            self._sum = self._sum.to(others._sum.device) + others._sum * (missing / others.tokens)
+            self.tokens = tokens
+
     def clone(self: Self) -> Self:
         """A copy that goes its own way from here."""
         twin = copy.copy(self)
@@ -196,6 +207,11 @@ class InputGram(_Accumulator):
                 self._sum.addmm_(part.T, part)
         self._shared.clear()
         self._counted(len(tokens))
+
+    def fill_up(self, others: _Accumulator, tokens: int) -> None:
+        """As of :class:`InputNorm`."""
+        super().fill_up(others, tokens)
+        self._shared.clear()
 
     def clone(self: Gram) -> Gram:
         """A copy that goes its own way from here."""

@@ -121,6 +121,9 @@ class RoutedTokens:
         self._kind = x.shape[-1], x.dtype
         self._all, self._real = hashes, hashes[real.reshape(-1)]
 
+    def __len__(self) -> int:
+        return len(self._all)
+
     def real_among(self, x: Tensor) -> Tensor | None:
         """(tokens,) bool: which rows of ``x`` (tokens, features) are copies of real tokens.
 

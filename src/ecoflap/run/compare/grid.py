@@ -300,7 +300,7 @@ class _Work:
         with measured("pruning", usages):
             pruned = pruned_to(plan, allocation, self._progress)
         for name in pruned.unreached:
-            _log.warning("%s was reached by no calibration token: pruned by magnitude", name)
+            _log.warning("%s was reached by no calibration token: pruned without statistics of its own", name)
         with measured("evaluation", usages):
             results = self._evaluated()
         sparsity = sparsity_summary(plan.anatomy, pruned.allocation)

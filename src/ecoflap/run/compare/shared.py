@@ -41,10 +41,11 @@ _AFTER_STAGE_1 = frozenset((
     "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule",
     "spread", "search", "search_options", "allocation",
     "criterion", "criterion_options", "pattern", "compare", "offload_activations", "recover", "recover_options",
+    "expert_tokens",
 ))  # fmt: skip
 
 # Fields that came later: left out where they say nothing, or files of older grids would get other names.
-_NEWER = frozenset(("importance_error",))
+_NEWER = frozenset(("importance_error", "expert_tokens"))
 # Stage 1 reads none of these, but older grids have their defaults in the names of files.
 _UNREAD = {"tokens": "all", "top_tokens": None}
 
@@ -135,6 +136,7 @@ def took_of(data: Any, name: str) -> Took:
 # What is decided after the search, or (the criterion) enters it by its order alone.
 _AFTER_SEARCH = frozenset((
     "criterion", "criterion_options", "pattern", "offload_activations", "recover", "recover_options",
+    "expert_tokens",
 ))  # fmt: skip
 
 

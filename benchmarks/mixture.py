@@ -1,0 +1,135 @@
+"""A small mixture of experts, trained on prose letter by letter, and what pruning does to it.
+
+    python benchmarks/mixture.py train FOLDER               # minutes on two cores
+    python benchmarks/mixture.py measure FOLDER --output results.json
+
+Measured are bits per letter of held-out prose: over the least number of tokens that an expert has statistics of
+(``--expert-tokens``), with few and with many calibration windows; and with one sparsity per block or per expert
+(``--granularity``). Finished cells are kept in the output and not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from assets import fetch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import ecoflap
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.support.files import write_json
+
+LENGTH, EXPERTS = 128, 16
+CONFIG: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 32, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+    "max_position_embeddings": LENGTH, "tie_word_embeddings": False, "router_aux_loss_coef": 0.001,
+    "output_router_logits": True,
+}  # fmt: skip
+
+
+def letters() -> tuple[Tensor, Tensor, int]:
+    """Numbers of the letters to train on, and of those to test on, and how many different ones there are."""
+    folder = fetch("prose")
+    texts = [(folder / f"prose-{part}.txt").read_text("utf-8") for part in ("train", "test")]
+    known = {letter: number for number, letter in enumerate(sorted(set(texts[0])))}
+    train, test = (torch.tensor([known[letter] for letter in text if letter in known]) for text in texts)
+    return train, test, len(known)
+
+
+def windows(text: Tensor, count: int, seed: int) -> Tensor:
+    """(count, LENGTH) windows that begin anywhere."""
+    starts = torch.randint(len(text) - LENGTH, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([text[start : start + LENGTH] for start in starts])
+
+
+def train(folder: Path, steps: int) -> None:
+    text, _, kinds = letters()
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=kinds, **CONFIG))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        ids = windows(text, 16, seed=step)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+        if step % 100 == 99:
+            print(step + 1, f"{loss.item() / math.log(2):.3f} bits", flush=True)
+    model.config.output_router_logits = False
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def bits(model: MixtralForCausalLM, test: Tensor) -> float:
+    """Mean bits per letter over 128 windows."""
+    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in windows(test, 128, seed=1).split(16)]
+    return statistics.fmean(losses) / math.log(2)
+
+
+def measure(folder: Path, output: Path) -> None:
+    text, test, _ = letters()
+    dense = MixtralForCausalLM.from_pretrained(folder).eval()
+    done: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+
+    def cell(name: str, sparsity: float, samples: int, least: int, seed: int, **options: Any) -> None:
+        if name in done:
+            return
+        model = copy.deepcopy(dense)
+        ids = windows(text, samples, seed=1000 + seed)
+        batches = [{"input_ids": part, "labels": part} for part in ids.split(16)]
+        result = ecoflap.prune(model, batches, sparsity, tokens=TokenChoice(experts=least), **options)
+        assert abs(result.sparsity - sparsity) < 1e-3
+        done[name] = bits(model, test)
+        print(name, f"{done[name]:.4f}", flush=True)
+        write_json(output, done)
+
+    if "dense" not in done:
+        done["dense"] = bits(dense, test)
+        print("dense", done["dense"], flush=True)
+    for seed in range(3):
+        for samples in (4, 32):
+            for criterion in ("wanda", "sparsegpt"):
+                for least in (0, 32, 128, 512, 2048):
+                    cell(
+                        f"{criterion} {samples} windows, least {least}, seed {seed}", 0.6, samples, least, seed,
+                        importance="uniform", criterion=criterion,
+                    )  # fmt: skip
+        for sparsity in (0.5, 0.6, 0.7):
+            for granularity in ("block", "expert", "layer"):
+                for aggregate in ("sum", "mean"):
+                    cell(
+                        f"granularity {granularity} {aggregate} at {sparsity}, seed {seed}", sparsity, 32, 128, seed,
+                        importance="gradient-norm", granularity=granularity, aggregate=aggregate,
+                    )  # fmt: skip
+            cell(f"uniform at {sparsity}, seed {seed}", sparsity, 32, 128, seed, importance="uniform")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "measure"):
+        command = commands.add_parser(name)
+        command.add_argument("folder", type=Path)
+    commands.choices["train"].add_argument("--steps", type=int, default=1200)
+    commands.choices["measure"].add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.command == "train":
+        train(options.folder, options.steps)
+    else:
+        measure(options.folder, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the experts of a mixture would receive if each token that enters it were sent to them: what few tokens lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.model.parts import Layer
+from ecoflap.model.trace import tensors_in
+from ecoflap.statistics.gather import Gatherer
+from ecoflap.statistics.real_tokens import RoutedTokens
+
+
+class EveryToken(Gatherer):
+    """As :class:`~ecoflap.statistics.gather.Gatherer`, for layers of experts: on all real tokens of their mixture.
+
+    Just before a mixture runs, each of the experts is run on all tokens that enter it. That is possible where their
+    module is one of transformers' interface for experts, which takes the router's choice as an argument, and where
+    experts are modules that receive copies of the mixture's own tokens. The layers of others have no statistics.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._running = False
+        self._tokens: Tensor | None = None  # on which experts are run
+        self._entered: dict[str, RoutedTokens] = {}  # by list of experts, in this call of its owner
+        self._seen_to_copy: set[str] = set()
+
+    def _watch_mixtures(self) -> None:
+        experts: dict[str, dict[str, None]] = {}
+        for layer in self._block.layers:
+            experts.setdefault(layer.mixture, {})[layer.expert] = None
+        for path, members in experts.items():
+            module = self._model.get_submodule(path)
+            if _takes_choice(module):
+                numbers = [int(expert[len(path) + 1 : -1]) for expert in members]
+                self._watch(path, partial(self._run, path, partial(_chosen, numbers)))
+            elif isinstance(module, nn.ModuleList | nn.ModuleDict):
+                called = getattr(module.forward, "__name__", "") != "_forward_unimplemented"
+                alone = partial(_each, [self._model.get_submodule(expert) for expert in members])
+                self._watch(path if called else path.rpartition(".")[0], partial(self._run, path, alone))
+                for name, _ in module.named_children():
+                    self._watch(f"{path}.{name}", partial(self._compare, path))
+
+    def _run(self, path: str, experts: Callable[..., None], module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Just before a mixture's own forward: its experts, on all that enters it."""
+        for x in tensors_in((args, kwargs))[:1]:
+            keep = self._keep(x)
+            flat = x.reshape(-1, x.shape[-1])
+            if isinstance(self._model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+                self._entered[path] = RoutedTokens(x, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
+            tokens = flat if keep is None else flat[keep.reshape(-1)]
+            if len(tokens):
+                self._running, self._tokens = True, tokens
+                try:
+                    experts(module, tokens)
+                finally:
+                    self._running, self._tokens = False, None
+
+    def _compare(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Just before an expert runs on what its router sends: whether these are some of the tokens that entered.
+
+        If all enter each module of a list that runs, there is no router (Zamba 2's adapters, one for each block).
+        """
+        if not self._running and path in self._entered:
+            for x in tensors_in((args, kwargs))[:1]:
+                fewer = x.shape[:-1].numel() < len(self._entered[path])
+                if fewer and self._entered[path].real_among(x) is not None:
+                    self._seen_to_copy.add(path)
+
+    def _feed(self, layer: Layer, x: Tensor) -> None:
+        if self._running:  # what every expert's first matrix receives is the same, and gathered once
+            same = self._tokens is not None and x.shape == self._tokens.shape and torch.equal(x, self._tokens)
+            super()._feed(layer, self._tokens if same and self._tokens is not None else x)
+
+    def _counted(self, x: Tensor, layer: Layer) -> Tensor | None:
+        return None  # padding is out already
+
+    def check(self) -> None:
+        """As of the base; mixtures whose experts get other tokens than those that enter are forgotten."""
+        super().check()
+        for layer in self._block.layers:
+            if not layer.stacked and layer.mixture not in self._seen_to_copy:
+                self.release(layer)
+
+
+def _chosen(numbers: Sequence[int], module: nn.Module, tokens: Tensor) -> None:
+    for number in numbers:
+        choice = torch.full((len(tokens), 1), number, device=tokens.device)
+        module.forward(tokens, choice, tokens.new_ones(len(tokens), 1))
+
+
+def _each(experts: Sequence[nn.Module], module: nn.Module, tokens: Tensor) -> None:
+    for expert in experts:
+        expert(tokens)
+
+
+def _takes_choice(module: nn.Module) -> bool:
+    """Whether a module of stacked experts takes tokens, the experts chosen for each, and the shares of these."""
+    return all(isinstance(getattr(module, name, None), bool) for name in ("is_transposed", "has_gate"))
