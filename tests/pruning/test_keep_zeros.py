@@ -152,6 +152,22 @@ def test_embeddings_norms_and_biases_are_free():
     assert list(ecoflap.keep_zeros(model).counts) == ["1.weight"]
 
 
+def test_adapters_are_free():
+    """peft's B begins at zero, and must not stay there."""
+    peft = pytest.importorskip("peft")
+    model, masks = sparse(FAMILIES["llama"].build())
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    with ecoflap.keep_zeros(wrapped) as keeper:
+        assert not [name for name in keeper.counts if "lora_" in name]
+        assert [name for name in keeper.counts if "q_proj.base_layer" in name]
+        step = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+        wrapped(**FAMILIES["llama"].batches(2, 2)[0]).loss.backward()
+        step.step()
+    moved = [weight for name, weight in wrapped.named_parameters() if "lora_B" in name]
+    assert moved
+    assert all(bool(weight.any()) for weight in moved)
+
+
 def test_patterns():
     model, _ = sparse(Tied())
     assert list(ecoflap.keep_zeros(model, include=["*.weight"], exclude=["head.*", "up.*"]).counts) == ["down.weight"]

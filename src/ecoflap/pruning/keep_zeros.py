@@ -168,8 +168,13 @@ def keep_zeros(model: nn.Module, *, include: Sequence[str] = (), exclude: Sequen
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Weights of linear layers and convolutions, and experts that are stacked along a first dimension."""
+    """Weights of linear layers and convolutions, and experts that are stacked along a first dimension.
+
+    Adapters are left out: peft's B is zero when training begins.
+    """
     for path, module in model.named_modules():
+        if any(part.startswith("lora_") for part in path.split(".")):
+            continue
         for attribute, parameter in module.named_parameters(recurse=False):
             own = (isinstance(module, _MATRICES) and attribute == "weight") or (
                 isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight"
