@@ -155,7 +155,7 @@ def test_embeddings_norms_and_biases_are_free():
 def test_adapters_are_free():
     """peft's B begins at zero, and must not stay there."""
     peft = pytest.importorskip("peft")
-    model, masks = sparse(FAMILIES["llama"].build())
+    model, _ = sparse(FAMILIES["llama"].build())
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
     with ecoflap.keep_zeros(wrapped) as keeper:
         assert not [name for name in keeper.counts if "lora_" in name]

@@ -136,6 +136,9 @@ def keep_zeros(model: nn.Module, *, include: Sequence[str] = (), exclude: Sequen
     gradients, half precision, and weights that a checkpoint has replaced; weights that become zero later stay free.
     Parameters are looked up by their module, so moving the model or loading into it is fine.
 
+    Adapters of peft are not kept; an update that is merged later must leave the zeros out itself, as that of
+    ``ecoflap finetune`` does.
+
     Costs one byte per weight of the matrices with zeros, and one masked write to each a step. Weights that are split
     among processes (FSDP, DeepSpeed ZeRO 3) are refused.
 
