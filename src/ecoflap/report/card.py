@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult
@@ -15,6 +15,7 @@ from ecoflap.pruning.registry import CRITERIA, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
 from ecoflap.report.data import OtherMetric, Quality, RunData, read_run
 from ecoflap.report.finetune_page import TrainingRecord, read_finetune
+from ecoflap.report.places import place_name, without_places
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
 from ecoflap.run.finetune.recipe import EMBEDDED
 from ecoflap.run.names import TRAIN
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from ecoflap.api import PruneResult
 
 MODEL = "model"
-_PLACES = (
-    "model", "calibration", "image_folder", "test", "test_image_folder", "importance", "allocation", "classes",
-    "class_prompts", "pruned", "train", "validation", "dense",
-)  # fmt: skip
 
 
 def write_card(run: str | Path) -> Path:
@@ -109,7 +106,7 @@ def _of_run(run: RunData, processor: str | None) -> Card:
     assert metrics is not None
     said = run.recipe or {}
     order = [*(name for name in Recipe.model_fields if name in said), *sorted(set(said) - set(Recipe.model_fields))]
-    recipe = {name: _shortened(said[name], name) for name in order if name not in idle_fields(said)}
+    recipe = {name: without_places(said[name], name) for name in order if name not in idle_fields(said)}
     found = base_model(said.get("model"))
     data = _data_of(metrics.dense, metrics.pruned)
     kinds = {str(entry.get("name")): str(entry.get("task")) for entry in recipe.get("evaluations") or ()}
@@ -134,7 +131,7 @@ def _of_run(run: RunData, processor: str | None) -> Card:
 def _data_of(*parts: Mapping[str, Quality]) -> dict[str, str]:
     """The last part of each task's test data, by the tasks' names."""
     return {
-        task: _place(str(place))
+        task: place_name(str(place))
         for part in parts
         for task, result in part.items()
         if (place := (result.settings or {}).get("data"))
@@ -147,7 +144,7 @@ def _of_finetune(run: RunData, processor: str | None) -> Card:
     dense = recipe.get("dense")
     found = base_model(None if dense == EMBEDDED else dense or recipe.get("model"))
     data = _data_of(metrics.dense, metrics.finetuned)
-    shown = {name: _shortened(value, name) for name, value in recipe.items()}
+    shown = {name: without_places(value, name) for name, value in recipe.items()}
     training = metrics.training
     kinds = {str(entry.get("name")): str(entry.get("task")) for entry in recipe.get("evaluations") or ()}
     return Card(
@@ -169,7 +166,7 @@ def _of_finetune(run: RunData, processor: str | None) -> Card:
 def _training_steps(recipe: Mapping[str, Any], training: TrainingRecord) -> Iterator[Step]:
     yield Step("Zeros", f"those of {recipe.get('model')}, kept in training")
     what = "a masked low-rank update of the pruned layers" if recipe.get("tune") == "lora" else "all weights"
-    source = _place(training.source) if training.source else "its data"
+    source = place_name(training.source) if training.source else "its data"
     yield Step("Training", f"{what}, {training.best:,} steps on {training.samples:,} samples of {source}")
     if recipe.get("distill") or recipe.get("distill_hidden"):
         yield Step("Teacher", "the dense model's outputs beside the loss")
@@ -186,7 +183,7 @@ def _tags(criterion: str) -> list[str]:
 def _steps(method: str | None, settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Step]:
     """What decided the layers' shares, how weights were chosen, which inputs were counted."""
     if recipe.get("pruned"):
-        yield Step("Zeros", f"those of {_place(str(recipe['pruned']))}")
+        yield Step("Zeros", f"those of {place_name(str(recipe['pruned']))}")
         yield _recovered()
         return
     if recipe.get("criterion") in CRITERIA and is_global(str(recipe["criterion"])):
@@ -268,23 +265,6 @@ def _calibration(record: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     source = record.get("source")
     return {
         "samples": len(record["indices"]) if isinstance(record.get("indices"), list) else 0,
-        "source": _place(str(source)) if source else "the bundled calibration set",
+        "source": place_name(str(source)) if source else "the bundled calibration set",
         "objective": record.get("objective"),
     }
-
-
-def _shortened(value: Any, name: str) -> Any:
-    """A field of the recipe without folders of this machine."""
-    if name == "evaluations" and isinstance(value, list):
-        return [{key: _shortened(item, key) for key, item in entry.items()} for entry in value]
-    if name not in _PLACES:
-        return value
-    if isinstance(value, list | tuple):
-        return [_place(str(item)) for item in value]
-    return _place(value) if isinstance(value, str) else value
-
-
-def _place(text: str) -> str:
-    """An absolute path's last part; anything else as it is."""
-    path = PurePath(text)
-    return path.name if path.is_absolute() or text.startswith("~") else text

@@ -14,13 +14,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ecoflap.report import records
+from ecoflap.report.places import cached_id
 from ecoflap.support import formats
 from ecoflap.support.citations import Citation
 from ecoflap.support.files import PARTIAL, storage, write_text
 
 README = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 _TEXTS = ("license", "license_name", "license_link", "pipeline_tag")
 
 
@@ -51,8 +51,7 @@ def base_model(source: str | None) -> BaseModel:
     path = Path(source).expanduser()
     if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(source):
         folder = path.parent if path.suffix == ".gguf" else path
-        snapshot = _SNAPSHOT.search(f"{path.absolute()}/")
-        hub_id = "/".join(snapshot.groups()) if snapshot else None
+        hub_id = cached_id(str(path.absolute()))
         return BaseModel(hub_id or path.absolute().name, hub_id, _licence_at(_readme_head(folder / README), hub_id))
     cached = huggingface_hub.try_to_load_from_cache(source, README)
     head = _readme_head(Path(cached)) if isinstance(cached, str) else {}

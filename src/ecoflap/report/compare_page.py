@@ -10,6 +10,7 @@ from ecoflap.report import records
 from ecoflap.report.charts.compare import bytes_chart, cost_charts, quality_chart, tower_charts
 from ecoflap.report.comparison import Cell, Comparison, Method, Test, read_comparison
 from ecoflap.report.html import Plots, environment
+from ecoflap.report.places import command_without_places, place_name, text_without_places, without_places
 from ecoflap.run.citations import paper
 from ecoflap.run.manifest import Manifest
 from ecoflap.support import formats
@@ -62,7 +63,7 @@ def render(content: Comparison) -> str:
         .get_template("compare.html.j2")
         .render(
             content=content,
-            model=content.model or "embedded VLM",
+            model=place_name(content.model or "embedded VLM"),
             tests=tests,
             stored=[one for one in stored if one["rows"]],
             tower_panels=plots.group("tower", tower_charts(content)),
@@ -71,8 +72,9 @@ def render(content: Comparison) -> str:
             papers=_papers(content),
             cuda=any(cell.peak_cuda_bytes for cell in content.cells),
             failed=[cell for cell in content.cells if cell.error],
+            command=command_without_places(content.command or ""),
             cells=list(_cells(content)),
-            options=list(records.options(content.recipe)),
+            options=list(records.options(without_places(content.recipe))),
             records=list(records.records("", records.environment(content.recipe, content.environment))),
             **plots.context(),
         )
@@ -92,7 +94,7 @@ def _row(content: Comparison, method: Method, test: Test) -> dict[str, Any]:
                 "best": method.name in content.leaders(sparsity, test),
             }
         )
-    return {"title": method.shown, "name": method.name, "cells": cells}
+    return {"title": method.shown, "name": text_without_places(method.name), "cells": cells}
 
 
 def _stored(content: Comparison, test: Test, plots: Plots, index: int) -> dict[str, Any]:

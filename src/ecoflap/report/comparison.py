@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ecoflap.errors import InvalidOption
+from ecoflap.report.places import text_without_places
 from ecoflap.report.reading import Content, Count, Finite, Fraction, read_model
 from ecoflap.run.names import COMPARISON
 from ecoflap.support.formats import task_title
@@ -58,7 +59,7 @@ class Method(Content):
     @property
     def shown(self) -> str:
         """The title, or the name where there is none."""
-        return self.title or self.name
+        return text_without_places(self.title or self.name)
 
 
 class Stored(Content):

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from ecoflap.allocation.rules import RULES
 from ecoflap.errors import InvalidOption
 from ecoflap.report.analyses import Analyses, read_analyses
+from ecoflap.report.places import place_name
 from ecoflap.report.predictions import PREDICTIONS_FILE, Predictions
 from ecoflap.report.reading import Content, Count, Finite, Fraction, read_mapping, read_model
 
@@ -219,8 +220,8 @@ class RunData:
 
     @property
     def model(self) -> str:
-        """The model that was pruned, as the user named it."""
-        return str((self.recipe or {}).get("model") or "embedded VLM")
+        """The model that was pruned, by its name."""
+        return place_name(str((self.recipe or {}).get("model") or "embedded VLM"))
 
     @property
     def scores(self) -> dict[str, LayerScore]:

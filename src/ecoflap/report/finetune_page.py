@@ -14,6 +14,7 @@ from ecoflap.report import records
 from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, Style
 from ecoflap.report.data import METRICS, RECIPE, OtherMetric, PairedDifference, Quality, Sparsity, Stage
 from ecoflap.report.html import Plots, environment
+from ecoflap.report.places import place_name, without_places
 from ecoflap.report.reading import Content, Count, Finite, read_mapping, read_model
 from ecoflap.run.manifest import Manifest
 from ecoflap.run.names import REPORT
@@ -147,8 +148,9 @@ def write_finetune(folder: Path | str) -> Path:
 
 def render(recipe: Mapping[str, Any], metrics: FinetuneMetrics) -> str:
     """The page as text."""
-    plots = Plots()
-    chart = loss_chart(metrics.training)
+    plots, recipe = Plots(), without_places(recipe)
+    training = metrics.training
+    chart = loss_chart(training)
     stages = [stage.seconds for stage in metrics.stages if stage.seconds is not None]
     return (
         environment()
@@ -157,7 +159,7 @@ def render(recipe: Mapping[str, Any], metrics: FinetuneMetrics) -> str:
             model=str(recipe.get("model") or ""),
             recipe=recipe,
             metrics=metrics,
-            training=metrics.training,
+            training=training.model_copy(update={"source": training.source and place_name(training.source)}),
             models=list(MODELS.values()),
             tests=list(tests(metrics)),
             loss_panels=plots.group("loss", [chart] if chart else []),

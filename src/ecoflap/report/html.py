@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from ecoflap.report.charts.chart import Chart, Entry, Rule
 from ecoflap.report.charts.plotly import figure, plain
 from ecoflap.report.charts.static import svg
+from ecoflap.report.places import text_without_places
 from ecoflap.support import formats
 
 _SCRIPTS = ("tables.js", "plots.js")
@@ -119,6 +120,7 @@ def environment() -> Environment:
         significant=formats.significant,
         breakable=breakable,
         plain=plain,
+        without_places=text_without_places,
     )
     made.globals.update(missing=formats.MISSING)
     return made

@@ -13,6 +13,7 @@ from ecoflap.report.charts import analysis as analysis_charts
 from ecoflap.report.charts import run as run_charts
 from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, read_run
 from ecoflap.report.html import PanelGroup, Plots, environment
+from ecoflap.report.places import without_places
 from ecoflap.report.predictions import gallery
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
 from ecoflap.run.manifest import Manifest
@@ -112,7 +113,7 @@ def write_report(run_dir: Path | str) -> Path:
 def render(run: RunData) -> str:
     """The page as text."""
     metrics = run.metrics or Metrics()
-    recipe = run.recipe or {}
+    recipe = without_places(run.recipe or {})
     seconds = [stage.seconds for stage in metrics.stages if stage.seconds is not None]
     blocks = run.blocks()
     plots = Plots()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, log_ticks, style
 from ecoflap.report.comparison import Comparison, StoredModel, Test, mean, read_comparison
+from ecoflap.report.places import place_name
 from ecoflap.support import formats
 
 _CONTRAST = 20.0  # values whose largest is so many times the smallest are shown on a logarithmic scale
@@ -200,7 +201,7 @@ def draw_comparison(folder: Path | str) -> None:
     stored = [chart for test in content.each_test if (chart := bytes_chart(content, test)) is not None]
     seeds = len(content.seeds)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "± one standard error of the test"
-    title = formats.shortened(content.model or "embedded VLM", 24)
+    title = formats.shortened(place_name(content.model or "embedded VLM"), 24)
     drawings = (
         ("quality", quality, f"{title}: {spread}"),
         ("bytes", [stored], f"{title}: {spread}"),
