@@ -79,6 +79,18 @@ def test_only_the_adapters_are_trained_and_zeros_get_no_gradient():
     assert torch.allclose(module.lora_B["default"].weight.grad, 2.0 * outer @ a.T, rtol=1e-4, atol=1e-4)
 
 
+def test_no_matrix_is_kept_for_the_backward_pass():
+    """What autograd saves of a layer is its input and the two factors, not a product of the weight's size."""
+    model, layers = pruned("llama")
+    adapted(model, layers, rank=2)
+    module = model.get_submodule(layers[0].module)
+    out, within = layers[0].shape
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        module(torch.randn(3, within, requires_grad=True)).sum()
+    assert (out, within) not in [tuple(shape) for shape in kept]
+
+
 def test_a_run_with_adapters(made, tmp_path, pageless):
     recipe = recipe_of(made.llama, made.prose, **made.text, tune="lora", rank=4, learning_rate=1e-2, epochs=1)
     folder = run_finetune(recipe, tmp_path / "out")

@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.lora import Linear
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 
 class SparseLinear(Linear):  # type: ignore[misc]
@@ -18,9 +19,14 @@ class SparseLinear(Linear):  # type: ignore[misc]
         return delta.masked_fill(self.get_base_layer().weight == 0, 0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self.get_base_layer()
         if self.disable_adapters or self.merged:
-            return base(x)  # type: ignore[no-any-return]
+            return self.get_base_layer()(x)  # type: ignore[no-any-return]
+        # Computed again in the backward pass: kept, the sums of all layers would take as much memory as the model.
+        found: Tensor = checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)
+        return found
+
+    def _product(self, x: Tensor) -> Tensor:
+        base = self.get_base_layer()
         weight = base.weight
         for adapter in self.active_adapters:
             weight = weight + self.get_delta_weight(adapter).to(weight.dtype)
