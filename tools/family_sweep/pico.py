@@ -35,7 +35,7 @@ _BY_BLOCK = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types
 _HAND: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.clip_qkv": 8.0},
     "emu3": {"text_config.vocab_size": VOCABULARY},
-    "bailing_hybrid": {"n_group": 2, "topk_group": 1},
+    "bailing_hybrid": {"n_group": 2, "num_group": 2, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {
@@ -46,6 +46,7 @@ _HAND: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
         "activation_sparsity_pattern": [0.0] * 4,
     },
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "kimi_linear": {"num_experts_per_token": 2},
     "mamba2": {"num_heads": 8},
