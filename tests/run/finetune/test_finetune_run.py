@@ -190,3 +190,15 @@ def test_more_broken_pictures_than_a_few_are_refused_at_once(made, tmp_path):
     with pytest.raises(EcoflapError, match=r"4 of the first 28 samples are broken \(row 0: no image file"):
         run_finetune(recipe_of(made.blip2, path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_more_is_held_out_than_is_needed(made, monkeypatch):
+    from ecoflap.model.checkpoint import load
+    from ecoflap.run.finetune.data import training_data
+
+    monkeypatch.setattr("ecoflap.run.finetune.data.MOST", 3)
+    checkpoint = load(made.llama)
+    data = training_data(recipe_of(made.llama, made.prose, sequence_length=12), checkpoint)
+    assert (len(data.train), len(data.held_out)) == (63, 3)
+    data = training_data(recipe_of(made.llama, made.prose, sequence_length=12, held_out=0.2), checkpoint)
+    assert (len(data.train), len(data.held_out)) == (53, 13)

@@ -23,7 +23,7 @@ from ecoflap.data.samples import SampleSet, load_samples
 from ecoflap.data.undecoded import UndecodedRows
 from ecoflap.errors import CalibrationError
 from ecoflap.model.checkpoint import Checkpoint
-from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.run.finetune.recipe import MOST, SHARE, Finetune
 from ecoflap.run.provenance import source_digest
 
 PROBED = 64  # samples that are decoded before training, to find what is wrong with the data
@@ -82,7 +82,8 @@ def training_data(recipe: Finetune, checkpoint: Checkpoint) -> TrainingData:
         _, other, make_other = _drawn(recipe, recipe.validation, None, checkpoint)
         train, held_out = Rows(rows, make), Rows(other, make_other)
     else:
-        count = max(1, round(recipe.held_out * len(rows)))
+        share = min(SHARE, MOST / max(len(rows), 1)) if recipe.held_out is None else recipe.held_out
+        count = max(1, round(share * len(rows)))
         if count >= len(rows):
             raise CalibrationError(f"{recipe.train} has {len(rows)} samples: too few to hold some out of training")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()

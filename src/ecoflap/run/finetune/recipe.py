@@ -24,6 +24,7 @@ NOT_HERE = frozenset(Recipe.model_fields) - {*_SHARED}
 _TESTS = ("evaluations", "task", "task_options", "test", "test_columns", "test_prompt", "test_image_folder")
 _OF_THE_RUN = ("prompt", "objective", "classes", "class_prompts", "sequence_length", "window_start")
 RATES = {"full": 5e-5, "lora": 2e-4}  # transformers' default, and the usual one of adapters
+SHARE, MOST = 0.1, 1000  # of the training data that is held out
 EMBEDDED = "embedded"  # in the field ``dense``: the embedded VLM, which has no place of its own
 
 
@@ -34,7 +35,12 @@ class Finetune(Recipe):
     train: str | None = Field(None, description="Training data: file, folder or dataset id, as --calibration of prune.")
     train_samples: int | None = Field(None, ge=2, description="Number of training samples. Default: all.")
     validation: str | None = Field(None, description="Held-out data. Default: a part of the training data.")
-    held_out: float = Field(0.1, gt=0.0, lt=1.0, description="Share of the training data that is held out.")
+    held_out: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description=f"Share of the training data that is held out. Default: {SHARE:g}, but {MOST:,} samples at most.",
+    )
     tune: Literal["full", "lora"] = Field(
         "full", description="Train all weights, or a low-rank update of the pruned layers (extra 'lora')."
     )
@@ -71,7 +77,7 @@ class Finetune(Recipe):
     def _fit(self) -> Finetune:
         if self.dtype == "float16":
             raise InvalidOption("dtype float16: it is too coarse for AdamW: use float32 or bfloat16")
-        if self.validation is not None and "held_out" in self.model_fields_set:
+        if self.validation is not None and self.held_out is not None:
             raise InvalidOption("validation and held_out are both given: give the held-out data, or a share")
         return self
 
