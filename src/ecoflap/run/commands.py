@@ -82,10 +82,13 @@ def evaluate_model(recipe: Recipe, progress: Progress, workers: Workers = ALONE)
     from ecoflap.run.evaluations import check_evaluations, evaluate
     from ecoflap.run.pipeline import quality
     from ecoflap.run.prepare import load_checkpoint
+    from ecoflap.run.provenance import digests_of
+    from ecoflap.run.shared import check_same
 
     entries = check_evaluations(recipe)
     if not entries:
         raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
+    check_same(recipe, workers, digests_of(recipe))
     checkpoint = load_checkpoint(recipe, workers=workers, packed=True)
     return {entry.name: quality(evaluate(checkpoint, entry, recipe, progress, workers)) for entry in entries}
 

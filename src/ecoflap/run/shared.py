@@ -21,6 +21,27 @@ if TYPE_CHECKING:
     from ecoflap.pruning.journal import PrunedBlock
 
 
+def check_same(recipe: Recipe, workers: Workers, others: Mapping[str, str]) -> None:
+    """Whether all workers do the same work; each calls this.
+
+    Args:
+        others: what decides the result beside the recipe and the versions.
+
+    Raises:
+        InvalidOption: one has other options, another version or other ``others`` than the first.
+    """
+    options = {f"option {flag_of(name)}": str(value) for name, value in recipe.to_dict().items()}
+    same = {**options, **{f"version of {name}": version for name, version in versions().items()}, **others}
+    given = workers.gather(same)
+    for rank, other in enumerate(given):
+        for name, value in given[0].items():
+            if other.get(name) != value:
+                raise InvalidOption(
+                    f"worker {rank} has another {name} than worker 0 ({other.get(name)}, not {value}): "
+                    "give all of them the same options, files and versions"
+                )
+
+
 class SharedRun:
     """One run of several workers. All call the same methods in the same order.
 
@@ -52,6 +73,7 @@ class SharedRun:
     ) -> SharedRun:
         """:meth:`RunDirectory.examine` by the first worker, of this kind of folder."""
         path, directory = Path(path), None
+        check_same(recipe, workers, {"option --output": str(path)})  # before anybody loads a model
         if workers.first:
             directory = kind.examine(path, recipe, overwrite=overwrite, resume=resume)
         return cls(path, directory, workers)
@@ -79,17 +101,7 @@ class SharedRun:
         Raises:
             InvalidOption: a worker has other options, another model, other data or other versions than the first.
         """
-        options = {f"option {flag_of(name)}": str(value) for name, value in recipe.to_dict().items()}
-        same = {**options, **{f"version of {name}": version for name, version in versions().items()}}
-        same |= {"model": fingerprint, **inputs}
-        given = self._workers.gather(same)
-        for rank, other in enumerate(given):
-            for name, value in given[0].items():
-                if other.get(name) != value:
-                    raise InvalidOption(
-                        f"worker {rank} has another {name} than worker 0 ({other.get(name)}, not {value}): "
-                        "give all of them the same options, files and versions"
-                    )
+        check_same(recipe, self._workers, {"model": fingerprint, **inputs})
         if self.first:
             self._own.begin(recipe, fingerprint, inputs)
         self.resumed = self._workers.from_first(
