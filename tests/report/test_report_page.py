@@ -195,6 +195,15 @@ def test_what_stayed_dense_and_what_was_not_reached(tmp_path, page):
     assert "pruned without statistics of their own: tower.3.wo.weight." in text
 
 
+def test_what_routers_choose_and_which_experts_are_gone(tmp_path, page):
+    assert "Never chosen" not in page.text["layers"]
+    experts = {"blocks.0.experts": {"blocks.0.experts[0]": 90, "blocks.0.experts[1]": 0, "blocks.0.experts[2]": 10}}
+    more = metrics() | {"experts": experts, "removed_experts": ["blocks.0.experts[1]"]}
+    text = " ".join(Page(read(write_report(write_run(tmp_path, metrics=more)))).text["layers"].split())
+    assert "blocks.0.experts 3 100 0.00 % 10.00 % 90.00 % 1" in text
+    assert "All weights of these experts are zero: blocks.0.experts[1]." in text
+
+
 def test_gpu_memory_has_its_column_only_where_there_is_one(tmp_path, page):
     assert "GPU" not in page.text["cost"]
     cuda = metrics()

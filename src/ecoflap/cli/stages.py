@@ -36,21 +36,22 @@ from ecoflap.run.recipe import Recipe
 def inspect(recipe: Recipe, as_json: Json = False) -> None:
     """Show towers, blocks and layers of MODEL: what is prunable, and what stays dense and why.
 
-    With calibration data one forward is watched, which gives the true order and finds what never runs.
+    With calibration data one forward is watched, which gives the true order and finds what never runs; of mixtures, the
+    tokens that routers send to each expert are counted on all samples.
 
     Examples:
         ecoflap inspect
         ecoflap inspect path/to/blip2 --calibration vqa.jsonl
         ecoflap inspect path/to/llama --json
     """
-    from ecoflap.cli.tables import anatomy_json, anatomy_tables
+    from ecoflap.cli.tables import anatomy_json, anatomy_tables, experts_tables
     from ecoflap.run.commands import inspect_model
 
-    anatomy, note = inspect_model(recipe)
+    anatomy, note, routing = inspect_model(recipe)
     if as_json:
-        print_json(anatomy_json(anatomy))
+        print_json(anatomy_json(anatomy) | ({"experts": routing} if routing else {}))
         return
-    for table in anatomy_tables(anatomy, note):
+    for table in (*anatomy_tables(anatomy, note), *experts_tables(routing)):
         standard_output().print(table)
 
 

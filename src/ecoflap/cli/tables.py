@@ -14,6 +14,7 @@ from rich.text import Text
 from ecoflap.allocation import Allocation
 from ecoflap.model.parts import Anatomy, Unprunable
 from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
+from ecoflap.report.mixtures import mixture_rows
 from ecoflap.support import formats
 
 
@@ -70,6 +71,17 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
     for title, dense in (("dense, inside blocks", anatomy.unprunable), ("dense, outside of blocks", anatomy.outside)):
         if dense:
             yield _dense_table(title, dense, total)
+
+
+def experts_tables(routing: Mapping[str, Mapping[str, int]]) -> Iterator[Table]:
+    """For each mixture, the shares of the router's choices that its experts get, and which get none."""
+    if not routing:
+        return
+    table = _table("experts", "tokens sent", "least", "median", "most", "never chosen")
+    for row in mixture_rows(routing):
+        shares = [_percent(share) for share in (row.least, row.median, row.most)]
+        _row(table, f"{row.name}: {row.experts}", f"{row.tokens:,}", *shares, ", ".join(row.idle) or "–")
+    yield table
 
 
 def _dense_table(title: str, dense: Sequence[Unprunable], total: int) -> Table:
@@ -207,6 +219,12 @@ def summary_table(run: RunData | Path | str) -> Table:
         _row(table, "left dense inside blocks, of the model", "", formats.percent(sum(shares) if shares else None))
         for reason, (_, size, share) in left.items():
             _row(table, f"  {reason}", "", formats.percent(share), f"{size:,} weights")
+    if metrics.removed_experts:
+        _row(table, "experts whose weights are all zero", "", f"{len(metrics.removed_experts)} experts")
+        for expert in metrics.removed_experts[:NAMED]:
+            _row(table, f"  {expert}")
+        if len(metrics.removed_experts) > NAMED:
+            _row(table, "  … all in metrics.json")
     if metrics.unreached:
         _row(table, "reached by no calibration token", "", f"{len(metrics.unreached)} layers")
         for layer in metrics.unreached[:NAMED]:

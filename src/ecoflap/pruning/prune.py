@@ -89,7 +89,7 @@ def prune_layers(
             model, anatomy, allocation, _budgets(anatomy, shares), batches, criterion,
             objective=run, offload=offload != "none", progress=work.progress, journal=journal,
         )  # fmt: skip
-        return WalkResult(found.allocation, found.unreached)
+        return WalkResult(found.allocation, found.unreached, found.tokens)
     pattern = with_default(parse_pattern(shares.pattern, options.compare), criterion.default_compare)
     return walk(
         model, anatomy, allocation, batches, criterion, pattern,
@@ -116,7 +116,7 @@ def _recovered(
         model, anatomy, dense.swap(), batches, options.recovery, work, SecondWalk(journal),
         offload=offload_kind(options.offload_activations), tokens=options.tokens,
     )  # fmt: skip
-    return WalkResult(achieved(model, found.allocation), found.unreached)
+    return WalkResult(achieved(model, found.allocation), found.unreached, found.tokens)
 
 
 def _budgets(anatomy: Anatomy, shares: AllocationOptions) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -38,10 +38,18 @@ from ecoflap.support.workers import ALONE, Share, Workers, share_of
 
 @dataclass(frozen=True)
 class WalkResult:
-    """The allocation with the achieved sparsities, and the layers that no calibration token reached."""
+    """What a walk did.
+
+    Attributes:
+        allocation: with the achieved sparsities.
+        unreached: the layers that no calibration token reached.
+        tokens: path of each expert of a mixture to the calibration tokens that its router sent to it; empty where the
+            criterion reads none.
+    """
 
     allocation: Allocation
     unreached: tuple[str, ...]
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def walk(
@@ -124,7 +132,7 @@ def walk(
                 passed=_before(anatomy, tower),
                 later=partial(gather_later, model, anatomy, batches=batches, run=run, masks=masks, part=part),
             )  # fmt: skip
-    return WalkResult(achieved(model, allocation), tuple(walker.unreached))
+    return WalkResult(achieved(model, allocation), tuple(walker.unreached), walker.tokens)
 
 
 def _runs(anatomy: Anatomy, gathers: bool, todo: Sequence[Block]) -> int:
@@ -223,6 +231,7 @@ class _Walker:
         self.offloaded = Offloaded(model)
         self.allocation, self.workers, self.each = allocation, workers, each
         self.unreached: list[str] = []
+        self.tokens: dict[str, int] = {}  # by expert
         self._left: list[str] = []  # of the block at hand, layers without statistics
         self._known: set[str] = set()  # blocks that an interrupted walk has pruned and that are dense as yet
 
@@ -250,6 +259,7 @@ class _Walker:
             if name not in elsewhere:
                 self.model.get_parameter(name).data.copy_(done.weights[name])
         self.unreached += done.unreached
+        self.tokens |= done.tokens
         return True
 
     def prune_layers(self, layers: Sequence[Layer], gathered: Gatherer | None) -> None:
@@ -263,9 +273,11 @@ class _Walker:
         for layer in layers:
             if pruner[layer.name] == rank:
                 self._prune_layer(layer, gathered.statistics(layer) if gathered is not None else None)
-            if gathered is not None and not gathered.tokens_of(layer):
-                left.append(layer.name)
             if gathered is not None:
+                tokens = gathered.tokens_of(layer)
+                left += [] if tokens else [layer.name]
+                if layer.expert:
+                    self.tokens[layer.expert] = max(tokens, self.tokens.get(layer.expert, 0))
                 gathered.release(layer)
         if gathered is not None:
             for layer in layers:
@@ -277,7 +289,8 @@ class _Walker:
         unreached = tuple(layer.name for layer in block.layers if layer.name in self._left)
         self._left.clear()
         weights = {name: self.model.get_parameter(name).data for name in _parameters(block)}
-        self.journal.save(block.name, PrunedBlock(weights, unreached))
+        tokens = {layer.expert: self.tokens[layer.expert] for layer in block.layers if layer.expert in self.tokens}
+        self.journal.save(block.name, PrunedBlock(weights, unreached, tokens))
         self._read_from_saved(block, weights)
         self.unreached += unreached
         task.advance(1, block.name)

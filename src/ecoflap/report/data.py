@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from ecoflap.allocation.rules import RULES
 from ecoflap.errors import InvalidOption
 from ecoflap.report.analyses import Analyses, read_analyses
+from ecoflap.report.mixtures import MixtureRow, mixture_rows
 from ecoflap.report.places import place_name
 from ecoflap.report.predictions import PREDICTIONS_FILE, Predictions
 from ecoflap.report.reading import Content, Count, Finite, Fraction, read_mapping, read_model
@@ -170,9 +171,15 @@ class Metrics(Content):
     sparsity: Sparsity = Sparsity()
     dense_weights: list[DenseWeight] = []
     unreached: list[str] = []
+    experts: dict[str, dict[str, Count]] = {}  # mixture → expert → calibration tokens that its router sent to it
+    removed_experts: list[str] = []
     stages: list[Stage] = []
     calibration: dict[str, Any] | None = None
     environment: dict[str, Any] = {}
+
+    def mixtures(self) -> list[MixtureRow]:
+        """The mixtures, by what their experts get of the router's choices."""
+        return mixture_rows(self.experts)
 
     def dense_by_reason(self) -> dict[str, tuple[int, int, float | None]]:
         """Reason for staying dense → (tensors, weights in them, their share of the model), the largest first."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ecoflap.model.parts import Anatomy
     from ecoflap.run.recipe import Recipe
     from ecoflap.run.shared import SharedRun
+    from ecoflap.statistics.routing import Routing
     from ecoflap.support.progress import Progress
 
 
@@ -41,14 +42,16 @@ def find_own_modules(objective: str | None) -> None:
         sys.path.append("")
 
 
-def inspect_model(recipe: Recipe) -> tuple[Anatomy, str]:
-    """The anatomy of the recipe's model and a line that says how it was found.
+def inspect_model(recipe: Recipe) -> tuple[Anatomy, str, Routing]:
+    """The anatomy of the recipe's model, a line that says how it was found, and the tokens of each expert.
 
     With calibration data (bundled for the embedded model) one forward is watched; without, the order of blocks is that
-    of their definition, and layers that never run can't be told.
+    of their definition, and layers that never run can't be told. A model with mixtures is run on all calibration
+    samples, to count the tokens of each expert.
     """
-    from ecoflap.data.objectives import resolve
+    from ecoflap.data.objectives import on_device, resolve
     from ecoflap.run.prepare import calibration_batches, find_layers, load_checkpoint
+    from ecoflap.statistics.routing import routing
 
     checkpoint = load_checkpoint(recipe)
     batches = []
@@ -58,7 +61,12 @@ def inspect_model(recipe: Recipe) -> tuple[Anatomy, str]:
     objective = resolve(recipe.objective, checkpoint.model)
     anatomy = find_layers(recipe, checkpoint.model, batches, objective)
     how = "in the order of a forward" if anatomy.traced else "in the order of definition (--calibration watches a run)"
-    return anatomy, f"{type(checkpoint.model).__name__}, {anatomy.total_parameters:,} parameters; towers {how}"
+    sent: Routing = {}
+    if batches and any(layer.expert for layer in anatomy.layers):
+        every = calibration_batches(recipe, checkpoint)[1]
+        sent = routing(checkpoint.model, anatomy, every, on_device(objective))
+    note = f"{type(checkpoint.model).__name__}, {anatomy.total_parameters:,} parameters; towers {how}"
+    return anatomy, note, sent
 
 
 def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: bool) -> tuple[Allocation, Path]:

@@ -116,8 +116,9 @@ class BlockFiles:
                 metadata = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             unreached = metadata.get("unreached", "")
-            if metadata.get("sha256") == _digest(weights, unreached):
-                return PrunedBlock(weights, tuple(json.loads(unreached)))
+            tokens = metadata.get("tokens", "")
+            if metadata.get("sha256") == _digest(weights, unreached + tokens):
+                return PrunedBlock(weights, tuple(json.loads(unreached)), json.loads(tokens or "{}"))
             reason = "it is not as it was written"
         except (SafetensorError, OSError, ValueError) as error:
             reason = str(error)
@@ -128,15 +129,18 @@ class BlockFiles:
         """Raises StorageError: it could not be written; what was there is as it was."""
         weights = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
         unreached = json.dumps(list(pruned.unreached))
-        metadata = {"unreached": unreached, "sha256": _digest(weights, unreached)}
+        tokens = json.dumps(dict(pruned.tokens)) if pruned.tokens else ""
+        metadata = {"unreached": unreached, "sha256": _digest(weights, unreached + tokens)}
+        if tokens:
+            metadata["tokens"] = tokens
         write_tensors(self._path(block), weights, metadata)
 
 
-def _digest(weights: Mapping[str, Tensor], unreached: str) -> str:
-    """SHA-256 over the layers that no token reached, and the weights' names, dtypes, shapes and bytes."""
+def _digest(weights: Mapping[str, Tensor], told: str) -> str:
+    """SHA-256 over what is told beside the weights, and over the weights' names, dtypes, shapes and bytes."""
     import torch
 
-    digest = hashlib.sha256(unreached.encode())
+    digest = hashlib.sha256(told.encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
         digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)  # a view: not one more copy

@@ -38,9 +38,11 @@ from ecoflap.run.provenance import (
     add_usage,
     calibration_record,
     environment,
+    experts_record,
     measured,
     sparsity_summary,
     threads_of_start,
+    warn_of_layers,
 )
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.shared import SharedRun
@@ -183,7 +185,7 @@ def _stages(job: _Job) -> None:
     _log_start(job)
     entries = evaluations_of(job.recipe)
     dense = _evaluated(job, entries, "dense")
-    allocation, unreached = _prune(job, _allocation(job))
+    walked = _prune(job, _allocation(job))
     pruned = _evaluated(job, entries, "pruned")
     if not run.first:
         return
@@ -194,9 +196,10 @@ def _stages(job: _Job) -> None:
         "dense": {name: kept["result"] for name, kept in dense.items()},
         "pruned": {name: kept["result"] for name, kept in pruned.items()},
         "paired": paired_results(pruned, {"dense": dense}),
-        "sparsity": sparsity_summary(plan.anatomy, allocation),
+        "sparsity": sparsity_summary(plan.anatomy, walked.allocation),
         "dense_weights": [{"name": u.name, "reason": u.reason, "weights": u.numel} for u in plan.anatomy.unprunable],
-        "unreached": list(unreached),
+        "unreached": list(walked.unreached),
+        **experts_record(plan.anatomy, walked),
         "stages": [usage.to_json() for usage in job.usages],
         "calibration": calibration_record(plan.samples, plan.objective_name, plan.window_length),
         "environment": environment(plan.checkpoint),
@@ -259,7 +262,7 @@ def _importance(job: _Job) -> Importance:
     return importance
 
 
-def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ...]]:
+def _prune(job: _Job, allocation: Allocation) -> WalkResult:
     run, plan = job.run, job.plan
     blocks = run.blocks()
     if run.first and not (run.path / files.MODEL).exists():
@@ -271,18 +274,15 @@ def _prune(job: _Job, allocation: Allocation) -> tuple[Allocation, tuple[str, ..
         )
     with job.stage("pruning"):
         pruned = pruned_to(plan, allocation, job.progress, blocks, job.workers)
-    allocation, unreached = pruned.allocation, pruned.unreached
-    for name in unreached:
-        how = "pruned without statistics of its own" if plan.pruned is None else "not recovered"
-        _log.warning("%s was reached by no calibration token: %s", name, how)
-    run.write_result(files.ALLOCATION, allocation.to_json())
+    warn_of_layers(plan.anatomy, pruned, recovered=plan.pruned is not None)
+    run.write_result(files.ALLOCATION, pruned.allocation.to_json())
     if run.first:
         with job.stage("saving"):
             if not (run.path / files.MODEL).exists():
                 with job.progress.stage("saving", total=1) as task, run.writing(f"{files.MODEL}/"):
                     save(plan.checkpoint, run.path / files.MODEL)
                     task.advance()
-    return allocation, unreached
+    return pruned
 
 
 def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> _Kept:

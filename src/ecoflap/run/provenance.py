@@ -26,9 +26,11 @@ from ecoflap.data.samples import SampleSet
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.offload import home_of
 from ecoflap.model.parts import Anatomy
+from ecoflap.pruning.walk import WalkResult
 from ecoflap.run.evaluations import evaluations_of
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.versions import versions
+from ecoflap.statistics.routing import by_mixture
 from ecoflap.support.files import read_sealed, write_sealed
 from ecoflap.support.workers import ALONE, Workers
 
@@ -113,6 +115,33 @@ def threads_of_start(path: Path, model: nn.Module, workers: Workers = ALONE) -> 
         yield
     finally:
         torch.set_num_threads(now["threads"])
+
+
+def experts_record(anatomy: Anatomy, walked: WalkResult) -> dict[str, Any]:
+    """Of a model with mixtures: ``experts``, the calibration tokens of each by mixture, and ``removed_experts``, those
+    whose weights are all zero."""
+    weights: dict[str, int] = {}
+    zeros: dict[str, int] = {}
+    rows = {row.name: row for row in walked.allocation.layers}
+    for layer in anatomy.layers:
+        if layer.expert and layer.name in rows:
+            weights[layer.expert] = weights.get(layer.expert, 0) + layer.numel
+            zeros[layer.expert] = zeros.get(layer.expert, 0) + rows[layer.name].zeros
+    record: dict[str, Any] = {}
+    if walked.tokens:
+        record["experts"] = by_mixture(anatomy.layers, walked.tokens)
+    if removed := [expert for expert, count in weights.items() if zeros[expert] == count]:
+        record["removed_experts"] = removed
+    return record
+
+
+def warn_of_layers(anatomy: Anatomy, walked: WalkResult, *, recovered: bool) -> None:
+    """Log the layers that no token reached, and the experts of which nothing is left."""
+    how = "not recovered" if recovered else "pruned without statistics of its own"
+    for name in walked.unreached:
+        _log.warning("%s was reached by no calibration token: %s", name, how)
+    for expert in experts_record(anatomy, walked).get("removed_experts", ()):
+        _log.warning("%s: all weights of this expert are zero", expert)
 
 
 def sparsity_summary(anatomy: Anatomy, allocation: Allocation) -> dict[str, Any]:

@@ -191,10 +191,14 @@ class SharedBlocks:
 
         def read() -> Any:
             found = self._files.load(block)
-            return None if found is None else {"weights": dict(found.weights), "unreached": found.unreached}
+            if found is None:
+                return None
+            return {"weights": dict(found.weights), "unreached": found.unreached, "tokens": dict(found.tokens)}
 
         given = self._workers.from_first(read)
-        return None if given is None else PrunedBlock(given["weights"], tuple(given["unreached"]))
+        if given is None:
+            return None
+        return PrunedBlock(given["weights"], tuple(given["unreached"]), given["tokens"])
 
     def save(self, block: str, pruned: PrunedBlock) -> None:
         if self._workers.first:
