@@ -117,49 +117,78 @@ struct Long : Floats<V, Expand> {
   }
 };
 
-// int4, 64 columns a step: codes become bytes, those the lanes of int8.
+// int4, 64 columns a step: codes become bytes in memory, those the lanes of int8.
 struct Int4 : Floats<int8_t, FromInt8> {
   typedef Floats<int8_t, FromInt8> Part;
   typedef uint8_t Value;
   typedef uint64_t Bits;
   struct Weights {
-    __m256 at[8];
+    // Bytes 0 to 31, 16 to 47, 32 to 63 and 48 to 63 once more: a load of 8 lies within one store, and waits for none.
+    alignas(32) int8_t bytes[4][32];
+    Bits bits;
+    float scale;
   };
   static int64_t count(Bits bits) { return (_mm_popcnt_u64(bits) + 1) / 2; }
-  static Weights expand(const Value* values, Bits bits) {
-    const __m256i low = _mm256_set1_epi8(15);
+  static __m256i numbers(const Value* values) {
     const __m256i table = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15));
-    alignas(32) int8_t bytes[64 + 8];  // a load of 8 may begin behind the last one
-    for (int half = 0; half < 2; half++) {
-      __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)values + half));
-      __m256i codes = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), low);
-      _mm256_store_si256((__m256i*)bytes + half, _mm256_shuffle_epi8(table, codes));
-    }
-    memset(bytes + 64, 0, 8);
+    __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)values));
+    __m256i codes = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    return _mm256_shuffle_epi8(table, codes);
+  }
+  static Weights expand(const Value* values, Bits bits) {
     Weights found;
-    const int8_t* at = bytes;
+    __m256i low = numbers(values), high = numbers(values + 16);
+    _mm256_store_si256((__m256i*)found.bytes[0], low);
+    _mm256_store_si256((__m256i*)found.bytes[1], _mm256_permute2x128_si256(low, high, 0x21));
+    _mm256_store_si256((__m256i*)found.bytes[2], high);
+    _mm256_store_si256((__m256i*)found.bytes[3], _mm256_permute2x128_si256(high, high, 0x81));
+    found.bits = bits;
+    found.scale = 1;
+    return found;
+  }
+  // The lanes of 8 columns; `place` is where their bytes begin, and moves on.
+  static __m256 lanes(const Weights& weights, int part, uint64_t& place) {
+    uint64_t slot = (part ? weights.bits >> (8 * part - 2) : weights.bits << 2) & 0x3fc;
+    __m256 found = FromInt8::expand(weights.bytes[0] + place + (place & 0x30), slot);
+    place += _mm_popcnt_u64(slot);
+    return found;
+  }
+  static __m256 add(__m256 sum, const Weights& weights, const float* x) {
+    uint64_t place = 0;
 #pragma GCC unroll 8
-    for (int part = 0; part < 8; part++) {
-      uint64_t slot = (part ? bits >> (8 * part - 2) : bits << 2) & 0x3fc;
-      found.at[part] = FromInt8::expand(at, slot);
-      at += _mm_popcnt_u64(slot);
-    }
+    for (int part = 0; part < 8; part++) sum = Part::add(sum, lanes(weights, part, place), x + 8 * part);
+    return sum;
+  }
+  static Weights scale(Weights weights, float scale) {
+    weights.scale = scale;
+    return weights;
+  }
+  static void store(void* dense, int32_t kind, const Weights& weights, int64_t n) {
+    char* to = (char*)dense;
+    uint64_t place = 0;
+    for (int part = 0; part < 8 && n > 0; part++, n -= 8, to += 8 * size_of(kind))
+      Part::store(to, kind, Part::scale(lanes(weights, part, place), weights.scale), n < 8 ? n : 8);
+  }
+};
+
+// The same with the lanes kept, for several tokens.
+struct Int4Kept : Int4 {
+  struct Weights {
+    __m256 at[8];
+  };
+  static Weights expand(const Value* values, Bits bits) {
+    Int4::Weights stored = Int4::expand(values, bits);
+    Weights found;
+    uint64_t place = 0;
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; part++) found.at[part] = lanes(stored, part, place);
     return found;
   }
   static __m256 add(__m256 sum, const Weights& weights, const float* x) {
 #pragma GCC unroll 8
     for (int part = 0; part < 8; part++) sum = Part::add(sum, weights.at[part], x + 8 * part);
     return sum;
-  }
-  static Weights scale(Weights weights, float scale) {
-    for (__m256& part : weights.at) part = Part::scale(part, scale);
-    return weights;
-  }
-  static void store(void* dense, int32_t kind, const Weights& weights, int64_t n) {
-    char* to = (char*)dense;
-    for (int i = 0; i < 8 && n > 0; i++, n -= 8, to += 8 * size_of(kind))
-      Part::store(to, kind, weights.at[i], n < 8 ? n : 8);
   }
 };
 
@@ -194,7 +223,7 @@ void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, in
     case FP16: return few<uint16_t, FromFp16>(m, x, padded, tokens, low, high, out);
     case FP32: return few<float, FromFp32>(m, x, padded, tokens, low, high, out);
     case INT8: return few<int8_t, FromInt8>(m, x, padded, tokens, low, high, out);
-    default: return tokens_product<Int4, 1, 2, Int4, 2>(m, x, padded, tokens, low, high, out);
+    default: return tokens_product<Int4Kept, 2, 2, Int4, 8>(m, x, padded, tokens, low, high, out);
   }
 }
 
