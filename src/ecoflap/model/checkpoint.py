@@ -153,6 +153,24 @@ def _model_class(files: Files, trust_remote_code: bool) -> Any:
     return _auto_class(files)
 
 
+def empty_model(files: Files, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The model that ``files`` hold, without its weights: on the meta device.
+
+    Raises:
+        CheckpointError: its class is not known, or refuses its configuration.
+    """
+    kind = _model_class(files, trust_remote_code)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            files.folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"), quiet():
+            model: torch.nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    except Exception as error:  # transformers raises many kinds for a bad configuration
+        raise CheckpointError(f"'{files.folder}' cannot be built as {kind.__name__}: {first_line(error)}") from error
+    return model
+
+
 def _auto_class(files: Files) -> Any:
     config, where = files.config, f"'{files.folder / (files.gguf_file or '')}'"
     try:

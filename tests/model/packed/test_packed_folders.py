@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import picos
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import ecoflap
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, OutputExists
+from ecoflap.model.packed import checkpoint, shards
 from ecoflap.model.packed.checkpoint import pack_checkpoint, unpack_checkpoint
 from ecoflap.model.packed.format import pack_weight
 
@@ -67,6 +69,35 @@ def test_several_files_and_an_index(tmp_path):
     index = json.loads((tmp_path / "plain" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors(source))
     assert ecoflap.load(tmp_path / "plain").shard_sizes
+
+
+@pytest.mark.parametrize(
+    ("family", "values"), [("llama", "auto"), ("llama", "int4"), ("gpt2", "int8"), ("llava", "auto")]
+)
+def test_a_model_larger_than_the_memory_is_packed_file_by_file(family, values, tmp_path, monkeypatch):
+    source = pruned(family, tmp_path / "pruned", torch.bfloat16, max_shard_size="20KB")
+    (source / "README.md").write_text("# A model\n")
+    told = pack_checkpoint(source, tmp_path / "whole", values=values)
+    monkeypatch.setattr(shards.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(checkpoint, "load", None)  # it never is in memory
+    by_files = pack_checkpoint(source, tmp_path / "files", values=values)
+    assert set(by_files.model.layers) == set(told.model.layers)
+    assert by_files.model.packed_bytes == told.model.packed_bytes
+    assert by_files.model.error == pytest.approx(told.model.error)
+    assert by_files.files_before == told.files_before
+    assert same(tmp_path / "whole", tmp_path / "files")
+    assert "import ecoflap" in (tmp_path / "files" / "README.md").read_text()
+    one, other = (ecoflap.load(tmp_path / name).model.state_dict() for name in ("whole", "files"))
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    unpack_checkpoint(tmp_path / "files", tmp_path / "plain")
+    assert set(tensors(tmp_path / "plain")) == set(tensors(source))
+    if values == "auto":
+        assert same(source, tmp_path / "plain")
+    picos.llama().save_pretrained(tmp_path / "dense")
+    with pytest.raises(InvalidOption, match="prune it first"):
+        pack_checkpoint(tmp_path / "dense", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_int8_comes_back_near_in_the_models_dtype(tmp_path):

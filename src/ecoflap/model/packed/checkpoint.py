@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import DTYPES, load
-from ecoflap.model.files import BITMASK, INDEX, PACKED, first_line, quantisation, read_config, safetensors_of
+from ecoflap.model.files import BITMASK, INDEX, PACKED, first_line, locate, quantisation, read_config, safetensors_of
 from ecoflap.model.packed.checks import from_tensors
 from ecoflap.model.packed.convert import PackedModel, pack
-from ecoflap.model.packed.format import PARTS, unpack_weight
+from ecoflap.model.packed.format import PARTS, checked_group_size, unpack_weight
+from ecoflap.model.packed.shards import pack_shards, too_large
 from ecoflap.model.save import replacing, save
 from ecoflap.support.files import default_mode
 
@@ -62,20 +63,26 @@ def pack_checkpoint(
     """Write the checkpoint ``source`` packed into ``output``, with its processor and its card.
 
     Args:
-        source: as for :func:`ecoflap.load`; it must fit into memory.
+        source: as for :func:`ecoflap.load`. One that would fill the memory is packed file by file.
         values, group_size: as for :func:`ecoflap.pack`.
 
     Raises:
         EcoflapError: as :func:`ecoflap.load`, :func:`ecoflap.pack` and :func:`ecoflap.save`.
     """
-    found = load(source, device="cpu", trust_remote_code=trust_remote_code)
-    if getattr(found.model, "quantization_method", None) == PACKED:
+    size = checked_group_size(values, group_size)
+    files = None if source is None else locate(source, trust_remote_code=trust_remote_code)
+    if files is not None and quantisation(files.config) == PACKED:
         raise CheckpointError(f"'{source}' is packed already: 'ecoflap unpack' writes the plain checkpoint")
-    told = pack(found.model, values=values, group_size=group_size)
-    folder = save(found, output, overwrite=overwrite)
+    if files is not None and too_large(files):
+        told = pack_shards(files, output, values, size, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        folder, before = Path(output).expanduser().absolute(), sum(shard.stat().st_size for shard in files.shards)
+    else:
+        found = load(source, device="cpu", trust_remote_code=trust_remote_code)
+        told, before = pack(found.model, values=values, group_size=size), sum(found.shard_sizes)
+        folder = save(found, output, overwrite=overwrite)
     if source is not None and (card := Path(source).expanduser() / CARD).is_file():
         (folder / CARD).write_text(_packed_card(card.read_text("utf-8")), "utf-8")
-    return PackedFolder(folder, told, sum(found.shard_sizes), sum(file.stat().st_size for file in _weights(folder)))
+    return PackedFolder(folder, told, before, sum(file.stat().st_size for file in _weights(folder)))
 
 
 def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption
-from ecoflap.model.packed.format import checked_group_size, pack_weight, unpack_weight, worth_packing
+from ecoflap.model.packed.format import PackedWeight, checked_group_size, pack_weight, unpack_weight, worth_packing
 from ecoflap.model.packed.linear import PackedLinear
 
 
@@ -35,6 +35,38 @@ class PackedModel:
     error: float = 0.0
 
 
+@dataclass
+class Packing:
+    """Packs one layer after another, and adds up what comes of it."""
+
+    values: str
+    group_size: int
+    layers: list[str] = field(default_factory=list)
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+    other_bytes: int = 0
+    _off: float = 0.0
+    _size: float = 0.0
+
+    def add(self, path: str, rows: Tensor) -> PackedWeight:
+        """Pack the (outputs, inputs) weight of the layer at ``path``."""
+        packed = pack_weight(rows, self.values, self.group_size)
+        if self.values != "auto":
+            self._off += float((unpack_weight(packed) - rows.float()).square().sum())
+            self._size += float(rows.float().square().sum())
+        self.layers.append(path)
+        self.dense_bytes += rows.nbytes
+        self.packed_bytes += packed.nbytes
+        return packed
+
+    def result(self, of: str) -> PackedModel:
+        """What was packed of the model ``of``; raises InvalidOption where nothing was."""
+        if not self.layers:
+            raise InvalidOption(f"no layer of {of} has enough zeros to get smaller: prune it first")
+        error = math.sqrt(self._off / self._size) if self._size else 0.0
+        return PackedModel(tuple(self.layers), self.dense_bytes, self.packed_bytes, self.other_bytes, error)
+
+
 def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = None) -> PackedModel:
     """Pack the weight of every linear layer (``nn.Linear``, transformers' Conv1D) with enough zeros, in place.
 
@@ -50,11 +82,7 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = Non
     Raises:
         InvalidOption: unknown ``values`` or group size, weights that are not in memory, or nothing to pack.
     """
-    group_size = checked_group_size(values, group_size)
-    layers: list[str] = []
-    transposed: list[str] = []
-    before = after = 0
-    off = size = 0.0
+    packing = Packing(values, checked_group_size(values, group_size))
     for name, layer in list(packable(model)):
         if layer.weight.is_meta:
             raise InvalidOption(f"'{name}' is not in memory: load the model without a device map to pack it")
@@ -62,23 +90,16 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = Non
             continue
         turned = not isinstance(layer, nn.Linear)
         weight = layer.weight.detach()
-        rows = weight.t().contiguous() if turned else weight
-        packed = pack_weight(rows, values, group_size)
-        if values != "auto":
-            off += float((unpack_weight(packed) - rows.float()).square().sum())
-            size += float(rows.float().square().sum())
-        before, after = before + weight.nbytes, after + packed.nbytes
+        packed = packing.add(name, weight.t().contiguous() if turned else weight)
         replace(model, name, PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype))
-        layers.append(name)
-        transposed += [name] if turned else []
-    if not layers:
-        raise InvalidOption(f"no layer of {type(model).__name__} has enough zeros to get smaller: prune it first")
+    seen = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    packing.other_bytes = sum(seen.values()) - packing.packed_bytes
+    result = packing.result(type(model).__name__)
     if hasattr(model, "save_pretrained"):
         from ecoflap.model.packed.quantizer import mark
 
-        mark(model, values, group_size)
-    seen = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return PackedModel(tuple(layers), before, after, sum(seen.values()) - after, math.sqrt(off / size) if size else 0.0)
+        mark(model, values, packing.group_size)
+    return result
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

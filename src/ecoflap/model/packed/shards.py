@@ -1,0 +1,145 @@
+"""Packs a checkpoint that is larger than the memory: weight file after weight file, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ecoflap.errors import CheckpointError
+from ecoflap.model.checkpoint import empty_model
+from ecoflap.model.files import INDEX, Files, first_line
+from ecoflap.model.packed.convert import PackedModel, Packing, packable
+from ecoflap.model.packed.format import worth_packing
+from ecoflap.model.packed.quantizer import PackedConfig
+from ecoflap.model.save import replacing
+from ecoflap.support.files import default_mode
+
+_ROOM = 0.7  # of the memory that is free: a model that takes more of it is packed file by file
+
+
+def too_large(files: Files) -> bool:
+    """Whether the weights of ``files`` would fill the memory."""
+    free: int = psutil.virtual_memory().available
+    return sum(shard.stat().st_size for shard in files.shards) > _ROOM * free
+
+
+@dataclass
+class _Layers:
+    """The layers that may be packed, by the names of their weights in the files: path, whether it is a Conv1D."""
+
+    places: dict[str, tuple[str, bool]]
+    counts: dict[str, int] = field(default_factory=dict)
+    transposed: list[str] = field(default_factory=list)
+
+
+def pack_shards(
+    files: Files, folder: str | Path, values: str, group_size: int, *, overwrite: bool, trust_remote_code: bool
+) -> PackedModel:
+    """Write the checkpoint of ``files`` packed into ``folder``; memory holds one weight file of the result.
+
+    Raises:
+        CheckpointError: its weights have other names in the files than in the model, or a file can't be read.
+        InvalidOption: nothing has enough zeros.
+        OutputExists, StorageError: as :func:`ecoflap.save`.
+    """
+    packing = Packing(values, group_size)
+    layers = _layers(files, trust_remote_code)
+    with replacing(folder, overwrite=overwrite) as partial:
+        for file in files.folder.iterdir():
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, partial / file.name)
+        _write_weights(files, partial, packing, layers)
+        result = packing.result(f"'{files.folder}'")
+        config = json.loads((files.folder / "config.json").read_text("utf-8"))
+        made = PackedConfig(values=values, group_size=group_size, layers=layers.counts, transposed=layers.transposed)
+        config["quantization_config"] = made.to_dict()
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        for file in partial.iterdir():
+            file.chmod(default_mode())
+    return result
+
+
+def _layers(files: Files, trust_remote_code: bool) -> _Layers:
+    """What may be packed, found in the model's structure.
+
+    Raises:
+        CheckpointError: a family whose files name weights otherwise than its model does.
+    """
+    model = empty_model(files, trust_remote_code)
+    layers = {f"{path}.weight": (path, layer) for path, layer in packable(model)}
+    stored = _names_in_files(model, {name: layer.weight for name, (_, layer) in layers.items()})
+    named = {stored[name]: (path, not isinstance(layer, nn.Linear)) for name, (path, layer) in layers.items()}
+    inside = set(_names(files))
+    if missing := sorted(set(named) - inside):
+        raise CheckpointError(
+            f"'{files.folder}' is larger than the memory, and its files name weights otherwise than the model "
+            f"({missing[0]}): pack it on a computer whose memory holds it"
+        )
+    return _Layers(named)
+
+
+def _names_in_files(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, str]:
+    """The name that transformers gives each weight in a file, which for some families is not the model's own."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # a transformers that has no such names, or keeps them elsewhere
+        return {name: name for name in weights}
+    of = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(weights)).items()}
+    return {name: of.get(id(weight), name) for name, weight in weights.items()}
+
+
+def _names(files: Files) -> list[str]:
+    names: list[str] = []
+    for shard in files.shards:
+        with _opened(shard) as opened:
+            names += opened.keys()
+    return names
+
+
+def _write_weights(files: Files, folder: Path, packing: Packing, layers: _Layers) -> None:
+    index: dict[str, str] = {}
+    total = 0
+    for shard in files.shards:
+        tensors: dict[str, Tensor] = {}
+        with _opened(shard) as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                tensor = _tensor(opened, shard, name)
+                if name not in layers.places or not worth_packing(tensor):
+                    tensors[name] = tensor
+                    packing.other_bytes += tensor.nbytes
+                    continue
+                path, turned = layers.places[name]
+                packed = packing.add(path, tensor.t().contiguous() if turned else tensor)
+                stem = name.removesuffix(".weight")
+                tensors |= {f"{stem}.{part}": value for part, value in packed.tensors().items()}
+                layers.counts[path] = len(packed.compressed)
+                layers.transposed += [path] if turned else []
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        index |= dict.fromkeys(tensors, shard.name)
+        save_file(tensors, folder / shard.name, {"format": "pt"})
+    if len(files.shards) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _opened(shard: Path) -> Any:
+    try:
+        return safe_open(shard, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"'{shard}' can't be read ({first_line(error)}): download or copy it again") from error
+
+
+def _tensor(opened: Any, shard: Path, name: str) -> Tensor:
+    try:
+        found: Tensor = opened.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"'{shard}' can't be read ({first_line(error)}): download or copy it again") from error
+    return found
