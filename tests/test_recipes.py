@@ -57,7 +57,7 @@ def test_every_row_with_every_method(row: str) -> None:
 
 def test_the_rows_of_the_paper_are_all_there() -> None:
     assert set(CLASSES) == {path.stem for path in SETS}
-    assert len(ROWS) == 2 + 1 + 1 + 11 + 4 + 1
+    assert len(ROWS) == 2 + 1 + 2 + 11 + 4 + 1
     assert Recipe.load(ROWS["flan-t5/flan-t5-xl.yaml"]).aggregate == "mean"
     assert {entry.name for entry in Recipe.load(ROWS["blip2/blip2-flan-t5-xl.yaml"]).evaluations or ()} == {
         "vqav2", "okvqa", "gqa", "nocaps",

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
 from ecoflap.model.device_map import dispatching
 from ecoflap.model.files import FLOATS, Files, first_line, locate, quantisation, quiet
+from ecoflap.model.open_clip import is_open_clip, load_open_clip
 from ecoflap.model.processor import load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,6 +86,8 @@ def load(
         raise InvalidOption(f"dtype '{dtype}' is not one of auto, {', '.join(DTYPES)}")
     place = _device(device)
     name = "embedded VLM" if source is None else str(source)
+    if source is not None and is_open_clip(source):
+        return _open_clip(source, dtype, place, device_map)
     files = locate(_embedded() if source is None else source, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     if files.gguf_file is not None:
         _require_gguf()
@@ -101,6 +104,16 @@ def load(
         _log.warning(line)
     sizes = tuple(shard.stat().st_size for shard in files.shards)
     return Checkpoint(model.eval(), processor, name, model_dtype(model), sizes, tuple(lines))
+
+
+def _open_clip(source: str | Path, dtype: str, place: torch.device, device_map: str | None) -> Checkpoint:
+    if device_map is not None:
+        raise InvalidOption(f"a model of open_clip is loaded into memory: leave out device_map {device_map}")
+    with quiet():
+        model, processor, told = load_open_clip(source, DTYPES.get(dtype))
+    for line in told:
+        _log.warning(line)
+    return Checkpoint(model.to(place), processor, str(source), model_dtype(model), (), tuple(told))
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:
