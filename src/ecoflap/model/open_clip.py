@@ -7,6 +7,7 @@ the model; its file reader, which also opens pickles, is not used.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -163,7 +164,7 @@ def load_open_clip(source: str | Path, dtype: torch.dtype | None) -> tuple[OpenC
     if importlib.util.find_spec("open_clip") is None:
         raise MissingDependency("a model of open_clip needs its package: pip install 'ecoflap[open-clip]'")
     try:
-        import open_clip
+        open_clip: Any = importlib.import_module("open_clip")
     except Exception as error:  # torchvision built for another torch fails in many ways
         raise MissingDependency(f"open_clip cannot be imported here: {first_line(error)}") from error
     name = str(source).removeprefix(PREFIX)
