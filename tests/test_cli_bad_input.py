@@ -99,7 +99,7 @@ def test_an_option(prune: Command, arguments: list[str], words: list[str]) -> No
 def test_a_path_is_looked_for_before_a_model_is_loaded(
     prune: Command, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr("ecoflap.run.prepare.load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("ecoflap.run.loading.load", lambda *_, **__: pytest.fail("it was loaded"))
     prune(option, "nowhere.txt").refused("nowhere.txt")
 
 

@@ -167,13 +167,13 @@ def _killed_after_four_blocks(recipe: Recipe, run: Path) -> None:
 def test_what_needs_the_whole_model_is_refused_before_it_is_loaded(
     run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("ecoflap.run.prepare.load", _never)
+    monkeypatch.setattr("ecoflap.run.loading.load", _never)
     data = prose(tmp_path / "prose.txt")
     run("prune", "absent", "--calibration", data, *TEXT, "--device-map", "disk", *options).refused(*words)
 
 
 def test_a_comparison_needs_the_whole_model(run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ecoflap.run.prepare.load", _never)
+    monkeypatch.setattr("ecoflap.run.loading.load", _never)
     data = prose(tmp_path / "prose.txt")
     options = ("--methods", "wanda", "--sparsities", "0.5", "--task", "perplexity", "--test", data)
     run("compare", "absent", "--calibration", data, *options, "--device-map", "disk").refused(

@@ -17,7 +17,8 @@ from ecoflap.errors import CalibrationError, InvalidOption, OutputExists
 from ecoflap.evaluation import TaskResult
 from ecoflap.run.directory import RunFailed, Stopped
 from ecoflap.run.evaluations import tasks_of
-from ecoflap.run.pipeline import quality, run_recipe
+from ecoflap.run.pipeline import run_recipe
+from ecoflap.run.quality import quality
 from ecoflap.run.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("pageless")
@@ -87,6 +88,7 @@ def test_progress(tmp_path: Path) -> None:
     recipe = _llama(tmp_path, test=str(tmp_path / "prose.txt"), test_samples=3)
     run_recipe(recipe, tmp_path / "run", progress=recorder)
     assert recorder.stages == [
+        ["loading", 3, 0, 3],
         ["perplexity, dense", 3, 0, 3],
         ["importance", 42, 0, 42],
         ["pruning", 5, 0, 5],  # each of three blocks for its statistics, and two for the inputs of the next

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from ecoflap.cli import terminal
 from ecoflap.cli.terminal import Bars, Lines, Pace
+from ecoflap.support.progress import LOADING
 
 
 class Clock:
@@ -173,6 +175,23 @@ def test_the_last_line_is_written_once() -> None:
             clock.now += 20
             task.advance(1, "layers.0")
     assert [line.split(",")[0] for line in screen.getvalue().splitlines()] == ["pruning: 1/2", "pruning: 2/2"]
+
+
+def test_loading_is_told_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step may take minutes; a model that is there at once is no news."""
+    screen = io.StringIO()
+    lines = Lines(Console(file=screen, width=200), Clock())
+    with lines.stage(LOADING, total=1) as task:
+        task.advance(1)
+    assert screen.getvalue() == ""
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.01)
+    told = threading.Event()
+    monkeypatch.setattr(lines, "_print", lambda line: (screen.write(line), told.set()))
+    with lines.stage(LOADING, total=3) as task:
+        task.advance(0, "the model")
+        assert told.wait(10)
+    assert screen.getvalue().startswith("loading: 0/3, 0 s, ")
+    assert "the model" in screen.getvalue()
 
 
 def test_what_a_line_shows() -> None:

@@ -78,6 +78,7 @@ FULL: dict[str, Any] = {
     "device_map": "auto",
     "max_memory": {"0": "20GiB", "cpu": "8GiB"},
     "dtype": "bfloat16",
+    "compute_dtype": "float32",
     "offload_activations": True,
     "trust_remote_code": True,
 }

@@ -85,7 +85,7 @@ def test_the_directory_of_a_vision_language_model(run: Command, tmp_path: Path) 
         assert metrics[when]["vqa"]["n"] == 12
         assert set(metrics[when]["vqa"]["by_group"]) == {"easy", "hard"}
     stages = [stage["name"] for stage in metrics["stages"]]
-    assert stages == ["evaluation, dense", "importance", "pruning", "saving", "evaluation, pruned"]
+    assert stages == ["loading", "evaluation, dense", "importance", "pruning", "saving", "evaluation, pruned"]
     assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e6 for stage in metrics["stages"])
     assert metrics["environment"]["torch"] == torch.__version__
 

@@ -17,6 +17,7 @@ from torch import nn
 from ecoflap.allocation import Allocation
 from ecoflap.allocation.allocate import AllocationOptions
 from ecoflap.data.batches import as_batches
+from ecoflap.data.computing import computed_in
 from ecoflap.data.model_facts import to_device
 from ecoflap.data.objectives import Objective, default_objective, on_device
 from ecoflap.errors import CalibrationError
@@ -26,6 +27,7 @@ from ecoflap.importance.measure import EstimateJournal, measure
 from ecoflap.importance.scores import Importance
 from ecoflap.model.activation_store import offload_kind
 from ecoflap.model.anatomy import discover
+from ecoflap.model.compute import computing_in
 from ecoflap.model.offload import check_in_memory
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
@@ -101,7 +103,7 @@ def carry_out(
         parts: ``include``, ``exclude``, ``towers``: see :func:`ecoflap.model.anatomy.discover`.
     """
     method.check(model, batches)
-    with cache_disabled(model):
+    with cache_disabled(model), computing_in(model, work.compute):
         anatomy = discover(model, batches[0] if len(batches) else None, run=on_device(work.loss), **parts)
     method.check_layers(anatomy, given)
     method = replace(method, importance=method.importance.settled(model, anatomy, batches, work.loss))
@@ -184,6 +186,7 @@ def prune(
     seed: int = 0,
     tokens: str | TokenChoice = "all",
     offload_activations: bool | str = "none",
+    compute_dtype: str = "auto",
     progress: Progress | None = None,
     workers: Workers = ALONE,
 ) -> PruneResult:
@@ -217,6 +220,8 @@ def prune(
             ``text``, ``text+top``, ``text+attended`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
         offload_activations: where block inputs are kept between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
             memory-mapped file that is removed with the process.
+        compute_dtype: for weights of half precision: ``native``, their own; ``float32``, block by block; ``auto``, fp32
+            where the CPU has no units for their own.
         max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.
         workers: processes with the same model and batches that share the work, see :mod:`ecoflap.support.processes`.
 
@@ -233,7 +238,8 @@ def prune(
     )  # fmt: skip
     model, batches = getattr(model, "_orig_mod", model), as_batches(batches, loss)
     given = allocation if allocation is not None else importance if isinstance(importance, Importance) else None
-    work = Work(loss or default_objective(model), seed, progress or Silent(), workers)
+    loss = loss or default_objective(model)
+    work = Work(loss, seed, progress or Silent(), workers, computed_in(model, compute_dtype, batches, loss, workers))
     return carry_out(model, batches, method, work, given, include=include, exclude=exclude, towers=towers)
 
 

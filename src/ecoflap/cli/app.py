@@ -137,7 +137,7 @@ Quiet = Annotated[bool, flag("--quiet", "-q", text="Print nothing but errors.")]
 Json = Annotated[bool, flag("--json", text="Print the result as JSON, and nothing else, on standard output.")]
 Overwrite = Annotated[bool, flag("--overwrite", text="Replace the file that is there.")]
 PRIVATE = "Make the Hub's repository private. Default: public, as on the Hub."
-MODEL_FIELDS = ("device", "device_map", "max_memory", "dtype", "trust_remote_code")
+MODEL_FIELDS = ("device", "device_map", "max_memory", "dtype", "compute_dtype", "trust_remote_code")
 PART_FIELDS = ("include", "exclude", "towers")
 SOURCE_FIELDS = ("calibration", "image_folder", "columns", "prompt", "objective", "classes", "class_prompts")
 DATA_FIELDS = (*SOURCE_FIELDS, "samples", "batch_size", "sequence_length", "window_start", "seed")

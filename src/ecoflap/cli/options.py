@@ -24,7 +24,10 @@ PANELS: dict[str, tuple[str, ...]] = {
         "warmup", "accumulate", "evaluate_every", "patience", "dense", "distill", "distill_hidden", "temperature",
         "training_options",
     ),
-    "Model": ("device", "device_map", "max_memory", "dtype", "trust_remote_code", "include", "exclude", "towers"),
+    "Model": (
+        "device", "device_map", "max_memory", "dtype", "compute_dtype", "trust_remote_code", "include", "exclude",
+        "towers",
+    ),
     "Sparsity": (
         "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity",
         "rule", "spread", "search", "search_options", "allocation",

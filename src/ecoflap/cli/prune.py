@@ -137,6 +137,9 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, resume: bool, quiet: boo
         examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
         if examined.complete and not quiet:
             standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    from ecoflap.run.checks import check_recipe
+
+    check_recipe(recipe.resolved())  # before what takes seconds to be imported
     from ecoflap.run.pipeline import run_recipe
     from ecoflap.support.processes import joined
 
@@ -236,12 +239,22 @@ def compare(
     examined = GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume)
     if examined.complete and not quiet:
         standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    from ecoflap.run.compare.plans import planned
+
+    plans = None if examined.complete else planned(grid)  # before what takes seconds to be imported
     from ecoflap.run.compare.grid import run_grid
     from ecoflap.run.compare.tables import comparison_tables
 
     say = None if quiet or as_json else say_line
     comparison = run_grid(
-        grid, output, overwrite=overwrite, resume=resume, low_memory=low_memory, progress=progress, say=say
+        grid,
+        output,
+        overwrite=overwrite,
+        resume=resume,
+        low_memory=low_memory,
+        progress=progress,
+        say=say,
+        plans=plans,
     )
     if as_json:
         print_json({"folder": str(output), **comparison.model_dump(mode="json")})

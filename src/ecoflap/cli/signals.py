@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-from ecoflap.support.progress import Progress, Task
+from ecoflap.support.progress import LOADING, Progress, Task
 
 TOLD = "\necoflap: stopping after this step; once more stops at once\n"
 AT_ONCE = "ecoflap: stopped at once; --resume goes on with what a run has written\n"
@@ -119,6 +119,8 @@ class _Progress:
         self._inner, self._stops = inner, stops
 
     def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
+        if name == LOADING:
+            return self._inner.stage(name, total, done)
         return self._stops.stage(self._inner.stage(name, total, done), total - done)
 
 

@@ -72,7 +72,10 @@ def importance(
         ecoflap importance path/to/llama --calibration prose.txt --sequence-length 512 --importance-samples 64
         ecoflap importance path/to/llama --calibration prose.txt --importance first-order
     """
+    from ecoflap.run.checks import check_measured
     from ecoflap.run.commands import measure_to
+
+    check_measured(recipe)  # before what takes seconds to be imported
     from ecoflap.support.processes import joined
 
     progress = progress_to(quiet or as_json)
@@ -141,11 +144,14 @@ def evaluate(
         ecoflap evaluate path/to/llama --task lm_eval:hellaswag --batch-size 16
         ecoflap evaluate runs/blip2/model --recipe recipes/blip2/blip2-flan-t5-xl.yaml --output metrics.json
     """
+    from ecoflap.run.checks import check_evaluated
     from ecoflap.run.commands import evaluate_model, refuse_existing
-    from ecoflap.support.processes import joined
 
     if output is not None:
         refuse_existing(output, overwrite)
+    check_evaluated(recipe)  # before what takes seconds to be imported
+    from ecoflap.support.processes import joined
+
     with joined() as workers:
         results = evaluate_model(recipe, progress_to(quiet or as_json), workers)
     if not workers.first:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import warnings
 from bisect import bisect_right
@@ -21,7 +22,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ecoflap.support.formats import clock
-from ecoflap.support.progress import Progress, Task
+from ecoflap.support.progress import LOADING, Progress, Task
 from ecoflap.support.text import printable
 
 _WIDE, _MIDDLE = 100, 60  # columns from which a line has all its parts, and from which it has a bar
@@ -187,7 +188,9 @@ class _LineTask:
     def advance(self, steps: int = 1, detail: str = "") -> None:
         self._pace.advance(steps, detail)
         self._detail = detail
-        # The last line is written when the stage ends.
+        # The last line is written when the stage ends; of loading, the ticker's.
+        if self._name == LOADING:
+            return
         if self._clock() - self._last >= LINE_EVERY and self._pace.done < self._pace.total:
             self._last = self._clock()
             self._write(self.line())
@@ -202,7 +205,10 @@ class _LineTask:
 
 
 class Lines:
-    """A plain line every quarter of a minute and at the end of each stage that is in no other."""
+    """A plain line every quarter of a minute and at the end of each stage that is in no other.
+
+    Loading has few steps, and is often over at once: it is told of every quarter of a minute, whatever its steps.
+    """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -211,6 +217,10 @@ class Lines:
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
         task = _LineTask(self._print, name, Pace(total, done, self._clock), self._clock)
+        if name == LOADING:
+            with self._ticking(task):
+                yield task
+            return
         self._depth += 1
         try:
             yield task
@@ -218,6 +228,22 @@ class Lines:
             self._depth -= 1
         if not self._depth:
             self._print(task.line())
+
+    @contextmanager
+    def _ticking(self, task: _LineTask) -> Iterator[None]:
+        over = threading.Event()
+
+        def tell() -> None:
+            while not over.wait(LINE_EVERY):
+                self._print(task.line())
+
+        ticker = threading.Thread(target=tell, name="progress", daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            ticker.join()
 
     def _print(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False)

@@ -9,7 +9,6 @@ from typing import Any
 
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from ecoflap.data.chat import answer_turn, plain_prompt, turns_of
 from ecoflap.data.images import MOST_PIXELS
@@ -22,16 +21,22 @@ LEAST_KEPT = 1 << 22  # pixels that a calibration picture keeps in any case; all
 _LONGEST_SIDE = 1 << 14  # a larger number in a processor's size counts pixels
 
 
+def _is_tokenizer(processor: Any) -> bool:
+    from transformers import PreTrainedTokenizerBase  # takes a second, see ecoflap.run.checks
+
+    return isinstance(processor, PreTrainedTokenizerBase)
+
+
 def tokenizer_of(processor: Any) -> Any | None:
     """The text half of a processor (or the tokenizer itself); None if there is none."""
-    if isinstance(processor, PreTrainedTokenizerBase):
+    if _is_tokenizer(processor):
         return processor
     return getattr(processor, "tokenizer", None)
 
 
 def image_processor_of(processor: Any) -> Any | None:
     """The image half of a processor (or the image processor itself); None if there is none."""
-    if isinstance(processor, PreTrainedTokenizerBase):
+    if _is_tokenizer(processor):
         return None
     half = getattr(processor, "image_processor", None)
     if half is None and getattr(processor, "tokenizer", None) is None and callable(processor):

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ecoflap.data.columns import guess_columns, other_pictures, parts
 from ecoflap.data.formats.hub import HubStream, refuse_addresses
@@ -19,6 +18,9 @@ from ecoflap.data.sample import Sample
 from ecoflap.data.sources import checked_folder, open_source, readable
 from ecoflap.data.tables import Row, Table, Taken, first_line
 from ecoflap.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Sample", "SampleReader", "SampleSet", "load_samples"]
 BROKEN_LIMIT = 0.05  # more broken samples than this stop the run: the file, not a sample, is at fault then
@@ -178,6 +180,8 @@ class SampleReader:
 
     def _rows(self) -> Iterator[tuple[int, Row | BrokenSample]]:
         """(index, row): a seeded permutation when a number of samples is asked for, the file's order otherwise."""
+        import torch  # not where the module is read, see ecoflap.run.checks
+
         table = self._table
         assert not isinstance(table, TextFiles)
         if isinstance(table, HubStream):
@@ -190,9 +194,9 @@ class SampleReader:
         with readable(self.source):
             yield from self._in_order(table, order)
 
-    def _in_order(self, table: Table, order: torch.Tensor) -> Iterator[tuple[int, Row | BrokenSample]]:
+    def _in_order(self, table: Table, order: Tensor) -> Iterator[tuple[int, Row | BrokenSample]]:
         wanted = self._wanted()
-        for chunk in torch.split(order, self._step(getattr(table, "row_bytes", None))):
+        for chunk in order.split(self._step(getattr(table, "row_bytes", None))):  # type: ignore[no-untyped-call]
             numbers = [int(number) for number in chunk]
             rows: Taken = table.take(numbers, wanted)
             yield from zip(numbers, rows, strict=True)

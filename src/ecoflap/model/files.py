@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
-from transformers.utils import logging as transformers_logging
 
 from ecoflap.errors import CheckpointError
 from ecoflap.support.reading import NO_READING, checked, json_value, read_text, reason_of
@@ -55,6 +52,17 @@ def locate(source: str | Path, *, gguf_file: str | None = None, trust_remote_cod
             raise CheckpointError(f"no model folder '{source}'{_near(path)}")
         path = _download(str(source), gguf_file, trust_remote_code)
     return _from_folder(path, gguf_file)
+
+
+def check_place(source: str | Path) -> None:
+    """Whether a model that is on this machine is where ``source`` says; the Hub is not asked.
+
+    Raises:
+        CheckpointError: as :func:`locate`.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or isinstance(source, Path) or _means_path(str(source)):
+        locate(source)
 
 
 def _means_path(name: str) -> bool:
@@ -225,6 +233,9 @@ def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path
 
     One short request says whether the hub answers at all; without it a snapshot in the hub's cache is used.
     """
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     near = _near(Path(name))
     local = near if "did you mean" in near else "; it is no local folder either"
     try:
@@ -293,6 +304,8 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, transformers and the hub show no bars and reports; our own messages say what matters."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     accelerate = logging.getLogger("accelerate")
     level = accelerate.level

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecoflap.model.offload import in_memory
 from ecoflap.model.patching import Forward, forward_replaced
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -22,14 +23,14 @@ def computing_in_fp32(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[
     The conversion is exact in both directions (every fp16 and bf16 number is an fp32 number), so no second copy is
     kept; converted weights take twice their bytes. Weights in ``blocks`` are converted only while their block runs, so
     the extra memory is one block's fp32 weights and the converted rest (embeddings, head). Results are the same to the
-    bit. Parameter objects stay the same, so ties survive.
+    bit. Parameter objects stay the same, so ties survive. A block that is offloaded is held in memory while it runs.
 
     Args:
         blocks: paths of blocks that don't contain one another. A graph through them can't be taken backward in the
             usual way, see :func:`ecoflap.model.recompute.reloading`.
     """
     modules = [model.get_submodule(path) for path in blocks]
-    inside = {id(tensor) for module in modules for tensor in _half(module) if not tensor.is_meta}
+    inside = {id(tensor) for module in modules for tensor in _half(module)}
     within = {id(child) for module in modules for child in module.modules()}
     for child in model.modules():
         if id(child) not in within:  # what others use as well is converted for good
@@ -43,8 +44,8 @@ def computing_in_fp32(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[
                 if id(tensor) not in inside:
                     changed.append((tensor, tensor.dtype))
                     tensor.data = tensor.data.float()
-            for module in modules:
-                wraps.enter_context(forward_replaced(module, partial(_upcasting, module)))
+            for path, module in zip(blocks, modules, strict=True):
+                wraps.enter_context(forward_replaced(module, partial(_upcasting, model, path)))
             yield
         finally:
             for tensor, dtype in changed:
@@ -79,14 +80,17 @@ def leaves_in_fp32(module: nn.Module) -> Iterator[None]:
             owner._parameters[leaf] = parameter
 
 
-def half_blocks(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
+def half_blocks(model: nn.Module, blocks: Sequence[str], *, offloaded: bool = False) -> tuple[str, ...]:
     """Those of ``blocks`` that hold half-precision weights in memory, for :func:`computing_in_fp32`.
 
     Empty where a block holds the model's first parameter: inputs get the dtype of that one, and no module before the
     blocks would convert them to fp32.
+
+    Args:
+        offloaded: those whose weights are not in memory, too.
     """
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
-    found = {path: [one for one in _half(model.get_submodule(path)) if not one.is_meta] for path in blocks}
+    found = {path: [one for one in _half(model.get_submodule(path)) if offloaded or not one.is_meta] for path in blocks}
     if any(one is first for tensors in found.values() for one in tensors):
         return ()
     return tuple(path for path, tensors in found.items() if tensors)
@@ -97,9 +101,14 @@ def _half(module: nn.Module, recurse: bool = True) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.dtype in _HALF]
 
 
-def _upcasting(module: nn.Module, forward: Forward) -> Callable[..., Any]:
+def _upcasting(model: nn.Module, path: str, forward: Forward) -> Callable[..., Any]:
+    module = model.get_submodule(path)
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _upcast(module):
+        with ExitStack() as state:
+            if any(tensor.is_meta for tensor in _half(module)):
+                state.enter_context(in_memory(model, path))
+            state.enter_context(_upcast(module))
             return forward(*args, **kwargs)
 
     return run
@@ -107,12 +116,31 @@ def _upcasting(module: nn.Module, forward: Forward) -> Callable[..., Any]:
 
 @contextmanager
 def _upcast(module: nn.Module) -> Iterator[None]:
-    """The module's parameters and buffers have fp32 values inside, and the very storage that they had at exit."""
-    before = [(tensor, tensor.data) for tensor in _half(module)]
+    """The module's parameters and buffers have fp32 values inside, and the very storage that they had at exit.
+
+    Where a graph may keep them, fp32 tensors stand in their places instead: it would find the old values later. So for
+    what stands in a parameter's place and has a graph itself (a masked weight).
+    """
+    held = [
+        (places, leaf, tensor)
+        for owner in module.modules()
+        for places in (owner._parameters, owner._buffers)
+        for leaf, tensor in places.items()
+        if tensor is not None and tensor.dtype in _HALF
+    ]
+    graph = torch.is_grad_enabled()
+    replaced = [entry for entry in held if graph or entry[2].grad_fn is not None]
+    before = [(tensor, tensor.data) for _, _, tensor in held if not graph and tensor.grad_fn is None]
+    before = list({id(tensor): (tensor, values) for tensor, values in before}.values())
+    made: dict[int, Tensor] = {}  # one for all places of a tied weight
     try:
         for tensor, values in before:
             tensor.data = values.float()
+        for places, leaf, tensor in replaced:
+            places[leaf] = made.setdefault(id(tensor), tensor.float())  # type: ignore[assignment]
         yield
     finally:
+        for places, leaf, tensor in replaced:
+            places[leaf] = tensor  # type: ignore[assignment]
         for tensor, values in before:
             tensor.data = values

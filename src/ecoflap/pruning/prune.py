@@ -13,6 +13,7 @@ from ecoflap.allocation.patterns import parse_pattern, with_default
 from ecoflap.data.objectives import on_device
 from ecoflap.importance.allocate import sizes_of
 from ecoflap.model.activation_store import offload_kind
+from ecoflap.model.compute import computing_in
 from ecoflap.pruning.criteria import Criterion, GlobalCriterion, make_criterion
 from ecoflap.pruning.journal import BlockJournal, NoJournal
 from ecoflap.pruning.offloaded import check_offloaded
@@ -91,10 +92,11 @@ def prune_layers(
         )  # fmt: skip
         return WalkResult(found.allocation, found.unreached, found.tokens)
     pattern = with_default(parse_pattern(shares.pattern, options.compare), criterion.default_compare)
-    return walk(
-        model, anatomy, allocation, batches, criterion, pattern,
-        run=run, offload=offload, tokens=options.tokens, progress=work.progress, journal=journal, workers=work.workers,
-    )  # fmt: skip
+    with computing_in(model, work.compute):
+        return walk(
+            model, anatomy, allocation, batches, criterion, pattern, run=run, offload=offload, tokens=options.tokens,
+            progress=work.progress, journal=journal, workers=work.workers,
+        )  # fmt: skip
 
 
 def _recovered(

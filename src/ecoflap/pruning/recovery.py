@@ -15,6 +15,7 @@ from ecoflap.allocation.parts import LayerAllocation
 from ecoflap.allocation.patterns import Pattern, Unstructured
 from ecoflap.data.objectives import on_device
 from ecoflap.errors import InvalidOption
+from ecoflap.model.compute import computing_in
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.slices import matrix_in, stored_matrix
 from ecoflap.pruning.criteria import Needs, Pruned, check_statistics
@@ -129,11 +130,12 @@ def recover_layers(
         return FitLayer(given.t() if layer.transposed else given, options)
 
     allocation = allocation_of_zeros(anatomy, pruned)
-    return walk(
-        model, anatomy, allocation, batches, of(anatomy.layers[0]), Unstructured("matrix"), each=of,
-        run=on_device(work.loss), offload=offload, tokens=tokens, progress=work.progress, journal=journal,
-        workers=work.workers,
-    )  # fmt: skip
+    with computing_in(model, work.compute):
+        return walk(
+            model, anatomy, allocation, batches, of(anatomy.layers[0]), Unstructured("matrix"), each=of,
+            run=on_device(work.loss), offload=offload, tokens=tokens, progress=work.progress, journal=journal,
+            workers=work.workers,
+        )  # fmt: skip
 
 
 def allocation_of_zeros(anatomy: Anatomy, pruned: Weights) -> Allocation:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ecoflap.errors import CalibrationError, InvalidOption, OutputExists
+from ecoflap.errors import OutputExists
 from ecoflap.run.directory import RunDirectory
 from ecoflap.run.names import JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.run.recipe import Recipe
@@ -49,8 +49,14 @@ def inspect_model(recipe: Recipe) -> tuple[Anatomy, str, Routing]:
     of their definition, and layers that never run can't be told. A model with mixtures is run on all calibration
     samples, to count the tokens of each expert.
     """
+    from ecoflap.data.sources import check_source
+    from ecoflap.run.checks import check_places
+
+    check_places(recipe)
+    check_source(recipe.calibration, recipe.image_folder)
     from ecoflap.data.objectives import on_device, resolve
-    from ecoflap.run.prepare import calibration_batches, find_layers, load_checkpoint
+    from ecoflap.run.loading import load_checkpoint
+    from ecoflap.run.prepare import calibration_batches, find_layers
     from ecoflap.statistics.routing import routing
 
     checkpoint = load_checkpoint(recipe)
@@ -87,17 +93,17 @@ def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: 
 
 def evaluate_model(recipe: Recipe, progress: Progress, workers: Workers = ALONE) -> dict[str, Any]:
     """Results of the recipe's evaluations on its model, as in ``metrics.json``, by their names."""
-    from ecoflap.run.evaluations import check_evaluations, evaluate
-    from ecoflap.run.pipeline import quality
-    from ecoflap.run.prepare import load_checkpoint
+    from ecoflap.run.checks import check_evaluated
+
+    entries = check_evaluated(recipe)
+    from ecoflap.run.evaluations import evaluate
+    from ecoflap.run.loading import load_checkpoint
     from ecoflap.run.provenance import digests_of
+    from ecoflap.run.quality import quality
     from ecoflap.run.shared import check_same
 
-    entries = check_evaluations(recipe)
-    if not entries:
-        raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
     check_same(recipe, workers, digests_of(recipe))
-    checkpoint = load_checkpoint(recipe, workers=workers, packed=True)
+    checkpoint = load_checkpoint(recipe, workers=workers, packed=True, progress=progress)
     return {entry.name: quality(evaluate(checkpoint, entry, recipe, progress, workers)) for entry in entries}
 
 
@@ -144,25 +150,17 @@ def measure_to(
         ResumeMismatch: options, versions, model or data are not those that the measurement began with.
         EcoflapError: a subclass says what else is wrong.
     """
-    pass
+    from ecoflap.run.checks import check_measured
     from ecoflap.run.shared import SharedRun
 
     folder = output.with_name(output.name + SUFFIX)
     begun = resume and folder.exists()
     if workers.first:
         refuse_existing(output, overwrite or begun)
-    _check(recipe)
-    recipe = recipe.resolved()
+    recipe = check_measured(recipe)
     work = SharedRun.examine(folder, recipe, workers, overwrite=overwrite, resume=resume, kind=Measurement)
     with work.locked():
         return _measured(recipe, output, progress, work, workers, say)
-
-
-def _check(recipe: Recipe) -> None:
-    if recipe.model is not None and recipe.calibration is None:
-        raise CalibrationError("importance needs calibration data: give --calibration FILE")
-    if recipe.importance.endswith(".json"):
-        raise InvalidOption(f"importance {recipe.importance} is measured already: name a measure, such as zeroth-order")
 
 
 def _measured(
@@ -175,14 +173,15 @@ def _measured(
 ) -> Importance:
     from ecoflap.data.batches import first_samples
     from ecoflap.model.fingerprint import fingerprint
+    from ecoflap.run.loading import load_checkpoint
     from ecoflap.run.log import explained, logging_to
     from ecoflap.run.pipeline import importance_for
-    from ecoflap.run.prepare import load_checkpoint, naming_samples, plan_on, settled
+    from ecoflap.run.prepare import naming_samples, plan_on, settled
     from ecoflap.run.provenance import threads_of_start
 
-    recipe.method().importance.check(recipe.granularity)
     recipe = work.settled(recipe)
-    plan = settled(plan_on(load_checkpoint(recipe, workers=workers), recipe))
+    checkpoint = load_checkpoint(recipe, workers=workers, progress=progress)
+    plan = settled(plan_on(checkpoint, recipe, workers=workers))
     if plan.chosen and say is not None:
         say(plan.chosen)
     first_samples(plan.batches, recipe.importance_samples)

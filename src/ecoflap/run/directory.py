@@ -220,14 +220,16 @@ class RunDirectory:
         return data
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """The recipe with what the run found where it was left open: the importance, or a pruned model's sparsity."""
+        """The recipe with what the run found where it was left open: the importance, the numbers that the model
+        computes with, or a pruned model's sparsity."""
+        before, took = self.recorded(), dict[str, Any]()
         if recipe.pruned is not None:  # its sparsity is known when it is read
-            known = {name: self.recorded().get(name) for name in ("sparsity", "max_sparsity")}
-            return recipe.model_copy(update=known)
-        took = str(self.recorded().get("importance"))
-        if recipe.importance != AUTO or took not in (GRADIENT_NORM, ZEROTH_ORDER):
-            return recipe
-        return recipe.model_copy(update={"importance": took})
+            took |= {name: before.get(name) for name in ("sparsity", "max_sparsity")}
+        elif recipe.importance == AUTO and before.get("importance") in (GRADIENT_NORM, ZEROTH_ORDER):
+            took["importance"] = before["importance"]
+        if recipe.compute_dtype == AUTO and before.get("compute_dtype") in ("native", "float32"):
+            took["compute_dtype"] = before["compute_dtype"]
+        return recipe.model_copy(update=took)
 
     def _check_same(self, recipe: Recipe) -> None:
         before, now = self.recorded(), {**self.settled(recipe).to_dict(), "versions": versions()}

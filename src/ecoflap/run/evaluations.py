@@ -139,6 +139,11 @@ def options_of(task: str) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(cls)}
 
 
+def takes(task: str) -> tuple[str, ...]:
+    """Which fields of a test the task reads, see :class:`ecoflap.evaluation.Task`."""
+    return _task(task).takes
+
+
 def _task(name: str) -> type[Task]:
     from ecoflap.evaluation import TASKS
 
@@ -255,8 +260,10 @@ def evaluate(
     import torch
 
     from ecoflap.evaluation import TestData
+    from ecoflap.model import compute
 
     cls = _task(entry.task)
+    dtype = workers.from_first(lambda: compute.settled(recipe.compute_dtype, checkpoint.model))
     asked: dict[str, Any] = {
         "columns": entry.columns or None,
         "prompt_template": entry.prompt,
@@ -277,7 +284,7 @@ def evaluate(
     )
     kinds = options_of(entry.task)
     task = cls(**{name: _typed(name, value, kinds[name], "") for name, value in entry.options.items()})
-    with torch.no_grad():
+    with torch.no_grad(), compute.computing_in(checkpoint.model, dtype):
         try:
             result = task.run(checkpoint.model, checkpoint.processor, test)
         except (CalibrationError, InvalidOption) as error:

@@ -15,7 +15,8 @@ from ecoflap.pruning.recovery import (
     weights_to_recover,
 )
 from ecoflap.pruning.walk import WalkResult
-from ecoflap.run.prepare import Prepared, load_checkpoint
+from ecoflap.run.loading import load_checkpoint
+from ecoflap.run.prepare import Prepared
 from ecoflap.support.progress import Progress
 from ecoflap.support.workers import Workers
 

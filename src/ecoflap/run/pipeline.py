@@ -6,8 +6,7 @@ The stages between a plan and a sparse model, as a run and each cell of a compar
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Any
 from ecoflap.allocation import Allocation
 from ecoflap.allocation.parts import read_allocation
 from ecoflap.api import allocation_of, importance_of
-from ecoflap.evaluation import TaskResult
-from ecoflap.evaluation.paired import paired_records
 from ecoflap.importance.measure import EstimateJournal
 from ecoflap.importance.scores import Importance
 from ecoflap.model.fingerprint import fingerprint
@@ -44,11 +41,12 @@ from ecoflap.run.provenance import (
     threads_of_start,
     warn_of_layers,
 )
+from ecoflap.run.quality import Kept, paired_results, quality
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.shared import SharedRun
 from ecoflap.search.options import SearchJournal
 from ecoflap.support.files import check_room
-from ecoflap.support.progress import Labelled, Progress, Silent
+from ecoflap.support.progress import LOADING, Labelled, Progress, Silent
 from ecoflap.support.reading import checked
 from ecoflap.support.workers import ALONE, Workers
 
@@ -94,7 +92,6 @@ def pruned_to(
 
 STAGES = f"{files.JOURNAL}/stages.json"
 MACHINE = f"{files.JOURNAL}/machine.json"
-_Kept = dict[str, dict[str, Any]]  # of each evaluation: its "result", and the "answers" sample by sample
 
 
 @dataclass
@@ -160,7 +157,9 @@ def run_recipe(
             if run.first:
                 run.finish()
             return run.path
-        plan = with_given_zeros(prepare(run.settled(recipe), workers))
+        loading: list[Usage] = []
+        with measured(LOADING, loading):
+            plan = with_given_zeros(prepare(run.settled(recipe), workers, progress))
         for line in plan.choices():
             if say is not None:
                 say(line)
@@ -173,7 +172,8 @@ def run_recipe(
             naming_samples(plan),
             threads_of_start(run.path / MACHINE, plan.checkpoint.model, workers),
         ):
-            usages = checked(run.read_sealed(STAGES) or [], list[Usage], STAGES)
+            kept: list[Usage] = checked(run.read_sealed(STAGES) or [], list[Usage], STAGES)
+            usages = kept if any(usage.name == LOADING for usage in kept) else loading + kept
             _stages(_Job(plan, run, progress or Silent(), usages, workers))
         if not run.first:
             workers.gather(None)
@@ -285,12 +285,12 @@ def _prune(job: _Job, allocation: Allocation) -> WalkResult:
     return pruned
 
 
-def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> _Kept:
+def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> Kept:
     """Results of all evaluations by their names; those that an interrupted run has done come from its journal."""
     if not entries:
         return {}
     name = f"{files.JOURNAL}/{when}.json"
-    kept: dict[str, Any] = job.run.read_sealed(name, _Kept) or {}
+    kept: dict[str, Any] = job.run.read_sealed(name, Kept) or {}
     progress = Labelled(job.progress, when)
     with job.stage(f"evaluation, {when}"):  # of an interrupted run, too, which may have ended before it was noted
         for entry in entries:
@@ -303,7 +303,7 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> _Kept:
     return kept
 
 
-def _write_predictions(job: _Job, entries: Sequence[Evaluation], dense: _Kept, pruned: _Kept) -> None:
+def _write_predictions(job: _Job, entries: Sequence[Evaluation], dense: Kept, pruned: Kept) -> None:
     """``predictions.json`` and its pictures, of the tasks that say of each sample whether it was answered right."""
     answers = ((name, kept["answers"], pruned[name]["answers"]) for name, kept in dense.items())
     tasks = {name: compared(before, after) for name, before, after in answers if before and after}
@@ -311,39 +311,3 @@ def _write_predictions(job: _Job, entries: Sequence[Evaluation], dense: _Kept, p
         with job.run.writing(f"{files.PICTURES}/"):
             add_pictures(tasks, entries, job.recipe.seed, job.run.path)
         job.run.write(files.PREDICTIONS, {"format": 1, "tasks": tasks})
-
-
-def paired_results(model: _Kept, others: Mapping[str, _Kept]) -> dict[str, dict[str, Any]]:
-    """Task → name of another model → how the model differs from it on the samples that both answered."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, kept in model.items():
-        for other, results in others.items():
-            if name in results:
-                values = kept["result"]["value"], results[name]["result"]["value"]
-                pair = paired_records(kept, results[name], *values)
-                if pair is not None:
-                    found.setdefault(name, {})[other] = pair.to_json()
-    return found
-
-
-def quality(result: TaskResult) -> dict[str, Any]:
-    """A task's result as in ``metrics.json``: without the single predictions, None for what is no finite number."""
-    return {
-        "metric": result.metric,
-        "value": _finite(result.value),
-        "stderr": _finite(result.stderr),
-        "n": result.n,
-        "others": {
-            name: {"value": _finite(other.value), "stderr": _finite(other.stderr)}
-            for name, other in result.others.items()
-        },
-        "by_group": result.by_group and {name: _finite(value) for name, value in result.by_group.items()},
-        "settings": result.settings,
-        "unit": result.unit,
-        "better": result.better,
-        "hub_type": result.hub_type,
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

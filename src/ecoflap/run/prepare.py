@@ -16,29 +16,26 @@ from ecoflap.allocation.parts import read_allocation
 from ecoflap.data.batches import batch_size_of, make_batches
 from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.collate import collating_objective, unpacked
+from ecoflap.data.computing import computed_in
 from ecoflap.data.model_facts import Batch, is_encoder_decoder
 from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, on_device, resolve
 from ecoflap.data.prompts import pixels_used, tokenizer_of
 from ecoflap.data.samples import SampleSet, load_samples
-from ecoflap.data.sources import check_source
-from ecoflap.errors import CalibrationError, CheckpointError, EcoflapError, InvalidOption, NonFiniteLoss
-from ecoflap.importance.registry import AUTO, IMPORTANCES
+from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption, NonFiniteLoss
 from ecoflap.importance.scores import Importance
+from ecoflap.model import compute
 from ecoflap.model.anatomy import discover
-from ecoflap.model.checkpoint import Checkpoint, load
-from ecoflap.model.device_map import DISK, check_device_map
-from ecoflap.model.files import PACKED
-from ecoflap.model.offload import check_in_memory, home_of, is_offloaded
+from ecoflap.model.checkpoint import Checkpoint
+from ecoflap.model.offload import home_of, is_offloaded
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
-from ecoflap.pruning.offloaded import check_blockwise
-from ecoflap.pruning.registry import reads_data
-from ecoflap.run.evaluations import check_evaluations, rehearse
+from ecoflap.run.checks import check_data, check_recipe, is_measured
+from ecoflap.run.evaluations import rehearse
+from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.provenance import digests_of
 from ecoflap.run.recipe import Recipe
 from ecoflap.statistics.dense import SharedNorms
-from ecoflap.support.processes import device_of
-from ecoflap.support.progress import Progress
+from ecoflap.support.progress import LOADING, Progress, Silent
 from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers
 
@@ -46,36 +43,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def load_checkpoint(
-    recipe: Recipe, whole: str | None = None, workers: Workers = ALONE, packed: bool = False
-) -> Checkpoint:
-    """The recipe's model with its processor, on this worker's device.
-
-    Args:
-        whole: what is to be done that needs all weights in memory, for the message.
-        packed: whether weights may stay packed.
-
-    Raises:
-        InvalidOption: they are not in memory.
-        CheckpointError: they are packed.
-    """
-    if whole is not None and recipe.device_map == DISK:
-        raise InvalidOption(f"{whole} needs all weights in memory: leave out --device-map {DISK}")
-    found = load(
-        recipe.model,
-        dtype=recipe.dtype,
-        device=device_of(recipe.device, workers),
-        trust_remote_code=recipe.trust_remote_code,
-        device_map=recipe.device_map,
-        max_memory=recipe.max_memory,
-    )
-    if not packed and getattr(found.model, "quantization_method", None) == PACKED:
-        raise CheckpointError(f"'{found.source}' is packed: unpack it first, 'ecoflap unpack MODEL --output DIR'")
-    if whole is not None:
-        check_in_memory(found.model, whole)
-    return found
-
-
+_IN_FP32 = (
+    "computing: in fp32, block by block (auto: half precision is slow on this CPU; --compute-dtype native keeps it)"
+)
 _LENGTH = " as model, machine and text allow (--sequence-length sets it)"
 
 
@@ -91,6 +61,7 @@ class Prepared:
         pruned: the weights whose zeros are kept, where the recipe names a pruned model; ``anatomy`` and ``allocation``
             are then of the layers that have zeros.
         chosen: a line that says which importance was taken, and why, where the recipe left it open.
+        computes: the same of the numbers that the model computes with.
         norms: of the dense model's inputs; kept by a comparison for the cells that share the batches.
     """
 
@@ -106,6 +77,7 @@ class Prepared:
     pruned: Mapping[str, Tensor] | None = field(default=None, compare=False)
     norms: SharedNorms = field(default_factory=SharedNorms, compare=False)
     chosen: str = ""
+    computes: str = ""
 
     @property
     def parts(self) -> tuple[nn.Module, Anatomy, Sequence[Batch]]:
@@ -114,7 +86,7 @@ class Prepared:
 
     def work(self, progress: Progress, workers: Workers = ALONE) -> Work:
         """What every stage is handed."""
-        return Work(self.objective, self.recipe.seed, progress, workers)
+        return Work(self.objective, self.recipe.seed, progress, workers, self.recipe.compute_dtype)
 
     @property
     def given(self) -> Importance | Allocation | None:
@@ -156,6 +128,8 @@ class Prepared:
 
     def choices(self) -> Iterator[str]:
         """Lines that say what was chosen where the recipe left it open: columns of the data, and the objective."""
+        if self.computes:
+            yield self.computes
         if self.samples is None:
             return
         drawn, length = self.samples, self.window_length
@@ -181,33 +155,31 @@ def naming_samples(plan: Prepared) -> Iterator[None]:
         raise NonFiniteLoss(f"{error} ({place})", error.batch) from error
 
 
-def is_measured(recipe: Recipe) -> bool:
-    """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
-    known = recipe.importance in IMPORTANCES or recipe.importance == AUTO
-    return recipe.allocation is None and recipe.pruned is None and known and recipe.importance != "uniform"
-
-
-def needs_data(recipe: Recipe) -> bool:
-    """Whether calibration samples decide the result."""
-    return reads_data(recipe.criterion) or is_measured(recipe) or bool(recipe.search) or recipe.recover
-
-
-def prepare(recipe: Recipe, workers: Workers = ALONE) -> Prepared:
+def prepare(recipe: Recipe, workers: Workers = ALONE, progress: Progress | None = None) -> Prepared:
     """Load and check all that ``recipe`` names, so that nothing of it can stop a run half-way.
 
     Args:
         recipe: resolved.
+        progress: where to report.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to fix it.
     """
     check_recipe(recipe)
+    check_data(recipe)
     given = None if recipe.allocation is None else read_allocation(recipe.allocation)
     scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
-    plan = plan_on(load_checkpoint(recipe, workers=workers), recipe, scores, given)
-    check_plan(plan)
-    rehearse(plan.checkpoint, recipe)
-    return settled(plan)
+    with (progress or Silent()).stage(LOADING, total=3) as task:
+        task.advance(0, "the model")
+        checkpoint = load_checkpoint(recipe, workers=workers)
+        task.advance(1, "calibration data, layers")
+        plan = plan_on(checkpoint, recipe, scores, given, workers)
+        check_plan(plan)
+        task.advance(1, "one sample of each test")
+        rehearse(plan.checkpoint, plan.recipe)
+        plan = settled(plan)
+        task.advance(1)
+    return plan
 
 
 def settled(plan: Prepared) -> Prepared:
@@ -226,24 +198,12 @@ def settled(plan: Prepared) -> Prepared:
     return replace(plan, recipe=recipe, chosen=str(choice))
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """What can be found wrong without a model: options of the importance, evaluations.
-
-    Raises:
-        InvalidOption, UnknownName: an option is not there, or takes no such value.
-    """
-    check_device_map(recipe.device_map, recipe.max_memory)
-    if recipe.device_map == DISK:
-        measured = recipe.importance if is_measured(recipe) else None
-        check_blockwise(measured, recipe.criterion, bool(recipe.search), recipe.recover)
-    recipe.method().check_options()
-    check_source(recipe.calibration, recipe.image_folder)
-    for entry in check_evaluations(recipe):
-        check_source(entry.test, entry.image_folder)
-
-
 def plan_on(
-    checkpoint: Checkpoint, recipe: Recipe, scores: Importance | None = None, given: Allocation | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    scores: Importance | None = None,
+    given: Allocation | None = None,
+    workers: Workers = ALONE,
 ) -> Prepared:
     """The plan of ``recipe`` on a model that is loaded: calibration, objective, layers; :func:`check_plan` looks at it.
 
@@ -254,11 +214,17 @@ def plan_on(
     Raises:
         EcoflapError: a subclass says what is wrong and how to fix it.
     """
-    samples, batches = _calibrate(recipe, checkpoint)
+    samples: SampleSet | None = None
+    batches: list[Batch] = []
+    if recipe.calibration is not None or recipe.model is None:
+        samples, batches = calibration_batches(recipe, checkpoint)
     name = objective_name(recipe.objective, checkpoint.model)
     objective = resolve(name, checkpoint.model)
+    takes = computed_in(checkpoint.model, recipe.compute_dtype, batches, objective, workers)
+    told = _IN_FP32 if recipe.compute_dtype == compute.AUTO and takes == compute.FLOAT32 else ""
+    recipe = recipe.model_copy(update={"compute_dtype": takes})
     anatomy = find_layers(recipe, checkpoint.model, batches, objective)
-    return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given)
+    return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given, computes=told)
 
 
 def check_plan(plan: Prepared) -> None:
@@ -300,17 +266,6 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
     return sample_set, batches
 
 
-def _calibrate(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet | None, list[Batch]]:
-    if recipe.calibration is None and recipe.model is not None:
-        if not needs_data(recipe):
-            return None, []
-        raise CalibrationError(
-            f"criterion '{recipe.criterion}' with importance '{recipe.importance}' needs calibration data: "
-            "give --calibration FILE (or --criterion magnitude --importance uniform, which need none)"
-        )
-    return calibration_batches(recipe, checkpoint)
-
-
 def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], objective: Objective) -> Anatomy:
     """The anatomy as the first batch's forward shows it (as defined, without batches), its loss looked at first.
 
@@ -319,7 +274,8 @@ def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], obje
         CalibrationError: the loss does not depend on the image, or the model can't take the batch.
         AnatomyError: nothing to prune, or a pattern selects nothing.
     """
-    with cache_disabled(model):
+    dtype = computed_in(model, recipe.compute_dtype, batches, objective)
+    with cache_disabled(model), compute.computing_in(model, dtype):
         if batches:
             try:
                 check_loss(model, batches[0], objective)

@@ -218,6 +218,11 @@ class Recipe(BaseModel):
         default_factory=dict, description="Memory that device-map auto may use, by GPU number or cpu: 0=20GiB."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
+    compute_dtype: Literal["auto", "native", "float32"] = Field(
+        "auto",
+        description="Numbers to compute with where weights are half precision: native, their own; float32, block by "
+        "block; auto: float32 on a CPU that is slow at their own. What is saved keeps its dtype.",
+    )
     offload_activations: Literal["none", "cpu", "disk"] = Field(
         "none", description="Keep block inputs in the computer's memory (cpu) or in a file (disk) between blocks."
     )

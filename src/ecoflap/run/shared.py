@@ -80,11 +80,13 @@ class SharedRun:
 
     def settled(self, recipe: Recipe) -> Recipe:
         """:meth:`RunDirectory.settled` of a run that goes on; the recipe as it is of another one."""
-        own = self._directory
-        took = self._workers.from_first(
-            lambda: own.settled(recipe).importance if own and own.resumed else recipe.importance
-        )
-        return recipe.model_copy(update={"importance": took})
+        own, fields = self._directory, ("importance", "compute_dtype")
+
+        def took() -> list[str]:
+            found = own.settled(recipe) if own and own.resumed else recipe
+            return [getattr(found, name) for name in fields]
+
+        return recipe.model_copy(update=dict(zip(fields, self._workers.from_first(took), strict=True)))
 
     def locked(self) -> AbstractContextManager[object]:
         """Lets go of the folder at exit."""

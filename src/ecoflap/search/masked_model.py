@@ -63,10 +63,11 @@ class MaskedModel:
     Args:
         model: in eval mode.
         anatomy: its layers.
+        fp32: the model computes in fp32, whatever its weights are.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, anatomy: Anatomy, fp32: bool = False) -> None:
+        self._model, self._fp32 = model, fp32
         self._masks: dict[str, PackedMask | Tensor] = {}
         self._dense: frozenset[str] = frozenset()
         self._parts: dict[str, Tensor] = {}
@@ -141,5 +142,7 @@ class MaskedModel:
         weight = stored_matrix(self._model, layer.name)
         stand_in = weight.masked_fill(~packed.unpacked(), 0) if isinstance(packed, PackedMask) else packed
         if part is not None:
+            if self._fp32:  # before the derivative by t is taken, so that this is one of fp32, too
+                stand_in, weight = stand_in.float(), weight.float()
             stand_in = _Partly.apply(part, stand_in, weight)  # type: ignore[no-untyped-call]
         return stand_in

@@ -20,6 +20,7 @@ from ecoflap.allocation.allocate import AllocationOptions
 from ecoflap.allocation.patterns import Compare
 from ecoflap.data.batches import first_samples
 from ecoflap.data.objectives import Objective, on_device
+from ecoflap.model.compute import FLOAT32, NATIVE, computing_in
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.replay import Replay
@@ -70,6 +71,7 @@ def refine(
     progress: Progress | None = None,
     journal: SearchJournal | None = None,
     workers: Workers = ALONE,
+    compute: str = NATIVE,
 ) -> Found:
     """Improve ``allocation`` by measuring the model masked by it. The model is unchanged afterwards.
 
@@ -87,6 +89,7 @@ def refine(
         seed: of the swaps.
         journal: holds the state of an interrupted search, and receives new states; the same for all workers.
         workers: processes with the same model and batches; each runs a share of the batches.
+        compute: what the model computes in: ``native``, or ``float32`` around this call.
 
     Raises:
         InvalidOption: the model can't be differentiated, or has no logits for ``metric=kl``.
@@ -110,7 +113,7 @@ def refine(
         begun = State.from_json(kept) if kept else None
         done = 0 if begun is None else begun.steps(options.rounds)
         task = state.enter_context((progress or Silent()).stage("allocation search", total=steps, done=done))
-        masked = state.enter_context(MaskedModel(model, anatomy))
+        masked = state.enter_context(MaskedModel(model, anatomy, compute == FLOAT32))
         replay = state.enter_context(Replay(model, anatomy.replayable))
         pruned = PrunedModel(model, anatomy, order, divergence, masked, replay)
         given = {row.name: row.zeros for row in allocation.layers}
@@ -177,20 +180,22 @@ def search_allocation(
         return Order.of(statistics, needs=rule.statistics, compare=ranked)
 
     needs = "gram" if own else "norm"
-    found = refine(
-        model,
-        anatomy,
-        allocation,
-        first_samples(batches, options.samples or None),
-        Orders(model, anatomy, batches, run, needs, made, pruning.tokens, workers, norms or SharedNorms()),
-        loss=work.loss,
-        shares=shares.to_dict(),
-        options=options,
-        seed=work.seed,
-        progress=work.progress,
-        journal=journal,
-        workers=workers,
-    )
+    with computing_in(model, work.compute):
+        found = refine(
+            model,
+            anatomy,
+            allocation,
+            first_samples(batches, options.samples or None),
+            Orders(model, anatomy, batches, run, needs, made, pruning.tokens, workers, norms or SharedNorms()),
+            loss=work.loss,
+            shares=shares.to_dict(),
+            options=options,
+            seed=work.seed,
+            progress=work.progress,
+            journal=journal,
+            workers=workers,
+            compute=work.compute,
+        )
     losses = ", ".join(f"{loss:.4g}" for loss in found.record.losses)
     _log.info("allocation search, %s after every step: %s", found.record.metric, losses)
     return found

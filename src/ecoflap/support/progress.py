@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+LOADING = "loading"  # the stage before the work, of which nothing is kept: who stops it need not wait for its end
+
 
 class Task(Protocol):
     """One stage under way."""

@@ -21,9 +21,11 @@ class Work:
         loss: ``loss(model, batch)`` gives a scalar tensor.
         seed: of all noise and random choices.
         workers: processes that hold the same model and batches.
+        compute: ``native`` or ``float32``, see :mod:`ecoflap.model.compute`.
     """
 
     loss: Callable[[nn.Module, Any], Tensor]
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     workers: Workers = ALONE
+    compute: str = "native"

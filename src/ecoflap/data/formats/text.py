@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import torch
-
 from ecoflap.errors import CalibrationError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -109,6 +107,8 @@ class TextFiles:
             for file, size in zip(self._files, self._sizes, strict=True)
             for start in range(0, size, PIECE)
         ]
+        import torch  # not where the module is read, see ecoflap.run.checks
+
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
         for number in order[:windows].tolist():
             yield number, self._piece(*pieces[number])

@@ -9,7 +9,6 @@ from importlib import import_module
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ecoflap.data.encode import answers_by_decoder
 from ecoflap.data.model_facts import Batch, is_dual_tower, is_encoder_decoder, parameters_of, to_device
@@ -54,6 +53,8 @@ def objective_name(name: str | None, model: nn.Module) -> str:
         return "seq2seq"
     if callable(getattr(model, "can_generate", None)) and model.can_generate():  # type: ignore[operator]
         return "lm"
+    from transformers import PreTrainedModel  # takes seconds, see ecoflap.run.checks
+
     if isinstance(model, PreTrainedModel) and "labels" not in parameters_of(model):
         return "supervised-contrastive"  # a backbone: its forward has no loss of its own
     return "model"

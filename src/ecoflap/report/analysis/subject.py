@@ -102,7 +102,7 @@ class Subject:
             EcoflapError: it can't be loaded, or is not the one that the run began with.
         """
         from ecoflap.model.fingerprint import fingerprint
-        from ecoflap.run.prepare import load_checkpoint
+        from ecoflap.run.loading import load_checkpoint
 
         with self._of_the_run("model"):
             found = load_checkpoint(self.recipe, "analyse")
@@ -117,7 +117,7 @@ class Subject:
     @cached_property
     def pruned(self) -> nn.Module:
         """The sparse model that the run saved."""
-        from ecoflap.run.prepare import load_checkpoint
+        from ecoflap.run.loading import load_checkpoint
 
         with self._of_the_run("sparse model"):
             pruned = self.recipe.model_copy(update={"model": str(self.path / files.MODEL)})

@@ -47,7 +47,8 @@ class GridDirectory(RunDirectory):
             return self.manifest.exists
 
     def _check_same(self, recipe: Recipe) -> None:
-        before, now = {"values": [], **self.recorded()}, {**recipe.to_dict(), "versions": versions()}
+        now = {**self.settled(recipe).to_dict(), "versions": versions()}
+        before = {"values": [], **self.recorded()}
         found = [
             f"{axis}: {lost} then, not now"
             for axis in _AXES

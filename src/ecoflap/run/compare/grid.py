@@ -1,7 +1,4 @@
-"""Runs a grid: shared work is done once, every finished cell is a file, a kill costs one cell.
-
-Checks every cell before the work begins: mistakes are reported at once, impossible cells are recorded.
-"""
+"""Runs a grid: shared work is done once, every finished cell is a file, a kill costs one cell."""
 
 from __future__ import annotations
 
@@ -9,16 +6,15 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from ecoflap.errors import EcoflapError, InfeasibleAllocation, InvalidOption, StorageError
-from ecoflap.importance.scores import Importance
+from ecoflap.errors import EcoflapError, StorageError
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.run.compare.folder import CELLS, DENSE, RESULTS, GridDirectory
+from ecoflap.run.compare.plans import Group, Plans, group_of, plan_of, planned
 from ecoflap.run.compare.recipe import Grid, Place
 from ecoflap.run.compare.record import (
     Cell,
@@ -33,109 +29,17 @@ from ecoflap.run.compare.record import (
 )
 from ecoflap.run.compare.results import command_of, write_results
 from ecoflap.run.compare.shared import KeptWeights, SharedScores, allocated
-from ecoflap.run.compare.stored import StoredForms, check_forms
-from ecoflap.run.evaluations import check_evaluations, evaluate, evaluations_of, rehearse
+from ecoflap.run.compare.stored import StoredForms
+from ecoflap.run.evaluations import evaluate, evaluations_of, rehearse
+from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.names import JOURNAL, LOG
 from ecoflap.run.pipeline import pruned_to
-from ecoflap.run.prepare import (
-    Prepared,
-    check_plan,
-    check_recipe,
-    load_checkpoint,
-    naming_samples,
-    needs_data,
-    plan_on,
-)
+from ecoflap.run.prepare import Prepared, naming_samples, plan_on
 from ecoflap.run.provenance import Usage, environment, measured, sparsity_summary, threads_of_start
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.reading import checked
-
-Group = tuple[int, int]  # seed and number of calibration samples: cells with the same two share their batches
-
-
-def group_of(recipe: Recipe) -> Group:
-    """Which cells a cell shares its calibration batches with."""
-    return recipe.seed, recipe.samples
-
-
-@dataclass
-class Plans:
-    """The cells of a grid.
-
-    Attributes:
-        recipes: of those that can be made, so far as is known.
-        errors: why not, for each of the others.
-    """
-
-    recipes: dict[Place, Recipe] = field(default_factory=dict)
-    errors: dict[Place, EcoflapError] = field(default_factory=dict)
-
-    def drop(self, place: Place, error: EcoflapError) -> None:
-        """The cell can't be made."""
-        self.recipes.pop(place, None)
-        self.errors[place] = error
-
-    def loader(self, group: Group) -> Recipe:
-        """The recipe to load a group's batches with: one that needs them, if there is one."""
-        found = [recipe for recipe in self.recipes.values() if group_of(recipe) == group]
-        return next(filter(needs_data, found), found[0])
-
-    def rehearse(self, base: Prepared) -> None:
-        """Drop the cells, of any seed but ``base``'s number of samples, that can't be allocated on its model."""
-        for place, recipe in list(self.recipes.items()):
-            if recipe.samples == base.recipe.samples:
-                try:
-                    check_plan(plan_of(base, recipe))
-                except EcoflapError as error:
-                    self.drop(place, error)
-
-    def check_any(self) -> None:
-        """Raises the first cell's error if none can be made."""
-        if not self.recipes:
-            raise next(iter(self.errors.values()))
-
-
-def planned(grid: Grid) -> Plans:
-    """The recipes of all cells, checked without a model.
-
-    Raises:
-        InvalidOption, UnknownName: a method can be made at no sparsity at all, or has an option that is not there;
-            nothing is evaluated.
-    """
-    if not check_evaluations(grid):
-        raise InvalidOption("what to compare by? give --task vqa or --task perplexity, and its data as --test FILE")
-    check_forms(grid.values)
-    plans = Plans()
-    for place in grid.places():
-        try:
-            plans.recipes[place] = grid.recipe_of(place)
-        except EcoflapError as error:
-            plans.drop(place, error)
-            continue
-        try:
-            check_recipe(plans.recipes[place])
-        except EcoflapError as error:
-            raise _named(place, error) from error
-    for place, refusal in plans.errors.items():
-        hopeless = not any(other.method == place.method for other in plans.recipes)
-        if hopeless and not isinstance(refusal, InfeasibleAllocation):
-            raise _named(place, refusal) from refusal
-    plans.check_any()
-    return plans
-
-
-def _named(place: Place, error: EcoflapError) -> EcoflapError:
-    start = f"method '{place.method.name}'"
-    return error if str(error).startswith(start) else type(error)(f"{start}: {error}")
-
-
-def plan_of(base: Prepared, recipe: Recipe) -> Prepared:
-    """The plan of one cell, on the model and batches of its group."""
-    scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") else None
-    return replace(base, recipe=recipe, importance=scores, allocation=None)
-
 
 MACHINE = f"{JOURNAL}/machine.json"
 _log = logging.getLogger("ecoflap")
@@ -150,6 +54,7 @@ def run_grid(
     low_memory: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    plans: Plans | None = None,
 ) -> Comparison:
     """Make every cell of ``grid`` and leave table, plots and page in ``output``.
 
@@ -159,6 +64,7 @@ def run_grid(
     Args:
         low_memory: keep the dense weights in a file of ``output`` while the work goes on, not in memory.
         say: receives one line for each choice that the recipe left open: columns of the data, objective.
+        plans: of :func:`~ecoflap.run.compare.plans.planned`, where the grid has been looked at already.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to fix it; before ``output`` is touched where a look at
@@ -169,9 +75,11 @@ def run_grid(
     with GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume) as folder:
         if folder.complete:
             return read_comparison(folder.path)
-        plans = planned(grid)
-        checkpoint = load_checkpoint(grid, "compare")
-        base = plan_on(checkpoint, plans.loader(group_of(next(iter(plans.recipes.values())))))
+        plans = plans or planned(grid)
+        loader = plans.loader(group_of(next(iter(plans.recipes.values()))))
+        checkpoint = load_checkpoint(grid, "compare", progress=progress)
+        base = plan_on(checkpoint, folder.settled(loader) if folder.resumed else loader)
+        grid = grid.model_copy(update={"compute_dtype": base.recipe.compute_dtype})
         plans.rehearse(base)
         plans.check_any()
         rehearse(checkpoint, grid)
@@ -287,7 +195,8 @@ class _Work:
         """Have the calibration batches of the recipe's group at hand."""
         if group_of(recipe) == self._group:
             return
-        self._base = plan_on(self._checkpoint, self._plans.loader(group_of(recipe)))
+        same = {"compute_dtype": self._grid.compute_dtype}
+        self._base = plan_on(self._checkpoint, self._plans.loader(group_of(recipe)).model_copy(update=same))
         self._folder.note(_inputs(self._base))
         self._plans.rehearse(self._base)
         self._group = group_of(recipe)

@@ -15,8 +15,8 @@ from ecoflap.run.compare.recipe import Place
 from ecoflap.run.compare.shared import Took
 from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.names import COMPARISON
-from ecoflap.run.pipeline import quality
 from ecoflap.run.provenance import Usage
+from ecoflap.run.quality import quality
 from ecoflap.support.reading import checked, read_json
 
 

@@ -20,13 +20,15 @@ from ecoflap.allocation import Allocation
 from ecoflap.errors import EcoflapError, InvalidOption, StorageError
 from ecoflap.importance.registry import IMPORTANCES as MEASURES
 from ecoflap.importance.scores import Importance
+from ecoflap.model.compute import FLOAT32
 from ecoflap.pruning.criteria import make_criterion
+from ecoflap.run.checks import is_measured
 from ecoflap.run.compare.folder import IMPORTANCES, GridDirectory
 from ecoflap.run.compare.methods import SHARED
 from ecoflap.run.journal import EstimateFile, SearchFile
 from ecoflap.run.names import JOURNAL
 from ecoflap.run.pipeline import allocation_for, importance_for
-from ecoflap.run.prepare import Prepared, is_measured
+from ecoflap.run.prepare import Prepared
 from ecoflap.run.provenance import Usage, measured
 from ecoflap.run.recipe import Recipe
 from ecoflap.search.search import search_options
@@ -41,7 +43,7 @@ _AFTER_STAGE_1 = frozenset((
     "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule",
     "spread", "search", "search_options", "allocation",
     "criterion", "criterion_options", "pattern", "compare", "offload_activations", "recover", "recover_options",
-    "expert_tokens",
+    "expert_tokens", "compute_dtype",
 ))  # fmt: skip
 
 # Fields that came later: left out where they say nothing, or files of older grids would get other names.
@@ -151,6 +153,8 @@ def order_of(recipe: Recipe) -> str:
 def search_key(recipe: Recipe) -> str:
     """A file name that differs for everything that changes the allocation."""
     decides = {name: value for name, value in recipe.to_dict().items() if name not in SHARED | _AFTER_SEARCH}
+    if recipe.compute_dtype != FLOAT32:
+        del decides["compute_dtype"]  # so that files of older grids keep their names
     decides["statistics"] = order_of(recipe)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"search-{recipe.importance.replace('/', '_')}-{recipe.sparsity:g}-seed{recipe.seed}-{digest[:8]}"

@@ -29,12 +29,14 @@ from ecoflap.run.finetune.lora import adapted, check_peft, merged
 from ecoflap.run.finetune.options import check_training_options
 from ecoflap.run.finetune.recipe import EMBEDDED, Finetune
 from ecoflap.run.finetune.train import Training, in_dtype, train
+from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.pages import PAGES
-from ecoflap.run.pipeline import MACHINE, STAGES, paired_results, quality
+from ecoflap.run.pipeline import MACHINE, STAGES
 from ecoflap.run.predictions import answers_of
-from ecoflap.run.prepare import find_layers, load_checkpoint
+from ecoflap.run.prepare import find_layers
 from ecoflap.run.provenance import Usage, environment, measured, source_digest, sparsity_of, threads_of_start
+from ecoflap.run.quality import paired_results, quality
 from ecoflap.support.files import check_room, read_sealed, write_sealed
 from ecoflap.support.progress import Labelled, Progress, Silent
 

@@ -1,0 +1,119 @@
+"""What can be refused before a model is loaded: places, options, tasks, data.
+
+Places come first and need no torch (over a second of imports), options need torch, and nothing here needs the models of
+transformers (three seconds more), so that a slip of the pen is told at once.
+"""
+
+from __future__ import annotations
+
+from ecoflap.data.samples import SampleReader
+from ecoflap.data.sources import check_source
+from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.importance.registry import AUTO, IMPORTANCES
+from ecoflap.model.files import check_place
+from ecoflap.pruning.registry import reads_data
+from ecoflap.run.evaluations import Evaluation, check_evaluations, evaluations_of, takes
+from ecoflap.run.recipe import Recipe
+
+
+def is_measured(recipe: Recipe) -> bool:
+    """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
+    known = recipe.importance in IMPORTANCES or recipe.importance == AUTO
+    return recipe.allocation is None and recipe.pruned is None and known and recipe.importance != "uniform"
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether calibration samples decide the result."""
+    return reads_data(recipe.criterion) or is_measured(recipe) or bool(recipe.search) or recipe.recover
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What can be found wrong with a run without a model: its places, then the options of method and evaluations.
+
+    Args:
+        recipe: resolved.
+
+    Raises:
+        EcoflapError: a subclass says what is wrong and how to mend it.
+    """
+    check_places(recipe)
+    if recipe.calibration is None and recipe.model is not None and needs_data(recipe):
+        raise CalibrationError(
+            f"criterion '{recipe.criterion}' with importance '{recipe.importance}' needs calibration data: "
+            "give --calibration FILE (or --criterion magnitude --importance uniform, which need none)"
+        )
+    check_source(recipe.calibration, recipe.image_folder)
+    recipe.method().check_options()
+    if recipe.device_map or recipe.max_memory:
+        from ecoflap.model.device_map import DISK, check_device_map
+        from ecoflap.pruning.offloaded import check_blockwise
+
+        check_device_map(recipe.device_map, recipe.max_memory)
+        if recipe.device_map == DISK:
+            measured = recipe.importance if is_measured(recipe) else None
+            check_blockwise(measured, recipe.criterion, bool(recipe.search), recipe.recover)
+    check_evaluations(recipe)
+
+
+def check_places(recipe: Recipe) -> None:
+    """Whether the model's files and the test data are where the recipe says.
+
+    Raises:
+        CheckpointError, CalibrationError: they are not; ids of the Hub are asked for when they are loaded.
+    """
+    for place in (recipe.model, recipe.pruned):
+        if place is not None:
+            check_place(place)
+    for entry in evaluations_of(recipe):
+        check_source(entry.test, entry.image_folder)
+
+
+def check_data(recipe: Recipe) -> None:
+    """Open calibration and test data, so that a broken file or a missing column is told before the model is loaded.
+
+    Raises:
+        CalibrationError: it can't be read, is empty, or lacks a column.
+    """
+    if recipe.calibration is not None:
+        SampleReader(
+            recipe.calibration,
+            samples=recipe.samples,
+            seed=recipe.seed,
+            columns=recipe.columns,
+            prompt_template=recipe.prompt,
+            image_folder=recipe.image_folder,
+        )
+    for entry in evaluations_of(recipe):
+        if entry.test is not None and "columns" in takes(entry.task):
+            SampleReader(
+                entry.test,
+                samples=1,
+                seed=recipe.seed,
+                columns=entry.columns or None,
+                prompt_template=entry.prompt,
+                image_folder=entry.image_folder,
+            )
+
+
+def check_evaluated(recipe: Recipe) -> tuple[Evaluation, ...]:
+    """The evaluations of a recipe of which nothing else is done; raises as :func:`check_recipe`."""
+    if not evaluations_of(recipe):
+        raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
+    check_places(recipe)
+    entries = check_evaluations(recipe)
+    check_data(recipe)
+    return entries
+
+
+def check_measured(recipe: Recipe) -> Recipe:
+    """The resolved recipe of stage 1 alone; raises as :func:`check_recipe`."""
+    if recipe.model is not None and recipe.calibration is None:
+        raise CalibrationError("importance needs calibration data: give --calibration FILE")
+    if recipe.importance.endswith(".json"):
+        raise InvalidOption(f"importance {recipe.importance} is measured already: name a measure, such as zeroth-order")
+    check_places(recipe)
+    check_source(recipe.calibration, recipe.image_folder)
+    recipe = recipe.resolved()
+    recipe.method().importance.check(recipe.granularity)
+    check_data(recipe)
+    return recipe

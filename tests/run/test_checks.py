@@ -1,0 +1,90 @@
+"""What is refused before a model is loaded, and what of the imports that needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from console import prose
+
+from ecoflap.errors import CalibrationError, EcoflapError
+from ecoflap.run import prepare as preparing
+from ecoflap.run.checks import check_data, check_evaluated, check_measured, check_recipe
+from ecoflap.run.recipe import Recipe
+
+_IMPORTS = """
+import sys
+from ecoflap.errors import EcoflapError
+from ecoflap.run.checks import check_evaluated, check_recipe
+from ecoflap.run.recipe import Recipe
+
+def refused(check, heavy, **fields):
+    try:
+        check(Recipe(**fields).resolved())
+    except EcoflapError as error:
+        print(error)
+    else:
+        raise SystemExit(f"{fields} were not refused")
+    found = [name for name in heavy if name in sys.modules]
+    assert not found, (fields, found)
+
+models = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "datasets")
+refused(check_recipe, ("torch", *models), model="/nosuch")
+refused(check_recipe, ("torch", *models), calibration="nosuch.jsonl")
+refused(check_evaluated, ("torch", *models), test="nosuch.jsonl", task="vqa")
+refused(check_recipe, models, importance_options={"epsilon": -1})
+refused(check_recipe, models, criterion_options={"nosuch": 1})
+refused(check_recipe, models, task="perplexity", task_options={"shots": 5}, test=sys.argv[1])
+"""
+
+
+def test_what_is_refused_needs_no_models_of_transformers_and_paths_no_torch(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORTS, str(prose(tmp_path / "prose.txt"))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": "./nosuch"}, "no model folder './nosuch'"),
+        ({"model": "someone/model"}, "needs calibration data"),  # an id of the Hub: asked when it is loaded
+        ({"calibration": "nosuch.txt"}, "no file or folder 'nosuch.txt'"),
+        ({"test": "nosuch.txt"}, "no file or folder 'nosuch.txt'"),
+        ({"image_folder": "nosuch"}, "image folder nosuch is not there"),
+        ({"task": "perplexity", "task_options": {"shots": 1}}, "has no option 'shots'"),
+        ({"importance": "first-order", "importance_options": {"variant": "x"}}, "first-order variant 'x'"),
+        ({"device_map": "nosuch"}, "nosuch"),
+    ],
+)
+def test_places_and_options(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(EcoflapError, match=words):
+        check_recipe(Recipe(**fields).resolved())
+
+
+def test_broken_test_data_is_told_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(preparing, "load_checkpoint", load)
+    data = tmp_path / "data.jsonl"
+    data.write_text("{broken", "utf-8")
+    tested = Recipe(test=str(data), task=("vqa",))
+    with pytest.raises(CalibrationError, match=r"data\.jsonl"):
+        check_data(tested)
+    with pytest.raises(CalibrationError, match=r"data\.jsonl"):
+        preparing.prepare(tested.resolved())
+    with pytest.raises(CalibrationError, match=r"data\.jsonl"):
+        preparing.prepare(Recipe(calibration=str(data)).resolved())
+    with pytest.raises(CalibrationError, match=r"data\.jsonl"):
+        check_evaluated(tested)
+    with pytest.raises(CalibrationError, match=r"x\.jsonl"):
+        check_measured(Recipe(calibration="x.jsonl"))
