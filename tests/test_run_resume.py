@@ -126,7 +126,14 @@ def test_a_crash_near_the_end(
     same_result(made / "whole", tmp_path / "run")
     assert not (tmp_path / "run" / "journal").exists()
     names = [stage["name"] for stage in json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))["stages"]]
-    assert names == ["evaluation, dense", "importance", "pruning", "saving", "evaluation, pruned"]  # each of them once
+    assert names == [
+        "loading",
+        "evaluation, dense",
+        "importance",
+        "pruning",
+        "saving",
+        "evaluation, pruned",
+    ]  # each of them once
 
 
 @pytest.mark.usefixtures("pageless")

@@ -220,8 +220,7 @@ class RunDirectory:
         return data
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """The recipe with what the run found where it was left open: the importance, the numbers that the model
-        computes with, or a pruned model's sparsity."""
+        """The recipe with what the run found where it was left open: importance, compute dtype, a given sparsity."""
         before, took = self.recorded(), dict[str, Any]()
         if recipe.pruned is not None:  # its sparsity is known when it is read
             took |= {name: before.get(name) for name in ("sparsity", "max_sparsity")}
