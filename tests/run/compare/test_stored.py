@@ -32,7 +32,7 @@ SMALL = {"methods": "magnitude,wanda", "sparsities": "0.6", "seeds": "0"}
 
 @pytest.fixture(scope="module")
 def made(data: Path) -> Comparison:
-    return run_grid(grid_of(data, values="auto,bfloat16,int8,int4", **SMALL), data / "stored")
+    return run_grid(grid_of(data, values="auto,bfloat16,int8,int4,int2", **SMALL), data / "stored")
 
 
 def evaluated(data: Path, model: nn.Module) -> float:
@@ -56,15 +56,15 @@ def test_a_form_is_the_packed_model(made: Comparison, data: Path, tmp_path: Path
     assert found.tests["perplexity"].value == pytest.approx(evaluated(data, model), rel=1e-4)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", "int4", "int2"])
 def test_the_dense_model_is_what_torchao_makes(made: Comparison, data: Path, form: str) -> None:
     model = ecoflap.load(str(data / "llama")).model
     head = model.get_output_embeddings()
     inside = [layer for _, layer in packable(model) if layer is not head]
     for width in {layer.in_features for layer in inside}:
         config = torchao.Int8WeightOnlyConfig() if form == "int8" else torchao.IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=torchao.PerGroup(math.gcd(width, 64)), scale_dtype=torch.bfloat16,
-            intx_choose_qparams_algorithm="hqq_scale_only",
+            weight_dtype=getattr(torch, form), granularity=torchao.PerGroup(math.gcd(width, 64)),
+            scale_dtype=torch.bfloat16, intx_choose_qparams_algorithm="hqq_scale_only",
         )  # fmt: skip
         chosen = {id(layer) for layer in inside if layer.in_features == width}
         torchao.quantize_(model, config, filter_fn=lambda module, _, chosen=chosen: id(module) in chosen)
@@ -77,7 +77,7 @@ def test_bytes_and_bits(made: Comparison) -> None:
     dense, cell = made.dense_stored, made.cells[0]
     count = dense["auto"].bytes // 4
     assert dense["bfloat16"].bytes == 2 * count
-    assert [round(one.bits) for one in dense.values()] == [32, 16, 9, 5]  # small rows: scales weigh more
+    assert [round(one.bits) for one in dense.values()] == [32, 16, 9, 5, 3]  # small rows: scales weigh more
     assert cell.stored["auto"].tests == cell.tests
     assert dense["auto"].tests["perplexity"] == made.dense
     sizes = [cell.stored[form].bytes for form in FORMS]
@@ -102,7 +102,7 @@ def test_files(made: Comparison, data: Path) -> None:
     text = as_markdown(made)
     lines = text[text.index("## By stored bytes") : text.index("## Cost")].splitlines()
     shown = [float(line.split("|")[4]) for line in lines if line.startswith("|") and "." in line]
-    assert len(shown) == 4 * 3
+    assert len(shown) == 4 * 3 + 1
     assert shown == sorted(shown, reverse=True)
     assert (data / "stored" / "bytes.png").is_file()
     page = (data / "stored" / "compare.html").read_text("utf-8")
@@ -119,8 +119,8 @@ def test_int4_of_any_width() -> None:
 
 
 def test_refusals(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises((UnknownName, InvalidOption), match="int3"):
-        grid_of(data, values="int3")
+    with pytest.raises((UnknownName, InvalidOption), match="int5"):
+        grid_of(data, values="int5")
     monkeypatch.setattr(stored, "find_spec", lambda _: None)
     with pytest.raises(MissingDependency, match=r"ecoflap\[torchao\]"):
         run_grid(grid_of(data, values="int4"), tmp_path / "none")

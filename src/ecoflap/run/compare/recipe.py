@@ -26,7 +26,7 @@ DEFAULT_METHODS = (
     "zeroth-order+wanda:search=true,search_options=rounds=3",
     "zeroth-order+sparsegpt:search=true,search_options=rounds=3",
 )
-FORMS = ("auto", "bfloat16", "int8", "int4")  # in which a model may be stored
+FORMS = ("auto", "bfloat16", "int8", "int4", "int3", "int2")  # in which a model may be stored; the last two if dense
 MOST = 1000  # sparsities of one grid; more is a slip of the pen
 # Fields of a run's recipe that mean nothing here: the methods, or the grid's axes, say them.
 UNUSED = frozenset((*AXES, *OF_METHOD, "allocation", "pruned")) - {"seed"}
@@ -54,7 +54,8 @@ class Grid(Recipe):
     values: tuple[str, ...] = Field(
         (),
         description="Also store every model in these forms, and measure each by its bytes: auto (the checkpoint's "
-        "dtype), bfloat16, int8, int4. Pruned models are packed, the dense one is quantised by torchao. Default: none.",
+        "dtype), bfloat16, int8, int4; int3, int2 (dense alone). Pruned models are packed, the dense one is quantised by "
+        "torchao. Default: none.",
     )
 
     @field_validator("values", mode="before")

@@ -20,15 +20,17 @@ from ecoflap.run.compare.shared import KeptWeights
 
 GROUP = 64  # columns that share a scale where torchao quantises to int4: 4.25 bits a weight with bfloat16 scales
 
+_PACKED = ("auto", "bfloat16", *STORED)  # forms of pruned models
+
 Results = dict[str, Quality]
 Form = Callable[[Tensor], tuple[Tensor | None, int]]
 
 
 def check_forms(values: Sequence[str]) -> None:
     """Raises MissingDependency where dense models are to be quantised, and torchao is not there."""
-    if any(form in STORED for form in values) and find_spec("torchao") is None:
+    if any(form.startswith("int") for form in values) and find_spec("torchao") is None:
         raise MissingDependency(
-            "--values int8 and int4 also measure the dense model quantised, by torchao: pip install 'ecoflap[torchao]'"
+            "--values int8 to int2 also measure the dense model quantised, by torchao: pip install 'ecoflap[torchao]'"
         )
 
 
@@ -41,7 +43,7 @@ class StoredForms:
     Args:
         model: as it is to be stored.
         names: its prunable weights; all others stay as they are, and are not counted.
-        forms: of "auto", "bfloat16", "int8" and "int4".
+        forms: of "auto", "bfloat16", "int8", "int4"; "int3" and "int2" for the dense model alone.
         evaluated: puts the model to the tests.
         folder: where copies of pruned weights are kept; None keeps them in memory.
     """
@@ -58,13 +60,14 @@ class StoredForms:
         self._evaluated, self._folder = evaluated, folder
 
     def of_pruned(self, results: Results) -> dict[str, Stored]:
-        """The pruned model in every form, packed; ``results`` are its own, which "auto" keeps."""
-        if not self.forms:
+        """The pruned model in every form that packing has; ``results`` are its own, which "auto" keeps."""
+        forms = [form for form in self.forms if form in _PACKED]
+        if not forms:
             return {}
         path = None if self._folder is None else self._folder / "pruned.safetensors"
         kept = KeptWeights(self._model, self._names, path)
         found = {}
-        for form in self.forms:
+        for form in forms:
             size = self._apply(_packed(form))
             found[form] = self._stored(size, results if form == "auto" else self._evaluated())
             kept.restore()
@@ -141,8 +144,8 @@ def _quantised(form: str) -> Form:
 def quantised_by_torchao(weight: Tensor, values: str) -> tuple[Tensor, int]:
     """What an (outputs, inputs) weight becomes in torchao's weight-only quantisation, and its bytes.
 
-    int8 has one scale a row. int4 is symmetric, with one bfloat16 scale for 64 columns that HQQ chooses (Badri and
-    Shaji, 2023), without data; its codes are counted as 4 bits each.
+    int8 has one scale a row. int4, int3 and int2 are symmetric, with one bfloat16 scale for 64 columns that HQQ chooses
+    (Badri and Shaji, 2023), without data; their codes are counted as 4, 3 and 2 bits.
 
     Raises:
         InvalidOption: torchao refuses the weight.
@@ -155,8 +158,7 @@ def quantised_by_torchao(weight: Tensor, values: str) -> tuple[Tensor, int]:
     group = math.gcd(columns, GROUP)
     granularity = PerGroup(group) if group >= 16 else PerAxis(0)
     config: Any = Int8WeightOnlyConfig() if values == "int8" else IntxWeightOnlyConfig(
-        weight_dtype=getattr(torch, "int4"),  # noqa: B009 (unknown to its stubs)
-        granularity=granularity, scale_dtype=torch.bfloat16,
+        weight_dtype=getattr(torch, values), granularity=granularity, scale_dtype=torch.bfloat16,
         intx_choose_qparams_algorithm="hqq_scale_only",
     )  # fmt: skip
     try:
@@ -165,5 +167,5 @@ def quantised_by_torchao(weight: Tensor, values: str) -> tuple[Tensor, int]:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InvalidOption(f"torchao can't quantise a weight of {rows} × {columns} to {values}: {first}") from error
     made: Any = layer.weight
-    size = weight.numel() if values == "int8" else -(-weight.numel() // 2)
+    size = -(-weight.numel() * int(values.removeprefix("int")) // 8)
     return made.dequantize(), size + made.scale.nbytes
