@@ -54,8 +54,8 @@ class Grid(Recipe):
     values: tuple[str, ...] = Field(
         (),
         description="Also store every model in these forms, and measure each by its bytes: auto (the checkpoint's "
-        "dtype), bfloat16, int8, int4; int3, int2 (dense alone). Pruned models are packed, the dense one is quantised by "
-        "torchao. Default: none.",
+        "dtype), bfloat16, int8, int4; int3, int2 (dense alone). Pruned models are packed, the dense one is quantised "
+        "by torchao. Default: none.",
     )
 
     @field_validator("values", mode="before")
