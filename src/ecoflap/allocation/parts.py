@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,14 @@ class Allocation:
 
     def __getitem__(self, name: str) -> LayerAllocation:
         """The allocation of the layer called ``name``. Raises UnknownName with the nearest name."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise unknown("layer", name, [layer.name for layer in self.layers])
+        found = self._by_name.get(name)
+        if found is None:
+            raise unknown("layer", name, list(self._by_name))
+        return found
+
+    @cached_property
+    def _by_name(self) -> dict[str, LayerAllocation]:
+        return {layer.name: layer for layer in self.layers}  # a mixture has tens of thousands
 
     def with_achieved(self, achieved: Mapping[str, float]) -> Allocation:
         """A copy with the sparsity that pruning reached in the layers named in ``achieved``."""
@@ -155,10 +160,10 @@ class Allocation:
         totals: dict[str, Any] = {"total_weights": self.total_weights, "zeros": self.zeros}
         if self.model_parameters is not None:
             totals["model_sparsity"] = self.model_sparsity
-        fields = {name: value for name, value in vars(self).items() if value is not None}
+        own = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
         if self.search is not None:
-            fields["search"] = self.search.to_json()
-        return {"format": 1, **totals, **fields, "layers": layers}
+            own["search"] = self.search.to_json()
+        return {"format": 1, **totals, **own, "layers": layers}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Allocation:

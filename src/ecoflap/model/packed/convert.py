@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -95,11 +96,23 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = Non
     seen = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     packing.other_bytes = sum(seen.values()) - packing.packed_bytes
     result = packing.result(type(model).__name__)
+    _warn_of_experts(model)
     if hasattr(model, "save_pretrained"):
         from ecoflap.model.packed.quantizer import mark
 
         mark(model, values, packing.group_size)
     return result
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Say how much of a mixture is not packed: its experts, where one parameter stacks them."""
+    stacked = [p for p in model.parameters() if p.dim() == 3 and not p.is_meta and 10 * int((p == 0).sum()) > p.numel()]
+    if stacked:
+        warnings.warn(
+            f"experts of {type(model).__name__} that are stacked in one parameter stay dense: "
+            f"{sum(parameter.nbytes for parameter in stacked):,} bytes are stored as they are",
+            stacklevel=3,
+        )
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
