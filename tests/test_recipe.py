@@ -79,6 +79,7 @@ FULL: dict[str, Any] = {
     "max_memory": {"0": "20GiB", "cpu": "8GiB"},
     "dtype": "bfloat16",
     "compute_dtype": "float32",
+    "baseline": True,
     "offload_activations": True,
     "trust_remote_code": True,
 }

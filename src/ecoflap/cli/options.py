@@ -43,7 +43,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Evaluation": (
         "task", "task_options", "test", "test_image_folder", "test_columns", "test_prompt", "test_samples",
-        "test_batch_size",
+        "test_batch_size", "baseline",
     ),
 }  # fmt: skip
 

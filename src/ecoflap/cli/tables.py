@@ -196,6 +196,18 @@ def summary_table(run: RunData | Path | str) -> Table:
             formats.metric_change(metric, dense.value, pruned.value, unit=unit)
             + formats.paired_change(metric, metrics.paired.get(task, {}).get("dense"), dense.value, unit=unit),
         )
+        uniform = metrics.baseline.get(task, nothing)
+        if uniform.value is not None:
+            pair = metrics.paired.get(task, {}).get("baseline")
+            _row(
+                table,
+                "  one sparsity for all layers",
+                "",
+                formats.metric_value(metric, uniform.value, uniform.stderr, unit=unit),
+                "against it "
+                + formats.metric_change(metric, uniform.value, pruned.value, unit=unit)
+                + formats.paired_change(metric, pair, uniform.value, unit=unit),
+            )
         for other in dict.fromkeys([*dense.others, *pruned.others]):
             before, after = dense.others.get(other, OtherMetric()), pruned.others.get(other, OtherMetric())
             _row(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
-from ecoflap.report.data import OtherMetric, Quality, RunData, read_run
+from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
 from ecoflap.report.finetune_page import TrainingRecord, read_finetune
 from ecoflap.report.places import place_name, without_places
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
@@ -120,7 +121,7 @@ def _of_run(run: RunData, processor: str | None) -> Card:
         sparsity=metrics.sparsity.model_dump(),
         steps=[*steps],
         tags=_tags(str(recipe.get("criterion", ""))),
-        rows=[*_rows(metrics.dense, metrics.pruned, data)],
+        rows=[*_paired(metrics, _rows(metrics.dense, metrics.pruned, data))],
         results=[*_results(metrics.pruned, data, kinds)],
         calibration=_calibration(metrics.calibration),
         recipe=recipe,
@@ -226,6 +227,22 @@ def _rows(dense: Mapping[str, Quality], pruned: Mapping[str, Quality], data: Map
         for other in dict.fromkeys([*before.others, *after.others]):
             values = before.others.get(other, OtherMetric()), after.others.get(other, OtherMetric())
             yield _row("", "", other, unit, None, *values)
+
+
+def _paired(metrics: Metrics, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; a task's first one with the paired changes from the dense model and from the uniform baseline."""
+    nothing = Quality(metric="")
+    for row in rows:
+        if not row.task:
+            yield row
+            continue
+        pairs = metrics.paired.get(row.task, {})
+        dense, pruned = metrics.dense.get(row.task, nothing), metrics.pruned.get(row.task, nothing)
+        change = formats.metric_change(pruned.metric, dense.value, pruned.value, unit=pruned.unit)
+        change += formats.paired_change(pruned.metric, pairs.get("dense"), dense.value, unit=pruned.unit)
+        value = metrics.baseline.get(row.task, nothing).value
+        uniform = formats.against_uniform(pruned.metric, pairs.get("baseline"), value, pruned.value, unit=pruned.unit)
+        yield replace(row, change=change if "dense" in pairs else "", uniform=uniform)
 
 
 def _row(

@@ -135,6 +135,8 @@ class Row:
     n: str
     dense: str
     pruned: str
+    change: str = ""
+    uniform: str = ""
 
 
 @dataclass(frozen=True)

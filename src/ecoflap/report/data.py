@@ -167,7 +167,8 @@ class Metrics(Content):
 
     dense: dict[str, Quality] = {}
     pruned: dict[str, Quality] = {}
-    paired: dict[str, dict[str, PairedDifference]] = {}  # task → "dense" → the pruned model less that one
+    baseline: dict[str, Quality] = {}  # of the same criterion with one sparsity for all layers
+    paired: dict[str, dict[str, PairedDifference]] = {}  # task → "dense" or "baseline" → the pruned model less that one
     sparsity: Sparsity = Sparsity()
     dense_weights: list[DenseWeight] = []
     unreached: list[str] = []

@@ -33,12 +33,16 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class Task:
-    """One task, formatted: the whole, further metrics of the whole, then each group of samples; ``n`` samples."""
+    """One task, formatted: the whole, further metrics of the whole, then each group of samples; ``n`` samples.
+
+    ``uniform`` says what the same criterion reaches with one sparsity for all layers; "" where that was not measured.
+    """
 
     name: str
     title: str
     n: str
     whole: QualityRow
+    uniform: str
     others: list[QualityRow]
     groups: list[QualityRow]
 
@@ -66,7 +70,9 @@ def tasks(metrics: Metrics) -> Iterator[Task]:
         whole = replace(whole, change=whole.change + formats.paired_change(metric, pair, dense.value, unit=unit))
         counts = sorted({quality.n for quality in (dense, pruned) if quality.n is not None})
         n = " / ".join(formats.integer(count) for count in counts)
-        yield Task(name, formats.task_title(name, metric), n, whole, others, groups)
+        value, against = metrics.baseline.get(name, nothing).value, metrics.paired.get(name, {}).get("baseline")
+        uniform = formats.against_uniform(metric, against, value, pruned.value, unit=unit)
+        yield Task(name, formats.task_title(name, metric), n, whole, uniform, others, groups)
 
 
 def _pair(measured: OtherMetric) -> tuple[float | None, float | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import prune_layers
 from ecoflap.pruning.walk import WalkResult
 from ecoflap.run import names as files
+from ecoflap.run.baseline import pruned_uniformly
 from ecoflap.run.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.run.given_zeros import recovered, with_given_zeros
 from ecoflap.run.log import explained, logging_to
@@ -185,7 +186,9 @@ def _stages(job: _Job) -> None:
     _log_start(job)
     entries = evaluations_of(job.recipe)
     dense = _evaluated(job, entries, "dense")
-    walked = _prune(job, _allocation(job))
+    allocation = _allocation(job)
+    baseline = _baseline(job, entries) if job.recipe.baseline else {}
+    walked = _prune(job, allocation)
     pruned = _evaluated(job, entries, "pruned")
     if not run.first:
         return
@@ -195,7 +198,8 @@ def _stages(job: _Job) -> None:
         "format": 1,
         "dense": {name: kept["result"] for name, kept in dense.items()},
         "pruned": {name: kept["result"] for name, kept in pruned.items()},
-        "paired": paired_results(pruned, {"dense": dense}),
+        **({"baseline": {name: kept["result"] for name, kept in baseline.items()}} if baseline else {}),
+        "paired": paired_results(pruned, {"dense": dense, "baseline": baseline}),
         "sparsity": sparsity_summary(plan.anatomy, walked.allocation),
         "dense_weights": [{"name": u.name, "reason": u.reason, "weights": u.numel} for u in plan.anatomy.unprunable],
         "unreached": list(walked.unreached),
@@ -283,6 +287,17 @@ def _prune(job: _Job, allocation: Allocation) -> WalkResult:
                     save(plan.checkpoint, run.path / files.MODEL)
                     task.advance()
     return pruned
+
+
+def _baseline(job: _Job, entries: Sequence[Evaluation]) -> Kept:
+    """Results of the model with one sparsity for all layers; it is dense again afterwards."""
+    known = job.run.read_sealed(f"{files.JOURNAL}/baseline.json", Kept) or {}
+    if all(entry.name in known for entry in entries):
+        return _evaluated(job, entries, "baseline")
+    with ExitStack() as pruned:
+        with job.stage("pruning, baseline"):
+            pruned.enter_context(pruned_uniformly(job.plan, job.progress, job.workers))
+        return _evaluated(job, entries, "baseline")
 
 
 def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> Kept:

@@ -207,6 +207,10 @@ class Recipe(BaseModel):
     evaluations: tuple[Evaluation, ...] | None = Field(
         None, description="Several tests, in a recipe file alone: name, task, test, columns, ... of each."
     )
+    baseline: bool | None = Field(
+        None,
+        description="Also evaluate the criterion with one sparsity for all layers. Default: on the embedded model.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the choice of samples and of the noise.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     device_map: str | None = Field(
@@ -342,10 +346,17 @@ class Recipe(BaseModel):
         changes["search"] = self._searches(importance)
         if importance == "sensitivity" and self.criterion == "magnitude" and "order" not in self.importance_options:
             changes["importance_options"] = {**self.importance_options, "order": "magnitude"}
+        changes["baseline"] = self._has_baseline(importance, bool(changes["search"]))
         sparsity = changes.get("sparsity", self.sparsity)
         if self.max_sparsity is None and "max_sparsity" not in changes and not changes["search"]:
             changes["max_sparsity"] = self._own_cap(sparsity, importance)
         return self.model_copy(update=changes)
+
+    def _has_baseline(self, importance: str, search: bool) -> bool:
+        """Whether the uniform baseline is evaluated: by default on the embedded model, never if it is the run."""
+        uniform = self.pattern != "unstructured" or (importance == "uniform" and not search and self.allocation is None)
+        wanted = self.model is None if self.baseline is None else self.baseline
+        return wanted and not uniform and not is_global(self.criterion)
 
     def _searches(self, importance: str) -> bool | None:
         """Whether the allocation is searched: as the recipe says, else where curves are measured for it."""

@@ -55,6 +55,16 @@ def paired_change(metric: str, pair: Pair | None, other: float | None, *, unit: 
     return f"{error}; {pair.better:,} better, {pair.worse:,} worse, {chance}"
 
 
+def against_uniform(
+    metric: str, pair: Pair | None, baseline: float | None, pruned: float | None, *, unit: str | None = None
+) -> str:
+    """The pruned model beside the uniform baseline in words; "" where there is none."""
+    if baseline is None or pruned is None:
+        return ""
+    change = metric_change(metric, baseline, pruned, unit=unit) + paired_change(metric, pair, baseline, unit=unit)
+    return f"{metric_value(metric, baseline, unit=unit)} with one sparsity for all layers; against it {change}"
+
+
 def _plain(metric: str) -> str:
     return metric.partition(" (")[0]  # without what says how it was computed: "CIDEr (simple words)"
 

@@ -28,9 +28,10 @@ from ecoflap.run.compare.record import (
     test_of,
 )
 from ecoflap.run.compare.results import command_of, write_results
-from ecoflap.run.compare.shared import KeptWeights, SharedScores, allocated
+from ecoflap.run.compare.shared import SharedScores, allocated
 from ecoflap.run.compare.stored import StoredForms
 from ecoflap.run.evaluations import evaluate, evaluations_of, rehearse
+from ecoflap.run.kept_weights import KeptWeights
 from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.names import JOURNAL, LOG

@@ -21,7 +21,7 @@ SHARED = frozenset((
     "model", "allocation", "pruned", "calibration", "columns", "prompt", "objective", "image_folder", "classes",
     "class_prompts", "batch_size", "sequence_length", "window_start", "include", "exclude", "towers", "task",
     "task_options", "test", "test_columns", "test_prompt", "test_image_folder", "test_samples", "test_batch_size",
-    "evaluations", "device", "dtype", "trust_remote_code",
+    "evaluations", "device", "dtype", "compute_dtype", "trust_remote_code", "baseline",
 ))  # fmt: skip
 DEFAULT_CRITERION = "wanda"
 # What no cap and no number of samples contradicts: a value is checked alone first, with its grid later.

@@ -29,7 +29,7 @@ DEFAULT_METHODS = (
 FORMS = ("auto", "bfloat16", "int8", "int4", "int3", "int2")  # in which a model may be stored; the last two if dense
 MOST = 1000  # sparsities of one grid; more is a slip of the pen
 # Fields of a run's recipe that mean nothing here: the methods, or the grid's axes, say them.
-UNUSED = frozenset((*AXES, *OF_METHOD, "allocation", "pruned")) - {"seed"}
+UNUSED = frozenset((*AXES, *OF_METHOD, "allocation", "baseline", "pruned")) - {"seed"}
 
 
 class Grid(Recipe):

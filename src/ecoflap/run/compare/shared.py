@@ -8,19 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.errors import EcoflapError, InvalidOption, StorageError
 from ecoflap.importance.registry import IMPORTANCES as MEASURES
 from ecoflap.importance.scores import Importance
-from ecoflap.model.compute import FLOAT32
 from ecoflap.pruning.criteria import make_criterion
 from ecoflap.run.checks import is_measured
 from ecoflap.run.compare.folder import IMPORTANCES, GridDirectory
@@ -32,7 +27,6 @@ from ecoflap.run.prepare import Prepared
 from ecoflap.run.provenance import Usage, measured
 from ecoflap.run.recipe import Recipe
 from ecoflap.search.search import search_options
-from ecoflap.support.files import write_tensors
 from ecoflap.support.progress import Progress
 from ecoflap.support.reading import checked
 
@@ -43,7 +37,7 @@ _AFTER_STAGE_1 = frozenset((
     "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule",
     "spread", "search", "search_options", "allocation",
     "criterion", "criterion_options", "pattern", "compare", "offload_activations", "recover", "recover_options",
-    "expert_tokens", "compute_dtype",
+    "expert_tokens",
 ))  # fmt: skip
 
 # Fields that came later: left out where they say nothing, or files of older grids would get other names.
@@ -153,8 +147,6 @@ def order_of(recipe: Recipe) -> str:
 def search_key(recipe: Recipe) -> str:
     """A file name that differs for everything that changes the allocation."""
     decides = {name: value for name, value in recipe.to_dict().items() if name not in SHARED | _AFTER_SEARCH}
-    if recipe.compute_dtype != FLOAT32:
-        del decides["compute_dtype"]  # so that files of older grids keep their names
     decides["statistics"] = order_of(recipe)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"search-{recipe.importance.replace('/', '_')}-{recipe.sparsity:g}-seed{recipe.seed}-{digest[:8]}"
@@ -186,38 +178,3 @@ def allocated(
     return Allocation.from_json(data), Usage(
         "allocation", took.seconds, took.peak_memory_bytes or 0, took.peak_cuda_bytes
     )
-
-
-class KeptWeights:
-    """A copy of some parameters, in memory or in a file.
-
-    Args:
-        model: as it is to be again.
-        names: the parameters that are kept.
-        path: a safetensors file to keep them in; None keeps them in memory, on the CPU.
-
-    Raises:
-        StorageError: the file can't be written.
-    """
-
-    def __init__(self, model: nn.Module, names: Sequence[str], path: Path | None = None) -> None:
-        self._model, self._names, self._path = model, tuple(names), path
-        self._kept: dict[str, Tensor] = {}
-        if path is None:
-            # On a GPU a copy there would take the room that the work needs.
-            self._kept = {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
-        else:
-            write_tensors(path, {name: model.get_parameter(name) for name in names})
-
-    def restore(self) -> None:
-        """Put every bit back where it was."""
-        from safetensors import safe_open
-
-        with torch.no_grad():
-            if self._path is None:
-                for name in self._names:
-                    self._model.get_parameter(name).copy_(self._kept[name])
-                return
-            with safe_open(self._path, framework="pt") as file:
-                for name in self._names:
-                    self._model.get_parameter(name).copy_(file.get_tensor(name))
