@@ -15,6 +15,8 @@ import copy
 import json
 import math
 import statistics
+import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ import ecoflap
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.support.files import write_json
 
-LENGTH, EXPERTS = 128, 16
+LENGTH, EXPERTS = 64, 8
 CONFIG: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "head_dim": 32, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 16, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
     "max_position_embeddings": LENGTH, "tie_word_embeddings": False, "router_aux_loss_coef": 0.001,
     "output_router_logits": True,
 }  # fmt: skip
@@ -51,22 +53,28 @@ def windows(text: Tensor, count: int, seed: int) -> Tensor:
     return torch.stack([text[start : start + LENGTH] for start in starts])
 
 
-def train(folder: Path, steps: int) -> None:
+def train(folder: Path, steps: int, seconds: float) -> None:
+    """Until ``steps`` are done or ``seconds`` have passed; the learning rate falls to zero towards that."""
     text, _, kinds = letters()
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(vocab_size=kinds, **CONFIG))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    begin = time.monotonic()
+    for step in count():
+        done = max(step / steps, (time.monotonic() - begin) / seconds)
+        if done >= 1:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
         ids = windows(text, 16, seed=step)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        schedule.step()
-        if step % 100 == 99:
-            print(step + 1, f"{loss.item() / math.log(2):.3f} bits", flush=True)
+        if step % 50 == 0:
+            print(step, f"{loss.item() / math.log(2):.3f} bits", flush=True)
+    print(step, "steps")
     model.config.output_router_logits = False
     model.save_pretrained(folder)
 
@@ -107,7 +115,7 @@ def measure(folder: Path, output: Path) -> None:
                         importance="uniform", criterion=criterion,
                     )  # fmt: skip
         for sparsity in (0.5, 0.6, 0.7):
-            for granularity in ("block", "expert", "layer"):
+            for granularity in ("block", "expert"):
                 for aggregate in ("sum", "mean"):
                     cell(
                         f"granularity {granularity} {aggregate} at {sparsity}, seed {seed}", sparsity, 32, 128, seed,
@@ -122,11 +130,12 @@ def main() -> None:
     for name in ("train", "measure"):
         command = commands.add_parser(name)
         command.add_argument("folder", type=Path)
-    commands.choices["train"].add_argument("--steps", type=int, default=1200)
+    commands.choices["train"].add_argument("--steps", type=int, default=2000)
+    commands.choices["train"].add_argument("--seconds", type=float, default=300)
     commands.choices["measure"].add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "train":
-        train(options.folder, options.steps)
+        train(options.folder, options.steps, options.seconds)
     else:
         measure(options.folder, options.output)
 

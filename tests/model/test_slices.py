@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families.stacked import EXPERTS, LAYOUTS, batches, build
-from torch import Tensor
+from torch import Tensor, nn
 
 import ecoflap
 from ecoflap.data.objectives import default_objective
@@ -149,3 +149,57 @@ def test_a_mixture_is_pruned_to_the_weight_with_every_measure(layout: str, impor
     for name, value in model.state_dict().items():
         kept = value != 0
         assert torch.equal(value[kept], dense[name][kept])  # Wanda changes nothing but zeros
+
+
+class Loop(nn.Module):
+    """Experts of a family's own, outside of any interface; the last slice of ``up`` is that of one that passes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 6, 8))
+        self.down = nn.Parameter(torch.randn(3, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 8)
+        out = flat.clone()
+        for number in range(3):
+            inner = nn.functional.linear(flat[number::4], self.up[number]).relu()
+            out = out.index_add(0, torch.arange(len(flat))[number::4], inner @ self.down[number])
+        return out.view_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.after = Loop(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.after(self.experts(x))
+        return found
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        return {"loss": x.square().mean()}
+
+
+def test_modules_that_loop_over_slices_by_themselves_are_found_by_their_products() -> None:
+    torch.manual_seed(0)
+    model, data = Model(), [{"x": torch.randn(2, 10, 8)} for _ in range(2)]
+    result = ecoflap.prune(model, data, sparsity=0.5, importance="gradient-norm")
+    layers = {layer.name: layer for layer in result.anatomy.layers if layer.block == "blocks.0"}
+    assert list(layers) == [f"blocks.0.experts.{leaf}[{number}]" for leaf in ("up", "down") for number in range(3)] + [
+        "blocks.0.after.weight"
+    ]
+    assert layers["blocks.0.experts.up[1]"].shape == (6, 8)  # x @ up.T
+    assert layers["blocks.0.experts.down[1]"].shape == (8, 6)  # inner @ down
+    dense = {entry.name: (entry.reason, entry.numel) for entry in result.anatomy.unprunable}
+    assert dense["blocks.0.experts.up"] == ("slices that no expert multiplies by (1 of 4 experts)", 48)
+    assert not result.unreached
+    assert bool((model.blocks[0].experts.up[3] != 0).all())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecoflap.errors import AnatomyError
 from ecoflap.model.block_lists import BlockList, block_lists
-from ecoflap.model.experts import Experts, expert_groups
+from ecoflap.model.experts import Experts, expert_groups, experts_in
 from ecoflap.model.modality import modality_of, with_decoder
 from ecoflap.model.packed_attention import IN, OUT, is_packed
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
@@ -244,11 +244,13 @@ class _Reader:
         """The matrices of a stacked parameter, but those that stay dense."""
         others = [other for other in self.names[id(parameter)] if other != name]
         rows, columns = parameter.shape[1:]
+        experts = experts_in(self.model.get_submodule(path))
         dense: Counter[str] = Counter()
         for number in range(len(parameter)):
             full = slice_name(name, number)
             reason = self._reason_of_slice(full, name, tower, modality)
-            if reason:
+            if reason or number >= experts:
+                reason = reason or "slices that no expert multiplies by"
                 dense[reason] += 1
                 continue
             yield Layer(

@@ -69,6 +69,14 @@ def _stacked(path: str, module: nn.Module) -> list[ExpertGroup]:
     return [ExpertGroup(path, (), sizes.pop())] if named and len(sizes) == 1 else []
 
 
+def experts_in(module: nn.Module) -> int:
+    """How many experts a module of stacked ones has: as many as each of its stacks has slices for.
+
+    Where experts do nothing but pass a token on, one stack may have slices for them, too (LongCat-Flash).
+    """
+    return min(len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+
+
 class Experts:
     """Answers questions about the mixtures of a model, for the discovery of layers."""
 
