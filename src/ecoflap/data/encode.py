@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ecoflap.data.model_facts import IGNORED, is_encoder_decoder, max_length, parameters_of, text_config
-from ecoflap.data.prompts import Prompter, image_processor_of, padding_token, tokenizer_of
+from ecoflap.data.prompts import Prompter, image_processor_of, padding_token, tokenizer_of, using_processor
 from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError
 
@@ -86,6 +86,7 @@ def encode_continued(samples: Sequence[Sample], prompter: Prompter) -> dict[str,
     return encoded
 
 
+@using_processor()
 def encode_pairs(
     samples: Sequence[Sample], texts: Sequence[str], model: nn.Module, processor: Any
 ) -> dict[str, torch.Tensor]:
@@ -100,6 +101,7 @@ def encode_pairs(
     return _tensors(encoded)
 
 
+@using_processor()
 def encode_texts(texts: Sequence[str], model: nn.Module, processor: Any) -> dict[str, torch.Tensor]:
     """Texts alone, as :func:`encode_pairs` encodes them."""
     with padding_token(tokenizer_of(processor)):
@@ -264,6 +266,7 @@ def sentence_of(sample: Sample) -> str | None:
     return next((text for text in (sample.question, sample.prompt, sample.text) if text is not None), None)
 
 
+@using_processor()
 def encode_classified(
     samples: Sequence[Sample], model: nn.Module, processor: Any, source: str, own_classes: Sequence[str] | None = None
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ecoflap.data.model_facts import DEFAULT_LENGTH, max_length
+from ecoflap.data.prompts import using_processor
 from ecoflap.data.samples import SampleSet
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.model.offload import home_of
@@ -81,8 +82,9 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
 def tokenize_corpus(sample_set: SampleSet, tokenizer: Any) -> Corpus:
     """All documents, joined by a blank line and tokenised as one text."""
     text = "\n\n".join(sample.text for sample in sample_set.samples if sample.text is not None)
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    start = start_tokens(tokenizer)
+    with using_processor():
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+        start = start_tokens(tokenizer)
     if tuple(tokens[: len(start)].tolist()) != start:
         return Corpus(tokens, ())
     return Corpus(tokens[len(start) :], start)

@@ -94,6 +94,18 @@ def padded_on(tokenizer: Any, side: str) -> Iterator[None]:
             backend.no_padding()
 
 
+@contextmanager
+def using_processor() -> Iterator[None]:
+    """Turns what a tokenizer or processor raises, on data or its own settings, into one line (CalibrationError)."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CalibrationError(
+            f"the checkpoint's tokenizer or processor can't read the data ({type(error).__name__}: "
+            f"{first_line(error)}): check its tokenizer_config.json and preprocessor_config.json, and the data"
+        ) from error
+
+
 class Prompter:
     """Renders prompts for one model and processor, and encodes them together with the images.
 
@@ -172,7 +184,7 @@ class Prompter:
         for candidate in ("", placeholder):
             text = f"{candidate}\n{prompt}" if candidate else prompt
             try:
-                count = int((self.encode([text], [(image,)])["input_ids"] == identifier).sum())
+                count = int((self._encode([text], [(image,)])["input_ids"] == identifier).sum())
             except (ValueError, IndexError, RuntimeError, StopIteration):
                 continue  # processors refuse an image that the text does not announce
             queries = getattr(self._model.config, "num_query_tokens", None)
@@ -193,6 +205,12 @@ class Prompter:
         Args:
             more: passed on to the processor.
         """
+        with using_processor():
+            return self._encode(texts, images, side, **more)
+
+    def _encode(
+        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], side: str = "right", **more: Any
+    ) -> dict[str, Any]:
         options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt", **more}
         bos = getattr(self.tokenizer, "bos_token", None)
         if self._chat and bos and all(text.startswith(bos) for text in texts):
@@ -217,6 +235,10 @@ class Prompter:
 
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a rendered text without its image, with the special tokens that :meth:`encode` adds."""
+        with using_processor():
+            return self._token_ids(text)
+
+    def _token_ids(self, text: str) -> list[int]:
         assert self.tokenizer is not None
         bos = getattr(self.tokenizer, "bos_token", None)
         special = not (self._chat and bos and text.startswith(bos))

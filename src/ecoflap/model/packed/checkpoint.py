@@ -81,7 +81,7 @@ def pack_checkpoint(
         told, before = pack(found.model, values=values, group_size=size), sum(found.shard_sizes)
         folder = save(found, output, overwrite=overwrite)
     if source is not None and (card := Path(source).expanduser() / CARD).is_file():
-        (folder / CARD).write_text(_packed_card(card.read_text("utf-8")), "utf-8")
+        (folder / CARD).write_text(_packed_card(card.read_text("utf-8", "surrogateescape")), "utf-8", "surrogateescape")
     return PackedFolder(folder, told, before, sum(file.stat().st_size for file in _weights(folder)))
 
 
@@ -110,7 +110,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool
         plain = {key: value for key, value in config.items() if key not in _PACKED_KEYS}
         (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", "utf-8")
         if (card := folder / CARD).is_file():
-            card.write_text(_plain_card(card.read_text("utf-8")), "utf-8")
+            card.write_text(_plain_card(card.read_text("utf-8", "surrogateescape")), "utf-8", "surrogateescape")
         for file in folder.iterdir():
             file.chmod(default_mode())
     return Path(output)
