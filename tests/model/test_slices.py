@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from ecoflap.data.objectives import default_objective
 from ecoflap.errors import AnatomyError
 from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.gradient import visit_gradients
+from ecoflap.importance.measure import measure_importance
 from ecoflap.model.anatomy import discover
 from ecoflap.model.replay import Replay
 from ecoflap.model.slices import experts_in_turn, matrix_in, parameter_of, slice_name, stored_matrix
@@ -203,3 +205,15 @@ def test_modules_that_loop_over_slices_by_themselves_are_found_by_their_products
     assert dense["blocks.0.experts.up"] == ("slices that no expert multiplies by (1 of 4 experts)", 48)
     assert not result.unreached
     assert bool((model.blocks[0].experts.up[3] != 0).all())
+
+
+@pytest.mark.parametrize("importance", ["gradient-norm", "zeroth-order", "forward-mode"])
+@pytest.mark.parametrize("layout", ["Mixtral", "GptOss", "Llama4Text"])
+def test_scores_in_half_precision_are_those_of_the_same_weights_in_fp32(layout: str, importance: str) -> None:
+    half = build(layout).bfloat16()
+    whole, data = copy.deepcopy(half).float(), batches(1)
+    before = {name: value.clone() for name, value in half.state_dict().items()}
+    found = [measure_importance(model, data, importance).scores for model in (half, whole)]
+    assert found[0] == found[1]
+    assert any(score.score > 0 for name, score in found[0].items() if name.endswith("]"))
+    assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())

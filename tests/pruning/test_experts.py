@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import picos
 import pytest
 import torch
 from families.matrix import allocation_of
@@ -16,6 +17,9 @@ import ecoflap
 from ecoflap import api
 from ecoflap.allocation import Allocation
 from ecoflap.model.anatomy import discover
+from ecoflap.model.checkpoint import load
+from ecoflap.model.fingerprint import fingerprint
+from ecoflap.model.offload import is_offloaded
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.slices import stored_matrix
 from ecoflap.pruning import walk
@@ -142,3 +146,19 @@ def test_a_saved_mixture_is_read_by_plain_from_pretrained(layout: str, tmp_path:
     with torch.no_grad():
         outputs: list[Tensor] = [one.eval()(**batches()[0]).logits for one in (model, again)]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layout", "criterion"), [("Mixtral", "wanda"), ("GptOss", "sparsegpt")])
+def test_a_mixture_on_the_disk_is_pruned_as_in_memory(layout: str, criterion: str, tmp_path: Path) -> None:
+    build(layout).save_pretrained(tmp_path / "model")
+    picos.tokenizer().save_pretrained(tmp_path / "model")
+    whole = load(tmp_path / "model", device="cpu").model
+    spread = load(tmp_path / "model", device="cpu", device_map="disk").model
+    assert is_offloaded(spread)
+    results = [
+        ecoflap.prune(model, batches(), sparsity=0.5, importance="gradient-norm", criterion=criterion)
+        for model in (whole, spread)
+    ]
+    assert results[0].importance == results[1].importance
+    assert results[0].allocation == results[1].allocation
+    assert fingerprint(whole) == fingerprint(spread)
