@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from families.matrix import FAMILIES, case
+from family_sweep.pico import shrunk
 from torch import Tensor, nn
 
 import ecoflap
@@ -55,6 +56,16 @@ def test_an_encoder_has_the_modality_of_what_it_takes(make: Any, modality: str, 
     assert {tower.name.partition("layers")[0]: tower.modality for tower in towers}.popitem()[1] == "language"
     assert [tower.modality for tower in towers] == [modality, "language"]
     assert [tower.decoder for tower in towers] == [False, True]
+
+
+def test_a_decoder_of_words_is_language_whatever_the_model_says_of_itself() -> None:
+    """PP-FormulaNet declares for all its parts that it takes pictures; its decoder reads words alone."""
+    torch.manual_seed(0)
+    model = transformers.PPFormulaNetForConditionalGeneration(shrunk("pp_formulanet")).eval()
+    ids = torch.randint(5, 50, (2, 6))
+    batch = {"pixel_values": torch.randn(2, 3, 64, 64), "decoder_input_ids": ids, "labels": ids}
+    towers = discover(model, batch).towers
+    assert [(tower.modality, tower.decoder) for tower in towers] == [("vision", False), ("language", True)]
 
 
 def test_sparsity_by_modality_reaches_a_tower_whose_name_says_nothing() -> None:

@@ -56,7 +56,7 @@ def attempt(kind: str, name: str) -> dict[str, Any]:
     make: Any = with_pictures
     if with_pictures(model) is None:
         make = lambda model, seed: special(kind, seed) or text(seed)  # noqa: E731
-    fed = "pictures and text" if make is with_pictures else "text"
+    fed = "pictures and text" if "pixel_values" in make(model, 0) else "text"
     try:
         anatomy = prune_and_judge(model, [make(model, seed) for seed in (0, 1)])
     except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,17 +35,19 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
 
 
 def names_each_matrix_once(model: nn.Module, anatomy: Anatomy) -> None:
-    """Raises WrongResult unless each matrix of the model is prunable, or named with its reason, once."""
+    """Raises WrongResult unless each matrix of the model is prunable, or named with its reason, once.
+
+    Of stacked experts some may be prunable and the others named.
+    """
     prunable = {parameter_of(name) for layer in anatomy.layers for name in (layer.name, *layer.aliases)}
-    dense = {entry.name for entry in (*anatomy.unprunable, *anatomy.outside)}
+    dense = Counter(entry.name for entry in (*anatomy.unprunable, *anatomy.outside))
     for name, parameter in model.named_parameters():
-        owners = {name, *(name.rpartition(".")[0][:end] for end in _ends(name))}
-        if parameter.dim() >= 2 and name not in prunable and not owners & dense:
-            raise WrongResult(f"{name} is neither prunable nor named")
-
-
-def _ends(name: str) -> list[int]:
-    return [number for number, letter in enumerate(name) if letter == "."]
+        if parameter.dim() < 2:
+            continue
+        parts = name.split(".")
+        named = sum(dense[".".join(parts[:end])] for end in range(1, len(parts) + 1))
+        if not (named == 1 if name not in prunable else named == 0 or parameter.dim() == 3):
+            raise WrongResult(f"{name} is {'' if name in prunable else 'not '}prunable and named {named} times")
 
 
 def prune_and_judge(model: nn.Module, batches: Batches) -> Anatomy:

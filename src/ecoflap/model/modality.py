@@ -45,7 +45,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def modality_of(path: str, model: nn.Module, inputs: Collection[str] = ()) -> str:
     """Modality of the tower whose list of blocks sits at ``path``: bridge, vision, audio or language.
 
-    Decided by a word in the path; else by the inputs that the nearest model around the tower declares (the ``encoder``
+    Decided by a word in the path; else language where only words reached it; else by the inputs that the nearest model around the tower declares (the ``encoder``
     of Whisper takes sound, that of a VisionEncoderDecoder pictures); else by its sub-configuration; else by the
     arguments of the forward that reached it.
 
@@ -57,6 +57,8 @@ def modality_of(path: str, model: nn.Module, inputs: Collection[str] = ()) -> st
     for modality, words in WORDS:
         if any(word in component for component in components for word in words):
             return modality
+    if inputs and all(name.endswith((*TEXT_INPUTS, "mask")) for name in inputs):
+        return "language"  # a decoder of a model that says of itself that it takes pictures (PP-FormulaNet)
     return _declared(path, model) or _configured(path, model) or _reached(inputs) or "language"
 
 
