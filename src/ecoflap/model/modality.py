@@ -45,9 +45,9 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def modality_of(path: str, model: nn.Module, inputs: Collection[str] = ()) -> str:
     """Modality of the tower whose list of blocks sits at ``path``: bridge, vision, audio or language.
 
-    Decided by a word in the path; else language where only words reached it; else by the inputs that the nearest model around the tower declares (the ``encoder``
-    of Whisper takes sound, that of a VisionEncoderDecoder pictures); else by its sub-configuration; else by the
-    arguments of the forward that reached it.
+    Decided by a word in the path; else language where only words reached it; else by the inputs that the nearest model
+    around the tower declares (the ``encoder`` of Whisper takes sound, that of a VisionEncoderDecoder pictures); else by
+    its sub-configuration; else by the arguments of the forward that reached it.
 
     Args:
         path: module path, for example ``"model.vision_tower.encoder.layers"``.
