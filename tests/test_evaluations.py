@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import picos
 import pytest
+import torch
 import yaml
 from console import Command, prose, questions
 
@@ -265,7 +266,7 @@ class Rows(Task):
 def test_rows_of_a_forward(fields: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS._entries, "rows", Entry(f"{__name__}:Rows"))
     recipe = Recipe(task=("rows",), test="data", **fields)
-    checkpoint: Any = SimpleNamespace(model=None, processor=None)
+    checkpoint: Any = SimpleNamespace(model=torch.nn.Linear(1, 1), processor=None)
     (entry,) = evaluations_of(recipe)
     assert evaluate(checkpoint, entry, recipe, Silent()).value == expected
 

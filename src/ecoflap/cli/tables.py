@@ -161,7 +161,9 @@ def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             text = formats.metric_value(metric, other["value"], other["stderr"], unit=unit)
             _row(table, f"  {metric}", text, "")
         for group, part in (result["by_group"] or {}).items():
-            _row(table, f"  {group}", formats.metric_value(result["metric"], part, unit=unit), "")
+            size = (result.get("groups") or {}).get(group) or {}
+            text = formats.metric_value(result["metric"], part, size.get("stderr"), unit=unit)
+            _row(table, f"  {group}", text, f"{size['n']:,}" if size else "")
     return table
 
 

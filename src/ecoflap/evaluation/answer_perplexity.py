@@ -20,6 +20,7 @@ from ecoflap.evaluation.likelihood import answer_likelihoods
 from ecoflap.evaluation.task import (
     BUNDLED,
     Better,
+    Group,
     Shared,
     Task,
     TaskResult,
@@ -82,10 +83,13 @@ class AnswerPerplexity(Task):
         for kind, answer in zip(kinds, answers, strict=True):
             if kind is not None:
                 groups.setdefault(kind, []).append(answer)
-        by_group = {kind: perplexity_of(group)[0] for kind, group in sorted(groups.items())} or None
+        found = {kind: perplexity_of(group) for kind, group in sorted(groups.items())}
+        by_group = {kind: of_group for kind, (of_group, _) in found.items()} or None
+        sizes = {kind: Group(len(groups[kind]), error) for kind, (_, error) in found.items()} or None
         settings = common_settings(reader, test, prompt_template=test.prompt_template, answers=len(answers)
         ) | ({"data": BUNDLED} if test.data is None else {})  # fmt: skip
-        return TaskResult(TASK, "perplexity", value, stderr, sum(tokens for _, tokens in answers), settings, by_group)
+        n = sum(tokens for _, tokens in answers)
+        return TaskResult(TASK, "perplexity", value, stderr, n, settings, by_group, groups=sizes)
 
 
 def perplexity_of(answers: Sequence[tuple[float, int]]) -> tuple[float, float | None]:

@@ -27,7 +27,7 @@ from torch import nn
 from ecoflap.data.model_facts import is_encoder_decoder
 from ecoflap.data.prompts import image_processor_of, padding_token, tokenizer_of
 from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency
-from ecoflap.evaluation.task import Better, Measured, Task, TaskResult, TestData, Unit
+from ecoflap.evaluation.task import Better, Group, Measured, Task, TaskResult, TestData, Unit
 from ecoflap.support.progress import Progress
 from ecoflap.support.progress import Task as Bar
 from ecoflap.support.registry import unknown
@@ -195,22 +195,26 @@ def result_of(name: str, found: Mapping[str, Any], settings: dict[str, Any]) -> 
     row = found["results"].get(name) or found.get("groups", {}).get(name) or {}
     metrics = _metrics(row)
     members = [member for member in found.get("group_subtasks", {}).get(name, []) if member != name]
-    by_group = {}
+    by_group: dict[str, float] = {}
+    groups: dict[str, Group] = {}
+    counts = found.get("n-samples", {})
     for member in members:
         inner = _metrics(found["results"].get(member, {}))
         if inner:
-            by_group[member] = next(iter(inner.values())).value
+            first_of = next(iter(inner.values()))
+            by_group[member] = first_of.value
+            if member in counts:
+                groups[member] = Group(int(counts[member]["effective"]), first_of.stderr)
     if not metrics and by_group:  # a group that says nothing itself: the mean of its members
         metrics = {"mean": Measured(sum(by_group.values()) / len(by_group))}
     if not metrics:
         raise CalibrationError(f"{PREFIX}{name} gave no number: choose one of its members")
-    counts = found.get("n-samples", {})
     leaves = [name] if name in counts else list(counts)
     first, *rest = metrics.items()
     return TaskResult(
         PREFIX + name, first[0], first[1].value, first[1].stderr,
         sum(int(counts[leaf]["effective"]) for leaf in leaves),
-        settings, by_group or None, None, dict(rest),
+        settings, by_group or None, None, dict(rest), groups=groups or None,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from ecoflap.data.samples import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.likelihood import Request, Scorer
 from ecoflap.evaluation.task import (
+    Group,
     Measured,
     Shared,
     Task,
@@ -258,4 +259,5 @@ def _result(predictions: list[dict[str, Any]], settings: dict[str, Any], style: 
     return TaskResult(
         TASK, "accuracy", accuracy.value, accuracy.stderr, len(predictions), settings,
         {kind: group.value for kind, group in by_group.items()} or None, predictions, others,
+        groups={kind: Group(len(groups[kind]), group.stderr) for kind, group in by_group.items()} or None,
     )  # fmt: skip

@@ -202,12 +202,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Group:
+    """How sure the value of a group of samples is: their number, and the value's standard error (None: not known)."""
+
+    n: int
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """One measured quality.
 
     ``value`` is in the metric's own unit (accuracy in 0..1, perplexity); ``stderr`` its standard error, None when
     there is one observation alone; ``n`` the number of observations (questions, scored tokens); ``predictions`` one
-    record a question, for the report; ``others`` further metrics of the same task by name (IR@5, SPICE). ``unit``,
+    record a question, for the report; ``others`` further metrics of the same task by name (IR@5, SPICE).
+    ``groups`` says how many samples are behind each value of ``by_group``, and its error. ``unit``,
     ``better`` and ``hub_type`` are the task's, set by who runs it; None: each metric's, by its name. ``losses``: mean
     negative log-likelihood of each window, where the value is exp of their mean.
     """
@@ -225,6 +234,7 @@ class TaskResult:
     better: Better | None = None
     hub_type: str | None = None
     losses: list[float] | None = None
+    groups: dict[str, Group] | None = None
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:

@@ -21,6 +21,7 @@ from ecoflap.evaluation.generate import generate
 from ecoflap.evaluation.task import (
     BUNDLED,
     Chunk,
+    Group,
     Shared,
     Task,
     TaskResult,
@@ -189,8 +190,12 @@ class Vqa(Task):
             beams=self.beams,
             length_penalty=self.length_penalty,
         ) | ({"data": BUNDLED} if test.data is None else {})
-        by_group = {kind: mean_and_stderr(group)[0] for kind, group in sorted(groups.items())} or None
-        return TaskResult("vqa", "accuracy", value, stderr, len(predictions), settings, by_group, predictions)
+        found = {kind: (len(group), mean_and_stderr(group)) for kind, group in sorted(groups.items())}
+        by_group = {kind: of_group for kind, (_, (of_group, _)) in found.items()} or None
+        sizes = {kind: Group(count, error) for kind, (count, (_, error)) in found.items()} or None
+        return TaskResult(
+            "vqa", "accuracy", value, stderr, len(predictions), settings, by_group, predictions, groups=sizes
+        )
 
 
 def _truth(sample: Sample) -> str:

@@ -15,7 +15,7 @@ from ecoflap.report.analyses import Analyses, read_analyses
 from ecoflap.report.mixtures import MixtureRow, mixture_rows
 from ecoflap.report.places import place_name
 from ecoflap.report.predictions import PREDICTIONS_FILE, Predictions
-from ecoflap.report.reading import Content, Count, Finite, Fraction, read_mapping, read_model
+from ecoflap.report.reading import Content, Count, Finite, Fraction, GroupSize, read_mapping, read_model
 
 if TYPE_CHECKING:
     from typing import Self  # from Python 3.11 on; read by type checkers alone
@@ -111,8 +111,19 @@ class Quality(Content):
     stderr: Finite | None = None
     n: Count | None = None
     by_group: dict[str, Finite | None] | None = None
+    groups: dict[str, GroupSize] | None = None  # of the same names; None in older runs
     others: dict[str, OtherMetric] = {}
     settings: dict[str, Any] | None = None
+
+    def of_group(self, name: str) -> tuple[float | None, float | None]:
+        """The value of a group, and its standard error."""
+        size = (self.groups or {}).get(name)
+        return (self.by_group or {}).get(name), size.stderr if size else None
+
+    def group_label(self, name: str) -> str:
+        """The group's name with the number of its samples, where it is known."""
+        size = (self.groups or {}).get(name)
+        return name if size is None else f"{name} (n = {size.n:,})"
 
 
 class PairedDifference(Content):

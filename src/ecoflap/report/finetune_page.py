@@ -97,7 +97,7 @@ def tests(metrics: FinetuneMetrics) -> Iterator[Test]:
             found = [q.others.get(other, OtherMetric()) for q in models]
             lines.append(_line(other, other, unit, [(one.value, one.stderr) for one in found]))
         for group in tuned.by_group or {}:
-            lines.append(_line(group, metric, unit, [((q.by_group or {}).get(group), None) for q in models]))
+            lines.append(_line(tuned.group_label(group), metric, unit, [q.of_group(group) for q in models]))
         yield Test(formats.task_title(name, metric), formats.integer(tuned.n), lines)
 
 

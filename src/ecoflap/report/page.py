@@ -56,7 +56,13 @@ def tasks(metrics: Metrics) -> Iterator[Task]:
         unit = pruned.unit if pruned.metric else dense.unit
         before, after = dense.by_group or {}, pruned.by_group or {}
         groups = [
-            _row(group, metric, unit, (before.get(group), None), (after.get(group), None))
+            _row(
+                (pruned if group in after else dense).group_label(group),
+                metric,
+                unit,
+                dense.of_group(group),
+                pruned.of_group(group),
+            )
             for group in dict.fromkeys([*before, *after])
         ]
         nowhere = OtherMetric()

@@ -42,6 +42,13 @@ class RecipeFields(Content):
 M = TypeVar("M", bound=Content)
 
 
+class GroupSize(Content):
+    """How many samples a group has, and the standard error of its value."""
+
+    n: Count
+    stderr: Finite | None = None
+
+
 def read_mapping(path: Path) -> dict[str, Any] | None:
     """A YAML file of keys and values; None where it does not exist.
 

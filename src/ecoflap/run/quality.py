@@ -37,6 +37,11 @@ def quality(result: TaskResult) -> dict[str, Any]:
             for name, other in result.others.items()
         },
         "by_group": result.by_group and {name: _finite(value) for name, value in result.by_group.items()},
+        **(
+            {"groups": {name: {"n": group.n, "stderr": _finite(group.stderr)} for name, group in result.groups.items()}}
+            if result.groups
+            else {}
+        ),
         "settings": result.settings,
         "unit": result.unit,
         "better": result.better,
