@@ -25,6 +25,10 @@ def special(kind: str, seed: int = 0) -> dict[str, Tensor] | None:
     """A batch for a type that takes what no other does."""
     if kind == "diffusion_gemma":  # which draws the tokens that it begins with, where none are given
         return {**text(seed), "decoder_input_ids": text(seed + 100)["input_ids"][:, :4]}
+    if kind == "udop":  # words with their places on a page
+        words = text(seed)
+        places = torch.rand(COUNT, TEXT, 4, generator=torch.Generator().manual_seed(seed))
+        return {**words, "bbox": places.sort(dim=-1).values}
     if kind == "pp_formulanet":
         words = text(seed)
         pictures = torch.randn(COUNT, 3, 64, 64, generator=torch.Generator().manual_seed(seed))

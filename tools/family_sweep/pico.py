@@ -35,7 +35,7 @@ _BY_BLOCK = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types
 _HAND: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.clip_qkv": 8.0},
     "emu3": {"text_config.vocab_size": VOCABULARY},
-    "bailing_hybrid": {"n_group": 2, "num_group": 2, "topk_group": 1},
+    "bailing_hybrid": {"num_experts": 16, "n_group": 2, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {

@@ -23,6 +23,7 @@ WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 DECLARED = {"image": "vision", "video": "vision", "audio": "audio"}
 MAIN_INPUTS = {"pixel_values": "vision", "input_values": "audio", "input_features": "audio"}
 TEXT_INPUTS = ("ids", "labels", "embeds")
+_MAIN = tuple(MAIN_INPUTS)
 
 VISION_ONLY_FIELDS = ("patch_size", "num_channels")
 # Parts of the names of cross-attention inside the blocks of a decoder (T5, BART, BERT).
@@ -45,9 +46,9 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def modality_of(path: str, model: nn.Module, inputs: Collection[str] = ()) -> str:
     """Modality of the tower whose list of blocks sits at ``path``: bridge, vision, audio or language.
 
-    Decided by a word in the path; else language where only words reached it; else by the inputs that the nearest model
-    around the tower declares (the ``encoder`` of Whisper takes sound, that of a VisionEncoderDecoder pictures); else by
-    its sub-configuration; else by the arguments of the forward that reached it.
+    Decided by a word in the path; else language where words reached it, and neither pictures nor sound; else by the
+    inputs that the nearest model around the tower declares (the ``encoder`` of Whisper takes sound, that of a
+    VisionEncoderDecoder pictures); else by its sub-configuration; else by the arguments of the forward that reached it.
 
     Args:
         path: module path, for example ``"model.vision_tower.encoder.layers"``.
@@ -57,8 +58,8 @@ def modality_of(path: str, model: nn.Module, inputs: Collection[str] = ()) -> st
     for modality, words in WORDS:
         if any(word in component for component in components for word in words):
             return modality
-    if inputs and all(name.endswith((*TEXT_INPUTS, "mask")) for name in inputs):
-        return "language"  # a decoder of a model that says of itself that it takes pictures (PP-FormulaNet)
+    if any(name.endswith(TEXT_INPUTS) for name in inputs) and not any(name.startswith(_MAIN) for name in inputs):
+        return "language"  # of a model that says of itself that it takes pictures (PP-FormulaNet's decoder, UDOP)
     return _declared(path, model) or _configured(path, model) or _reached(inputs) or "language"
 
 
