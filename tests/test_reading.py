@@ -292,3 +292,10 @@ def test_a_signal_while_modules_are_read_is_one_line() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert ended.returncode == 130
     assert ended.stderr == "ecoflap: stopped; nothing was written\n"
+
+
+def test_the_handler_of_signals_is_there_before_anything_heavy() -> None:
+    code = "import sys, ecoflap.__main__; print(*({'importlib.metadata', 'logging', 'typer'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+    assert found.stdout.split() == []

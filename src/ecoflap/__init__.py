@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from ecoflap.model.packed.register import register as register_packed
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from ecoflap.run.extensions import register
     from ecoflap.run.recipe import Recipe
     from ecoflap.support.processes import joined
+    from ecoflap.support.version import __version__ as __version__
 
 __all__ = [
     "Importance",
@@ -47,12 +47,8 @@ __all__ = [
     "write_model_card",
 ]
 
-try:
-    __version__ = version("ecoflap")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
-
-# Imported when first used: what needs no model (the allocation, --help) must not wait for torch.
+# Imported when first used: what needs no model (the allocation, --help) must not wait for torch, and until the command
+# line has its signal handler even a hundredth of a second matters.
 _HOMES = {
     "Importance": "ecoflap.importance.scores",
     "PruneResult": "ecoflap.api",
@@ -73,6 +69,7 @@ _HOMES = {
     "register": "ecoflap.run.extensions",
     "save": "ecoflap.model.save",
     "write_model_card": "ecoflap.report.card",
+    "__version__": "ecoflap.support.version",
 }
 
 register_packed()  # so that transformers loads packed checkpoints; imports nothing

@@ -12,7 +12,7 @@ import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress as RichProgress
@@ -279,8 +279,11 @@ def _console(terminal: bool, stderr: bool) -> Console:
 
 def print_lines(text: str, *, error: bool = False) -> None:
     """Prints lines: results on standard output, all else on standard error. All printing goes through here."""
-    stream = sys.stderr if error else sys.stdout
-    stream.write(f"{printable(text)}\n")
+    if not error:
+        sys.stdout.write(f"{printable(text)}\n")
+        return
+    with suppress(OSError):  # a full or closed standard error: the exit code still tells
+        sys.stderr.write(f"{printable(text)}\n")
 
 
 class Messages(logging.Handler):

@@ -7,17 +7,14 @@ itself.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 _TABLE = "transformers.quantizers.auto"
-_log = logging.getLogger("ecoflap")
 
 
 def register() -> None:
@@ -36,10 +33,12 @@ def _fill(table: Any) -> None:
             table.register_quantization_config(METHOD)(PackedConfig)
             table.register_quantizer(METHOD)(PackedQuantizer)
     except Exception as error:  # of a transformers that we don't know: it must go on working without us
-        _log.warning("packed checkpoints can't be loaded with this transformers (%s)", error)
+        import logging  # not above: it takes longer to import than all else here
+
+        logging.getLogger("ecoflap").warning("packed checkpoints can't be loaded with this transformers (%s)", error)
 
 
-class _Finder(MetaPathFinder):
+class _Finder:  # not derived from importlib.abc, which imports a dozen modules
     """Finds the table's module as it would be found anyway, and fills the table after its import."""
 
     def find_spec(
@@ -50,16 +49,18 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            loader: Any = _Loader(spec.loader)
+            spec.loader = loader
         return spec
 
 
-class _Loader(Loader):
-    def __init__(self, real: Loader) -> None:
+class _Loader:
+    def __init__(self, real: Any) -> None:
         self._real = real
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._real.create_module(spec)
+        made: ModuleType | None = self._real.create_module(spec)
+        return made
 
     def exec_module(self, module: ModuleType) -> None:
         spec = module.__spec__
