@@ -220,6 +220,12 @@ def compare(
     low_memory: Annotated[
         bool, flag("--low-memory", text="Keep the dense weights on disk between cells, not in memory.")
     ] = False,
+    keep_models: Annotated[bool, flag("--keep-models", text="Save the model of each cell: models/CELL.")] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option("--keep", metavar="best", help="Save the best model of each sparsity, by the first test.",
+                     show_default=False, rich_help_panel=OUTPUT),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -236,6 +242,8 @@ def compare(
     """
     progress = progress_to(quiet or as_json)
     # Checked before anything heavy is imported, so that a folder in use is reported at once.
+    if keep not in (None, "best"):
+        raise InvalidOption(f"--keep {keep}: it may be best; --keep-models saves all")
     examined = GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume)
     if examined.complete and not quiet:
         standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
@@ -255,6 +263,7 @@ def compare(
         progress=progress,
         say=say,
         plans=plans,
+        keep="all" if keep_models else keep or "none",
     )
     if as_json:
         print_json({"folder": str(output), **comparison.model_dump(mode="json")})

@@ -22,6 +22,7 @@ def compare(
     overwrite: bool = False,
     resume: bool = False,
     low_memory: bool = False,
+    keep: str = "none",
     progress: Progress | None = None,
     **fields: Any,
 ) -> Comparison:
@@ -36,6 +37,7 @@ def compare(
         overwrite: replace the comparison that is there.
         resume: go on with it; methods, sparsities and seeds may be added.
         low_memory: keep the dense weights on disk, not in memory, while cells are made.
+        keep: which cells' models are saved in ``models/``: ``none``, ``all``, or the ``best`` of each sparsity.
         progress: where to report.
         fields: any other field of a recipe: ``calibration=``, ``task=``, ``test=``, ``samples=``, …
 
@@ -50,4 +52,6 @@ def compare(
 
     axes = {"model": model, "methods": methods, "sparsities": sparsities, "seeds": seeds}
     grid = Grid.parse({**{name: value for name, value in axes.items() if value is not None}, **fields})
-    return run_grid(grid, output, overwrite=overwrite, resume=resume, low_memory=low_memory, progress=progress)
+    return run_grid(
+        grid, output, overwrite=overwrite, resume=resume, low_memory=low_memory, progress=progress, keep=keep
+    )

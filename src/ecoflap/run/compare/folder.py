@@ -19,6 +19,7 @@ TABLE, LINES = "compare.md", "compare.csv"
 PLOTS = ("quality.png", "quality.svg", "bytes.png", "bytes.svg", "cost.png", "cost.svg")
 RESULTS = (COMPARISON, PAGE, TABLE, LINES, *PLOTS)
 DENSE = f"{CELLS}/dense.json"
+MODELS = "models"
 _AXES = ("methods", "sparsities", "seeds")
 
 
@@ -26,7 +27,7 @@ class GridDirectory(RunDirectory):
     """One comparison's files. On resume methods, sparsities and seeds may be added; nothing else may differ."""
 
     what: ClassVar[str] = "comparison"
-    ours: ClassVar[tuple[str, ...]] = (*RESULTS, JOURNAL, CELLS, IMPORTANCES, INPUTS, LOG, RECIPE, MANIFEST)
+    ours: ClassVar[tuple[str, ...]] = (*RESULTS, JOURNAL, CELLS, IMPORTANCES, MODELS, INPUTS, LOG, RECIPE, MANIFEST)
     inputs: ClassVar[str] = INPUTS
 
     def __init__(self, path: Path) -> None:

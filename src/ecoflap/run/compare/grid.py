@@ -14,6 +14,7 @@ from ecoflap.errors import EcoflapError, StorageError
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.run.compare.folder import CELLS, DENSE, RESULTS, GridDirectory
+from ecoflap.run.compare.models import NONE, KeptModels, check_keep
 from ecoflap.run.compare.plans import Group, Plans, group_of, plan_of, planned
 from ecoflap.run.compare.recipe import Grid, Place
 from ecoflap.run.compare.record import (
@@ -56,6 +57,7 @@ def run_grid(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     plans: Plans | None = None,
+    keep: str = NONE,
 ) -> Comparison:
     """Make every cell of ``grid`` and leave table, plots and page in ``output``.
 
@@ -65,6 +67,7 @@ def run_grid(
     Args:
         low_memory: keep the dense weights in a file of ``output`` while the work goes on, not in memory.
         say: receives one line for each choice that the recipe left open: columns of the data, objective.
+        keep: which cells' models are saved: ``none``, ``all``, or the ``best`` of each sparsity by the first test.
         plans: of :func:`~ecoflap.run.compare.plans.planned`, where the grid has been looked at already.
 
     Raises:
@@ -73,6 +76,7 @@ def run_grid(
         Stopped: by a signal, once the work had begun.
         RunFailed: anything else went wrong; ``log.txt`` has the traceback.
     """
+    check_keep(keep)
     with GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume) as folder:
         if folder.complete:
             return read_comparison(folder.path)
@@ -92,7 +96,7 @@ def run_grid(
         with logging_to(log), explained(folder.path, log), began:
             _log.info("comparison %s in %s", "goes on" if folder.resumed else "begins", folder.path.absolute())
             _log.info("recipe: %s", grid.model_dump(mode="json", exclude_defaults=True))
-            comparison = _Work(grid, folder, plans, base, progress or Silent(), low_memory).all()
+            comparison = _Work(grid, folder, plans, base, progress or Silent(), low_memory, keep).all()
             with folder.manifest.writing(*RESULTS):
                 write_results(folder.path, comparison)
             folder.finish()
@@ -110,10 +114,18 @@ class _Work:
     """A running grid: one model, whose dense weights are restored after each cell."""
 
     def __init__(
-        self, grid: Grid, folder: GridDirectory, plans: Plans, base: Prepared, progress: Progress, low_memory: bool
+        self,
+        grid: Grid,
+        folder: GridDirectory,
+        plans: Plans,
+        base: Prepared,
+        progress: Progress,
+        low_memory: bool,
+        keep: str,
     ) -> None:
         self._grid, self._folder, self._plans, self._base, self._progress = grid, folder, plans, base, progress
         self._group: Group = group_of(base.recipe)
+        self._keep = keep
         self._scores = SharedScores(folder, progress)
         self._entries = evaluations_of(grid)
         kept_in = folder.path / JOURNAL if low_memory else None
@@ -214,8 +226,15 @@ class _Work:
         with measured("evaluation", usages):
             results = self._evaluated()
         sparsity = sparsity_summary(plan.anatomy, pruned.allocation)
+        self._offer(place, cell_of(place, results=results, sparsity=sparsity))
         stored = self._stored.of_pruned(results)
         return cell_of(place, results=results, sparsity=sparsity, took=took, usages=usages, stored=stored)
+
+    def _offer(self, place: Place, cell: Cell) -> None:
+        finished = [(Path(_file_of(other)).stem, other) for other in self._grid.places() if other != place]
+        known = ((name, self._read(other)) for name, other in finished if self._folder.has(_file_of(other)))
+        kept = KeptModels(self._folder, self._checkpoint, self._keep, self._dense()[0].higher_is_better)
+        kept.offer(Path(_file_of(place)).stem, cell, known)
 
     def _evaluated(self) -> dict[str, Quality]:
         # With the grid's own seed: all cells answer the same questions.
