@@ -18,9 +18,9 @@ from ecoflap.allocation import Allocation, LayerSize, allocate
 from ecoflap.data.objectives import Objective, on_device, resolve
 from ecoflap.model.anatomy import discover
 from ecoflap.model.carried import packed
-from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.model.parts import Anatomy, Layer, parameter_of
 from ecoflap.model.patching import cache_disabled
-from ecoflap.model.slices import matrix_in, parameter_of
+from ecoflap.model.slices import matrix_in
 
 FAMILIES: dict[str, Family] = {
     family.name: family for kind in (text, vision, moe, vlm, dual, blip) for family in kind.FAMILIES

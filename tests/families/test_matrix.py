@@ -18,10 +18,10 @@ from ecoflap.importance.projections import noise
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.model.block_runner import BlockCall, TowerDriver
 from ecoflap.model.carried import packed
-from ecoflap.model.parts import Anatomy
+from ecoflap.model.parts import Anatomy, parameter_of
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.replay import Replay
-from ecoflap.model.slices import parameter_of, stored_matrix
+from ecoflap.model.slices import stored_matrix
 from ecoflap.model.swapping import layers_swapped
 from ecoflap.model.trace import tensors_in
 

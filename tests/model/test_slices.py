@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.gradient import visit_gradients
 from ecoflap.importance.measure import measure_importance
 from ecoflap.model.anatomy import discover
+from ecoflap.model.parts import parameter_of
 from ecoflap.model.replay import Replay
-from ecoflap.model.slices import experts_in_turn, matrix_in, parameter_of, slice_name, stored_matrix
+from ecoflap.model.slices import experts_in_turn, matrix_in, slice_name, stored_matrix
 from ecoflap.model.swapping import layers_swapped
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -217,3 +219,10 @@ def test_scores_in_half_precision_are_those_of_the_same_weights_in_fp32(layout: 
     assert found[0] == found[1]
     assert any(score.score > 0 for name, score in found[0].items() if name.endswith("]"))
     assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())
+
+
+def test_the_experts_of_a_mixture_are_of_one_kind() -> None:
+    anatomy = discover(build("Mixtral"), batches()[0])
+    kinds = Counter(layer.kind for layer in anatomy.layers)
+    assert kinds["mlp.experts.gate_up_proj"] == kinds["mlp.experts.down_proj"] == EXPERTS
+    assert kinds["self_attn.q_proj.weight"] == 1

@@ -29,7 +29,7 @@ from ecoflap.report.charts.chart import (
 from ecoflap.report.charts.plotly import figure
 from ecoflap.report.charts.static import COLOURS, picture, save, svg
 from ecoflap.report.comparison import Comparison
-from ecoflap.report.data import read_run
+from ecoflap.report.data import LayerScore, read_run
 from ecoflap.report.html import in_script
 
 COLOUR = re.compile(r"var\(--([a-z0-9]+)\)( [\d.]+)?")
@@ -211,3 +211,30 @@ def test_heat_maps_are_shown_where_matrices_of_a_block_differ(tmp_path):
     for layer in told["layers"]:
         layer["achieved"] = layer["sparsity"] = 0.5
     assert not run_charts.differs_in_blocks(read_run(write_run(tmp_path / "b", allocation=told)))
+
+
+def test_experts_of_one_parameter_have_one_cell_with_their_mean(tmp_path):
+    told = allocation()
+    first = told["layers"][0]
+    slices = [
+        first | {"name": f"{first['block']}.experts.up[{number}]", "weights": 10 * (number + 1), "shape": None,
+                 "zeros": 4 * (number + 1), "sparsity": 0.4, "achieved": share}
+        for number, share in enumerate((0.1, 0.4, 0.6))
+    ]  # fmt: skip
+    told["layers"] = slices + told["layers"]
+    told["total_weights"] = sum(layer["weights"] for layer in told["layers"])
+    run = read_run(write_run(tmp_path / "run", allocation=told))
+    _, kinds = run_charts._matrices(run.allocation.layers)[first["tower"]]
+    (cell,) = kinds["experts.up"]
+    assert (cell.weights, cell.sparsity) == (60, pytest.approx(0.4))
+    assert cell.achieved == pytest.approx((0.1 * 10 + 0.4 * 20 + 0.6 * 30) / 60)
+    assert not any("[" in kind for kind in kinds)
+
+
+def test_scores_of_experts_of_one_parameter_are_summed():
+    names = ["b.experts.up[0]", "b.experts.up[1]", "b.q.weight"]
+    rows = [LayerScore(name=name, tower="t", block="b", score=3.0 + n, stderr=3.0 + n) for n, name in enumerate(names)]
+    found = run_charts._summed(rows)
+    assert list(found) == ["b.experts.up", "b.q.weight"]
+    assert (found["b.experts.up"].score, found["b.experts.up"].stderr) == (7, 5)
+    assert found["b.q.weight"] is rows[2]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ecoflap import api
 from ecoflap.allocation import LayerSize, allocate
 from ecoflap.model.anatomy import discover
-from ecoflap.model.parts import Anatomy, Layer
+from ecoflap.model.parts import Anatomy, Layer, parameter_of
 from ecoflap.model.patching import cache_disabled
-from ecoflap.model.slices import parameter_of, stored_matrix
+from ecoflap.model.slices import stored_matrix
 
 Batches = Sequence[dict[str, Tensor]]
 

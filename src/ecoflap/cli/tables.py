@@ -62,7 +62,7 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
     for tower in anatomy.towers:
         count: dict[tuple[str, tuple[int, int]], int] = defaultdict(int)
         for layer in tower.layers:
-            count[(layer.name.removeprefix(layer.block + "."), layer.shape)] += 1
+            count[(layer.kind, layer.shape)] += 1
         _row(kinds, f"{tower.name}:", "", "", "")
         for (name, shape), times in count.items():
             _row(kinds, f"  {name}", f"{shape[0]} × {shape[1]}", str(times), f"{times * shape[0] * shape[1]:,}")

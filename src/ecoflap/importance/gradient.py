@@ -18,10 +18,10 @@ from ecoflap.errors import InvalidOption
 from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.offload import Offloaded, read_weight
-from ecoflap.model.parts import Anatomy
+from ecoflap.model.parts import Anatomy, parameter_of
 from ecoflap.model.patching import gradients_set_aside
 from ecoflap.model.recompute import recomputing, reloading
-from ecoflap.model.slices import experts_in_turn, parameter_of, stored_matrix
+from ecoflap.model.slices import experts_in_turn, stored_matrix
 from ecoflap.model.swapping import slices_swapped
 from ecoflap.support.registry import unknown
 

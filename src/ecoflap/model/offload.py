@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption
-from ecoflap.model.slices import matrix_in, parameter_of
+from ecoflap.model.parts import parameter_of
+from ecoflap.model.slices import matrix_in
 from ecoflap.support.temporary import TemporaryFolder
 
 

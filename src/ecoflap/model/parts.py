@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 
+def parameter_of(name: str) -> str:
+    """The parameter that holds the matrix of this name: the name itself, but for a slice (``…gate_up_proj[3]``)."""
+    return name.rpartition("[")[0] if name.endswith("]") else name
+
+
 @dataclass(frozen=True)
 class Layer:
     """One prunable weight matrix: a parameter, or one expert's slice of a parameter that stacks them.
@@ -39,12 +44,18 @@ class Layer:
     @property
     def parameter(self) -> str:
         """Name of the parameter that holds it."""
-        return self.name.rpartition("[")[0] if self.stacked else self.name
+        return parameter_of(self.name)
 
     @property
     def stacked(self) -> bool:
         """Whether it is a slice of a parameter."""
         return self.name.endswith("]")
+
+    @property
+    def kind(self) -> str:
+        """Its name inside its block; the slices of a parameter that stacks experts are of one kind."""
+        whole = self.parameter if self.expert else self.name
+        return whole.removeprefix(f"{self.block}.")
 
     @property
     def mixture(self) -> str:

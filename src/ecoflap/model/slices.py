@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ecoflap.model.parts import parameter_of
 from ecoflap.model.patching import Forward, forward_replaced
 
 _INDEXED = re.compile(r"(.+)\[(\d+)\]")
@@ -28,11 +29,6 @@ _NAMED = {"linear": ("input", "weight"), "_grouped_mm": ("self", "mat2")}  # whe
 def slice_name(parameter: str, index: int) -> str:
     """The name of one matrix of a stacked parameter: ``…experts.gate_up_proj[3]``."""
     return f"{parameter}[{index}]"
-
-
-def parameter_of(name: str) -> str:
-    """The parameter that holds the matrix of this name: the name itself, but for a slice."""
-    return name.rpartition("[")[0] if name.endswith("]") else name
 
 
 def matrix_in(parameter: Tensor, name: str) -> Tensor:

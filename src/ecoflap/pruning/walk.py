@@ -17,9 +17,9 @@ from ecoflap.data.model_facts import TokenMasks, placeholders, token_masks
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.model.block_runner import Run, TowerDriver
 from ecoflap.model.offload import Offloaded, in_memory, is_offloaded, keep_placeholders
-from ecoflap.model.parts import Anatomy, Block, Layer, Tower
+from ecoflap.model.parts import Anatomy, Block, Layer, Tower, parameter_of
 from ecoflap.model.patching import cache_disabled, trim
-from ecoflap.model.slices import matrix_in, parameter_of, stored_matrix
+from ecoflap.model.slices import matrix_in, stored_matrix
 from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock, SpilledBlocks

@@ -47,7 +47,7 @@ class Shares:
         kinds: dict[tuple[str, str], list[Layer]] = {}
         blocks: dict[str, list[Layer]] = {}
         for layer in self.layers:
-            kinds.setdefault((layer.tower, layer.name.removeprefix(layer.block)), []).append(layer)
+            kinds.setdefault((layer.tower, f".{layer.kind}"), []).append(layer)
             blocks.setdefault(layer.block, []).append(layer)
         object.__setattr__(self, "_kinds", kinds)
         object.__setattr__(self, "_blocks", blocks)

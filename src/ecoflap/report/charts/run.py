@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
+from ecoflap.model.parts import parameter_of
 from ecoflap.report.charts.chart import (
     Axis,
     Chart,
@@ -16,7 +19,7 @@ from ecoflap.report.charts.chart import (
     places,
     style,
 )
-from ecoflap.report.data import BlockRow, LayerAllocation, RunData, Search
+from ecoflap.report.data import BlockRow, LayerAllocation, LayerScore, RunData, Search
 from ecoflap.support import formats
 
 _BEFORE = Style("ink", marker=2)
@@ -81,7 +84,7 @@ def importance_charts(blocks: list[BlockRow]) -> list[Chart]:
 
 def layer_importance_charts(run: RunData) -> list[Chart]:
     """Scores of the single matrices with standard errors: a row of points for each kind of matrix."""
-    scores = run.scores
+    scores = _summed(run.scores.values())
     limits = log_limits((layer.score, layer.stderr) for layer in scores.values())
     if limits is None or not run.allocation:
         return []
@@ -205,15 +208,45 @@ def shown(layer: LayerAllocation) -> float:
 
 
 def _matrices(layers: list[LayerAllocation]) -> dict[str, tuple[list[str], dict[str, list[LayerAllocation]]]]:
-    """Tower → its blocks, and its layers by the kind of matrix: the name without block and ``.weight``."""
+    """Tower → its blocks, and its layers by the kind of matrix: the name without block and ``.weight``.
+
+    The slices of one parameter (the experts of a mixture) are taken together.
+    """
     towers: dict[str, tuple[list[str], dict[str, list[LayerAllocation]]]] = {}
-    for layer in layers:
+    for layer in (_together(list(slices)) for _, slices in groupby(layers, lambda layer: parameter_of(layer.name))):
         blocks, kinds = towers.setdefault(layer.tower, ([], {}))
         if layer.block not in blocks:
             blocks.append(layer.block)
         kind = layer.name.removeprefix(f"{layer.block}.").removesuffix(".weight")
         kinds.setdefault(kind, []).append(layer)
     return towers
+
+
+def _together(slices: list[LayerAllocation]) -> LayerAllocation:
+    """One row for all slices of a parameter; the row itself where there is one."""
+    first, weights = slices[0], sum(row.weights for row in slices)
+    if len(slices) == 1:
+        return first
+    achieved = None
+    if all(row.achieved is not None for row in slices):
+        achieved = sum((row.achieved or 0.0) * row.weights for row in slices) / weights
+    target = sum(row.sparsity * row.weights for row in slices) / weights
+    whole = {"name": parameter_of(first.name), "weights": weights, "sparsity": target, "achieved": achieved}
+    return first.model_copy(update=whole)
+
+
+def _summed(scores: Iterable[LayerScore]) -> dict[str, LayerScore]:
+    """Scores by parameter: of one that stacks experts, the sum of theirs, whose errors are independent."""
+    found: dict[str, LayerScore] = {}
+    for score in scores:
+        name = parameter_of(score.name)
+        if name not in found:
+            found[name] = score if name == score.name else score.model_copy(update={"name": name})
+            continue
+        other = found[name]
+        error = None if score.stderr is None or other.stderr is None else math.hypot(score.stderr, other.stderr)
+        found[name] = other.model_copy(update={"score": other.score + score.score, "stderr": error})
+    return found
 
 
 def _cell(layer: LayerAllocation) -> str:
