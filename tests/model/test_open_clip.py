@@ -26,7 +26,8 @@ import ecoflap
 from ecoflap.data import Sample, SampleSet, make_batches
 from ecoflap.errors import CheckpointError, InvalidOption, MissingDependency
 from ecoflap.model.checkpoint import load
-from ecoflap.model.open_clip import CONFIG, WEIGHTS, is_open_clip
+from ecoflap.model.files import check_place, is_open_clip, locate
+from ecoflap.model.open_clip import CONFIG, WEIGHTS
 from ecoflap.model.save import save
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe
@@ -196,6 +197,10 @@ def test_the_recipe_of_eva_clip(folder: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_cannot_be_loaded_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="not packed"):
+        locate(folder)
+    with pytest.raises(CheckpointError, match=r"no model of open_clip in '/no/such'"):
+        check_place("open_clip:/no/such")
     with pytest.raises(InvalidOption, match="leave out device_map"):
         load(folder, device_map="disk")
     (folder / WEIGHTS).rename(tmp_path / "elsewhere")

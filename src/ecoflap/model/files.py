@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 PACKED, BITMASK = "ecoflap", "sparse-bitmask"  # quantisations whose weights can be unpacked
 # Eight- and four-bit floats with scales that transformers can turn into plain weights, to its class that says how.
 FLOATS = {"fp8": "FineGrainedFP8Config", "mxfp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+OPEN_CLIP, OPEN_CLIP_CONFIG = "open_clip:", "open_clip_config.json"  # how its models are given, what their folders hold
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_SECONDS = 10.0  # how long to wait for the hub before saying that it can't be reached
@@ -44,6 +45,8 @@ def locate(source: str | Path, *, gguf_file: str | None = None, trust_remote_cod
     Raises:
         CheckpointError: nothing there, no weights that we read, a broken file; one line with what to do.
     """
+    if is_open_clip(source):
+        raise CheckpointError(f"'{source}' is a model of open_clip: it can be pruned, but not packed")
     path = Path(source).expanduser()
     if path.is_file():
         return _from_file(path, gguf_file)
@@ -60,9 +63,26 @@ def check_place(source: str | Path) -> None:
     Raises:
         CheckpointError: as :func:`locate`.
     """
+    if is_open_clip(source):
+        name = str(source).removeprefix(OPEN_CLIP)
+        if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / OPEN_CLIP_CONFIG).is_file():
+            raise CheckpointError(f"no model of open_clip in '{name}': its folder would hold {OPEN_CLIP_CONFIG}")
+        return
     path = Path(source).expanduser()
     if path.exists() or isinstance(source, Path) or _means_path(str(source)):
         locate(source)
+
+
+def is_open_clip(source: str | Path | None) -> bool:
+    """Whether a model is given by ``open_clip:``, or is a folder in open_clip's format and in no other."""
+    if source is None:
+        return False
+    if str(source).startswith(OPEN_CLIP):
+        return True
+    folder = Path(source).expanduser()
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
+        return False
+    return not (folder / "config.json").is_file() or read_config(folder).get("model_type") == "open_clip"
 
 
 def _means_path(name: str) -> bool:

@@ -23,29 +23,14 @@ from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ecoflap.errors import CheckpointError, MissingDependency
+from ecoflap.model.files import OPEN_CLIP as PREFIX
+from ecoflap.model.files import OPEN_CLIP_CONFIG as CONFIG
 from ecoflap.model.files import first_line
 from ecoflap.support.reading import read_json
 
-PREFIX = "open_clip:"
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+WEIGHTS = "open_clip_model.safetensors"
 _WANTED = (CONFIG, "*.safetensors", "*.json", "*.txt", "*.model")
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
-
-
-def is_open_clip(source: str | Path | None) -> bool:
-    """Whether a model is given by ``open_clip:``, or is a folder in open_clip's format and in no other."""
-    if source is None:
-        return False
-    if str(source).startswith(PREFIX):
-        return True
-    folder = Path(source).expanduser()
-    if not (folder / CONFIG).is_file():
-        return False
-    plain = folder / "config.json"
-    if not plain.is_file():
-        return True
-    config = read_json(plain, "the configuration", CheckpointError)
-    return isinstance(config, dict) and config.get("model_type") == "open_clip"
 
 
 class OpenClipConfig(PretrainedConfig):  # type: ignore[misc]
