@@ -138,7 +138,7 @@ def evaluate(
 
     Examples:
         ecoflap evaluate
-        ecoflap evaluate runs/first/model --limit 200 --json
+        ecoflap evaluate runs/first/model --task vqa --limit 200 --json
         ecoflap evaluate path/to/llama --task perplexity --test held-out.txt --sequence-length 2048
         ecoflap evaluate path/to/llama --task multiple-choice --test mmlu.jsonl --task-option shots=5
         ecoflap evaluate path/to/llama --task lm_eval:hellaswag --batch-size 16
