@@ -6,6 +6,7 @@ import pytest
 import torch
 from picos import FAMILIES
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 from tuning import recipe_of, same_zeros
 
 from ecoflap.errors import MissingDependency
@@ -102,3 +103,14 @@ def test_without_peft(monkeypatch):
     monkeypatch.setattr("ecoflap.run.finetune.lora.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"pip install 'ecoflap\[lora\]'"):
         check_peft()
+
+
+def test_stacked_experts_are_no_modules_to_adapt():
+    config = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = MixtralForCausalLM(MixtralConfig(**config, **heads)).eval()
+    layers = discover(model, FAMILIES["llama"].batches(2, 2)[0]).layers
+    assert any(".experts." in layer.name for layer in layers)
+    wrapped = adapted(model, layers, rank=2)
+    names = {name.partition(".lora_A")[0] for name, _ in wrapped.named_parameters() if ".lora_A" in name}
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}

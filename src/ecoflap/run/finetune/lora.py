@@ -30,7 +30,8 @@ def adapted(model: nn.Module, layers: Iterable[Layer], rank: int) -> PeftModel:
     """``model`` with a masked low-rank update on each of ``layers``, which alone is trained; α = 2 · rank.
 
     Args:
-        layers: those whose module is called; a parent that reads a weight itself would pass the update by.
+        layers: the pruned layers. Skipped are weights that their parent multiplies itself, which would not see the
+            update, and slices of stacked experts, which are no modules.
 
     Raises:
         MissingDependency: no peft.
@@ -42,7 +43,11 @@ def adapted(model: nn.Module, layers: Iterable[Layer], rank: int) -> PeftModel:
 
     from ecoflap.run.finetune.sparse_adapter import SparseConv1D, SparseLinear
 
-    names = [layer.module for layer in layers if not layer.uncalled]
+    names = [
+        layer.module
+        for layer in layers
+        if not layer.uncalled and isinstance(model.get_submodule(layer.module), nn.Linear | Conv1D)
+    ]
     if not names:
         raise InvalidOption("--tune lora: no pruned layer can take an update: train all weights, --tune full")
     pattern = "|".join(re.escape(name) for name in names)
