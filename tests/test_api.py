@@ -274,3 +274,16 @@ def test_the_documentation_s_runs_on_files(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "pruned" / "model.safetensors").exists()
     assert (tmp_path / "runs" / "llama" / "report.html").exists()
     assert (tmp_path / "ecoflap-compare" / "compare.html").exists()
+
+
+def test_a_pattern_needs_no_importance() -> None:
+    """As on the command line: N:M fixes every layer's sparsity, so there is nothing to measure."""
+    batches = picos.FAMILIES["llama"].batches(2, 2)
+    model, other = (picos.FAMILIES["llama"].build() for _ in range(2))
+    found = ecoflap.prune(model, batches, pattern="2:4")
+    expected = ecoflap.prune(other, batches, pattern="2:4", importance="uniform")
+    assert found.allocation == expected.allocation
+    for layer in found.anatomy.layers:
+        weight = model.get_parameter(layer.name)
+        assert torch.equal(weight, other.get_parameter(layer.name))
+        assert ((weight.reshape(-1, 4) == 0).sum(dim=1) == 2).all()

@@ -204,7 +204,7 @@ def prune(
         criterion: local rule: ``wanda``, ``sparsegpt``, ``admm``, ``magnitude``; or a global one, which decides every
             layer's sparsity by itself: ``global-magnitude``, ``iterative-gradient``.
         criterion_options: of the criterion, such as ``damping`` or ``rounds``.
-        pattern: ``unstructured``, or N:M such as ``2:4`` (with ``importance="uniform"``).
+        pattern: ``unstructured``, or N:M such as ``2:4``, which fixes every layer's sparsity.
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
         allocation: use this one, and skip stage 1.
         search: improve the allocation by measuring the pruned model; by default where ``sensitivity`` is measured here.

@@ -123,6 +123,8 @@ def make_method(
         }
         refuse_with_global(criterion, given)
         importance, shares = "uniform", {**shares, "max_sparsity": 1.0}
+    if importance is None and allocation is None and shares.get("pattern", "unstructured") != "unstructured":
+        importance = "uniform"  # N:M fixes every layer's sparsity
     known = allocation is not None or isinstance(importance, Importance) or (name or "").endswith(".json")
     stage1 = ImportanceOptions(
         None if known else named(str(importance or AUTO), importance_options or ()),
