@@ -196,7 +196,7 @@ def test_no_data_where_none_is_needed() -> None:
         ({"criterion": "wandb"}, UnknownName, "did you mean 'wanda'"),
         ({"importance": "zero-order"}, UnknownName, "did you mean 'zeroth-order'"),
         ({"importance_options": {"eps": 1}}, InvalidOption, "no option 'eps'"),
-        ({"pattern": "2:4"}, InvalidOption, "use importance 'uniform'"),
+        ({"pattern": "2:4", "importance": "owl"}, InvalidOption, "use importance 'uniform'"),
         ({"pattern": "2:5", "importance": "uniform", "sparsity": 0.6}, InvalidOption, "does not divide"),
         ({"max_sparsity": 0.4}, InfeasibleAllocation, "out of reach"),
         ({"tower_sparsity": {"vision": 0.3}}, UnknownName, "stack"),
