@@ -201,7 +201,7 @@ def test_refusals(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.M
         dataset_path="somebody/questions", dataset_kwargs={},
     )  # fmt: skip
     for name in ("gone", "hub"):
-        with pytest.raises(CalibrationError, match=f"the data of lm_eval:{name} can't be had"):
+        with pytest.raises(CalibrationError, match=f"the data of lm_eval:{name} can't be loaded"):
             suite(name, model, words, folder)
     with pytest.raises(InvalidOption, match="there is no such folder"):
         suite("texts", model, words, tmp_path / "nowhere")

@@ -20,7 +20,7 @@ from ecoflap.data.encode import (
 )
 from ecoflap.data.model_facts import Batch, batch_size_of, is_dual_tower, is_encoder_decoder, needs_image, takes_images
 from ecoflap.data.packing import check_length, default_length, draw_windows, tokenize_corpus
-from ecoflap.data.prompts import Prompter, image_processor_of, tokenizer_of
+from ecoflap.data.prompts import ProcessorRefused, Prompter, image_processor_of, tokenizer_of
 from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleSet
 from ecoflap.errors import CalibrationError, InvalidOption
@@ -202,8 +202,9 @@ def _collator(
     def explained(part: list[Sample], start: int) -> dict[str, Any]:
         try:
             return collate(part, start)
-        except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:  # what processors refuse with
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except (ProcessorRefused, ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
+            cause = error.__cause__ if isinstance(error, ProcessorRefused) else error
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             last = start + len(part) - 1
             raise CalibrationError(
                 f"{source}: the checkpoint's processor can't take samples {start} to {last} ({reason}): check their "

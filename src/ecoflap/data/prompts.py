@@ -94,13 +94,17 @@ def padded_on(tokenizer: Any, side: str) -> Iterator[None]:
             backend.no_padding()
 
 
+class ProcessorRefused(CalibrationError):
+    """A tokenizer or processor raised an error, which is the cause of this one."""
+
+
 @contextmanager
 def using_processor() -> Iterator[None]:
-    """Turns what a tokenizer or processor raises, on data or its own settings, into one line (CalibrationError)."""
+    """Turns an error of a tokenizer or processor, about data or its own settings, into one line (ProcessorRefused)."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CalibrationError(
+        raise ProcessorRefused(
             f"the checkpoint's tokenizer or processor can't read the data ({type(error).__name__}: "
             f"{first_line(error)}): check its tokenizer_config.json and preprocessor_config.json, and the data"
         ) from error

@@ -101,7 +101,7 @@ def test_every_method_of_the_defaults_has_a_paper() -> None:
         ("wanda:", ["missing after the colon"]),
         ("wanda:granularity", ["no NAME=VALUE"]),
         ("wanda:granularity=", ["no NAME=VALUE"]),
-        ("wanda:granularity=blok", ["granularity", "'block', 'layer' or 'tower'"]),
+        ("wanda:granularity=blok", ["granularity", "'block', 'expert', 'layer' or 'tower'"]),
         ("wanda:max_sparsity=lots", ["max_sparsity", "not a number"]),
         ("wanda:tower_sparsity=0.4", ["tower_sparsity=NAME=VALUE"]),
         ("zeroth-order+wanda:drws=8", ["'drws'", "did you mean 'draws'?"]),

@@ -180,7 +180,11 @@ class _Work:
 
     def _read(self, place: Place) -> Cell:
         name = _file_of(place)
-        found: Cell = checked(self._folder.read(name), Cell, f"{self._folder.path / name}, a damaged file")
+        found: Cell = checked(
+            self._folder.read(name),
+            Cell,
+            f"{self._folder.path / name} is damaged: remove it, and --resume makes the cell again. Fault",
+        )
         return found
 
     def _finish(self, place: Place, task: Task) -> None:
