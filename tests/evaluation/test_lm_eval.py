@@ -216,10 +216,10 @@ def test_refusals(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.M
     )
     from ecoflap.evaluation import lm_eval as ours
 
-    ours._manager.cache_clear()
+    ours._task_manager.cache_clear()
     with pytest.raises(UnknownName, match="did you mean 'texts'"):
         suite("text", model, words, folder)
-    ours._manager.cache_clear()
+    ours._task_manager.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.models.huggingface", None)
     with pytest.raises(MissingDependency, match=r"pip install 'ecoflap\[lm-eval\]'"):
         suite("texts", model, words, folder)
