@@ -235,17 +235,19 @@ def summary_table(run: RunData | Path | str) -> Table:
             _row(table, f"  {reason}", "", formats.percent(share), f"{size:,} weights")
     if metrics.removed_experts:
         _row(table, "experts whose weights are all zero", "", f"{len(metrics.removed_experts)} experts")
-        for expert in metrics.removed_experts[:NAMED]:
-            _row(table, f"  {expert}")
-        if len(metrics.removed_experts) > NAMED:
-            _row(table, "  … all in metrics.json")
+        _named(table, metrics.removed_experts)
     if metrics.unreached:
         _row(table, "reached by no calibration token", "", f"{len(metrics.unreached)} layers")
-        for layer in metrics.unreached[:NAMED]:
-            _row(table, f"  {layer}")
-        if len(metrics.unreached) > NAMED:
-            _row(table, "  … all in metrics.json")
+        _named(table, metrics.unreached)
     return table
+
+
+def _named(table: Table, names: Sequence[str]) -> None:
+    """A row for each of the first names, and where the others are."""
+    for name in names[:NAMED]:
+        _row(table, f"  {name}")
+    if len(names) > NAMED:
+        _row(table, "  … all in metrics.json")
 
 
 def finetune_table(folder: Path) -> Table:

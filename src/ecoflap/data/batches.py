@@ -24,6 +24,7 @@ from ecoflap.data.prompts import ProcessorRefused, Prompter, image_processor_of,
 from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleSet
 from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.support.text import first_line
 
 
 def as_batches(batches: Iterable[Any], loss: object | None) -> Sequence[Any]:
@@ -203,8 +204,8 @@ def _collator(
         try:
             return collate(part, start)
         except (ProcessorRefused, ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
-            cause = error.__cause__ if isinstance(error, ProcessorRefused) else error
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            cause = error.__cause__ if isinstance(error, ProcessorRefused) else None
+            reason = first_line(cause or error)
             last = start + len(part) - 1
             raise CalibrationError(
                 f"{source}: the checkpoint's processor can't take samples {start} to {last} ({reason}): check their "

@@ -15,7 +15,8 @@ from ecoflap.data.images import MOST_PIXELS
 from ecoflap.data.model_facts import image_token_id, parameters_of
 from ecoflap.data.sample import Sample
 from ecoflap.errors import CalibrationError
-from ecoflap.model.files import first_line, quiet
+from ecoflap.model.files import quiet
+from ecoflap.support.text import first_line
 
 LEAST_KEPT = 1 << 22  # pixels that a calibration picture keeps in any case; all samples are in memory at once
 _LONGEST_SIDE = 1 << 14  # a larger number in a processor's size counts pixels

@@ -16,8 +16,9 @@ from ecoflap.data.images import MOST_PIXELS, BrokenSample, ImageFinder
 from ecoflap.data.rows import RowReader, check_template
 from ecoflap.data.sample import Sample
 from ecoflap.data.sources import checked_folder, open_source, readable
-from ecoflap.data.tables import Row, Table, Taken, first_line
+from ecoflap.data.tables import Row, Table, Taken
 from ecoflap.errors import CalibrationError
+from ecoflap.support.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,9 @@ from ecoflap.data.formats.hub import Address, HubStream
 from ecoflap.data.formats.place import Place
 from ecoflap.data.formats.text import TextFiles
 from ecoflap.data.formats.webdataset import expand, open_tars
-from ecoflap.data.tables import Table, first_line
+from ecoflap.data.tables import Table
 from ecoflap.errors import CalibrationError
+from ecoflap.support.text import first_line
 
 # What a reader of a format may raise where a file holds other things than the format says.
 _SURPRISES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, StopIteration)

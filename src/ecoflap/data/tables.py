@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ecoflap.data.images import BrokenSample
 from ecoflap.errors import CalibrationError
+from ecoflap.support.text import first_line
 
 Row = dict[str, Any]
 ClassNames = Mapping[str, Sequence[str]]  # of the columns that hold classes
@@ -202,7 +203,3 @@ def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}  # another program wrote the file
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,6 +23,7 @@ from ecoflap.model.parts import Anatomy, Block
 from ecoflap.model.patching import cache_disabled, gradients_set_aside
 from ecoflap.model.precision import computing_in_fp32, half_blocks
 from ecoflap.model.trace import evaluating
+from ecoflap.support.text import first_line
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _obstacle(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss
         except torch.OutOfMemoryError:
             return "a backward pass needs more memory than there is"
         except (InvalidOption, RuntimeError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = first_line(error)
             return line.partition(": gradients can't be taken")[0]
     for block in first.values():
         if block.name in ran and not any(layer.name in reached for layer in block.layers):

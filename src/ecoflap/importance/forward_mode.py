@@ -24,6 +24,7 @@ from ecoflap.model.parts import Anatomy, Layer, Tower
 from ecoflap.model.patching import differentiable_attention, tangent_of, with_tangent
 from ecoflap.model.replay import Replay
 from ecoflap.model.slices import stored_matrix
+from ecoflap.support.text import first_line
 
 FALLBACK = "fallback"  # in the settings of an importance: towers whose scores are the zeroth order's, and why
 _TRIALS = 3  # noises with which a tower's derivatives are compared with differences of losses
@@ -94,7 +95,8 @@ class ForwardMode(ImportanceMeasure):
             return derivative(probe, replay)
         except NotImplementedError as error:
             raise InvalidOption(
-                f"no forward-mode derivative of {probe.name} ({_line(error)}): --importance zeroth-order needs none"
+                f"no forward-mode derivative of {probe.name} ({first_line(error)}): --importance zeroth-order needs "
+                "none"
             ) from error
 
 
@@ -138,7 +140,7 @@ class _Trial:
             try:
                 found = [derivative(self._probe(layer, draw), replay) for draw in range(_TRIALS)]
             except NotImplementedError as error:
-                return _line(error)
+                return first_line(error)
             if self.precision == "native" and stored_matrix(self.context.model, layer.name).dtype.itemsize < 4:
                 return ""  # a difference of losses in half precision is no yardstick
             expected = [self.difference.projection(self._probe(layer, draw), replay) for draw in range(_TRIALS)]
@@ -159,7 +161,3 @@ def _tell(towers: dict[str, str]) -> None:
         f"forward mode does not work for {', '.join(towers)} ({reasons}): zeroth-order importance is taken there",
         stacklevel=2,
     )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

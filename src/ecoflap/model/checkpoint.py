@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
 from ecoflap.model.device_map import dispatching
-from ecoflap.model.files import FLOATS, Files, first_line, is_open_clip, locate, quantisation, quiet
+from ecoflap.model.files import FLOATS, Files, is_open_clip, locate, quantisation, quiet
 from ecoflap.model.open_clip import load_open_clip
 from ecoflap.model.processor import load_processor
+from ecoflap.support.text import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

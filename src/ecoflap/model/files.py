@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ecoflap.errors import CheckpointError
 from ecoflap.support.reading import NO_READING, checked, json_value, read_text, reason_of
+from ecoflap.support.text import first_line
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -313,12 +314,6 @@ def _json(path: Path) -> Any:
     except NO_READING as error:
         why = reason_of(error, "JSON")
         raise CheckpointError(f"'{path}' cannot be read ({why}): download or copy it again") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for messages of ours that quote it."""
-    text = str(error).strip().splitlines()
-    return text[0].strip() if text else type(error).__name__
 
 
 @contextmanager

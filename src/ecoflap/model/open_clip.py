@@ -25,8 +25,8 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from ecoflap.errors import CheckpointError, MissingDependency
 from ecoflap.model.files import OPEN_CLIP as PREFIX
 from ecoflap.model.files import OPEN_CLIP_CONFIG as CONFIG
-from ecoflap.model.files import first_line
 from ecoflap.support.reading import read_json
+from ecoflap.support.text import first_line
 
 WEIGHTS = "open_clip_model.safetensors"
 _WANTED = (CONFIG, "*.safetensors", "*.json", "*.txt", "*.model")

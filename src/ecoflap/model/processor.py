@@ -12,8 +12,9 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from ecoflap.errors import CheckpointError
-from ecoflap.model.files import Files, first_line
+from ecoflap.model.files import Files
 from ecoflap.support.reading import read_json
+from ecoflap.support.text import first_line
 
 _log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from ecoflap.errors import CheckpointError, OutputExists, StorageError
-from ecoflap.model.files import first_line, quiet
+from ecoflap.model.files import quiet
 from ecoflap.model.offload import is_offloaded
 from ecoflap.support.files import default_mode
 from ecoflap.support.reading import read_json
+from ecoflap.support.text import first_line
 
 if TYPE_CHECKING:
     from ecoflap.model.checkpoint import Checkpoint

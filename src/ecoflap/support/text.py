@@ -26,3 +26,9 @@ def whole_characters(value: Any) -> Any:
 def printable(text: str) -> str:
     """The same text with each unsafe character written as its escape, such as ``\\x1b``."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for messages of ours that quote it; its class where it has none."""
+    text = str(error).strip().splitlines()
+    return text[0].strip() if text else type(error).__name__

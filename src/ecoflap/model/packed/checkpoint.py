@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import DTYPES, load
-from ecoflap.model.files import BITMASK, INDEX, PACKED, first_line, locate, quantisation, read_config, safetensors_of
+from ecoflap.model.files import BITMASK, INDEX, PACKED, locate, quantisation, read_config, safetensors_of
 from ecoflap.model.packed.checks import from_tensors
 from ecoflap.model.packed.convert import PackedModel, pack
 from ecoflap.model.packed.format import PARTS, checked_group_size, unpack_weight
 from ecoflap.model.packed.shards import pack_shards, too_large
 from ecoflap.model.save import replacing, save
 from ecoflap.support.files import default_mode
+from ecoflap.support.text import first_line
 
 CARD = "README.md"
 _HEADING = "## Packed weights"

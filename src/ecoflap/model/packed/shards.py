@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import empty_model
-from ecoflap.model.files import INDEX, Files, first_line
+from ecoflap.model.files import INDEX, Files
 from ecoflap.model.packed.convert import PackedModel, Packing, packable
 from ecoflap.model.packed.format import worth_packing
 from ecoflap.model.packed.quantizer import PackedConfig
 from ecoflap.model.save import replacing
 from ecoflap.support.files import default_mode
+from ecoflap.support.text import first_line
 
 _ROOM = 0.7  # of the memory that is free: a model that takes more of it is packed file by file
 

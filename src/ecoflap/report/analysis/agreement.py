@@ -16,6 +16,7 @@ from ecoflap.report.analysis.registry import Analysis, NotApplicable
 from ecoflap.report.charts.analysis import agreement_chart
 from ecoflap.report.charts.static import picture
 from ecoflap.support.progress import Labelled
+from ecoflap.support.text import first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def compute(subject: Subject) -> dict[str, Any]:
                 progress=Labelled(subject.progress, name),
             )
         except _UNFIT as error:
-            skipped[name] = f"{(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
+            skipped[name] = first_line(error)[:200]
     if len(found) < 2:
         raise NotApplicable(f"fewer than two measures work on this model ({'; '.join(skipped.values())})")
     scores = {name: block_values(importance) for name, importance in found.items()}

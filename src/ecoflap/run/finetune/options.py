@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ecoflap.errors import InvalidOption
-from ecoflap.model.files import first_line
 from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.support.text import first_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
