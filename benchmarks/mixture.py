@@ -16,12 +16,12 @@ import json
 import math
 import statistics
 import time
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from assets import fetch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -29,11 +29,11 @@ import ecoflap
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.support.files import write_json
 
-LENGTH, EXPERTS = 64, 8
+LENGTH, EXPERTS = 128, 16
 CONFIG: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "head_dim": 16, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
-    "max_position_embeddings": LENGTH, "tie_word_embeddings": False, "router_aux_loss_coef": 0.001,
+    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 32, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+    "max_position_embeddings": LENGTH, "tie_word_embeddings": False, "router_aux_loss_coef": 0.0003,
     "output_router_logits": True,
 }  # fmt: skip
 
@@ -54,27 +54,44 @@ def windows(text: Tensor, count: int, seed: int) -> Tensor:
 
 
 def train(folder: Path, steps: int, seconds: float) -> None:
-    """Until ``steps`` are done or ``seconds`` have passed; the learning rate falls to zero towards that."""
+    """Goes on where the last call stopped, for at most ``seconds``; the learning rate falls to zero at ``steps``."""
     text, _, kinds = letters()
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(vocab_size=kinds, **CONFIG))
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    begin = time.monotonic()
-    for step in count():
-        done = max(step / steps, (time.monotonic() - begin) / seconds)
-        if done >= 1:
+    parameters = dict(model.named_parameters())
+    optimiser = torch.optim.AdamW(parameters.values(), weight_decay=0.05)
+    state, begin = folder / "training.safetensors", 0
+    if state.exists():
+        stored = load_file(state)
+        begin = int(stored["step"])
+        for name, parameter in parameters.items():
+            parameter.data.copy_(stored[name])
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(begin)),
+                **{part: stored[f"{part}.{name}"] for part in ("exp_avg", "exp_avg_sq")},
+            }
+    end = time.monotonic() + seconds
+    for step in range(begin, steps):
+        if time.monotonic() > end:
+            steps = step
             break
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
         ids = windows(text, 16, seed=step)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(step, f"{loss.item() / math.log(2):.3f} bits", flush=True)
-    print(step, "steps")
+    print(steps, "steps", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for part in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{part}.{name}"] = optimiser.state[parameter][part]
+    save_file({**tensors, "step": torch.tensor(steps)}, state)
     model.config.output_router_logits = False
     model.save_pretrained(folder)
 

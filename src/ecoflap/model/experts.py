@@ -77,6 +77,26 @@ def experts_in(module: nn.Module) -> int:
     return min(len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
 
 
+def lies_transposed(module: nn.Module) -> bool | None:
+    """Whether the matrices that a module stacks are stored as (inputs, outputs); None where that can't be told.
+
+    A module of transformers' interface for experts says so. Else two stacks can, of which one gives gate and up, and
+    the other takes half as many features: (2 · inner, width) and (width, inner), or both the other way round.
+    """
+    told = getattr(module, "is_transposed", None)
+    if isinstance(told, bool):
+        return told
+    sizes = [tuple(parameter.shape[1:]) for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    if len(sizes) != 2:
+        return None
+    for one, other in (sizes, sizes[::-1]):
+        if one == (2 * other[1], other[0]):
+            return False
+        if one == (other[1], 2 * other[0]):
+            return True
+    return None
+
+
 class Experts:
     """Answers questions about the mixtures of a model, for the discovery of layers."""
 

@@ -22,6 +22,7 @@ from ecoflap.model.checkpoint import load
 from ecoflap.model.packed.checkpoint import pack_checkpoint, unpack_checkpoint
 from ecoflap.model.packed.convert import pack, packable, replace, unpack
 from ecoflap.model.packed.format import PackedWeight, pack_weight
+from ecoflap.model.packed.holder import PackedParts
 from ecoflap.model.packed.linear import PackedLinear
 from ecoflap.model.save import save
 from ecoflap.support.embedded import calibration_path, model_path
@@ -93,7 +94,7 @@ def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
         "dense float32": load(plain, device="cpu", dtype="float32").model,
         "packed": kept.model,
     }
-    if all(layer.compressed.is_floating_point() for layer in kept.model.modules() if isinstance(layer, PackedLinear)):
+    if all(layer.compressed.is_floating_point() for layer in kept.model.modules() if isinstance(layer, PackedParts)):
         for values in ("int8", "int4"):
             small = load(packed, device="cpu").model
             unpack(small)

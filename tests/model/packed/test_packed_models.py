@@ -7,7 +7,6 @@ import sys
 import picos
 import pytest
 import torch
-from families.stacked import batches, build
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -270,16 +269,3 @@ def test_one_import_is_enough_in_any_order(order, folder):
 def test_the_import_loads_no_torch():
     code = "import sys, ecoflap; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_stacked_experts_stay_dense_and_that_is_said(tmp_path):
-    model = build("Mixtral", hidden_size=64, intermediate_size=64)
-    ecoflap.prune(model, batches(), sparsity=0.7, importance="uniform", criterion="magnitude")
-    stacked = {name: weight.clone() for name, weight in model.named_parameters() if weight.dim() == 3}
-    with pytest.warns(UserWarning, match=f"stay dense: {sum(w.nbytes for w in stacked.values()):,} bytes"):
-        packed = ecoflap.pack(model)
-    assert len(packed.layers) == 4  # attention
-    again = reloaded(model, tmp_path)
-    assert all(torch.equal(again.get_parameter(name), weight) for name, weight in stacked.items())
-    with torch.no_grad():
-        torch.testing.assert_close(again.eval()(IDS % 60).logits, model(IDS % 60).logits, rtol=0, atol=1e-5)

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecoflap.errors import CheckpointError
-from ecoflap.model.checkpoint import DTYPES, load
+from ecoflap.model.checkpoint import DTYPES, empty_model, load
 from ecoflap.model.files import BITMASK, INDEX, PACKED, locate, quantisation, read_config, safetensors_of
 from ecoflap.model.packed.checks import from_tensors
 from ecoflap.model.packed.convert import PackedModel, pack
 from ecoflap.model.packed.format import PARTS, checked_group_size, unpack_weight
-from ecoflap.model.packed.shards import pack_shards, too_large
+from ecoflap.model.packed.shards import names_in_files, pack_shards, too_large
+from ecoflap.model.packed.stack import SUFFIX
 from ecoflap.model.save import replacing, save
 from ecoflap.support.files import default_mode
 from ecoflap.support.text import first_line
@@ -89,8 +90,9 @@ def pack_checkpoint(
 def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
     """Write the plain checkpoint of a packed one: ours, or a ``sparse-bitmask`` one of compressed-tensors.
 
-    Weight file after weight file; what is not packed is copied as it is. Values that were not quantised come back to
-    the bit; rounded values become the numbers that they stand for, in the dtype that the configuration names.
+    Weight file after weight file; what is not packed is copied as it is. Stacked experts get the names under which
+    transformers saves them, which for many families are one for each expert. Values that were not quantised come back
+    to the bit; rounded values become the numbers that they stand for, in the dtype that the configuration names.
 
     Raises:
         CheckpointError: it is not packed, or damaged.
@@ -107,7 +109,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool
         for file in source.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):
                 shutil.copyfile(file, folder / file.name)
-        _write_weights(source, folder, _Unpacking.of(config, source))
+        _write_weights(source, folder, _Unpacking.of(config, source), method == PACKED)
         plain = {key: value for key, value in config.items() if key not in _PACKED_KEYS}
         (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", "utf-8")
         if (card := folder / CARD).is_file():
@@ -144,11 +146,12 @@ class _Unpacking:
         turned = any(
             layer == path or layer.endswith(f".{path}") or path.endswith(f".{layer}") for path in self.transposed
         )
-        return dense.t().contiguous() if turned else dense
+        return dense.transpose(-2, -1).contiguous() if turned else dense
 
 
-def _write_weights(source: Path, folder: Path, unpacking: _Unpacking) -> None:
+def _write_weights(source: Path, folder: Path, unpacking: _Unpacking, ours: bool) -> None:
     files = safetensors_of(source)
+    model: nn.Module | None = None
     places: dict[str, Path] = {}
     try:
         for file in files:
@@ -166,7 +169,12 @@ def _write_weights(source: Path, folder: Path, unpacking: _Unpacking) -> None:
                         tensors[name] = opened.get_tensor(name)
             for name, parts in packed.items():
                 if places[parts["compressed"]] == file:
-                    tensors[name] = unpacking.weight(name, {part: _tensor(places, key) for part, key in parts.items()})
+                    weight = unpacking.weight(name, {part: _tensor(places, key) for part, key in parts.items()})
+                    if ours and parts["compressed"].endswith(f"{SUFFIX}.compressed"):
+                        model = model or empty_model(locate(source))
+                        tensors |= names_in_files(model, {name: weight})
+                    else:
+                        tensors[name] = weight
             total += sum(tensor.nbytes for tensor in tensors.values())
             index |= dict.fromkeys(tensors, file.name)
             save_file(tensors, folder / file.name, {"format": "pt"})
@@ -185,7 +193,13 @@ def _packed_names(places: dict[str, Path]) -> dict[str, dict[str, str]]:
         if part in PARTS:
             groups[layer][part] = name
     whole = {layer: parts for layer, parts in groups.items() if {"compressed", "bitmask"} <= set(parts)}
-    return {layer if layer.endswith(".weight") else f"{layer}.weight": parts for layer, parts in whole.items()}
+    return {_weight_name(layer): parts for layer, parts in whole.items()}
+
+
+def _weight_name(layer: str) -> str:
+    if layer.endswith(SUFFIX):
+        return layer.removesuffix(SUFFIX)
+    return layer if layer.endswith(".weight") else f"{layer}.weight"
 
 
 def _tensor(places: dict[str, Path], name: str) -> Tensor:

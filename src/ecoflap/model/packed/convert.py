@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption
+from ecoflap.model.experts import lies_transposed
 from ecoflap.model.packed.format import PackedWeight, checked_group_size, pack_weight, unpack_weight, worth_packing
 from ecoflap.model.packed.linear import PackedLinear
+from ecoflap.model.packed.stack import PackedStack, stacks_of
+from ecoflap.model.packed.stacked_matrices import owner_with, owner_without
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ class Packing:
 
 
 def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = None) -> PackedModel:
-    """Pack the weight of every linear layer (``nn.Linear``, transformers' Conv1D) with enough zeros, in place.
+    """Pack the weights of linear layers (``nn.Linear``, transformers' Conv1D) and stacked experts with enough zeros.
 
-    The model computes the same within the rounding of a sum in float32 ("auto"), takes less memory, and saves with
-    ``save_pretrained`` as a packed checkpoint. Weights that several modules share and layers with less than about a
-    tenth of zeros stay dense.
+    It works in place. The model computes the same within the rounding of a sum in float32 ("auto"), takes less memory,
+    and saves with ``save_pretrained`` as a packed checkpoint. Weights that several modules share and layers with less
+    than about a tenth of zeros stay dense.
 
     Args:
         values: "auto" keeps the dtype and every bit; "int8" and "int4" round the non-zeros to 8 or 4 bits.
@@ -93,26 +95,21 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = Non
         weight = layer.weight.detach()
         packed = packing.add(name, weight.t().contiguous() if turned else weight)
         replace(model, name, PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype))
+    for name, owner, parameter, turned in list(stackable(model)):
+        if parameter.is_meta:
+            raise InvalidOption(f"'{name}' is not in memory: load the model without a device map to pack it")
+        if worth_packing(parameter):
+            rows = parameter.detach().transpose(1, 2).contiguous() if turned else parameter.detach()
+            stack = PackedStack(packing.add(name, rows), transposed=turned, dtype=parameter.dtype)
+            owner_with(owner, name.rpartition(".")[2], stack)
     seen = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     packing.other_bytes = sum(seen.values()) - packing.packed_bytes
     result = packing.result(type(model).__name__)
-    _warn_of_experts(model)
     if hasattr(model, "save_pretrained"):
         from ecoflap.model.packed.quantizer import mark
 
         mark(model, values, packing.group_size)
     return result
-
-
-def _warn_of_experts(model: nn.Module) -> None:
-    """Say how much of a mixture is not packed: its experts, where one parameter stacks them."""
-    stacked = [p for p in model.parameters() if p.dim() == 3 and not p.is_meta and 10 * int((p == 0).sum()) > p.numel()]
-    if stacked:
-        warnings.warn(
-            f"experts of {type(model).__name__} that are stacked in one parameter stay dense: "
-            f"{sum(parameter.nbytes for parameter in stacked):,} bytes are stored as they are",
-            stacklevel=3,
-        )
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -131,6 +128,9 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         plain.bias = layer.bias
         plain.train(layer.training)
         replace(model, name, plain)
+    for name, stack in list(stacks_of(model).items()):
+        path, _, leaf = name.rpartition(".")
+        owner_without(model.get_submodule(path), leaf, nn.Parameter(stack.dense_weight(dtype)))
     return model
 
 
@@ -148,6 +148,20 @@ def packable(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if is_linear(module) and name and name not in inside and owners[id(module.weight)] == 1:
             yield name, module
+
+
+def stackable(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, bool]]:
+    """Parameters that may stack matrices, of three dimensions and held once: name, module, whether transposed.
+
+    Where nothing tells whether they are, they are taken as they are stored: right, but slower.
+    """
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            convolution = isinstance(module, nn.modules.conv._ConvNd)
+            if parameter.dim() == 3 and owners[id(parameter)] == 1 and not convolution:
+                turned = bool(lies_transposed(module))
+                yield f"{path}.{leaf}" if path else leaf, module, parameter, turned
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ecoflap.errors import CheckpointError
 from ecoflap.model.packed.convert import is_linear, pack, replace, unpack
 from ecoflap.model.packed.format import GROUP_SIZES, GROUP_STEP, STORED, VALUES, PackedWeight
+from ecoflap.model.packed.holder import PackedParts
 from ecoflap.model.packed.linear import PackedLinear
+from ecoflap.model.packed.stack import PackedStack, stacks_of
+from ecoflap.model.packed.stacked_matrices import owner_with
 
 METHOD = "ecoflap"
-VERSION = 1
+VERSION = 2  # 1 has no stacked experts
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -25,9 +29,9 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format: "bitmask", the only one.
         values: "auto", "int8" or "int4", as in :func:`ecoflap.pack`.
         group_size: columns that share a scale of rounded values; 0: the whole row. None: the default of ``values``.
-        layers: number of stored values of each packed layer; of int4, of bytes.
-        transposed: those whose file holds the transpose of the layer's weight.
-        version: of the format.
+        layers: number of stored values of each packed layer, or parameter that stacks experts; of int4, of bytes.
+        transposed: those whose file holds the transpose of the layer's weight, or of each of the stacked matrices.
+        version: of the format; 2 where experts are packed.
 
     Raises:
         CheckpointError: a newer version or another format, or entries that can't be read.
@@ -40,7 +44,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         group_size: int | None = None,
         layers: dict[str, int] | None = None,
         transposed: list[str] | None = None,
-        version: int = VERSION,
+        version: int = 1,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -82,7 +86,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: nn.Module, param_name: str, **__: Any) -> bool:
         """Which tensors may differ in shape from what the configuration led to expect: they are checked afterwards."""
         path, _, name = param_name.rpartition(".")
-        return isinstance(model.get_submodule(path), PackedLinear) and name != "bias"
+        return isinstance(model.get_submodule(path), PackedParts) and name != "bias"
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         if not self.pre_quantized:
@@ -93,26 +97,18 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue  # of a head that this class has not
             name, layer = found
             turned = path in config.transposed
-            weight = layer.weight
-            rows, columns = (weight.shape[1], weight.shape[0]) if turned else weight.shape
-            if count > rows * columns:
-                raise CheckpointError(
-                    f"config.json says {count} values in '{name}', which has {rows} × {columns} weights: download "
-                    "or pack the model again"
-                )
-            kind = STORED.get(config.values)
-            groups = -(-columns // config.group_size) if config.group_size else 1
+            stacked = isinstance(layer, nn.Parameter)
+            weight: Any = layer if stacked else layer.weight
+            size = tuple(weight.shape)
+            size = (*size[:-2], size[-1], size[-2]) if turned else size
+            packed = _empty(size, count, weight.dtype, config, name)
             with torch.device("meta"):
-                packed = PackedWeight(
-                    torch.empty(count, dtype=kind or weight.dtype),
-                    torch.empty(rows, -(-columns // 8), dtype=torch.uint8),
-                    torch.empty(rows, dtype=torch.int64),
-                    (rows, columns),
-                    torch.empty(rows, groups, dtype=torch.float32) if kind else None,
-                    config.group_size if kind else 0,
-                )
-                made = PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype)
-            replace(model, name, made)
+                if stacked:
+                    owner, leaf = name.rpartition(".")[::2]
+                    stack = PackedStack(packed, transposed=turned, dtype=weight.dtype)
+                    owner_with(model.get_submodule(owner), leaf, stack)
+                else:
+                    replace(model, name, PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -120,7 +116,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             pack(model, values=self.quantization_config.values, group_size=self.quantization_config.group_size)
             return model
         for name, layer in model.named_modules():
-            if not isinstance(layer, PackedLinear):
+            if not isinstance(layer, PackedParts):
                 continue
             for part, tensor in [*layer.named_parameters(), ("shape", layer.shape)]:
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
@@ -134,31 +130,65 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def mark(model: Any, values: str, group_size: int) -> None:
     """Tell transformers that ``model`` is packed, so that it saves the model as such."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    stacks = stacks_of(model)
+    layers: dict[str, PackedParts] = {**linear, **stacks}
     config = PackedConfig(
         values=values,
         group_size=group_size,
         layers={name: layer.compressed.numel() for name, layer in layers.items()},
         transposed=[name for name, layer in layers.items() if layer.transposed],
+        version=2 if stacks else 1,
     )
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config)
     model.is_quantized, model.quantization_method = True, METHOD
 
 
+def _empty(size: tuple[int, ...], count: int, dtype: torch.dtype, config: PackedConfig, name: str) -> PackedWeight:
+    """The parts of a packed weight of this shape on the meta device.
+
+    Raises:
+        CheckpointError: there are more values than weights.
+    """
+    rows, columns = math.prod(size[:-1]), size[-1]
+    if count > rows * columns:
+        raise CheckpointError(
+            f"config.json says {count} values in '{name}', which has {rows} × {columns} weights: download "
+            "or pack the model again"
+        )
+    kind = STORED.get(config.values)
+    groups = -(-columns // config.group_size) if config.group_size else 1
+    with torch.device("meta"):
+        return PackedWeight(
+            torch.empty(count, dtype=kind or dtype),
+            torch.empty(rows, -(-columns // 8), dtype=torch.uint8),
+            torch.empty(rows, dtype=torch.int64),
+            size,
+            torch.empty(rows, groups, dtype=torch.float32) if kind else None,
+            config.group_size if kind else 0,
+        )
+
+
 def _find(model: nn.Module, path: str) -> tuple[str, Any] | None:
-    """The linear layer at ``path``, or there without or with the prefix that a head adds to its backbone.
+    """The linear layer or stacked parameter at ``path``, or there without or with the prefix of a head's backbone.
 
     Raises:
         CheckpointError: another kind of module is there.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name in (path, path.removeprefix(prefix), prefix + path):
+        owner, _, leaf = name.rpartition(".")
         try:
-            module = model.get_submodule(name)
+            module = model.get_submodule(owner)
         except AttributeError:
             continue
-        if not is_linear(module):
-            raise CheckpointError(f"config.json says that '{name}' is packed, which is a {type(module).__name__}")
-        return name, module
+        found: Any = module._modules.get(leaf)
+        if found is None:
+            found = module._parameters.get(leaf)
+        if found is None:
+            continue
+        if not (found.dim() == 3 if isinstance(found, nn.Parameter) else is_linear(found)):
+            raise CheckpointError(f"config.json says that '{name}' is packed, which is a {type(found).__name__}")
+        return name, found
     return None

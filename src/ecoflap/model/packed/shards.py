@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import empty_model
 from ecoflap.model.files import INDEX, Files
-from ecoflap.model.packed.convert import PackedModel, Packing, packable
+from ecoflap.model.packed.convert import PackedModel, Packing, packable, stackable
 from ecoflap.model.packed.format import worth_packing
 from ecoflap.model.packed.quantizer import PackedConfig
+from ecoflap.model.packed.stack import SUFFIX
 from ecoflap.model.save import replacing
 from ecoflap.support.files import default_mode
 from ecoflap.support.text import first_line
@@ -34,9 +36,13 @@ def too_large(files: Files) -> bool:
 
 @dataclass
 class _Layers:
-    """The layers that may be packed, by the names of their weights in the files: path, whether it is a Conv1D."""
+    """The weights that may be packed, by their names in the files: the model's name, and whether it lies transposed.
+
+    A layer has its path as its name, and stacked experts that of their parameter, which is also in ``stacks``.
+    """
 
     places: dict[str, tuple[str, bool]]
+    stacks: frozenset[str]
     counts: dict[str, int] = field(default_factory=dict)
     transposed: list[str] = field(default_factory=list)
 
@@ -60,7 +66,10 @@ def pack_shards(
         _write_weights(files, partial, packing, layers)
         result = packing.result(f"'{files.folder}'")
         config = json.loads((files.folder / "config.json").read_text("utf-8"))
-        made = PackedConfig(values=values, group_size=group_size, layers=layers.counts, transposed=layers.transposed)
+        made = PackedConfig(
+            values=values, group_size=group_size, layers=layers.counts, transposed=layers.transposed,
+            version=2 if layers.stacks & layers.counts.keys() else 1,
+        )  # fmt: skip
         config["quantization_config"] = made.to_dict()
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         for file in partial.iterdir():
@@ -76,25 +85,42 @@ def _layers(files: Files, trust_remote_code: bool) -> _Layers:
     """
     model = empty_model(files, trust_remote_code)
     layers = {f"{path}.weight": (path, layer) for path, layer in packable(model)}
-    stored = _names_in_files(model, {name: layer.weight for name, (_, layer) in layers.items()})
-    named = {stored[name]: (path, not isinstance(layer, nn.Linear)) for name, (path, layer) in layers.items()}
+    stored = {
+        id(weight): name
+        for name, weight in names_in_files(model, {name: layer.weight for name, (_, layer) in layers.items()}).items()
+    }
+    named = {
+        stored.get(id(layer.weight), name): (path, not isinstance(layer, nn.Linear))
+        for name, (path, layer) in layers.items()
+    }
     inside = set(_names(files))
     if missing := sorted(set(named) - inside):
         raise CheckpointError(
             f"'{files.folder}' is larger than the memory, and its files name weights otherwise than the model "
             f"({missing[0]}): pack it on a computer whose memory holds it"
         )
-    return _Layers(named)
+    stacks = {name: turned for name, _, _, turned in stackable(model)}
+    if apart := sorted(set(stacks) - inside):
+        warnings.warn(
+            f"experts of '{files.folder}' stay dense: its files hold them one by one ({apart[0]} is none of their "
+            "names); a computer whose memory holds the model packs them",
+            stacklevel=2,
+        )
+    whole = {name: (name, turned) for name, turned in stacks.items() if name in inside}
+    return _Layers({**named, **whole}, frozenset(whole))
 
 
-def _names_in_files(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, str]:
-    """The name that transformers gives each weight in a file, which for some families is not the model's own."""
+def names_in_files(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names that transformers gives them in a file, which for some families are not the model's own.
+
+    Stacked experts may come apart there, into one weight for each expert.
+    """
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # a transformers that has no such names, or keeps them elsewhere
-        return {name: name for name in weights}
-    of = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(weights)).items()}
-    return {name: of.get(id(weight), name) for name, weight in weights.items()}
+        return weights
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(weights))
+    return found
 
 
 def _names(files: Files) -> list[str]:
@@ -118,8 +144,8 @@ def _write_weights(files: Files, folder: Path, packing: Packing, layers: _Layers
                     packing.other_bytes += tensor.nbytes
                     continue
                 path, turned = layers.places[name]
-                packed = packing.add(path, tensor.t().contiguous() if turned else tensor)
-                stem = name.removesuffix(".weight")
+                packed = packing.add(path, tensor.transpose(-2, -1).contiguous() if turned else tensor)
+                stem = name + SUFFIX if path in layers.stacks else name.removesuffix(".weight")
                 tensors |= {f"{stem}.{part}": value for part, value in packed.tensors().items()}
                 layers.counts[path] = len(packed.compressed)
                 layers.transposed += [path] if turned else []

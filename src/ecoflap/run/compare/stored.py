@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption, MissingDependency
-from ecoflap.model.packed.convert import packable
+from ecoflap.model.packed.convert import packable, stackable
 from ecoflap.model.packed.format import STORED, pack_weight, packed_bytes, unpack_weight, worth_packing
 from ecoflap.run.compare.folder import CELLS, GridDirectory
 from ecoflap.run.compare.record import Quality, Stored, Test
@@ -110,15 +110,19 @@ class StoredForms:
             total += size
             if changed is not None:
                 rows.copy_(changed.to(weight.dtype))
-        # Experts stacked in one parameter and the like, which neither packing nor torchao takes: they stay.
+        # Weights that several modules share and the like, which are not packed: they stay.
         return total + sum(self._model.get_parameter(name).nbytes for name in left)
 
     def _matrices(self, left: set[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The weights of linear layers and (outputs, inputs) views of them; what remains in ``left`` are others."""
+        """Weights of layers and experts, and (outputs, inputs) views of them; what remains in ``left`` are others."""
         for name, layer in packable(self._model):
             if (path := f"{name}.weight") in left:
                 left.remove(path)
                 yield layer.weight, layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+        for name, _, parameter, turned in stackable(self._model):
+            if name in left:
+                left.remove(name)
+                yield from ((parameter, one.t() if turned else one) for one in parameter)
 
 
 def _packed(form: str) -> Form:

@@ -1,0 +1,91 @@
+"""Packs the matrices that one parameter of a mixture stacks, so that each can be taken out of the parts by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoflap.model.packed.format import PackedWeight, unpack_weight
+from ecoflap.model.packed.holder import PackedParts
+from ecoflap.model.packed.ops import multiply
+
+SUFFIX = "_packed"  # of the module's name beside the parameter's: rules that rename ``gate_up_proj`` must not find it
+
+
+class PackedStack(PackedParts):
+    """The packed matrices (count, outputs, inputs) of a stacked parameter.
+
+    Args:
+        weight: of that shape.
+        transposed: the model stores each matrix as (inputs, outputs).
+    """
+
+    def __init__(self, weight: PackedWeight, *, transposed: bool = False, dtype: torch.dtype | None = None) -> None:
+        super().__init__(weight, transposed=transposed, dtype=dtype)
+        self._starts: list[int] = []  # where each matrix begins among the values
+
+    @property
+    def stored_size(self) -> tuple[int, int, int]:
+        """Shape of the model's own parameter."""
+        count, rows, columns = self.size
+        return (count, columns, rows) if self.transposed else (count, rows, columns)
+
+    def matrix(self, number: int) -> PackedWeight:
+        """The packed matrix of one expert, (outputs, inputs), as views of the parts."""
+        _, rows, columns = self.size
+        offsets = self.row_offsets
+        if not self._starts:
+            self._starts = [*offsets[::rows].tolist(), len(self.compressed)]
+        begin, end = self._starts[number : number + 2]
+        inside = slice(number * rows, (number + 1) * rows)
+        scales = self._parameters.get("scales")
+        its_scales = None if scales is None else scales[inside]
+        return PackedWeight(
+            self.compressed[begin:end], self.bitmask[inside], offsets[inside] - begin, (rows, columns), its_scales,
+            self.group_size,
+        )  # fmt: skip
+
+    def dense(self, number: int) -> Tensor:
+        """One expert's matrix as the model stores it."""
+        found = unpack_weight(self.matrix(number), self.dtype).detach()
+        return found.t().contiguous() if self.transposed else found
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All matrices as the model stores them."""
+        found = unpack_weight(self.packed(), dtype or self.dtype).detach()
+        return found.transpose(1, 2).contiguous() if self.transposed else found
+
+    def forward(self, number: int, x: Tensor | None = None) -> Tensor:
+        """x Wᵀ with one expert's W of (outputs, inputs); without ``x`` the matrix as the model stores it.
+
+        It is a call of the module, so that hooks which bring its parts from the disk run before.
+        """
+        if self._unchecked:
+            self.verify("experts on the disk")
+            self._starts = []
+        if x is None:
+            return self.dense(number)
+        one = self.matrix(number)
+        scales = self._none if one.scales is None else one.scales
+        return multiply(x, one.compressed, one.bitmask, one.row_offsets, scales, self._none, one.group_size)
+
+    def verify(self, name: str) -> None:
+        super().verify(name)
+        self._starts = []
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._starts = []
+
+    def extra_repr(self) -> str:
+        count, rows, columns = self.size
+        return f"matrices={count}, in_features={columns}, out_features={rows}, {self._told()}"
+
+
+def stacks_of(model: nn.Module) -> dict[str, PackedStack]:
+    """The packed stacks of a model by the names of the parameters whose places they take."""
+    return {
+        path.removesuffix(SUFFIX): module for path, module in model.named_modules() if isinstance(module, PackedStack)
+    }
