@@ -26,6 +26,8 @@ def test_a_run_shows_it_on_its_page(run, tmp_path):
         for row in model["variants"]:
             assert row["variant"] in words
             assert size(row["resident_bytes"]) in words
+    stored = (tmp_path / "first" / "packed" / "model.safetensors").stat().st_size
+    assert f"{size(stored)} packed" in page.words("headline")
     before = (tmp_path / "first" / "report.html").read_bytes()
     run("report", "first").well()
     assert (tmp_path / "first" / "report.html").read_bytes() == before
@@ -37,3 +39,6 @@ def test_a_run_shows_it_on_its_page(run, tmp_path):
     assert not (tmp_path / "first" / "packed").exists()
     assert not (tmp_path / "first" / "bench.json").exists()
     assert "Packed model" not in (tmp_path / "first" / "report.html").read_text("utf-8")
+    run("prune", "llama", *text, "--criterion", "wanda", "--output", "first", "--overwrite", "--pack").well()
+    page = Page((tmp_path / "first" / "report.html").read_text("utf-8"))
+    assert f"{size((tmp_path / 'first/packed/model.safetensors').stat().st_size)} packed" in page.words("headline")

@@ -76,8 +76,11 @@ def prune(
         return
     packed = None
     if pack:
+        from ecoflap.report import rebuild
+
         with Manifest(run).writing(f"{PACKED}/"):
             packed = packed_to(str(run / MODEL), run / PACKED, "auto", None, True, recipe.trust_remote_code, quiet)
+        rebuild(run)  # its headline shows the packed size
     pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     more: dict[str, Any] = {} if push_to_hub is None else {"pushed": pushed}
     _tell(run, quiet, as_json, more if packed is None else {**more, "packed": packed})

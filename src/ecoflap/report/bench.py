@@ -10,7 +10,6 @@ from pydantic import Field
 
 from ecoflap.report.reading import Content, Count, read_model
 from ecoflap.run.names import BENCH
-from ecoflap.support import formats
 
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -66,17 +65,22 @@ class Bench(Content):
         """The cells in words."""
         return [f"{threads} thread{'s' if threads != 1 else ''}, batch {batch}" for threads, batch in self.cells]
 
-    def rows(self) -> Iterator[tuple[Variant, list[tuple[str, str]]]]:
-        """Each variant with the first token and the rate of each cell, in words."""
+    def variants(self) -> Iterator[Variant]:
+        """The variants of every model."""
+        for model in self.models:
+            yield from model.variants
+
+    def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Each variant's name with the first token and the rate of each cell, in words."""
         for model in self.models:
             found = {(row.variant, row.threads, row.batch): row for row in model.speed}
             for variant in model.variants:
                 speeds = [found.get((variant.variant, *cell)) for cell in self.cells]
-                yield variant, [("", "") if speed is None else _words(speed) for speed in speeds]
+                yield variant.variant, [("", "") if speed is None else _words(speed) for speed in speeds]
 
 
 def _words(speed: Speed) -> tuple[str, str]:
-    first = f"{formats.duration(speed.first_token_seconds)} ({speed.first_token_ratio:.2f}×)"
+    first = f"{1e3 * speed.first_token_seconds:.0f} ms ({speed.first_token_ratio:.2f}×)"
     return first, f"{speed.tokens_per_second:.1f} /s ({speed.rate_ratio:.2f}×)"
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ecoflap.report.data import RunData
 from ecoflap.run.finetune.recipe import Finetune
-from ecoflap.run.names import TRAIN
+from ecoflap.run.names import MODEL, PACKED, TRAIN
 from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of, idle_fields
 
 RECORDS = ("versions", "fingerprint", "format")  # what a recipe notes about its run, not options
@@ -98,15 +99,14 @@ def records(prefix: str, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield label, flat(item)
 
 
-_MODEL = "model"
-
-
 @dataclass(frozen=True)
 class OnDisk:
-    """Bytes of the weight files as saved, and computed: without the zeros, None where their number is not known."""
+    """Bytes of the weight files as saved, and without the zeros: as packed into the run, else computed; None where
+    neither is known."""
 
     saved: int
     packed: int | None
+    computed: bool = True
 
 
 def on_disk(run: RunData) -> OnDisk | None:
@@ -114,14 +114,20 @@ def on_disk(run: RunData) -> OnDisk | None:
 
     The files hold every zero, so they are as large as the dense model's. Without the zeros it would take a bit for each
     prunable weight, that says whether it stays, and the values of those that do:
-    ``packed = saved − zeros · bytes per weight + prunable weights / 8``, with the bytes per weight of the whole file.
+    ``saved − zeros · bytes per weight + prunable weights / 8``, with the bytes per weight of the whole file.
     """
-    saved = sum(path.stat().st_size for path in sorted((run.path / _MODEL).glob("*.safetensors")))
+    saved, packed = _weight_bytes(run.path / MODEL), _weight_bytes(run.path / PACKED)
     if not saved:
         return None
+    if packed:
+        return OnDisk(saved, packed, computed=False)
     sparsity = run.metrics.sparsity if run.metrics else None
     if not sparsity or not sparsity.model_parameters or not sparsity.prunable_parameters or not sparsity.towers:
         return OnDisk(saved, None)
     zeros = sum(tower.zeros for tower in sparsity.towers.values())
-    packed = saved - zeros * saved / sparsity.model_parameters + sparsity.prunable_parameters / 8
-    return OnDisk(saved, round(packed))
+    without = saved - zeros * saved / sparsity.model_parameters + sparsity.prunable_parameters / 8
+    return OnDisk(saved, round(without))
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in sorted(folder.glob("*.safetensors")))

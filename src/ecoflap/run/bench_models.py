@@ -83,12 +83,14 @@ def embedded(folder: Path, options: BenchOptions) -> Subject:
 def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
     """The variants of a packed checkpoint; how long it and its plain form take to load from the disk's cache."""
     plain = unpack_checkpoint(packed, folder / "plain", overwrite=True)
-    loading: dict[str, list[float]] = {DENSE: [], "packed": []}
+    loading: dict[str, list[float]] = {"plain": [], "packed": []}
+    own: torch.dtype | None = None
     for _ in range(options.rounds):
-        for name, place in ((DENSE, plain), ("packed", packed)):
+        for name, place in (("plain", plain), ("packed", packed)):
             start = time.perf_counter()
             kept = load(place, device="cpu")  # the last one is packed
             loading[name].append(time.perf_counter() - start)
+            own = own or _main_dtype(kept.model)  # the plain one is the first
     variants: dict[str, nn.Module] = {
         DENSE: load(plain, device="cpu", dtype="bfloat16").model,
         "dense float32": load(plain, device="cpu", dtype="float32").model,
@@ -100,7 +102,9 @@ def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
             unpack(small)
             pack(small, values=values)
             variants[f"packed {values}"] = small
-    stored = {name: _stored(place) for name, place in ((DENSE, plain), ("packed", packed))}
+    dense = "dense float32" if own == torch.float32 else DENSE  # the plain checkpoint has the bytes of its own dtype
+    loading[dense] = loading.pop("plain")
+    stored = {dense: _stored(plain), "packed": _stored(packed)}
     prompter = Prompter(kept.model, kept.processor) if tokenizer_of(kept.processor) is not None else None
     picture = _picture() if image_processor_of(kept.processor) is not None else None
 
@@ -114,6 +118,11 @@ def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
 
     means = {name: statistics.median(seconds) for name, seconds in loading.items()}
     return Subject(packed.name, variants, inputs, stored, means)
+
+
+def _main_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the largest floating-point parameter."""
+    return max((p for p in model.parameters() if p.is_floating_point()), key=torch.numel).dtype
 
 
 def _stored(folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, log_ticks, style
+from ecoflap.report.charts.chart import DASHES, HUES, Axis, Chart, Rule, Series, Style, log_ticks, style
 from ecoflap.report.comparison import Comparison, StoredModel, Test, mean, read_comparison
 from ecoflap.report.places import place_name
 from ecoflap.support import formats
@@ -70,15 +70,18 @@ def bytes_chart(content: Comparison, test: Test) -> Chart | None:
     means = [model.average.mean or 0.0 for models in lines.values() for model in models]
     log = not share and min(means) > 0 and max(means) / min(means) > _CONTRAST
     series = []
-    order = sorted(lines, key=lambda name: name != "dense, quantised")  # the line that all others are held against
-    for index, name in enumerate(order):
+    order = sorted(
+        lines, key=lambda name: (lines[name][0].sparsity is not None, name)
+    )  # dense: what others are held against
+    for name in order:
         models = lines[name]
         y = [model.average.mean or 0.0 for model in models]
         errors = [model.average.error or 0.0 for model in models]
         band = ([v - e for v, e in zip(y, errors, strict=True)], [v + e for v, e in zip(y, errors, strict=True)])
         x = [model.bytes / _MEGABYTE for model in models]
         hover = [_stored_words(name, model, test) for model in models]
-        series.append(Series(name, "line", x, y, style(index), hover, band=band if any(errors) else None))
+        look = _stored_style(content, models[0])
+        series.append(Series(name, "line", x, y, look, hover, band=band if any(errors) else None))
     axis = Axis(test.metric, percent=share)
     if log:
         limits = min(means) / 1.3, max(means) * 1.3
@@ -96,6 +99,15 @@ def bytes_chart(content: Comparison, test: Test) -> Chart | None:
         rules=[] if dense is None else [Rule(dense, f"dense {shown}", 1)],
         wide=True,
     )
+
+
+def _stored_style(content: Comparison, model: StoredModel) -> Style:
+    """The colour of the model's method in the other plots; dash and marker tell the form of the values."""
+    names = [method.shown for method in content.methods]
+    if model.sparsity is None or model.title not in names:
+        return style(len(names))
+    form = list(content.dense_stored).index(model.form)
+    return Style(style(names.index(model.title)).colour, form % len(DASHES), form % HUES)
 
 
 def _stored_words(name: str, model: StoredModel, test: Test) -> str:
