@@ -1,11 +1,11 @@
 """A small mixture of experts, trained on prose letter by letter, and what pruning does to it.
 
-    python benchmarks/mixture.py train FOLDER               # minutes on two cores
+    python benchmarks/mixture.py train FOLDER                            # a quarter of an hour on one core
     python benchmarks/mixture.py measure FOLDER --output results.json
 
 Measured are bits per letter of held-out prose: over the least number of tokens that an expert has statistics of
 (``--expert-tokens``), with few and with many calibration windows; and with one sparsity per block or per expert
-(``--granularity``). Finished cells are kept in the output and not done again.
+(``--granularity``). Training goes on where it was broken off; finished cells are kept and not done again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import ecoflap
+from ecoflap.model.anatomy import discover
 from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.routing import routing
 from ecoflap.support.files import write_json
 
 LENGTH, EXPERTS = 128, 16
+SEEDS, SAMPLES, LEAST = (0, 1, 2), (2, 8, 32), (0, 32, 128, 512, 2048)
+CRITERIA = ("wanda", "sparsegpt", "admm")
+SPARSITIES, GRANULARITIES = (0.5, 0.6, 0.7), ("block", "expert")
 CONFIG: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "head_dim": 32, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
@@ -98,23 +103,27 @@ def train(folder: Path, steps: int, seconds: float) -> None:
 
 @torch.no_grad()
 def bits(model: MixtralForCausalLM, test: Tensor) -> float:
-    """Mean bits per letter over 128 windows."""
-    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in windows(test, 128, seed=1).split(16)]
+    """Mean bits per letter over 256 windows."""
+    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in windows(test, 256, seed=1).split(32)]
     return statistics.fmean(losses) / math.log(2)
 
 
-def measure(folder: Path, output: Path) -> None:
+def measure(folder: Path, output: Path, seconds: float) -> None:
+    """Fill in the cells that are missing, for at most ``seconds``, and print what is there."""
     text, test, _ = letters()
     dense = MixtralForCausalLM.from_pretrained(folder).eval()
     done: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    end = time.monotonic() + seconds
+
+    def calibration(samples: int, seed: int) -> list[dict[str, Tensor]]:
+        return [{"input_ids": part, "labels": part} for part in windows(text, samples, seed=1000 + seed).split(16)]
 
     def cell(name: str, sparsity: float, samples: int, least: int, seed: int, **options: Any) -> None:
-        if name in done:
+        if name in done or time.monotonic() > end:
             return
         model = copy.deepcopy(dense)
-        ids = windows(text, samples, seed=1000 + seed)
-        batches = [{"input_ids": part, "labels": part} for part in ids.split(16)]
-        result = ecoflap.prune(model, batches, sparsity, tokens=TokenChoice(experts=least), **options)
+        tokens = TokenChoice(experts=least)
+        result = ecoflap.prune(model, calibration(samples, seed), sparsity, tokens=tokens, **options)
         assert abs(result.sparsity - sparsity) < 1e-3
         done[name] = bits(model, test)
         print(name, f"{done[name]:.4f}", flush=True)
@@ -122,23 +131,52 @@ def measure(folder: Path, output: Path) -> None:
 
     if "dense" not in done:
         done["dense"] = bits(dense, test)
-        print("dense", done["dense"], flush=True)
-    for seed in range(3):
-        for samples in (4, 32):
-            for criterion in ("wanda", "sparsegpt"):
-                for least in (0, 32, 128, 512, 2048):
+        anatomy = discover(dense, calibration(1, 0)[0])
+        for samples in SAMPLES:
+            found = routing(dense, anatomy, calibration(samples, 0), lambda model, batch: model(**batch))
+            done[f"tokens of {samples}"] = [sorted(tokens.values()) for tokens in found.values()]
+    for seed in SEEDS:
+        for criterion in CRITERIA:
+            for samples in SAMPLES:
+                for least in LEAST:
                     cell(
-                        f"{criterion} {samples} windows, least {least}, seed {seed}", 0.6, samples, least, seed,
+                        f"{criterion} {samples} windows, least {least}, seed {seed}", 0.5, samples, least, seed,
                         importance="uniform", criterion=criterion,
                     )  # fmt: skip
-        for sparsity in (0.5, 0.6, 0.7):
-            for granularity in ("block", "expert"):
-                for aggregate in ("sum", "mean"):
-                    cell(
-                        f"granularity {granularity} {aggregate} at {sparsity}, seed {seed}", sparsity, 32, 128, seed,
-                        importance="gradient-norm", granularity=granularity, aggregate=aggregate,
-                    )  # fmt: skip
-            cell(f"uniform at {sparsity}, seed {seed}", sparsity, 32, 128, seed, importance="uniform")
+        for sparsity in SPARSITIES:
+            for granularity in GRANULARITIES:
+                cell(
+                    f"{granularity} at {sparsity}, seed {seed}", sparsity, 32, 128, seed,
+                    importance="gradient-norm", granularity=granularity,
+                )  # fmt: skip
+    show(done)
+
+
+def show(done: dict[str, Any]) -> None:
+    """Tables of means over the seeds that are there; in brackets the difference from the first column and its error."""
+    print("dense", f"{done['dense']:.4f}", {key: found for key, found in done.items() if key.startswith("tokens")})
+    print("| |", " | ".join(map(str, LEAST)), "|")
+    for criterion in CRITERIA:
+        for samples in SAMPLES:
+            names = [f"{criterion} {samples} windows, least {least}" for least in LEAST]
+            print(f"| {criterion}, {samples} windows |", _row(done, names))
+    print("| |", " | ".join(GRANULARITIES), "|")
+    for sparsity in SPARSITIES:
+        print(f"| {sparsity} |", _row(done, [f"{granularity} at {sparsity}" for granularity in GRANULARITIES]))
+
+
+def _row(done: dict[str, Any], names: list[str]) -> str:
+    seeds = [seed for seed in SEEDS if all(f"{name}, seed {seed}" in done for name in names)]
+    if not seeds:
+        return ""
+    first = [done[f"{names[0]}, seed {seed}"] for seed in seeds]
+    cells = [f"{statistics.fmean(first):.4f}"]
+    for name in names[1:]:
+        values = [done[f"{name}, seed {seed}"] for seed in seeds]
+        differences = [value - start for value, start in zip(values, first, strict=True)]
+        error = statistics.stdev(differences) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+        cells.append(f"{statistics.fmean(values):.4f} ({statistics.fmean(differences):+.4f} ± {error:.4f})")
+    return " | ".join(cells) + f" | ({len(seeds)} seeds)"
 
 
 def main() -> None:
@@ -147,14 +185,17 @@ def main() -> None:
     for name in ("train", "measure"):
         command = commands.add_parser(name)
         command.add_argument("folder", type=Path)
-    commands.choices["train"].add_argument("--steps", type=int, default=2000)
-    commands.choices["train"].add_argument("--seconds", type=float, default=300)
+    commands.choices["train"].add_argument("--steps", type=int, default=6500)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--seconds", type=float, default=math.inf, help="then it ends, and goes on when called again"
+        )
     commands.choices["measure"].add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "train":
         train(options.folder, options.steps, options.seconds)
     else:
-        measure(options.folder, options.output)
+        measure(options.folder, options.output, options.seconds)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from ecoflap.model.anatomy import discover
 
 KNOWN = architectures()
 # What may stay dense in blocks: whole bridges by default, and what is no matrix that something is multiplied by.
-LEFT_OUT = ("bridge", "convolution", "state-space")
+LEFT_OUT = ("bridge", "convolution", "state-space", "slices that no expert multiplies by")
 LATER = "calibration data show how they lie"  # stacks of which only a forward can tell
 LESS = {
-    "dbrx": 0.12,  # experts one above another in one matrix
     "recurrent_gemma": 0.94,  # the gates of its recurrence
     "inkling2": 0.73,  # tables of relative positions, large beside pico blocks
 }

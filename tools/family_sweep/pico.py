@@ -49,6 +49,7 @@ _HAND: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "kimi_linear": {"num_experts_per_token": 2},
+    "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "pp_formulanet": {"vision_config.decoder_hidden_size": 32},
     "step3p7": {"text_config.sliding_window": 4},

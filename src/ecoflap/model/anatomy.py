@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ecoflap.errors import AnatomyError
 from ecoflap.model.block_lists import BlockList, block_lists
-from ecoflap.model.experts import Experts, expert_groups, experts_in
+from ecoflap.model.experts import Experts, expert_groups, experts_in, stack_of
 from ecoflap.model.modality import modality_of, with_decoder
 from ecoflap.model.packed_attention import IN, OUT, is_packed
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
 from ecoflap.model.reasons import makes_positions, quantised, reason_for
-from ecoflap.model.slices import slice_name
+from ecoflap.model.slices import Stack, slice_name
 from ecoflap.model.trace import Run, Trace, plain_forward, trace
 
 
@@ -163,9 +163,9 @@ class _Reader:
                 full = f"{path}.{name}"
                 if id(parameter) in self.seen:
                     continue
-                if parameter.dim() == 3 and (turned := self._turned(full, module)) is not None:
+                if not is_linear and (stack := stack_of(self.model, full, module, self.traced)) is not None:
                     self.seen.add(id(parameter))
-                    yield from self._slices(full, path, block, tower, modality, parameter, turned)
+                    yield from self._slices(full, path, block, tower, modality, parameter, stack)
                     continue
                 if not (is_linear and name == "weight" and parameter.dim() == 2):
                     if (
@@ -228,27 +228,17 @@ class _Reader:
                     expert=self.experts.of(path), uncalled=True,
                 )  # fmt: skip
 
-    def _turned(self, name: str, module: nn.Module) -> bool | None:
-        """Whether the matrices stacked in a 3-D parameter are (inputs, outputs); None where it is no such stack.
-
-        Without a trace, that is known of modules that tell it (transformers' interface for experts).
-        """
-        if self.traced is not None and name in self.traced.stacked:
-            return self.traced.stacked[name]
-        told = getattr(module, "is_transposed", None)
-        return told if isinstance(told, bool) and "expert" in type(module).__name__.lower() else None
-
     def _slices(
-        self, name: str, path: str, block: str, tower: str, modality: str, parameter: nn.Parameter, turned: bool
+        self, name: str, path: str, block: str, tower: str, modality: str, parameter: nn.Parameter, stack: Stack
     ) -> Iterable[Layer]:
         """The matrices of a stacked parameter, but those that stay dense."""
         others = [other for other in self.names[id(parameter)] if other != name]
-        rows, columns = parameter.shape[1:]
-        experts = experts_in(self.model.get_submodule(path))
+        rows, columns = parameter.numel() // (stack.count * parameter.shape[-1]), parameter.shape[-1]
+        experts, of = experts_in(self.model.get_submodule(path), stack.count), stack.count if stack.flat else 0
         dense: Counter[str] = Counter()
-        for number in range(len(parameter)):
-            full = slice_name(name, number)
-            reason = self._reason_of_slice(full, name, tower, modality)
+        for number in range(stack.count):
+            full = slice_name(name, number, of)
+            reason = self._reason_of_slice(full, name, path, tower, modality)
             if reason or number >= experts:
                 reason = reason or "slices that no expert multiplies by"
                 dense[reason] += 1
@@ -259,16 +249,16 @@ class _Reader:
                 block=block,
                 tower=tower,
                 modality=modality,
-                shape=(columns, rows) if turned else (rows, columns),
-                transposed=turned,
-                aliases=tuple(slice_name(other, number) for other in others),
+                shape=(columns, rows) if stack.turned else (rows, columns),
+                transposed=stack.turned,
+                aliases=tuple(slice_name(other, number, of) for other in others),
                 expert=slice_name(path, number),
             )
         for reason, count in dense.items():
-            told = reason if count == len(parameter) else f"{reason} ({count} of {len(parameter)} experts)"
+            told = reason if count == stack.count else f"{reason} ({count} of {stack.count} experts)"
             self._dense(name, told, count * rows * columns)
 
-    def _reason_of_slice(self, name: str, parameter: str, tower: str, modality: str) -> str | None:
+    def _reason_of_slice(self, name: str, parameter: str, path: str, tower: str, modality: str) -> str | None:
         included, excluded = (
             _matches(name, patterns) or _matches(parameter, patterns) or _matches(tower, patterns)
             for patterns in (self.include, self.exclude)
@@ -276,7 +266,7 @@ class _Reader:
         self.used_patterns.update(pattern for pattern in (included, excluded) if pattern)
         if excluded:
             return "excluded"
-        if self.traced is not None and parameter not in self.traced.stacked:
+        if self.traced is not None and path not in self.traced.calls and parameter not in self.traced.stacked:
             return "not reached by the traced forward"
         return "bridge between towers, dense by default (--include)" if modality == "bridge" and not included else None
 

@@ -120,7 +120,8 @@ def _is_stages(model: nn.Module, elements: list[str]) -> bool:
             and len({type(block) for block in child}) == 1
             and all(_holds_matrix(block) for block in child)
         ]
-        inner_size = sum(parameter.numel() for child in inner for parameter in child.parameters())
+        # One list: a block may have several lists of parts beside its experts (LongCat-Flash).
+        inner_size = max((sum(parameter.numel() for parameter in child.parameters()) for child in inner), default=0)
         if inner_size < 0.5 * sum(parameter.numel() for parameter in stage.parameters()):
             return False
     return True

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from ecoflap.model.slices import Stack
 from ecoflap.model.trace import Trace
 
 
@@ -44,7 +45,7 @@ def expert_groups(model: nn.Module, blocks: Iterable[str], trace: Trace | None =
         for path, module in model.get_submodule(block).named_modules(prefix=block):
             if any(path.startswith(group.path + ".") for group in inside):
                 continue
-            inside += _listed(path, module, trace) or _stacked(path, module)
+            inside += _listed(path, module, trace) or _stacked(path, module) or _flat(path, module, trace)
         found += inside
     return found
 
@@ -69,12 +70,23 @@ def _stacked(path: str, module: nn.Module) -> list[ExpertGroup]:
     return [ExpertGroup(path, (), sizes.pop())] if named and len(sizes) == 1 else []
 
 
-def experts_in(module: nn.Module) -> int:
-    """How many experts a module of stacked ones has: as many as each of its stacks has slices for.
+def _flat(path: str, module: nn.Module, trace: Trace | None) -> list[ExpertGroup]:
+    """Matrices that the traced forward showed to lie one above another (DBRX), under the name of all the experts."""
+    stacks = {} if trace is None else trace.stacked
+    counts = {stack.count for leaf in module._parameters if (stack := stacks.get(f"{path}.{leaf}")) and stack.flat}
+    if len(counts) != 1:
+        return []
+    parent = path.rpartition(".")[0]
+    return [ExpertGroup(parent if "expert" in parent.rpartition(".")[2].lower() else path, (), counts.pop())]
+
+
+def experts_in(module: nn.Module, count: int) -> int:
+    """How many experts a module of stacked ones has, one of whose stacks has ``count`` slices: as many as each has.
 
     Where experts do nothing but pass a token on, one stack may have slices for them, too (LongCat-Flash).
     """
-    return min(len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+    stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    return min([count, *map(len, stacks)])
 
 
 def lies_transposed(module: nn.Module) -> bool | None:
@@ -95,6 +107,27 @@ def lies_transposed(module: nn.Module) -> bool | None:
         if one == (other[1], 2 * other[0]):
             return True
     return None
+
+
+def stack_of(model: nn.Module, name: str, module: nn.Module, trace: Trace | None) -> Stack | None:
+    """How the matrices lie that parameter ``name`` of ``module`` stacks; None where it is no such stack.
+
+    The traced forward shows it. Where that did not reach a mixture's experts, or there is none, another module of the
+    same class may have been reached, or the module tells it.
+    """
+    stacks = {} if trace is None else trace.stacked
+    if name in stacks:
+        return stacks[name]
+    leaf, parameter = name.rpartition(".")[2], module._parameters[name.rpartition(".")[2]]
+    for other, stack in stacks.items():
+        path, _, other_leaf = other.rpartition(".")
+        like = model.get_submodule(path)
+        if other_leaf == leaf and type(like) is type(module) and like._parameters[leaf].shape == parameter.shape:  # type: ignore[union-attr]
+            return stack
+    if parameter is None or parameter.dim() != 3 or "expert" not in type(module).__name__.lower():
+        return None
+    turned = lies_transposed(module)
+    return None if turned is None else Stack(turned, len(parameter))
 
 
 class Experts:

@@ -41,8 +41,8 @@ def reason_for(name: str, parameter: Tensor, module: nn.Module) -> str:
         return f"state-space parameter of {kind}"
     if "router" in kind.lower():
         return f"router of experts ({kind})"
-    if parameter.dim() == 3 and "expert" in kind.lower():
-        return f"stacked experts of {kind}: calibration data show how they lie"
     if "expert" in kind.lower() and "bias" in name:
         return f"biases of experts ({kind})"
+    if "expert" in kind.lower() and parameter.dim() in (2, 3):
+        return f"stacked experts of {kind}: calibration data show how they lie"
     return f"{parameter.dim()}-D weight of {kind}"

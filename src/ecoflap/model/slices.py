@@ -20,15 +20,20 @@ from torch.overrides import TorchFunctionMode
 from ecoflap.model.parts import parameter_of
 from ecoflap.model.patching import Forward, forward_replaced
 
-_INDEXED = re.compile(r"(.+)\[(\d+)\]")
+_INDEXED = re.compile(r"(.+)\[(\d+)(?:/(\d+))?\]")
 # Operations that multiply by a weight: the place of the input among the arguments; the weight is the next one.
 _PRODUCTS = {"matmul": 0, "__matmul__": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0}
 _NAMED = {"linear": ("input", "weight"), "_grouped_mm": ("self", "mat2")}  # where arguments may come by their names
 
 
-def slice_name(parameter: str, index: int) -> str:
-    """The name of one matrix of a stacked parameter: ``…experts.gate_up_proj[3]``."""
-    return f"{parameter}[{index}]"
+def slice_name(parameter: str, index: int, of: int = 0) -> str:
+    """The name of one matrix of a stacked parameter: ``…experts.gate_up_proj[3]``.
+
+    Args:
+        of: how many there are, where they lie one above another in a parameter of two dimensions, which does not tell:
+            ``…experts.mlp.w1[3/16]`` (DBRX).
+    """
+    return f"{parameter}[{index}/{of}]" if of else f"{parameter}[{index}]"
 
 
 def matrix_in(parameter: Tensor, name: str) -> Tensor:
@@ -36,7 +41,9 @@ def matrix_in(parameter: Tensor, name: str) -> Tensor:
     found = _INDEXED.fullmatch(name)
     if found is None:
         return parameter
-    if parameter.dim() == 2:  # square matrices, one above another: q, k and v of torch's attention
+    if found[3] is not None:  # one above another, so many of them
+        parameter = parameter.view(int(found[3]), -1, parameter.shape[1])
+    elif parameter.dim() == 2:  # square matrices, one above another: q, k and v of torch's attention
         parameter = parameter.view(-1, parameter.shape[1], parameter.shape[1])
     return parameter[int(found[2])]
 
@@ -51,6 +58,21 @@ def stored_matrix(model: nn.Module, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """How a parameter stacks matrices.
+
+    Attributes:
+        turned: each is stored as (inputs, outputs).
+        count: how many there are.
+        flat: they lie one above another in two dimensions.
+    """
+
+    turned: bool
+    count: int
+    flat: bool = False
+
+
+@dataclass(frozen=True)
 class Product:
     """A product of an input and the slices of a stacked parameter.
 
@@ -61,6 +83,7 @@ class Product:
         turned: the stored slice is (inputs, outputs).
         place: of the weight among the arguments; or its name there.
         ends: for several slices that share out the rows of ``x``: the row that each one's part ends before.
+        of: how many slices there are, where they lie one above another in a parameter of two dimensions; else 0.
     """
 
     x: Tensor
@@ -69,6 +92,7 @@ class Product:
     turned: bool
     place: int | str
     ends: Tensor | None = None
+    of: int = 0
 
     def inputs(self) -> Iterator[tuple[int, Tensor]]:
         """Number of a slice and its input (tokens, inputs), for each slice that has any."""
@@ -89,7 +113,8 @@ def product_with(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     """The product, if this call of a torch function multiplies an input by slices of ``stacked``.
 
     Args:
-        stacked: (slices, rows, columns), contiguous.
+        stacked: (slices, rows, columns), contiguous; or (slices · rows, columns), of which products use the rows of one
+            slice at a time.
     """
     found = factors(func, args, kwargs)
     return None if found is None else _located(*found, stacked)
@@ -130,6 +155,14 @@ def _located(
         return None
     if stacked.is_meta or not stacked.is_contiguous():
         return None
+    of = 0
+    if stacked.dim() == 2:
+        whole, columns = stacked.shape
+        rows = weight.shape[1 if weight.stride(-1) != 1 else 0]
+        if weight.dim() != 2 or not 0 < rows < whole or whole % rows:
+            return None
+        of = whole // rows
+        stacked = stacked.detach().view(of, rows, columns)
     rows, columns = stacked.shape[1:]
     start, rest = divmod(weight.data_ptr() - stacked.data_ptr(), stacked.element_size() * rows * columns)
     count = len(weight) if weight.dim() == 3 else 0
@@ -142,7 +175,7 @@ def _located(
         flipped = True
     else:
         return None
-    return Product(x, start, count, outputs_first == flipped, place, ends if count else None)
+    return Product(x, start, count, outputs_first == flipped, place, ends if count else None, of)
 
 
 Replace = Callable[[str, Product], Mapping[int, Tensor]]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ecoflap.model.packed_attention import packed_around, projections_swapped
 from ecoflap.model.parts import Layer
 from ecoflap.model.patching import swapped
-from ecoflap.model.slices import Product, products_seen
+from ecoflap.model.slices import Product, products_seen, slice_name
 
 
 @contextmanager
@@ -54,7 +54,8 @@ def slices_swapped(model: nn.Module, layers: Iterable[Layer], tensors: Mapping[s
 
     def standing_in(path: str, leaf: str, product: Product) -> dict[int, Tensor]:
         numbers = range(product.first, product.first + max(1, product.count))
-        return {number: tensors[name] for number in numbers if (name := f"{path}.{leaf}[{number}]") in tensors}
+        names = {number: slice_name(f"{path}.{leaf}", number, product.of) for number in numbers}
+        return {number: tensors[name] for number, name in names.items() if name in tensors}
 
     with products_seen(model, owners, standing_in), projections_swapped(model, attention, tensors):
         yield

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ecoflap.model.slices import experts_in_turn, factors, product_with
+from ecoflap.model.slices import Stack, experts_in_turn, factors, product_with
 
 Batch = Mapping[str, Any]
 Run = Callable[[nn.Module, Any], Any]
@@ -90,7 +90,7 @@ class _Origins(TorchFunctionMode):
 
 
 class StackedWeights:
-    """Finds out which 3-D parameters are stacks of matrices that modules multiply by, and which way these lie.
+    """Finds out which parameters are stacks of matrices that modules multiply by, and which way these lie.
 
     Args:
         model: owner of the parameters.
@@ -102,9 +102,9 @@ class StackedWeights:
         self._owners = {
             path: (module, leaves)
             for path, module in model.named_modules()
-            if (leaves := [leaf for leaf, p in module._parameters.items() if p is not None and p.dim() == 3])
+            if (leaves := [leaf for leaf, p in module._parameters.items() if p is not None and _may_stack(module, p)])
         }
-        self._ways: dict[str, set[bool]] = {}
+        self._ways: dict[str, set[Stack]] = {}
 
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
         """Take note, if this call multiplies by slices of a parameter of a running module."""
@@ -113,15 +113,23 @@ class StackedWeights:
         for path in reversed(self._stack):
             module, leaves = self._owners.get(path, (None, ()))
             for leaf in leaves:
-                stacked = module._parameters[leaf] if module is not None else None
-                product = product_with(func, args, kwargs, stacked) if stacked is not None else None
+                parameter: Tensor = getattr(module, leaf)
+                product = product_with(func, args, kwargs, parameter)
                 if product is not None:
-                    self._ways.setdefault(f"{path}.{leaf}", set()).add(product.turned)
+                    way = Stack(product.turned, product.of or len(parameter), bool(product.of))
+                    self._ways.setdefault(f"{path}.{leaf}", set()).add(way)
                     return
 
-    def found(self) -> dict[str, bool]:
-        """Name of each such parameter to whether its matrices are stored as (inputs, outputs)."""
+    def found(self) -> dict[str, Stack]:
+        """Name of each such parameter to how its matrices lie."""
         return {name: next(iter(ways)) for name, ways in self._ways.items() if len(ways) == 1}
+
+
+def _may_stack(module: nn.Module, parameter: Tensor) -> bool:
+    """Three dimensions; or two, in a module that is none of those which multiply by a whole matrix or look up rows."""
+    if parameter.dim() == 2:
+        return not isinstance(module, nn.Linear | nn.Embedding | nn.MultiheadAttention)
+    return parameter.dim() == 3
 
 
 @dataclass
@@ -135,7 +143,7 @@ class Trace:
         chained: pairs ``(a, b)`` of watched modules: the output of ``a``, or something computed from it outside of
             watched modules, was an argument of ``b``.
         multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, by their module or not.
-        stacked: names of the 3-D parameters that are stacks of matrices, to whether these are (inputs, outputs).
+        stacked: names of the parameters that are stacks of matrices, to how these lie.
         inputs: for each watched module, the names of the batch's entries that its arguments were computed from outside
             of other watched modules.
     """
@@ -145,7 +153,7 @@ class Trace:
     calls: dict[str, int] = field(default_factory=dict)
     chained: set[tuple[str, str]] = field(default_factory=set)
     multiplied: set[int] = field(default_factory=set)
-    stacked: dict[str, bool] = field(default_factory=dict)
+    stacked: dict[str, Stack] = field(default_factory=dict)
     inputs: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def position(self, path: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,9 +19,15 @@ from ecoflap.statistics.real_tokens import RoutedTokens
 class EveryToken(Gatherer):
     """As :class:`~ecoflap.statistics.gather.Gatherer`, for layers of experts: on all real tokens of their mixture.
 
-    Just before a mixture runs, each of the experts is run on all tokens that enter it. That is possible where their
-    module is one of transformers' interface for experts, which takes the router's choice as an argument, and where
-    experts are modules that receive copies of the mixture's own tokens. The layers of others have no statistics.
+    Just before a mixture runs, each of the experts is run on all tokens that enter it. That is possible
+
+    - where a module of stacked experts takes the router's choice as an argument, as in transformers' interface;
+    - where one multiplies by all of its experts at once and receives (experts · tokens, features), in which the rows
+      that a token is not sent to are zeros (Llama 4): all tokens are those of all experts together, scaled as the
+      router scaled them;
+    - where experts are modules that receive copies of the mixture's own tokens.
+
+    The layers of others have no statistics.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -29,6 +36,8 @@ class EveryToken(Gatherer):
         self._tokens: Tensor | None = None  # on which experts are run
         self._entered: dict[str, RoutedTokens] = {}  # by list of experts, in this call of its owner
         self._seen_to_copy: set[str] = set()
+        self._at_once: set[str] = set()  # mixtures that may multiply by all experts at once
+        self._seen_at_once: set[str] = set()
 
     def _watch_mixtures(self) -> None:
         experts: dict[str, dict[str, None]] = {}
@@ -36,9 +45,14 @@ class EveryToken(Gatherer):
             experts.setdefault(layer.mixture, {})[layer.expert] = None
         for path, members in experts.items():
             module = self._model.get_submodule(path)
-            if _takes_choice(module):
+            choosing = next((place for place in (path, path.rpartition(".")[0]) if self._takes_choice(place)), None)
+            if choosing is not None:
                 numbers = [int(expert[len(path) + 1 : -1]) for expert in members]
-                self._watch(path, partial(self._run, path, partial(_chosen, numbers)))
+                self._watch(choosing, partial(self._run, path, partial(_chosen, numbers)))
+            elif any(layer.stacked for layer in self._block.layers if layer.mixture == path):
+                if len(inspect.signature(type(module).forward).parameters) == 2:  # itself, and the tokens
+                    self._at_once.add(path)
+                    self._watch(path, partial(self._run_at_once, _count(module)))
             elif isinstance(module, nn.ModuleList | nn.ModuleDict):
                 called = getattr(module.forward, "__name__", "") != "_forward_unimplemented"
                 alone = partial(_each, [self._model.get_submodule(expert) for expert in members])
@@ -61,6 +75,29 @@ class EveryToken(Gatherer):
                 finally:
                     self._running, self._tokens = False, None
 
+    def _takes_choice(self, path: str) -> bool:
+        """Whether a module takes tokens, the experts chosen for each, and the shares of these."""
+        module = self._model.get_submodule(path)
+        names = list(inspect.signature(type(module).forward).parameters)[1:4]
+        told = all(isinstance(getattr(module, name, None), bool) for name in ("is_transposed", "has_gate"))
+        return told or names == ["hidden_states", "top_k_index", "top_k_weights"]
+
+    def _run_at_once(self, experts: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """As :meth:`_run`, of a module that multiplies (experts, tokens, features) by all experts at once."""
+        for x in tensors_in((args, kwargs))[:1]:
+            if x.dim() != 2 or len(x) % experts:
+                continue
+            each = x.view(experts, -1, x.shape[1])
+            sent = (each != 0).any(dim=-1)
+            keep = self._own_keep(each[0], None)
+            tokens = each[sent if keep is None else sent & keep.to(sent.device)]
+            if len(tokens):
+                self._running, self._tokens = True, tokens
+                try:
+                    module.forward(tokens.repeat(experts, 1))
+                finally:
+                    self._running, self._tokens = False, None
+
     def _compare(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Just before an expert runs on what its router sends: whether these are some of the tokens that entered.
 
@@ -75,6 +112,8 @@ class EveryToken(Gatherer):
     def _feed(self, layer: Layer, x: Tensor) -> None:
         if self._running:  # what every expert's first matrix receives is the same, and gathered once
             same = self._tokens is not None and x.shape == self._tokens.shape and torch.equal(x, self._tokens)
+            if same:
+                self._seen_at_once.add(layer.mixture)
             super()._feed(layer, self._tokens if same and self._tokens is not None else x)
 
     def _counted(self, x: Tensor, layer: Layer) -> Tensor | None:
@@ -84,7 +123,9 @@ class EveryToken(Gatherer):
         """As of the base; mixtures whose experts get other tokens than those that enter are forgotten."""
         super().check()
         for layer in self._block.layers:
-            if not layer.stacked and layer.mixture not in self._seen_to_copy:
+            path = layer.mixture
+            right = path not in self._at_once or path in self._seen_at_once
+            if not (right if layer.stacked else path in self._seen_to_copy):
                 self.release(layer)
 
 
@@ -99,6 +140,5 @@ def _each(experts: Sequence[nn.Module], module: nn.Module, tokens: Tensor) -> No
         expert(tokens)
 
 
-def _takes_choice(module: nn.Module) -> bool:
-    """Whether a module of stacked experts takes tokens, the experts chosen for each, and the shares of these."""
-    return all(isinstance(getattr(module, name, None), bool) for name in ("is_transposed", "has_gate"))
+def _count(module: nn.Module) -> int:
+    return min(len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3)

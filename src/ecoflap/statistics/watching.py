@@ -48,7 +48,7 @@ def inputs_watched(model: nn.Module, layers: Iterable[Layer], feed: Feed) -> Ite
 
 def _feed_slices(slices: Mapping[str, Layer], feed: Feed, path: str, leaf: str, product: Product) -> None:
     for number, x in product.inputs():
-        layer = slices.get(slice_name(f"{path}.{leaf}", number))
+        layer = slices.get(slice_name(f"{path}.{leaf}", number, product.of))
         if layer is not None:
             feed(layer, x)
 
