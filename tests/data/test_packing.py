@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ecoflap.data import Sample, SampleSet, make_batches, token_masks
-from ecoflap.data.packing import Corpus, check_length, default_length, draw_windows, start_tokens, tokenize_corpus
+from ecoflap.data.packing import Corpus, check_length, draw_windows, start_tokens, tokenize_corpus
 from ecoflap.errors import CalibrationError, InvalidOption
 
 
@@ -80,23 +80,6 @@ def test_lengths_that_are_asked_for() -> None:
         check_length(model, 65)
     with pytest.raises(CalibrationError, match="at least 2"):
         check_length(model, 1)
-
-
-@pytest.mark.parametrize(
-    ("positions", "tokens", "windows", "length"),
-    [
-        (32, 10**6, 4, 32),  # the model's own
-        (131_072, 10**6, 4, 512),  # a CPU's
-        (131_072, 2048, 4, 512),
-        (131_072, 2047, 4, 256),  # the text gives four windows of 256
-        (131_072, 100, 128, 64),  # and no window becomes shorter than this
-        (100, 5, 1, 100),
-    ],
-)
-def test_default_length(positions: int, tokens: int, windows: int, length: int) -> None:
-    words = pico.tokenizer()
-    text = Corpus(torch.zeros(tokens, dtype=torch.long), ())
-    assert default_length(pico.llama(len(words), positions=positions), words, text, windows) == length
 
 
 def test_a_short_text_gives_the_windows_that_it_has() -> None:

@@ -108,9 +108,8 @@ def test_low_precision_and_vision_language_models(tmp_path: Path) -> None:
 
 def test_default_length_is_the_models(tmp_path: Path) -> None:
     words = pico.tokenizer()
-    assert (
-        run(pico.llama(len(words), 32), words, prose(tmp_path), sequence_length=None).settings["sequence_length"] == 32
-    )
+    settings = run(pico.llama(len(words), 32), words, prose(tmp_path), sequence_length=None).settings
+    assert (settings["sequence_length"], settings["length_reason"]) == (32, "the model's longest")
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -157,6 +157,9 @@ def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         unit = result.get("unit")
         value = formats.metric_value(result["metric"], result["value"], result["stderr"], unit=unit)
         _row(table, formats.task_title(task, result["metric"]), value, f"{result['n']:,}")
+        settings = result.get("settings") or {}
+        if why := settings.get("length_reason"):
+            _row(table, f"  windows of {settings['sequence_length']} tokens ({why}; --sequence-length sets it)", "", "")
         for metric, other in (result.get("others") or {}).items():
             text = formats.metric_value(metric, other["value"], other["stderr"], unit=unit)
             _row(table, f"  {metric}", text, "")

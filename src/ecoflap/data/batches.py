@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +19,11 @@ from ecoflap.data.encode import (
     with_own_start,
 )
 from ecoflap.data.model_facts import Batch, batch_size_of, is_dual_tower, is_encoder_decoder, needs_image, takes_images
-from ecoflap.data.packing import check_length, default_length, draw_windows, tokenize_corpus
+from ecoflap.data.packing import check_length, draw_windows, tokenize_corpus
 from ecoflap.data.prompts import ProcessorRefused, Prompter, image_processor_of, tokenizer_of
 from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleSet
+from ecoflap.data.window_length import default_length
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.support.text import first_line
 
@@ -85,6 +86,7 @@ def make_batches(
     classes: Sequence[str] | None = None,
     class_prompts: Sequence[str] | None = None,
     window_start: str = "each",
+    told: Callable[[str], None] | None = None,
 ) -> list[Batch]:
     """Batches ready for the objective, in the order of the samples, all on the CPU.
 
@@ -109,6 +111,7 @@ def make_batches(
         classes: names of the classes of ``zero-shot``; None for the data set's own.
         class_prompts: templates with ``{}`` for the class name; None for "a photo of a {}.".
         window_start: of plain text: "each" window begins with the tokenizer's special tokens, or "once" the whole text.
+        told: receives the reason of the length of windows, where ``sequence_length`` leaves it open.
 
     Raises:
         CalibrationError: the data does not fit the model (no image, no text, too long, unknown class).
@@ -118,7 +121,7 @@ def make_batches(
         raise CalibrationError(f"the batch size must be at least 1, not {batch_size}")
     name, sample_set = _as_wanted(sample_set, model, processor, objective)
     if sample_set.windows is not None:
-        return _packed(sample_set, model, processor, batch_size, sequence_length, seed, window_start)
+        return _packed(sample_set, model, processor, batch_size, sequence_length, seed, window_start, told)
     samples = list(sample_set.samples)
     collate = make_collator(
         sample_set, model, processor, sequence_length=sequence_length, seed=seed, objective=objective,
@@ -227,6 +230,7 @@ def _packed(
     length: int | None,
     seed: int,
     window_start: str,
+    told: Callable[[str], None] | None,
 ) -> list[Batch]:
     tokenizer = tokenizer_of(processor)
     if tokenizer is None or needs_image(model):
@@ -234,7 +238,12 @@ def _packed(
     check_length(model, length)
     count = None if sample_set.windows == -1 else sample_set.windows
     corpus = tokenize_corpus(sample_set, tokenizer)
-    size = length or default_length(model, tokenizer, corpus, count or 1)
+    size = length
+    if size is None:
+        chosen = default_length(model, tokenizer, len(corpus), count or 1, batch_size)
+        size = chosen.tokens
+        if told is not None:
+            told(chosen.reason)
     windows = draw_windows(corpus, size, count, seed, sample_set.source, window_start)
     batches: list[Batch] = []
     for chunk in torch.split(windows, batch_size):

@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoflap.data.model_facts import DEFAULT_LENGTH, max_length
+from ecoflap.data.model_facts import max_length
 from ecoflap.data.prompts import using_processor
 from ecoflap.data.samples import SampleSet
 from ecoflap.errors import CalibrationError, InvalidOption
-from ecoflap.model.offload import home_of
 
 WINDOW_STARTS = ("each", "once")
-CPU_LENGTH = 512  # default on a CPU: attention's time and memory grow with the square of the length
-SHORTEST = 64  # a default window has at least so many tokens, if it costs windows
 
 
 @dataclass(frozen=True)
@@ -101,20 +98,6 @@ def check_length(model: nn.Module, asked: int | None) -> None:
         raise CalibrationError(
             f"a sequence length of {asked} tokens is more than the model's {limit} positions: lower it"
         )
-
-
-def default_length(model: nn.Module, tokenizer: Any, corpus: Corpus, windows: int) -> int:
-    """Tokens in a window where none are asked for: what model, machine and text allow.
-
-    2,048 (on a CPU 512) or the model's longest, if that is shorter; half of it, and half again, as long as the text
-    gives fewer than ``windows`` windows, but not below 64.
-    """
-    known = int(getattr(tokenizer, "model_max_length", 0) or 0)
-    usual = known if 2 <= known < 10**6 else DEFAULT_LENGTH  # tokenizers say 1e30 for "no limit"
-    length = min(max_length(model) or usual, CPU_LENGTH if home_of(model).type == "cpu" else DEFAULT_LENGTH)
-    while len(corpus) // length < windows and length // 2 >= SHORTEST:
-        length //= 2
-    return length
 
 
 def draw_windows(

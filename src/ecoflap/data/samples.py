@@ -36,6 +36,7 @@ class SampleSet:
     ``windows`` is set for plain text alone: the samples are documents then, and that many windows of the
     sequence length are to be cut from them (-1: as many as there are). ``classes`` are the names of all classes of the
     data set in the order of their numbers, where it says them: folder names, or the names of a class column.
+    ``length_reason`` says why windows have the length that they have, where it was left open.
     """
 
     samples: tuple[Sample, ...]
@@ -45,6 +46,7 @@ class SampleSet:
     columns: dict[str, str]
     windows: int | None = None
     classes: tuple[str, ...] | None = None
+    length_reason: str = ""
 
     @property
     def summary(self) -> str:

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ecoflap.data.model_facts import can_take, is_encoder_decoder, to_device
-from ecoflap.data.packing import check_length, default_length, tokenize_corpus
+from ecoflap.data.packing import check_length, tokenize_corpus
 from ecoflap.data.prompts import tokenizer_of
 from ecoflap.data.samples import load_samples
+from ecoflap.data.window_length import default_length
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.evaluation.task import Better, Shared, Task, TaskResult, TestData, mean_and_stderr
 
@@ -70,7 +71,10 @@ class Perplexity(Task):
                 f"{data} is not plain text: task 'perplexity' needs a text file or a text column alone"
             )
         tokens = tokenize_corpus(corpus, tokenizer)
-        length = test.sequence_length or default_length(model, tokenizer, tokens, samples or 1)
+        length, reason = test.sequence_length, ""
+        if length is None:
+            chosen = default_length(model, tokenizer, len(tokens), samples or 1, batch_size, kept=False)
+            length, reason = chosen.tokens, chosen.reason
         windows = tokens.windows(length, window_start)[:samples]
         count = len(windows)
         if count == 0:
@@ -97,6 +101,7 @@ class Perplexity(Task):
         settings = {
             "data": str(data),
             "sequence_length": length,
+            **({"length_reason": reason} if reason else {}),
             "window_start": window_start,
             "windows": count,
             "samples": samples,

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 _IN_FP32 = (
     "computing: in fp32, block by block (auto: half precision is slow on this CPU; --compute-dtype native keeps it)"
 )
-_LENGTH = " as model, machine and text allow (--sequence-length sets it)"
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,8 @@ class Prepared:
         drawn, length = self.samples, self.window_length
         if length is not None:
             drawn = replace(drawn, windows=sum(batch_size_of(one) for one in self.batches))
-        tokens = "" if length is None else f", {length} tokens each{'' if self.recipe.sequence_length else _LENGTH}"
+        why = f" ({drawn.length_reason}; --sequence-length sets it)" if drawn.length_reason else ""
+        tokens = "" if length is None else f", {length} tokens each{why}"
         guessed = self.samples.columns and not self.recipe.columns
         yield f"calibration: {drawn.summary}{' (guessed; --columns sets them)' if guessed else ''}{tokens}"
         chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
@@ -251,6 +251,7 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
     )
     wanted = collating_objective(recipe.objective, checkpoint.model)
     sample_set = unpacked(sample_set, wanted, checkpoint.processor)  # as make_batches does: for the record
+    reasons: list[str] = []
     batches = make_batches(
         sample_set,
         checkpoint.model,
@@ -262,8 +263,9 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
         classes=class_names(recipe.classes),
         class_prompts=class_templates(recipe.class_prompts),
         window_start=recipe.window_start,
+        told=reasons.append,
     )
-    return sample_set, batches
+    return replace(sample_set, length_reason="".join(reasons)), batches
 
 
 def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], objective: Objective) -> Anatomy:

@@ -196,6 +196,7 @@ def calibration_record(
         "columns": sample_set.columns,
         "skipped": sample_set.skipped,
         **({} if window_length is None else {"sequence_length": window_length}),
+        **({"length_reason": sample_set.length_reason} if sample_set.length_reason else {}),
         "indices": list(sample_set.indices),
     }
 
