@@ -13,8 +13,9 @@ from rich.text import Text
 
 from ecoflap.allocation import Allocation
 from ecoflap.model.parts import Anatomy, Unprunable
-from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
+from ecoflap.report.data import Metrics, RunData, read_run
 from ecoflap.report.mixtures import mixture_rows
+from ecoflap.report.quality import OtherMetric, Quality
 from ecoflap.support import formats
 
 
@@ -150,8 +151,6 @@ def allocation_table(allocation: Allocation) -> Table:
 
 def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per task, one for each of its further metrics, and one per group of its samples."""
-    from ecoflap.support import formats
-
     table = _table("", "task", "value", "n")
     for task, result in results.items():
         unit = result.get("unit")

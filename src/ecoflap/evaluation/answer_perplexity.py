@@ -89,7 +89,11 @@ class AnswerPerplexity(Task):
         settings = common_settings(reader, test, prompt_template=test.prompt_template, answers=len(answers)
         ) | ({"data": BUNDLED} if test.data is None else {})  # fmt: skip
         n = sum(tokens for _, tokens in answers)
-        return TaskResult(TASK, "perplexity", value, stderr, n, settings, by_group, groups=sizes)
+        return TaskResult(
+            TASK, "perplexity", value, stderr, n, settings, by_group, groups=sizes,
+            losses=[-total / tokens for total, tokens in answers], tokens=[tokens for _, tokens in answers],
+            kinds=kinds if groups else None,
+        )  # fmt: skip
 
 
 def perplexity_of(answers: Sequence[tuple[float, int]]) -> tuple[float, float | None]:

@@ -7,9 +7,82 @@ the samples; it is smaller than that of either value (Dror et al., ACL 2018, on 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ecoflap.evaluation.task import TaskResult
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one model reached on each sample of a test.
+
+    Attributes:
+        scores: more is better; with ``tokens``, negative log-likelihoods per token, of which less is better.
+        index: number of each sample in its data.
+        kinds: the group that each sample belongs to; empty where there are none.
+        tokens: of each sample, whose value is the perplexity exp(Σ tokens·score / Σ tokens); empty for a mean score.
+    """
+
+    scores: list[float]
+    index: list[int]
+    kinds: list[str | None] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, result: TaskResult) -> Samples | None:
+        """Those of a task's result; None where it does not say them, or where they do not give its value."""
+        if result.losses is not None:
+            tokens = result.tokens or [1] * len(result.losses)
+            found = cls(list(result.losses), list(range(len(tokens))), list(result.kinds or ()), list(tokens))
+        else:
+            rows = result.predictions or []
+            scores, index = [row.get("score") for row in rows], [row.get("index") for row in rows]
+            if not rows or not all(isinstance(one, int | float) for one in scores):
+                return None
+            if not all(isinstance(one, int) for one in index) or len(set(index)) < len(index):
+                return None
+            kinds = [row.get("kind") for row in rows]
+            grouped = any(kind is not None for kind in kinds)
+            found = cls([float(one) for one in scores if one is not None], [one for one in index if one is not None],
+                        kinds if grouped else [])  # fmt: skip
+        return found if math.isclose(found.value, result.value, rel_tol=1e-6, abs_tol=1e-9) else None
+
+    @property
+    def value(self) -> float:
+        """The mean score, or the perplexity."""
+        if not self.tokens:
+            return math.fsum(self.scores) / len(self.scores)
+        total = math.fsum(score * count for score, count in zip(self.scores, self.tokens, strict=True))
+        return math.exp(min(total / sum(self.tokens), 700.0))
+
+    def parts(self) -> list[float]:
+        """What each sample adds to n · value, to first order: a score; of a perplexity, value · tokens · loss / mean
+        tokens, by the delta method, but for a constant."""
+        if not self.tokens:
+            return self.scores
+        value, mean = self.value, sum(self.tokens) / len(self.tokens)
+        level = math.log(value) if value > 0 else 0.0
+        return [value * count * (score - level) / mean for score, count in zip(self.scores, self.tokens, strict=True)]
+
+    def group(self, kind: str) -> Samples:
+        """The samples of one group."""
+        rows = [row for row, own in enumerate(self.kinds) if own == kind]
+        return self.taken(rows)
+
+    def taken(self, rows: Sequence[int]) -> Samples:
+        """These rows, in this order."""
+        return Samples(
+            [self.scores[row] for row in rows], [self.index[row] for row in rows],
+            [self.kinds[row] for row in rows] if self.kinds else [], [self.tokens[row] for row in rows] if self.tokens
+            else [],
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """As a run's journal and a comparison's cells keep it."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -23,6 +96,7 @@ class Paired:
         better, worse: samples on which the one model is better, or worse, than the other; the rest are equal.
         p: of the sign test, two-sided and exact: how often samples that are better or worse by chance alone (one in
             two) are at least so unequally many.
+        groups: the same of each group of samples.
     """
 
     difference: float
@@ -31,37 +105,68 @@ class Paired:
     better: int
     worse: int
     p: float
+    groups: dict[str, Paired] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        if not self.groups:
+            del found["groups"]
+            return found
+        return {**found, "groups": {name: group.to_json() for name, group in self.groups.items()}}
 
 
-def paired(model: Sequence[float], other: Sequence[float], *, perplexity: bool = False) -> Paired:
-    """``model`` less ``other``, sample by sample.
+def paired(models: Sequence[Samples], others: Sequence[Samples]) -> Paired | None:
+    """``models`` less ``others``, sample by sample; None where they are not of the same samples.
 
     Args:
-        model, other: scores of the same samples in the same order, of which more is better; with ``perplexity`` the
-            windows' mean negative log-likelihoods, of which less is better.
-        perplexity: the values are exp(mean); their difference and its error are those of perplexities (delta method:
-            a window weighs as much as the value changes with its loss).
-
-    Raises:
-        ValueError: there are no samples, or not as many of both.
+        models, others: one model each; or the models of several seeds, whose values and whose scores of each sample are
+            averaged, so that the error is that of the choice of samples, with these seeds.
     """
-    n = len(model)
-    if not n or n != len(other):
-        raise ValueError(f"{n} samples of the one model and {len(other)} of the other can't be paired")
-    ours, theirs = math.fsum(model) / n, math.fsum(other) / n
-    if perplexity:
-        ours, theirs = math.exp(min(ours, 700.0)), math.exp(min(theirs, 700.0))
-    weights = (ours, theirs) if perplexity else (1.0, 1.0)
-    parts = [weights[0] * one - weights[1] * two for one, two in zip(model, other, strict=True)]
-    mean = math.fsum(parts) / n
+    first, *rest = all_of = [*models, *others]
+    if not models or not others or not first.index:
+        return None
+    places = {number: row for row, number in enumerate(first.index)}
+    in_order = [first]
+    for one in rest:
+        if set(one.index) != set(places) or len(one.index) != len(places) or bool(one.tokens) != bool(first.tokens):
+            return None
+        rows = sorted(range(len(one.index)), key=lambda row: places[one.index[row]])
+        in_order.append(one.taken(rows))
+    if any(one.tokens != first.tokens for one in in_order):
+        return None  # other texts, or cut in another way
+    ours, theirs = in_order[: len(models)], in_order[len(models) :]
+    whole = _difference(ours, theirs)
+    kinds = sorted({kind for kind in first.kinds if kind is not None})
+    if not kinds or any(one.kinds != first.kinds for one in in_order):
+        return whole
+    assert len(all_of) == len(in_order)
+    groups = {k: _difference([m.group(k) for m in ours], [o.group(k) for o in theirs]) for k in kinds}
+    return Paired(whole.difference, whole.stderr, whole.n, whole.better, whole.worse, whole.p, groups)
+
+
+def _difference(models: Sequence[Samples], others: Sequence[Samples]) -> Paired:
+    n = len(models[0].index)
+    difference = _mean([one.value for one in models]) - _mean([one.value for one in others])
+    parts = [
+        _mean(own) - _mean(theirs)
+        for own, theirs in zip(_by_sample([m.parts() for m in models]), _by_sample([o.parts() for o in others]),
+                               strict=True)
+    ]  # fmt: skip
+    mean = _mean(parts)
     stderr = None if n < 2 else math.sqrt(math.fsum((part - mean) ** 2 for part in parts) / (n - 1) / n)
-    more = sum(one > two for one, two in zip(model, other, strict=True))
-    less = sum(one < two for one, two in zip(model, other, strict=True))
-    better, worse = (less, more) if perplexity else (more, less)
-    return Paired(ours - theirs, stderr, n, better, worse, sign_test(better, worse))
+    ours, theirs = ([_mean(row) for row in _by_sample([m.scores for m in side])] for side in (models, others))
+    more = sum(one > two for one, two in zip(ours, theirs, strict=True))
+    less = sum(one < two for one, two in zip(ours, theirs, strict=True))
+    better, worse = (less, more) if models[0].tokens else (more, less)
+    return Paired(difference, stderr, n, better, worse, sign_test(better, worse))
+
+
+def _by_sample(columns: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+    return list(zip(*columns, strict=True))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def sign_test(better: int, worse: int) -> float:
@@ -72,27 +177,3 @@ def sign_test(better: int, worse: int) -> float:
         ways += term
         term = term * (n - k) // (k + 1)
     return min(1.0, float(2 * ways / 2**n)) if n < 1000 else min(1.0, 2.0 ** (math.log2(ways) + 1 - n))
-
-
-def paired_records(
-    model: Mapping[str, Any], other: Mapping[str, Any], value: float | None, reference: float | None
-) -> Paired | None:
-    """:func:`paired` of two models' records of one task, as a run keeps them; None where they say nothing of samples.
-
-    Args:
-        model, other: ``losses`` of a perplexity's windows, or ``answers`` with ``index`` and ``score``.
-        value, reference: of the two models: scores that have other means are of another metric, and say nothing here.
-    """
-    if model.get("losses") and other.get("losses"):
-        found = paired(model["losses"], other["losses"], perplexity=True)
-    elif model.get("answers") and other.get("answers"):
-        scores = {row["index"]: float(row["score"]) for row in other["answers"]}
-        both = [row for row in model["answers"] if row["index"] in scores]
-        if len(both) != len(model["answers"]) or len(both) != len(scores):
-            return None
-        found = paired([float(row["score"]) for row in both], [scores[row["index"]] for row in both])
-    else:
-        return None
-    if value is None or reference is None or not math.isclose(found.difference, value - reference, abs_tol=1e-6):
-        return None
-    return found

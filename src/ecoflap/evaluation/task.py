@@ -218,7 +218,8 @@ class TaskResult:
     record a question, for the report; ``others`` further metrics of the same task by name (IR@5, SPICE).
     ``groups`` says how many samples are behind each value of ``by_group``, and its error. ``unit``,
     ``better`` and ``hub_type`` are the task's, set by who runs it; None: each metric's, by its name. ``losses``: mean
-    negative log-likelihood of each window, where the value is exp of their mean.
+    negative log-likelihood of each window or answer, where the value is exp of their mean; ``tokens``: how many tokens
+    of each were scored, where they differ, and weigh it; ``kinds``: the group of each.
     """
 
     task: str
@@ -234,6 +235,8 @@ class TaskResult:
     better: Better | None = None
     hub_type: str | None = None
     losses: list[float] | None = None
+    tokens: list[int] | None = None
+    kinds: list[str | None] | None = None
     groups: dict[str, Group] | None = None
 
 

@@ -14,9 +14,10 @@ from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
-from ecoflap.report.data import Metrics, OtherMetric, Quality, RunData, read_run
+from ecoflap.report.data import Metrics, RunData, read_run
 from ecoflap.report.finetune_page import TrainingRecord, read_finetune
 from ecoflap.report.places import place_name, without_places
+from ecoflap.report.quality import OtherMetric, Quality
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
 from ecoflap.run.finetune.recipe import EMBEDDED
 from ecoflap.run.names import TRAIN

@@ -12,9 +12,10 @@ from pydantic import Field
 from ecoflap.errors import InvalidOption
 from ecoflap.report import records
 from ecoflap.report.charts.chart import Axis, Chart, Rule, Series, Style
-from ecoflap.report.data import METRICS, RECIPE, OtherMetric, PairedDifference, Quality, Sparsity, Stage
+from ecoflap.report.data import METRICS, RECIPE, Sparsity, Stage
 from ecoflap.report.html import Plots, environment
 from ecoflap.report.places import place_name, without_places
+from ecoflap.report.quality import OtherMetric, PairedDifference, Quality
 from ecoflap.report.reading import Content, Count, Finite, read_mapping, read_model
 from ecoflap.run.manifest import Manifest
 from ecoflap.run.names import REPORT
@@ -97,7 +98,10 @@ def tests(metrics: FinetuneMetrics) -> Iterator[Test]:
             found = [q.others.get(other, OtherMetric()) for q in models]
             lines.append(_line(other, other, unit, [(one.value, one.stderr) for one in found]))
         for group in tuned.by_group or {}:
-            lines.append(_line(tuned.group_label(group), metric, unit, [q.of_group(group) for q in models]))
+            line = _line(tuned.group_label(group), metric, unit, [q.of_group(group) for q in models])
+            found_pair, before = PairedDifference.of_group(pair, group), models[1].of_group(group)[0]
+            gain = line.gain + formats.paired_change(metric, found_pair, before, unit=unit)
+            lines.append(Line(line.label, line.values, gain))
         yield Test(formats.task_title(name, metric), formats.integer(tuned.n), lines)
 
 

@@ -11,10 +11,11 @@ from ecoflap.report import records
 from ecoflap.report.bench import read_bench
 from ecoflap.report.charts import analysis as analysis_charts
 from ecoflap.report.charts import run as run_charts
-from ecoflap.report.data import BlockRow, Metrics, OtherMetric, Quality, RunData, read_run
+from ecoflap.report.data import BlockRow, Metrics, RunData, read_run
 from ecoflap.report.html import PanelGroup, Plots, environment
 from ecoflap.report.places import without_places
 from ecoflap.report.predictions import gallery
+from ecoflap.report.quality import OtherMetric, PairedDifference, Quality
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
 from ecoflap.run.manifest import Manifest
 from ecoflap.support import formats
@@ -29,6 +30,7 @@ class QualityRow:
     dense: str
     pruned: str
     change: str
+    uniform: str = ""  # change from the model with one sparsity for all layers
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Task:
     others: list[QualityRow]
     groups: list[QualityRow]
 
+    @property
+    def against_uniform(self) -> bool:
+        """Whether groups are compared with the uniform baseline, too."""
+        return any(row.uniform for row in self.groups)
+
 
 def tasks(metrics: Metrics) -> Iterator[Task]:
     """The tasks of either model, in order."""
@@ -55,14 +62,9 @@ def tasks(metrics: Metrics) -> Iterator[Task]:
         metric = pruned.metric or dense.metric
         unit = pruned.unit if pruned.metric else dense.unit
         before, after = dense.by_group or {}, pruned.by_group or {}
+        pairs, baseline = metrics.paired.get(name, {}), metrics.baseline.get(name, nothing)
         groups = [
-            _row(
-                (pruned if group in after else dense).group_label(group),
-                metric,
-                unit,
-                dense.of_group(group),
-                pruned.of_group(group),
-            )
+            _group(group, (pruned if group in after else dense), metric, unit, (dense, pruned, baseline), pairs)
             for group in dict.fromkeys([*before, *after])
         ]
         nowhere = OtherMetric()
@@ -72,13 +74,32 @@ def tasks(metrics: Metrics) -> Iterator[Task]:
         ]
         label = f"all, {metric}" if others else "all"
         whole = _row(label, metric, unit, (dense.value, dense.stderr), (pruned.value, pruned.stderr))
-        pair = metrics.paired.get(name, {}).get("dense")
-        whole = replace(whole, change=whole.change + formats.paired_change(metric, pair, dense.value, unit=unit))
+        change = whole.change + formats.paired_change(metric, pairs.get("dense"), dense.value, unit=unit)
+        whole = replace(whole, change=change)
         counts = sorted({quality.n for quality in (dense, pruned) if quality.n is not None})
         n = " / ".join(formats.integer(count) for count in counts)
-        value, against = metrics.baseline.get(name, nothing).value, metrics.paired.get(name, {}).get("baseline")
-        uniform = formats.against_uniform(metric, against, value, pruned.value, unit=unit)
+        uniform = formats.against_uniform(metric, pairs.get("baseline"), baseline.value, pruned.value, unit=unit)
         yield Task(name, formats.task_title(name, metric), n, whole, uniform, others, groups)
+
+
+def _group(
+    group: str,
+    labelled: Quality,
+    metric: str,
+    unit: str | None,
+    models: tuple[Quality, Quality, Quality],
+    pairs: Mapping[str, PairedDifference],
+) -> QualityRow:
+    """A group's line: its changes from the dense model and from the uniform baseline are paired, too."""
+    dense, pruned, baseline = (model.of_group(group) for model in models)
+    row = _row(labelled.group_label(group), metric, unit, dense, pruned)
+    of_dense, of_baseline = (PairedDifference.of_group(pairs.get(name), group) for name in ("dense", "baseline"))
+    uniform = ""
+    if baseline[0] is not None and pruned[0] is not None:
+        uniform = formats.metric_change(metric, baseline[0], pruned[0], unit=unit)
+        uniform += formats.paired_change(metric, of_baseline, baseline[0], unit=unit)
+    change = row.change + formats.paired_change(metric, of_dense, dense[0], unit=unit)
+    return replace(row, change=change, uniform=uniform)
 
 
 def _pair(measured: OtherMetric) -> tuple[float | None, float | None]:

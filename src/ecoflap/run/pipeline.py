@@ -29,7 +29,7 @@ from ecoflap.run.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.run.given_zeros import recovered, with_given_zeros
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.pages import PAGES
-from ecoflap.run.predictions import add_pictures, answers_of, compared
+from ecoflap.run.predictions import add_pictures, compared
 from ecoflap.run.prepare import Prepared, naming_samples, prepare
 from ecoflap.run.provenance import (
     Usage,
@@ -42,7 +42,7 @@ from ecoflap.run.provenance import (
     threads_of_start,
     warn_of_layers,
 )
-from ecoflap.run.quality import Kept, paired_results, quality
+from ecoflap.run.quality import Kept, paired_results, record
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.shared import SharedRun
 from ecoflap.search.options import SearchJournal
@@ -311,9 +311,8 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> Kept:
         for entry in entries:
             if entry.name not in kept:
                 found = evaluate(job.plan.checkpoint, entry, job.recipe, progress, job.workers)
-                row = quality(found)
-                _log.info("%s, %s: %s %s", entry.name, when, row["metric"], row["value"])
-                kept[entry.name] = {"result": row, "answers": answers_of(found.predictions), "losses": found.losses}
+                _log.info("%s, %s: %s %s", entry.name, when, found.metric, found.value)
+                kept[entry.name] = record(found)
                 job.run.write_sealed(name, kept)
     return kept
 

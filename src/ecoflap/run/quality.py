@@ -7,21 +7,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from ecoflap.evaluation import TaskResult
-from ecoflap.evaluation.paired import paired_records
+from ecoflap.evaluation.paired import Samples, paired
+from ecoflap.run.predictions import answers_of
 
-Kept = dict[str, dict[str, Any]]  # of each evaluation: its "result", and the "answers" or "losses" sample by sample
+Kept = dict[str, dict[str, Any]]  # of each evaluation: its "result", its "answers" and its "samples", if it has any
+
+
+def record(result: TaskResult) -> dict[str, Any]:
+    """What a run's journal keeps of an evaluation."""
+    samples = Samples.of(result)
+    return {
+        "result": quality(result),
+        "answers": answers_of(result.predictions),
+        "samples": None if samples is None else samples.to_json(),
+    }
 
 
 def paired_results(model: Kept, others: Mapping[str, Kept]) -> dict[str, dict[str, Any]]:
     """Task → name of another model → how the model differs from it on the samples that both answered."""
     found: dict[str, dict[str, Any]] = {}
-    for name, kept in model.items():
+    for name, own in model.items():
         for other, results in others.items():
-            if name in results:
-                values = kept["result"]["value"], results[name]["result"]["value"]
-                pair = paired_records(kept, results[name], *values)
-                if pair is not None:
-                    found.setdefault(name, {})[other] = pair.to_json()
+            samples = [Samples(**one["samples"]) for one in (own, results.get(name, {})) if one.get("samples")]
+            pair = paired(samples[:1], samples[1:])
+            if pair is not None:
+                found.setdefault(name, {})[other] = pair.to_json()
     return found
 
 

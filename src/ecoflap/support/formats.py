@@ -47,9 +47,10 @@ class Pair(Protocol):
 
 def paired_change(metric: str, pair: Pair | None, other: float | None, *, unit: str | None = None) -> str:
     """The text after :func:`metric_change` for paired samples: standard error, p-value, better and worse samples."""
-    if pair is None or not other:
+    points = bool(unit_of(metric, unit))
+    if pair is None or other is None or not (points or other):
         return ""
-    scale = 100.0 if unit_of(metric, unit) else 100.0 / abs(other)
+    scale = 100.0 if points else 100.0 / abs(other)
     error = "" if pair.stderr is None else f" ± {significant(scale * pair.stderr, 2)}"
     chance = "p < 0.001" if pair.p < 0.001 else f"p = {significant(pair.p, 2)}"
     return f"{error}; {pair.better:,} better, {pair.worse:,} worse, {chance}"

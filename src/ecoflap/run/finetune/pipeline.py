@@ -33,10 +33,9 @@ from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.pages import PAGES
 from ecoflap.run.pipeline import MACHINE, STAGES
-from ecoflap.run.predictions import answers_of
 from ecoflap.run.prepare import find_layers
 from ecoflap.run.provenance import Usage, environment, measured, source_digest, sparsity_of, threads_of_start
-from ecoflap.run.quality import paired_results, quality
+from ecoflap.run.quality import paired_results, record
 from ecoflap.support.files import check_room, read_sealed, write_sealed
 from ecoflap.support.progress import Labelled, Progress, Silent
 
@@ -225,9 +224,8 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str, checkpoint: 
     with job.stage(f"evaluation, {when}") if todo else nullcontext():
         for entry in todo:
             found = evaluate(checkpoint, entry, job.plan.recipe, Labelled(job.progress, when))
-            row = quality(found)
-            _log.info("%s, %s: %s %s", entry.name, when, row["metric"], row["value"])
-            kept[entry.name] = {"result": row, "answers": answers_of(found.predictions), "losses": found.losses}
+            _log.info("%s, %s: %s %s", entry.name, when, found.metric, found.value)
+            kept[entry.name] = record(found)
             write_sealed(path, kept)
     return kept
 

@@ -1,0 +1,60 @@
+"""Reads what ``metrics.json`` says of quality: each task's result, and how two models differ on the same samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ecoflap.report.reading import Content, Count, Finite, Fraction, GroupSize
+
+
+class OtherMetric(Content):
+    """A further metric of a task."""
+
+    value: Finite | None = None
+    stderr: Finite | None = None
+
+
+class Quality(Content):
+    """The result of one task: its value, standard error, sample count, further metrics, and each group of samples.
+
+    ``unit`` and ``better`` are those of :class:`ecoflap.evaluation.Task`; None: each metric's, by its name.
+    """
+
+    metric: str
+    unit: str | None = None
+    better: str | None = None
+    hub_type: str | None = None
+    value: Finite | None = None
+    stderr: Finite | None = None
+    n: Count | None = None
+    by_group: dict[str, Finite | None] | None = None
+    groups: dict[str, GroupSize] | None = None  # of the same names; None in older runs
+    others: dict[str, OtherMetric] = {}
+    settings: dict[str, Any] | None = None
+
+    def of_group(self, name: str) -> tuple[float | None, float | None]:
+        """The value of a group, and its standard error."""
+        size = (self.groups or {}).get(name)
+        return (self.by_group or {}).get(name), size.stderr if size else None
+
+    def group_label(self, name: str) -> str:
+        """The group's name with the number of its samples, where it is known."""
+        size = (self.groups or {}).get(name)
+        return name if size is None else f"{name} (n = {size.n:,})"
+
+
+class PairedDifference(Content):
+    """One model less another on the same samples, see :class:`ecoflap.evaluation.paired.Paired`."""
+
+    difference: Finite
+    stderr: Finite | None = None
+    n: Count
+    better: Count
+    worse: Count
+    p: Fraction
+    groups: dict[str, PairedDifference] = {}
+
+    @staticmethod
+    def of_group(pair: PairedDifference | None, name: str) -> PairedDifference | None:
+        """That of one group of samples."""
+        return pair.groups.get(name) if pair else None
