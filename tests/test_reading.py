@@ -294,8 +294,18 @@ def test_a_signal_while_modules_are_read_is_one_line() -> None:
     assert ended.stderr == "ecoflap: stopped; nothing was written\n"
 
 
+def test_a_signal_before_the_command_begins_is_one_line(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt("")
+
+    monkeypatch.setattr("ecoflap.cli.app", interrupted)
+    found = run("inspect")
+    assert (found.code, found.err) == (130, "ecoflap: stopped; nothing was written\n")
+
+
 def test_the_handler_of_signals_is_there_before_anything_heavy() -> None:
-    code = "import sys, ecoflap.__main__; print(*({'importlib.metadata', 'logging', 'typer'} & set(sys.modules)))"
+    heavy = {"collections", "enum", "importlib.util", "logging", "re", "typer", "typing"}
+    code = f"import sys, ecoflap.__main__; print(*({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
     assert found.stdout.split() == []

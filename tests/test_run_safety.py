@@ -73,6 +73,25 @@ def _crash() -> None:
     raise ValueError("a data worker was killed")
 
 
+def _runs_out_of_memory() -> None:
+    torch.empty(2**60)
+
+
+def test_out_of_memory_says_what_takes_less(
+    prune: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zeroth_order.ZerothOrder, "projection", _at(3, _runs_out_of_memory))
+    found = prune()
+    assert found.code == 2
+    line = found.err.splitlines()[-1]
+    assert "out of memory" in line
+    assert "--batch-size" in line
+    assert "--resume" in line
+    assert "Traceback" in (tmp_path / "run" / "log.txt").read_text("utf-8")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ecoflap.model.packed.register import register as register_packed
 from ecoflap.support.lazy import lazily
 
+TYPE_CHECKING = False  # typing's own is not imported: see _HOMES
 if TYPE_CHECKING:
     from ecoflap.api import PruneResult, inspect, prune, recover
     from ecoflap.importance.allocate import allocate

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+# Not signal and typing: they import a dozen modules, in which Ctrl-C would end in a traceback.
+import _signal as signal  # type: ignore[import-not-found]
 import os
-import signal
-from types import FrameType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -15,11 +19,16 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def start() -> None:
     """Run the command line, whose modules take a while to be read: a signal in that time is heard, too."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave)
     from ecoflap.cli import main
 
-    main()
+    try:
+        main()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)  # all is said, and Python takes a while to end
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ class StorageError(EcoflapError):
     """A file could not be written: disk full, no permission. What was there before is intact."""
 
 
+class OutOfMemory(EcoflapError):
+    """The machine has too little memory for the options; the message says which ones need less."""
+
+
 class MissingDependency(EcoflapError):
     """An optional package is needed; the message gives the ``pip install`` line."""
 

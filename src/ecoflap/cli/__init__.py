@@ -17,6 +17,7 @@ from ecoflap.cli.signals import stops
 from ecoflap.cli.terminal import messages, print_lines
 from ecoflap.errors import EcoflapError
 from ecoflap.run.directory import Stopped
+from ecoflap.support.memory import memory_error
 from ecoflap.support.workers import launched
 
 __all__ = ["TRACEBACK", "app", "finetune", "main", "packed", "prune", "runs", "stages"]
@@ -46,7 +47,10 @@ def main() -> NoReturn:
     _silence_libraries()
     _check_surroundings()
     with stops.listening():
-        _run()
+        try:
+            _run()
+        except KeyboardInterrupt as stop:  # before the command began
+            _say_stopped(stop)
 
 
 def _check_surroundings() -> None:
@@ -64,38 +68,45 @@ def _run() -> NoReturn:
     try:
         with messages:
             code = app(standalone_mode=False, prog_name="ecoflap")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)  # all is done: nothing to say any more
         sys.stdout.flush()
-    except EcoflapError as error:
-        _fail(str(error), error.exit_code)
     except Ended as ended:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while we say good-bye
-        kept = "the same command with --resume goes on from here"
-        message = kept if isinstance(ended.stop, Stopped) else getattr(ended.stop, "message", "nothing was written")
-        _fail(f"stopped; {message}", 143 if str(ended.stop) == "SIGTERM" else 130)
-    except BrokenPipeError:
+        _say_stopped(ended.stop)
+    except Exception as error:
+        _explain(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_stopped(stop: KeyboardInterrupt) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while we say good-bye
+    kept = "the same command with --resume goes on from here"
+    message = kept if isinstance(stop, Stopped) else getattr(stop, "message", "nothing was written")
+    _fail(f"stopped; {message}", 143 if str(stop) == "SIGTERM" else 130)
+
+
+def _explain(error: Exception) -> NoReturn:
+    """End with one line about ``error``; what nobody foresaw is raised again where the user asks for tracebacks."""
+    known = memory_error(error) or error
+    if isinstance(known, EcoflapError):
+        _fail(str(known), known.exit_code)
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
         sys.exit(1)
-    except MemoryError:
-        _fail("out of memory: take a smaller --batch-size, or --device-map disk for the weights", 2)
-    except RecursionError as error:
-        if os.environ.get(TRACEBACK):
-            raise
+    if hasattr(error, "format_message"):  # what typer raises for a wrong command line
+        _fail(error.format_message(), 2)
+    if os.environ.get(TRACEBACK):
+        raise error
+    if isinstance(error, RecursionError):
         _fail(f"an input is nested too deep ({error}); {TRACEBACK}=1 shows where", 2)
-    except OSError as error:
-        if os.environ.get(TRACEBACK):
-            raise
+    if isinstance(error, OSError):
         if error.filename is None:  # not of a file that was named: standard output, or a limit of the system
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try once more at its end
             _fail(f"{error.strerror or error}: the output can't be written, or a limit of the system is met", 2)
         _fail(f"can't use {error.filename}: {error.strerror or error}", 2)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # what typer raises for a wrong command line
-            _fail(error.format_message(), 2)
-        if os.environ.get(TRACEBACK):
-            raise
-        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        _fail(f"unexpected failure: {message} ({TRACEBACK}=1 shows where)", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    _fail(f"unexpected failure: {message} ({TRACEBACK}=1 shows where)", 1)
 
 
 def _silence_libraries() -> None:

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ecoflap.data.objectives import Objective, on_device
@@ -23,6 +22,7 @@ from ecoflap.model.parts import Anatomy, Block
 from ecoflap.model.patching import cache_disabled, gradients_set_aside
 from ecoflap.model.precision import computing_in_fp32, half_blocks
 from ecoflap.model.trace import evaluating
+from ecoflap.support.memory import memory_error
 from ecoflap.support.text import first_line
 
 
@@ -80,9 +80,9 @@ def _obstacle(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss
         context = ProbeContext(model, few, [batch], on_device(loss), 0, upcast=frozenset(upcast))
         try:
             visit_gradients(context, 0, visit)
-        except torch.OutOfMemoryError:
-            return "a backward pass needs more memory than there is"
         except (InvalidOption, RuntimeError) as error:
+            if memory_error(error) is not None:
+                return "a backward pass needs more memory than there is"
             line = first_line(error)
             return line.partition(": gradients can't be taken")[0]
     for block in first.values():

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ecoflap.errors import EcoflapError, StorageError
+from ecoflap.errors import EcoflapError, OutOfMemory, StorageError
 from ecoflap.run.directory import RunFailed, Stopped
+from ecoflap.support.memory import memory_error
 from ecoflap.support.text import printable
 
 _log = logging.getLogger("ecoflap")
@@ -26,10 +27,15 @@ def explained(run: Path, log: Path) -> Iterator[None]:
     except StorageError as error:
         _log.info("stopped: %s", error)
         raise StorageError(f"{error}; then the same command with --resume goes on from here") from error
-    except EcoflapError as error:
-        _log.info("stopped: %s", error)
-        raise
     except Exception as error:
+        short = memory_error(error)
+        if short is not None:
+            _log.info("stopped: out of memory", exc_info=error)
+            resume = "with more free memory the same command with --resume goes on from here"
+            raise OutOfMemory(f"{short}; {resume}") from error
+        if isinstance(error, EcoflapError):
+            _log.info("stopped: %s", error)
+            raise
         _log.info("failed", exc_info=error)
         line = (str(error).strip().splitlines() or [""])[0]
         raise RunFailed(

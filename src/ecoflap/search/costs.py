@@ -16,6 +16,7 @@ from ecoflap.model.replay import Replay
 from ecoflap.model.slices import stored_matrix
 from ecoflap.search.divergence import Divergence
 from ecoflap.search.masked_model import MaskedModel
+from ecoflap.support.memory import memory_error
 
 
 def by_probes(
@@ -69,9 +70,9 @@ def by_gradient(
                 value = divergence(index)
                 try:
                     found = torch.autograd.grad(value, list(parts.values()), allow_unused=True)
-                except torch.OutOfMemoryError:
-                    raise
                 except (RuntimeError, NotImplementedError) as error:
+                    if memory_error(error) is not None:
+                        raise
                     raise InvalidOption(
                         f"{type(model).__name__} can't be differentiated ({str(error).splitlines()[0]}): take by=probes"
                     ) from error

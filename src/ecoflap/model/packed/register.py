@@ -8,11 +8,13 @@ itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own takes longer to import than all else here
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 _TABLE = "transformers.quantizers.auto"
 
@@ -46,6 +48,8 @@ class _Finder:  # not derived from importlib.abc, which imports a dozen modules
     ) -> ModuleSpec | None:
         if fullname != _TABLE:
             return None
+        from importlib.util import find_spec
+
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:

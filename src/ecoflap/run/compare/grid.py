@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from ecoflap.errors import EcoflapError, StorageError
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.fingerprint import fingerprint
@@ -40,6 +38,7 @@ from ecoflap.run.pipeline import pruned_to
 from ecoflap.run.prepare import Prepared, naming_samples, plan_on
 from ecoflap.run.provenance import Usage, environment, measured, sparsity_summary, threads_of_start
 from ecoflap.run.recipe import Recipe
+from ecoflap.support.memory import memory_error
 from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.reading import checked
 
@@ -198,8 +197,11 @@ class _Work:
                 cell = self._cell(place, recipe) if recipe else cell_of(place, error=str(self._plans.errors[place]))
         except StorageError:
             raise
-        except (EcoflapError, torch.OutOfMemoryError, MemoryError) as error:
-            cell = cell_of(place, error=_line(error))
+        except Exception as error:
+            short = memory_error(error)
+            if short is None and not isinstance(error, EcoflapError):
+                raise
+            cell = cell_of(place, error=_line(short or error))
         finally:
             self._kept.restore()
         if cell.error is not None:
@@ -268,5 +270,4 @@ def _file_of(place: Place) -> str:
 
 
 def _line(error: BaseException) -> str:
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if isinstance(error, EcoflapError) else f"out of memory: {message}"
+    return " ".join(str(error).split()) or type(error).__name__
