@@ -152,8 +152,8 @@ class ParquetTable:
             while end < len(wanted) and wanted[end] < start + block.num_rows:
                 end += 1
             if end > position:
-                picked = block.take([index - start for index in wanted[position:end]]).to_pylist()
-                yield from zip(wanted[position:end], picked, strict=True)
+                for index in wanted[position:end]:  # not by take: it turns a list into an array, and imports pandas
+                    yield index, block.slice(index - start, 1).to_pylist()[0]
             start, position = start + block.num_rows, end
             if position == len(wanted):
                 return
