@@ -5,9 +5,26 @@ import pytest
 from browsing import Tab
 from synthetic import searched, write_analyses, write_comparison, write_run
 
-from ecoflap.report import write_compare, write_report
+from ecoflap.report import html, write_compare, write_report
+from ecoflap.report.charts import static
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_chart_drawn_once():
+    """Most pages here show the same run: matplotlib draws each of its charts once, for all tests."""
+    drawn = {}
+
+    def svg(chart, prefix):
+        key = (repr(chart), prefix)
+        if key not in drawn:
+            drawn[key] = static.svg(chart, prefix)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "svg", svg)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +40,12 @@ def browser(tmp_path_factory):
         running.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def report(tmp_path_factory):
     return write_report(write_analyses(write_run(tmp_path_factory.mktemp("run"), allocation=searched())))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compared(tmp_path_factory):
     return write_compare(write_comparison(tmp_path_factory.mktemp("compared")))
 
