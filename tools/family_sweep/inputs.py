@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COUNT, TEXT = 2, 10  # samples of a batch, and their tokens of text
+from family_sweep.pictures import COUNT, candidates, vision_of
+
+VIDEO = 198  # the mark of a video's tokens, where it is set by hand
+TEXT = 10  # tokens of text of a sample
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id", "im_patch_id", "img_context_token_id")
-_GRID = (1, 4, 4)  # time, height and width in patches
 
 
 def text(seed: int = 0) -> dict[str, Tensor]:
@@ -29,6 +31,29 @@ def special(kind: str, seed: int = 0) -> dict[str, Tensor] | None:
         words = text(seed)
         places = torch.rand(COUNT, TEXT, 4, generator=torch.Generator().manual_seed(seed))
         return {**words, "bbox": places.sort(dim=-1).values}
+    if kind == "kosmos-2.5":  # the places of four tokens are the picture's
+        random, words = torch.Generator().manual_seed(seed), text(seed)
+        places = torch.tensor([[1] * 4 + [0] * (TEXT - 4)] * COUNT)
+        patches = torch.rand(COUNT, 6, 770, generator=random)
+        return {**words, "flattened_patches": patches, "image_embeds_position_mask": places}
+    if kind == "mllama":  # one picture of one tile
+        random = torch.Generator().manual_seed(seed)
+        return {
+            **text(seed), "pixel_values": torch.randn(COUNT, 1, 4, 3, 56, 56, generator=random),
+            "aspect_ratio_ids": torch.ones(COUNT, 1, dtype=torch.long),
+            "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]] * COUNT),
+            "cross_attention_mask": torch.tensor([[[[1, 0, 0, 0]]] * TEXT] * COUNT),
+        }  # fmt: skip
+    if kind == "instructblipvideo":  # four frames, for each of which the bridge gives 4 tokens
+        random, words = torch.Generator().manual_seed(seed), text(seed)
+        marks = torch.full((COUNT, 4 * 4), VIDEO)
+        return {
+            "pixel_values": torch.randn(COUNT, 4, 3, 56, 56, generator=random),
+            "qformer_input_ids": words["input_ids"], "qformer_attention_mask": words["attention_mask"],
+            "input_ids": torch.cat([marks, words["input_ids"]], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(marks), words["attention_mask"]], dim=1),
+            "labels": torch.cat([torch.full_like(marks, -100), words["labels"]], dim=1),
+        }  # fmt: skip
     if kind == "pp_formulanet":
         words = text(seed)
         pictures = torch.randn(COUNT, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
@@ -45,7 +70,7 @@ def _beside_text(model: nn.Module, seed: int) -> dict[str, Tensor] | None:
     """Pictures that need no place among the words."""
     takes, words = inspect.signature(model.forward).parameters, text(seed)
     random = torch.Generator().manual_seed(seed)
-    vision = _vision(model.config)
+    vision = vision_of(model.config)
     side = getattr(vision, "image_size", None)
     side = side if isinstance(side, int) else 56
     if "flattened_patches" in takes:
@@ -70,18 +95,17 @@ def _beside_text(model: nn.Module, seed: int) -> dict[str, Tensor] | None:
 
 def _among_text(model: nn.Module, seed: int) -> dict[str, Tensor] | None:
     config: Any = model.config
+    takes = inspect.signature(model.forward).parameters
     token = next((getattr(config, name, None) for name in _IMAGE_TOKENS if getattr(config, name, None)), None)
     owner = next((one for one in (model, getattr(model, "model", None)) if hasattr(one, "get_image_features")), None)
     if token is None or owner is None:
         return None
     features: Any = owner.get_image_features
-    for pictures in _candidates(_vision(config), inspect.signature(features).parameters, seed):
-        try:
-            with torch.no_grad():
-                found = features(**pictures)
-        except Exception:
+    for pictures in candidates(config, {**inspect.signature(features).parameters, **takes}, seed):
+        found = _features(features, pictures)
+        if found is None:
             continue  # in another form
-        rows = sum(one[..., 0].numel() for one in _tensors(getattr(found, "pooler_output", found)))
+        rows = sum(one[..., 0].numel() for one in _tensors(_of_words(found)))
         if rows == 0 or rows % COUNT:
             continue
         for batch in _batches(int(token), rows // COUNT, pictures, seed):
@@ -96,8 +120,21 @@ def _among_text(model: nn.Module, seed: int) -> dict[str, Tensor] | None:
     return None
 
 
+def _features(features: Any, pictures: Mapping[str, Tensor]) -> Any:
+    """What a model makes of pictures; None if it does not take them so."""
+    named = inspect.signature(features).parameters
+    for given in ({name: value for name, value in pictures.items() if name in named}, pictures):
+        try:
+            with torch.no_grad():
+                return features(**given)
+        except Exception:
+            continue
+    return None
+
+
 def _batches(token: int, count: int, pictures: Mapping[str, Tensor], seed: int) -> Iterator[dict[str, Tensor]]:
     words = text(seed)
+    words["input_ids"] = words["input_ids"].where(words["input_ids"] != token, token + 1)
     marks = torch.full((COUNT, count), token)
     batch = {
         "input_ids": torch.cat([marks, words["input_ids"]], dim=1),
@@ -116,34 +153,13 @@ def text_of(config: Any) -> Any:
     return getattr(config, "text_config", config)
 
 
-def _vision(config: Any) -> Any:
-    for name in ("vision_config", "vision", "image_config", "visual_config", "encoder"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return config
-
-
-def _candidates(vision: Any, takes: Mapping[str, Any], seed: int) -> Iterator[dict[str, Tensor]]:
-    random = torch.Generator().manual_seed(seed)
-    patch, channels = getattr(vision, "patch_size", 14), getattr(vision, "num_channels", None) or 3
-    patch = patch if isinstance(patch, int) else patch[0]
-    size = getattr(vision, "image_size", None)
-    for side in dict.fromkeys(one for one in (size, 4 * patch) if isinstance(one, int)):
-        sizes = {"image_sizes": torch.full((COUNT, 2), side)} if "image_sizes" in takes else {}
-        for shape in (
-            (COUNT, channels, side, side),
-            (COUNT, 1, channels, side, side),
-            (COUNT, 2, channels, side, side),
-        ):
-            yield {"pixel_values": torch.randn(shape, generator=random), **sizes}
-    grid = torch.tensor([_GRID] * COUNT)
-    patches = int(grid.prod(dim=1).sum())
-    for name in ("image_grid_thw", "grid_thws", "grid_thw"):
-        if name in takes:
-            for times in (getattr(vision, "temporal_patch_size", 1), 1):
-                flat = torch.randn(patches, channels * times * patch * patch, generator=random)
-                yield {"pixel_values": flat, name: grid}
-                yield {"pixel_values": flat.view(patches, channels * times, patch, patch), name: grid}
+def _of_words(found: Any) -> Any:
+    """What takes the places of words."""
+    for name in ("pooler_output", "last_hidden_state"):
+        if getattr(found, name, None) is not None:
+            return getattr(found, name)
+    deep = getattr(found, "deepstack_features", None)  # one for each of several blocks, at the same places
+    return found if not deep else deep[0][1] if isinstance(deep[0], tuple) else deep[0]
 
 
 def _tensors(found: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ VOCABULARY = 200
 _SIZES: dict[int, tuple[str, ...]] = {
     32: ("hidden_size", "d_model", "n_embd", "dim", "width", "text_embed_dim", "vision_output_dim", "out_hidden_size",
          "projection_dim", "input_dim", "model_dim", "projector_hidden_size", "output_dim", "embedding_size",
-         "attention_hidden_size", "lru_width", "embed_dim"),
+         "attention_hidden_size", "lru_width", "embed_dim", "text_hidden_size"),
     48: ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "mlp_dim",
          "intermediate_size_mlp", "ffn_hidden_size", "block_ff_dim", "shared_expert_intermediate_size"),
     2: ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers",
@@ -33,7 +33,10 @@ _BY_BLOCK = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types
 
 # What the rules above get wrong.
 _HAND: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "dbrx": {"attn_config.clip_qkv": 8.0},
+    "dots3_note": {"vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32},
+    "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [1]},
     "emu3": {"text_config.vocab_size": VOCABULARY},
     "bailing_hybrid": {"num_experts": 16, "n_group": 2, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
@@ -46,12 +49,38 @@ _HAND: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
         "activation_sparsity_pattern": [0.0] * 4,
     },
+    "gemma3": {"mm_tokens_per_image": 4},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "granite4_vision": {
+        "qformer_config.hidden_size": 32, "qformer_config.encoder_hidden_size": 32,
+        "qformer_config.num_attention_heads": 4, "image_grid_pinpoints": [[128, 256]],
+    },
+    "instructblipvideo": {
+        "video_token_index": 198, "image_token_index": 198, "num_query_tokens": 4,
+        "qformer_config.encoder_hidden_size": 32,
+    },
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+    "kimi_k25": {"vision_config.projection_hidden_size": 32, "projection_hidden_size": 32},
     "kimi_linear": {"num_experts_per_token": 2},
+    "kosmos-2.5": {"latent_query_num": 4},
+    "llama4": {
+        "vision_config.projector_input_dim": 32, "vision_config.projector_output_dim": 32,
+        "vision_config.intermediate_size": 128,
+    },
+    "llava_next": {"image_grid_pinpoints": [[56, 112]]},
+    "llava_next_video": {"image_grid_pinpoints": [[56, 112]]},
+    "llava_onevision": {"image_grid_pinpoints": [[56, 112]]},
     "longcat_flash": {"zero_expert_num": 2},
+    "mllama": {"vision_config.intermediate_layers_indices": [0], "vision_config.vision_output_dim": 64},
+    "minimax_m3_vl": {"merged_hidden_size": 128},
     "mamba2": {"num_heads": 8},
     "pp_formulanet": {"vision_config.decoder_hidden_size": 32},
+    "muse_glimmer": {"vision_config.out_hidden_size": 128, "out_hidden_size": 128},
+    "muse_spark": {"vision_config.out_hidden_size": 128, "out_hidden_size": 128},
+    "nemotron_h_omni": {"vision_hidden_size": 32, "image_token_id": 190, "audio_token_id": 191},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "t5gemma2": {"encoder.mm_tokens_per_image": 4},
+    "vipllava": {"vision_feature_layer": [-2, -1]},
     "step3p7": {"text_config.sliding_window": 4},
 }  # fmt: skip
 

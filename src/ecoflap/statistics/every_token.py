@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoflap.model.parts import Layer
+from ecoflap.model.slices import slice_name
 from ecoflap.model.trace import tensors_in
 from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.real_tokens import RoutedTokens
@@ -36,6 +37,7 @@ class EveryToken(Gatherer):
         self._tokens: Tensor | None = None  # on which experts are run
         self._entered: dict[str, RoutedTokens] = {}  # by list of experts, in this call of its owner
         self._seen_to_copy: set[str] = set()
+        self._only = "", ""  # a mixture, and the one of its experts that is fed
         self._at_once: set[str] = set()  # mixtures that may multiply by all experts at once
         self._seen_at_once: set[str] = set()
 
@@ -48,7 +50,7 @@ class EveryToken(Gatherer):
             choosing = next((place for place in (path, path.rpartition(".")[0]) if self._takes_choice(place)), None)
             if choosing is not None:
                 numbers = [int(expert[len(path) + 1 : -1]) for expert in members]
-                self._watch(choosing, partial(self._run, path, partial(_chosen, numbers)))
+                self._watch(choosing, partial(self._run, path, partial(self._run_chosen, path, numbers)))
             elif any(layer.stacked for layer in self._block.layers if layer.mixture == path):
                 if len(inspect.signature(type(module).forward).parameters) == 2:  # itself, and the tokens
                     self._at_once.add(path)
@@ -79,8 +81,18 @@ class EveryToken(Gatherer):
         """Whether a module takes tokens, the experts chosen for each, and the shares of these."""
         module = self._model.get_submodule(path)
         names = list(inspect.signature(type(module).forward).parameters)[1:4]
-        told = all(isinstance(getattr(module, name, None), bool) for name in ("is_transposed", "has_gate"))
-        return told or names == ["hidden_states", "top_k_index", "top_k_weights"]
+        return _in_interface(module) or names == ["hidden_states", "top_k_index", "top_k_weights"]
+
+    def _run_chosen(self, path: str, numbers: Sequence[int], module: nn.Module, tokens: Tensor) -> None:
+        """Run these experts of a module one by one. Some code asks for two choices a token: the second is not fed."""
+        for number in numbers:
+            choices = [number] if _in_interface(module) else [number, number + 1 if number == 0 else number - 1]
+            self._only = path, slice_name(path, number)
+            try:
+                choice = torch.tensor([choices] * len(tokens), device=tokens.device)
+                module.forward(tokens, choice, torch.ones_like(choice, dtype=tokens.dtype))
+            finally:
+                self._only = "", ""
 
     def _run_at_once(self, experts: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         """As :meth:`_run`, of a module that multiplies (experts, tokens, features) by all experts at once."""
@@ -110,6 +122,8 @@ class EveryToken(Gatherer):
                     self._seen_to_copy.add(path)
 
     def _feed(self, layer: Layer, x: Tensor) -> None:
+        if self._only[0] == layer.mixture and self._only[1] != layer.expert:
+            return
         if self._running:  # what every expert's first matrix receives is the same, and gathered once
             same = self._tokens is not None and x.shape == self._tokens.shape and torch.equal(x, self._tokens)
             if same:
@@ -129,10 +143,9 @@ class EveryToken(Gatherer):
                 self.release(layer)
 
 
-def _chosen(numbers: Sequence[int], module: nn.Module, tokens: Tensor) -> None:
-    for number in numbers:
-        choice = torch.full((len(tokens), 1), number, device=tokens.device)
-        module.forward(tokens, choice, tokens.new_ones(len(tokens), 1))
+def _in_interface(module: nn.Module) -> bool:
+    """Whether it is a module of transformers' interface for experts."""
+    return all(isinstance(getattr(module, name, None), bool) for name in ("is_transposed", "has_gate"))
 
 
 def _each(experts: Sequence[nn.Module], module: nn.Module, tokens: Tensor) -> None:
