@@ -54,6 +54,7 @@ def render(content: Comparison) -> str:
                 "n": test.dense.n,
                 "panels": plots.group(f"quality{index}-", [chart] if chart else []),
                 "rows": [_row(content, method, test) for method in content.methods],
+                "differences": list(_differences(content, test)),
             }
         )
     stored = [_stored(content, test, plots, index) for index, test in enumerate(content.each_test)]
@@ -95,6 +96,27 @@ def _row(content: Comparison, method: Method, test: Test) -> dict[str, Any]:
             }
         )
     return {"title": method.shown, "name": text_without_places(method.name), "cells": cells}
+
+
+def _differences(content: Comparison, test: Test) -> Iterator[dict[str, Any]]:
+    """The tables of paired differences of a test: from the dense model, and from one sparsity for all layers."""
+    for other, words in (("dense", "the dense model"), ("uniform", "one sparsity for all layers")):
+        rows = []
+        for method in content.methods:
+            cells = []
+            for sparsity in content.sparsities:
+                pair = content.against(method.name, sparsity, test).get(other)
+                value = content.average(method.name, sparsity, test).mean
+                text = ""
+                if pair is not None and value is not None:
+                    reference = value - pair.difference
+                    text = formats.metric_change(test.metric, reference, value, unit=test.unit)
+                    text += formats.paired_change(test.metric, pair, reference, unit=test.unit)
+                cells.append({"value": None if pair is None else pair.difference, "text": text})
+            if any(cell["text"] for cell in cells):
+                rows.append({"title": method.shown, "name": text_without_places(method.name), "cells": cells})
+        if rows:
+            yield {"name": other, "words": words, "rows": rows}
 
 
 def _stored(content: Comparison, test: Test, plots: Plots, index: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ecoflap.errors import InvalidOption
 from ecoflap.report.places import text_without_places
+from ecoflap.report.quality import PairedDifference
 from ecoflap.report.reading import Content, Count, Finite, Fraction, read_model
 from ecoflap.run.names import COMPARISON
 from ecoflap.support.formats import task_title
@@ -134,6 +135,15 @@ class StoredModel:
         return "dense, quantised" if self.sparsity is None else f"{self.title}, {FORM_WORDS.get(self.form, self.form)}"
 
 
+class Pairing(Content):
+    """A method at one sparsity against other models, on the same samples of a test."""
+
+    method: str
+    sparsity: Fraction
+    test: str
+    against: dict[str, PairedDifference] = {}
+
+
 FORM_WORDS = {"auto": "packed"}
 
 
@@ -151,6 +161,7 @@ class Comparison(Content):
     seeds: list[int] = []
     cells: list[Cell] = []
     dense_stored: dict[str, Stored] = {}
+    paired: list[Pairing] = []
     recipe: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     command: str | None = None
@@ -196,15 +207,29 @@ class Comparison(Content):
                         rows.append(StoredModel(method.shown, sparsity, form, size, bits, average_of(results, [])))
         return [row for row in rows if row.average.mean is not None]
 
+    def against(self, method: str, sparsity: float, test: Test) -> dict[str, PairedDifference]:
+        """What a method at a sparsity is paired with."""
+        places = (p.against for p in self.paired if (p.method, p.sparsity, p.test) == (method, sparsity, test.name))
+        return next(places, {})
+
     def leaders(self, sparsity: float, test: Test) -> set[str]:
-        """The best method at a sparsity, and those as good within error: no further off than √(a² + b²)."""
+        """The best method at a sparsity, and those as good within error.
+
+        They are no further off than the standard error of their paired difference from the best; where that is not
+        known than √(a² + b²).
+        """
         averages = [(method.name, self.average(method.name, sparsity, test)) for method in self.methods]
         known = [(name, average.mean, average.error or 0.0) for name, average in averages if average.mean is not None]
         if not known:
             return set()
         sign = 1 if test.higher_is_better else -1
-        _, top, error = max(known, key=lambda item: sign * item[1])
-        return {name for name, value, own in known if abs(value - top) <= hypot(error, own)}
+        best, top, error = max(known, key=lambda item: sign * item[1])
+
+        def error_of(name: str, own: float) -> float:
+            pair = self.against(name, sparsity, test).get("best") if name != best else None
+            return hypot(error, own) if pair is None else pair.stderr or 0.0
+
+        return {name for name, value, own in known if abs(value - top) <= error_of(name, own)}
 
     @property
     def towers(self) -> list[str]:

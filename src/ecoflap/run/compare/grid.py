@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from ecoflap.errors import EcoflapError, StorageError
+from ecoflap.evaluation import TaskResult
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.run.compare.folder import CELLS, DENSE, RESULTS, GridDirectory
@@ -17,14 +18,19 @@ from ecoflap.run.compare.plans import Group, Plans, group_of, plan_of, planned
 from ecoflap.run.compare.recipe import Grid, Place
 from ecoflap.run.compare.record import (
     Cell,
+    CellFile,
     Comparison,
+    DenseTest,
     MethodRecord,
     Quality,
-    Test,
     cell_of,
+    file_of,
+    plain_cell,
+    plain_test,
     quality_of,
     read_comparison,
     test_of,
+    with_pairs,
 )
 from ecoflap.run.compare.results import command_of, write_results
 from ecoflap.run.compare.shared import SharedScores, allocated
@@ -138,7 +144,8 @@ class _Work:
 
     def all(self) -> Comparison:
         """Every cell that is not finished yet, then all of them together."""
-        tests = self._dense()
+        kept = self._dense()
+        tests = tuple(map(plain_test, kept))
         dense_stored = self._stored.dense_kept_in(self._folder, tests, self._kept)
         places = list(self._grid.places())
         # By group, so that batches are loaded once; a method with samples of its own is a group for itself.
@@ -146,7 +153,8 @@ class _Work:
         with self._progress.stage("compare", total=len(places), done=len(places) - len(todo)) as task:
             for place in todo:
                 self._finish(place, task)
-        return Comparison(
+        cells = [self._read(place) for place in places]
+        comparison = Comparison(
             model=self._checkpoint.source,
             task=tests[0].task,
             metric=tests[0].metric,
@@ -166,22 +174,23 @@ class _Work:
             ),
             sparsities=self._grid.sparsities,
             seeds=self._grid.seeds,
-            cells=tuple(self._read(place) for place in places),
+            cells=tuple(map(plain_cell, cells)),
             dense_stored=dense_stored,
             recipe=self._grid.to_dict(),
             environment=environment(self._checkpoint),
             command=command_of(self._grid, self._folder.path),
         )
+        return with_pairs(comparison, cells, kept)
 
     def _turn(self, place: Place) -> tuple[int, int]:
         recipe = self._plans.recipes.get(place)
         return self._grid.seeds.index(place.seed), 0 if recipe is None else recipe.samples
 
-    def _read(self, place: Place) -> Cell:
+    def _read(self, place: Place) -> CellFile:
         name = _file_of(place)
-        found: Cell = checked(
+        found: CellFile = checked(
             self._folder.read(name),
-            Cell,
+            CellFile,
             f"{self._folder.path / name} is damaged: remove it, and --resume makes the cell again. Fault",
         )
         return found
@@ -230,11 +239,13 @@ class _Work:
         for name in pruned.unreached:
             _log.warning("%s was reached by no calibration token: pruned without statistics of its own", name)
         with measured("evaluation", usages):
-            results = self._evaluated()
+            answers = self._results()
+        results = {name: quality_of(answer) for name, answer in answers.items()}
         sparsity = sparsity_summary(plan.anatomy, pruned.allocation)
         self._offer(place, cell_of(place, results=results, sparsity=sparsity))
         stored = self._stored.of_pruned(results)
-        return cell_of(place, results=results, sparsity=sparsity, took=took, usages=usages, stored=stored)
+        cell = cell_of(place, results=results, sparsity=sparsity, took=took, usages=usages, stored=stored)
+        return file_of(cell, answers)
 
     def _offer(self, place: Place, cell: Cell) -> None:
         finished = [(Path(_file_of(other)).stem, other) for other in self._grid.places() if other != place]
@@ -242,21 +253,22 @@ class _Work:
         kept = KeptModels(self._folder, self._checkpoint, self._keep, self._dense()[0].higher_is_better)
         kept.offer(Path(_file_of(place)).stem, cell, known)
 
-    def _evaluated(self) -> dict[str, Quality]:
+    def _results(self) -> dict[str, TaskResult]:
         # With the grid's own seed: all cells answer the same questions.
-        return {
-            entry.name: quality_of(evaluate(self._checkpoint, entry, self._grid, self._progress))
-            for entry in self._entries
-        }
+        return {entry.name: evaluate(self._checkpoint, entry, self._grid, self._progress) for entry in self._entries}
 
-    def _dense(self) -> tuple[Test, ...]:
+    def _evaluated(self) -> dict[str, Quality]:
+        return {name: quality_of(result) for name, result in self._results().items()}
+
+    def _dense(self) -> tuple[DenseTest, ...]:
         """The dense model's results, measured once."""
         if not self._folder.whole(DENSE):
-            rows: Sequence[Test] = [
+            rows = [
                 test_of(entry, evaluate(self._checkpoint, entry, self._grid, self._progress)) for entry in self._entries
             ]
             self._folder.write(DENSE, [row.model_dump(mode="json") for row in rows])
-        found: tuple[Test, ...] = checked(self._folder.read(DENSE), tuple[Test, ...], str(self._folder.path / DENSE))
+        where = str(self._folder.path / DENSE)
+        found: tuple[DenseTest, ...] = checked(self._folder.read(DENSE), tuple[DenseTest, ...], where)
         return found
 
 

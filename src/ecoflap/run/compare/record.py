@@ -11,6 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ecoflap.evaluation import TaskResult
+from ecoflap.evaluation.paired import Samples
+from ecoflap.run.compare.pairs import BEST, Difference, Pairing, pairings, uniform_of
 from ecoflap.run.compare.recipe import Place
 from ecoflap.run.compare.shared import Took
 from ecoflap.run.evaluations import Evaluation
@@ -49,6 +51,12 @@ class Test(_Record):
     unit: str | None = Field(None, description="As in metrics.json; None: by the metric's name.")
     higher_is_better: bool
     dense: Quality
+
+
+class DenseTest(Test):
+    """A test as a comparison keeps it while it goes on: with the dense model's samples."""
+
+    samples: Samples | None = None
 
 
 class Seconds(_Record):
@@ -106,6 +114,12 @@ class Cell(_Record):
     error: str | None = None
 
 
+class CellFile(Cell):
+    """A cell as its file has it: with what its model reached on each sample of the tests."""
+
+    samples: dict[str, Samples] = Field(default_factory=dict)
+
+
 class Comparison(_Record):
     """All of ``compare.json``. ``task``, ``metric``, ``higher_is_better`` and ``dense`` are those of the first test."""
 
@@ -121,6 +135,7 @@ class Comparison(_Record):
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     dense_stored: dict[str, Stored] = Field(default_factory=dict, description="The dense model, by form.")
+    paired: tuple[Pairing, ...] = Field(default=(), description="Differences of models on the same samples.")
     recipe: dict[str, Any]
     environment: dict[str, Any]
     command: str
@@ -134,6 +149,22 @@ class Comparison(_Record):
         name = test or self.tests[0].name
         found = [cell.tests[name] for cell in self.cells_of(method, sparsity) if name in cell.tests]
         return summarise(found)
+
+    def against(self, method: str, sparsity: float, test: str) -> dict[str, Difference]:
+        """What the method's models at ``sparsity`` are paired with on ``test``."""
+        places = (p.against for p in self.paired if (p.method, p.sparsity, p.test) == (method, sparsity, test))
+        return next(places, {})
+
+    def column(self, sparsity: float, test: Test) -> dict[str, Summary]:
+        """The methods' figures at one sparsity on ``test``, those that have any."""
+        found = {method.name: self.summary(method.name, sparsity, test.name) for method in self.methods}
+        return {name: summary for name, summary in found.items() if summary is not None}
+
+    def leaders(self, sparsity: float, test: Test) -> frozenset[str]:
+        """The best method at one sparsity on ``test``, and all that are as good within error."""
+        against = {method.name: self.against(method.name, sparsity, test.name) for method in self.methods}
+        pairs = {name: found[BEST] for name, found in against.items() if BEST in found}
+        return leaders(self.column(sparsity, test), test.higher_is_better, pairs)[1]
 
 
 class Summary(_Record):
@@ -154,20 +185,47 @@ def summarise(results: Sequence[Measured]) -> Summary | None:
     return Summary(mean=values[0], error=next(r.stderr for r in results if r.value is not None), seeds=1)
 
 
-def leaders(column: dict[str, Summary], higher_is_better: bool) -> tuple[str | None, frozenset[str]]:
+def leaders(
+    column: dict[str, Summary], higher_is_better: bool, pairs: Mapping[str, Difference] | None = None
+) -> tuple[str | None, frozenset[str]]:
     """The best method of one sparsity, and all that are as good within error, itself among them.
 
-    Two are as good if they differ by no more than √(a² + b²), a and b being their errors (0 where there is none).
+    A method is as good if it differs by no more than the standard error of its paired difference from the best, where
+    ``pairs`` has that; else by no more than √(a² + b²), a and b being the two errors (0 where there is none).
     """
     if not column:
         return None, frozenset()
     pick = max if higher_is_better else min
     best = pick(column, key=lambda name: column[name].mean)
     top = column[best]
-    alike = {
-        name for name, s in column.items() if abs(s.mean - top.mean) <= math.hypot(s.error or 0.0, top.error or 0.0)
-    }
-    return best, frozenset(alike)
+
+    def error(name: str) -> float:
+        if pairs and name in pairs and name != best:
+            return pairs[name].stderr or 0.0
+        return math.hypot(column[name].error or 0.0, top.error or 0.0)
+
+    return best, frozenset(name for name, s in column.items() if abs(s.mean - top.mean) <= error(name))
+
+
+def with_pairs(comparison: Comparison, cells: Sequence[CellFile], tests: Sequence[DenseTest]) -> Comparison:
+    """The comparison with the differences of its models on the same samples."""
+    samples: dict[tuple[str, float, str], list[Samples]] = {}
+    for cell in cells:
+        for name, found in cell.samples.items():
+            samples.setdefault((cell.method, cell.sparsity, name), []).append(found)
+    whole = {
+        place: found for place, found in samples.items()
+        if len(found) == sum(c.error is None for c in comparison.cells_of(*place[:2]))
+    }  # fmt: skip
+    dense = {test.name: test.samples for test in tests if test.samples is not None}
+    best: dict[tuple[float, str], str] = {}
+    for test in comparison.tests:
+        for sparsity in comparison.sparsities:
+            top = leaders(comparison.column(sparsity, test), test.higher_is_better)[0]
+            if top is not None:
+                best[sparsity, test.name] = top
+    found_pairs = tuple(pairings(whole, dense, uniform_of(comparison.methods), best))
+    return comparison.model_copy(update={"paired": found_pairs})
 
 
 def read_comparison(folder: str | Path) -> Comparison:
@@ -195,16 +253,33 @@ def quality_of(result: TaskResult) -> Quality:
     return Quality.model_validate(quality(result))
 
 
-def test_of(entry: Evaluation, dense: TaskResult) -> Test:
+def test_of(entry: Evaluation, dense: TaskResult) -> DenseTest:
     """One test, with what the dense model reached in it."""
-    return Test(
+    return DenseTest(
         name=entry.name,
         task=entry.task,
         metric=dense.metric,
         unit=dense.unit,
         higher_is_better=higher_is_better(dense.metric) if dense.better is None else dense.better == "more",
         dense=quality_of(dense),
+        samples=Samples.of(dense),
     )
+
+
+def plain_test(test: DenseTest) -> Test:
+    """Without the samples."""
+    return Test.model_validate(test.model_dump(exclude={"samples"}))
+
+
+def plain_cell(cell: CellFile) -> Cell:
+    """Without the samples."""
+    return Cell.model_validate(cell.model_dump(exclude={"samples"}))
+
+
+def file_of(cell: Cell, results: Mapping[str, TaskResult]) -> CellFile:
+    """The cell with the samples of its results."""
+    samples = {name: found for name, result in results.items() if (found := Samples.of(result)) is not None}
+    return CellFile(**dict(cell), samples=samples)
 
 
 def cell_of(

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ecoflap.run.compare.record import Cell, Comparison, MethodRecord, Stored, Summary, Test, leaders, summarise
-from ecoflap.support.formats import duration, metric_value, size, task_title
+from ecoflap.run.compare.pairs import DENSE, UNIFORM, Difference
+from ecoflap.run.compare.record import Cell, Comparison, MethodRecord, Stored, Summary, Test, summarise
+from ecoflap.support.formats import duration, metric_change, metric_value, paired_change, size, task_title
 
 # One row of compare.csv begins with these; docs/compare.md says what they hold.
 COLUMNS = (
@@ -80,9 +81,11 @@ def as_markdown(comparison: Comparison) -> str:
         dense = _value(test, test.dense.value, test.dense.stderr)
         parts.append(f"Dense: {dense} (n = {test.dense.n}); {better} is better.")
         parts.append(_quality(comparison, test))
+        for words, heads, rows in difference_rows(comparison, test):
+            parts += [f"{words}:", _table(heads, [[_plain(row[0]), *row[1:]] for row in rows])]
     parts.append(
-        f"Columns are sparsities, {spread}. Bold: the best of a column and all that are as good within error (they "
-        "differ from it by no more than √(a² + b²), a and b being the two numbers after ±)."
+        f"Columns are sparsities, {spread}. Bold: the best of a column and all that are as good within error "
+        f"({AS_GOOD})."
     )
     parts += _by_bytes(comparison)
     parts += _not_made(comparison)
@@ -95,12 +98,41 @@ def as_markdown(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+AS_GOOD = (
+    "they differ from it by no more than the standard error of the difference, paired over the samples; with several "
+    "seeds, or where no score of single samples is known, by no more than √(a² + b²), a and b being the numbers after ±"
+)
+_WORDS = {
+    DENSE: "Change from the dense model, on the same samples",
+    UNIFORM: "Change from the same criterion with one sparsity for all layers, on the same samples",
+}
+
+
+def difference_rows(comparison: Comparison, test: Test) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Tables of paired differences: what is compared, the heads, and rows of texts, of methods that have any."""
+    for other, words in _WORDS.items():
+        rows = []
+        for method in comparison.methods:
+            cells = []
+            for sparsity in comparison.sparsities:
+                pair = comparison.against(method.name, sparsity, test.name).get(other)
+                own = comparison.summary(method.name, sparsity, test.name)
+                cells.append(NOTHING if pair is None or own is None else _difference(test, pair, own.mean))
+            if any(cell != NOTHING for cell in cells):
+                rows.append([method.title, *cells])
+        if rows:
+            yield words, ["method", *(f"{sparsity:g}" for sparsity in comparison.sparsities)], rows
+
+
+def _difference(test: Test, pair: Difference, value: float) -> str:
+    reference = value - pair.difference
+    change = metric_change(test.metric, reference, value, unit=test.unit)
+    return change + paired_change(test.metric, pair, reference, unit=test.unit)
+
+
 def columns_of(comparison: Comparison, test: Test) -> list[dict[str, Summary]]:
     """For each sparsity the methods' figures on ``test``, those that have any."""
-    return [
-        {m.name: found for m in comparison.methods if (found := comparison.summary(m.name, s, test.name)) is not None}
-        for s in comparison.sparsities
-    ]
+    return [comparison.column(sparsity, test) for sparsity in comparison.sparsities]
 
 
 def shown(comparison: Comparison, test: Test, summary: Summary | None, cells: Sequence[Cell]) -> str:
@@ -114,7 +146,7 @@ def shown(comparison: Comparison, test: Test, summary: Summary | None, cells: Se
 
 def _quality(comparison: Comparison, test: Test) -> str:
     columns = columns_of(comparison, test)
-    alike = [leaders(column, test.higher_is_better)[1] for column in columns]
+    alike = [comparison.leaders(sparsity, test) for sparsity in comparison.sparsities]
     rows = []
     for method in comparison.methods:
         row = [_plain(method.title)]
@@ -245,7 +277,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
         for sparsity in comparison.sparsities:
             table.add_column(f"{sparsity:g}", justify="right", no_wrap=True)
         columns = columns_of(comparison, test)
-        alike = [leaders(column, test.higher_is_better)[1] for column in columns]
+        alike = [comparison.leaders(sparsity, test) for sparsity in comparison.sparsities]
         for method in comparison.methods:
             row = [Text(method.title)]
             for sparsity, column, best in zip(comparison.sparsities, columns, alike, strict=True):
@@ -253,6 +285,13 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
                 row.append(Text(text, style="bold" if method.name in best else ""))
             table.add_row(*row)
         yield table
+        for words, heads, rows in difference_rows(comparison, test):
+            table = Table(title=words, title_justify="left", title_style="bold")
+            for number, head in enumerate(heads):
+                table.add_column(head, justify="right" if number else "left")
+            for cells in rows:
+                table.add_row(*(Text(cell.replace("; ", "\n")) for cell in cells))
+            yield table
     if comparison.dense_stored:
         table = Table(title="by stored bytes of the prunable weights", title_justify="left", title_style="bold")
         for head in ("model", "values"):

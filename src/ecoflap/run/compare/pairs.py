@@ -1,0 +1,100 @@
+"""Pairs the models of a comparison over the samples of each test: with the dense model, the uniform one and the best.
+
+With several seeds a sample's score is the mean over them, so that the error is that of the choice of samples alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ecoflap.evaluation.paired import Samples, paired
+
+DENSE, UNIFORM, BEST = "dense", "uniform", "best"
+
+
+class Difference(BaseModel):
+    """One model less another on the same ``n`` samples, see :class:`ecoflap.evaluation.paired.Paired`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    difference: float
+    stderr: float | None
+    n: int
+    better: int
+    worse: int
+    p: float
+
+
+class Pairing(BaseModel):
+    """A method at a sparsity on a test, against other models: ``dense``; ``uniform``, its criterion with one sparsity
+    for all layers; and, of a single seed, ``best``, the best method at that sparsity."""
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str
+    sparsity: float
+    test: str
+    against: dict[str, Difference] = Field(default_factory=dict)
+
+
+class Named(Protocol):
+    """What is read of a method."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def importance(self) -> str: ...
+    @property
+    def criterion(self) -> str: ...
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+
+def uniform_of(methods: Sequence[Named]) -> dict[str, str]:
+    """Method → the method with its criterion and one sparsity for all layers; where there are several, the one that
+    shares most options with it. All options of that one must be those of the method."""
+    found: dict[str, str] = {}
+    for method in methods:
+        near = [
+            other for other in methods
+            if other.importance == "uniform" != method.importance and other.criterion == method.criterion
+            and other.options.items() <= method.options.items()
+        ]  # fmt: skip
+        if near:
+            found[method.name] = max(near, key=lambda other: len(other.options)).name
+    return found
+
+
+Place = tuple[str, float, str]  # method, sparsity, test
+
+
+def pairings(
+    samples: Mapping[Place, Sequence[Samples]],
+    dense: Mapping[str, Samples],
+    uniform: Mapping[str, str],
+    best: Mapping[tuple[float, str], str],
+) -> Iterator[Pairing]:
+    """All that can be paired.
+
+    Args:
+        samples: of each place one model a seed.
+        dense: of each test.
+        uniform: see :func:`uniform_of`.
+        best: sparsity and test → the best method.
+    """
+    for (method, sparsity, test), models in samples.items():
+        others: dict[str, Sequence[Samples]] = {}
+        if test in dense:
+            others[DENSE] = [dense[test]]
+        if method in uniform:
+            others[UNIFORM] = samples.get((uniform[method], sparsity, test), ())
+        first = samples.get((best.get((sparsity, test), ""), sparsity, test), ())
+        if len(models) == len(first) == 1:
+            others[BEST] = first
+        pairs = {name: paired(models, other) for name, other in others.items()}
+        against = {name: Difference(**pair.to_json()) for name, pair in pairs.items() if pair is not None}
+        if against:
+            yield Pairing(method=method, sparsity=sparsity, test=test, against=against)
