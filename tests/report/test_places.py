@@ -26,6 +26,7 @@ HOME = "/home/somebody/secret project"
         ("llava-hf/llava-1.5", "llava-hf/llava-1.5"),
         ("data/prose.txt", "data/prose.txt"),
         ("/", "/"),
+        ("../../me/models/llava", "llava"),
         ("zeroth-order", "zeroth-order"),
     ],
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     are_progress_bars_disabled,
@@ -18,13 +18,31 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     enable_progress_bars,
     validate_repo_id,
 )
+from pydantic import BaseModel
 
 from ecoflap.errors import EcoflapError, HubError, InvalidOption
-from ecoflap.report.card import MODEL, write_card
 from ecoflap.report.card_page import README, with_repository
-from ecoflap.report.data import METRICS, RECIPE
+from ecoflap.report.upload import files_of, model_folder
+from ecoflap.support.reading import checked
 
+_NO_BRANCH = re.compile(r"^[-/.]|\.\.|//|/\.|@\{|[/.]$|\.lock$|^@$")
+_MOST = 300  # characters of what a server or its client says
 LOG_IN = "log in with 'hf auth login', or set HF_TOKEN to a token that may write"
+
+
+class _Token(BaseModel):
+    role: str | None = None
+
+
+class _Auth(BaseModel):
+    accessToken: _Token | None = None
+
+
+class _Account(BaseModel):
+    """What the Hub says of an account, as far as it is read here."""
+
+    name: str
+    auth: _Auth | None = None
 
 
 def check_name(repo_id: str) -> str:
@@ -48,11 +66,17 @@ def check_account() -> str:
         HubError: no token, one that is not accepted or may only read, or the Hub can't be reached.
     """
     with _explained("the Hub"):
-        account: dict[str, Any] = HfApi().whoami()
-    token = (account.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":
-        raise HubError(f"the token of {account.get('name')} may only read the Hub: {LOG_IN}")
-    return str(account.get("name"))
+        account = checked(HfApi().whoami(), _Account, "the answer of the Hub", HubError)
+    token = account.auth and account.auth.accessToken
+    if token and token.role == "read":
+        raise HubError(f"the token of {account.name} may only read the Hub: {LOG_IN}")
+    return str(account.name)
+
+
+def _check_branch(name: str | None) -> None:
+    """Raises InvalidOption for what can't be a branch of git: empty, blanks, "..", or marks that have a meaning."""
+    if name is not None and not (re.fullmatch(r"[\w.+/@-]+", name, re.ASCII) and _NO_BRANCH.search(name) is None):
+        raise InvalidOption(f"'{name}' is no name of a branch: take letters, digits, '-', '_', '.' and '/'")
 
 
 def push(
@@ -73,11 +97,15 @@ def push(
         The address of the commit.
 
     Raises:
-        InvalidOption: the name is none, the run is not finished, or ``private`` is asked for a public repository.
+        InvalidOption: the name is none, the run is not finished, ``private`` is asked for a public repository, or the
+            folder holds what is not to be sent (:mod:`ecoflap.report.upload`).
+        CheckpointError: the model's files are not whole.
         HubError: the Hub refuses or can't be reached.
     """
     check_name(repo_id)
+    _check_branch(revision)
     folder = model_folder(Path(run))
+    added = [(path.relative_to(folder).as_posix(), path) for path in files_of(folder)]
     check_account()
     api = HfApi()
     with _explained(repo_id), nullcontext() if bars else _without_bars():
@@ -86,32 +114,11 @@ def push(
             raise InvalidOption(f"{where.repo_id} is there already and is public: leave out --private, or rename it")
         if revision is not None:
             api.create_branch(where.repo_id, branch=revision, exist_ok=True)
-        added = [
-            CommitOperationAdd(path.relative_to(folder).as_posix(), _content(path, folder, where.repo_id))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        ]
+        files = [CommitOperationAdd(name, _content(path, folder, where.repo_id)) for name, path in added]
         done = api.create_commit(
-            where.repo_id, added, commit_message="Upload a model pruned with ecoflap", revision=revision
+            where.repo_id, files, commit_message="Upload a model pruned with ecoflap", revision=revision
         )
     return str(done.commit_url)
-
-
-def model_folder(run: Path) -> Path:
-    """Where the model of a finished run lies, with its card; ``run`` itself where it is a model's folder.
-
-    Raises:
-        InvalidOption: neither, or the run is not finished.
-    """
-    if (run / "config.json").is_file():
-        return run
-    if not (run / RECIPE).is_file():
-        raise InvalidOption(f"{run} is neither a run directory nor a folder with a model: give one")
-    if not ((run / METRICS).is_file() and (run / MODEL / "config.json").is_file()):
-        raise InvalidOption(f"{run} is not finished: 'ecoflap prune --resume' with its options goes on with it")
-    if not (run / MODEL / README).is_file():
-        write_card(run)  # of a run by an earlier version
-    return run / MODEL
 
 
 def later(run: str | Path, repo_id: str, *, private: bool = False) -> str:
@@ -154,7 +161,9 @@ def _explained(what: str) -> Iterator[None]:
         inner = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(inner, HfHubHTTPError):
             raise HubError(_refusal(inner, what)) from error
-        reason = " ".join(str(inner).split()) or type(inner).__name__
+        if isinstance(inner, OSError) and inner.filename is not None:
+            raise  # a file of the model, not the network
+        reason = _short(str(inner)) or type(inner).__name__
         raise HubError(f"the Hub at {huggingface_hub.constants.ENDPOINT} can't be reached ({reason})") from error
 
 
@@ -178,4 +187,11 @@ def _answer_of_server(error: HfHubHTTPError) -> str:
             words = json.loads(error.response.text).get("error", "")
         except (ValueError, AttributeError):
             words = ""
-    return f" ({' '.join(str(words).split())})" if words else ""
+    return f" ({_short(str(words))})" if words else ""
+
+
+def _short(words: str) -> str:
+    """One line of at most :data:`_MOST` characters, without the token, which a client may quote."""
+    token = (get_token() or "").strip()
+    plain = " ".join((words.replace(token, "(the token)") if token else words).split())
+    return plain if len(plain) <= _MOST else plain[: _MOST - 1] + "…"

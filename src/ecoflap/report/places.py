@@ -23,10 +23,10 @@ def cached_id(path: str) -> str | None:
 
 
 def place_name(text: str) -> str:
-    """An absolute path's last part (of the Hub's cache: the id); anything else as it is."""
+    """The last part of a path that is absolute or leads up (of the Hub's cache: the id); anything else as it is."""
     if hub_id := cached_id(text):
         return hub_id
-    if PurePosixPath(text).is_absolute() or text.startswith("~"):
+    if PurePosixPath(text).is_absolute() or text.startswith(("~", "../")):
         return PurePosixPath(text).name or text
     return PureWindowsPath(text).name if PureWindowsPath(text).is_absolute() else text
 
