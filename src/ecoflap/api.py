@@ -35,6 +35,7 @@ from ecoflap.model.slices import stored_matrix
 from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import PruningOptions, prune_layers
 from ecoflap.pruning.recovery import recover_layers, recovery_options, sparse_part, weights_to_recover
+from ecoflap.pruning.restore import restored_on_failure
 from ecoflap.search.method import Given, Method, make_method
 from ecoflap.search.options import SearchJournal
 from ecoflap.search.search import search_allocation
@@ -111,7 +112,8 @@ def carry_out(
     if not isinstance(allocation, Allocation):
         scores = importance_of(model, anatomy, batches, method, work, given)
         allocation = allocation_of(model, anatomy, batches, scores, method, work)
-    pruned = prune_layers(model, anatomy, allocation, batches, method.pruning, method.allocation, work)
+    with restored_on_failure(model, anatomy.layers):
+        pruned = prune_layers(model, anatomy, allocation, batches, method.pruning, method.allocation, work)
     return PruneResult(model, anatomy, scores, pruned.allocation, pruned.unreached)
 
 
@@ -226,7 +228,8 @@ def prune(
         workers: processes with the same model and batches that share the work, see :mod:`ecoflap.support.processes`.
 
     Raises:
-        EcoflapError: says what is wrong and how to fix it. The model is unchanged unless stage 2 had begun.
+        PartlyPruned: stage 2 failed, and memory had no room for a copy of the dense weights; names the changed layers.
+        EcoflapError: says what is wrong and how to fix it. The model is as it was, after any other error too.
     """
     method = make_method(
         sparsity=sparsity, max_sparsity=max_sparsity, min_sparsity=min_sparsity, granularity=granularity,
@@ -307,7 +310,8 @@ def recover(
 
     Raises:
         InvalidOption: the models are of other shapes, differ outside the layers, or nothing is pruned.
-        EcoflapError: says what is wrong and how to fix it; ``model`` is untouched unless the walk had begun.
+        PartlyPruned: as of :func:`prune`.
+        EcoflapError: says what is wrong and how to fix it; ``model`` is as it was.
     """
     fit, choice = recovery_options(options), TokenChoice(tokens) if isinstance(tokens, str) else tokens
     model, dense = (getattr(given, "_orig_mod", given) for given in (model, dense))
@@ -320,12 +324,13 @@ def recover(
         anatomy = discover(model, batches[0], run=on_device(objective), include=include, exclude=exclude, towers=towers)
     pruned = weights_to_recover(dense, model, anatomy, ("the dense model", "the model"))
     part = sparse_part(anatomy, pruned, dense)
-    with torch.no_grad():
-        for layer in part.layers:
-            stored_matrix(model, layer.name).copy_(stored_matrix(dense, layer.name))
     work = Work(objective, progress=progress or Silent(), workers=workers)
     offload = offload_kind(offload_activations)
-    done = recover_layers(model, part, pruned, batches, fit, work, offload=offload, tokens=choice)
+    with restored_on_failure(model, part.layers):
+        with torch.no_grad():
+            for layer in part.layers:
+                stored_matrix(model, layer.name).copy_(stored_matrix(dense, layer.name))
+        done = recover_layers(model, part, pruned, batches, fit, work, offload=offload, tokens=choice)
     return PruneResult(model, anatomy, None, done.allocation, done.unreached)
 
 

@@ -48,6 +48,20 @@ class NonFiniteLoss(EcoflapError):
         self.batch = batch
 
 
+class PartlyPruned(EcoflapError):
+    """Pruning failed part-way, and there was no room to keep the dense weights: the model must be loaded again.
+
+    Attributes:
+        changed: names of the layers that are pruned already; all others are as they were.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, changed: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.changed = changed
+
+
 class OutputExists(EcoflapError):
     """The output directory already holds something and neither ``--overwrite`` nor ``--resume`` was given."""
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from ecoflap.importance.allocate import allocate_scores
 from ecoflap.importance.scores import Importance
+from ecoflap.model.kept_weights import KeptWeights
 from ecoflap.model.offload import check_in_memory
 from ecoflap.pruning.prune import prune_layers
-from ecoflap.run.kept_weights import KeptWeights
 from ecoflap.run.prepare import Prepared
 from ecoflap.support.progress import Labelled, Progress
 from ecoflap.support.workers import Workers

@@ -15,10 +15,10 @@ from ecoflap.errors import EcoflapError, InvalidOption, NonFiniteLoss, OutputExi
 from ecoflap.importance import base, zeroth_order
 from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.model.fingerprint import fingerprint
+from ecoflap.model.kept_weights import KeptWeights
 from ecoflap.run.compare.grid import run_grid
 from ecoflap.run.compare.record import Comparison, read_comparison
 from ecoflap.run.compare.shared import key_of
-from ecoflap.run.kept_weights import KeptWeights
 from ecoflap.run.names import is_compare
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe

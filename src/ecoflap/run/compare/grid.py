@@ -12,6 +12,7 @@ from ecoflap.errors import EcoflapError, StorageError
 from ecoflap.evaluation import TaskResult
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.fingerprint import fingerprint
+from ecoflap.model.kept_weights import KeptWeights
 from ecoflap.run.compare.folder import CELLS, DENSE, RESULTS, GridDirectory
 from ecoflap.run.compare.models import NONE, KeptModels, check_keep
 from ecoflap.run.compare.plans import Group, Plans, group_of, plan_of, planned
@@ -36,7 +37,6 @@ from ecoflap.run.compare.results import command_of, write_results
 from ecoflap.run.compare.shared import SharedScores, allocated
 from ecoflap.run.compare.stored import StoredForms
 from ecoflap.run.evaluations import evaluate, evaluations_of, rehearse
-from ecoflap.run.kept_weights import KeptWeights
 from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.names import JOURNAL, LOG

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption, MissingDependency
+from ecoflap.model.kept_weights import KeptWeights
 from ecoflap.model.packed.convert import packable, stackable
 from ecoflap.model.packed.format import STORED, pack_weight, packed_bytes, unpack_weight, worth_packing
 from ecoflap.run.compare.folder import CELLS, GridDirectory
 from ecoflap.run.compare.record import Quality, Stored, Test
-from ecoflap.run.kept_weights import KeptWeights
 
 GROUP = 64  # columns that share a scale where torchao quantises to int4: 4.25 bits a weight with bfloat16 scales
 

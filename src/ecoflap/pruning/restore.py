@@ -1,0 +1,74 @@
+"""Gives a model its weights back where pruning fails part-way; without room for copies, names the changed layers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ecoflap.errors import PartlyPruned
+from ecoflap.model.kept_weights import KeptWeights
+from ecoflap.model.offload import Offloaded, is_offloaded
+from ecoflap.model.parts import Layer, parameter_of
+from ecoflap.model.slices import matrix_in
+from ecoflap.support.text import first_line
+
+SHARE = 0.25  # of the free memory that the copies may take: the walk needs the rest
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_log = logging.getLogger("ecoflap")
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Inside, ``layers`` may be changed; if that ends early, by an error or a signal, they are as they were.
+
+    A copy of their weights lies in the CPU's memory meanwhile, if it takes at most a quarter of what is free there.
+    Without room for it, and for offloaded weights, an error becomes PartlyPruned, which names the changed layers.
+
+    Raises:
+        PartlyPruned: the work failed when layers had been changed, and there was no room for copies.
+    """
+    names = list(dict.fromkeys(layer.parameter for layer in layers))
+    size = sum(model.get_parameter(name).nbytes for name in names)
+    if not is_offloaded(model) and size <= SHARE * psutil.virtual_memory().available:
+        kept = KeptWeights(model, names)
+        try:
+            yield
+        except BaseException:
+            kept.restore()
+            raise
+        return
+    before = _sums(model, layers)
+    try:
+        yield
+    except BaseException as error:
+        after = _sums(model, layers)
+        changed = tuple(name for name in before if before[name] != after[name])
+        if not changed:
+            raise
+        told = f"{len(changed)} of {len(before)} layers are pruned already, {changed[0]} to {changed[-1]}"
+        if not isinstance(error, Exception):
+            _log.warning("stopped: %s", told)
+            raise
+        raise PartlyPruned(
+            f"{first_line(error)}: {told} (no room for a copy of the dense weights): load the model again", changed
+        ) from error
+
+
+def _sums(model: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:
+    """Layer → the sum of its weights' bits read as integers, which a change of the weights changes too."""
+    weights, found = Offloaded(model), dict[str, int]()
+    for parameter, names in groupby((layer.name for layer in layers), parameter_of):
+        values = weights.read(model.get_parameter(parameter))  # one that stacks matrices is read once
+        found |= {name: _sum(matrix_in(values, name)) for name in names}
+    return found
+
+
+def _sum(matrix: Tensor) -> int:
+    bits = matrix.contiguous().view(_BITS[matrix.element_size()])
+    return int(bits.sum(dtype=torch.int64))
