@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ecoflap.allocation.allocate import AllocationOptions
-from ecoflap.cli.tables import anatomy_tables, experts_tables
+from ecoflap.cli.anatomy_tables import anatomy_tables, experts_tables
 from ecoflap.data.objectives import default_objective
 from ecoflap.model.anatomy import discover
 from ecoflap.pruning.journal import PrunedBlock

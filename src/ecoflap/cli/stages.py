@@ -44,7 +44,7 @@ def inspect(recipe: Recipe, as_json: Json = False) -> None:
         ecoflap inspect path/to/blip2 --calibration vqa.jsonl
         ecoflap inspect path/to/llama --json
     """
-    from ecoflap.cli.tables import anatomy_json, anatomy_tables, experts_tables
+    from ecoflap.cli.anatomy_tables import anatomy_json, anatomy_tables, experts_tables
     from ecoflap.run.commands import inspect_model
 
     anatomy, note, routing = inspect_model(recipe)
@@ -129,6 +129,17 @@ def allocate(
 )  # fmt: skip
 def evaluate(
     recipe: Recipe,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="MODEL|RUN|FILE",
+            show_default=False,
+            rich_help_panel="Evaluation",
+            help="Also show the difference, on the same samples, from another model, both models of a run, or a file "
+            "that --output wrote.",
+        ),
+    ] = None,
     output: Annotated[Path | None, file_option("Also write the results to this file.")] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -139,6 +150,7 @@ def evaluate(
     Examples:
         ecoflap evaluate
         ecoflap evaluate runs/first/model --task vqa --limit 200 --json
+        ecoflap evaluate runs/first/model --task vqa --against runs/second
         ecoflap evaluate path/to/llama --task perplexity --test held-out.txt --sequence-length 2048
         ecoflap evaluate path/to/llama --task multiple-choice --test mmlu.jsonl --task-option shots=5
         ecoflap evaluate path/to/llama --task lm_eval:hellaswag --batch-size 16
@@ -153,13 +165,15 @@ def evaluate(
     from ecoflap.support.processes import joined
 
     with joined() as workers:
-        results = evaluate_model(recipe, progress_to(quiet or as_json), workers)
+        results = evaluate_model(recipe, progress_to(quiet or as_json), workers, against)
     if not workers.first:
         return
     if output is not None:
         from ecoflap.support.files import write_json
 
         write_json(output, {"format": 1, "model": recipe.model, "results": results})
+    for result in results.values():
+        del result["samples"]  # of the file alone
     if as_json:
         print_json(results)
     elif not quiet:

@@ -152,13 +152,23 @@ def _difference(models: Sequence[Samples], others: Sequence[Samples]) -> Paired:
         for own, theirs in zip(_by_sample([m.parts() for m in models]), _by_sample([o.parts() for o in others]),
                                strict=True)
     ]  # fmt: skip
-    mean = _mean(parts)
-    stderr = None if n < 2 else math.sqrt(math.fsum((part - mean) ** 2 for part in parts) / (n - 1) / n)
+    stderr = _stderr(parts)
     ours, theirs = ([_mean(row) for row in _by_sample([m.scores for m in side])] for side in (models, others))
     more = sum(one > two for one, two in zip(ours, theirs, strict=True))
     less = sum(one < two for one, two in zip(ours, theirs, strict=True))
     better, worse = (less, more) if models[0].tokens else (more, less)
     return Paired(difference, stderr, n, better, worse, sign_test(better, worse))
+
+
+def _stderr(parts: Sequence[float]) -> float | None:
+    """s/√n; None for a single sample, and for perplexities of broken models that no float holds."""
+    n = len(parts)
+    try:
+        mean = _mean(parts)
+        found = math.sqrt(math.fsum((part - mean) ** 2 for part in parts) / (n - 1) / n) if n > 1 else None
+    except (OverflowError, ValueError):  # infinities of both signs
+        return None
+    return found if found is None or math.isfinite(found) else None
 
 
 def _by_sample(columns: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:

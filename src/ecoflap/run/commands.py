@@ -5,11 +5,12 @@ Stage 1 alone keeps its estimates in a folder beside the output file until that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ecoflap.errors import OutputExists
+from ecoflap.evaluation.paired import Samples
 from ecoflap.run.directory import RunDirectory
 from ecoflap.run.names import JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.run.recipe import Recipe
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ecoflap.allocation import Allocation
     from ecoflap.importance.scores import Importance
     from ecoflap.model.parts import Anatomy
+    from ecoflap.run.evaluations import Evaluation
     from ecoflap.run.recipe import Recipe
     from ecoflap.run.shared import SharedRun
     from ecoflap.statistics.routing import Routing
@@ -91,20 +93,57 @@ def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: 
     return allocation, target
 
 
-def evaluate_model(recipe: Recipe, progress: Progress, workers: Workers = ALONE) -> dict[str, Any]:
-    """Results of the recipe's evaluations on its model, as in ``metrics.json``, by their names."""
+def evaluate_model(
+    recipe: Recipe, progress: Progress, workers: Workers = ALONE, against: str | None = None
+) -> dict[str, Any]:
+    """Results of the recipe's evaluations on its model, as in ``metrics.json``, by their names.
+
+    A result also has ``samples``, where it consists of them, see :class:`ecoflap.evaluation.paired.Samples`.
+
+    Args:
+        against: another model, a run or a file of results: each result then has ``paired``, the other model's name to
+            the difference on the same samples.
+
+    Raises:
+        InvalidOption: the other results are of other samples, or have none.
+        EcoflapError: a subclass says what else is wrong.
+    """
     from ecoflap.run.checks import check_evaluated
 
     entries = check_evaluated(recipe)
+    names = [entry.name for entry in entries]
+    from ecoflap.run.against import Reference, differences, is_model, read_references
+
+    another = against is not None and is_model(against)
+    known = {} if against is None or another else read_references(against, names)
+    results = _evaluated(recipe, entries, progress, workers)
+    if against is not None and another:
+        other = _evaluated(recipe.model_copy(update={"model": against}), entries, progress, workers)
+        known = {
+            name: {against: Reference(Samples(**found["samples"]), found["settings"])}
+            for name, found in other.items()
+            if found["samples"] is not None
+        }
+    for name, result in results.items():
+        if result["samples"] is not None and name in known:
+            own = Reference(Samples(**result["samples"]), result["settings"])
+            result["paired"] = differences(name, own, known[name])
+    return results
+
+
+def _evaluated(
+    recipe: Recipe, entries: Sequence[Evaluation], progress: Progress, workers: Workers
+) -> dict[str, dict[str, Any]]:
     from ecoflap.run.evaluations import evaluate
     from ecoflap.run.loading import load_checkpoint
     from ecoflap.run.provenance import digests_of
-    from ecoflap.run.quality import quality
+    from ecoflap.run.quality import record
     from ecoflap.run.shared import check_same
 
     check_same(recipe, workers, digests_of(recipe))
     checkpoint = load_checkpoint(recipe, workers=workers, packed=True, progress=progress)
-    return {entry.name: quality(evaluate(checkpoint, entry, recipe, progress, workers)) for entry in entries}
+    found = {entry.name: record(evaluate(checkpoint, entry, recipe, progress, workers)) for entry in entries}
+    return {name: {**kept["result"], "samples": kept["samples"]} for name, kept in found.items()}
 
 
 SUFFIX = ".journal"  # of the folder's name, after the file's
