@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,9 @@ from ecoflap.model.block_runner import Enough, Run
 from ecoflap.model.parts import Anatomy, Block, Layer
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating, tensors_in
+from ecoflap.pruning.sequential import COPIES, EXPERTS_ROOM
+from ecoflap.statistics.gather import NUMBERS
+from ecoflap.statistics.watching import inputs_watched
 
 FP32 = 4
 
@@ -25,7 +28,8 @@ class Memory:
 
     Attributes:
         inputs: what one block gets for all batches, and the outputs of one batch: where the model is, unless offloaded.
-        statistics: of one block, a sum for each distinct input.
+        statistics: of one block, a sum for each distinct input; of experts those that are gathered at a time, with what
+            their few tokens are filled up with.
         working: fp32 copies while one layer is pruned.
         forward: what one block makes of one batch: inputs and outputs of its layers.
     """
@@ -50,6 +54,7 @@ class _Seen:
     kept: int = 0  # bytes of the distinct inputs
     inputs: list[Tensor] = field(default_factory=list)  # distinct ones, as long as the block runs
     columns: list[int] = field(default_factory=list)
+    experts: dict[str, dict[str, int]] = field(default_factory=dict)  # columns by kind of layer and expert
 
 
 def expected_memory(
@@ -79,10 +84,29 @@ def expected_memory(
 
 def _of_block(block: Block, seen: _Seen, needs: str) -> tuple[Memory, int]:
     """Of one batch; and the bytes of what the block's layers receive in the dense model, where that is kept."""
-    each = [FP32 * {"norm": columns, "gram": columns**2, "pair": 2 * columns**2}[needs] for columns in seen.columns]
+    numbers = NUMBERS[needs]
+    each = [FP32 * numbers(columns) for columns in seen.columns]
     statistics = max(each, default=0) if needs == "pair" else sum(each)  # one input after the other
+    # The sum of a peak counts statistics twice; those of experts are counted with all their copies.
+    room = [_of_experts(found, numbers) // 2 for found in _at_a_time(seen, needs)]
+    apart = needs == "pair" or any(_of_experts(found, numbers) >= EXPERTS_ROOM for found in _at_a_time(seen, needs))
+    statistics = max([statistics, *room]) if apart else statistics + sum(room)
     working = max((working_bytes(layer, needs) for layer in block.layers), default=0)
     return Memory(seen.arguments, statistics, working, seen.forward), seen.kept if needs == "pair" else 0
+
+
+def _at_a_time(seen: _Seen, needs: str) -> list[dict[str, int]]:
+    """Columns of the experts' inputs by any names, for each group of layers that is gathered at a time."""
+    if needs == "pair":
+        return list(seen.experts.values())
+    together = {f"{kind} {expert}": columns for kind, of in seen.experts.items() for expert, columns in of.items()}
+    return [together] if together else []
+
+
+def _of_experts(columns: dict[str, int], numbers: Callable[[int], int]) -> int:
+    """Bytes that are gathered for experts at a time: of all, or as many as there is room for, or of one."""
+    sizes = [COPIES * FP32 * numbers(one) for one in columns.values()]
+    return min(sum(sizes), max(EXPERTS_ROOM, *sizes))
 
 
 def working_bytes(layer: Layer, needs: str) -> int:
@@ -111,24 +135,26 @@ def _watch(model: nn.Module, anatomy: Anatomy, batch: Any, run: Run) -> list[tup
         if block is blocks[-1]:
             raise Enough
 
-    def feed(layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+    def feed(layer: Layer, x: Tensor) -> None:
         one = seen[layer.block]
-        one.forward += output.nbytes + args[0].nbytes
-        if not any(tensor is args[0] for tensor in one.inputs):
-            one.inputs.append(args[0])
-            one.columns.append(layer.shape[1])
-            one.kept += args[0].nbytes
+        rows, columns = layer.shape
+        one.forward += x.nbytes + x.nbytes * rows // columns
+        if not any(tensor is x for tensor in one.inputs):
+            one.inputs.append(x)
+            one.kept += x.nbytes
+            if layer.expert:
+                one.experts.setdefault(layer.kind, {})[layer.expert] = columns
+            else:
+                one.columns.append(columns)
 
     with ExitStack() as hooks, evaluating(model), cache_disabled(model), torch.no_grad(), suppress(Enough):
         for block in blocks:
             module = model.get_submodule(block.name)
             handles = [module.register_forward_pre_hook(partial(enter, block), with_kwargs=True),
                        module.register_forward_hook(partial(leave, block))]  # fmt: skip
-            handles += [
-                model.get_submodule(one.module).register_forward_hook(partial(feed, one)) for one in block.layers
-            ]
             for handle in handles:
                 hooks.callback(handle.remove)
+        hooks.enter_context(inputs_watched(model, [layer for block in blocks for layer in block.layers], feed))
         run(model, batch)
     return [(block, seen[block.name]) for block in blocks]
 

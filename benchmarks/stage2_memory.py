@@ -2,10 +2,11 @@
 
     python benchmarks/stage2_memory.py [--shapes tokens wide smollm2] [--output memory.json]
 
-Models of random weights, two blocks each; every case runs in a process of its own, which prunes a few tokens first so
-that the libraries have what they need. Measured is the resident memory, or what torch has allocated on a GPU. glibc is
-told to hand back what is freed (``MALLOC_MMAP_THRESHOLD_``), so that what is held is measured; with ``--as-it-is`` it
-keeps holes as it likes. Pages of the file of ``disk`` are resident only while they are used.
+Models of random weights, two blocks each (one with a mixture of 64 experts in ``mixture``); every case runs in a
+process of its own, which prunes a few tokens first so that the libraries have what they need. Measured is the resident
+memory, or what torch has allocated on a GPU. glibc is told to hand back what is freed (``MALLOC_MMAP_THRESHOLD_``), so
+that what is held is measured; with ``--as-it-is`` it keeps holes. Pages of the file of ``disk`` are in memory
+only while they are used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from apart import Failed, run_apart
 from memory import expected_memory
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ecoflap.api import allocate, prune_to
 from ecoflap.data.objectives import default_objective, on_device
@@ -45,23 +46,31 @@ class Shape:
     batches: int
     batch_size: int
     tokens: int
+    experts: int = 0  # of a mixture in each block, two for a token
+    blocks: int = 2
 
 
 SHAPES = {
     "tokens": Shape(256, 512, 4, 96, 16, 256),
     "wide": Shape(1536, 4096, 12, 2, 1, 256),
     "smollm2": Shape(576, 1536, 9, 4, 8, 256),
+    "mixture": Shape(2048, 128, 16, 2, 2, 256, experts=64, blocks=1),
 }
 
 
 def one(shape: Shape, criterion: str, offload: str, device: str) -> dict[str, Any]:
     """Bytes above the model: expected and measured."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=2,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
+    sizes: dict[str, Any] = {
+        "vocab_size": 256, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.blocks, "num_attention_heads": shape.heads, "num_key_value_heads": shape.heads,
+        "dtype": torch.bfloat16,
+    }  # fmt: skip
+    if shape.experts:
+        config = MixtralConfig(**sizes, num_local_experts=shape.experts, num_experts_per_tok=2)
+        model = MixtralForCausalLM._from_config(config).to(device).eval()
+    else:
+        model = LlamaForCausalLM._from_config(LlamaConfig(**sizes)).to(device).eval()
     ids = torch.randint(256, (shape.batches, shape.batch_size, shape.tokens))
     batches = [{"input_ids": rows, "labels": rows} for rows in ids]
     few = [{"input_ids": ids[0, :1, :16], "labels": ids[0, :1, :16]}]

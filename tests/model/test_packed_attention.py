@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecoflap import api
+from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.measure import measure_importance
+from ecoflap.importance.projections import Probe
 from ecoflap.model.anatomy import discover
 from ecoflap.model.parts import Anatomy
-from ecoflap.model.slices import stored_matrix
+from ecoflap.model.slices import matrix_in, stored_matrix
 from ecoflap.pruning.keep_zeros import keep_zeros
 from ecoflap.statistics.dense import dense_norms
 
@@ -195,3 +197,21 @@ def test_scores_are_gradient_norms_of_each_matrix(name: str) -> None:
         norm = float(gradient.norm()) * math.sqrt(2 / math.pi)
         assert exact[layer.name].score == pytest.approx(norm, rel=1e-4)
         assert abs(guess[layer.name].score - norm) < 6 * norm * 0.756 / math.sqrt(30) + 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_mode_is_the_projection_of_the_gradient_on_the_noise(name: str) -> None:
+    model, batches, anatomy = made(name)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    found = measure_importance(model, batches[:1], anatomy=anatomy, loss=loss, importance="forward-mode")
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert "fallback" not in found.settings
+    gradients = dict(
+        zip(owners := sorted({layer.parameter for layer in anatomy.layers}),
+            torch.autograd.grad(loss(model, batches[0]), [model.get_parameter(n) for n in owners]), strict=True)
+    )  # fmt: skip
+    context = ProbeContext(model, anatomy, batches[:1], loss, seed=0)
+    for layer in anatomy.layers:
+        (noise,) = Probe(context, (layer,), 0, 0).noises()
+        projection = (matrix_in(gradients[layer.parameter], layer.name) * noise).sum()
+        assert found.scores[layer.name].score == pytest.approx(abs(float(projection)), rel=1e-3, abs=1e-6)

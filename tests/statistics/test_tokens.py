@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -263,3 +264,30 @@ def test_the_largest_of_each_row(data: st.DataObject) -> None:
     for row in range(rows):
         allowed = sorted((at for at in range(columns) if among[row, at]), key=lambda at: -scores[row, at])
         assert found[row].nonzero().flatten().tolist() == sorted(allowed[: counts[row]])
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: f"{choice.name} {choice.used:g}")
+def test_a_choice_reaches_later_uses_of_a_shared_weight(choice: TokenChoice) -> None:
+    model, _, batches, loss = made("pico llava")
+    layers = model.get_submodule("model.language_model.layers")
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight  # type: ignore[index, union-attr]
+    with cache_disabled(model):
+        anatomy = discover(model, batches[0], run=loss)
+    tower = next(tower for tower in anatomy.towers if tower.modality == "language")
+    shared = next(layer for layer in tower.blocks[0].layers if "up_proj" in layer.name)
+    assert [alias.split(".mlp")[0] for alias in shared.aliases] == [tower.blocks[1].name]
+    expected, tokens = torch.zeros(shared.shape[1], dtype=torch.float64), 0
+    for block in tower.blocks[:2]:
+        place = replace(shared, module=f"{block.name}.mlp.up_proj")
+        maps = attention_maps(model, block, batches, loss) if choice.name == "text+attended" else None
+        calls, inputs = watched(model, Block(block.name, block.tower, 0, (place,)), batches, loss)
+        for x, keep in zip(inputs[shared.name], by_hand(choice, batches, model, calls, maps), strict=True):
+            expected += x[keep].double().square().sum(dim=0)
+            tokens += int(keep.sum())
+    for block, found in dense_statistics(model, anatomy, batches, loss, tokens=choice):
+        if block == tower.blocks[0]:
+            statistic = found[shared.name]
+            break
+    assert statistic is not None
+    assert statistic.tokens == tokens
+    torch.testing.assert_close(statistic.norm.double() ** 2, expected, rtol=1e-4, atol=1e-6)

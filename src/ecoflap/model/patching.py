@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,11 +48,18 @@ def has_tangent(value: Any) -> bool:
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Inside, torch's scaled dot-product attention is computed by elementary operators, because fused kernels have no
-    forward mode. The matrix of attention weights then exists in memory.
+    """Inside, torch's attention is computed by elementary operators, because fused kernels have no forward mode.
+
+    So are ``nn.MultiheadAttention`` and what is built of it, which have a kernel of their own. The matrix of attention
+    weights then exists in memory.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    fast: bool = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

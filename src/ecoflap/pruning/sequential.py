@@ -76,6 +76,9 @@ def layer_groups(model: nn.Module, driver: TowerDriver, index: int, block: Block
 
 
 EXPERTS_ROOM = 2 << 30  # bytes of what is gathered for a mixture's experts at a time
+COPIES = (
+    3  # of an expert's statistics: its own; where it gets few tokens, those of all, so far and of the batch at hand
+)
 
 
 def within_room(groups: Sequence[LayerGroup], numbers: Callable[[int], int], room: int) -> list[LayerGroup]:
@@ -92,8 +95,8 @@ def within_room(groups: Sequence[LayerGroup], numbers: Callable[[int], int], roo
     for group in groups:
         sizes: dict[str, int] = {}
         for layer in group.layers:
-            if layer.expert:  # its own statistics, and those of all tokens where it gets few
-                sizes[layer.expert] = sizes.get(layer.expert, 0) + 2 * 4 * numbers(layer.shape[1])
+            if layer.expert:
+                sizes[layer.expert] = sizes.get(layer.expert, 0) + COPIES * 4 * numbers(layer.shape[1])
         if sum(sizes.values()) <= room:
             found.append(group)
             continue

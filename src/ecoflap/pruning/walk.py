@@ -130,7 +130,9 @@ def walk(
             _walk_tower(
                 walker, tower, todo, driver, masks, sequence_of(tower, decoder), tokens, part, task, dense,
                 passed=_before(anatomy, tower),
-                later=partial(gather_later, model, anatomy, batches=batches, run=run, masks=masks, part=part),
+                later=partial(
+                    gather_later, model, anatomy, batches=batches, run=run, masks=masks, part=part, tokens=tokens
+                ),
             )  # fmt: skip
     return WalkResult(achieved(model, allocation), tuple(walker.unreached), walker.tokens)
 

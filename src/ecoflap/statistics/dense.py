@@ -79,7 +79,16 @@ def dense_statistics(
                     driver.run(index)
                     continue
                 later = gather_later(
-                    model, anatomy, block, batches, run, STATISTICS[kind], masks, part=part, workers=workers
+                    model,
+                    anatomy,
+                    block,
+                    batches,
+                    run,
+                    STATISTICS[kind],
+                    masks,
+                    part=part,
+                    workers=workers,
+                    tokens=tokens,
                 )
                 with in_memory(model, block.name):
                     gathered = gather(

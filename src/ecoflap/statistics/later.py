@@ -18,9 +18,20 @@ from torch import Tensor, nn
 from ecoflap.data.model_facts import TokenMasks
 from ecoflap.model.block_runner import BlockCall, Run
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower
+from ecoflap.model.trace import tensors_in
+from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.collect import collected
 from ecoflap.statistics.gather import Gatherer, InputsDiverged
 from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.statistics.tokens import (
+    Chooser,
+    TextAttention,
+    any_to_choose,
+    choosing,
+    received_by,
+    split_tokens,
+    turned,
+)
 from ecoflap.support.workers import ALONE, Share, Workers
 
 
@@ -74,9 +85,41 @@ class _LaterGatherer(Gatherer):
 
     open = False
 
+    def after(self, output: Any) -> None:
+        """A later use is over."""
+
     def _feed(self, layer: Layer, x: Tensor) -> None:
         if self.open:
             self._add(layer, x)
+
+
+class _LaterChoice:
+    """Sees, of later uses of a block, what a choice of tokens goes by: how its tokens turn, or are attended to."""
+
+    open = False
+
+    def __init__(self, choice: TokenChoice, masks: Mapping[int, TokenMasks], block: Block) -> None:
+        self._masks, self._block, self._name = masks, block, choice.name
+        self._call: BlockCall | None = None
+        self._pictures: list[bool] = []
+        self._drifts: list[tuple[int, Tensor]] = []
+        self.attention = TextAttention()
+
+    def before(self, call: BlockCall) -> None:
+        self._call = call
+        mask, x = self._masks[call.batch], tensors_in((call.args, call.kwargs))[0]
+        self._pictures.append(mask.image is not None)
+        self.attention.begin(split_tokens(mask, x, self._block)[1] if mask.image is not None else None)
+
+    def after(self, output: Any) -> None:
+        if self._call is not None and self._name == "atv":
+            self._drifts.append((self._call.batch, turned(tensors_in((self._call.args, self._call.kwargs))[0], output)))
+        self._call = None
+        self.attention.end()
+
+    def chooser(self, choice: TokenChoice, workers: Workers) -> Chooser:
+        attended = received_by(self.attention, self._pictures, self._block) if self._name == "text+attended" else {}
+        return choosing(choice, self._masks, self._block, self._drifts, attended, workers)
 
 
 def gather_later(
@@ -90,30 +133,45 @@ def gather_later(
     *,
     part: Share,
     workers: Workers = ALONE,
+    tokens: TokenChoice = ALL,
 ) -> list[Gatherer]:
     """Statistics of the layers of ``block`` in all their later uses, by place; empty where they have none.
 
-    All real tokens count, also where a choice of tokens was made. All workers get all statistics.
+    All workers get all statistics.
 
     Args:
         model: in eval mode, without a KV cache.
         batches: of this worker; ``masks`` and ``part`` are of these.
+        tokens: which tokens count, in each use by what happens there; the model runs once more where that is "atv" or
+            "text+attended".
     """
     decoder = decoder_of(anatomy)
     found = []
     for place in later_places(model, anatomy, block):
         layers = place.block.layers
         device = model.get_parameter(block.layers[0].parameter).device
+        sequence, choose = sequence_of(place.tower, decoder), None
+
+        def run_all(opened: _LaterGatherer | _LaterChoice, place: Place = place) -> None:
+            with _opened(model, place, opened) as begin, torch.no_grad():
+                for number, batch in enumerate(batches):
+                    begin(number)
+                    run(model, batch)
+
+        if any_to_choose(tokens, masks, sequence, workers):
+            choice = _LaterChoice(tokens, masks, place.block)
+            if tokens.name in ("atv", "text+attended"):
+                with choice.attention:
+                    run_all(choice)
+            choose = choice.chooser(tokens, workers)
         for share in (True, False):
             gatherer = None
             with suppress(InputsDiverged):
                 watching = _LaterGatherer(
-                    model, place.block, make, masks, sequence_of(place.tower, decoder), share=share, part=part
+                    model, place.block, make, masks, sequence, share=share, part=part, choose=choose
                 )
-                with watching, _opened(model, place, watching) as begin, torch.no_grad():
-                    for number, batch in enumerate(batches):
-                        begin(number)
-                        run(model, batch)
+                with watching:
+                    run_all(watching)
                 watching.check()
                 gatherer = watching
             with suppress(InputsDiverged):
@@ -123,7 +181,7 @@ def gather_later(
 
 
 @contextmanager
-def _opened(model: nn.Module, place: Place, gatherer: _LaterGatherer) -> Iterator[Callable[[int], None]]:
+def _opened(model: nn.Module, place: Place, gatherer: _LaterGatherer | _LaterChoice) -> Iterator[Callable[[int], None]]:
     """Inside, the gatherer is open during the calls that are later uses; yields what says which batch comes."""
     batch, calls = 0, 0
 
@@ -143,6 +201,8 @@ def _opened(model: nn.Module, place: Place, gatherer: _LaterGatherer) -> Iterato
             gatherer.open = True
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if gatherer.open:
+            gatherer.after(output)
         gatherer.open = False
 
     block = model.get_submodule(place.block.name)

@@ -57,6 +57,10 @@ class TextAttention(TorchFunctionMode):
         self._text, self._seen = _NONE if text is None else text, 0
         self.received.append(None)
 
+    def end(self) -> None:
+        """The call is over: what follows is not recorded."""
+        self._text = _NONE
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, before = kwargs or {}, self._seen
         result = func(*args, **kwargs)
@@ -164,11 +168,33 @@ def chooser(
     Raises:
         InvalidOption: "text+attended", where the block's attention can't be seen.
     """
-    shared = sequence == "encoder" and any(mask.image is not None for mask in masks.values())
-    if choice.name == "all" or not any(workers.gather(shared)):
+    if not any_to_choose(choice, masks, sequence, workers):
         return None
     drifts = _token_drift(model, driver, index, block) if choice.name == "atv" else []
     attended = _attended(driver, index, block, masks) if choice.name == "text+attended" else {}
+    return choosing(choice, masks, block, drifts, attended, workers)
+
+
+def any_to_choose(choice: TokenChoice, masks: Mapping[int, TokenMasks], sequence: str | None, workers: Workers) -> bool:
+    """Whether a block works on text and pictures in the batches of some worker, and the choice is not all of them."""
+    shared = sequence == "encoder" and any(mask.image is not None for mask in masks.values())
+    return choice.name != "all" and any(workers.gather(shared))
+
+
+def choosing(
+    choice: TokenChoice,
+    masks: Mapping[int, TokenMasks],
+    block: Block,
+    drifts: Sequence[tuple[int, Tensor]],
+    attended: Mapping[int, Tensor],
+    workers: Workers,
+) -> Chooser:
+    """The tokens that count in calls of a block of which is known what the choice goes by.
+
+    Args:
+        drifts: for "atv", of each call its batch and (batch, tokens) how far each token turns.
+        attended: for "text+attended", by the number of each call that has a picture, what the text gives to each token.
+    """
     reach = choice.used
     if choice.name == "atv":
         seen = [drift[_visual(masks[batch], drift, block)].cpu() for batch, drift in drifts]
@@ -180,7 +206,7 @@ def chooser(
         if mask.image is None:
             return None
         x = tensors_in((call.args, call.kwargs))[0]
-        visual, text = _split_tokens(mask, x, block)
+        visual, text = split_tokens(mask, x, block)
         if choice.name == "text":
             return text
         if choice.name == "atv":
@@ -219,7 +245,7 @@ def _visual(mask: TokenMasks, x: Tensor, block: Block) -> Tensor:
     return mask.image.to(x.device)
 
 
-def _split_tokens(mask: TokenMasks, x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def split_tokens(mask: TokenMasks, x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """(batch, tokens) bool for ``x``: the visual tokens, and the real ones of the text."""
     visual = _visual(mask, x, block)
     return visual, ~visual if mask.encoder is None else mask.encoder.to(x.device) & ~visual
@@ -233,17 +259,31 @@ def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int,
         mask = masks[call.batch]
         pictures.append(mask.image is not None)
         x = tensors_in((call.args, call.kwargs))[0]
-        attention.begin(_split_tokens(mask, x, block)[1] if pictures[-1] else None)
+        attention.begin(split_tokens(mask, x, block)[1] if pictures[-1] else None)
 
     attention = TextAttention(early=True)
     with attention:
         driver.observe(index, before)
+    return received_by(attention, pictures, block)
+
+
+def received_by(attention: TextAttention, pictures: Sequence[bool], block: Block) -> dict[int, Tensor]:
+    """What was recorded, by the number of each call that has a picture.
+
+    Raises:
+        InvalidOption: the attention of such a call was not seen.
+    """
     if any(picture and seen is None for picture, seen in zip(pictures, attention.received, strict=True)):
         raise InvalidOption(
             f"tokens 'text+attended' can't see the attention of {block.name}: take text+top, or load the model with "
             "attn_implementation='sdpa' or 'eager'"
         )
     return {number: seen for number, seen in enumerate(attention.received) if seen is not None}
+
+
+def turned(x: Tensor, output: Any) -> Tensor:
+    """(batch, tokens) 1 − cos(token as it enters a block, as it leaves)."""
+    return 1 - F.cosine_similarity(x.float(), tensors_in(output)[0].float(), dim=-1)
 
 
 def _token_drift(model: nn.Module, driver: TowerDriver, index: int, block: Block) -> list[tuple[int, Tensor]]:
@@ -256,7 +296,7 @@ def _token_drift(model: nn.Module, driver: TowerDriver, index: int, block: Block
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         batch, x = entered.pop()
-        found.append((batch, 1 - F.cosine_similarity(x.float(), tensors_in(output)[0].float(), dim=-1)))
+        found.append((batch, turned(x, output)))
 
     handle = model.get_submodule(block.name).register_forward_hook(after)
     try:
