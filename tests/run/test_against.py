@@ -65,7 +65,7 @@ def test_a_runs_answers(run: Command, data: Path) -> None:
     run(*test, "--limit", 5, "--against", "run", "--quiet").refused("can't be compared", "samples")
     text = ("evaluate", data / "llama", "--test", data / "prose.txt", *WINDOWS)
     run(*text, "--against", "run").refused("no scores of single samples of 'perplexity'")
-    run(*text, "--against", "rum").refused("rum")
+    run(*text, "--against", "./rum").refused("no model folder")
     run(*text, "--against", "rum.json").refused("rum.json")
 
 
