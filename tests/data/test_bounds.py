@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ecoflap.data import load_samples
+from ecoflap.data import images, load_samples
 from ecoflap.data.formats import text
 from ecoflap.data.formats.webdataset import expand, headers
 from ecoflap.data.images import BrokenSample, ImageFinder, decode
@@ -80,6 +80,37 @@ def test_a_picture_that_pillow_warns_of_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # the user's own decision, in Python
     with pytest.raises(BrokenSample, match="unreadable image"):  # this one holds nothing
         decode(header_of(5000, 5000), ImageFinder(None))
+
+
+def test_what_can_not_be_decoded_smaller_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BrokenSample, match=r"9000 × 9000 pixels, for which PNG decoding takes 386 MiB"):
+        decode(header_of(9000, 9000), ImageFinder(None))
+    monkeypatch.setattr(images, "MOST_DECODED", 300 * 100 * 5 - 1)
+    for form in ("PNG", "TIFF", "JPEG"):
+        stream = io.BytesIO()
+        Image.fromarray(gradient(300, 100)).save(stream, form)
+        if form == "JPEG":
+            assert decode(stream.getvalue(), ImageFinder(None, None, 7500))
+            continue
+        with pytest.raises(BrokenSample, match=f"for which {form} decoding"):
+            decode(stream.getvalue(), ImageFinder(None, None, 7500))
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32, np.int32])
+def test_deep_grey_in_bands_is_as_at_once(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(3000, 900, (57, 31)).astype(kind)
+    if kind is np.float32:
+        values[0, :3] = np.nan, np.inf, -np.inf
+    (at_once,) = decode(Image.fromarray(values), ImageFinder(None))
+    monkeypatch.setattr(images, "VALUES", 100)  # three rows
+    (in_bands,) = decode(Image.fromarray(values), ImageFinder(None))
+    assert np.array_equal(np.asarray(at_once), np.asarray(in_bands))
+    finite = values[np.isfinite(values)].astype(float)
+    low, high = (0, 65535) if finite.min() >= 0 and finite.max() <= 65535 else (finite.min(), finite.max())
+    filled = np.nan_to_num(values.astype(float), nan=low, posinf=finite.max(), neginf=finite.min())
+    assert np.array_equal(
+        np.asarray(in_bands)[..., 0], ((filled - low) * (255 / (high - low))).round().astype(np.uint8)
+    )
 
 
 class _Processor:

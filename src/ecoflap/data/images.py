@@ -18,6 +18,10 @@ from PIL import Image, ImageOps
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF tag; cameras store turned pictures, and datasets' own decoder turns them back too
 MOST_PIXELS = 1 << 24  # of a picture: no processor that we know makes use of more
+MOST_DECODED = 320 << 20  # bytes that decoding a picture may take where it can't be decoded smaller
+# About what Pillow and the bands take for a pixel, by the format or the mode; 5 in colour, which Pillow keeps in 4.
+_PER_PIXEL = {"WEBP": 16, "1": 2, "L": 2, "P": 2, "I;16": 4, "I;16L": 4, "I;16B": 4, "I": 7, "F": 7}
+VALUES = 1 << 20  # of a deep grey picture that are worked on at a time
 BAND = 1024  # rows of a large picture that are worked on at a time
 LONGEST_PATH = 1024  # a longer text in an image column is the picture itself in base64
 # Pictures in base64 begin so (PNG, JPEG, GIF, BMP, WebP, TIFF); no file name is made of these letters alone.
@@ -163,19 +167,28 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     Black and white are the ends of the range that the values lie in: 0 to 1 (floating numbers), 255 or 65,535; where
     they go beyond these, the least and the greatest value.
     """
-    values = np.asarray(image)
-    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    if not finite.size:
+    low, high = math.inf, -math.inf
+    for _, values in _bands(image):
+        finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    if low > high:
         raise BrokenSample("the picture holds no finite number")
-    low, high = float(finite.min()), float(finite.max())
     ends = (0xFFFF,) if image.mode.startswith("I;16") else (0xFF, 0xFFFF) if image.mode == "I" else (1, 0xFF, 0xFFFF)
     top = next((end for end in ends if low >= 0 and high <= end), None)
     first, span = (0.0, float(top)) if top is not None else (low, max(high - low, 1e-30))
-    scaled = np.empty(values.shape, np.uint8)
-    for top in range(0, len(values), BAND):
-        pixels = np.nan_to_num(values[top : top + BAND].astype(np.float64), nan=first, posinf=high, neginf=low)
-        scaled[top : top + BAND] = ((pixels - first) * (255 / span)).round()
+    scaled = np.empty((image.height, image.width), np.uint8)
+    for start, values in _bands(image):
+        pixels = np.nan_to_num(values.astype(np.float64), nan=first, posinf=high, neginf=low)
+        scaled[start : start + len(values)] = ((pixels - first) * (255 / span)).round()
     return Image.fromarray(scaled)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """The picture's values, some rows at a time, with the number of the first row: a copy of all would be large."""
+    rows = max(1, VALUES // image.width)
+    for top in range(0, image.height, rows):
+        yield top, np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
 
 
 def _rgb(image: Image.Image, most_pixels: int) -> Image.Image:
@@ -190,11 +203,11 @@ def _rgb(image: Image.Image, most_pixels: int) -> Image.Image:
 def _no_larger(image: Image.Image, most_pixels: int) -> Image.Image:
     """``image`` with at most ``most_pixels`` pixels, its proportions kept; one that has no more stays as it is.
 
-    JPEG is decoded at a half, a quarter or an eighth of its sides; other formats are decoded whole, once, and made
-    smaller band by band.
+    JPEG is decoded at a half, a quarter or an eighth of its sides. Other formats can't be: they are decoded whole,
+    once, if that takes at most :data:`MOST_DECODED` bytes, and made smaller band by band.
 
     Raises:
-        BrokenSample: it has more pixels than Pillow takes for harmless, and its format can't be decoded smaller.
+        BrokenSample: it takes more, or has more pixels than Pillow takes for harmless.
     """
     pixels = image.width * image.height
     if pixels <= most_pixels:
@@ -205,6 +218,12 @@ def _no_larger(image: Image.Image, most_pixels: int) -> Image.Image:
     limit, whole = Image.MAX_IMAGE_PIXELS, image.size
     if limit is not None and whole[0] * whole[1] > limit:
         raise BrokenSample(f"a picture of {whole[0]} × {whole[1]} pixels, more than {limit}: make it smaller")
+    need = whole[0] * whole[1] * (_PER_PIXEL.get(image.format or "") or _PER_PIXEL.get(image.mode, 5))
+    if need > MOST_DECODED:
+        raise BrokenSample(
+            f"a picture of {whole[0]} × {whole[1]} pixels, for which {image.format or 'its'} decoding takes "
+            f"{need / 2**20:.0f} MiB: make it smaller, or JPEG"
+        )
     small = _eight_bits(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else image
     factor = max(1, int(math.sqrt(whole[0] * whole[1] / most_pixels)))
     rows = factor * max(1, BAND // factor)
