@@ -1,0 +1,187 @@
+"""UPop's search: trainable masks on channels, one ranking over all towers, a ratio that grows.
+
+After Shi et al., "UPop: Unified and Progressive Pruning for Compressing Vision-Language Transformers" (ICML 2023,
+arXiv 2301.13741). Every unit of a :class:`~ecoflap.model.channels.ChannelGroup` has a mask value α, 1 at the start.
+While the weights are trained, the gradients of the loss with respect to α add up. At times the units are ranked: the
+more a smaller α would have lowered the loss, the earlier a unit leaves. Those that are to leave then get α = 1 − πₜ/p,
+the others 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ecoflap.errors import InfeasibleAllocation
+from ecoflap.model.channels import ChannelGroup
+
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on; read by type checkers alone
+
+Kept = dict[str, Tensor]  # a group → for each of its units, whether it stays
+
+
+def ratio(step: int, steps: int, sparsity: float) -> float:
+    """πₜ = p · √((1 − cos(π · t / T)) / 2): the ratio after ``step`` of ``steps`` steps, at the end ``sparsity``."""
+    return sparsity * math.sqrt((1 - math.cos(math.pi * step / steps)) / 2)
+
+
+def standardised(groups: Sequence[ChannelGroup], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients with mean 0 and standard deviation 1 over all attentions, and over all feed-forward networks.
+
+    Attention and feed-forward masks differ in scale; without it, one of the two would leave first as a whole.
+
+    Args:
+        gradients: of each group, for each of its units.
+    """
+    found = {}
+    for kind in dict.fromkeys(group.kind for group in groups):
+        names = [group.name for group in groups if group.kind == kind]
+        every = torch.cat([gradients[name].double() for name in names])
+        spread = every.std() if len(every) > 1 else torch.zeros(())
+        for name in names:
+            centred = gradients[name].double() - every.mean()
+            found[name] = centred / spread if spread > 0 else torch.zeros_like(centred)
+    return found
+
+
+def choose(groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], weights: int) -> Kept:
+    """Which units stay when about ``weights`` weights of the matrices leave.
+
+    Units leave in the order of falling scores, over all groups, until the number of weights that have left is as near
+    to ``weights`` as it gets. Of each group, the unit with the lowest score stays.
+
+    Args:
+        scores: of each group, for each of its units; comparable over all groups.
+
+    Raises:
+        InfeasibleAllocation: so many weights would leave that a group would have no unit left.
+    """
+    most = sum(group.cost * (group.width - 1) for group in groups)
+    if weights > most:
+        raise InfeasibleAllocation(
+            f"{weights:,} weights can't leave: the channels have {most:,} beside the one that each group keeps; "
+            "lower --sparsity"
+        )
+    every = torch.cat([scores[group.name] for group in groups])
+    starts, costs, may_leave = [], torch.zeros(len(every), dtype=torch.int64), torch.ones(len(every), dtype=torch.bool)
+    start = 0
+    for group in groups:
+        starts.append(start)
+        costs[start : start + group.width] = group.cost
+        may_leave[start + int(scores[group.name].argmin())] = False
+        start += group.width
+    order = torch.sort(every, descending=True, stable=True).indices
+    order = order[may_leave[order]]
+    gone = torch.cat([torch.zeros(1, dtype=torch.int64), costs[order].cumsum(0)])
+    stays = torch.ones(len(every), dtype=torch.bool)
+    stays[order[: int((gone - weights).abs().argmin())]] = False
+    return {
+        group.name: stays[start : start + group.width] for group, start in zip(groups, starts, strict=True)
+    }  # fmt: skip
+
+
+class ChannelMasks:
+    """Mask values on a model's channels while it is trained; a context in which they take part in its forward.
+
+    Those of an attention multiply its queries, keys and values. Those of a feed-forward network multiply what enters
+    its last layer: so networks with gates, and any activation, are covered.
+
+    Attributes:
+        groups: the channels.
+        values: of each group, α for each of its units; its ``grad`` adds up until the search ends.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        self._model, self.groups = model, tuple(groups)
+        device = next(model.parameters()).device
+        self.values = {group.name: torch.ones(group.width, device=device, requires_grad=True) for group in groups}
+        for value in self.values.values():
+            value.grad = torch.zeros_like(value)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for group in self.groups:
+            for member in group.members:
+                module = self._model.get_submodule(member.layer.module)
+                units = member.units.to(self.values[group.name].device)
+                if group.kind == "attention" and member.outputs:
+                    self._handles.append(module.register_forward_hook(_masks_output(self.values[group.name], units)))
+                elif group.kind == "feed-forward" and not member.outputs:
+                    self._handles.append(module.register_forward_pre_hook(_masks_input(self.values[group.name], units)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def update(self, step: int, steps: int, sparsity: float, total: int) -> Kept:
+        """Rank all units by their gradients so far, and set α for the ratio of ``step``; which of them stay.
+
+        Args:
+            sparsity: the ratio at the end, of ``total`` weights.
+
+        Raises:
+            InfeasibleAllocation: as :func:`choose`.
+        """
+        now = ratio(step, steps, sparsity)
+        kept = self.chosen(now, total)
+        for name, stays in kept.items():
+            weak = torch.full_like(self.values[name], 1 - now / sparsity)
+            self.values[name].copy_(torch.where(stays.to(weak.device), torch.ones_like(weak), weak))
+        return kept
+
+    def chosen(self, share: float, total: int) -> Kept:
+        """The units that stay if ``share`` of ``total`` weights leaves, by the gradients so far."""
+        return choose(self.groups, standardised(self.groups, self._gradients()), round(share * total))
+
+    def _gradients(self) -> dict[str, Tensor]:
+        found = {}
+        for name, value in self.values.items():
+            assert value.grad is not None
+            found[name] = value.grad.detach().cpu()
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Values and gradients, to go on from."""
+        values = {f"value:{name}": value.detach().cpu() for name, value in self.values.items()}
+        return values | {f"gradient:{name}": gradient for name, gradient in self._gradients().items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave."""
+        for name, value in self.values.items():
+            assert value.grad is not None
+            value.copy_(state[f"value:{name}"])
+            value.grad.copy_(state[f"gradient:{name}"])
+
+
+def _masks_output(value: Tensor, units: Tensor) -> Any:
+    return lambda _module, _args, output: output * value[units].to(output.dtype)
+
+
+def _masks_input(value: Tensor, units: Tensor) -> Any:
+    return lambda _module, args: (args[0] * value[units].to(args[0].dtype), *args[1:])
+
+
+@torch.no_grad()
+def zero_channels(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> tuple[str, ...]:
+    """Set the weights, and biases, of all units that do not stay to zero; names of the biases that were touched."""
+    biases = []
+    for group in groups:
+        for member in group.members:
+            weight = model.get_parameter(member.layer.name)
+            gone = ~kept[group.name][member.units].to(weight.device)
+            weight.index_fill_(member.axis, gone.nonzero().flatten(), 0)
+            bias = getattr(model.get_submodule(member.layer.module), "bias", None)
+            if member.outputs and isinstance(bias, nn.Parameter):
+                bias.masked_fill_(gone, 0)
+                biases.append(member.bias)
+    return tuple(biases)
