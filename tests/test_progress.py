@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ecoflap.cli import terminal
-from ecoflap.cli.terminal import Bars, Lines, Pace
+from ecoflap.cli.pace import Pace
+from ecoflap.cli.terminal import Bars, Lines
 from ecoflap.support.progress import LOADING
 
 
@@ -114,6 +115,39 @@ def test_exact_once_the_names_came_round(costs: list[float], rounds: int, done: 
     assert pace.left() == pytest.approx(left, abs=1e-6)
     clock.now += 0.25  # between two steps, it counts down
     assert pace.left() == pytest.approx(max(left - 0.25, 0.0), abs=1e-6)
+
+
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=60), st.lists(st.floats(1.0, 20.0), min_size=3, max_size=3))
+def test_exact_for_kinds_that_have_come(order: list[int], seconds: list[float]) -> None:
+    clock = Clock()
+    pace = Pace(7 + len(order), 7, clock)
+    pace.plan([str(kind) for kind in order])
+    for number, kind in enumerate(order):
+        clock.now += seconds[kind]
+        pace.advance(1)
+        left, seen = order[number + 1 :], order[: number + 1]
+        mean = sum(seconds[kind] for kind in seen) / len(seen)
+        expected = sum(seconds[kind] if kind in seen else mean for kind in left)
+        assert pace.left() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("heavy", [0.2, 1.0, 8.0])
+def test_a_walk_whose_pruning_takes_longer_than_its_runs(heavy: float) -> None:
+    """Three towers; before the second and third, all blocks of those before are run at once."""
+    clock, steps = Clock(), []
+    for before, blocks in ((0, 6), (6, 4), (10, 5)):
+        steps += [("run", before)] if before else []
+        steps += [("prune", 1), ("run", 1)] * blocks
+        steps.pop()
+    kinds = [kind for kind, count in steps for _ in range(count)]
+    times = [count * (heavy if kind == "prune" else 1.0) for kind, count in steps]
+    pace = Pace(len(kinds), 0, clock)
+    pace.plan(kinds)
+    for number, (_, count) in enumerate(steps):
+        clock.now += times[number]
+        pace.advance(count)
+        if number:
+            assert pace.left() == pytest.approx(sum(times[number + 1 :]))
 
 
 def test_several_steps_at_once_and_more_than_there_were() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-from ecoflap.support.progress import LOADING, Progress, Task
+from ecoflap.support.progress import LOADING, Progress, Task, plan
 
 TOLD = "\necoflap: stopping after this step; once more stops at once\n"
 AT_ONCE = "ecoflap: stopped at once; --resume goes on with what a run has written\n"
@@ -112,6 +112,9 @@ class _Task:
         self._left -= steps
         if self._left > 0:  # else the stage is about to end, and its result to be written
             self._stops.check()
+
+    def plan(self, kinds: Sequence[str]) -> None:
+        plan(self._inner, kinds)
 
 
 class _Progress:

@@ -10,8 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -21,6 +20,7 @@ from rich.progress import Task as RichTask
 from rich.segment import Segment
 from rich.text import Text
 
+from ecoflap.cli.pace import Pace
 from ecoflap.support.formats import clock
 from ecoflap.support.progress import LOADING, Progress, Task
 from ecoflap.support.text import printable
@@ -64,66 +64,6 @@ def memory() -> str:
     return f"{held}+{torch.cuda.max_memory_allocated() / 1e9:.1f} GB GPU"
 
 
-class Pace:
-    """Steps done, and the time left, from how long this process's steps took.
-
-    Steps with names that come round (stage 1 probes each matrix with each batch) take what they took in the rounds
-    before. Until the names come round, and without names, all steps to come are like the last three quarters of those
-    done: the first ones of a stage are slow (kernels are chosen, memory is fetched).
-
-    Args:
-        total: number of steps, ``done`` of which an interrupted run has left behind: their times are not known.
-        clock: seconds.
-    """
-
-    def __init__(self, total: int, done: int, clock: Callable[[], float]) -> None:
-        self.total, self.done, self._clock = total, done, clock
-        self._moments = [clock()]  # the beginning, and the end of each step of this process
-        self._first = ""
-        self._others, self._round = False, 0  # whether other names came; steps until the first name came again
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the stage began in this process."""
-        return self._clock() - self._moments[0]
-
-    def advance(self, steps: int, name: str = "") -> None:
-        """``steps`` more are done, all of that name."""
-        if steps <= 0:
-            return
-        count = len(self._moments) - 1
-        if not count:
-            self._first = name
-        elif name != self._first:
-            self._others = True
-        elif self._others and not self._round:
-            self._round = count
-        last, now = self._moments[-1], self._clock()
-        self._moments += [last + (now - last) * number / steps for number in range(1, steps + 1)]
-        self.done += steps
-
-    def left(self) -> float | None:
-        """Seconds; None as long as nothing is known."""
-        moments, count, todo = self._moments, len(self._moments) - 1, self.total - self.done
-        if not count:
-            return None
-        if todo <= 0:
-            return 0.0
-        if self._round:
-            rounds = max(count // (2 * self._round), 1)  # the later half of them: a machine's load changes
-            starts = range(count - rounds * self._round, count, self._round)
-            whole, part = divmod(todo, self._round)
-            found = whole * (moments[-1] - moments[starts[0]])
-            found += sum(moments[start + part] - moments[start] for start in starts)
-            found /= rounds
-        else:
-            # Steps may come in bursts (a backward pass, then all its layers): a quarter of the time is in it, too.
-            start = bisect_right(moments, moments[0] + 0.75 * (moments[-1] - moments[0])) - 1
-            start = max(min(start, count // 4), 0)
-            found = (moments[-1] - moments[start]) / (count - start) * todo
-        return max(found - (self._clock() - moments[-1]), 0.0)
-
-
 LINE_EVERY = 15.0  # seconds between two plain lines
 
 
@@ -134,6 +74,9 @@ class _BarTask:
     def advance(self, steps: int = 1, detail: str = "") -> None:
         self._pace.advance(steps, detail)
         self._bars.update(self._task, advance=steps, detail=detail)
+
+    def plan(self, kinds: Sequence[str]) -> None:
+        self._pace.plan(kinds)
 
 
 class _Column(ProgressColumn):
@@ -194,6 +137,9 @@ class _LineTask:
         if self._clock() - self._last >= LINE_EVERY and self._pace.done < self._pace.total:
             self._last = self._clock()
             self._write(self.line())
+
+    def plan(self, kinds: Sequence[str]) -> None:
+        self._pace.plan(kinds)
 
     def line(self) -> str:
         pace = self._pace

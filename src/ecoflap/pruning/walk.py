@@ -32,7 +32,7 @@ from ecoflap.statistics.gather import NUMBERS, STATISTICS, Gatherer
 from ecoflap.statistics.inputs import InputStatistics, all_finite
 from ecoflap.statistics.later import decoder_of, gather_later, sequence_of
 from ecoflap.statistics.tokens import check_choice, chooser
-from ecoflap.support.progress import Progress, Silent, Task
+from ecoflap.support.progress import Progress, Silent, Task, plan
 from ecoflap.support.workers import ALONE, Share, Workers, share_of
 
 
@@ -108,13 +108,14 @@ def walk(
     else:
         done = {block.name: walker.restore(block) for block in blocks}
     gathers = criterion.statistics != "none"
-    total = _runs(anatomy, gathers, blocks)
-    to_do = _runs(anatomy, gathers, [block for block in blocks if not done[block.name]])
+    total = len(_steps(anatomy, gathers, blocks))
+    to_do = _steps(anatomy, gathers, [block for block in blocks if not done[block.name]])
     with (
         evaluating(model),
         cache_disabled(model),  # a captured cache would be filled twice, and hide k and v
-        (progress or Silent()).stage("pruning", total, total - to_do) as task,
+        (progress or Silent()).stage("pruning", total, total - len(to_do)) as task,
     ):
+        plan(task, to_do)
         for tower in anatomy.towers:
             todo = [block for block in tower.blocks if block.layers and not done[block.name]]
             if not todo:
@@ -137,21 +138,26 @@ def walk(
     return WalkResult(achieved(model, allocation), tuple(walker.unreached), walker.tokens)
 
 
-def _runs(anatomy: Anatomy, gathers: bool, todo: Sequence[Block]) -> int:
-    """The steps of the walk: how often a block is run on all batches to prune ``todo``. All take about the same time.
+def _steps(anatomy: Anatomy, gathers: bool, todo: Sequence[Block]) -> list[str]:
+    """The kind of each step of the walk that prunes ``todo``, in order.
 
-    A block is run for its statistics, for the inputs of the next block, and before a tower where the walk enters it.
+    ``prune``: a block is run for its statistics, and pruned. ``run``: a block is run for the inputs of the next one, or
+    before a tower where the walk enters it.
 
     Args:
-        gathers: the criterion reads statistics; else each block is one step.
+        gathers: the criterion reads statistics; else blocks are only pruned.
     """
     if not gathers:
-        return len(todo)
-    count = len(todo)
+        return ["prune"] * len(todo)
+    kinds: list[str] = []
     for tower in anatomy.towers:
-        places = [place for place, block in enumerate(tower.blocks) if block in todo]
-        count += _before(anatomy, tower) + places[-1] if places else 0
-    return count
+        chosen = [block in todo for block in tower.blocks]
+        if any(chosen):
+            kinds += ["run"] * _before(anatomy, tower)
+            for block in chosen:
+                kinds += ["prune", "run"] if block else ["run"]
+            del kinds[len(kinds) - 1 - chosen[::-1].index(True) :]  # nothing runs behind the last one to prune
+    return kinds
 
 
 def _before(anatomy: Anatomy, tower: Tower) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -13,6 +14,16 @@ class Task(Protocol):
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
         """Reports ``steps`` more of the stage's total as done; ``detail`` names the current work (a layer's name)."""
+
+
+def plan(task: Task, kinds: Sequence[str]) -> None:
+    """Tell a task that can use it (it has a method ``plan``) of which kind each step to come is.
+
+    Steps of one kind take about the same time, which differs from that of other kinds.
+    """
+    receive = getattr(task, "plan", None)
+    if receive is not None:
+        receive(kinds)
 
 
 class Progress(Protocol):
