@@ -63,7 +63,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(picture, folder / picture.name, dirs_exist_ok=True)
         elif not (folder / picture.name).exists():
             shutil.copy(picture, folder / picture.name)
-    few = Recipe(samples=4, importance_samples=4, test_samples=2, batch_size=2, importance="gradient-norm")
+    few = Recipe(samples=4, importance_samples=4, test_samples=2, batch_size=2, importance="gradient-norm",
+                 criterion="wanda")  # fmt: skip
     run_recipe(few, folder / "runs" / "first")
     shutil.copytree(folder / "runs" / "first", folder / "runs" / "blip2")
     shutil.copytree(folder / "runs" / "first", folder / "runs" / "llama")

@@ -267,3 +267,20 @@ def test_help_names_all_that_is_registered() -> None:
         said = Recipe.model_fields[field].description or ""
         line = next(line for line in text.splitlines() if line.startswith(f"| `--{field}` |"))
         assert [name for name in table if name not in said or name not in line] == []
+
+
+def test_a_run_without_a_criterion_was_pruned_by_wanda(tmp_path: Path) -> None:
+    """The default was Wanda before it was ADMM: a run that an early version recorded keeps its meaning."""
+    values = {name: value for name, value in Recipe().resolved().to_dict().items() if name != "criterion"}
+    run = tmp_path / "recipe.yaml"
+    run.write_text(yaml.safe_dump({**values, "versions": {"ecoflap": "0.0.1"}, "fingerprint": "0"}), "utf-8")
+    assert Recipe.load(run).criterion == "wanda"
+    assert Recipe.load(run, {"criterion": "sparsegpt"}).criterion == "sparsegpt"
+    own = tmp_path / "own.yaml"
+    own.write_text("sparsity: 0.6\n", "utf-8")
+    assert Recipe.load(own).criterion == "admm"
+
+
+def test_the_default_criterion_is_recorded() -> None:
+    assert Recipe().resolved().to_dict()["criterion"] == "admm"
+    assert Recipe().resolved().method().pruning.criterion == "admm"

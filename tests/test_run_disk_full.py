@@ -28,7 +28,16 @@ def prune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ma
     monkeypatch.chdir(made)
     run = command(capfd, monkeypatch)
     return lambda *more: run(
-        "prune", "llama", "--calibration", "prose.txt", *TEXT, "--importance", "zeroth-order", *more
+        "prune",
+        "llama",
+        "--calibration",
+        "prose.txt",
+        *TEXT,
+        "--importance",
+        "zeroth-order",
+        "--criterion",
+        "wanda",
+        *more,
     )
 
 

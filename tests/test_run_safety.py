@@ -40,7 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picos.write_checkpoint("llama", folder / "llama")
     text = str(prose(folder / "prose.txt"))
     recipe = Recipe(model=str(folder / "llama"), calibration=text, samples=6, batch_size=2, sequence_length=12,
-                    importance="zeroth-order", importance_samples=4, test=text, test_samples=3)  # fmt: skip
+                    importance="zeroth-order", importance_samples=4, criterion="wanda", test=text,
+                    test_samples=3)  # fmt: skip
     run_recipe(recipe, folder / "whole")
     return folder
 
@@ -48,8 +49,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prune(run: Command, made: Path) -> Command:
     data = made / "prose.txt"
-    job = ["prune", made / "llama", "--calibration", data, *TEXT, "--importance", "zeroth-order", "--test", data,
-           "--test-samples", 3, "-o", "run"]  # fmt: skip
+    job = ["prune", made / "llama", "--calibration", data, *TEXT, "--importance", "zeroth-order", "--criterion",
+           "wanda", "--test", data, "--test-samples", 3, "-o", "run"]  # fmt: skip
     return lambda *more: run(*job, *more)
 
 
@@ -286,7 +287,7 @@ def test_results_of_which_nothing_was_noted_are_taken(tmp_path: Path) -> None:
 def test_other_test_data_is_refused(run: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, test = made / "prose.txt", prose(tmp_path / "test.txt")
     job = ("prune", made / "llama", "--calibration", text, *TEXT, "--importance", "zeroth-order",
-           "--test", test, "--test-samples", 3, "-o", "run")  # fmt: skip
+           "--criterion", "wanda", "--test", test, "--test-samples", 3, "-o", "run")  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(zeroth_order.ZerothOrder, "projection", _at(3, _crash))
         assert run(*job).code == 1

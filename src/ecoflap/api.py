@@ -35,6 +35,7 @@ from ecoflap.model.slices import stored_matrix
 from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import PruningOptions, prune_layers
 from ecoflap.pruning.recovery import recover_layers, recovery_options, sparse_part, weights_to_recover
+from ecoflap.pruning.registry import DEFAULT
 from ecoflap.pruning.restore import restored_on_failure
 from ecoflap.search.method import Given, Method, make_method
 from ecoflap.search.options import SearchJournal
@@ -161,7 +162,7 @@ def prune(
     sparsity: float = 0.5,
     *,
     importance: str | Importance | None = None,
-    criterion: str = "wanda",
+    criterion: str = DEFAULT,
     criterion_options: Mapping[str, Any] | None = None,
     pattern: str = "unstructured",
     compare: str | None = None,
@@ -203,8 +204,8 @@ def prune(
         sparsity: fraction of the prunable weights to set to zero.
         importance: a registered name, or scores measured before. Default: ``auto``, gradient norms where the model can
             be differentiated, else ``zeroth-order``; none for global criteria.
-        criterion: local rule: ``wanda``, ``sparsegpt``, ``admm``, ``magnitude``; or a global one, which decides every
-            layer's sparsity by itself: ``global-magnitude``, ``iterative-gradient``.
+        criterion: local rule: ``admm``, ``sparsegpt``, ``wanda`` (the paper's, and the fastest), ``magnitude``; or a
+            global one, which decides every layer's sparsity by itself: ``global-magnitude``, ``iterative-gradient``.
         criterion_options: of the criterion, such as ``damping`` or ``rounds``.
         pattern: ``unstructured``, or N:M such as ``2:4``, which fixes every layer's sparsity.
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.

@@ -22,4 +22,5 @@ def prune(
 ) -> Callable[..., Any]:
     monkeypatch.chdir(tmp_path)
     run = command(capfd, monkeypatch)
-    return lambda *more: run("prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, *more)
+    job = ("prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, "--criterion", "wanda")
+    return lambda *more: run(*job, *more)

@@ -40,7 +40,7 @@ def whole(made: Path) -> Path:
 
     recipe = Recipe(
         model=str(made / "llama"), calibration=str(made / "prose.txt"), samples=6, batch_size=2, sequence_length=12,
-        importance_samples=4, importance="sensitivity", search_options={"rounds": 2, "swaps": 3},
+        importance_samples=4, importance="sensitivity", criterion="wanda", search_options={"rounds": 2, "swaps": 3},
     )  # fmt: skip
     return run_recipe(recipe, made / "whole")
 

@@ -18,7 +18,7 @@ from ecoflap.pruning.criteria import Criterion, GlobalCriterion, make_criterion
 from ecoflap.pruning.journal import BlockJournal, NoJournal
 from ecoflap.pruning.offloaded import check_offloaded
 from ecoflap.pruning.recovery import DenseWeights, RecoveryOptions, SecondWalk, recover_layers
-from ecoflap.pruning.registry import refuse_with_global
+from ecoflap.pruning.registry import DEFAULT, refuse_with_global
 from ecoflap.pruning.walk import WalkResult, achieved, walk
 from ecoflap.pruning.whole_model import prune_globally
 from ecoflap.statistics.choice import ALL, TokenChoice
@@ -44,7 +44,7 @@ class PruningOptions:
         recovery: the criterion's zeros stay, and the other weights are fitted to the dense model's outputs.
     """
 
-    criterion: str = "wanda"
+    criterion: str = DEFAULT
     options: Mapping[str, Any] = field(default_factory=dict)
     compare: str | None = None
     tokens: TokenChoice = ALL

@@ -44,6 +44,9 @@ CRITERIA: Registry[Callable[..., Criterion | GlobalCriterion]] = Registry(
     complaint=_complaint,
 )
 
+DEFAULT = "admm"
+BEFORE_ADMM = "wanda"  # the default of earlier versions, which a run that records no criterion was pruned by
+
 # With them, these options of the allocation and of the mask could change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "importance": (None, "uniform"),

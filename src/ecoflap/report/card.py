@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import TASKS, Task
-from ecoflap.pruning.registry import CRITERIA, is_global
+from ecoflap.pruning.registry import CRITERIA, DEFAULT, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
 from ecoflap.report.data import Metrics, RunData, read_run
 from ecoflap.report.finetune_page import TrainingRecord, read_finetune
@@ -55,7 +55,7 @@ def write_model_card(
     result: PruneResult,
     *,
     base: str | None = None,
-    criterion: str = "wanda",
+    criterion: str = DEFAULT,
     quality: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write ``README.md`` into ``folder``, where :func:`ecoflap.save` put the model that :func:`ecoflap.prune` pruned.

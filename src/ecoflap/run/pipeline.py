@@ -161,7 +161,7 @@ def run_recipe(
         loading: list[Usage] = []
         with measured(LOADING, loading):
             plan = with_given_zeros(prepare(run.settled(recipe), workers, progress))
-        for line in plan.choices():
+        for line in (*plan.choices(), *plan.shortage()):
             if say is not None:
                 say(line)
         run.begin(plan.recipe, fingerprint(plan.checkpoint.model), plan.inputs())
@@ -223,7 +223,7 @@ def _log_start(job: _Job) -> None:
         _log.info("worker %d of %d", job.workers.rank, job.workers.count)
     _log.info("recipe: %s", recipe.model_dump(mode="json", exclude_defaults=True))
     _log.info("environment: %s", environment(job.plan.checkpoint))
-    for line in job.plan.choices():
+    for line in (*job.plan.choices(), *job.plan.shortage()):
         _log.info("%s", line)
     for line in job.plan.checkpoint.warnings:
         _log.info("the checkpoint: %s", line)

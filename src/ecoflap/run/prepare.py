@@ -21,6 +21,7 @@ from ecoflap.data.model_facts import Batch, is_encoder_decoder
 from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, on_device, resolve
 from ecoflap.data.prompts import pixels_used, tokenizer_of
 from ecoflap.data.samples import SampleSet, load_samples
+from ecoflap.data.window_length import memory_of
 from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption, NonFiniteLoss
 from ecoflap.importance.scores import Importance
 from ecoflap.model import compute
@@ -29,6 +30,9 @@ from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.offload import home_of, is_offloaded
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
+from ecoflap.model.save import stored_bytes
+from ecoflap.pruning.criteria import make_criterion
+from ecoflap.pruning.room import too_little
 from ecoflap.run.checks import check_data, check_recipe, is_measured
 from ecoflap.run.evaluations import rehearse
 from ecoflap.run.loading import load_checkpoint
@@ -142,6 +146,16 @@ class Prepared:
         yield f"objective: {self.objective_name}{chosen}"
         if self.chosen:
             yield self.chosen
+
+    def shortage(self) -> Iterator[str]:
+        """A line where the machine has too little memory for the criterion: else it may fail after hours."""
+        if self.pruned is not None:
+            return
+        model, name = self.checkpoint.model, self.recipe.criterion
+        needs = getattr(make_criterion(name, self.recipe.criterion_options), "statistics", "none")
+        held = 0 if is_offloaded(model) else stored_bytes(model)
+        if line := too_little(self.anatomy.layers, name, needs, held, memory_of(home_of(model))):
+            yield line
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ecoflap.data.class_names import is_file_entry
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.evaluation.registry import TASKS
 from ecoflap.importance.registry import AUTO, IMPORTANCES, named, own_rule
-from ecoflap.pruning.registry import CRITERIA, is_global, refuse_with_global
+from ecoflap.pruning.registry import BEFORE_ADMM, CRITERIA, DEFAULT, is_global, refuse_with_global
 from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.trust import refuse_code
 from ecoflap.statistics.choice import EXPERT_TOKENS, TokenChoice
@@ -114,7 +114,7 @@ class Recipe(BaseModel):
     )
     allocation: str | None = Field(None, description="An allocation.json to use instead of stage 1.")
     criterion: str = Field(
-        "wanda",
+        DEFAULT,
         description=f"{', '.join(name for name in CRITERIA.own() if not is_global(name))}; over the whole model, "
         f"without importance: {', '.join(name for name in CRITERIA.own() if is_global(name))}.",
     )
@@ -498,6 +498,8 @@ def _read(path: Path) -> dict[str, Any]:
     data = read_yaml(path, "the recipe")
     if not isinstance(data, dict):
         raise InvalidOption(f"recipe {path}: lines of 'field: value' are expected, such as 'sparsity: 0.5'")
+    if "versions" in data and "importance" in data:  # written by a run of prune
+        data.setdefault("criterion", BEFORE_ADMM)
     for added in ("versions", "fingerprint"):  # what a run writes beside the recipe
         data.pop(added, None)
     entries = data.get("evaluations")

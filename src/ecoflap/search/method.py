@@ -21,7 +21,7 @@ from ecoflap.model.parts import Anatomy
 from ecoflap.pruning.offloaded import check_offloaded
 from ecoflap.pruning.prune import PruningOptions
 from ecoflap.pruning.recovery import recovery_options
-from ecoflap.pruning.registry import is_global, reads_data, refuse_with_global
+from ecoflap.pruning.registry import DEFAULT, is_global, reads_data, refuse_with_global
 from ecoflap.search.options import SearchOptions
 from ecoflap.search.search import search_options as checked_search_options
 from ecoflap.statistics.choice import TokenChoice
@@ -93,7 +93,7 @@ def make_method(
     importance_options: Mapping[str, Any] | None = None,
     importance_samples: int | None = None,
     importance_error: float | None = None,
-    criterion: str = "wanda",
+    criterion: str = DEFAULT,
     criterion_options: Mapping[str, Any] | None = None,
     compare: str | None = None,
     tokens: str | TokenChoice = "all",

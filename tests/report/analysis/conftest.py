@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = data.read_text("utf-8").replace("what color", "$x_1 <script>alert(1)</script> what color", 1)
     data.write_text(text, "utf-8")
     recipe = Recipe(model=str(folder / "model"), calibration=str(data), samples=4, importance_samples=4, batch_size=2,
-                    test=str(data), sparsity=0.5)  # fmt: skip
+                    criterion="wanda", test=str(data), sparsity=0.5)  # fmt: skip
     run_recipe(recipe, folder / "run")
     return folder
 

@@ -23,7 +23,6 @@ SHARED = frozenset((
     "task_options", "test", "test_columns", "test_prompt", "test_image_folder", "test_samples", "test_batch_size",
     "evaluations", "device", "dtype", "compute_dtype", "trust_remote_code", "baseline",
 ))  # fmt: skip
-DEFAULT_CRITERION = "wanda"
 # What no cap and no number of samples contradicts: a value is checked alone first, with its grid later.
 _AGREEABLE: dict[str, Any] = {"sparsity": 0.0, "samples": 1 << 40}
 
@@ -108,8 +107,8 @@ def split_methods(texts: Iterable[str]) -> list[str]:
 def parse_method(text: str) -> Method:
     """Read ``IMPORTANCE+CRITERION[:NAME=VALUE,…]``.
 
-    A criterion alone gives every layer the same sparsity; an importance alone uses Wanda. A NAME is a field of the
-    recipe, else an option of the importance, else one of the criterion.
+    A criterion alone gives every layer the same sparsity; an importance alone uses the default criterion. A NAME is a
+    field of the recipe, else an option of the importance, else one of the criterion.
 
     Raises:
         UnknownName: an importance, criterion or option is not there.
@@ -131,7 +130,7 @@ def parse_method(text: str) -> Method:
 
 def _parts(core: str, text: str) -> tuple[str, str]:
     from ecoflap.importance.registry import IMPORTANCES
-    from ecoflap.pruning.registry import CRITERIA
+    from ecoflap.pruning.registry import CRITERIA, DEFAULT
 
     importance, plus, criterion = (part.strip() for part in core.rpartition("+"))
     if plus:
@@ -142,7 +141,7 @@ def _parts(core: str, text: str) -> tuple[str, str]:
     if criterion in CRITERIA:
         return "uniform", criterion
     if criterion in IMPORTANCES or criterion.endswith(".json"):
-        return criterion, DEFAULT_CRITERION
+        return criterion, DEFAULT
     if not criterion:
         raise InvalidOption(f"method '{text}': write IMPORTANCE+CRITERION, such as zeroth-order+wanda")
     raise unknown("method", criterion, list(dict.fromkeys([*CRITERIA, *IMPORTANCES])))

@@ -19,12 +19,12 @@ DEFAULT_METHODS = (
     "magnitude",
     "wanda",
     "sparsegpt",
-    "owl+wanda",
     "zeroth-order+wanda",
     "zeroth-order+sparsegpt",
     # All samples and few rounds: the grid is to end in ten minutes, and half the samples are too few at 0.7.
-    "zeroth-order+wanda:search=true,search_options=rounds=3",
     "zeroth-order+sparsegpt:search=true,search_options=rounds=3",
+    "admm",
+    "gradient-norm+admm",
 )
 FORMS = ("auto", "bfloat16", "int8", "int4", "int3", "int2")  # in which a model may be stored; the last two if dense
 MOST = 1000  # sparsities of one grid; more is a slip of the pen
@@ -42,7 +42,7 @@ class Grid(Recipe):
     methods: tuple[str, ...] = Field(
         DEFAULT_METHODS,
         description="IMPORTANCE+CRITERION[:NAME=VALUE,...], a criterion alone (one sparsity for all layers) or an "
-        f"importance alone (with wanda); separated by commas. Default: {', '.join(DEFAULT_METHODS)}.",
+        f"importance alone (with admm); separated by commas. Default: {', '.join(DEFAULT_METHODS)}.",
     )
     sparsities: tuple[float, ...] = Field(
         (0.5, 0.6, 0.7), description="Such as 0.3:0.7:0.1 (with both ends) or 0.5,0.6. Default: 0.5,0.6,0.7."
