@@ -23,6 +23,7 @@ from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.pruning.registry import CRITERIA
 from ecoflap.report.records import reproduce
 from ecoflap.run.compare.recipe import Grid
+from ecoflap.run.directory import RunDirectory
 from ecoflap.run.finetune.recipe import Finetune
 from ecoflap.run.recipe import FILE_ONLY, Recipe
 
@@ -279,6 +280,15 @@ def test_a_run_without_a_criterion_was_pruned_by_wanda(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("sparsity: 0.6\n", "utf-8")
     assert Recipe.load(own).criterion == "admm"
+
+
+def test_a_run_begun_with_the_former_default_goes_on_with_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("criterion: wanda\n", "utf-8")
+    directory = RunDirectory(tmp_path)
+    assert directory.settled(Recipe().resolved()).criterion == "wanda"
+    assert directory.settled(Recipe(criterion="admm").resolved()).criterion == "admm"
+    (tmp_path / "recipe.yaml").write_text("criterion: sparsegpt\n", "utf-8")
+    assert directory.settled(Recipe().resolved()).criterion == "admm"  # told as a difference, as before
 
 
 def test_the_default_criterion_is_recorded() -> None:

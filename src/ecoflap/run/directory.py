@@ -17,6 +17,7 @@ import yaml
 
 from ecoflap.errors import EcoflapError, InvalidOption, OutputExists, ResumeMismatch, StorageError
 from ecoflap.importance.registry import AUTO, GRADIENT_NORM, ZEROTH_ORDER
+from ecoflap.pruning.registry import BEFORE_ADMM
 from ecoflap.run.differences import differences
 from ecoflap.run.manifest import Manifest, Results
 from ecoflap.run.names import GRID, INPUTS, JOURNAL, MANIFEST, METRICS, MODEL, OURS, RECIPE, REPORT, TRAIN, WRITTEN
@@ -220,12 +221,14 @@ class RunDirectory:
         return data
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """The recipe with what the run found where it was left open: importance, compute dtype, a given sparsity."""
+        """The recipe with what the run found where it was left open: importance, criterion, compute dtype, sparsity."""
         before, took = self.recorded(), dict[str, Any]()
         if recipe.pruned is not None:  # its sparsity is known when it is read
             took |= {name: before.get(name) for name in ("sparsity", "max_sparsity")}
         elif recipe.importance == AUTO and before.get("importance") in (GRADIENT_NORM, ZEROTH_ORDER):
             took["importance"] = before["importance"]
+        if "criterion" not in recipe.model_fields_set and before.get("criterion") == BEFORE_ADMM:
+            took["criterion"] = BEFORE_ADMM  # begun by a version whose default it was
         if recipe.compute_dtype == AUTO and before.get("compute_dtype") in ("native", "float32"):
             took["compute_dtype"] = before["compute_dtype"]
         return recipe.model_copy(update=took)

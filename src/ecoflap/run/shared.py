@@ -80,7 +80,7 @@ class SharedRun:
 
     def settled(self, recipe: Recipe) -> Recipe:
         """:meth:`RunDirectory.settled` of a run that goes on; the recipe as it is of another one."""
-        own, fields = self._directory, ("importance", "compute_dtype")
+        own, fields = self._directory, ("importance", "criterion", "compute_dtype")
 
         def took() -> list[str]:
             found = own.settled(recipe) if own and own.resumed else recipe
