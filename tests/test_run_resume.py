@@ -284,10 +284,11 @@ def test_killed_and_stopped_again_and_again(tmp_path: Path) -> None:
     model, data = picos.write_checkpoint("llama", tmp_path / "llama"), prose(tmp_path / "prose.txt", 6000)
     job = ecoflap(
         tmp_path, "prune", model, "--calibration", data, "--samples", 90, "--batch-size", 2, "--sequence-length", 60,
-        "--importance", "zeroth-order", "--importance-samples", 40, "-o", "killed", "--resume",
+        "--importance", "zeroth-order", "--importance-samples", 40, "--criterion", "wanda", "-o", "killed",
+        "--resume",
     )  # fmt: skip
     recipe = Recipe(model=str(model), calibration=str(data), samples=90, batch_size=2, sequence_length=60,
-                    importance="zeroth-order", importance_samples=40)  # fmt: skip
+                    importance="zeroth-order", importance_samples=40, criterion="wanda")  # fmt: skip
     whole, run = run_recipe(recipe, tmp_path / "whole"), tmp_path / "killed"
     journal, blocks = run / "journal" / "importance.jsonl", run / "journal" / "blocks"
     moments: list[tuple[Callable[[], bool], signal.Signals, int]] = [

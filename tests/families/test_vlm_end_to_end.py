@@ -59,7 +59,7 @@ def test_prune_save_load_answer(
     monkeypatch.setattr(pipeline, "save", keep)
     recipe = Recipe(
         model=str(source), calibration=str(data), samples=4, importance_samples=2, batch_size=2, importance=importance,
-        sparsity=0.5, task=("vqa",), test=str(data), test_samples=3, device="cpu",
+        criterion="wanda", sparsity=0.5, task=("vqa",), test=str(data), test_samples=3, device="cpu",
     )  # fmt: skip
     run = run_recipe(recipe, tmp_path / "run")
 

@@ -208,7 +208,9 @@ def test_prune_by_each_measure(importance: str, name: str) -> None:
     family = FAMILIES[name]
     model, batches = family.build(), family.batches(4, 2)
     chosen = {"multiple": 2.0} if importance == "owl" else {}
-    result = api.prune(model, batches, 0.6, importance=importance, importance_options=chosen, importance_samples=4)
+    result = api.prune(
+        model, batches, 0.6, importance=importance, importance_options=chosen, importance_samples=4, criterion="wanda"
+    )
     assert result.importance is not None
     total = result.allocation.total_weights
     assert result.allocation.zeros == round(0.6 * total)

@@ -122,6 +122,7 @@ def test_pruning_removes_what_it_removes_of_the_converted_model(name: str, searc
     half, whole = _pair(name)
     batches = FAMILIES[name].batches(4, 2)
     options: dict[str, Any] = {"search_options": {"rounds": 1, "inputs": "both"}} if search else {}
+    options["criterion"] = "wanda"
     a = api.prune(half, batches, 0.5, importance="zeroth-order", search=search, compute_dtype="float32", **options)
     b = api.prune(whole, batches, 0.5, importance="zeroth-order", search=search, **options)
     assert a.allocation == b.allocation

@@ -96,7 +96,7 @@ def test_lists_that_take_turns_are_pruned_in_the_order_of_their_calls(interval: 
         expected.append(f"model.layers.{layer}")
     assert [block.name for block in tower.blocks] == expected
     by_hand = copy.deepcopy(model)
-    result = ecoflap.prune(model, [batch], sparsity=0.5, importance="uniform")
+    result = ecoflap.prune(model, [batch], sparsity=0.5, importance="uniform", criterion="wanda")
     zeros = {layer.name: model.get_parameter(layer.name) == 0 for layer in anatomy.layers}
     # Wanda, block after block: all inputs of a block are those that the blocks before it, pruned, give.
     for block in anatomy.blocks:

@@ -146,7 +146,9 @@ def test_a_mixture_is_pruned_to_the_weight_with_every_measure(layout: str, impor
     model, data = build(layout), batches()
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     options: dict[str, Any] = {} if importance == "gradient-norm" else {"probe": "block"}
-    result = ecoflap.prune(model, data, sparsity=0.5, importance=importance, importance_options=options)
+    result = ecoflap.prune(
+        model, data, sparsity=0.5, importance=importance, importance_options=options, criterion="wanda"
+    )
     for row in result.allocation.layers:
         assert int((stored_matrix(model, row.name) == 0).sum()) == row.zeros
     assert result.allocation.zeros == round(0.5 * result.anatomy.prunable_parameters)
@@ -196,7 +198,7 @@ class Model(nn.Module):
 def test_modules_that_loop_over_slices_by_themselves_are_found_by_their_products() -> None:
     torch.manual_seed(0)
     model, data = Model(), [{"x": torch.randn(2, 10, 8)} for _ in range(2)]
-    result = ecoflap.prune(model, data, sparsity=0.5, importance="gradient-norm")
+    result = ecoflap.prune(model, data, sparsity=0.5, importance="gradient-norm", criterion="wanda")
     layers = {layer.name: layer for layer in result.anatomy.layers if layer.block == "blocks.0"}
     assert list(layers) == [f"blocks.0.experts.{leaf}[{number}]" for leaf in ("up", "down") for number in range(3)] + [
         "blocks.0.after.weight"

@@ -117,7 +117,9 @@ def test_global_criteria_compare_slices_with_all_others(criterion: str) -> None:
 def test_an_allocation_is_searched_for_over_slices(by: str) -> None:
     model = build("Mixtral")
     options = {"rounds": 1, "by": by}
-    result = ecoflap.prune(model, batches(), sparsity=0.5, importance="uniform", search=True, search_options=options)
+    result = ecoflap.prune(
+        model, batches(), sparsity=0.5, importance="uniform", criterion="wanda", search=True, search_options=options
+    )
     assert result.allocation.search is not None
     assert result.allocation.search.losses[-1] <= result.allocation.search.losses[0]
     for row in result.allocation.layers:
@@ -127,7 +129,7 @@ def test_an_allocation_is_searched_for_over_slices(by: str) -> None:
 @pytest.mark.parametrize("layout", ["Mixtral", "GptOss"])
 def test_recovery_keeps_the_zeros_of_slices(layout: str) -> None:
     dense, model = build(layout), build(layout)
-    result = ecoflap.prune(model, batches(), sparsity=0.5, importance="uniform")
+    result = ecoflap.prune(model, batches(), sparsity=0.5, importance="uniform", criterion="wanda")
     zeros = {row.name: stored_matrix(model, row.name) == 0 for row in result.allocation.layers}
     before = {name: stored_matrix(model, name).clone() for name in zeros}
     ecoflap.recover(model, dense, batches())
@@ -138,7 +140,7 @@ def test_recovery_keeps_the_zeros_of_slices(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_saved_mixture_is_read_by_plain_from_pretrained(layout: str, tmp_path: Path) -> None:
     model = build(layout)
-    ecoflap.prune(model, batches(), sparsity=0.5, importance="gradient-norm", granularity="expert")
+    ecoflap.prune(model, batches(), sparsity=0.5, importance="gradient-norm", granularity="expert", criterion="wanda")
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):

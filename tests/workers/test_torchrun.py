@@ -120,7 +120,7 @@ def test_workers_that_are_killed_in_each_stage_are_started_anew_and_end_like_one
     picos.write_checkpoint("llama", tmp_path / "llama")
     data = str(prose(tmp_path / "prose.txt", 6000))
     recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=40, batch_size=2, sequence_length=60,
-                    importance="zeroth-order", importance_samples=20)  # fmt: skip
+                    importance="zeroth-order", importance_samples=20, criterion="wanda")  # fmt: skip
     process = launch(tmp_path, 2, "prune", *options(recipe), "-o", "killed", "--quiet", restarts=2)
     journal = tmp_path / "killed" / "journal"
 

@@ -61,7 +61,7 @@ def test_one_name_alone() -> None:
         assert (method.importance, method.criterion, method.name) == ("uniform", name, name)
     assert parse_method("uniform+wanda").name == "wanda"
     for name in IMPORTANCES:
-        assert parse_method(name).criterion == "wanda"
+        assert parse_method(name).criterion == "admm"
     assert parse_method("runs/first/importance.json+sparsegpt").importance == "runs/first/importance.json"
 
 
@@ -171,7 +171,7 @@ def test_a_grid_reads_back_from_its_own_file() -> None:
 
 
 def test_options_of_one_method_are_no_options_of_all() -> None:
-    with pytest.raises(InvalidOption, match=r"belong to a method, as in zeroth-order\+wanda:draws=8"):
+    with pytest.raises(InvalidOption, match=r"belong to a method, as in zeroth-order\+admm:draws=8"):
         Grid.parse({"importance_options": {"draws": 8}})
     with pytest.raises(InvalidOption, match="makes its own allocations"):
         Grid.parse({"allocation": "allocation.json"})

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ecoflap.errors import InvalidOption
 from ecoflap.importance.registry import AUTO
+from ecoflap.pruning.registry import DEFAULT
 from ecoflap.run.compare.methods import AXES, OF_METHOD, Method, parse_method, split_methods
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.registry import unknown
@@ -42,7 +43,7 @@ class Grid(Recipe):
     methods: tuple[str, ...] = Field(
         DEFAULT_METHODS,
         description="IMPORTANCE+CRITERION[:NAME=VALUE,...], a criterion alone (one sparsity for all layers) or an "
-        f"importance alone (with admm); separated by commas. Default: {', '.join(DEFAULT_METHODS)}.",
+        f"importance alone (with {DEFAULT}); separated by commas. Default: {', '.join(DEFAULT_METHODS)}.",
     )
     sparsities: tuple[float, ...] = Field(
         (0.5, 0.6, 0.7), description="Such as 0.3:0.7:0.1 (with both ends) or 0.5,0.6. Default: 0.5,0.6,0.7."
@@ -107,7 +108,9 @@ class Grid(Recipe):
             if options:
                 measure = "zeroth-order" if self.importance == AUTO else self.importance
                 pair = next(f"{key}={value}" for key, value in options.items())
-                raise InvalidOption(f"{field}: in a comparison they belong to a method, as in {measure}+wanda:{pair}")
+                raise InvalidOption(
+                    f"{field}: in a comparison they belong to a method, as in {measure}+{DEFAULT}:{pair}"
+                )
         return self
 
     def resolved(self) -> Grid:
