@@ -49,7 +49,7 @@ def test_the_line_names_the_widest_layer_and_smaller_criteria() -> None:
 
 @pytest.mark.parametrize("needs", ["norm", "none"])
 def test_a_criterion_that_needs_least_is_never_told_off(needs: str) -> None:
-    assert too_little([layer(4096, 14336)], "wanda", needs, 10**12, 1) == ""  # type: ignore[arg-type]
+    assert too_little([layer(4096, 14336)], "wanda", needs, 10**12, 1) == ""
 
 
 def test_a_run_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

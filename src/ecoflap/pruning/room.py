@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ecoflap.model.parts import Layer
-from ecoflap.pruning.criteria import Needs
 
 _ABOUT = {  # what to take instead, and what it asks for
     "pair": (("sparsegpt", "gram"), ("wanda", "norm")),
@@ -13,7 +12,7 @@ _ABOUT = {  # what to take instead, and what it asks for
 }
 
 
-def least_bytes(layer: Layer, statistics: Needs) -> int:
+def least_bytes(layer: Layer, statistics: str) -> int:
     """What the statistics of one layer's input and the copies made while it is pruned take at least (docs/memory.md).
 
     Of the layer's own input alone: the inputs of the blocks, and those of the block's other layers, come on top.
@@ -27,7 +26,7 @@ def least_bytes(layer: Layer, statistics: Needs) -> int:
     return 12 * rows * columns
 
 
-def too_little(layers: Sequence[Layer], criterion: str, statistics: Needs, model: int, memory: int) -> str:
+def too_little(layers: Sequence[Layer], criterion: str, statistics: str, model: int, memory: int) -> str:
     """One line where ``memory`` can't hold the model and what ``criterion`` needs; else "".
 
     Args:
