@@ -80,8 +80,8 @@ def test_a_crash_in_the_curves(prune: Command, whole: Path, tmp_path: Path, monk
 @pytest.mark.slow
 def test_killed_in_the_search(made: Path, whole: Path) -> None:
     job = ecoflap(
-        made, "prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, *JOB, "-o", "killed", "--resume",
-        "--quiet",
+        made, "prune", made / "llama", "--calibration", made / "prose.txt", *TEXT, *JOB, "--criterion", "wanda",
+        "-o", "killed", "--resume", "--quiet",
     )  # fmt: skip
     with forked(job) as process:
         process.wait_until((made / "killed" / "journal" / "search.json").exists)
