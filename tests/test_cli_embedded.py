@@ -19,6 +19,7 @@ def test_prune(run: Command, tmp_path: Path) -> None:
     job = ("--samples", 16, "--importance", "first-order", "--importance-samples", 8, "--test-samples", 60)
     run("prune", *job, "-o", "run", "--quiet").well()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))
+    assert "criterion: admm\n" in (tmp_path / "run" / "recipe.yaml").read_text("utf-8")
     assert metrics["sparsity"]["prunable"] == pytest.approx(0.5, abs=1e-6)
     assert metrics["dense"]["vqa"]["n"] == 60
     assert metrics["dense"]["vqa"]["value"] > 0.8

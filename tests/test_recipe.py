@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ecoflap
 from ecoflap.allocation import RULES
 from ecoflap.cli.app import Command
 from ecoflap.cli.options import PANELS, with_recipe_options
@@ -294,3 +296,8 @@ def test_a_run_begun_with_the_former_default_goes_on_with_it(tmp_path: Path) -> 
 def test_the_default_criterion_is_recorded() -> None:
     assert Recipe().resolved().to_dict()["criterion"] == "admm"
     assert Recipe().resolved().method().pruning.criterion == "admm"
+
+
+@pytest.mark.parametrize("function", [ecoflap.prune, ecoflap.write_model_card])
+def test_python_and_the_command_line_have_one_default(function: Any) -> None:
+    assert inspect.signature(function).parameters["criterion"].default == Recipe().criterion
