@@ -244,7 +244,10 @@ def test_command_survives_the_shell():
         assert pair in pairs
     assert "--flag" in words
     assert ("--sparsity", "0.5") in pairs  # said although it is the default
-    assert not {"--samples", "--seed", "--criterion"} & set(words)
+    assert ("--criterion", "wanda") in pairs
+    said = shlex.split(reproduce(recipe | {"criterion": "admm"}).replace("\\\n", " "))
+    assert ("--criterion", "admm") in pairwise(said)  # as this default has changed once
+    assert not {"--samples", "--seed"} & set(words)
     assert not {"--versions", "--fingerprint", "--calibration", "--model"} & set(words)
     assert words[-2:] == ["--output", "runs/again"]
 

@@ -20,6 +20,8 @@ _NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "j
 def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
     """``ecoflap prune`` or ``finetune`` with the options of ``recipe`` that are not the defaults, for a POSIX shell.
 
+    Sparsity and criterion are always said.
+
     Args:
         recipe: flat option names to values; lists repeat the option, mappings give ``key=value``, None is left out.
         output: the directory of the repeated run.
@@ -32,8 +34,9 @@ def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
         return " \\\n  ".join((command, "--recipe recipe.yaml", *again, shlex.join(["--output", output])))
     lines = [command + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
     defaults = kind.parse({}).to_dict()
+    always = ("sparsity",) if kind is Finetune else ("sparsity", "criterion")
     for key, value in recipe.items():
-        if key not in _NOT_REPEATED and (key == "sparsity" or key not in defaults or value != defaults[key]):
+        if key not in _NOT_REPEATED and (key in always or key not in defaults or value != defaults[key]):
             lines += (shlex.join(words) for words in flags(flag_of(key), value))
     lines.append(shlex.join(["--output", output]))
     return " \\\n  ".join(lines)
