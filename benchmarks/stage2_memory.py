@@ -2,7 +2,7 @@
 
     python benchmarks/stage2_memory.py [--shapes tokens wide smollm2] [--output memory.json]
 
-Models of random weights, two blocks each (one with a mixture of 64 experts in ``mixture``); every case runs in a
+Models of random weights, two blocks each (one with a mixture of 96 experts in ``mixture``); every case runs in a
 process of its own, which prunes a few tokens first so that the libraries have what they need. Measured is the resident
 memory, or what torch has allocated on a GPU. glibc is told to hand back what is freed (``MALLOC_MMAP_THRESHOLD_``), so
 that what is held is measured; with ``--as-it-is`` it keeps holes. Pages of the file of ``disk`` are in memory
@@ -54,7 +54,7 @@ SHAPES = {
     "tokens": Shape(256, 512, 4, 96, 16, 256),
     "wide": Shape(1536, 4096, 12, 2, 1, 256),
     "smollm2": Shape(576, 1536, 9, 4, 8, 256),
-    "mixture": Shape(2048, 128, 16, 2, 2, 256, experts=64, blocks=1),
+    "mixture": Shape(1536, 128, 12, 2, 2, 256, experts=96, blocks=1),
 }
 
 
