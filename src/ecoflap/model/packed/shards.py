@@ -19,6 +19,7 @@ from ecoflap.model.checkpoint import empty_model
 from ecoflap.model.files import INDEX, Files
 from ecoflap.model.packed.convert import PackedModel, Packing, packable, stackable
 from ecoflap.model.packed.format import worth_packing
+from ecoflap.model.packed.merging import Merge, merges
 from ecoflap.model.packed.quantizer import PackedConfig
 from ecoflap.model.packed.stack import SUFFIX
 from ecoflap.model.save import replacing
@@ -38,11 +39,14 @@ def too_large(files: Files) -> bool:
 class _Layers:
     """The weights that may be packed, by their names in the files: the model's name, and whether it lies transposed.
 
-    A layer has its path as its name, and stacked experts that of their parameter, which is also in ``stacks``.
+    A layer has its path as its name, and stacked experts that of their parameter, which is also in ``stacks``. What the
+    files hold of experts one by one is in ``merges``, by the names of the pieces.
     """
 
+    model: nn.Module
     places: dict[str, tuple[str, bool]]
-    stacks: frozenset[str]
+    stacks: dict[str, bool]
+    merges: dict[str, Merge]
     counts: dict[str, int] = field(default_factory=dict)
     transposed: list[str] = field(default_factory=list)
 
@@ -68,7 +72,7 @@ def pack_shards(
         config = json.loads((files.folder / "config.json").read_text("utf-8"))
         made = PackedConfig(
             values=values, group_size=group_size, layers=layers.counts, transposed=layers.transposed,
-            version=2 if layers.stacks & layers.counts.keys() else 1,
+            version=2 if layers.stacks.keys() & layers.counts.keys() else 1,
         )  # fmt: skip
         config["quantization_config"] = made.to_dict()
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -100,14 +104,15 @@ def _layers(files: Files, trust_remote_code: bool) -> _Layers:
             f"({missing[0]}): pack it on a computer whose memory holds it"
         )
     stacks = {name: turned for name, _, _, turned in stackable(model)}
-    if apart := sorted(set(stacks) - inside):
+    whole = {name: (name, turned) for name, turned in stacks.items() if name in inside}
+    apart = merges(model, stacks.keys() - inside, inside)
+    if left := sorted(stacks.keys() - inside - {one.stack for one in apart}):
         warnings.warn(
-            f"experts of '{files.folder}' stay dense: its files hold them one by one ({apart[0]} is none of their "
-            "names); a computer whose memory holds the model packs them",
+            f"experts of '{files.folder}' stay dense: its files hold no '{left[0]}', and nothing that transformers "
+            "makes it of; a computer whose memory holds the model packs them",
             stacklevel=2,
         )
-    whole = {name: (name, turned) for name, turned in stacks.items() if name in inside}
-    return _Layers({**named, **whole}, frozenset(whole))
+    return _Layers(model, {**named, **whole}, stacks, {name: one for one in apart for name, _ in one.pieces})
 
 
 def names_in_files(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,38 +128,58 @@ def names_in_files(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     return found
 
 
-def _names(files: Files) -> list[str]:
-    names: list[str] = []
+def _names(files: Files) -> dict[str, Path]:
+    """Each tensor's name to its file."""
+    names: dict[str, Path] = {}
     for shard in files.shards:
         with _opened(shard) as opened:
-            names += opened.keys()
+            names |= dict.fromkeys(opened.keys(), shard)
     return names
 
 
 def _write_weights(files: Files, folder: Path, packing: Packing, layers: _Layers) -> None:
     index: dict[str, str] = {}
     total = 0
+    places = _names(files)
+    merged: dict[str, bool] = {}  # stacks in pieces, to whether they are packed
+
+    def read(name: str) -> Tensor:
+        with _opened(places[name]) as opened:
+            return _tensor(opened, places[name], name)
+
     for shard in files.shards:
         tensors: dict[str, Tensor] = {}
-        with _opened(shard) as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                tensor = _tensor(opened, shard, name)
-                if name not in layers.places or not worth_packing(tensor):
-                    tensors[name] = tensor
-                    packing.other_bytes += tensor.nbytes
+        for name in (one for one, place in places.items() if place == shard):
+            if (merge := layers.merges.get(name)) is not None:
+                if merge.stack not in merged:
+                    whole = merge.read(read, layers.model)
+                    merged[merge.stack] = worth_packing(whole)
+                    if merged[merge.stack]:
+                        tensors |= _packed(packing, layers, merge.stack, merge.stack, whole, layers.stacks[merge.stack])
+                if merged[merge.stack]:
                     continue
-                path, turned = layers.places[name]
-                packed = packing.add(path, tensor.transpose(-2, -1).contiguous() if turned else tensor)
-                stem = name + SUFFIX if path in layers.stacks else name.removesuffix(".weight")
-                tensors |= {f"{stem}.{part}": value for part, value in packed.tensors().items()}
-                layers.counts[path] = len(packed.compressed)
-                layers.transposed += [path] if turned else []
+            tensor = read(name)
+            if name in layers.places and worth_packing(tensor):
+                tensors |= _packed(packing, layers, name, layers.places[name][0], tensor, layers.places[name][1])
+            else:
+                tensors[name] = tensor
+                packing.other_bytes += tensor.nbytes
         total += sum(tensor.nbytes for tensor in tensors.values())
         index |= dict.fromkeys(tensors, shard.name)
         save_file(tensors, folder / shard.name, {"format": "pt"})
     if len(files.shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _packed(packing: Packing, layers: _Layers, name: str, path: str, tensor: Tensor, turned: bool) -> dict[str, Tensor]:
+    """The parts of a packed weight by their names in the files."""
+    packed = packing.add(path, tensor.transpose(-2, -1).contiguous() if turned else tensor)
+    layers.counts[path] = len(packed.compressed)
+    layers.transposed += [path] if turned else []
+    if path not in layers.stacks:
+        return {f"{name.removesuffix('.weight')}.{part}": value for part, value in packed.tensors().items()}
+    return names_in_files(layers.model, {f"{name}{SUFFIX}.{part}": value for part, value in packed.tensors().items()})
 
 
 def _opened(shard: Path) -> Any:

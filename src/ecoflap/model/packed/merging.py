@@ -1,0 +1,65 @@
+"""Puts stacked experts together that the files of a checkpoint hold one by one, as transformers does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One stack in pieces.
+
+    Attributes:
+        stack: name of the parameter in the model.
+        pieces: names in the files, each with the pattern by which transformers knows it.
+        converter: of transformers, which makes the stack of the pieces.
+    """
+
+    stack: str
+    pieces: tuple[tuple[str, str], ...]
+    converter: Any
+
+    def read(self, tensor_of: Callable[[str], Tensor], model: Any) -> Tensor:
+        """The whole stack; ``tensor_of`` reads a piece by its name."""
+        converter = deepcopy(self.converter)
+        for name, pattern in self.pieces:
+            converter.add_tensor(self.stack, name, pattern, tensor_of(name))
+        found = converter.convert(self.stack, model=model, config=model.config)[self.stack]
+        whole: Tensor = found[0] if isinstance(found, list) else found
+        return whole
+
+
+def merges(model: nn.Module, stacks: Collection[str], names: Iterable[str]) -> list[Merge]:
+    """How the ``stacks`` of a model are made of what the files hold; without those that are not.
+
+    Args:
+        model: may be on the meta device.
+        names: of all tensors in the files.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except ImportError:  # a transformers that has no such conversions, or keeps them elsewhere
+        return []
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    of_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    empty = {name: torch.empty(0, device="meta") for name in stacks}
+    pieces: dict[str, list[tuple[str, str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, getattr(model, "base_model_prefix", ""), empty)
+        if pattern is not None and target in empty:
+            pieces.setdefault(target, []).append((name, pattern))
+    return [Merge(stack, tuple(found), of_pattern[found[0][1]]) for stack, found in pieces.items()]
