@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ecoflap.errors import InvalidOption, MissingDependency
+from ecoflap.errors import CheckpointError, InvalidOption, MissingDependency
 from ecoflap.model import checkpoint as module
 from ecoflap.model.checkpoint import load, model_dtype
 
@@ -209,6 +209,28 @@ def test_gguf_gives_plain_weights_from_the_file_its_folder_or_its_name(
         with torch.no_grad():
             torch.testing.assert_close(loaded.model(**batch).loss, expected, rtol=1e-5, atol=1e-5)
     assert capfd.readouterr().err == ""
+
+
+def test_gguf_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_gguf(tmp_path / "pico.gguf")
+    gguf = pytest.importorskip("gguf")
+    reader, read = gguf.GGUFReader, list[object]()
+
+    class Counted(reader):  # type: ignore[misc, valid-type]
+        def __init__(self, path: object, *rest: object) -> None:
+            read.append(path)
+            super().__init__(path, *rest)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    for _ in range(2):
+        read.clear()
+        load(tmp_path / "pico.gguf", device="cpu")
+        assert len(read) == 1
+        assert gguf.GGUFReader is Counted
+    (tmp_path / "pico.gguf").write_bytes((tmp_path / "pico.gguf").read_bytes()[:400])
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "pico.gguf", device="cpu")
+    assert gguf.GGUFReader is Counted
 
 
 def test_gguf_without_its_packages_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
 from ecoflap.model.device_map import dispatching
 from ecoflap.model.files import FLOATS, Files, is_open_clip, locate, quantisation, quiet
+from ecoflap.model.gguf_metadata import parsed_once
 from ecoflap.model.open_clip import load_open_clip
 from ecoflap.model.processor import load_processor
 from ecoflap.support.text import first_line
@@ -96,7 +97,8 @@ def load(
             raise InvalidOption(f"a GGUF file is unpacked in memory: leave out device_map {device_map}")
     if (floats := _floats(files)) and device_map is not None:
         raise InvalidOption(f"{floats} weights are unpacked in memory: leave out device_map {device_map}")
-    with quiet(), dispatching(device_map, max_memory) as dispatch:
+    once = nullcontext() if files.gguf_file is None else parsed_once()
+    with quiet(), once, dispatching(device_map, max_memory) as dispatch:
         model_class = _model_class(files, trust_remote_code)
         model, warnings = _load_model(files, model_class, name, dtype, trust_remote_code, dispatch.options)
         model = dispatch.finish(model, place)
