@@ -136,6 +136,8 @@ def flag(*names: str, text: str) -> Any:
 Quiet = Annotated[bool, flag("--quiet", "-q", text="Print nothing but errors.")]
 Json = Annotated[bool, flag("--json", text="Print the result as JSON, and nothing else, on standard output.")]
 Overwrite = Annotated[bool, flag("--overwrite", text="Replace the file that is there.")]
+OverwriteRun = Annotated[bool, flag("--overwrite", text="Replace the run that is there (its files alone).")]
+ResumeRun = Annotated[bool, flag("--resume", text="Go on with the run that is there.")]
 PRIVATE = "Make the Hub's repository private. Default: public, as on the Hub."
 MODEL_FIELDS = ("device", "device_map", "max_memory", "dtype", "compute_dtype", "trust_remote_code")
 PART_FIELDS = ("include", "exclude", "towers")
@@ -152,8 +154,8 @@ GRID_FIELDS = tuple(name for name in Grid.model_fields if name not in {"model", 
 SCORE_FIELDS = ("importance", "importance_options", "importance_samples", "importance_error")
 
 
-def file_option(text: str) -> Any:
-    return typer.Option("--output", "-o", metavar="FILE", help=text, show_default=False, rich_help_panel=OUTPUT)
+def output_option(text: str, metavar: str = "DIR") -> Any:
+    return typer.Option("--output", "-o", metavar=metavar, help=text, show_default=False, rich_help_panel=OUTPUT)
 
 
 def progress_to(quiet: bool) -> Progress:

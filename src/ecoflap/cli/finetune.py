@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json, progress_to, say_line
-from ecoflap.cli.options import OUTPUT, with_recipe_options
+from ecoflap.cli.app import Command, Json, Quiet, app, flag, output_option, print_json, progress_to, say_line
+from ecoflap.cli.options import with_recipe_options
 from ecoflap.cli.terminal import print_lines, standard_error, standard_output
 from ecoflap.run.finetune.folder import FinetuneDirectory
 from ecoflap.run.finetune.recipe import NOT_HERE, Finetune
@@ -24,9 +22,7 @@ FIELDS = tuple(name for name in Finetune.model_fields if name not in {"model", *
 def finetune(
     recipe: Finetune,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="The folder to write. Default: ecoflap-finetune.",
-                     show_default=False, rich_help_panel=OUTPUT),
+        Path, output_option("The folder to write. Default: ecoflap-finetune.")
     ] = Path("ecoflap-finetune"),
     overwrite: Annotated[bool, flag("--overwrite", text="Replace the fine-tuning that is there.")] = False,
     resume: Annotated[bool, flag("--resume", text="Go on from the last checkpoint of the one that is there.")] = False,

@@ -7,18 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ecoflap.cli.app import Command, Json, Quiet, app, flag, print_json, progress_to
-from ecoflap.cli.options import OUTPUT
+from ecoflap.cli.app import Command, Json, Quiet, app, flag, output_option, print_json, progress_to
 from ecoflap.cli.terminal import messages, print_lines, standard_output
 from ecoflap.errors import InvalidOption
 from ecoflap.run.manifest import Manifest
 from ecoflap.run.names import BENCH, MODEL, PACKED, RECIPE, REPORT
 
-Folder = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False,
-                 rich_help_panel=OUTPUT),
-]  # fmt: skip
+Folder = Annotated[Path, output_option("The folder to write.")]
 Values = Annotated[
     str,
     typer.Option("--values", metavar="KIND", help="auto keeps every bit of the non-zeros; int8 and int4 round them to "
@@ -153,8 +148,7 @@ def bench_model(
                                         rich_help_panel="Measuring")] = 22,
     sparsity: Annotated[float, typer.Option("--sparsity", metavar="S", help="Of the models made for it. Default: 0.5.",
                                             show_default=False, rich_help_panel="Measuring")] = 0.5,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON there, too.",
-                                                show_default=False, rich_help_panel=OUTPUT)] = None,
+    output: Annotated[Path | None, output_option("Write the JSON there, too.", "FILE")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip

@@ -18,9 +18,12 @@ from ecoflap.cli.app import (
     TEST_FIELDS,
     Command,
     Json,
+    OverwriteRun,
     Quiet,
+    ResumeRun,
     app,
     flag,
+    output_option,
     print_json,
     progress_to,
     say_line,
@@ -43,13 +46,9 @@ from ecoflap.support.workers import ALONE, launched
 @with_recipe_options()
 def prune(
     recipe: Recipe,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="The run directory. Default: ecoflap-run.",
-                     show_default=False, rich_help_panel=OUTPUT),
-    ] = Path("ecoflap-run"),
-    overwrite: Annotated[bool, flag("--overwrite", text="Replace the run that is there (its files alone).")] = False,
-    resume: Annotated[bool, flag("--resume", text="Go on with the run that is there.")] = False,
+    output: Annotated[Path, output_option("The run directory. Default: ecoflap-run.")] = Path("ecoflap-run"),
+    overwrite: OverwriteRun = False,
+    resume: ResumeRun = False,
     push_to_hub: Annotated[
         str | None,
         typer.Option("--push-to-hub", metavar="REPO_ID", help="Upload the model with its card to the Hub at the end.",
@@ -101,12 +100,10 @@ def recover(
                      "out: the embedded model.", show_default=False, rich_help_panel="Model"),
     ] = None,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="The run directory. Default: ecoflap-recovered.",
-                     show_default=False, rich_help_panel=OUTPUT),
+        Path, output_option("The run directory. Default: ecoflap-recovered.")
     ] = Path("ecoflap-recovered"),
-    overwrite: Annotated[bool, flag("--overwrite", text="Replace the run that is there (its files alone).")] = False,
-    resume: Annotated[bool, flag("--resume", text="Go on with the run that is there.")] = False,
+    overwrite: OverwriteRun = False,
+    resume: ResumeRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -211,11 +208,7 @@ def _pushed(run: Path, repo_id: str | None, private: bool, bars: bool) -> tuple[
 @with_recipe_options(*GRID_FIELDS, recipe=Grid)
 def compare(
     grid: Grid,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="The folder to write. Default: ecoflap-compare.",
-                     show_default=False, rich_help_panel=OUTPUT),
-    ] = Path("ecoflap-compare"),
+    output: Annotated[Path, output_option("The folder to write. Default: ecoflap-compare.")] = Path("ecoflap-compare"),
     overwrite: Annotated[bool, flag("--overwrite", text="Replace the comparison that is there.")] = False,
     resume: Annotated[
         bool, flag("--resume", text="Go on with what is there; methods, sparsities and seeds may be added.")

@@ -20,8 +20,8 @@ from ecoflap.cli.app import (
     Overwrite,
     Quiet,
     app,
-    file_option,
     flag,
+    output_option,
     print_json,
     progress_to,
     say_line,
@@ -59,7 +59,9 @@ def inspect(recipe: Recipe, as_json: Json = False) -> None:
 @with_recipe_options(*MODEL_FIELDS, *PART_FIELDS, *DATA_FIELDS, *SCORE_FIELDS)
 def importance(
     recipe: Recipe,
-    output: Annotated[Path, file_option("File to write. Default: importance.json.")] = Path("importance.json"),
+    output: Annotated[Path, output_option("File to write. Default: importance.json.", "FILE")] = Path(
+        "importance.json"
+    ),
     overwrite: Overwrite = False,
     resume: Annotated[bool, flag("--resume", text="Go on with a measurement that was interrupted.")] = False,
     quiet: Quiet = False,
@@ -97,7 +99,7 @@ def allocate(
     scores: Annotated[Path, typer.Argument(metavar="IMPORTANCE", help="An importance.json, or the run that holds it.")],
     output: Annotated[
         Path | None,
-        file_option("File to write. Default: allocation.json beside the scores; for a run, in this folder."),
+        output_option("File to write. Default: allocation.json beside the scores; for a run, in this folder.", "FILE"),
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -140,7 +142,7 @@ def evaluate(
             "that --output wrote.",
         ),
     ] = None,
-    output: Annotated[Path | None, file_option("Also write the results to this file.")] = None,
+    output: Annotated[Path | None, output_option("Also write the results to this file.", "FILE")] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -6,6 +6,8 @@ transformers (three seconds more), so that a slip of the pen is told at once.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ecoflap.data.samples import SampleReader
 from ecoflap.data.sources import check_source
 from ecoflap.errors import CalibrationError, InvalidOption
@@ -75,14 +77,7 @@ def check_data(recipe: Recipe) -> None:
         CalibrationError: it can't be read, is empty, or lacks a column.
     """
     if recipe.calibration is not None:
-        SampleReader(
-            recipe.calibration,
-            samples=recipe.samples,
-            seed=recipe.seed,
-            columns=recipe.columns,
-            prompt_template=recipe.prompt,
-            image_folder=recipe.image_folder,
-        )
+        SampleReader(recipe.calibration, **drawn(recipe))
     for entry in evaluations_of(recipe):
         if entry.test is not None and "columns" in takes(entry.task):
             SampleReader(
@@ -93,6 +88,17 @@ def check_data(recipe: Recipe) -> None:
                 prompt_template=entry.prompt,
                 image_folder=entry.image_folder,
             )
+
+
+def drawn(recipe: Recipe) -> dict[str, Any]:
+    """How the calibration samples of a recipe are drawn and read: options of :func:`ecoflap.data.load_samples`."""
+    return {
+        "samples": recipe.samples,
+        "seed": recipe.seed,
+        "columns": recipe.columns,
+        "prompt_template": recipe.prompt,
+        "image_folder": recipe.image_folder,
+    }
 
 
 def check_evaluated(recipe: Recipe) -> tuple[Evaluation, ...]:

@@ -33,7 +33,7 @@ from ecoflap.model.patching import cache_disabled
 from ecoflap.model.save import stored_bytes
 from ecoflap.pruning.criteria import make_criterion
 from ecoflap.pruning.room import too_little
-from ecoflap.run.checks import check_data, check_recipe, is_measured
+from ecoflap.run.checks import check_data, check_recipe, drawn, is_measured
 from ecoflap.run.evaluations import rehearse
 from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.provenance import digests_of
@@ -254,15 +254,7 @@ def check_plan(plan: Prepared) -> None:
 
 def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleSet, list[Batch]]:
     """The fixed calibration samples of a recipe, and their batches on the CPU."""
-    sample_set = load_samples(
-        recipe.calibration,
-        samples=recipe.samples,
-        seed=recipe.seed,
-        columns=recipe.columns,
-        prompt_template=recipe.prompt,
-        image_folder=recipe.image_folder,
-        most_pixels=pixels_used(checkpoint.processor),
-    )
+    sample_set = load_samples(recipe.calibration, **drawn(recipe), most_pixels=pixels_used(checkpoint.processor))
     wanted = collating_objective(recipe.objective, checkpoint.model)
     sample_set = unpacked(sample_set, wanted, checkpoint.processor)  # as make_batches does: for the record
     reasons: list[str] = []
