@@ -295,6 +295,15 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(weight, original)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_of_small_matrices(dtype: torch.dtype) -> None:
+    """For these SparseGPT's mask is tried, too."""
+    weight, _, _, pair = case(20, 64)
+    pruned, mask = ADMM()(weight.to(dtype), pair, 700, MATRIX)
+    assert pruned.dtype == dtype
+    assert int((~mask).sum()) == int((pruned == 0).sum()) == 700
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_units_of_the_inputs_do_not_matter(scale: float) -> None:
     weight, dense, x, pair = case(80, 64)

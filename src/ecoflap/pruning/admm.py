@@ -95,7 +95,7 @@ class ADMM:
         w = layer.solve(w, mask, self.polish)
         if not self.mask and weight.numel() <= _SMALL:
             other = SparseGPT()(weight, gram, zeros, pattern)
-            by_sparsegpt = layer.solve(other.weight * layer.scale, other.mask, self.polish)
+            by_sparsegpt = layer.solve(other.weight.float() * layer.scale, other.mask, self.polish)
             if layer.error(by_sparsegpt) < layer.error(w):
                 w, mask = by_sparsegpt, other.mask
         return layer.pruned(w, mask, weight)
