@@ -54,7 +54,7 @@ class _Seen:
     kept: int = 0  # bytes of the distinct inputs
     inputs: list[Tensor] = field(default_factory=list)  # distinct ones, as long as the block runs
     columns: list[int] = field(default_factory=list)
-    experts: dict[str, dict[str, int]] = field(default_factory=dict)  # columns by kind of layer and expert
+    experts: set[str] = field(default_factory=set)  # kinds of experts' layers, one for each distinct input
 
 
 def expected_memory(
@@ -88,19 +88,23 @@ def _of_block(block: Block, seen: _Seen, needs: str) -> tuple[Memory, int]:
     each = [FP32 * numbers(columns) for columns in seen.columns]
     statistics = max(each, default=0) if needs == "pair" else sum(each)  # one input after the other
     # The sum of a peak counts statistics twice; those of experts are counted with all their copies.
-    room = [_of_experts(found, numbers) // 2 for found in _at_a_time(seen, needs)]
-    apart = needs == "pair" or any(_of_experts(found, numbers) >= EXPERTS_ROOM for found in _at_a_time(seen, needs))
+    groups = _at_a_time(block, seen, needs)
+    room = [_of_experts(found, numbers) // 2 for found in groups]
+    apart = needs == "pair" or any(_of_experts(found, numbers) >= EXPERTS_ROOM for found in groups)
     statistics = max([statistics, *room]) if apart else statistics + sum(room)
     working = max((working_bytes(layer, needs) for layer in block.layers), default=0)
     return Memory(seen.arguments, statistics, working, seen.forward), seen.kept if needs == "pair" else 0
 
 
-def _at_a_time(seen: _Seen, needs: str) -> list[dict[str, int]]:
+def _at_a_time(block: Block, seen: _Seen, needs: str) -> list[dict[str, int]]:
     """Columns of the experts' inputs by any names, for each group of layers that is gathered at a time."""
+    kinds = [
+        {layer.name: layer.shape[1] for layer in block.layers if layer.expert and layer.kind == kind}
+        for kind in sorted(seen.experts)
+    ]
     if needs == "pair":
-        return list(seen.experts.values())
-    together = {f"{kind} {expert}": columns for kind, of in seen.experts.items() for expert, columns in of.items()}
-    return [together] if together else []
+        return kinds
+    return [{name: columns for of in kinds for name, columns in of.items()}] if kinds else []
 
 
 def _of_experts(columns: dict[str, int], numbers: Callable[[int], int]) -> int:
@@ -143,7 +147,7 @@ def _watch(model: nn.Module, anatomy: Anatomy, batch: Any, run: Run) -> list[tup
             one.inputs.append(x)
             one.kept += x.nbytes
             if layer.expert:
-                one.experts.setdefault(layer.kind, {})[layer.expert] = columns
+                one.experts.add(layer.kind)
             else:
                 one.columns.append(columns)
 
