@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,13 +117,40 @@ def test_a_folder_that_holds_something_is_left_alone_unless_overwritten(tmp_path
     target = tmp_path / "target"
     target.mkdir()
     save(loaded, target)  # an empty folder is no obstacle
-    (target / "notes.txt").write_text("mine")
+    (target / "README.md").write_text("mine")
     with pytest.raises(OutputExists, match="target"):
         save(loaded, target)
-    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "README.md").read_text() == "mine"
     save(loaded, target, overwrite=True)
-    assert not (target / "notes.txt").exists()
+    assert not (target / "README.md").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "dense.safetensors", "model-old.safetensors", "photos/holiday.png", ".git/config", "run.py"]
+)
+def test_what_is_no_part_of_a_model_is_never_replaced(tmp_path: Path, name: str) -> None:
+    loaded = load(picos.write_checkpoint("t5", tmp_path / "source"), device="cpu")
+    target = tmp_path / "target"
+    (target / name).parent.mkdir(parents=True)
+    (target / name).write_text("mine")
+    with pytest.raises(OutputExists, match=re.escape(name)):
+        save(loaded, target, overwrite=True)
+    assert [path for path in target.rglob("*") if path.is_file()] == [target / name]
+    with pytest.raises(OutputExists, match="is a file"):
+        save(loaded, target / name, overwrite=True)
+    assert (target / name).read_text() == "mine"
+
+
+def test_every_file_that_is_written_may_be_replaced(tmp_path: Path) -> None:
+    for name in ("llava", "blip2_opt", "clip"):
+        loaded = load(picos.write_checkpoint(name, tmp_path / "source" / name), device="cpu")
+        for _ in range(2):
+            save(loaded, tmp_path / name, overwrite=True)
+    index = {"weight_map": {"a": "pytorch_model-1.safetensors"}}
+    (tmp_path / "clip" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "clip" / "pytorch_model-1.safetensors").write_bytes(b"x")  # named by the index
+    save(loaded, tmp_path / "clip", overwrite=True)
 
 
 def test_what_a_killed_save_left_is_cleared_away(tmp_path: Path) -> None:

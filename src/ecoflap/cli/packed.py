@@ -149,6 +149,7 @@ def bench_model(
     sparsity: Annotated[float, typer.Option("--sparsity", metavar="S", help="Of the models made for it. Default: 0.5.",
                                             show_default=False, rich_help_panel="Measuring")] = 0.5,
     output: Annotated[Path | None, output_option("Write the JSON there, too.", "FILE")] = None,
+    overwrite: Annotated[bool, flag("--overwrite", text="Replace the file of --output.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -165,12 +166,15 @@ def bench_model(
     from ecoflap.cli.tables import bench_tables
     from ecoflap.run.bench import bench
     from ecoflap.run.bench_models import BenchOptions
+    from ecoflap.run.commands import refuse_existing
     from ecoflap.support.files import write_json
 
     options = BenchOptions(
         prompt_tokens, new_tokens, rounds, numbers("--batch-sizes", batch_sizes), numbers("--threads", threads), layers,
         sparsity,
     )  # fmt: skip
+    if output is not None:
+        refuse_existing(output, overwrite)
     run, packed = (None, None) if packed is None else run_and_packed(packed)
     found = bench(packed, options, progress_to(quiet or as_json))
     if run is not None:
@@ -215,4 +219,5 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InvalidOption(f"{option} {text}: give whole numbers with commas between them, such as 1,8") from None
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise InvalidOption(f"{option} {shown}: give whole numbers with commas between them, such as 1,8") from None

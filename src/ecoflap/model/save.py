@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from ecoflap.errors import CheckpointError, OutputExists, StorageError
+from ecoflap.errors import CheckpointError, StorageError
 from ecoflap.model.files import quiet
 from ecoflap.model.offload import is_offloaded
-from ecoflap.support.files import default_mode
+from ecoflap.model.replace import check_replaceable
+from ecoflap.support.files import default_mode, storage
 from ecoflap.support.reading import read_json
 from ecoflap.support.text import first_line
 
@@ -33,10 +34,10 @@ def save(checkpoint: Checkpoint, folder: str | Path, *, overwrite: bool = False)
     ``folder`` is either absent, as before, or complete.
 
     Args:
-        overwrite: replace a folder that already holds something.
+        overwrite: replace a folder that already holds a model.
 
     Raises:
-        OutputExists: ``folder`` holds something and ``overwrite`` is false.
+        OutputExists: ``folder`` holds something and ``overwrite`` is false, or holds other things than a model.
         StorageError: disk full, no permission; nothing is left behind.
         CheckpointError: transformers refuses to save this model.
     """
@@ -50,12 +51,12 @@ def replacing(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A hidden folder beside ``folder`` to write a model into; it takes the place of ``folder`` if nothing fails.
 
     Raises:
-        OutputExists: ``folder`` holds something and ``overwrite`` is false.
+        OutputExists: as :func:`~ecoflap.model.replace.check_replaceable`.
         StorageError: disk full, no permission; nothing is left behind.
     """
     folder = Path(folder).expanduser().absolute()
-    if not overwrite and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-        raise OutputExists(f"'{folder}' already holds something: choose another folder or overwrite it")
+    with storage(folder):
+        check_replaceable(folder, overwrite=overwrite)
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     try:
         _remove(partial)  # of a run that was killed

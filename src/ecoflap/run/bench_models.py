@@ -32,6 +32,9 @@ VARIANTS = (DENSE, "dense float32", "packed", "packed int8", "packed int4")
 PROMPT = "What is in the picture?"
 
 
+MOST_THREADS = 1024  # more than any machine that we know has; the system refuses far more
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """How long to measure: tokens of a prompt, tokens generated, rounds, batch sizes, threads (0: all).
@@ -49,10 +52,12 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         counts = (self.prompt_tokens, self.new_tokens - 1, self.rounds, self.layers, *self.batch_sizes)
-        if min(counts) < 1 or min(self.threads) < 0 or not 0.1 <= self.sparsity < 1:
+        if min(counts) < 1 or not 0 <= min(self.threads) <= max(self.threads) <= MOST_THREADS:
             raise InvalidOption(
-                "bench: counts must be at least 1, new tokens at least 2, threads at least 0 (all), sparsity 0.1 to 1"
+                f"bench: counts must be at least 1, new tokens at least 2, threads 0 (all) to {MOST_THREADS}"
             )
+        if not 0.1 <= self.sparsity < 1:
+            raise InvalidOption(f"bench: sparsity {self.sparsity} is not between 0.1 and 1")
 
 
 @dataclass

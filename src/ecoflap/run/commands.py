@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ecoflap.errors import OutputExists
+from ecoflap.errors import OutputExists, StorageError
 from ecoflap.evaluation.paired import Samples
 from ecoflap.run.directory import RunDirectory
 from ecoflap.run.names import JOURNAL, LOG, MANIFEST, RECIPE
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises OutputExists if ``path`` is there and may not be replaced, or is a folder."""
+    """Raises OutputExists if ``path`` is there and may not be replaced, or is a folder; StorageError below a file."""
     if path.is_dir():
         raise OutputExists(f"{path} is a folder: give the name of a file as --output, such as {path / 'result.json'}")
     if path.exists() and not overwrite:
         raise OutputExists(f"{path} is there already: add --overwrite to replace it, or choose another --output")
+    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise StorageError(f"can't write {path}: {above} is a file: choose another --output")
 
 
 def find_own_modules(objective: str | None) -> None:

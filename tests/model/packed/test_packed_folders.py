@@ -161,6 +161,31 @@ def test_refusals(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "packed", "pruned"]
 
 
+def test_no_option_makes_it_lose_its_source_or_what_is_no_model(tmp_path):
+    (tmp_path / "run").mkdir()
+    source = pruned("llama", tmp_path / "run" / "model")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = tensors(source)
+    for output in (source, source / "packed", tmp_path / "run", tmp_path, tmp_path / "run" / ".." / "run" / "model"):
+        with pytest.raises(InvalidOption, match="is, holds or lies in"):
+            pack_checkpoint(source, output, overwrite=True)
+    pack_checkpoint(source, tmp_path / "packed")
+    with pytest.raises(InvalidOption, match="is, holds or lies in"):
+        unpack_checkpoint(tmp_path / "packed", tmp_path / "packed", overwrite=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "holiday.png").write_text("mine")
+    for job in (lambda: pack_checkpoint(source, tmp_path / "other", overwrite=True),
+                lambda: unpack_checkpoint(tmp_path / "packed", tmp_path / "other", overwrite=True)):  # fmt: skip
+        with pytest.raises(OutputExists, match=r"holiday\.png"):
+            job()
+    pack_checkpoint(source, tmp_path / "packed", overwrite=True)  # a packed model may be replaced
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "plain")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "plain", overwrite=True)
+    assert same(source, tmp_path / "plain")
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(source).items())
+    assert (tmp_path / "other" / "holiday.png").read_text() == "mine"
+
+
 @pytest.fixture(scope="module")
 def packed_folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")

@@ -22,8 +22,9 @@ from ecoflap.model.packed.convert import PackedModel, pack
 from ecoflap.model.packed.format import PARTS, checked_group_size, unpack_weight
 from ecoflap.model.packed.shards import names_in_files, pack_shards, too_large
 from ecoflap.model.packed.stack import SUFFIX
+from ecoflap.model.replace import check_apart, check_replaceable
 from ecoflap.model.save import replacing, save
-from ecoflap.support.files import default_mode
+from ecoflap.support.files import default_mode, storage
 from ecoflap.support.text import first_line
 
 CARD = "README.md"
@@ -72,6 +73,9 @@ def pack_checkpoint(
         EcoflapError: as :func:`ecoflap.load`, :func:`ecoflap.pack` and :func:`ecoflap.save`.
     """
     size = checked_group_size(values, group_size)
+    check_apart(source, output)
+    with storage(Path(output)):
+        check_replaceable(Path(output).expanduser(), overwrite=overwrite)  # before anything is loaded
     files = None if source is None else locate(source, trust_remote_code=trust_remote_code)
     if files is not None and quantisation(files.config) == PACKED:
         raise CheckpointError(f"'{source}' is packed already: 'ecoflap unpack' writes the plain checkpoint")
@@ -105,6 +109,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool
     method = quantisation(config)
     if method not in (PACKED, BITMASK):
         raise CheckpointError(f"'{source}' is not packed ({method or 'plain weights'}): there is nothing to unpack")
+    check_apart(source, output)
     with replacing(output, overwrite=overwrite) as folder:
         for file in source.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):

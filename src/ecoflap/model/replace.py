@@ -1,0 +1,65 @@
+"""Decides which folders ``--overwrite`` may replace by a model: those that hold a model and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ecoflap.errors import EcoflapError, InvalidOption, OutputExists
+from ecoflap.model.files import INDEX, WEIGHTS
+from ecoflap.support.reading import read_json
+
+# What transformers writes for a model and its processor, code that comes with a checkpoint, and texts about it.
+_FILES = (
+    WEIGHTS, INDEX, "model-*-of-*.safetensors", "*config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "normalizer.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*",
+    "additional_chat_templates/*.jinja", "modeling_*.py", "configuration_*.py", "processing_*.py", "tokenization_*.py",
+    "image_processing_*.py", "README.md", "README.base.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+_SHOWN = 3  # files that a message names
+
+
+def check_replaceable(folder: Path, *, overwrite: bool) -> None:
+    """Checks that a model may be written to ``folder``, in place of what is there.
+
+    Raises:
+        OutputExists: it is a file; or it holds something, and ``overwrite`` is false or that is not a model alone.
+    """
+    if folder.is_file():
+        raise OutputExists(f"'{folder}' is a file: choose a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise OutputExists(f"'{folder}' already holds something: choose another folder or overwrite it")
+    foreign = list(_foreign(folder))
+    if foreign:
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        raise OutputExists(
+            f"'{folder}' holds what is no part of a model ({', '.join(foreign[:_SHOWN])}{more}), which would be lost: "
+            "choose another folder, or move that away"
+        )
+
+
+def _foreign(folder: Path) -> Iterator[str]:
+    """Files under ``folder`` that no checkpoint has."""
+    try:
+        index = read_json(folder / INDEX, "the index") if (folder / INDEX).is_file() else {}
+        shards = set(index["weight_map"].values()) if index else set()
+    except (EcoflapError, LookupError, TypeError, AttributeError):
+        shards = set()  # its files are then foreign
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if name not in shards and not any(fnmatchcase(name, pattern) for pattern in _FILES):
+            yield name
+
+
+def check_apart(source: str | Path | None, output: str | Path) -> None:
+    """Raises InvalidOption where ``output`` is the folder ``source``, lies in it or around it: it would be lost."""
+    if source is None or not Path(source).expanduser().exists():
+        return
+    there, here = Path(source).expanduser().resolve(), Path(output).expanduser().resolve()
+    if there == here or there in here.parents or here in there.parents:
+        raise InvalidOption(f"the output '{output}' is, holds or lies in the model '{source}': choose another folder")
