@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ecoflap
-from ecoflap.allocation import RULES
+from ecoflap.allocation import RULES, allocate
+from ecoflap.allocation.groups import LayerSize
 from ecoflap.cli.app import Command
 from ecoflap.cli.options import PANELS, with_recipe_options
 from ecoflap.data.objectives import OBJECTIVES
@@ -301,3 +302,14 @@ def test_the_default_criterion_is_recorded() -> None:
 @pytest.mark.parametrize("function", [ecoflap.prune, ecoflap.write_model_card])
 def test_python_and_the_command_line_have_one_default(function: Any) -> None:
     assert inspect.signature(function).parameters["criterion"].default == Recipe().criterion
+
+
+def test_towers_of_their_own_sparsity_have_their_own_cap() -> None:
+    own = Recipe(tower_sparsity={"vision": 0.4, "language": 0.6})
+    assert own.resolved().max_sparsity is None
+    layers = [LayerSize(f"{t}{i}", t, f"{t}{i}", 101, float(i + 1)) for t in ("vision", "language") for i in range(4)]
+    found = allocate(layers, **{name: value for name, value in own.shares().items() if value is not None})
+    highest = {t: max(row.sparsity for row in found.layers if row.tower == t) for t in ("vision", "language")}
+    assert highest["language"] > 0.6  # refused once, with the cap of the whole model
+    assert all(highest[tower] <= cap for tower, cap in (("vision", 0.5), ("language", 0.7)))
+    assert Recipe(tower_sparsity={"vision": 0.4}, max_sparsity=0.55).resolved().max_sparsity == 0.55

@@ -69,7 +69,8 @@ class Recipe(BaseModel):
         None,
         ge=0.0,
         le=1.0,
-        description="Highest sparsity of a group. Default: sparsity + 0.1; none for rules with a spread (linear).",
+        description="Highest sparsity of a group. Default: sparsity (or the tower's own) + 0.1; none for rules with a "
+        "spread (linear).",
     )
     min_sparsity: float = Field(0.0, ge=0.0, le=1.0, description="Lowest sparsity of a group.")
     importance: str = Field(
@@ -348,7 +349,9 @@ class Recipe(BaseModel):
             changes["importance_options"] = {**self.importance_options, "order": "magnitude"}
         changes["baseline"] = self._has_baseline(importance, bool(changes["search"]))
         sparsity = changes.get("sparsity", self.sparsity)
-        if self.max_sparsity is None and "max_sparsity" not in changes and not changes["search"]:
+        # Towers with targets of their own have caps of their own, each its target and the rule's margin.
+        alike = not self.tower_sparsity
+        if self.max_sparsity is None and "max_sparsity" not in changes and not changes["search"] and alike:
             changes["max_sparsity"] = self._own_cap(sparsity, importance)
         return self.model_copy(update=changes)
 
