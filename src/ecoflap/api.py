@@ -270,8 +270,7 @@ def prune_to(
 ) -> tuple[Allocation, tuple[str, ...]]:
     """Stage 2 alone, for a given allocation: (allocation with achieved sparsities, layers without statistics).
 
-    Options are those of :func:`prune`; ``journal`` holds what an interrupted run has done. It is no part of the public
-    API: tests and benchmarks hold stage 2 to other implementations with it, on layers and shares that they choose.
+    Not public: tests and benchmarks compare stage 2 alone with it. ``journal`` holds what an interrupted run has done.
     """
     choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
     recovery = recovery_options(recover_options) if recover else None

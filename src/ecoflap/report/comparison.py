@@ -132,7 +132,7 @@ class StoredModel:
     @property
     def line(self) -> str:
         """What it shares a line of the plot with: dense models of all forms, else a method's of one form."""
-        return "dense, quantised" if self.sparsity is None else f"{self.title}, {FORM_WORDS.get(self.form, self.form)}"
+        return "dense, quantised" if self.sparsity is None else f"{self.title}, {self.form}"
 
 
 class Pairing(Content):
@@ -142,9 +142,6 @@ class Pairing(Content):
     sparsity: Fraction
     test: str
     against: dict[str, PairedDifference] = {}
-
-
-FORM_WORDS = {"auto": "packed"}
 
 
 class Comparison(Content):

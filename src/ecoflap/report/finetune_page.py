@@ -122,13 +122,14 @@ def loss_chart(training: TrainingRecord) -> Chart | None:
     if not values:
         return None
     low, high = min(values), max(values)
+    steps = max(1, training.steps)
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     best = dict(training.held_out).get(training.best)
     note = "" if best is None else f"; the best held-out loss is {formats.significant(best, 4)}, at {training.best}"
     return Chart(
         caption="Loss by step",
         description=f"Training and held-out loss over {training.steps} steps{note}.",
-        x=Axis("step", limits=(0.0, float(max(1, training.steps)))),
+        x=Axis("step", limits=(-0.02 * steps, 1.02 * steps)),  # room for the first and last marker
         y=Axis("loss", limits=(low - margin, high + margin)),
         series=series,
         rules=[] if best is None else [Rule(best, f"kept: step {training.best}", 1)],

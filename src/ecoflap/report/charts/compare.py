@@ -113,7 +113,7 @@ def _stored_style(content: Comparison, model: StoredModel) -> Style:
 def _stored_words(name: str, model: StoredModel, test: Test) -> str:
     what = model.form if model.sparsity is None else f"sparsity {formats.percent(model.sparsity)}"
     value = formats.metric_value(test.metric, model.average.mean, model.average.error or None, unit=test.unit)
-    return f"{name}\n{what}: {value}\n{model.bytes / _MEGABYTE:.2f} MB, {model.bits:.2f} bits a weight"
+    return f"{name}\n{what}: {value}\n{formats.significant(model.bytes / _MEGABYTE)} MB, {model.bits:.2f} bits a weight"
 
 
 def _above(line: Series, floor: float) -> Series:
