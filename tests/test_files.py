@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from ecoflap.errors import InvalidOption
+from ecoflap.errors import InvalidOption, OutputExists, StorageError
+from ecoflap.model.replace import check_replaceable
 from ecoflap.support.files import PARTIAL, write_json, write_text
 from ecoflap.support.reading import read_json
 
@@ -44,3 +46,21 @@ def test_absent(tmp_path: Path) -> None:
         read_json(tmp_path / "b.json", "the allocation")
     with pytest.raises(InvalidOption, match="Is a directory"):
         read_json(tmp_path, "the allocation")
+
+
+def test_what_is_no_plain_file_stays(tmp_path: Path) -> None:
+    """A pipe stands for devices: a test must not try its luck with /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for target in (pipe, tmp_path):
+        with pytest.raises(StorageError, match="is no plain file"):
+            write_text(target, "x")
+        with pytest.raises(OutputExists, match="is no folder" if target == pipe else "already holds something"):
+            check_replaceable(target, overwrite=False)
+    with pytest.raises(OutputExists, match="is no folder"):
+        check_replaceable(pipe, overwrite=True)
+    (tmp_path / "lost").symlink_to("nowhere")
+    with pytest.raises(OutputExists, match="is no folder"):
+        check_replaceable(tmp_path / "lost", overwrite=True)
+    assert pipe.is_fifo()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pipe", "lost"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,8 +27,9 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
     Raises:
         OutputExists: it is a file; or it holds something, and ``overwrite`` is false or that is not a model alone.
     """
-    if folder.is_file():
-        raise OutputExists(f"'{folder}' is a file: choose a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        kind = "a file" if folder.is_file() else "no folder"  # a device, a pipe, a link to nothing
+        raise OutputExists(f"'{folder}' is {kind}: choose a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:

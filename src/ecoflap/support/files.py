@@ -51,6 +51,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         StorageError: the file could not be written; ``path`` is as it was.
     """
     with storage(path):
+        if (path.exists() and not path.is_file()) or path.parent.resolve() == Path(os.devnull).parent:
+            # A file would take its place: that of /dev/null, say, for the whole machine.
+            raise StorageError(f"{path} is no plain file (a folder, a device or a pipe): choose another --output")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         os.close(handle)
