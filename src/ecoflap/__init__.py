@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ecoflap.report.hub import push
     from ecoflap.run.compare.compare import compare
     from ecoflap.run.extensions import register
+    from ecoflap.run.finetune.upop_api import upop
     from ecoflap.run.recipe import Recipe
     from ecoflap.support.processes import joined
     from ecoflap.support.version import __version__ as __version__
@@ -43,6 +44,7 @@ __all__ = [
     "recover",
     "register",
     "save",
+    "upop",
     "write_model_card",
 ]
 
@@ -67,6 +69,7 @@ _HOMES = {
     "recover": "ecoflap.api",
     "register": "ecoflap.run.extensions",
     "save": "ecoflap.model.save",
+    "upop": "ecoflap.run.finetune.upop_api",
     "write_model_card": "ecoflap.report.card",
     "__version__": "ecoflap.support.version",
 }

@@ -136,8 +136,10 @@ def test_an_update_weakens_what_is_to_leave_and_the_last_one_zeroes_it():
     assert all(torch.equal(again.values[name], masks.values[name]) for name in masks.values)
     chosen = again.chosen(0.5, total)
     assert all(torch.equal(kept[name], chosen[name]) for name in kept)
-    biases = zero_channels(model, groups, kept)
+    keeper = zero_channels(model, groups, kept)
     zeros = sum(int((model.get_parameter(layer.name) == 0).sum()) for layer in anatomy.layers)
     assert zeros == gone
-    assert len(biases) == sum(len(group.members) - 1 for group in groups)
+    # Every member, and the bias of each that produces the channels.
+    assert len(keeper.counts) == sum(2 * len(group.members) - 1 for group in groups)
+    assert sum(count for name, count in keeper.counts.items() if name.endswith(".weight")) == gone
     assert torch.allclose(model(**batch).logits, masked, rtol=1e-12, atol=1e-12)

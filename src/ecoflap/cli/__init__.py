@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ecoflap.cli import finetune, packed, prune, runs, stages  # their commands add themselves to the application
+from ecoflap.cli import finetune, packed, prune, runs, stages, upop  # their commands add themselves to the application
 from ecoflap.cli.app import Ended, app
 from ecoflap.cli.signals import stops
 from ecoflap.cli.terminal import messages, print_lines
@@ -20,7 +20,7 @@ from ecoflap.run.directory import Stopped
 from ecoflap.support.memory import memory_error
 from ecoflap.support.workers import launched
 
-__all__ = ["TRACEBACK", "app", "finetune", "main", "packed", "prune", "runs", "stages"]
+__all__ = ["TRACEBACK", "app", "finetune", "main", "packed", "prune", "runs", "stages", "upop"]
 
 
 @app.callback(invoke_without_command=True)

@@ -39,6 +39,11 @@ def finetune(
         ecoflap finetune runs/first --train train.parquet --distill 1 --output tuned/distilled
         ecoflap finetune path/to/pruned --train train.jsonl --tune lora --rank 32 --test held-out.jsonl --task vqa
     """
+    told(recipe, output, overwrite=overwrite, resume=resume, quiet=quiet, as_json=as_json)
+
+
+def told(recipe: Finetune, output: Path, *, overwrite: bool, resume: bool, quiet: bool, as_json: bool) -> None:
+    """Carries out a training and prints what it came to."""
     progress = progress_to(quiet or as_json)
     # Checked before anything heavy is imported, so that a folder in use is reported at once.
     examined = FinetuneDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)

@@ -22,7 +22,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Training": (
         "train", "train_samples", "validation", "held_out", "tune", "rank", "epochs", "learning_rate", "weight_decay",
         "warmup", "accumulate", "evaluate_every", "patience", "dense", "distill", "distill_hidden", "temperature",
-        "training_options",
+        "training_options", "search_epochs", "update_every",
     ),
     "Model": (
         "device", "device_map", "max_memory", "dtype", "compute_dtype", "trust_remote_code", "include", "exclude",

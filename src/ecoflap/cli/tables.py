@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -15,6 +15,9 @@ from ecoflap.allocation import Allocation
 from ecoflap.report.data import Metrics, RunData, read_run
 from ecoflap.report.quality import OtherMetric, PairedDifference, Quality
 from ecoflap.support import formats
+
+if TYPE_CHECKING:
+    from ecoflap.report.finetune_page import ChannelsRecord
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -185,7 +188,9 @@ def finetune_table(folder: Path) -> Table:
     from ecoflap.report.finetune_page import MODELS, read_finetune, tests  # not before: it draws, too
 
     recipe, metrics = read_finetune(folder)
-    table = new_table(str(recipe.get("model")), "", *(name.lower() for name in MODELS.values()), "gain")
+    table = new_table(
+        str(recipe.get("model") or "embedded VLM"), "", *(name.lower() for name in MODELS.values()), "gain"
+    )
     for test in tests(metrics):
         for number, line in enumerate(test.lines):
             add_row(table, f"  {line.label}" if number else test.title, *line.values, line.gain)
@@ -198,10 +203,26 @@ def finetune_table(folder: Path) -> Table:
     shown = [formats.MISSING if loss is None else formats.significant(loss, 4) for loss in (before, after)]
     add_row(table, "held-out loss", "", *shown)
     add_row(table, "sparsity, prunable weights", "", "", percent(metrics.sparsity.prunable))
+    if metrics.channels is not None:
+        for label, kept in kept_channels(metrics.channels):
+            add_row(table, label, "", "", kept)
+        for entry, (old, new) in metrics.channels.config.items():
+            add_row(table, f"  {entry}", f"{old:,}", "", f"{new:,}")
+        parameters = [metrics.channels.parameters.get(name) for name in ("dense", "saved")]
+        add_row(table, "parameters", formats.integer(parameters[0]), "", formats.integer(parameters[1]))
     add_row(table, "steps", "", "", f"{training.steps:,} of {training.planned:,}")
     if training.best != training.steps:
         add_row(table, "  the weights are those after", "", "", f"{training.best:,}")
     return table
+
+
+def kept_channels(channels: ChannelsRecord) -> Iterator[tuple[str, str]]:
+    """For each tower and kind, the channels that stay: the fewest and the most of a block."""
+    for tower, kind in dict.fromkeys((row.tower, row.kind) for row in channels.groups):
+        kept = [row.kept for row in channels.groups if (row.tower, row.kind) == (tower, kind)]
+        widths = [row.width for row in channels.groups if (row.tower, row.kind) == (tower, kind)]
+        span = f"{min(kept):,}" if min(kept) == max(kept) else f"{min(kept):,} to {max(kept):,}"
+        yield f"channels kept, {kind}, {tower}", f"{span} of {max(widths):,}"
 
 
 def stages_table(run: RunData | Path | str) -> Table:

@@ -23,7 +23,7 @@ _MATRICES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
-class _Kept:
+class KeptZeros:
     """One weight with zeros: who owns it (looked up anew each time), and where it is zero."""
 
     name: str
@@ -58,7 +58,7 @@ class ZeroKeeper(TrainerCallback):  # type: ignore[misc]
         counts: of each weight that is kept, its name and number of zeros.
     """
 
-    def __init__(self, kept: Sequence[_Kept]) -> None:
+    def __init__(self, kept: Sequence[KeptZeros]) -> None:
         self._kept = tuple(kept)
         self._handles: list[RemovableHandle] = []
         self._contexts = 0  # that are open
@@ -104,7 +104,7 @@ class ZeroKeeper(TrainerCallback):  # type: ignore[misc]
         self.enforce()
 
     @staticmethod
-    def _without_zeros(one: _Kept) -> Any:
+    def _without_zeros(one: KeptZeros) -> Any:
         return lambda gradient: gradient.masked_fill(one.on(gradient), 0)
 
     # As a callback. A training that begins with a checkpoint has loaded it before.
@@ -161,7 +161,7 @@ def keep_zeros(model: nn.Module, *, include: Sequence[str] = (), exclude: Sequen
         seen.add(id(weight))  # tied weights are one
         zeros = weight.detach() == 0
         if bool(zeros.any()):
-            kept.append(_Kept(name, owner, attribute, zeros))
+            kept.append(KeptZeros(name, owner, attribute, zeros))
     if not kept:
         chosen = " that the patterns select" if include or exclude else ""
         raise AnatomyError(

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ecoflap.errors import InfeasibleAllocation
 from ecoflap.model.channels import ChannelGroup
+from ecoflap.pruning.keep_zeros import KeptZeros, ZeroKeeper
 
 if TYPE_CHECKING:
     from typing import Self  # from Python 3.11 on; read by type checkers alone
@@ -171,17 +172,20 @@ def _masks_input(value: Tensor, units: Tensor) -> Any:
     return lambda _module, args: (args[0] * value[units].to(args[0].dtype), *args[1:])
 
 
-@torch.no_grad()
-def zero_channels(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> tuple[str, ...]:
-    """Set the weights, and biases, of all units that do not stay to zero; names of the biases that were touched."""
-    biases = []
+def zero_channels(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> ZeroKeeper:
+    """Set the weights, and biases, of all units that do not stay to zero; what keeps these zeros in a training."""
+    found = []
     for group in groups:
         for member in group.members:
+            owner = model.get_submodule(member.layer.module)
+            gone = ~kept[group.name][member.units]
+            attribute = member.layer.name.removeprefix(f"{member.layer.module}.")
             weight = model.get_parameter(member.layer.name)
-            gone = ~kept[group.name][member.units].to(weight.device)
-            weight.index_fill_(member.axis, gone.nonzero().flatten(), 0)
-            bias = getattr(model.get_submodule(member.layer.module), "bias", None)
-            if member.outputs and isinstance(bias, nn.Parameter):
-                bias.masked_fill_(gone, 0)
-                biases.append(member.bias)
-    return tuple(biases)
+            shape = [-1 if axis == member.axis else 1 for axis in range(weight.dim())]
+            zeros = gone.view(shape).expand(weight.shape).to(weight.device)
+            found.append(KeptZeros(member.layer.name, owner, attribute, zeros))
+            if member.outputs and isinstance(getattr(owner, "bias", None), nn.Parameter):
+                found.append(KeptZeros(member.bias, owner, "bias", gone.to(weight.device)))
+    keeper = ZeroKeeper(found)
+    keeper.enforce()
+    return keeper

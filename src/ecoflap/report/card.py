@@ -15,7 +15,7 @@ from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, DEFAULT, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
 from ecoflap.report.data import Metrics, RunData, read_run
-from ecoflap.report.finetune_page import TrainingRecord, read_finetune
+from ecoflap.report.finetune_page import ChannelsRecord, TrainingRecord, read_finetune
 from ecoflap.report.places import place_name, without_places
 from ecoflap.report.quality import OtherMetric, Quality
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
@@ -150,13 +150,14 @@ def _of_finetune(run: RunData, processor: str | None) -> Card:
     training = metrics.training
     kinds = {str(entry.get("name")): str(entry.get("task")) for entry in recipe.get("evaluations") or ()}
     return Card(
-        title=f"{found.name}, {formats.percent(metrics.sparsity.prunable)} sparse and fine-tuned",
+        title=f"{found.name}, {formats.percent(metrics.sparsity.prunable)} "
+        + ("of its prunable weights removed by UPop" if metrics.channels else "sparse and fine-tuned"),
         base=found,
         model_class=str(metrics.environment.get("model_class", "AutoModel")),
         processor=processor,
         sparsity=metrics.sparsity.model_dump(),
-        steps=[*_training_steps(shown, training)],
-        tags=["ecoflap", "pruned", "sparse", "fine-tuned"],
+        steps=[*_training_steps(shown, training, metrics.channels)],
+        tags=["ecoflap", "pruned", *(["structured", "upop"] if metrics.channels else ["sparse"]), "fine-tuned"],
         rows=[*_rows(metrics.dense, metrics.finetuned, data)],
         results=[*_results(metrics.finetuned, data, kinds)],
         recipe=shown,
@@ -165,8 +166,17 @@ def _of_finetune(run: RunData, processor: str | None) -> Card:
     )
 
 
-def _training_steps(recipe: Mapping[str, Any], training: TrainingRecord) -> Iterator[Step]:
-    yield Step("Zeros", f"those of {recipe.get('model')}, kept in training")
+def _training_steps(
+    recipe: Mapping[str, Any], training: TrainingRecord, channels: ChannelsRecord | None
+) -> Iterator[Step]:
+    if channels is None:
+        yield Step("Zeros", f"those of {recipe.get('model')}, kept in training")
+    else:
+        yield Step("Channels", "of attentions and feed-forward networks, by UPop's search while the model was trained")
+        yield Step("Saved", channels.saved)
+        for kind in dict.fromkeys(row.kind for row in channels.groups):
+            rows = [row for row in channels.groups if row.kind == kind]
+            yield Step(f"Kept, {kind}", ", ".join(f"{row.name} {row.kept} of {row.width}" for row in rows))
     what = "a masked low-rank update of the pruned layers" if recipe.get("tune") == "lora" else "all weights"
     source = place_name(training.source) if training.source else "its data"
     yield Step("Training", f"{what}, {training.best:,} steps on {training.samples:,} samples of {source}")

@@ -40,6 +40,39 @@ class TrainingRecord(Content):
     source: str = ""
 
 
+class ChannelRow(Content):
+    """One attention or feed-forward network: the units of its channels before, and those that stay."""
+
+    name: str = ""
+    tower: str = ""
+    kind: str = ""
+    width: Count = 0
+    kept: Count = 0
+
+
+class ChannelsRecord(Content):
+    """What became of the channels, see :func:`ecoflap.run.finetune.upop.channels_record`.
+
+    Attributes:
+        config: entries of the saved model's configuration, with the size before and now.
+        search: (step, training loss) of the search.
+    """
+
+    groups: list[ChannelRow] = []
+    config: dict[str, tuple[Count, Count]] = {}
+    parameters: dict[str, Count] = {}
+    search: list[Point] = []
+
+    @property
+    def saved(self) -> str:
+        """How the model is stored, in words."""
+        if not self.config:
+            return "with zeros in the channels that have left: its configuration can't say the sizes"
+        sizes = ", ".join(f"{entry} {old} → {new}" for entry, (old, new) in self.config.items())
+        before, after = (formats.integer(self.parameters.get(name)) for name in ("dense", "saved"))
+        return f"smaller: {sizes}; {after} of {before} parameters. Zeros fill the other channels that have left"
+
+
 class FinetuneMetrics(Content):
     """``metrics.json`` of a fine-tuning."""
 
@@ -48,6 +81,7 @@ class FinetuneMetrics(Content):
     finetuned: dict[str, Quality] = {}
     paired: dict[str, dict[str, PairedDifference]] = {}
     sparsity: Sparsity = Sparsity()
+    channels: ChannelsRecord | None = None
     training: Annotated[TrainingRecord, Field(default_factory=TrainingRecord)]
     stages: list[Stage] = []
     environment: dict[str, Any] = {}
@@ -170,6 +204,7 @@ def render(recipe: Mapping[str, Any], metrics: FinetuneMetrics) -> str:
             loss_panels=plots.group("loss", [chart] if chart else []),
             seconds=sum(stages) if stages else None,
             peak=max((s.peak_memory_bytes for s in metrics.stages if s.peak_memory_bytes is not None), default=None),
+            command_name=getattr(records.kind_of(recipe), "title", "finetune"),
             options=list(records.options(recipe)),
             records=list(records.records("", records.environment(recipe, metrics.environment))),
             command=records.reproduce(recipe, "tuned/again"),

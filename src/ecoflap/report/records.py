@@ -10,6 +10,7 @@ from typing import Any
 
 from ecoflap.report.data import RunData
 from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.run.finetune.upop_recipe import HIDDEN, UPop
 from ecoflap.run.names import MODEL, PACKED, TRAIN
 from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of, idle_fields
 
@@ -18,7 +19,7 @@ _NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "j
 
 
 def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
-    """``ecoflap prune`` or ``finetune`` with the options of ``recipe`` that are not the defaults, for a POSIX shell.
+    """``ecoflap prune``, ``finetune`` or ``upop`` with the options of ``recipe`` that are no defaults, for a shell.
 
     Sparsity and criterion are always said.
 
@@ -28,18 +29,28 @@ def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
 
     A recipe with what no option can say is repeated from the run's own file.
     """
-    kind, command = (Finetune, "ecoflap finetune") if recipe.get(TRAIN) else (Recipe, "ecoflap prune")
+    kind = kind_of(recipe)
+    command = f"ecoflap {kind.title if issubclass(kind, Finetune) else 'prune'}"
     if any(recipe.get(field) for field in FILE_ONLY):
         again = [shlex.join(words) for words in _code(recipe)]  # which a file is not trusted with
         return " \\\n  ".join((command, "--recipe recipe.yaml", *again, shlex.join(["--output", output])))
     lines = [command + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
     defaults = kind.parse({}).to_dict()
-    always = ("sparsity",) if kind is Finetune else ("sparsity", "criterion")
+    always = ("sparsity",) if issubclass(kind, Finetune) else ("sparsity", "criterion")
     for key, value in recipe.items():
-        if key not in _NOT_REPEATED and (key in always or key not in defaults or value != defaults[key]):
+        if key in _NOT_REPEATED or (kind is UPop and key in HIDDEN):
+            continue
+        if key in always or key not in defaults or value != defaults[key]:
             lines += (shlex.join(words) for words in flags(flag_of(key), value))
     lines.append(shlex.join(["--output", output]))
     return " \\\n  ".join(lines)
+
+
+def kind_of(recipe: Mapping[str, Any]) -> type[Recipe]:
+    """Which command's recipe it is."""
+    if not recipe.get(TRAIN):
+        return Recipe
+    return UPop if "sparsity" in recipe else Finetune
 
 
 def _code(recipe: Mapping[str, Any]) -> list[list[str]]:

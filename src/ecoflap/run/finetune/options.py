@@ -43,7 +43,7 @@ def check_training_options(recipe: Finetune) -> None:
         if name in _OWN:
             raise InvalidOption(f"training_options {name}: that is {_OWN[name]} here")
         if name in _FIXED:
-            raise InvalidOption(f"training_options {name}: finetune sets it itself")
+            raise InvalidOption(f"training_options {name}: {recipe.title} sets it itself")
         if name not in known:
             near = get_close_matches(name, known - {*_OWN, *_FIXED}, n=1, cutoff=0.5)
             hint = f": did you mean '{near[0]}'?" if near else ""
@@ -76,6 +76,18 @@ def training_arguments(
         "save_steps": min(every, steps),
         "logging_steps": max(1, min(every, steps) // 5),
         "eval_on_start": not resumed,
+        "dataloader_drop_last": paired,
+        "use_cpu": on_cpu,
+    })  # fmt: skip
+
+
+def search_arguments(recipe: Finetune, folder: str, steps: int, *, on_cpu: bool, paired: bool) -> TrainingArguments:
+    """The trainer's arguments for a search, at a constant rate after the warm-up; nothing is evaluated in it."""
+    return _built(recipe, folder, {
+        "lr_scheduler_type": "constant_with_warmup",
+        "save_strategy": "steps",
+        "save_steps": min(recipe.evaluate_every or max(1, steps // EVALUATIONS), steps),
+        "logging_steps": max(1, steps // (5 * EVALUATIONS)),
         "dataloader_drop_last": paired,
         "use_cpu": on_cpu,
     })  # fmt: skip

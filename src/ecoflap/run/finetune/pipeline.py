@@ -15,6 +15,7 @@ from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.objectives import Objective, objective_name, resolve
 from ecoflap.data.sources import check_source
 from ecoflap.errors import CheckpointError, InvalidOption
+from ecoflap.model.channels import ChannelGroup
 from ecoflap.model.checkpoint import DTYPES, Checkpoint, load
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.parts import Anatomy
@@ -22,6 +23,7 @@ from ecoflap.model.save import save, stored_bytes
 from ecoflap.pruning.keep_zeros import keep_zeros
 from ecoflap.run import names as files
 from ecoflap.run.evaluations import Evaluation, check_evaluations, evaluate, evaluations_of, rehearse
+from ecoflap.run.finetune.channels import Channels
 from ecoflap.run.finetune.data import TrainingData, described, digests, training_data
 from ecoflap.run.finetune.distillation import Distillation
 from ecoflap.run.finetune.folder import TRAINING, FinetuneDirectory
@@ -29,6 +31,8 @@ from ecoflap.run.finetune.lora import adapted, check_peft, merged
 from ecoflap.run.finetune.options import check_training_options
 from ecoflap.run.finetune.recipe import EMBEDDED, Finetune
 from ecoflap.run.finetune.train import Training, in_dtype, train
+from ecoflap.run.finetune.upop import find_groups
+from ecoflap.run.finetune.upop_recipe import UPop
 from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.pages import PAGES
@@ -53,6 +57,7 @@ class _Plan:
     data: TrainingData
     objective: Objective
     objective_name: str
+    groups: tuple[ChannelGroup, ...] | None = None  # of UPop
 
     def choices(self) -> Iterator[str]:
         guessed = self.data.samples.columns and not self.recipe.columns
@@ -74,6 +79,7 @@ class _Job:
     run: FinetuneDirectory
     progress: Progress
     usages: list[Usage]
+    channels: Channels | None = None  # of UPop
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -118,12 +124,12 @@ def run_finetune(
         run.begin(recipe, fingerprint(plan.checkpoint.model), plan.inputs())
         log, began = run.path / files.LOG, threads_of_start(run.path / MACHINE, plan.checkpoint.model)
         with logging_to(log), explained(run.path, log), began:
-            _log.info("fine-tuning %s in %s", "goes on" if run.resumed else "begins", run.path.absolute())
+            _log.info("%s %s in %s", recipe.title, "goes on" if run.resumed else "begins", run.path.absolute())
             _log.info("recipe: %s", recipe.model_dump(mode="json", exclude_defaults=True))
             for line in plan.choices():
                 _log.info("%s", line)
             usages = [Usage(**row) for row in read_sealed(run.path / STAGES) or ()]
-            _stages(_Job(plan, run, progress or Silent(), usages))
+            _stages(_Job(plan, run, progress or Silent(), usages, _channels(plan, run)))
         return run.path
 
 
@@ -143,14 +149,18 @@ def prepare_finetune(recipe: Finetune) -> _Plan:
         check_source(source, recipe.image_folder)
     for entry in check_evaluations(recipe):
         check_source(entry.test, entry.image_folder)
-    checkpoint = load_checkpoint(_of_model(recipe), "finetune")
-    keep_zeros(checkpoint.model)  # raises where there are none
+    checkpoint = load_checkpoint(_of_model(recipe), recipe.title)
+    if not isinstance(recipe, UPop):
+        keep_zeros(checkpoint.model)  # raises where there are none
     name = objective_name(recipe.objective, checkpoint.model)
     objective = resolve(name, checkpoint.model)
     data = training_data(recipe, checkpoint)
     anatomy = find_layers(recipe, checkpoint.model, [data.first(recipe.batch_size)], objective)
+    groups = None
+    if isinstance(recipe, UPop):
+        groups = find_groups(checkpoint.model, anatomy, data, objective, recipe.sparsity)
     rehearse(checkpoint, recipe)
-    return _Plan(recipe, checkpoint, anatomy, data, objective, name)
+    return _Plan(recipe, checkpoint, anatomy, data, objective, name, groups)
 
 
 def _of_model(recipe: Finetune) -> Finetune:
@@ -163,8 +173,9 @@ def _stages(job: _Job) -> None:
     entries = evaluations_of(plan.recipe)
     teacher = _teacher(job)
     dense = {} if teacher is None else _evaluated(job, entries, "dense", teacher)
+    _search(job, teacher)
     pruned = _evaluated(job, entries, "pruned", plan.checkpoint)
-    checkpoint, training = _trained(job, teacher)
+    checkpoint, training, zeros, channels = _trained(job, teacher)
     tuned = _evaluated(job, entries, "fine-tuned", checkpoint)
     run.discard(files.REPORT)  # of an older state; metrics and a page say that all is done
     run.write(files.METRICS, {
@@ -173,7 +184,8 @@ def _stages(job: _Job) -> None:
         "pruned": {name: kept["result"] for name, kept in pruned.items()},
         "finetuned": {name: kept["result"] for name, kept in tuned.items()},
         "paired": paired_results(tuned, {"dense": dense, "pruned": pruned}),
-        "sparsity": sparsity_of(plan.anatomy, _zeros(checkpoint, plan.anatomy)),
+        "sparsity": sparsity_of(plan.anatomy, zeros),
+        **({"channels": channels} if channels else {}),
         "training": {
             **asdict(training),
             "objective": plan.objective_name,
@@ -190,6 +202,28 @@ def _stages(job: _Job) -> None:
     PAGES.get("finetune")(run.path)
     run.finish()
     _log.info("complete: %s", run.path)
+
+
+def _channels(plan: _Plan, run: FinetuneDirectory) -> Channels | None:
+    return None if plan.groups is None else Channels(plan.groups, run.path / files.JOURNAL)
+
+
+def _search(job: _Job, teacher: Checkpoint | None) -> None:
+    """UPop's search, where it is one, in place; one that has ended before is read from the journal."""
+    plan, channels = job.plan, job.channels
+    if channels is None or (read_sealed(job.run.path / TRAINING) is not None and not channels.searched):
+        return
+    assert isinstance(plan.recipe, UPop)
+    model = plan.checkpoint.model
+    if not channels.searched:
+        check_room(job.run.path, 7 * sum(p.numel() * 4 for p in model.parameters()), "the checkpoints")
+        with job.stage("search"):
+            back = _in_training_dtype(plan)
+            channels.search(
+                model, plan.anatomy, plan.data, plan.recipe, plan.objective, _distillation(job, teacher), job.progress
+            )
+            back()
+    channels.restore(model)
 
 
 def _zeros(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, int]:
@@ -230,13 +264,16 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str, checkpoint: 
     return kept
 
 
-def _trained(job: _Job, teacher: Checkpoint | None) -> tuple[Checkpoint, Training]:
-    """The fine-tuned model, saved, and the outcome of its training."""
+def _trained(
+    job: _Job, teacher: Checkpoint | None
+) -> tuple[Checkpoint, Training, dict[str, int], dict[str, Any] | None]:
+    """The fine-tuned model, saved; the outcome of its training; zeros by layer, and what became of UPop's channels."""
     run, plan = job.run, job.plan
     place = run.path / files.MODEL
     known = read_sealed(run.path / TRAINING)
     if known is not None and place.exists():
-        return load_checkpoint(plan.recipe.model_copy(update={"model": str(place), "dtype": "auto"})), _training(known)
+        saved = load_checkpoint(plan.recipe.model_copy(update={"model": str(place), "dtype": "auto"}))
+        return saved, _training(known), known["zeros"], known["channels"]
     model = plan.checkpoint.model
     # A checkpoint has the weights and both moments in float32; there are two of them while one replaces the other.
     check_room(run.path, 7 * sum(p.numel() * 4 for p in model.parameters()) + stored_bytes(model), "the checkpoints")
@@ -245,15 +282,22 @@ def _trained(job: _Job, teacher: Checkpoint | None) -> tuple[Checkpoint, Trainin
         training = _tuned(job, teacher)
     if training.best == 0:
         _log.warning("no evaluation had a lower held-out loss than the pruned model, so its weights are kept")
-        model = load_checkpoint(_of_model(plan.recipe)).model
+        if job.channels is None:
+            model = load_checkpoint(_of_model(plan.recipe)).model
+        else:
+            job.channels.restore(model)
     checkpoint = replace(plan.checkpoint, model=model.eval())
-    lost = [name for name, count in _zeros(checkpoint, plan.anatomy).items() if count < before[name]]
+    zeros, channels = _zeros(checkpoint, plan.anatomy), None
+    lost = [name for name, count in zeros.items() if count < before[name]]
     if lost:
         raise RuntimeError(f"{len(lost)} layers have lost zeros ({lost[0]}): nothing is saved")
     with job.stage("saving"), run.manifest.writing(f"{files.MODEL}/"):
-        write_sealed(run.path / TRAINING, asdict(training))
+        if job.channels is not None:
+            model, channels = job.channels.smaller(checkpoint.model, plan.anatomy, plan.data, plan.objective)
+            checkpoint = replace(checkpoint, model=model)
+        write_sealed(run.path / TRAINING, {**asdict(training), "zeros": zeros, "channels": channels})
         save(checkpoint, place)
-    return checkpoint, training
+    return checkpoint, training, zeros, channels
 
 
 def _training(known: Mapping[str, Any]) -> Training:
@@ -261,22 +305,32 @@ def _training(known: Mapping[str, Any]) -> Training:
     return Training(known["steps"], known["planned"], known["best"], **pairs)
 
 
+def _in_training_dtype(plan: _Plan) -> Callable[[], None]:
+    dtype = plan.recipe.dtype
+    return in_dtype(plan.checkpoint.model, torch.float32 if dtype == "auto" else DTYPES[dtype])
+
+
+def _distillation(job: _Job, teacher: Checkpoint | None) -> Distillation | None:
+    recipe = job.plan.recipe
+    if not (recipe.distill or recipe.distill_hidden):
+        return None
+    assert teacher is not None
+    towers = job.plan.anatomy.towers
+    return Distillation(teacher.model, recipe.distill, recipe.temperature, recipe.distill_hidden, towers)
+
+
 def _tuned(job: _Job, teacher: Checkpoint | None) -> Training:
     """Trains the plan's model in place, in the dtype that the recipe asks for."""
     recipe, model = job.plan.recipe, job.plan.checkpoint.model
-    back = in_dtype(model, torch.float32 if recipe.dtype == "auto" else DTYPES[recipe.dtype])
-    distillation = None
-    if recipe.distill or recipe.distill_hidden:
-        assert teacher is not None
-        distillation = Distillation(
-            teacher.model, recipe.distill, recipe.temperature, recipe.distill_hidden, job.plan.anatomy.towers
-        )
+    back, distillation = _in_training_dtype(job.plan), _distillation(job, teacher)
     torch.manual_seed(recipe.seed)  # of the adapters
     trained: Any = model
     if recipe.tune == "lora":
         pruned = [layer for layer in job.plan.anatomy.layers if bool((model.get_parameter(layer.name) == 0).any())]
         trained = adapted(model, pruned, recipe.rank)
-    keeper = keep_zeros(model) if recipe.tune == "full" else None
+    keeper = None
+    if recipe.tune == "full":
+        keeper = keep_zeros(model) if job.channels is None else job.channels.keeper(model)
     with keeper or nullcontext():
         training = train(
             trained, model, job.plan.data, recipe, job.plan.objective, keeper, distillation, job.run.checkpoints,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,7 +29,15 @@ EMBEDDED = "embedded"  # in the field ``dense``: the embedded VLM, which has no 
 
 
 class Finetune(Recipe):
-    """All that decides the result of a fine-tuning."""
+    """All that decides the result of a fine-tuning.
+
+    Attributes:
+        title: the command.
+        left_out: fields of a run's recipe that mean nothing here.
+    """
+
+    title: ClassVar[str] = "finetune"
+    left_out: ClassVar[frozenset[str]] = NOT_HERE
 
     model: str | None = Field(None, description="The run whose model is trained further, or a pruned model.")
     train: str | None = Field(None, description="Training data: file, folder or dataset id, as --calibration of prune.")
@@ -118,14 +126,14 @@ class Finetune(Recipe):
         return {name: value for name, value in found.items() if value is not None}
 
     @property
-    def source(self) -> str:
+    def source(self) -> str | None:
         """Where the weights are: the run's model, or the model that was named."""
         run = run_of(str(self.model))
         return str(self.model if run is None else run / MODEL)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields that decide something, as plain YAML and JSON types."""
-        return {name: value for name, value in super().to_dict().items() if name not in NOT_HERE}
+        return {name: value for name, value in super().to_dict().items() if name not in self.left_out}
 
 
 def run_of(model: str) -> Path | None:

@@ -55,7 +55,7 @@ class Training:
         return self.steps < self.planned
 
 
-class _Trainer(Trainer):  # type: ignore[misc]
+class LossTrainer(Trainer):  # type: ignore[misc]
     """Takes the loss from our objective; evaluates held-out data by the task's loss alone."""
 
     def __init__(
@@ -88,7 +88,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return loss.detach(), None, None
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):  # type: ignore[misc]
     """Reports each step, and ends the training with a checkpoint when the process is to stop."""
 
     def __init__(self, task: Task) -> None:
@@ -144,13 +144,13 @@ def train(
     done = 0 if last is None else int(last.rpartition("-")[2])
     on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # where the trainer moves the model
     with quiet(), on_gpu, progress.stage("fine-tuning", total=steps, done=done) as task, cache_disabled(inner):
-        watch = _Watch(task)
+        watch = Watch(task)
         callbacks: list[Any] = [watch]
         if keeper is not None:
             callbacks.append(keeper)
         if recipe.patience:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
-        trainer = _Trainer(
+        trainer = LossTrainer(
             objective=objective, distillation=distillation, inner=inner, model=model, args=arguments,
             train_dataset=data.train, eval_dataset=data.held_out, data_collator=collate, callbacks=callbacks,
         )  # fmt: skip

@@ -1,0 +1,59 @@
+"""The recipe of UPop: that of a fine-tuning, with the search that comes before it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from ecoflap.errors import InvalidOption
+from ecoflap.run.finetune.recipe import EMBEDDED, NOT_HERE, RATES, Finetune, run_of
+
+UPDATES = 50  # of the masks in a search, where the recipe does not set how often
+HIDDEN = frozenset({"tune", "rank", "dense"})  # fields of a fine-tuning that have one value here
+
+
+class UPop(Finetune):
+    """All that decides the result of ``ecoflap upop``."""
+
+    title: ClassVar[str] = "upop"
+    left_out: ClassVar[frozenset[str]] = NOT_HERE - {"sparsity"}
+
+    model: str | None = Field(None, description="Dense model: hub id or folder; left out: the embedded model.")
+    sparsity: float = Field(0.5, gt=0.0, lt=1.0, description="Fraction of the prunable weights to remove.")
+    search_epochs: float | None = Field(
+        None, gt=0.0, description="Passes over the training data in the search. Default: as --epochs."
+    )
+    update_every: int | None = Field(
+        None, ge=1, description=f"Steps between two rankings of the channels. Default: {UPDATES} rankings in total."
+    )
+
+    @model_validator(mode="after")
+    def _of_upop(self) -> UPop:
+        if self.tune != "full":
+            raise InvalidOption(f"tune {self.tune}: UPop trains all weights: leave it out")
+        return self
+
+    def resolved(self) -> UPop:
+        """The same recipe with unset fields filled in from other fields.
+
+        Raises:
+            InvalidOption: there is no training data, or the model is a run of ecoflap.
+        """
+        if self.train is None:
+            raise InvalidOption("upop needs training data: give --train FILE")
+        if self.model is not None and run_of(self.model) is not None:
+            raise InvalidOption(f"{self.model} is a run, whose model is pruned already: give the dense model")
+        changes = {
+            "learning_rate": self.learning_rate or RATES["full"],
+            "search_epochs": self.search_epochs or self.epochs,
+            "dense": self.model or EMBEDDED,
+        }
+        if self.model is None and not (self.task or self.evaluations):
+            changes["task"] = ("vqa",)
+        return UPop.parse({**self.given(), **changes})
+
+    @property
+    def source(self) -> str | None:
+        """Where the dense weights are; None: in the package."""
+        return self.model
