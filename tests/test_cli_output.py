@@ -35,8 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 COMMANDS = (
-    "prune", "recover", "finetune", "inspect", "importance", "allocate", "compare", "evaluate", "analyse", "report",
-    "push", "pack", "unpack", "bench",
+    "prune", "recover", "finetune", "upop", "inspect", "importance", "allocate", "compare", "evaluate", "analyse",
+    "report", "push", "pack", "unpack", "bench",
 )  # fmt: skip
 
 

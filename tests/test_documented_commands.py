@@ -39,6 +39,7 @@ _SMALL = {
     "importance": {"--importance-samples": "2", "--samples": "4"},
     "evaluate": {"--limit": "2"}, "analyse": {"--samples": "2"},
     "finetune": {"--epochs": "1", "--train-samples": "6", "--batch-size": "2", "--test-samples": "2"},
+    "upop": {"--epochs": "1", "--train-samples": "6", "--batch-size": "2", "--test-samples": "2"},
     "bench": {"--threads": "1", "--rounds": "1", "--batch-sizes": "1", "--prompt-tokens": "2", "--new-tokens": "2"},
 }  # fmt: skip
 _ALWAYS = {"--sequence-length": "12", "--rank": "2"}  # of options that a command has

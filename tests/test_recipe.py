@@ -27,7 +27,7 @@ from ecoflap.pruning.registry import CRITERIA
 from ecoflap.report.records import reproduce
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.directory import RunDirectory
-from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.run.finetune.upop_recipe import UPop
 from ecoflap.run.recipe import FILE_ONLY, Recipe
 
 FULL: dict[str, Any] = {
@@ -165,9 +165,10 @@ def test_any_recipe_survives_both_ways(values: dict[str, Any]) -> None:
 
 def test_every_field_is_an_option_under_one_heading() -> None:
     listed = [name for names in PANELS.values() for name in names]
-    assert sorted(listed) == sorted({*Grid.model_fields, *Finetune.model_fields} - {"model", *FILE_ONLY})
+    fields = {*Grid.model_fields, *UPop.model_fields}
+    assert sorted(listed) == sorted(fields - {"model", *FILE_ONLY})
     assert set(PANELS["Grid"]) == set(Grid.model_fields) - set(Recipe.model_fields)
-    assert set(PANELS["Training"]) == set(Finetune.model_fields) - set(Recipe.model_fields)
+    assert set(PANELS["Training"]) == set(UPop.model_fields) - set(Recipe.model_fields)
 
 
 def test_resolved() -> None:

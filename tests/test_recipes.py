@@ -22,6 +22,7 @@ from ecoflap.model.checkpoint import load
 from ecoflap.run.evaluations import check_evaluations
 from ecoflap.run.finetune.pipeline import run_finetune
 from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.run.finetune.upop_recipe import UPop
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe
 
@@ -70,6 +71,15 @@ def test_fine_tuning_of_each_row_of_blip(path: Path) -> None:
     assert recipe.train == row.calibration
     assert (recipe.image_folder, recipe.prompt) == (row.image_folder, row.prompt)
     assert recipe.learning_rate is not None
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "blip" / "finetune").glob("*.yaml")), ids=lambda path: path.stem)
+def test_upop_of_each_row_of_blip(path: Path) -> None:
+    row = Recipe.load(path.parents[1] / path.name)
+    recipe = UPop.load([path.parents[1] / path.name, path], {"sparsity": 0.75}).resolved()
+    assert (recipe.model, recipe.train, recipe.sparsity) == (row.model, row.calibration, 0.75)
+    assert recipe.search_epochs == recipe.epochs
+    assert check_evaluations(recipe)
 
 
 @pytest.mark.parametrize("name", CLASSES)

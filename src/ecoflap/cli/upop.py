@@ -37,6 +37,6 @@ def upop(
 
     Examples:
         ecoflap upop --train train.parquet --sparsity 0.5 --output upop/2x
-        ecoflap upop path/to/dense --train train.jsonl --sparsity 0.75 --epochs 5 --learning-rate 3e-4
+        ecoflap upop path/to/blip2 --train train.jsonl --sparsity 0.75 --epochs 5 --learning-rate 3e-4
     """
     told(recipe, output, overwrite=overwrite, resume=resume, quiet=quiet, as_json=as_json)

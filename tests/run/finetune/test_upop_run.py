@@ -125,6 +125,22 @@ def test_where_the_retraining_brings_nothing_the_searched_weights_stay(made, tmp
     assert metrics["channels"]["config"]
 
 
+def test_the_command(run, made, tmp_path):
+    """Its own folder by default, the numbers as JSON, and slips in one line."""
+    run("upop", made.dense, "--sparsity", 0.5).refused("--train")
+    run("upop", made.dense, "--train", made.prose, "--sparsity", 1.5).refused("sparsity")
+    found = run(
+        "upop", made.dense, "--train", made.prose, "--train-samples", 8, "--sequence-length", 12, "--sparsity", 0.4,
+        "--epochs", 1, "--output", tmp_path / "out",
+    ).well()  # fmt: skip
+    assert "intermediate_size" in found.out
+    assert "channels kept, attention" in found.out
+    again = (tmp_path / "out" / "report.html").read_text("utf-8")
+    run("report", tmp_path / "out").well()
+    assert (tmp_path / "out" / "report.html").read_text("utf-8") == again
+    run("upop", tmp_path / "out", "--train", made.prose).refused("is a run")
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
