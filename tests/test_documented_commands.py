@@ -145,7 +145,7 @@ def test_it_runs(
     monkeypatch.chdir(place)
     torch.manual_seed(0)
     words = _small(list(command))
-    if words[0] in ("prune", "recover", "finetune", "compare", "pack", "unpack"):
+    if words[0] in ("prune", "recover", "finetune", "upop", "compare", "pack", "unpack"):
         words += ["--output", str(tmp_path / "made")]
     elif words[0] in ("importance", "allocate", "evaluate"):
         words += ["--output", str(tmp_path / "made.json")]
