@@ -311,8 +311,7 @@ def recover(
 
     Raises:
         InvalidOption: the models are of other shapes, differ outside the layers, or nothing is pruned.
-        PartlyPruned: as of :func:`prune`.
-        EcoflapError: says what is wrong and how to fix it; ``model`` is as it was.
+        EcoflapError: as of :func:`prune`; ``model`` is as it was, unless it is PartlyPruned.
     """
     fit, choice = recovery_options(options), TokenChoice(tokens) if isinstance(tokens, str) else tokens
     model, dense = (getattr(given, "_orig_mod", given) for given in (model, dense))
@@ -325,8 +324,7 @@ def recover(
         anatomy = discover(model, batches[0], run=on_device(objective), include=include, exclude=exclude, towers=towers)
     pruned = weights_to_recover(dense, model, anatomy, ("the dense model", "the model"))
     part = sparse_part(anatomy, pruned, dense)
-    work = Work(objective, progress=progress or Silent(), workers=workers)
-    offload = offload_kind(offload_activations)
+    work, offload = Work(objective, progress=progress or Silent(), workers=workers), offload_kind(offload_activations)
     with restored_on_failure(model, part.layers):
         with torch.no_grad():
             for layer in part.layers:
