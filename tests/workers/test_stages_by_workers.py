@@ -77,6 +77,22 @@ def test_the_pruned_model_is_that_of_one_worker(name: str, criterion: str, count
     assert found == [by_one(name, criterion)] * count
 
 
+@pytest.mark.parametrize("name", ["llama", "blip2_t5"])
+def test_the_recovered_model_is_that_of_one_worker(name: str) -> None:
+    def recovered(workers: Workers) -> list[Any]:
+        dense, _, batches = made(name)
+        model, anatomy, _ = made(name)
+        api.prune_to(model, anatomy, allocation_of(anatomy), [], criterion="magnitude")
+        before = fingerprint(model)
+        found = api.recover(model, dense, batches, workers=workers)
+        assert fingerprint(model) != before
+        return [fingerprint(model), found.allocation, found.unreached]
+
+    one = together(1, recovered)
+    assert together(2, recovered) == one * 2
+    assert together(3, recovered) == one * 3
+
+
 @pytest.mark.parametrize("tokens", ["text", "text+top", "text+attended", "atv"])
 def test_the_choice_of_tokens_is_that_of_all_batches(tokens: str) -> None:
     found = together(3, lambda workers: pruned(workers, "llava", "wanda", tokens=tokens))

@@ -25,6 +25,7 @@ def test_a_run_and_what_it_says(run, tmp_path):
     assert told["finetuned"]["perplexity"]["n"] == told["dense"]["perplexity"]["n"]
     assert "Traceback" not in found.err
     assert "shards" not in found.err
+    assert told["compute_dtype"] == "native"  # of the evaluations; the model is fp32
     run(*again).refused("already holds a fine-tuning", "--overwrite")
     assert "complete: nothing to resume" in run(*again, "--resume").well().err
     shown = run(*again, "--overwrite").well()

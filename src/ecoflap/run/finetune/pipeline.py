@@ -17,6 +17,7 @@ from ecoflap.data.sources import check_source
 from ecoflap.errors import CheckpointError, InvalidOption
 from ecoflap.model.channels import ChannelGroup
 from ecoflap.model.checkpoint import DTYPES, Checkpoint, load
+from ecoflap.model.compute import settled
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.save import save, stored_bytes
@@ -152,6 +153,7 @@ def prepare_finetune(recipe: Finetune) -> _Plan:
     checkpoint = load_checkpoint(_of_model(recipe), recipe.title)
     if not isinstance(recipe, UPop):
         keep_zeros(checkpoint.model)  # raises where there are none
+    recipe = recipe.model_copy(update={"compute_dtype": settled(recipe.compute_dtype, checkpoint.model)})
     name = objective_name(recipe.objective, checkpoint.model)
     objective = resolve(name, checkpoint.model)
     data = training_data(recipe, checkpoint)
@@ -184,6 +186,7 @@ def _stages(job: _Job) -> None:
         "pruned": {name: kept["result"] for name, kept in pruned.items()},
         "finetuned": {name: kept["result"] for name, kept in tuned.items()},
         "paired": paired_results(tuned, {"dense": dense, "pruned": pruned}),
+        "compute_dtype": plan.recipe.compute_dtype,
         "sparsity": sparsity_of(plan.anatomy, zeros),
         **({"channels": channels} if channels else {}),
         "training": {
