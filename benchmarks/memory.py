@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ecoflap.model.block_runner import Enough, Run
 from ecoflap.model.parts import Anatomy, Block, Layer
-from ecoflap.model.patching import cache_disabled
+from ecoflap.model.patching import Forward, cache_disabled, forward_replaced
+from ecoflap.model.resumed import ResumedCalls
 from ecoflap.model.trace import evaluating, tensors_in
 from ecoflap.pruning.sequential import COPIES, EXPERTS_ROOM
 from ecoflap.statistics.gather import NUMBERS
@@ -51,7 +52,8 @@ class _Seen:
 
     arguments: int = 0
     forward: int = 0
-    kept: int = 0  # bytes of the distinct inputs
+    kept: list[int] = field(default_factory=list)  # bytes of each distinct input
+    between: list[int] = field(default_factory=list)  # what a run that is cut at each of these leaves for the next one
     inputs: list[Tensor] = field(default_factory=list)  # distinct ones, as long as the block runs
     columns: list[int] = field(default_factory=list)
     experts: set[str] = field(default_factory=set)  # kinds of experts' layers, one for each distinct input
@@ -83,7 +85,10 @@ def expected_memory(
 
 
 def _of_block(block: Block, seen: _Seen, needs: str) -> tuple[Memory, int]:
-    """Of one batch; and the bytes of what the block's layers receive in the dense model, where that is kept."""
+    """Of one batch; and, in the sequential order, the most bytes that wait in the block between two of its runs.
+
+    These are the inputs of layers to come in the dense model, and what the run so far left for the next one.
+    """
     numbers = NUMBERS[needs]
     each = [FP32 * numbers(columns) for columns in seen.columns]
     statistics = max(each, default=0) if needs == "pair" else sum(each)  # one input after the other
@@ -93,7 +98,8 @@ def _of_block(block: Block, seen: _Seen, needs: str) -> tuple[Memory, int]:
     apart = needs == "pair" or any(_of_experts(found, numbers) >= EXPERTS_ROOM for found in groups)
     statistics = max([statistics, *room]) if apart else statistics + sum(room)
     working = max((working_bytes(layer, needs) for layer in block.layers), default=0)
-    return Memory(seen.arguments, statistics, working, seen.forward), seen.kept if needs == "pair" else 0
+    waiting = [sum(seen.kept), *(sum(seen.kept[place:]) + left for place, left in enumerate(seen.between))]
+    return Memory(seen.arguments, statistics, working, seen.forward), max(waiting) if needs == "pair" else 0
 
 
 def _at_a_time(block: Block, seen: _Seen, needs: str) -> list[dict[str, int]]:
@@ -145,7 +151,7 @@ def _watch(model: nn.Module, anatomy: Anatomy, batch: Any, run: Run) -> list[tup
         one.forward += x.nbytes + x.nbytes * rows // columns
         if not any(tensor is x for tensor in one.inputs):
             one.inputs.append(x)
-            one.kept += x.nbytes
+            one.kept.append(x.nbytes)
             if layer.expert:
                 one.experts.add(layer.kind)
             else:
@@ -159,8 +165,53 @@ def _watch(model: nn.Module, anatomy: Anatomy, batch: Any, run: Run) -> list[tup
             for handle in handles:
                 hooks.callback(handle.remove)
         hooks.enter_context(inputs_watched(model, [layer for block in blocks for layer in block.layers], feed))
+        for block in blocks:
+            if any(layer.expert or layer.stacked or layer.uncalled for layer in block.layers):
+                continue  # each run of it begins at the beginning
+            wrap = partial(_with_cuts, model, block, seen[block.name])
+            hooks.enter_context(forward_replaced(model.get_submodule(block.name), wrap))
         run(model, batch)
     return [(block, seen[block.name]) for block in blocks]
+
+
+def _with_cuts(model: nn.Module, block: Block, seen: _Seen, forward: Forward) -> Forward:
+    """The block's forward, and after it a run up to each distinct input of its layers, for what such a run leaves."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output, kept, columns = forward(*args, **kwargs), list(seen.kept), list(seen.columns)
+        within, numbers = seen.forward, range(len(kept))
+        calls = ResumedCalls(_Bare(model.get_submodule(block.name), forward), ())
+        for number in numbers:
+            inputs: list[Tensor] = []
+
+            def reach(module: nn.Module, args: Any, number: int = number, inputs: list[Tensor] = inputs) -> None:
+                inputs += [] if any(tensor is args[0] for tensor in inputs) else [args[0]]
+                if len(inputs) > number:
+                    calls.cut()
+                    raise Enough
+
+            with ExitStack() as hooks, suppress(Enough):
+                for layer in block.layers:
+                    hook = model.get_submodule(layer.module).register_forward_pre_hook(reach)
+                    hooks.callback(hook.remove)
+                calls.run(number, args, kwargs)
+            seen.between.append(calls.kept_bytes(number, tensors_in((args, kwargs))))
+            calls.forget(number)
+        seen.kept, seen.columns, seen.forward = kept, columns, within
+        return output
+
+    return run
+
+
+class _Bare(nn.Module):
+    """A block under its plain forward, without its hooks."""
+
+    def __init__(self, block: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.block, self._forward = block, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
 
 
 def _numbers(batch: Any) -> int:

@@ -61,6 +61,10 @@ def test_inputs_statistics_and_forward(found: tuple[Model, Anatomy, list[dict[st
     grams = expected_memory(model, anatomy, batches, run, "gram")
     assert grams.statistics == (8 * 8 + 8 * 8 + 24 * 24) * 4
     assert grams.total == inputs + max(2 * grams.statistics + forward, grams.statistics + grams.working)
+    # Dense inputs of y, x and relu, less those done; of the run so far: y; y and x; y, x and relu.
+    waiting = 25 * 4 * max(8 + 8 + 24 + 8, 8 + 24 + 16, 24 + 40)
+    pair = expected_memory(model, anatomy, batches, run, "pair")
+    assert pair.inputs == 2 * inputs + waiting
     elsewhere = expected_memory(model, anatomy, batches, run, "norm", "disk")
     assert elsewhere.inputs == 2 * tokens * 8 * 4
     assert expected_memory(model, anatomy, batches, run, "none") == Memory(0, 0, 3 * 4 * 8 * 24, 0)

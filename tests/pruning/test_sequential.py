@@ -21,7 +21,9 @@ from ecoflap.data.objectives import default_objective
 from ecoflap.model.block_runner import TowerDriver
 from ecoflap.model.parts import Anatomy, Layer
 from ecoflap.model.patching import cache_disabled
+from ecoflap.model.resumed import ResumedCalls
 from ecoflap.model.trace import evaluating
+from ecoflap.pruning import sequential
 from ecoflap.pruning.admm import ADMM
 from ecoflap.pruning.sequential import layer_groups
 from ecoflap.statistics.pair import InputPair
@@ -188,3 +190,24 @@ def test_nothing_is_gained_where_the_models_are_the_same() -> None:
             differing.append(layer.module.rpartition(".")[2])
     assert not {"q_proj", "k_proj", "v_proj"} & set(differing)
     assert "down_proj" in differing
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "blip2_t5", "clip"])
+@pytest.mark.parametrize("half", [False, True])
+def test_running_on_from_a_cut_changes_nothing(name: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks are run from their beginning each time; here they are not, and in half precision compute in fp32."""
+    found, runs = [], []
+    follow = ResumedCalls._follow
+    monkeypatch.setattr(ResumedCalls, "_follow", lambda *given: runs.append(given[1].usable) or follow(*given))
+    for least in (float("inf"), 0):
+        monkeypatch.setattr(sequential, "WORTH_RESUMING", least)
+        model, batches = FAMILIES[name].build(), FAMILIES[name].batches(2, 2)
+        model = model.bfloat16() if half else model
+        api.prune(
+            model, batches, 0.5, importance="uniform", criterion="admm", criterion_options={"iterations": 2},
+            compute_dtype="float32",
+        )  # fmt: skip
+        found.append({name: value.clone() for name, value in model.state_dict().items()})
+        assert bool(runs) == (least == 0)
+    assert all(runs)  # each of them could be followed
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

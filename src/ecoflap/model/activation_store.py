@@ -111,16 +111,16 @@ class Offload:
     """
 
     def __init__(self, kind: str = "none", folder: Path | None = None) -> None:
-        self._kind = kind
+        self.kind = kind
         self._file = _ScratchFile(folder or Path(tempfile.gettempdir())) if kind == "disk" else None
 
     def keep(self, tree: Any) -> Any:
         """The tree with a reference in the place of every tensor, for :meth:`use`; for "none" the tree itself."""
-        return tree if self._kind == "none" else pytree.tree_map_only(Tensor, self._put, tree)
+        return tree if self.kind == "none" else pytree.tree_map_only(Tensor, self._put, tree)
 
     def use(self, tree: Any) -> Any:
         """The stored tree, with every tensor on its device."""
-        return tree if self._kind == "none" else pytree.tree_map_only((_InMemory, _OnDisk), _tensor, tree)
+        return tree if self.kind == "none" else pytree.tree_map_only((_InMemory, _OnDisk), _tensor, tree)
 
     def _put(self, tensor: Tensor) -> _Kept:
         if self._file is None or not tensor.is_contiguous() or tensor.nbytes < _PAGE:

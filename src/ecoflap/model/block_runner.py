@@ -15,6 +15,7 @@ from ecoflap.model.activation_store import Offload, offload_kind
 from ecoflap.model.carried import Left, contents, left, packed, restore, unpacked
 from ecoflap.model.parts import Tower
 from ecoflap.model.patching import Forward, forward_replaced
+from ecoflap.model.resumed import ResumedCalls
 
 Run = Callable[[nn.Module, Any], Any]
 
@@ -111,6 +112,11 @@ class TowerDriver:
             entries = tower_entries(model, [tower], batches, run, self._offload)[tower.name]
         self._items = [_Item(call) for call in entries]
 
+    @property
+    def offloads(self) -> bool:
+        """Whether inputs are kept elsewhere than on their device."""
+        return self._offload.kind != "none"
+
     def enter(self, index: int) -> int:
         """Records the inputs of block ``index`` for all batches; the blocks before it must have been run.
 
@@ -155,7 +161,14 @@ class TowerDriver:
         """For one call, on their device: what it leaves in them is not in those of the next."""
         return unpacked(*self._offload.use((call.args, call.kwargs)))
 
-    def observe(self, index: int, before: Callable[[BlockCall], None], *, calls: int | None = None) -> None:
+    def observe(
+        self,
+        index: int,
+        before: Callable[[BlockCall], None],
+        *,
+        calls: int | None = None,
+        resumed: ResumedCalls | None = None,
+    ) -> None:
         """Runs block ``index`` on the inputs recorded by :meth:`enter`, for hooks alone; outputs are not kept.
 
         A hook that needs no more of a call may raise :class:`Enough`; then the next call begins.
@@ -163,19 +176,28 @@ class TowerDriver:
         Args:
             before: called with each call (arguments on their device) just before the block runs.
             calls: only the first so many; None: all.
+            resumed: of the block; each call begins where its last run was cut.
         """
-        for _, call in self._calls[:calls]:
+        for number, (_, call) in enumerate(self._calls[:calls]):
             args, kwargs = self._arguments(call)
             before(BlockCall(call.batch, args, kwargs))
             with suppress(Enough), torch.no_grad():
-                self._blocks[index](*args, **kwargs)
+                self._call(index, number, args, kwargs, resumed)
 
-    def run(self, index: int, before: Callable[[BlockCall], None] | None = None, *, last: bool = False) -> None:
+    def run(
+        self,
+        index: int,
+        before: Callable[[BlockCall], None] | None = None,
+        *,
+        last: bool = False,
+        resumed: ResumedCalls | None = None,
+    ) -> None:
         """Run block ``index`` on the inputs taken by :meth:`enter`, and keep its outputs for the next block.
 
         Args:
             before: as in :meth:`observe`.
             last: free each input after its use; only :meth:`enter` may follow.
+            resumed: as in :meth:`observe`.
         """
         for number, (item, call) in enumerate(self._calls):
             args, kwargs = self._arguments(call)
@@ -185,6 +207,11 @@ class TowerDriver:
                 before(BlockCall(call.batch, args, kwargs))
             entered = contents(args, kwargs)
             with torch.no_grad():
-                item.output = self._offload.keep(self._blocks[index](*args, **kwargs))
+                item.output = self._offload.keep(self._call(index, number, args, kwargs, resumed))
+            if last and resumed is not None:
+                resumed.forget(number)
             item.left = {**item.left, **self._offload.keep(left(entered, args, kwargs))}
             del args, kwargs, call, entered
+
+    def _call(self, index: int, number: int, args: Any, kwargs: Any, resumed: ResumedCalls | None) -> Any:
+        return self._blocks[index](*args, **kwargs) if resumed is None else resumed.run(number, args, kwargs)

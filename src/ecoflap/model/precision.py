@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunction
 
 from ecoflap.model.offload import in_memory
 from ecoflap.model.patching import Forward, forward_replaced
@@ -106,7 +107,9 @@ def _upcasting(model: nn.Module, path: str, forward: Forward) -> Callable[..., A
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as state:
-            if any(tensor.is_meta for tensor in _half(module)):
+            with DisableTorchFunction():  # whoever follows the model's operations (ResumedCalls) must not see this
+                away = any(tensor.is_meta for tensor in _half(module))
+            if away:
                 state.enter_context(in_memory(model, path))
             state.enter_context(_upcast(module))
             return forward(*args, **kwargs)
@@ -129,18 +132,21 @@ def _upcast(module: nn.Module) -> Iterator[None]:
         if tensor is not None and tensor.dtype in _HALF
     ]
     graph = torch.is_grad_enabled()
-    replaced = [entry for entry in held if graph or entry[2].grad_fn is not None]
-    before = [(tensor, tensor.data) for _, _, tensor in held if not graph and tensor.grad_fn is None]
+    with DisableTorchFunction():
+        replaced = [entry for entry in held if graph or entry[2].grad_fn is not None]
+        before = [(tensor, tensor.data) for _, _, tensor in held if not graph and tensor.grad_fn is None]
     before = list({id(tensor): (tensor, values) for tensor, values in before}.values())
     made: dict[int, Tensor] = {}  # one for all places of a tied weight
     try:
-        for tensor, values in before:
-            tensor.data = values.float()
+        with DisableTorchFunction():
+            for tensor, values in before:
+                tensor.data = values.float()
         for places, leaf, tensor in replaced:
             places[leaf] = made.setdefault(id(tensor), tensor.float())  # type: ignore[assignment]
         yield
     finally:
         for places, leaf, tensor in replaced:
             places[leaf] = tensor  # type: ignore[assignment]
-        for tensor, values in before:
-            tensor.data = values
+        with DisableTorchFunction():
+            for tensor, values in before:
+                tensor.data = values

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecoflap.model.activation_store import Offload, offload_kind
-from ecoflap.model.block_runner import Run, TowerDriver, tower_entries
+from ecoflap.model.block_runner import BlockCall, Run, TowerDriver, tower_entries
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower
+from ecoflap.model.resumed import ResumedCalls
 from ecoflap.statistics.dense_inputs import DenseInputs
 from ecoflap.statistics.watching import inputs_watched
 from ecoflap.support.workers import Workers
@@ -26,13 +27,46 @@ class LayerGroup:
 
     Attributes:
         once: the first call of the block called each of them exactly once.
+        products: of a weight and an input, in the first call of the block.
     """
 
     layers: tuple[Layer, ...]
     once: bool = False
+    products: int = 0
 
 
-def layer_groups(model: nn.Module, driver: TowerDriver, index: int, block: Block, workers: Workers) -> list[LayerGroup]:
+class FirstCall:
+    """What the first call of a block shows of its layers.
+
+    Attributes:
+        owners: each layer in the order of the calls, with the first layer that reads the same input.
+        times: how often each was called.
+        products: of a weight and an input, by layer.
+    """
+
+    def __init__(self) -> None:
+        self.owners: dict[str, str] = {}
+        self.times: Counter[str] = Counter()
+        self.products: Counter[str] = Counter()
+        self._inputs: list[tuple[Tensor, str]] = []  # distinct ones, each with its owner
+
+    def note(self, layer: Layer, x: Tensor) -> None:
+        """``layer`` is called with ``x``."""
+        self.times[layer.name] += 1
+        self.products[layer.name] += x.numel() * layer.shape[0]
+        owner = next((owner for tensor, owner in self._inputs if tensor is x), None)
+        if owner is None:
+            self._inputs.append((x, owner := layer.name))
+        self.owners.setdefault(layer.name, owner)
+
+    def close(self) -> None:
+        """Let go of the inputs."""
+        self._inputs.clear()
+
+
+def layer_groups(
+    model: nn.Module, driver: TowerDriver, index: int, block: Block, workers: Workers, first: FirstCall | None = None
+) -> list[LayerGroup]:
     """The layers of a block that can be pruned at the same time: those that read one input, in the order of a forward.
 
     What the experts of a mixture read goes together: no expert reads what another one gives. Layers that the first
@@ -40,23 +74,16 @@ def layer_groups(model: nn.Module, driver: TowerDriver, index: int, block: Block
 
     Args:
         driver: has taken the block's inputs; the first worker runs the block on the first of them.
+        first: that call in the dense model, which is as good where no router chooses: nothing is run then.
     """
-    first: list[tuple[Tensor, str]] = []  # distinct inputs, each with the first layer that reads it
-    found: dict[str, str] = {}
-    times: Counter[str] = Counter()
-
-    def note(layer: Layer, x: Tensor) -> None:
-        times[layer.name] += 1
-        owner = next((owner for tensor, owner in first if tensor is x), None)
-        if owner is None:
-            first.append((x, owner := layer.name))
-        found.setdefault(layer.name, owner)
-
-    if workers.rank == 0:
-        with inputs_watched(model, block.layers, note):
-            driver.observe(index, lambda call: None, calls=1)
+    if first is None or any(layer.expert for layer in block.layers):
+        first = FirstCall()
+        if workers.rank == 0:
+            with inputs_watched(model, block.layers, first.note):
+                driver.observe(index, lambda call: None, calls=1)
+    first.close()
     owners: Mapping[str, str]
-    owners, times = workers.gather((found, times))[0]
+    owners, times, products = workers.gather((first.owners, first.times, first.products))[0]
     layers = {layer.name: layer for layer in block.layers}
     order: list[str] = []
     group_of: dict[str, str] = {}
@@ -71,8 +98,33 @@ def layer_groups(model: nn.Module, driver: TowerDriver, index: int, block: Block
         for group in (*order, last)
     }
     return [
-        LayerGroup(members, all(times[layer.name] == 1 for layer in members)) for members in groups.values() if members
+        LayerGroup(
+            members,
+            all(times[layer.name] == 1 for layer in members),
+            sum(products[layer.name] for layer in members),
+        )
+        for members in groups.values()
+        if members
     ]
+
+
+WORTH_RESUMING = 1e9  # products of a block's call from which following its operations takes less time than it saves
+
+
+def resumed_calls(
+    model: nn.Module, block: Block, groups: Sequence[LayerGroup], driver: TowerDriver
+) -> ResumedCalls | None:
+    """What lets the block run on from one group to the next; None where each run has to begin at the beginning.
+
+    So it is with experts, with layers that are called several times or by no module of their own, where the driver
+    keeps tensors elsewhere than on their device, because there is no room for more of them, and in small blocks.
+    """
+    layers = [layer for group in groups for layer in group.layers]
+    plain = not any(layer.expert or layer.stacked or layer.uncalled for layer in layers)
+    small = sum(group.products for group in groups) < WORTH_RESUMING
+    if small or len(groups) == 1 or not plain or not all(group.once for group in groups) or driver.offloads:
+        return None
+    return ResumedCalls(model.get_submodule(block.name), [model.get_parameter(layer.parameter) for layer in layers])
 
 
 EXPERTS_ROOM = 2 << 30  # bytes of what is gathered for a mixture's experts at a time
@@ -169,14 +221,24 @@ class DenseModel:
         with self._dense_weights():
             driver.run(index, last=True)
 
-    def inputs(self, tower: Tower, index: int) -> DenseInputs:
+    def inputs(self, tower: Tower, index: int) -> tuple[DenseInputs, FirstCall]:
         """Run a block, whose weights are the dense ones, and keep what its layers receive."""
         driver, block = self._drivers[tower.name], tower.blocks[index]
         driver.enter(index)
-        found, numbers = DenseInputs(self._store), count()
-        with self._dense_weights(), inputs_watched(self._model, block.layers, found.note):
-            driver.run(index, lambda call: found.begin(next(numbers)), last=True)
-        return found
+        found, numbers, first, current = DenseInputs(self._store), count(), FirstCall(), 0
+
+        def begin(call: BlockCall) -> None:
+            nonlocal current
+            found.begin(current := next(numbers))
+
+        def note(layer: Layer, x: Tensor) -> None:
+            found.note(layer, x)
+            if current == 0:
+                first.note(layer, x)
+
+        with self._dense_weights(), inputs_watched(self._model, block.layers, note):
+            driver.run(index, begin, last=True)
+        return found, first
 
     def finish_tower(self, tower: Tower) -> None:
         """Ends the tower, and frees what is kept of it."""

@@ -24,7 +24,7 @@ from ecoflap.model.trace import evaluating
 from ecoflap.pruning.criteria import Criterion
 from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock, SpilledBlocks
 from ecoflap.pruning.magnitude import Magnitude
-from ecoflap.pruning.sequential import EXPERTS_ROOM, DenseModel, LayerGroup, layer_groups, within_room
+from ecoflap.pruning.sequential import EXPERTS_ROOM, DenseModel, LayerGroup, layer_groups, resumed_calls, within_room
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.collect import assign_layers
 from ecoflap.statistics.dense import gather
@@ -194,26 +194,31 @@ def _walk_tower(
         again = later(block, make=make, workers=workers) if block in todo else []
         with in_memory(model, block.name):
             if block in todo:
-                before = dense.inputs(tower, index) if dense is not None else None
+                before, first = dense.inputs(tower, index) if dense is not None else (None, None)
                 choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
                 groups = [LayerGroup(block.layers)]
+                resumed = None
                 if walker.criterion.order == "sequential":
-                    groups = layer_groups(model, driver, index, block, workers)
+                    groups = layer_groups(model, driver, index, block, workers, first)
+                    resumed = resumed_calls(model, block, groups, driver)
                 for group in within_room(groups, NUMBERS[walker.criterion.statistics], EXPERTS_ROOM):
                     gathered = gather(
                         model, driver, index, replace(block, layers=group.layers), make, masks, sequence,
                         tokens, choose=choose, part=part, workers=workers, dense=before, once=group.once,
+                        resumed=resumed,
                         pruners=None if again else partial(assign_layers, layers=group.layers, workers=workers.count),
                     )  # fmt: skip
                     gathered.join(again)
                     walker.prune_layers(group.layers, gathered)
+                    if resumed is not None:
+                        resumed.settle(model.get_parameter(layer.parameter) for layer in group.layers)
                     if before is not None:
                         before.forget(group.layers)
                 walker.finish(block, task)
                 trim()  # copies of weights and moments, of other sizes than what the block's forward needs
             if block == todo[-1]:
                 break  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
-            driver.run(index, last=True)
+            driver.run(index, last=True, resumed=resumed if block in todo else None)
             task.advance(1, block.name)
     if dense is not None:
         dense.finish_tower(tower)

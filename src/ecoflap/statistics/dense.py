@@ -14,6 +14,7 @@ from ecoflap.model.block_runner import Run, TowerDriver
 from ecoflap.model.offload import in_memory
 from ecoflap.model.parts import Anatomy, Block, Layer
 from ecoflap.model.patching import cache_disabled
+from ecoflap.model.resumed import ResumedCalls
 from ecoflap.model.trace import evaluating
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.collect import Pruners, collected
@@ -159,6 +160,7 @@ def gather(
     choose: Chooser | None = None,
     dense: DenseInputs | None = None,
     once: bool = False,
+    resumed: ResumedCalls | None = None,
 ) -> Gatherer:
     """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile.
 
@@ -173,6 +175,7 @@ def gather(
         choose: which tokens count, where that has been found already.
         dense: what the layers received in the dense model.
         once: it is known that a call of the block calls each layer once.
+        resumed: of the block, whose runs go on where the last ones were cut, and are cut at its layers.
     """
     if choose is None:
         choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
@@ -188,9 +191,10 @@ def gather(
                 watching = kind(
                     model, replace(block, layers=tuple(layers)), make, masks, sequence, share=share, choose=choose,
                     part=part, whole=whole, dense=dense if kind is Gatherer else None, once=once,
+                    begins=resumed.cut if resumed is not None else None,
                 )  # fmt: skip
                 with watching:
-                    (driver.run if whole else driver.observe)(index, watching.before)
+                    (driver.run if whole else driver.observe)(index, watching.before, resumed=resumed)
                 watching.check()
                 gatherer = watching
             with suppress(InputsDiverged):

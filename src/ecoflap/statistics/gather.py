@@ -58,6 +58,7 @@ class Gatherer:
             where every layer took one input in the first call, which runs to its end, and no router chooses.
         dense: what the layers received in the dense model, for accumulators of both (:class:`InputPair`).
         once: every layer takes one input in a call, so that the first call, too, ends with the last of them.
+        begins: is called in each call of the block just before the first of the layers is fed.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Gatherer:
         whole: bool = True,
         dense: DenseInputs | None = None,
         once: bool = False,
+        begins: Callable[[], None] | None = None,
     ) -> None:
+        self._begins = begins
         self._model, self._block, self._make = model, block, make
         self._part = part or Share(range(len(masks)), (0,) * len(masks))
         self._masks, self._sequence, self._share = masks, sequence, share
@@ -235,6 +238,8 @@ class Gatherer:
             self._prior.release(layer)
 
     def _feed(self, layer: Layer, x: Tensor) -> None:
+        if self._begins is not None and not self._in_call:
+            self._begins()
         self._add(layer, x)
         self._in_call.add(layer.name)
         if self._number > self._unknown_calls and not self._whole and len(self._in_call) == len(self._block.layers):
