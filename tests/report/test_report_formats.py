@@ -119,3 +119,9 @@ def test_long_names() -> None:
     assert {len(name) for name in short} == {26}
     assert formats.shortened("model.layers.10.mlp.up_proj", 12) == "…mlp.up_proj"
     assert formats.shortened("short", 5) == "short"
+
+
+def test_an_axis_of_times_has_the_unit_of_its_longest() -> None:
+    assert [formats.time_unit(t) for t in (0.0, 179.0, 180.0, 10_799.0, 10_800.0)] == [
+        ("seconds", 1.0), ("seconds", 1.0), ("minutes", 60.0), ("minutes", 60.0), ("hours", 3600.0),
+    ]  # fmt: skip

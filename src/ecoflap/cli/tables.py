@@ -262,7 +262,7 @@ def bench_tables(found: Mapping[str, Any]) -> Iterator[Table]:
                 name,
                 "" if stored is None else f"{stored / 1e6:.1f} MB",
                 f"{variant['resident_bytes'] / 1e6:.1f} MB",
-                "" if seconds is None else f"{seconds:.2f} s",
+                "" if seconds is None else formats.duration(seconds),
                 *(_pace(speed[(name, threads, batch)]) for threads, batch in cells),
             )
         table.caption = Text(

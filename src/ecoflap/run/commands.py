@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raises OutputExists if ``path`` is there and may not be replaced, or is a folder; StorageError below a file."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OutputExists(f"{path} is no plain file (a device or a pipe): choose another --output")
     if path.is_dir():
         raise OutputExists(f"{path} is a folder: give the name of a file as --output, such as {path / 'result.json'}")
     if path.exists() and not overwrite:

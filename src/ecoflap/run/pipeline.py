@@ -47,6 +47,7 @@ from ecoflap.run.recipe import Recipe
 from ecoflap.run.shared import SharedRun
 from ecoflap.search.options import SearchJournal
 from ecoflap.support.files import check_room
+from ecoflap.support.formats import duration
 from ecoflap.support.progress import LOADING, Labelled, Progress, Silent
 from ecoflap.support.reading import checked
 from ecoflap.support.workers import ALONE, Workers
@@ -116,7 +117,7 @@ class _Job:
         took: list[Usage] = []
         with measured(name, took):
             yield
-        _log.info("%s: done in %.1f s", name, took[0].seconds)
+        _log.info("%s: done in %s", name, duration(took[0].seconds))
         add_usage(self.usages, took[0])
         self.run.write_sealed(STAGES, [usage.to_json() for usage in self.usages])
 

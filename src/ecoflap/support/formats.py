@@ -108,6 +108,13 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def time_unit(longest: float) -> tuple[str, float]:
+    """The unit for an axis up to ``longest`` seconds, and its seconds: seconds, minutes or hours."""
+    if longest < 180:
+        return "seconds", 1.0
+    return ("minutes", 60.0) if longest < 3 * 3600 else ("hours", 3600.0)
+
+
 def size(count: int | None) -> str:
     """Bytes with a decimal unit (1 GB = 10⁹ bytes)."""
     if count is None:

@@ -125,24 +125,26 @@ def _above(line: Series, floor: float) -> Series:
 
 
 def cost_charts(content: Comparison) -> list[Chart]:
-    """Lying bars: mean seconds of a cell by stage, stacked; and the highest memory of a cell."""
+    """Lying bars: mean time of a cell by stage, stacked; and the highest memory of a cell."""
     names = [method.shown for method in content.methods]
     cells = [content.of(method.name) for method in content.methods]
     charts = []
     stages = []
+    totals = [mean([cell.total_seconds for cell in own]) for own in cells]
+    unit, one = formats.time_unit(max((total for total in totals if total is not None), default=0.0))
     for index, stage in enumerate(content.stages):
         values = [mean([cell.seconds.get(stage) for cell in own]) for own in cells]
         hover = [f"{n}\n{stage}: {formats.duration(value)}" for n, value in zip(names, values, strict=True)]
-        stages.append(Series(stage, "bar", names, values, style(index), hover))
+        bars = [None if value is None else value / one for value in values]
+        stages.append(Series(stage, "bar", names, bars, style(index), hover))
     if stages:
-        totals = [mean([cell.total_seconds for cell in own]) for own in cells]
         charts.append(
             Chart(
                 caption="Mean time of a cell by stage; importance is measured once a seed and shared",
                 description="Mean time of a cell: "
                 + "; ".join(f"{n} {formats.duration(total)}" for n, total in zip(names, totals, strict=True))
                 + ".",
-                x=Axis("seconds"),
+                x=Axis(unit),
                 y=Axis(""),
                 series=stages,
                 horizontal=True,

@@ -27,6 +27,7 @@ from ecoflap.run.prepare import Prepared
 from ecoflap.run.provenance import Usage, measured
 from ecoflap.run.recipe import Recipe
 from ecoflap.search.search import search_options
+from ecoflap.support.formats import duration
 from ecoflap.support.progress import Progress
 from ecoflap.support.reading import checked
 
@@ -118,7 +119,7 @@ class SharedScores:
             journal.close()
         (usage,) = usages
         self._folder.write(name, {**importance.to_json(), "took": Took.of(usage).model_dump()})
-        _log.info("%s: done in %.1f s", key, usage.seconds)
+        _log.info("%s: done in %s", key, duration(usage.seconds))
 
 
 def took_of(data: Any, name: str) -> Took:
@@ -172,7 +173,7 @@ def allocated(
             found = allocation_for(plan, importance, progress, SearchFile(folder.path / JOURNAL / f"{key}.json"))
         took = Took.of(usages[0])
         folder.write(name, {**found.to_json(), "took": took.model_dump()})
-        _log.info("%s: done in %.1f s", key, took.seconds)
+        _log.info("%s: done in %s", key, duration(took.seconds))
     data = folder.read(name)
     took = took_of(data, name)
     return Allocation.from_json(data), Usage(
