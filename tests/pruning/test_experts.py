@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from ecoflap.model.slices import stored_matrix
 from ecoflap.pruning import walk
 from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.pruning.sequential import LayerGroup, within_room
+from ecoflap.statistics.choice import TokenChoice
+from ecoflap.statistics.gather import NUMBERS
+from ecoflap.statistics.inputs import _Accumulator
 
 
 class Blocks:
@@ -164,3 +168,36 @@ def test_a_mixture_on_the_disk_is_pruned_as_in_memory(layout: str, criterion: st
     assert results[0].importance == results[1].importance
     assert results[0].allocation == results[1].allocation
     assert fingerprint(whole) == fingerprint(spread)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "admm"])
+def test_what_is_gathered_for_experts_stays_within_its_room(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted are the sums of all statistics that exist, whenever one of them grows or is filled up."""
+    model = build("Mixtral", num_local_experts=8, hidden_size=32, intermediate_size=32)
+    anatomy = discover(model, batches()[0])
+    numbers = NUMBERS[{"wanda": "norm", "sparsegpt": "gram", "admm": "pair"}[criterion]](32)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    peak = 0
+
+    def counting(method: Any) -> Any:
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal peak
+            alive.add(self)
+            result = method(self, *args, **kwargs)
+            peak = max(peak, sum(part.nbytes for one in alive for part in one.sums()))
+            return result
+
+        return counted
+
+    for name in ("_tokens_of", "fill_up", "close"):
+        monkeypatch.setattr(_Accumulator, name, counting(getattr(_Accumulator, name)))
+    found = []
+    for experts in (1, 2, 8):
+        room = experts * 2 * 3 * 4 * numbers
+        monkeypatch.setattr(walk, "EXPERTS_ROOM", room)
+        peak = 0
+        prune_to(copy.deepcopy(model), anatomy, criterion, tokens=TokenChoice(experts=10**6))
+        found.append(peak)
+        others = 2 * 2 * 4 * numbers  # attention's two inputs, which come in a pass of their own or beside
+        assert 0 < peak <= room + others
+    assert found[0] < found[-1] or criterion == "admm"
