@@ -60,7 +60,7 @@ SHAPES = {
     "tokens": Shape(256, 512, 4, 96, 16, 256),
     "wide": Shape(1536, 4096, 12, 2, 1, 256),
     "smollm2": Shape(576, 1536, 9, 4, 8, 256),
-    "mixture": Shape(512, 64, 4, 2, 2, 64, experts=48, blocks=1),
+    "mixture": Shape(1024, 64, 8, 2, 2, 64, experts=24, blocks=1),
     "wide mixture": Shape(1536, 128, 12, 2, 2, 256, experts=96, blocks=1),
 }
 
