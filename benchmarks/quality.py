@@ -31,11 +31,12 @@ from ecoflap.importance.measure import measure_importance
 from ecoflap.model.checkpoint import Checkpoint, load
 from ecoflap.run.evaluations import evaluate, evaluations_of
 from ecoflap.run.prepare import calibration_batches
+from ecoflap.statistics.choice import TokenChoice
 from ecoflap.support.files import write_json
 from ecoflap.support.progress import Silent
 
 METHODS = "uniform+wanda,uniform+sparsegpt,uniform+admm,gradient-norm+wanda,gradient-norm+sparsegpt,gradient-norm+admm"
-APART = ("pattern", "tokens", "recover", "samples")  # options of a method that are not the criterion's
+APART = ("pattern", "tokens", "top_tokens", "recover", "samples")  # options of a method that are not the criterion's
 
 
 def recipe_of(model: str, cache: Path, seed: int, samples: int | None) -> Recipe:
@@ -125,7 +126,7 @@ class Cells:
         before, clock, processor = _memory("VmRSS", reset=True), time.perf_counter(), time.process_time()
         prune_to(
             checkpoint.model, anatomy, shares, batches, criterion=criterion, criterion_options=options, loss=objective,
-            pattern=pattern, budget=budget, tokens=apart.get("tokens", "all"),
+            pattern=pattern, budget=budget, tokens=TokenChoice(apart.get("tokens", "all"), apart.get("top_tokens")),
             recover=apart.get("recover", False),
         )  # fmt: skip
         values = {

@@ -219,8 +219,8 @@ def prune(
             squares; see :func:`ecoflap.recover`, also for ``recover_options``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.model.anatomy.discover`.
-        tokens: which tokens enter the criterion's statistics where a language tower reads visual tokens: ``all``,
-            ``text``, ``text+top``, ``text+attended`` or ``atv``, see :class:`ecoflap.statistics.tokens.TokenChoice`.
+        tokens: which tokens enter the criterion's statistics where a language tower reads visual tokens: ``all`` or
+            another name of :class:`ecoflap.statistics.choice.TokenChoice`.
         offload_activations: where block inputs are kept between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
             memory-mapped file that is removed with the process.
         compute_dtype: for weights of half precision: ``native``, their own; ``float32``, block by block; ``auto``, fp32

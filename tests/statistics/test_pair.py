@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from ecoflap.errors import NonFiniteLoss
 from ecoflap.statistics.gather import STATISTICS
-from ecoflap.statistics.inputs import InputGram
+from ecoflap.statistics.inputs import InputGram, InputNorm
 from ecoflap.statistics.pair import InputPair
 
 
@@ -80,3 +82,23 @@ def test_refusals() -> None:
     masked = InputPair(3)
     masked.update(torch.ones(5, 3), torch.arange(5) != 1, bad)
     assert masked.tokens == 4
+
+
+@pytest.mark.parametrize("statistic", [InputNorm, InputGram, InputPair])
+def test_weights_of_tokens_are_factors_of_their_squares(statistic: Any) -> None:
+    x, dense = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    weights = torch.rand(3, 5)
+    weights[0, 2] = weights[2, 4] = 0
+    x[0, 2] = torch.nan  # a token of weight 0 does not enter at all
+    more = {"dense": dense} if statistic is InputPair else {}
+    found = statistic(7)
+    found.update(x, weights, **more)
+    assert found.tokens == 13
+    rows, factors = x.reshape(-1, 7).nan_to_num().double(), weights.flatten().double()
+    squares = torch.einsum("ti,t,tj->ij", rows, factors, rows)
+    torch.testing.assert_close(found.norm.double().square(), squares.diagonal(), rtol=1e-4, atol=1e-6)
+    if statistic is not InputNorm:
+        torch.testing.assert_close(found.moments.double(), squares, rtol=1e-4, atol=1e-5)
+    if statistic is InputPair:
+        crossed = torch.einsum("ti,t,tj->ij", dense.reshape(-1, 7).double(), factors, rows)
+        torch.testing.assert_close(found.cross.double(), crossed, rtol=1e-4, atol=1e-5)

@@ -189,6 +189,31 @@ def test_statistics_of_the_dense_model_know_the_choice(choice: TokenChoice) -> N
                 torch.testing.assert_close(statistics.norm.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["norm", "gram"])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_weighted_visual_tokens(kind: str, weight: float) -> None:
+    """Sums of the text's tokens and, with the weight, of the visual ones; the vision tower's count in full."""
+    model, anatomy, batches, loss = made("pico llava")
+    blocks = dense_statistics(model, anatomy, batches, loss, kind=kind, tokens=TokenChoice("weighted", weight))
+    found = {name: got for _, of_block in blocks for name, got in of_block.items()}
+    known = placeholders(model)
+    for tower in anatomy.towers:
+        for block in tower.blocks:
+            _, inputs = watched(model, block, batches, loss)
+            for layer in block.layers:
+                total = torch.zeros(layer.shape[1], dtype=torch.float64)
+                for batch, x in zip(batches, inputs[layer.name], strict=True):
+                    factors = torch.ones(x.shape[:-1], dtype=torch.float64)
+                    if tower.modality == "language":
+                        visual = token_masks(batch, False, known).image
+                        assert visual is not None
+                        factors = torch.where(visual, weight, batch["attention_mask"].double())
+                    total += (x.double().square() * factors.unsqueeze(-1)).flatten(0, -2).sum(0)
+                statistics = found[layer.name]
+                assert statistics is not None
+                torch.testing.assert_close(statistics.norm.double(), total.sqrt(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["pico llava", "pico blip2_t5"])
 def test_only_towers_that_see_pictures_change(name: str) -> None:
     """Vision towers stay as they are, and so does what a decoder alone reads; the shared tower does not."""

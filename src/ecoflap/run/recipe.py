@@ -140,13 +140,13 @@ class Recipe(BaseModel):
     )
     tokens: str = Field(
         "all",
-        description="Tokens that count in the statistics of towers that read text and pictures: all, text, text+top, "
-        "text+attended or atv.",
+        description="Tokens that count in the statistics of towers that read text and pictures: all, text, weighted, "
+        "text+top, text+attended or atv.",
     )
     top_tokens: float | None = Field(
         None,
-        description="For text+top and text+attended: share of the visual tokens, default 0.2; for atv: its factor, "
-        "default 1.",
+        description="For weighted: weight of the visual tokens, for text+top and text+attended: share of them, default "
+        "0.2; for atv: its factor, default 1.",
     )
     expert_tokens: int | None = Field(
         None,

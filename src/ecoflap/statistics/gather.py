@@ -288,7 +288,7 @@ class Gatherer:
             # Tokens that are not sent to it are zeros, if they are there at all.
             there = (x != 0).any(dim=-1)
             counted = self._own_keep(x, layer)
-            return there if counted is None else there & counted.to(there.device)
+            return there if counted is None else there * counted.to(there.device)
         return self._own_keep(x, layer)
 
     def _own_keep(self, x: Tensor, layer: Layer | None) -> Tensor | None:
@@ -296,7 +296,11 @@ class Gatherer:
         foreign = any(x is other for other in self._others)
         real = self._real(x, layer, foreign)
         chosen = None if foreign else _fitting(self._chosen, x)
-        return chosen if real is None else real if chosen is None else real.to(chosen.device) & chosen
+        if chosen is not None and layer is None:
+            chosen = chosen.bool()  # what enters a mixture: its experts' tokens have no weights
+        if chosen is None or real is None:
+            return real if chosen is None else chosen
+        return chosen * real.to(chosen.device)
 
     def _real(self, x: Tensor, layer: Layer | None, foreign: bool) -> Tensor | None:
         if foreign and self._own.attends:

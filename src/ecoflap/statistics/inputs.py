@@ -122,14 +122,20 @@ class _Accumulator:
         return total
 
     def _tokens_of(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """The real tokens of ``x`` (..., columns) as (tokens, columns); moves the sum to x's device at first."""
+        """The tokens of ``x`` (..., columns) that count, as (tokens, columns); moves the sum to x's device at first.
+
+        Where ``keep`` has weights, each token is multiplied by the root of its own.
+        """
         if x.shape[-1] != self.columns:
             raise ValueError(f"inputs have {x.shape[-1]} columns, the statistic {self.columns}")
         flat = x.detach().reshape(-1, self.columns)
         if keep is not None:
             if keep.numel() != len(flat):
                 raise ValueError(f"keep has {keep.numel()} entries for {len(flat)} tokens")
-            flat = flat[keep.reshape(-1).to(flat.device, torch.bool)]
+            keep = keep.reshape(-1).to(flat.device)
+            flat = flat[keep.bool()]
+            if keep.is_floating_point():
+                flat = flat.float() * keep[keep > 0].sqrt().unsqueeze(1)
         if self._sum.device != flat.device and self.tokens == 0:
             self._sum = self._sum.to(flat.device)
         return flat.to(self._sum.device)
@@ -163,7 +169,8 @@ class InputNorm(_Accumulator):
         super().__init__(columns, (columns,))
 
     def update(self, x: Tensor, keep: Tensor | None = None) -> None:
-        """Add inputs ``x`` (..., columns); ``keep`` (leading dims of x, or flat) is True for real tokens.
+        """Add inputs ``x`` (..., columns); ``keep`` (leading dims of x, or flat) is True for real tokens, or
+        has the weight of each token's square.
 
         Raises:
             NonFiniteLoss: a real token holds NaN or infinity; the statistic is then spoilt.
@@ -194,7 +201,8 @@ class InputGram(_Accumulator):
         self._shared: dict[Hashable, Tensor] = {}
 
     def update(self, x: Tensor, keep: Tensor | None = None) -> None:
-        """Add inputs ``x`` (..., columns); ``keep`` (leading dims of x, or flat) is True for real tokens.
+        """Add inputs ``x`` (..., columns); ``keep`` (leading dims of x, or flat) is True for real tokens, or
+        has the weight of each token's square.
 
         Raises:
             NonFiniteLoss: a real token holds NaN or infinity; the statistic is then spoilt.

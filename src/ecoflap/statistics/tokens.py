@@ -1,4 +1,4 @@
-"""Chooses which tokens of a tower with text and pictures enter the statistics: all, text, or text and some visual ones.
+"""Chooses which tokens of a tower with text and pictures enter the statistics, or how much the visual ones count.
 
 Visual tokens are ranked by the attention that the text pays to them, recorded while the block runs.
 """
@@ -159,6 +159,8 @@ def chooser(
 ) -> Chooser | None:
     """The tokens that count in each call of a block (by its number among the calls); None where all do.
 
+    Bool, or of "weighted" the weights of their squares, fp32.
+
     The driver has taken the block's inputs. "atv" runs the block once more on all of them, and "text+attended" once
     more up to its attention.
 
@@ -209,6 +211,8 @@ def choosing(
         visual, text = split_tokens(mask, x, block)
         if choice.name == "text":
             return text
+        if choice.name == "weighted":
+            return text.float() + reach * visual.float()
         if choice.name == "atv":
             wanted = [round(reach * count) for count in text.sum(1).tolist()]
             return text | largest(drifts[number][1], visual, wanted)
