@@ -147,7 +147,7 @@ def measure(folder: Path, output: Path, seconds: float) -> None:
             for granularity in GRANULARITIES:
                 cell(
                     f"{granularity} at {sparsity}, seed {seed}", sparsity, 32, 128, seed,
-                    importance="gradient-norm", granularity=granularity,
+                    importance="gradient-norm", granularity=granularity, criterion="admm",
                 )  # fmt: skip
     show(done)
 
