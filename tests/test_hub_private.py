@@ -69,6 +69,7 @@ def _cut_weights(model: Path) -> None:
     [
         (_link("notes.txt", "../private.txt"), InvalidOption, "notes.txt is a link to a place outside"),
         (_link("more", "../private"), InvalidOption, "more is a link to a place outside"),
+        (_link("round.json", "round.json"), InvalidOption, "round.json is a link"),
         (_link("gone.json", "/nowhere/at/all.json"), InvalidOption, "gone.json is a link to a place outside"),
         (_write("config.json", json.dumps({"api_key": "x"})), InvalidOption, "not a model's configuration"),
         (_write("config.json", "[" * 100_000), CheckpointError, "config.json"),

@@ -105,6 +105,8 @@ def _explain(error: Exception) -> NoReturn:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try once more at its end
             _fail(f"{error.strerror or error}: the output can't be written, or a limit of the system is met", 2)
         _fail(f"can't use {error.filename}: {error.strerror or error}", 2)
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve, before Python 3.13
+        _fail(f"{error}: the link leads round in circles", 2)
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     _fail(f"unexpected failure: {message} ({TRACEBACK}=1 shows where)", 1)
 

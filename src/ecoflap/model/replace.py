@@ -62,6 +62,7 @@ def check_apart(source: str | Path | None, output: str | Path) -> None:
     """Raises InvalidOption where ``output`` is the folder ``source``, lies in it or around it: it would be lost."""
     if source is None or not Path(source).expanduser().exists():
         return
-    there, here = Path(source).expanduser().resolve(), Path(output).expanduser().resolve()
+    # not resolve(), which raises RuntimeError for links that lead round in circles
+    there, here = (Path(os.path.realpath(Path(place).expanduser())) for place in (source, output))
     if there == here or there in here.parents or here in there.parents:
         raise InvalidOption(f"the output '{output}' is, holds or lies in the model '{source}': choose another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def model_folder(run: Path) -> Path:
         raise InvalidOption(f"{run} is a comparison, which has no model of its own: give {kept}")
     if not ((run / METRICS).is_file() and (run / MODEL / CONFIG).is_file()):
         raise InvalidOption(f"{run} is not finished: the command that began it, with --resume, goes on with it")
-    if not (run / MODEL).resolve().is_relative_to(run.resolve()):
+    if not _inside(run / MODEL, run):
         raise InvalidOption(f"{run / MODEL} is a link to a folder outside of the run: give that folder itself")
     folder = _whole(run / MODEL)
     if not (folder / README).is_file():
@@ -70,10 +71,10 @@ def files_of(folder: Path) -> list[Path]:
         parts = path.relative_to(folder).parts
         if any(part.startswith(".") for part in parts):
             continue
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        if path.is_symlink() and not (_inside(path, folder) and path.exists()):
             raise InvalidOption(
-                f"{path} is a link to a place outside of the model's folder: put the file itself there, or remove the "
-                "link; nothing was uploaded"
+                f"{path} is a link to a place outside of the model's folder, or to nothing: put the file itself there, "
+                "or remove the link; nothing was uploaded"
             )
         if path.is_file():
             known = path.suffix.lower() in _KINDS or path.stem.upper() in _NAMES
@@ -94,6 +95,11 @@ def files_of(folder: Path) -> list[Path]:
                         "uploaded"
                     )
     return found
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is really in ``folder``, wherever links lead; unlike resolve(), takes links in circles."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _own_places(folder: Path) -> Iterator[str]:

@@ -32,6 +32,7 @@ VARIANTS = (DENSE, "dense float32", "packed", "packed int8", "packed int4")
 PROMPT = "What is in the picture?"
 
 
+MOST = 10**6  # rounds, rows, tokens, layers
 MOST_THREADS = 1024  # more than any machine that we know has; the system refuses far more
 
 
@@ -52,9 +53,9 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         counts = (self.prompt_tokens, self.new_tokens - 1, self.rounds, self.layers, *self.batch_sizes)
-        if min(counts) < 1 or not 0 <= min(self.threads) <= max(self.threads) <= MOST_THREADS:
+        if min(counts) < 1 or max(counts) > MOST or not 0 <= min(self.threads) <= max(self.threads) <= MOST_THREADS:
             raise InvalidOption(
-                f"bench: counts must be at least 1, new tokens at least 2, threads 0 (all) to {MOST_THREADS}"
+                f"bench: counts must be 1 to {MOST:,}, new tokens at least 2, threads 0 (all) to {MOST_THREADS}"
             )
         if not 0.1 <= self.sparsity < 1:
             raise InvalidOption(f"bench: sparsity {self.sparsity} is not between 0.1 and 1")

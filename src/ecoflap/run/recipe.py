@@ -61,7 +61,7 @@ def idle_fields(recipe: Mapping[str, Any]) -> frozenset[str]:
 class Recipe(BaseModel):
     """All that decides the result of a run. The same recipe, model and versions give the same sparse model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str | None = Field(None, description="Hub id, folder or GGUF file; left out: the embedded model.")
     sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="Fraction of the prunable weights to set to zero.")
@@ -212,7 +212,7 @@ class Recipe(BaseModel):
         None,
         description="Also evaluate the criterion with one sparsity for all layers. Default: on the embedded model.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the choice of samples and of the noise.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the choice of samples and of the noise.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     device_map: str | None = Field(
         None,

@@ -38,7 +38,18 @@ def test_a_packed_folder_is_measured(run, tmp_path):
     assert "packed int8" in shown.out
 
 
-@pytest.mark.parametrize("wrong", [("--rounds", 0), ("--threads", "two"), ("--batch-sizes", "1,"), ("--new-tokens", 1)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--rounds", 0),
+        ("--batch-sizes", 10**30),
+        ("--threads", 10**6),
+        ("--sparsity", "nan"),
+        ("--threads", "two"),
+        ("--batch-sizes", "1,"),
+        ("--new-tokens", 1),
+    ],
+)
 def test_wrong_numbers(run, wrong):
     run("bench", *wrong).refused()
 

@@ -170,6 +170,9 @@ def test_no_option_makes_it_lose_its_source_or_what_is_no_model(tmp_path):
         with pytest.raises(InvalidOption, match="is, holds or lies in"):
             pack_checkpoint(source, output, overwrite=True)
     pack_checkpoint(source, tmp_path / "packed")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(EcoflapError):
+        unpack_checkpoint(tmp_path / "packed", tmp_path / "loop")
     with pytest.raises(InvalidOption, match="is, holds or lies in"):
         unpack_checkpoint(tmp_path / "packed", tmp_path / "packed", overwrite=True)
     (tmp_path / "other").mkdir()

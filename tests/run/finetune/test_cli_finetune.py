@@ -69,6 +69,23 @@ def test_mistakes(arguments, words, made, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epochs", "inf"], ["--epochs", "finite"]),
+        (["--seed", "9" * 30], ["--seed", "4294967296"]),
+        (["--tune", "lora", "--rank", "9" * 30], ["--rank"]),
+        (["--training-options", "dataloader_drop_last=true"], ["dataloader_drop_last"]),
+        (["--training-options", "adam_beta1=5"], ["adam_beta1", "Invalid beta parameter"]),
+        (["--learning-rate", "1e30"], ["held-out loss is nan", "--learning-rate"]),
+    ],
+)
+def test_values_that_can_not_be_trained_with(arguments, words, made, run):
+    found = run("finetune", made.llama, "--train", made.prose, "--train-samples", 6, "--batch-size", 2,
+                "--sequence-length", 12, "--epochs", 1, *arguments, "-o", "out", "--quiet")  # fmt: skip
+    found.refused(*words)
+
+
 def test_a_run_is_not_trusted_with_code(made, run, tmp_path):
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)

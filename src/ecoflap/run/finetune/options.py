@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ _OWN = {
     "eval_steps": "--evaluate-every", "save_steps": "--evaluate-every", "use_cpu": "--device",
 }  # fmt: skip
 _FIXED = (
+    "dataloader_drop_last",
     "output_dir", "eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "remove_unused_columns", "dataloader_num_workers", "report_to", "disable_tqdm",
     "prediction_loss_only", "eval_on_start", "save_total_limit", "save_only_model", "push_to_hub", "deepspeed", "fsdp",
@@ -49,6 +52,21 @@ def check_training_options(recipe: Finetune) -> None:
             hint = f": did you mean '{near[0]}'?" if near else ""
             raise InvalidOption(f"training_options: transformers' TrainingArguments have no '{name}'{hint}")
     _built(recipe, "checkpoints", {"use_cpu": True})
+
+
+@contextmanager
+def blaming_options(recipe: Finetune) -> Iterator[None]:
+    """Turns an error of the trainer into InvalidOption where ``training_options`` are given, whose values it checks
+    when it uses them."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        if not recipe.training_options:
+            raise
+        raise InvalidOption(
+            f"training fails with training_options {', '.join(recipe.training_options)} ({first_line(error)}): "
+            "change them, or leave them out"
+        ) from error
 
 
 def total_steps(recipe: Finetune, samples: int, paired: bool) -> int:

@@ -52,7 +52,8 @@ class Finetune(Recipe):
     tune: Literal["full", "lora"] = Field(
         "full", description="Train all weights, or a low-rank update of the pruned layers (extra 'lora')."
     )
-    rank: int = Field(16, ge=1, description="Rank of the low-rank update.")
+    rank: int = Field(16, ge=1, le=2**20, description="Rank of the low-rank update.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the samples and of the adapters.")
     epochs: float = Field(3.0, gt=0.0, description="Largest number of passes over the training data.")
     learning_rate: float | None = Field(
         None, gt=0.0, description=f"Peak learning rate. Default: {RATES['full']:g}, with --tune lora {RATES['lora']:g}."

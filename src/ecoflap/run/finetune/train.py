@@ -25,7 +25,7 @@ from ecoflap.model.patching import cache_disabled
 from ecoflap.pruning.keep_zeros import ZeroKeeper
 from ecoflap.run.finetune.data import TrainingData, collate
 from ecoflap.run.finetune.distillation import Distillation
-from ecoflap.run.finetune.options import total_steps, training_arguments
+from ecoflap.run.finetune.options import blaming_options, total_steps, training_arguments
 from ecoflap.run.finetune.recipe import Finetune
 from ecoflap.support.progress import Progress, Task
 
@@ -85,6 +85,11 @@ class LossTrainer(Trainer):  # type: ignore[misc]
     def prediction_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> tuple[Any, ...]:
         with torch.no_grad(), self.accelerator.autocast():
             loss = self._fixed(self._inner, dict(inputs))
+        if not math.isfinite(float(loss)):
+            raise NonFiniteLoss(
+                f"the held-out loss is {float(loss)} at step {self.state.global_step}: lower --learning-rate, or check "
+                "the samples"
+            )
         return loss.detach(), None, None
 
 
@@ -143,7 +148,13 @@ def train(
     arguments._n_gpu = min(1, arguments.n_gpu)  # the model's own GPU; DataParallel would copy it to all of them
     done = 0 if last is None else int(last.rpartition("-")[2])
     on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # where the trainer moves the model
-    with quiet(), on_gpu, progress.stage("fine-tuning", total=steps, done=done) as task, cache_disabled(inner):
+    with (
+        quiet(),
+        on_gpu,
+        blaming_options(recipe),
+        progress.stage("fine-tuning", total=steps, done=done) as task,
+        cache_disabled(inner),
+    ):
         watch = Watch(task)
         callbacks: list[Any] = [watch]
         if keeper is not None:
