@@ -37,7 +37,7 @@ def _bits(model: nn.Module) -> dict[str, bytes]:
 @pytest.mark.filterwarnings("ignore:forward mode does not work")
 def test_scores_are_those_of_the_converted_model(name: str, importance: str, options: dict[str, str]) -> None:
     half, whole = _pair(FAMILIES[name], torch.bfloat16)
-    batches = FAMILIES[name].batches(4, 2)
+    batches = FAMILIES[name].batches(2, 2)
     before = _bits(half)
     found, expected = Journal(), Journal()
     measure_importance(half, batches, importance, journal=found, **options)  # type: ignore[arg-type]
