@@ -186,7 +186,8 @@ def test_dense_statistics_are_known_to_all_workers() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"criterion": "wanda"}, {"criterion": "sparsegpt", "by": "probes", "granularity": "block", "swaps": 3, "rounds": 1},
+    "options", [{"criterion": "wanda"},
+                {"criterion": "sparsegpt", "by": "probes", "granularity": "block", "swaps": 3, "rounds": 1},
                 {"criterion": "wanda", "metric": "loss"}, {"criterion": "sparsegpt", "inputs": "both", "rounds": 1}],
 )  # fmt: skip
 def test_the_search_ends_with_the_allocation_of_one_worker(options: dict[str, Any]) -> None:
