@@ -31,4 +31,5 @@ def is_finetune(folder: str | Path) -> bool:
     """Whether ``folder`` holds a fine-tuning: its recipe, as written, has a line that names the training data."""
     path = Path(folder) / RECIPE
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
-    return any(line.startswith(f"{TRAIN}:") for line in lines)
+    named = {line.partition(":")[0] for line in lines}
+    return TRAIN in named and GRID not in named

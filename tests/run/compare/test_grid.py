@@ -23,6 +23,7 @@ from ecoflap.run.names import is_compare
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe
 from ecoflap.search.pruned_model import Orders
+from ecoflap.support.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -254,3 +255,64 @@ def test_what_may_not_change_on_resume(whole: Comparison, data: Path) -> None:
         with pytest.raises(ResumeMismatch, match="can't resume") as caught:
             run_grid(grid_of(data, **more), data / "whole", resume=True)
         assert words in str(caught.value)
+
+
+def test_upop_is_a_method_that_takes_training_data(data: Path, tmp_path: Path) -> None:
+    """Refused in one line without; its cell is what ``ecoflap upop`` gives, after the same tests."""
+    with pytest.raises(InvalidOption, match=r"method 'upop' needs training data: give --train FILE"):
+        run_grid(grid_of(data, methods="upop", sparsities="0.5", seeds="0"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(EcoflapError, match="option of method 'upop'"):
+        grid_of(data, methods="upop:draws=3")
+    given = {"epochs": 1, "train_samples": 8, "learning_rate": 3e-3}
+    options = ",".join(f"{name}={value}" for name, value in given.items())
+    grid = grid_of(
+        data, methods=f"upop:{options},magnitude", sparsities="0.5", seeds="0", train=str(data / "prose.txt")
+    )  # fmt: skip
+    found = run_grid(grid, tmp_path / "grid")
+    cell = found.cells[0]
+    assert cell.error is None
+    assert found.methods[0].citations == ("upop",)
+    run = ecoflap.upop(
+        str(data / "llama"), train=str(data / "prose.txt"), output=tmp_path / "run", task=["perplexity"],
+        test=str(data / "prose.txt"), test_samples=3, batch_size=2, sequence_length=12, **given,
+    )  # fmt: skip
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert cell.value == metrics["finetuned"]["perplexity"]["value"]
+    assert cell.achieved == metrics["sparsity"]["prunable"]
+    alone = run_grid(grid_of(data, methods="magnitude", sparsities="0.5", seeds="0"), tmp_path / "alone")
+    assert found.cells[1].value == alone.cells[0].value  # nothing of the training is left in the dense model
+
+
+class _StopsInSearch(Silent):
+    """Progress that is told to stop at the second step of a search."""
+
+    def __init__(self) -> None:
+        self._left = 2
+
+    def stage(self, name: str, total: int, done: int = 0) -> Any:
+        return self if name == "search" else super().stage(name, total, done)
+
+    def __enter__(self) -> _StopsInSearch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, *_: object) -> None:
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt("SIGTERM")
+
+
+def test_a_training_that_was_stopped_goes_on(data: Path, tmp_path: Path) -> None:
+    grid = grid_of(
+        data, methods="upop:epochs=1,train_samples=8,learning_rate=3e-3,evaluate_every=1", sparsities="0.5", seeds="0",
+        train=str(data / "prose.txt"),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(grid, tmp_path / "grid", progress=_StopsInSearch())
+    assert list((tmp_path / "grid" / "journal" / "trainings").rglob("masks.safetensors"))
+    again, whole = run_grid(grid, tmp_path / "grid", resume=True), run_grid(grid, tmp_path / "whole")
+    assert again.cells[0].error is None
+    assert table(again) == table(whole)

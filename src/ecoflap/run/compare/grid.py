@@ -36,6 +36,7 @@ from ecoflap.run.compare.record import (
 from ecoflap.run.compare.results import command_of, write_results
 from ecoflap.run.compare.shared import SharedScores, allocated
 from ecoflap.run.compare.stored import StoredForms
+from ecoflap.run.compare.trained import trained, training_inputs
 from ecoflap.run.evaluations import evaluate, evaluations_of, rehearse
 from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
@@ -48,7 +49,7 @@ from ecoflap.support.memory import memory_error
 from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.reading import checked
 
-MACHINE = f"{JOURNAL}/machine.json"
+MACHINE, TRAININGS = f"{JOURNAL}/machine.json", f"{JOURNAL}/trainings"
 _log = logging.getLogger("ecoflap")
 
 
@@ -96,7 +97,7 @@ def run_grid(
         for line in base.choices():
             if say is not None:
                 say(line)
-        folder.begin(grid, fingerprint(checkpoint.model), _inputs(base))
+        folder.begin(grid, fingerprint(checkpoint.model), {**_inputs(base), **training_inputs(grid)})
         began, log = threads_of_start(folder.path / MACHINE, checkpoint.model), folder.path / LOG
         with logging_to(log), explained(folder.path, log), began:
             _log.info("comparison %s in %s", "goes on" if folder.resumed else "begins", folder.path.absolute())
@@ -231,6 +232,8 @@ class _Work:
 
     def _cell(self, place: Place, recipe: Recipe) -> Cell:
         plan, usages = plan_of(self._base, recipe), list[Usage]()
+        if place.method.trains:
+            return self._trained(place)
         importance, took = self._scores.of(plan)
         allocation, usage = allocated(plan, importance, self._folder, self._progress)
         usages.append(usage)
@@ -247,15 +250,28 @@ class _Work:
         cell = cell_of(place, results=results, sparsity=sparsity, took=took, usages=usages, stored=stored)
         return file_of(cell, answers)
 
-    def _offer(self, place: Place, cell: Cell) -> None:
+    def _trained(self, place: Place) -> Cell:
+        usages = list[Usage]()
+        stem = Path(_file_of(place)).stem
+        with measured("pruning", usages):
+            found, sparsity = trained(self._grid, place, self._folder.path / TRAININGS / stem, self._progress)
+        with measured("evaluation", usages):
+            answers = self._results(found)
+        results = {name: quality_of(answer) for name, answer in answers.items()}
+        cell = cell_of(place, results=results, sparsity=sparsity, usages=usages)
+        self._offer(place, cell, found)
+        return file_of(cell, answers)
+
+    def _offer(self, place: Place, cell: Cell, checkpoint: Checkpoint | None = None) -> None:
         finished = [(Path(_file_of(other)).stem, other) for other in self._grid.places() if other != place]
         known = ((name, self._read(other)) for name, other in finished if self._folder.has(_file_of(other)))
-        kept = KeptModels(self._folder, self._checkpoint, self._keep, self._dense()[0].higher_is_better)
+        kept = KeptModels(self._folder, checkpoint or self._checkpoint, self._keep, self._dense()[0].higher_is_better)
         kept.offer(Path(_file_of(place)).stem, cell, known)
 
-    def _results(self) -> dict[str, TaskResult]:
+    def _results(self, checkpoint: Checkpoint | None = None) -> dict[str, TaskResult]:
         # With the grid's own seed: all cells answer the same questions.
-        return {entry.name: evaluate(self._checkpoint, entry, self._grid, self._progress) for entry in self._entries}
+        found = checkpoint or self._checkpoint
+        return {entry.name: evaluate(found, entry, self._grid, self._progress) for entry in self._entries}
 
     def _evaluated(self) -> dict[str, Quality]:
         return {name: quality_of(result) for name, result in self._results().items()}

@@ -23,6 +23,7 @@ SHARED = frozenset((
     "task_options", "test", "test_columns", "test_prompt", "test_image_folder", "test_samples", "test_batch_size",
     "evaluations", "device", "dtype", "compute_dtype", "trust_remote_code", "baseline",
 ))  # fmt: skip
+UPOP = "upop"  # the method that trains the model: no importance, no criterion
 # What no cap and no number of samples contradicts: a value is checked alone first, with its grid later.
 _AGREEABLE: dict[str, Any] = {"sparsity": 0.0, "samples": 1 << 40}
 
@@ -81,8 +82,15 @@ class Method:
         named = (value for value in self.options.values() if isinstance(value, str))
         return tuple(paper.key for paper in citations(self.importance, self.criterion, *named))
 
+    @property
+    def trains(self) -> bool:
+        """Whether it trains the model, on the comparison's training data."""
+        return self.criterion == UPOP
+
     def changes(self) -> dict[str, Any]:
-        """The fields of a recipe that this method sets."""
+        """The fields of a run's recipe that this method sets; of one that trains, those that need no calibration."""
+        if self.trains:
+            return {"importance": "uniform", "criterion": "magnitude"}
         named = {"importance_options": self.importance_options, "criterion_options": self.criterion_options}
         kept = {name: dict(value) for name, value in named.items() if value}
         return {"importance": self.importance, "criterion": self.criterion, **self.fields, **kept}
@@ -133,6 +141,8 @@ def _parts(core: str, text: str) -> tuple[str, str]:
     from ecoflap.pruning.registry import CRITERIA, DEFAULT
 
     importance, plus, criterion = (part.strip() for part in core.rpartition("+"))
+    if criterion == UPOP and not plus:
+        return "uniform", UPOP
     if plus:
         if importance in CRITERIA and criterion in IMPORTANCES:
             raise InvalidOption(f"method '{text}': the importance comes first: {criterion}+{importance}")
@@ -144,7 +154,7 @@ def _parts(core: str, text: str) -> tuple[str, str]:
         return criterion, DEFAULT
     if not criterion:
         raise InvalidOption(f"method '{text}': write IMPORTANCE+CRITERION, such as zeroth-order+wanda")
-    raise unknown("method", criterion, list(dict.fromkeys([*CRITERIA, *IMPORTANCES])))
+    raise unknown("method", criterion, list(dict.fromkeys([*CRITERIA, *IMPORTANCES, UPOP])))
 
 
 def _with_option(method: Method, key: str, value: str, text: str) -> Method:
@@ -154,6 +164,8 @@ def _with_option(method: Method, key: str, value: str, text: str) -> Method:
         raise InvalidOption(f"method '{text}': {key} must be the same for all methods: give it as an option")
     if key in OF_METHOD:
         raise InvalidOption(f"method '{text}': write IMPORTANCE+CRITERION:NAME=VALUE, {key} is no NAME")
+    if method.trains:
+        return dataclasses.replace(method, fields={**method.fields, key: _of_training(key, value, text)})
     own, of_importance, of_criterion = dict(method.fields), *_options_of(method)
     if key in Recipe.model_fields:
         if _is_mapping(Recipe.model_fields[key].get_default(call_default_factory=True)):
@@ -170,6 +182,15 @@ def _with_option(method: Method, key: str, value: str, text: str) -> Method:
         return dataclasses.replace(method, criterion_options={**method.criterion_options, key: number(value)})
     fields = [name for name in Recipe.model_fields if name not in SHARED | AXES | OF_METHOD]
     raise unknown(f"option of method '{method.core}'", key, [*of_importance, *of_criterion, *fields])
+
+
+def _of_training(key: str, value: str, text: str) -> Any:
+    """A training's option in its type."""
+    from ecoflap.run.finetune.upop_recipe import OF_METHOD, UPop
+
+    if key not in OF_METHOD:
+        raise unknown(f"option of method '{UPOP}'", key, sorted(OF_METHOD))
+    return getattr(UPop.parse({key: value}, f"method '{text}'"), key)
 
 
 def _options_of(method: Method) -> tuple[list[str], list[str]]:

@@ -9,6 +9,7 @@ from ecoflap.data.sources import check_source
 from ecoflap.errors import EcoflapError, InfeasibleAllocation, InvalidOption
 from ecoflap.run.checks import check_data, check_places, check_recipe, needs_data
 from ecoflap.run.compare.recipe import Grid, Place
+from ecoflap.run.compare.trained import training_recipe
 from ecoflap.run.evaluations import evaluations_of
 from ecoflap.run.recipe import Recipe
 
@@ -77,6 +78,10 @@ def planned(grid: Grid) -> Plans:
         from ecoflap.run.compare.stored import check_forms
 
         check_forms(grid.values)
+    for place in grid.places():
+        if place.method.trains:
+            training_recipe(grid, place)  # raises where it can't be made
+            check_source(grid.train, grid.image_folder)
     plans = Plans()
     for place in grid.places():
         try:

@@ -52,6 +52,7 @@ class Grid(Recipe):
         (0,), description="Of sample choice and noise, such as 0,1,2: the spread over them is shown. Default: 0."
     )
 
+    train: str | None = Field(None, description="Training data of the method upop: file, folder or dataset id.")
     values: tuple[str, ...] = Field(
         (),
         description="Also store every model in these forms, and measure each by its bytes: auto (the checkpoint's "

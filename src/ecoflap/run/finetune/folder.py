@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from ecoflap.errors import InvalidOption
 from ecoflap.run.directory import RunDirectory
-from ecoflap.run.names import CHECKPOINTS, JOURNAL, LOG, MANIFEST, METRICS, MODEL, RECIPE, REPORT, TRAIN
+from ecoflap.run.names import CHECKPOINTS, GRID, JOURNAL, LOG, MANIFEST, METRICS, MODEL, RECIPE, REPORT, TRAIN
 
 TRAINING = f"{JOURNAL}/training.json"  # what the training came to, once its model is saved
 
@@ -19,7 +19,7 @@ class FinetuneDirectory(RunDirectory):
 
     def _is_ours(self) -> bool:
         try:
-            return TRAIN in self.recorded()
+            return TRAIN in self.recorded() and GRID not in self.recorded()
         except InvalidOption:
             return self.manifest.exists
 

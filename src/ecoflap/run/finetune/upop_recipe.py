@@ -13,6 +13,13 @@ UPDATES = 50  # of the masks in a search, where the recipe does not set how ofte
 HIDDEN = frozenset({"tune", "rank", "dense"})  # fields of a fine-tuning that have one value here
 
 
+# Options that a method of a comparison may set.
+OF_METHOD = (
+    "train_samples", "held_out", "epochs", "search_epochs", "update_every", "learning_rate", "weight_decay", "warmup",
+    "accumulate", "evaluate_every", "patience", "distill", "distill_hidden", "temperature",
+)  # fmt: skip
+
+
 class UPop(Finetune):
     """All that decides the result of ``ecoflap upop``."""
 
