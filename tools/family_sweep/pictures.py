@@ -31,7 +31,10 @@ def candidates(config: Any, takes: Mapping[str, Any], seed: int) -> Iterator[dic
     patch, channels = getattr(vision, "patch_size", 14), getattr(vision, "num_channels", None) or 3
     patch = patch if isinstance(patch, int) else patch[0]
     for pictures in (*_squares(vision, patch, channels, random), *_patches(vision, patch, channels, takes, random)):
-        yield {**_extras(config, takes, pictures["pixel_values"], patch, random), **pictures}
+        extras = _extras(config, takes, pictures["pixel_values"], patch, random)
+        yield {**extras, **pictures}
+        if extras:
+            yield pictures
 
 
 def _squares(vision: Any, patch: int, channels: int, random: torch.Generator) -> Iterator[dict[str, Tensor]]:
