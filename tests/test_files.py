@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ecoflap.errors import InvalidOption, OutputExists, StorageError
+from ecoflap.data.formats.csv import CsvTable
+from ecoflap.errors import CalibrationError, InvalidOption, OutputExists, StorageError
 from ecoflap.model.replace import check_replaceable
 from ecoflap.support.files import PARTIAL, write_json, write_text
 from ecoflap.support.reading import read_json
@@ -37,8 +38,19 @@ def test_a_replaced_file_is_whole_for_a_reader(tmp_path: Path) -> None:
 def test_damaged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with pytest.raises(InvalidOption, match=r"can't read the allocation .*a\.json: it is no whole JSON file"):
+    with pytest.raises(
+        InvalidOption, match=r"can't read the allocation .*a\.json: it is (no whole JSON|not UTF-8 text)"
+    ):
         read_json(path, "the allocation")
+
+
+def test_other_encodings_are_told_without_pythons_words(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes('{"a": "grün"}'.encode("latin-1"))
+    with pytest.raises(InvalidOption, match=r"a\.json: it is not UTF-8 text \(byte 9\): convert it first$"):
+        read_json(tmp_path / "a.json", "the allocation")
+    (tmp_path / "a.csv").write_bytes("text\ngrün\n".encode("latin-1"))
+    with pytest.raises(CalibrationError, match=r"it is not UTF-8 text, convert it first$"):
+        CsvTable(tmp_path / "a.csv", "a.csv")
 
 
 def test_absent(tmp_path: Path) -> None:

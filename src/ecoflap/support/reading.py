@@ -107,7 +107,9 @@ def reason_of(error: BaseException, kind: str) -> str:
         return f"it is nested more than {DEEPEST} deep"
     if isinstance(error, OSError):
         return str(error.strerror or error)
-    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.start}): convert it first"
+    if isinstance(error, json.JSONDecodeError):
         return f"it is no whole {kind} file ({error})"
     return " ".join(str(error).split())
 

@@ -31,8 +31,10 @@ class CsvTable:
         try:
             with _large_fields():
                 self._index()
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{source} is not a readable CSV file in UTF-8: {error}") from None
+        except UnicodeDecodeError:
+            raise CalibrationError(
+                f"{source} is not a readable CSV file: it is not UTF-8 text, convert it first"
+            ) from None
         except csv.Error as error:
             hint = ": is a quote left open?" if "field larger" in str(error) else ""
             raise CalibrationError(
