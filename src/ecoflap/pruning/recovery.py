@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 Weights = Mapping[str, Tensor]  # parameter name to a weight as the model stores it
 
 
+MOST_STEPS = 100_000  # far beyond where conjugate gradients stop to move
+
+
 @dataclass(frozen=True)
 class RecoveryOptions:
     """How weights are fitted.
@@ -47,9 +51,9 @@ class RecoveryOptions:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise InvalidOption(f"recover_options: steps must be a whole number of at least 1, not {self.steps!r}")
-        if not self.damping > 0:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= MOST_STEPS:
+            raise InvalidOption(f"recover_options: steps must be a whole number, 1 to {MOST_STEPS}, not {self.steps!r}")
+        if not 0 < self.damping < math.inf:
             raise InvalidOption(f"recover_options: damping must be above 0, not {self.damping!r}")
 
 

@@ -177,7 +177,7 @@ class Recipe(BaseModel):
         description="Sample a layer only until its standard error is this share of its score: 0.1. At most samples × "
         "draws.",
     )
-    batch_size: int = Field(8, ge=1, description="Samples in a batch.")
+    batch_size: int = Field(8, ge=1, lt=2**31, description="Samples in a batch.")
     sequence_length: int | None = Field(
         None, ge=2, description="Tokens in a sample of plain text. Default: what fits model, machine and text."
     )
@@ -203,7 +203,10 @@ class Recipe(BaseModel):
     test_image_folder: str | None = Field(None, description="Folder with the pictures of the test data.")
     test_samples: int | None = Field(None, ge=1, description="Number of test samples. Default: all.")
     test_batch_size: int | None = Field(
-        None, ge=1, description="Samples in a batch of the evaluation. Default: the batch size, or 32 (embedded model)."
+        None,
+        ge=1,
+        lt=2**31,
+        description="Samples in a batch of the evaluation. Default: the batch size, or 32 (embedded model).",
     )
     evaluations: tuple[Evaluation, ...] | None = Field(
         None, description="Several tests, in a recipe file alone: name, task, test, columns, ... of each."
