@@ -86,6 +86,16 @@ def test_a_phone_needs_no_scrolling_sideways(open_tab, request, which):
                              ".querySelector('.live').layout.dragmode") is False  # fmt: skip
 
 
+def test_names_of_towers_break_between_words_on_a_phone(open_tab, report):
+    tab = open_tab(report, viewport=PHONE, is_mobile=True)
+    lines = """() => [...document.querySelectorAll('.towers code')].flatMap(code => [...code.childNodes]
+        .filter(part => part.nodeType === 3).map(part => { const range = document.createRange();
+        range.selectNodeContents(part); return range.getClientRects().length; }))"""
+    assert set(tab.page.evaluate(lines)) == {1}
+    table = tab.page.locator(".towers").bounding_box()
+    assert table["x"] + table["width"] <= PHONE["width"]
+
+
 def test_plots_follow_the_scheme(open_tab, report):
     tab = open_tab(report, color_scheme="light")
     tab.page.locator("#sparsity0").scroll_into_view_if_needed()

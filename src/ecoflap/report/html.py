@@ -127,8 +127,8 @@ def environment() -> Environment:
 
 
 def breakable(name: str) -> Markup:
-    """A dotted or slashed name, escaped, that may break after its separators."""
-    return Markup(re.sub(r"([./])", r"\1<wbr>", str(escape(name))))
+    """A dotted or slashed name, escaped, that may break after its separators and underlines, but not inside a word."""
+    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
 
 
 def _page_script() -> str:
