@@ -29,9 +29,9 @@ from ecoflap.api import allocate, inspect, prune_to
 from ecoflap.data.objectives import resolve
 from ecoflap.importance.measure import measure_importance
 from ecoflap.model.checkpoint import Checkpoint, load
+from ecoflap.pruning.registry import tokens_of
 from ecoflap.run.evaluations import evaluate, evaluations_of
 from ecoflap.run.prepare import calibration_batches
-from ecoflap.statistics.choice import TokenChoice
 from ecoflap.support.files import write_json
 from ecoflap.support.progress import Silent
 
@@ -126,7 +126,7 @@ class Cells:
         before, clock, processor = _memory("VmRSS", reset=True), time.perf_counter(), time.process_time()
         prune_to(
             checkpoint.model, anatomy, shares, batches, criterion=criterion, criterion_options=options, loss=objective,
-            pattern=pattern, budget=budget, tokens=TokenChoice(apart.get("tokens", "all"), apart.get("top_tokens")),
+            pattern=pattern, budget=budget, tokens=tokens_of(criterion, apart.get("tokens"), apart.get("top_tokens")),
             recover=apart.get("recover", False),
         )  # fmt: skip
         values = {

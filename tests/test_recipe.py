@@ -295,6 +295,15 @@ def test_a_run_begun_with_the_former_default_goes_on_with_it(tmp_path: Path) -> 
     assert directory.settled(Recipe().resolved()).criterion == "admm"  # told as a difference, as before
 
 
+def test_a_run_goes_on_with_the_tokens_that_it_recorded(tmp_path: Path) -> None:
+    """Also one of a version in which ADMM counted all."""
+    run = RunDirectory(tmp_path)
+    for tokens in ("all", "weighted"):
+        (tmp_path / "recipe.yaml").write_text(f"criterion: admm\nimportance: uniform\ntokens: {tokens}\n")
+        assert run.settled(Recipe(importance="uniform")).tokens == tokens
+    assert run.settled(Recipe(importance="uniform", tokens="text")).tokens == "text"
+
+
 def test_the_default_criterion_is_recorded() -> None:
     assert Recipe().resolved().to_dict()["criterion"] == "admm"
     assert Recipe().resolved().method().pruning.criterion == "admm"

@@ -35,7 +35,7 @@ from ecoflap.model.slices import stored_matrix
 from ecoflap.pruning.journal import BlockJournal
 from ecoflap.pruning.prune import PruningOptions, prune_layers
 from ecoflap.pruning.recovery import recover_layers, recovery_options, sparse_part, weights_to_recover
-from ecoflap.pruning.registry import DEFAULT
+from ecoflap.pruning.registry import DEFAULT, tokens_of
 from ecoflap.pruning.restore import restored_on_failure
 from ecoflap.search.method import Given, Method, make_method
 from ecoflap.search.options import SearchJournal
@@ -187,7 +187,7 @@ def prune(
     exclude: Sequence[str] = (),
     towers: Sequence[str] | None = None,
     seed: int = 0,
-    tokens: str | TokenChoice = "all",
+    tokens: str | TokenChoice | None = None,
     offload_activations: bool | str = "none",
     compute_dtype: str = "auto",
     progress: Progress | None = None,
@@ -219,8 +219,8 @@ def prune(
             squares; see :func:`ecoflap.recover`, also for ``recover_options``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.model.anatomy.discover`.
-        tokens: which tokens enter the criterion's statistics where a language tower reads visual tokens: ``all`` or
-            another name of :class:`ecoflap.statistics.choice.TokenChoice`.
+        tokens: which tokens enter the criterion's statistics where a language tower reads visual tokens: a name of
+            :class:`ecoflap.statistics.choice.TokenChoice`. None: ``weighted`` with admm, else ``all``.
         offload_activations: where block inputs are kept between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
             memory-mapped file that is removed with the process.
         compute_dtype: for weights of half precision: ``native``, their own; ``float32``, block by block; ``auto``, fp32
@@ -261,7 +261,7 @@ def prune_to(
     compare: str | None = None,
     loss: Objective | None = None,
     offload_activations: bool | str = "none",
-    tokens: str | TokenChoice = "all",
+    tokens: str | TokenChoice | None = None,
     recover: bool = False,
     recover_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -272,7 +272,7 @@ def prune_to(
 
     Not public: tests and benchmarks compare stage 2 alone with it. ``journal`` holds what an interrupted run has done.
     """
-    choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
+    choice = tokens if isinstance(tokens, TokenChoice) else tokens_of(criterion, tokens)
     recovery = recovery_options(recover_options) if recover else None
     options = PruningOptions(criterion, dict(criterion_options or {}), compare, choice, offload_activations, recovery)
     shares = AllocationOptions(budget=budget, tower_sparsity=tower_sparsity, pattern=pattern)

@@ -25,6 +25,7 @@ from ecoflap.model.block_runner import TowerDriver
 from ecoflap.model.parts import Anatomy, Block
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating, tensors_in
+from ecoflap.pruning.registry import tokens_of
 from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_statistics, gather
 from ecoflap.statistics.gather import STATISTICS
@@ -228,6 +229,19 @@ def test_only_towers_that_see_pictures_change(name: str) -> None:
     for tower in anatomy.towers:
         same = [torch.equal(masks[0][layer.name], masks[1][layer.name]) for layer in tower.layers]
         assert all(same) if tower.modality == "vision" else not all(same)
+
+
+@pytest.mark.parametrize(("criterion", "expected"), [("admm", "weighted"), ("wanda", "all")])
+def test_a_criterion_has_its_own_choice(criterion: str, expected: str) -> None:
+    """Where none is given; a model without visual tokens is no fault then."""
+    weights = {}
+    for choice in (None, "all", "weighted"):
+        model, anatomy, batches, loss = made("pico llava")
+        api.prune(model, batches, 0.5, importance="uniform", criterion=criterion, tokens=choice, loss=loss)
+        weights[choice] = torch.cat([model.get_parameter(layer.name).detach().flatten() for layer in anatomy.layers])
+    assert torch.equal(weights[None], weights[expected])
+    assert not torch.equal(weights["all"], weights["weighted"])
+    check_choice(tokens_of(criterion), model, [{"input_ids": torch.tensor([[1, 2]])}], "pair")
 
 
 def test_the_choice_reaches_sparsegpt_too() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ecoflap.errors import InvalidOption
+from ecoflap.statistics.choice import EXPERT_TOKENS, TokenChoice
 from ecoflap.support.registry import Registry, dataclass_complaint, entry
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ def _complaint(made: Any) -> str | None:
 
 
 # Beside each, what the command line needs before torch: whether it compares weights of different layers, and so decides
-# the sparsity of each layer itself; whether it looks at calibration samples; the papers behind it.
+# the sparsity of each layer itself; whether it looks at calibration samples; the tokens that its statistics count by
+# default, where not all; the papers behind it.
 CRITERIA: Registry[Callable[..., Criterion | GlobalCriterion]] = Registry(
     "criterion",
     {
         "wanda": entry("ecoflap.pruning.wanda:Wanda", cites=("wanda",)),
         "sparsegpt": entry("ecoflap.pruning.sparsegpt:SparseGPT", cites=("sparsegpt",)),
-        "admm": entry("ecoflap.pruning.admm:ADMM", cites=("admm-update", "alps", "gptaq")),
+        "admm": entry("ecoflap.pruning.admm:ADMM", tokens="weighted", cites=("admm-update", "alps", "gptaq")),
         "magnitude": entry("ecoflap.pruning.magnitude:Magnitude", reads_data=False, cites=("magnitude",)),
         "global-magnitude": entry(
             "ecoflap.pruning.whole_model:GlobalMagnitude", is_global=True, reads_data=False, cites=("magnitude",)
@@ -60,10 +62,24 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "aggregate": (None, "sum"),
     "rule": (None,),
     "spread": (None,),
-    "tokens": ("all",),
+    "tokens": (None, "all"),
     "search": (None, False),
     "search_options": (None, {}),
 }
+
+
+def tokens_of(
+    criterion: str, given: str | None = None, amount: float | None = None, experts: int = EXPERT_TOKENS
+) -> TokenChoice:
+    """The choice of tokens for a criterion's statistics: the given one, else the criterion's own.
+
+    Its own is none that a model without visual tokens among its text could contradict: there it stands for all.
+
+    Raises:
+        InvalidOption, UnknownName: the choice can't be.
+    """
+    name = given or str(CRITERIA.fact(criterion, "tokens", "all"))
+    return TokenChoice(name, amount, experts, required=given is not None or amount is not None)
 
 
 def is_global(criterion: str) -> bool:

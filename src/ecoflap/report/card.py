@@ -218,7 +218,7 @@ def _steps(method: str | None, settings: Mapping[str, Any], recipe: Mapping[str,
     yield Step("Weights within a layer", f"criterion {criterion}, {pattern}", citations(criterion))
     if recipe.get("recover"):
         yield _recovered()
-    tokens = str(recipe.get("tokens", "all"))
+    tokens = str(recipe.get("tokens") or "all")
     if tokens != "all":
         yield Step("Tokens that the criterion's statistics count", tokens, citations(tokens))
 

@@ -221,7 +221,7 @@ class RunDirectory:
         return data
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """The recipe with what the run found where it was left open: importance, criterion, compute dtype, sparsity."""
+        """The recipe with what the run found where it was left open, such as the importance or the compute dtype."""
         before, took = self.recorded(), dict[str, Any]()
         if recipe.pruned is not None:  # its sparsity is known when it is read
             took |= {name: before.get(name) for name in ("sparsity", "max_sparsity")}
@@ -229,6 +229,8 @@ class RunDirectory:
             took["importance"] = before["importance"]
         if "criterion" not in recipe.model_fields_set and before.get("criterion") == BEFORE_ADMM:
             took["criterion"] = BEFORE_ADMM  # begun by a version whose default it was
+        if recipe.tokens is None:
+            took["tokens"] = before.get("tokens")
         if recipe.compute_dtype == AUTO and before.get("compute_dtype") in ("native", "float32"):
             took["compute_dtype"] = before["compute_dtype"]
         return recipe.model_copy(update=took)

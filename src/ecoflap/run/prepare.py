@@ -39,6 +39,7 @@ from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.provenance import digests_of
 from ecoflap.run.recipe import Recipe
 from ecoflap.statistics.dense import SharedNorms
+from ecoflap.statistics.tokens import sees_visual_tokens
 from ecoflap.support.progress import LOADING, Progress, Silent
 from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers
@@ -236,9 +237,15 @@ def plan_on(
     objective = resolve(name, checkpoint.model)
     takes = computed_in(checkpoint.model, recipe.compute_dtype, batches, objective, workers)
     told = _IN_FP32 if recipe.compute_dtype == compute.AUTO and takes == compute.FLOAT32 else ""
-    recipe = recipe.model_copy(update={"compute_dtype": takes})
+    recipe = recipe.model_copy(update={"compute_dtype": takes, "tokens": _tokens(recipe, checkpoint.model, batches)})
     anatomy = find_layers(recipe, checkpoint.model, batches, objective)
     return Prepared(recipe, checkpoint, anatomy, samples, batches, objective, name, scores, given, computes=told)
+
+
+def _tokens(recipe: Recipe, model: nn.Module, batches: Sequence[Batch]) -> str:
+    """The choice of tokens that the run's record names: a default that the model has no visual tokens for is all."""
+    choice = recipe.token_choice()
+    return choice.name if choice.required or sees_visual_tokens(model, batches) else "all"
 
 
 def check_plan(plan: Prepared) -> None:

@@ -17,7 +17,7 @@ from ecoflap.data.class_names import is_file_entry
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.evaluation.registry import TASKS
 from ecoflap.importance.registry import AUTO, IMPORTANCES, named, own_rule
-from ecoflap.pruning.registry import BEFORE_ADMM, CRITERIA, DEFAULT, is_global, refuse_with_global
+from ecoflap.pruning.registry import BEFORE_ADMM, CRITERIA, DEFAULT, is_global, refuse_with_global, tokens_of
 from ecoflap.run.evaluations import Evaluation
 from ecoflap.run.trust import refuse_code
 from ecoflap.statistics.choice import EXPERT_TOKENS, TokenChoice
@@ -138,10 +138,10 @@ class Recipe(BaseModel):
     compare: Literal["row", "matrix"] | None = Field(
         None, description="Where scores are compared; default: the criterion's own (row for Wanda)."
     )
-    tokens: str = Field(
-        "all",
+    tokens: str | None = Field(
+        None,
         description="Tokens that count in the statistics of towers that read text and pictures: all, text, weighted, "
-        "text+top, text+attended or atv.",
+        "text+top, text+attended or atv. Default: weighted with admm, else all.",
     )
     top_tokens: float | None = Field(
         None,
@@ -312,7 +312,7 @@ class Recipe(BaseModel):
     def token_choice(self) -> TokenChoice:
         """What enters the statistics of stage 2. Raises InvalidOption, UnknownName for what can't be."""
         least = EXPERT_TOKENS if self.expert_tokens is None else self.expert_tokens
-        return TokenChoice(self.tokens, self.top_tokens, least)
+        return tokens_of(self.criterion, self.tokens, self.top_tokens, least)
 
     def shares(self) -> dict[str, Any]:
         """The options of the allocation, as :func:`ecoflap.allocate` takes them."""

@@ -21,7 +21,7 @@ from ecoflap.model.parts import Anatomy
 from ecoflap.pruning.offloaded import check_offloaded
 from ecoflap.pruning.prune import PruningOptions
 from ecoflap.pruning.recovery import recovery_options
-from ecoflap.pruning.registry import DEFAULT, is_global, reads_data, refuse_with_global
+from ecoflap.pruning.registry import DEFAULT, is_global, reads_data, refuse_with_global, tokens_of
 from ecoflap.search.options import SearchOptions
 from ecoflap.search.search import search_options as checked_search_options
 from ecoflap.statistics.choice import TokenChoice
@@ -96,7 +96,7 @@ def make_method(
     criterion: str = DEFAULT,
     criterion_options: Mapping[str, Any] | None = None,
     compare: str | None = None,
-    tokens: str | TokenChoice = "all",
+    tokens: str | TokenChoice | None = None,
     offload_activations: bool | str = "none",
     allocation: Any = None,
     search: bool | None = None,
@@ -138,7 +138,7 @@ def make_method(
         raise InvalidOption("recover_options say how weights are recovered: give recover, too")
     options = checked_search_options(search_options)
     searched = stage1.name == "sensitivity" if search is None else search
-    choice = TokenChoice(tokens) if isinstance(tokens, str) else tokens
+    choice = tokens if isinstance(tokens, TokenChoice) else tokens_of(criterion, tokens)
     return Method(
         stage1,
         AllocationOptions(**shares),

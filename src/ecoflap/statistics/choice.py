@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ecoflap.errors import InvalidOption
 from ecoflap.support.registry import unknown
@@ -30,6 +30,7 @@ class TokenChoice:
             visual tokens; of "atv" its factor α. None: 0.2, and 1 for α.
         experts: least tokens of an expert of a mixture. Where its router sends n < m, the missing m − n are average
             tokens of all that enter the mixture: XᵀX + (m − n) · X₀ᵀX₀ / n₀.
+        required: whether it is a fault that no tower sees visual tokens; a criterion's default choice is none.
 
     Raises:
         UnknownName, InvalidOption: at once, for another name or an amount out of its range.
@@ -38,6 +39,7 @@ class TokenChoice:
     name: str = "all"
     amount: float | None = None
     experts: int = EXPERT_TOKENS
+    required: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         if self.experts < 0:

@@ -135,16 +135,21 @@ def check_choice(choice: TokenChoice, model: nn.Module, batches: Sequence[Any], 
         InvalidOption: the criterion reads no input statistics.
         CalibrationError: no batch has visual tokens among those of the text.
     """
-    if choice.name == "all":
+    if choice.name == "all" or not choice.required:
         return
     if statistics == "none":
         raise InvalidOption(f"tokens '{choice.name}' changes nothing: the criterion reads no statistics of inputs")
-    known = placeholders(model)
-    if not any(token_masks(batch, False, known).image is not None for batch in batches):
+    if not sees_visual_tokens(model, batches):
         raise CalibrationError(
             f"tokens '{choice.name}': no language tower of {type(model).__name__} sees visual tokens in the "
             "calibration data: leave the option out"
         )
+
+
+def sees_visual_tokens(model: nn.Module, batches: Sequence[Any]) -> bool:
+    """Whether some batch has visual tokens among those of the text."""
+    known = placeholders(model)
+    return any(token_masks(batch, False, known).image is not None for batch in batches)
 
 
 def chooser(

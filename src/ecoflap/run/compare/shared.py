@@ -149,6 +149,7 @@ def search_key(recipe: Recipe) -> str:
     """A file name that differs for everything that changes the allocation."""
     decides = {name: value for name, value in recipe.to_dict().items() if name not in SHARED | _AFTER_SEARCH}
     decides["statistics"] = order_of(recipe)
+    decides["tokens"] = recipe.token_choice().name
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"search-{recipe.importance.replace('/', '_')}-{recipe.sparsity:g}-seed{recipe.seed}-{digest[:8]}"
 
