@@ -57,3 +57,12 @@ def test_words_of_libraries(error: Exception, size: str | None) -> None:
                                    EcoflapError("cannot allocate 3 zeros"), OSError(errno.ENOSPC, "full")])  # fmt: skip
 def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert memory_error(error) is None
+
+
+def test_a_chain_of_errors_that_leads_back_to_itself_ends() -> None:
+    error = ValueError("slip")
+    error.__cause__ = KeyError("inner")
+    error.__cause__.__cause__ = error
+    assert memory_error(error) is None
+    error.__cause__ = MemoryError()
+    assert memory_error(error) is not None

@@ -19,7 +19,9 @@ _LIBRARIES = ("SafetensorError", "ImportError")
 def memory_error(error: BaseException) -> OutOfMemory | None:
     """One line with a remedy if ``error``, or what it was raised from, says that memory is short; else None."""
     link: BaseException | None = error
-    while link is not None:
+    seen: set[int] = set()  # a chain may lead back to itself
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
         if isinstance(link, OutOfMemory):
             return link
         if _says_so(link):
