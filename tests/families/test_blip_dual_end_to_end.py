@@ -103,7 +103,7 @@ def run(family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch, **options
     data = write_data(folder, family.name, labels=options.get("objective") == "zero-shot")
     recipe = Recipe(
         model=str(source), calibration=str(data), samples=5, importance_samples=2, batch_size=2, sparsity=0.5,
-        criterion="wanda", device="cpu", **options,
+        device="cpu", **{"criterion": "wanda", **options},
     )  # fmt: skip
     return kept, run_recipe(recipe, folder / "run")
 

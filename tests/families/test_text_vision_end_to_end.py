@@ -60,7 +60,7 @@ def run_of(family: Family, model: Path, folder: Path, **options: Any) -> Path:
     data = pictures(folder) if family.name in VISION else prose(folder / "prose.txt")
     recipe = Recipe(
         model=str(model), calibration=str(data), samples=4, importance_samples=2, batch_size=2, sequence_length=16,
-        criterion="wanda", objective=family.objective, **options,
+        objective=family.objective, **{"criterion": "wanda", **options},
     )  # fmt: skip
     return pipeline.run_recipe(recipe, folder / "run")
 

@@ -13,6 +13,7 @@ from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.pruning.registry import CRITERIA
 from ecoflap.run.compare.methods import parse_method, split_methods
 from ecoflap.run.compare.recipe import DEFAULT_METHODS, Grid, parse_sparsities
+from ecoflap.support.registry import entry
 
 LOCAL = ["wanda", "sparsegpt", "magnitude"]
 OPTIONS = {
@@ -180,6 +181,6 @@ def test_options_of_one_method_are_no_options_of_all() -> None:
 def test_registries_are_asked_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownName):
         parse_method("brandnew+wanda")
-    monkeypatch.setitem(IMPORTANCES._entries, "brandnew", "ecoflap.importance.base:Uniform")
-    monkeypatch.setitem(CRITERIA._entries, "brandrule", "ecoflap.pruning.wanda:Wanda")
+    monkeypatch.setitem(IMPORTANCES._entries, "brandnew", entry("ecoflap.importance.base:Uniform"))
+    monkeypatch.setitem(CRITERIA._entries, "brandrule", entry("ecoflap.pruning.wanda:Wanda"))
     assert parse_method("brandnew+brandrule").name == "brandnew+brandrule"
