@@ -149,3 +149,10 @@ def test_samples_of_a_result() -> None:
     assert windows == Samples(**windows.to_json())
     answers = Samples.of(result(math.exp(1.25), losses=[1.0, 2.0], tokens=[3, 1], kinds=["a", "b"]))
     assert answers == Samples([1.0, 2.0], [0, 1], ["a", "b"], [3, 1])
+
+
+def test_a_task_without_samples_has_no_pair() -> None:
+    one = Samples(scores=[1.0], index=[0], kinds=[None])
+    assert paired([], []) is None
+    assert paired([one], []) is None
+    assert paired([], [one]) is None

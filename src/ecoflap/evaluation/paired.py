@@ -122,9 +122,9 @@ def paired(models: Sequence[Samples], others: Sequence[Samples]) -> Paired | Non
         models, others: one model each; or the models of several seeds, whose values and whose scores of each sample are
             averaged, so that the error is that of the choice of samples, with these seeds.
     """
-    first, *rest = all_of = [*models, *others]
-    if not models or not others or not first.index:
+    if not models or not others or not models[0].index:
         return None
+    first, *rest = [*models, *others]
     places = {number: row for row, number in enumerate(first.index)}
     in_order = [first]
     for one in rest:
@@ -139,7 +139,6 @@ def paired(models: Sequence[Samples], others: Sequence[Samples]) -> Paired | Non
     kinds = sorted({kind for kind in first.kinds if kind is not None})
     if not kinds or any(one.kinds != first.kinds for one in in_order):
         return whole
-    assert len(all_of) == len(in_order)
     groups = {k: _difference([m.group(k) for m in ours], [o.group(k) for o in theirs]) for k in kinds}
     return Paired(whole.difference, whole.stderr, whole.n, whole.better, whole.worse, whole.p, groups)
 
