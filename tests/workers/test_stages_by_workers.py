@@ -60,7 +60,7 @@ def pruned(workers: Workers, name: str, criterion: str, journal: Blocks | None =
 
 
 @lru_cache
-def by_one(name: str, criterion: str, tokens: str = "all") -> list[Any]:
+def by_one(name: str, criterion: str, tokens: str | None = None) -> list[Any]:
     return together(1, lambda workers: pruned(workers, name, criterion, tokens=tokens))[0]
 
 
