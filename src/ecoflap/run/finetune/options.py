@@ -134,6 +134,8 @@ def _built(recipe: Finetune, folder: str, more: dict[str, object]) -> TrainingAr
     if more.keys() >= {"eval_steps"}:
         asked |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     try:
-        return TrainingArguments(**{**asked, **recipe.training_options})
+        arguments = TrainingArguments(**{**asked, **recipe.training_options})
     except (ValueError, TypeError, ImportError) as error:
         raise InvalidOption(f"transformers refuses these training options: {first_line(error)}") from error
+    arguments._n_gpu = min(1, arguments.n_gpu)  # the model's own GPU; DataParallel would copy it to all of them
+    return arguments

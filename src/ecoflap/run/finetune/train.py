@@ -141,36 +141,65 @@ def train(
     """
     steps = total_steps(recipe, len(data.train), data.paired)
     last = last_checkpoint(Path(folder))
-    device = home_of(inner)
     arguments = training_arguments(
-        recipe, folder, steps, on_cpu=device.type == "cpu", resumed=last is not None, paired=data.paired
+        recipe, folder, steps, on_cpu=home_of(inner).type == "cpu", resumed=last is not None, paired=data.paired
     )  # fmt: skip
-    arguments._n_gpu = min(1, arguments.n_gpu)  # the model's own GPU; DataParallel would copy it to all of them
-    done = 0 if last is None else int(last.rpartition("-")[2])
-    on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # where the trainer moves the model
-    with (
-        quiet(),
-        on_gpu,
-        blaming_options(recipe),
-        progress.stage("fine-tuning", total=steps, done=done) as task,
-        cache_disabled(inner),
-    ):
-        watch = Watch(task)
+
+    def trainer(watch: Watch) -> LossTrainer:
         callbacks: list[Any] = [watch]
         if keeper is not None:
             callbacks.append(keeper)
         if recipe.patience:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
-        trainer = LossTrainer(
+        return LossTrainer(
             objective=objective, distillation=distillation, inner=inner, model=model, args=arguments,
             train_dataset=data.train, eval_dataset=data.held_out, data_collator=collate, callbacks=callbacks,
         )  # fmt: skip
+
+    state = trained(trainer, recipe, inner, "fine-tuning", steps, last, progress)
+    model.eval()
+    return _outcome(state)
+
+
+def trained(
+    make: Callable[[Watch], LossTrainer],
+    recipe: Finetune,
+    inner: nn.Module,
+    stage: str,
+    steps: int,
+    last: str | None,
+    progress: Progress,
+) -> Any:
+    """The state of the trainer that ``make`` builds after its training, in one process on the device of ``inner``.
+
+    Args:
+        stage: its name for the progress, with ``steps`` in all.
+        last: the checkpoint that it continues from.
+
+    Raises:
+        KeyboardInterrupt: the process was asked to stop; a checkpoint is written.
+    """
+    device, done = home_of(inner), 0 if last is None else int(last.rpartition("-")[2])
+    on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # where the trainer moves the model
+    with (
+        quiet(),
+        on_gpu,
+        blaming_options(recipe),
+        progress.stage(stage, total=steps, done=done) as task,
+        cache_disabled(inner),
+    ):
+        watch = Watch(task)
+        trainer = make(watch)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
         if watch.stop is not None:
             raise watch.stop
-    model.eval()
-    return _outcome(trainer.state)
+    return trainer.state
+
+
+def losses_of(state: Any) -> list[tuple[int, float]]:
+    """(Step, mean training loss since the last one) of a trainer's state."""
+    return [(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry]
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -190,13 +219,12 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _outcome(state: Any) -> Training:
-    losses = [(int(e["step"]), float(e["loss"])) for e in state.log_history if "loss" in e]
     evaluations = [(int(e["step"]), float(e["eval_loss"])) for e in state.log_history if "eval_loss" in e]
     start = min((loss for step, loss in evaluations if step == 0), default=math.inf)
     later = [(loss, step) for step, loss in evaluations if step > 0]
     best = min(later, default=(math.inf, 0))
     kept = best[1] if best[0] < start else 0
-    return Training(int(state.global_step), int(state.max_steps), kept, losses, evaluations)
+    return Training(int(state.global_step), int(state.max_steps), kept, losses_of(state), evaluations)
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:

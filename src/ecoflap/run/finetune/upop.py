@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from ecoflap.data.objectives import Objective, on_device
 from ecoflap.errors import InfeasibleAllocation
 from ecoflap.model.channels import ChannelGroup, channel_groups
-from ecoflap.model.files import quiet
 from ecoflap.model.narrow import Narrowed, narrow
 from ecoflap.model.offload import home_of
 from ecoflap.model.parts import Anatomy
@@ -25,7 +24,7 @@ from ecoflap.pruning.upop import ChannelMasks, Kept
 from ecoflap.run.finetune.data import TrainingData, collate
 from ecoflap.run.finetune.distillation import Distillation
 from ecoflap.run.finetune.options import search_arguments, total_steps
-from ecoflap.run.finetune.train import LossTrainer, Watch, last_checkpoint
+from ecoflap.run.finetune.train import LossTrainer, Watch, last_checkpoint, losses_of, trained
 from ecoflap.run.finetune.upop_recipe import UPDATES, UPop
 from ecoflap.support.files import write_tensors
 from ecoflap.support.progress import Progress
@@ -114,32 +113,25 @@ def search(
     """
     own = UPop.parse({**recipe.given(), "epochs": recipe.search_epochs})
     steps = total_steps(own, len(data.train), data.paired)
-    device, last = home_of(model), last_checkpoint(Path(folder))
-    arguments = search_arguments(own, folder, steps, on_cpu=device.type == "cpu", paired=data.paired)
-    arguments._n_gpu = min(1, arguments.n_gpu)  # as in train
+    last = last_checkpoint(Path(folder))
+    arguments = search_arguments(own, folder, steps, on_cpu=home_of(model).type == "cpu", paired=data.paired)
     masks = ChannelMasks(model, groups)
     if last is not None:
         masks.load(load_file(Path(last) / MASKS))
     every = recipe.update_every or max(1, steps // UPDATES)
-    done = 0 if last is None else int(last.rpartition("-")[2])
-    with ExitStack() as stack:
-        stack.enter_context(quiet())
-        stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())
-        watch = Watch(stack.enter_context(progress.stage("search", total=steps, done=done)))
-        stack.enter_context(cache_disabled(model))
-        stack.enter_context(masks)
-        trainer = _SearchTrainer(
+
+    def trainer(watch: Watch) -> LossTrainer:
+        return _SearchTrainer(
             masks=masks, objective=objective, distillation=distillation, inner=model, model=model, args=arguments,
             train_dataset=data.train, data_collator=collate,
             callbacks=[_Ranking(masks, every, recipe.sparsity, anatomy.prunable_parameters), watch],
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last)
-        if watch.stop is not None:
-            raise watch.stop
+
+    with masks:
+        state = trained(trainer, recipe, model, "search", steps, last, progress)
     model.eval()
-    losses = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
-    return Search(masks.chosen(recipe.sparsity, anatomy.prunable_parameters), int(trainer.state.global_step), losses)
+    kept = masks.chosen(recipe.sparsity, anatomy.prunable_parameters)
+    return Search(kept, int(state.global_step), losses_of(state))
 
 
 def narrowed(
