@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ecoflap.cli.app import Command, Json, Quiet, app, flag
+from ecoflap.cli.app import Command, Json, Quiet, app, flag, output_option
 from ecoflap.cli.finetune import told
-from ecoflap.cli.options import OUTPUT, with_recipe_options
+from ecoflap.cli.options import with_recipe_options
 from ecoflap.run.finetune.upop_recipe import HIDDEN, UPop
 from ecoflap.run.recipe import FILE_ONLY
 
@@ -21,9 +19,7 @@ FIELDS = tuple(name for name in UPop.model_fields if name not in {"model", *UPop
 def upop(
     recipe: UPop,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="The folder to write. Default: ecoflap-upop.",
-                     show_default=False, rich_help_panel=OUTPUT),
+        Path, output_option("The folder to write. Default: ecoflap-upop.")
     ] = Path("ecoflap-upop"),
     overwrite: Annotated[bool, flag("--overwrite", text="Replace the training that is there.")] = False,
     resume: Annotated[bool, flag("--resume", text="Go on from the last checkpoint of the one that is there.")] = False,
