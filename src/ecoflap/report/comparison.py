@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -15,6 +14,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.report.places import text_without_places
 from ecoflap.report.quality import PairedDifference
 from ecoflap.report.reading import Content, Count, Finite, Fraction, read_model
+from ecoflap.run.compare.leaders import leaders
 from ecoflap.run.names import COMPARISON
 from ecoflap.support.formats import task_title
 
@@ -94,6 +94,13 @@ class Cell(Content):
         """All stages together; None where no time was taken."""
         known = [value for value in self.seconds.values() if value is not None]
         return sum(known) if known else None
+
+
+class _Known(NamedTuple):
+    """A mean that is there, with its error."""
+
+    mean: float
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -209,24 +216,16 @@ class Comparison(Content):
         places = (p.against for p in self.paired if (p.method, p.sparsity, p.test) == (method, sparsity, test.name))
         return next(places, {})
 
-    def leaders(self, sparsity: float, test: Test) -> set[str]:
+    def leaders(self, sparsity: float, test: Test) -> frozenset[str]:
         """The best method at a sparsity, and those as good within error.
 
         They are no further off than the standard error of their paired difference from the best; where that is not
         known than √(a² + b²).
         """
-        averages = [(method.name, self.average(method.name, sparsity, test)) for method in self.methods]
-        known = [(name, average.mean, average.error or 0.0) for name, average in averages if average.mean is not None]
-        if not known:
-            return set()
-        sign = 1 if test.higher_is_better else -1
-        best, top, error = max(known, key=lambda item: sign * item[1])
-
-        def error_of(name: str, own: float) -> float:
-            pair = self.against(name, sparsity, test).get("best") if name != best else None
-            return hypot(error, own) if pair is None else pair.stderr or 0.0
-
-        return {name for name, value, own in known if abs(value - top) <= error_of(name, own)}
+        found = {method.name: self.average(method.name, sparsity, test) for method in self.methods}
+        column = {name: _Known(one.mean, one.error) for name, one in found.items() if one.mean is not None}
+        pairs = {name: pair for name in column if (pair := self.against(name, sparsity, test).get("best"))}
+        return leaders(column, test.higher_is_better, pairs)[1]
 
     @property
     def towers(self) -> list[str]:

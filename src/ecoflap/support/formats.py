@@ -39,10 +39,14 @@ def metric_change(metric: str, dense: float | None, pruned: float | None, *, uni
 class Pair(Protocol):
     """One model less another on the same samples, see :class:`ecoflap.evaluation.paired.Paired`."""
 
-    stderr: float | None
-    better: int
-    worse: int
-    p: float
+    @property
+    def stderr(self) -> float | None: ...
+    @property
+    def better(self) -> int: ...
+    @property
+    def worse(self) -> int: ...
+    @property
+    def p(self) -> float: ...
 
 
 def paired_change(metric: str, pair: Pair | None, other: float | None, *, unit: str | None = None) -> str:

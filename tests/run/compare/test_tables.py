@@ -18,12 +18,12 @@ from PIL import Image
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation import TASKS
 from ecoflap.report.charts.compare import draw_comparison
+from ecoflap.run.compare.leaders import leaders
 from ecoflap.run.compare.record import (
     Comparison,
     Measured,
     Summary,
     higher_is_better,
-    leaders,
     read_comparison,
     summarise,
 )

@@ -6,38 +6,31 @@ With several seeds a sample's score is the mean over them, so that the error is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
-from ecoflap.evaluation.paired import Samples, paired
+from ecoflap.evaluation.paired import Paired, Samples, paired
 
 DENSE, UNIFORM, BEST = "dense", "uniform", "best"
 
 
-class Difference(BaseModel):
-    """One model less another on the same ``n`` samples, see :class:`ecoflap.evaluation.paired.Paired`."""
-
-    model_config = ConfigDict(frozen=True)
-
-    difference: float
-    stderr: float | None
-    n: int
-    better: int
-    worse: int
-    p: float
-
-
 class Pairing(BaseModel):
     """A method at a sparsity on a test, against other models: ``dense``; ``uniform``, its criterion with one sparsity
-    for all layers; and, of a single seed, ``best``, the best method at that sparsity."""
+    for all layers; and, of a single seed, ``best``, the best method at that sparsity. Groups of samples are left out.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     method: str
     sparsity: float
     test: str
-    against: dict[str, Difference] = Field(default_factory=dict)
+    against: dict[str, Paired] = Field(default_factory=dict)
+
+    @field_serializer("against")
+    def _as_written(self, against: dict[str, Paired]) -> dict[str, Any]:
+        return {name: pair.to_json() for name, pair in against.items()}
 
 
 class Named(Protocol):
@@ -95,6 +88,6 @@ def pairings(
         if len(models) == len(first) == 1:
             others[BEST] = first
         pairs = {name: paired(models, other) for name, other in others.items()}
-        against = {name: Difference(**pair.to_json()) for name, pair in pairs.items() if pair is not None}
+        against = {name: replace(pair, groups={}) for name, pair in pairs.items() if pair is not None}
         if against:
             yield Pairing(method=method, sparsity=sparsity, test=test, against=against)

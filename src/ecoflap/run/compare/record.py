@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ecoflap.evaluation import TaskResult
-from ecoflap.evaluation.paired import Samples
-from ecoflap.run.compare.pairs import BEST, Difference, Pairing, pairings, uniform_of
+from ecoflap.evaluation.paired import Paired, Samples
+from ecoflap.run.compare.leaders import leaders
+from ecoflap.run.compare.pairs import BEST, Pairing, pairings, uniform_of
 from ecoflap.run.compare.recipe import Place
 from ecoflap.run.compare.shared import Took
 from ecoflap.run.evaluations import Evaluation
@@ -150,7 +150,7 @@ class Comparison(_Record):
         found = [cell.tests[name] for cell in self.cells_of(method, sparsity) if name in cell.tests]
         return summarise(found)
 
-    def against(self, method: str, sparsity: float, test: str) -> dict[str, Difference]:
+    def against(self, method: str, sparsity: float, test: str) -> dict[str, Paired]:
         """What the method's models at ``sparsity`` are paired with on ``test``."""
         places = (p.against for p in self.paired if (p.method, p.sparsity, p.test) == (method, sparsity, test))
         return next(places, {})
@@ -183,28 +183,6 @@ def summarise(results: Sequence[Measured]) -> Summary | None:
     if len(values) > 1:
         return Summary(mean=statistics.fmean(values), error=statistics.stdev(values), seeds=len(values))
     return Summary(mean=values[0], error=next(r.stderr for r in results if r.value is not None), seeds=1)
-
-
-def leaders(
-    column: dict[str, Summary], higher_is_better: bool, pairs: Mapping[str, Difference] | None = None
-) -> tuple[str | None, frozenset[str]]:
-    """The best method of one sparsity, and all that are as good within error, itself among them.
-
-    A method is as good if it differs by no more than the standard error of its paired difference from the best, where
-    ``pairs`` has that; else by no more than √(a² + b²), a and b being the two errors (0 where there is none).
-    """
-    if not column:
-        return None, frozenset()
-    pick = max if higher_is_better else min
-    best = pick(column, key=lambda name: column[name].mean)
-    top = column[best]
-
-    def error(name: str) -> float:
-        if pairs and name in pairs and name != best:
-            return pairs[name].stderr or 0.0
-        return math.hypot(column[name].error or 0.0, top.error or 0.0)
-
-    return best, frozenset(name for name, s in column.items() if abs(s.mean - top.mean) <= error(name))
 
 
 def with_pairs(comparison: Comparison, cells: Sequence[CellFile], tests: Sequence[DenseTest]) -> Comparison:

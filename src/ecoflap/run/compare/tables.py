@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ecoflap.run.compare.pairs import DENSE, UNIFORM, Difference
+from ecoflap.evaluation.paired import Paired
+from ecoflap.run.compare.pairs import DENSE, UNIFORM
 from ecoflap.run.compare.record import Cell, Comparison, MethodRecord, Stored, Summary, Test, summarise
 from ecoflap.support.formats import duration, metric_change, metric_value, paired_change, size, task_title
 
@@ -124,7 +125,7 @@ def difference_rows(comparison: Comparison, test: Test) -> Iterator[tuple[str, l
             yield words, ["method", *(f"{sparsity:g}" for sparsity in comparison.sparsities)], rows
 
 
-def _difference(test: Test, pair: Difference, value: float) -> str:
+def _difference(test: Test, pair: Paired, value: float) -> str:
     reference = value - pair.difference
     change = metric_change(test.metric, reference, value, unit=test.unit)
     return change + paired_change(test.metric, pair, reference, unit=test.unit)
