@@ -40,6 +40,11 @@ class Files:
     shards: tuple[Path, ...] = ()
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in ``folder``; 0 where there are none."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def locate(source: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Files:
     """Find and check the files of ``source``; a hub id is downloaded into the hub's cache first.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ecoflap.model.files import weight_bytes
 from ecoflap.report.data import RunData
 from ecoflap.run.finetune.recipe import Finetune
 from ecoflap.run.finetune.upop_recipe import HIDDEN, UPop
@@ -130,7 +130,7 @@ def on_disk(run: RunData) -> OnDisk | None:
     prunable weight, that says whether it stays, and the values of those that do:
     ``saved − zeros · bytes per weight + prunable weights / 8``, with the bytes per weight of the whole file.
     """
-    saved, packed = _weight_bytes(run.path / MODEL), _weight_bytes(run.path / PACKED)
+    saved, packed = weight_bytes(run.path / MODEL), weight_bytes(run.path / PACKED)
     if not saved:
         return None
     if packed:
@@ -141,7 +141,3 @@ def on_disk(run: RunData) -> OnDisk | None:
     zeros = sum(tower.zeros for tower in sparsity.towers.values())
     without = saved - zeros * saved / sparsity.model_parameters + sparsity.prunable_parameters / 8
     return OnDisk(saved, round(without))
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in sorted(folder.glob("*.safetensors")))

@@ -19,6 +19,7 @@ from ecoflap.data.prompts import Prompter, image_processor_of, tokenizer_of
 from ecoflap.data.sample import Sample
 from ecoflap.errors import InvalidOption
 from ecoflap.model.checkpoint import load
+from ecoflap.model.files import weight_bytes
 from ecoflap.model.packed.checkpoint import pack_checkpoint, unpack_checkpoint
 from ecoflap.model.packed.convert import pack, packable, replace, unpack
 from ecoflap.model.packed.format import PackedWeight, pack_weight
@@ -110,7 +111,7 @@ def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
             variants[f"packed {values}"] = small
     dense = "dense float32" if own == torch.float32 else DENSE  # the plain checkpoint has the bytes of its own dtype
     loading[dense] = loading.pop("plain")
-    stored = {dense: _stored(plain), "packed": _stored(packed)}
+    stored = {dense: weight_bytes(plain), "packed": weight_bytes(packed)}
     prompter = Prompter(kept.model, kept.processor) if tokenizer_of(kept.processor) is not None else None
     picture = _picture() if image_processor_of(kept.processor) is not None else None
 
@@ -129,10 +130,6 @@ def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
 def _main_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the largest floating-point parameter."""
     return max((p for p in model.parameters() if p.is_floating_point()), key=torch.numel).dtype
-
-
-def _stored(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _picture() -> Any:

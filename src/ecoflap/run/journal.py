@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecoflap.importance.scores import Estimate
+from ecoflap.model.files import weight_bytes
 from ecoflap.support.files import read_sealed, storage, write_sealed, write_tensors
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class BlockFiles:
 
     def bytes(self) -> int:
         """What the files take that are there."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return weight_bytes(self.folder)
 
     def place(self, block: str) -> Path:
         """The block's file, by which an offloaded model reads it."""
