@@ -20,6 +20,7 @@ import pytest
 
 if TYPE_CHECKING:  # imported below where tests run: the process that only hands them out starts without torch
     from console import Command
+    from fake_hub import FakeHub
 
 MOST = 8  # workers; each holds torch, transformers and pico models, about 1 GB
 
@@ -82,3 +83,18 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.chdir(tmp_path)
     return command(capfd, monkeypatch)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A Hub of the test's own, with a token that it takes."""
+    import huggingface_hub
+    from fake_hub import TOKEN, serving
+
+    with serving() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import console
@@ -14,7 +13,7 @@ import huggingface_hub
 import pytest
 import yaml
 from console import Command
-from fake_hub import TOKEN, FakeHub, serving
+from fake_hub import TOKEN, FakeHub
 from safetensors.torch import load
 
 import ecoflap
@@ -25,17 +24,6 @@ from ecoflap.run.recipe import Recipe
 
 FAST = {"criterion": "magnitude", "importance": "uniform", "samples": 2, "test_samples": 2}
 OPTIONS = ("--criterion", "magnitude", "--importance", "uniform", "--samples", 2, "--test-samples", 2)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    with serving() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 @pytest.fixture(scope="module")
