@@ -128,9 +128,8 @@ def resumed_calls(
 
 
 EXPERTS_ROOM = 2 << 30  # bytes of what is gathered for a mixture's experts at a time
-COPIES = (
-    3  # of an expert's statistics: its own; where it gets few tokens, those of all, so far and of the batch at hand
-)
+# Of an expert's statistics: its own; where it gets few tokens, those of all, so far and of the batch at hand.
+COPIES = 3
 
 
 def within_room(groups: Sequence[LayerGroup], numbers: Callable[[int], int], room: int) -> list[LayerGroup]:

@@ -231,9 +231,9 @@ class _Work:
         self._group = group_of(recipe)
 
     def _cell(self, place: Place, recipe: Recipe) -> Cell:
-        plan, usages = plan_of(self._base, recipe), list[Usage]()
         if place.method.trains:
             return self._trained(place)
+        plan, usages = plan_of(self._base, recipe), list[Usage]()
         importance, took = self._scores.of(plan)
         allocation, usage = allocated(plan, importance, self._folder, self._progress)
         usages.append(usage)
