@@ -134,6 +134,14 @@ class ResumedCalls:
         if self._now is not None:
             self._now.cut()
 
+    def kept_bytes(self, number: int, given: Iterable[Tensor]) -> int:
+        """What is kept of this call for its next run, beside views of what is there anyway (the call's arguments)."""
+        call = self._calls.get(number, _Kept())
+        storages = [value.untyped_storage() for value in call.values.values()]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        there = {tensor.untyped_storage().data_ptr() for tensor in given}
+        return sum(size for place, size in sizes.items() if place not in there)
+
     def settle(self, parameters: Iterable[nn.Parameter]) -> None:
         """These have the values that they keep."""
         self._changing.difference_update(id(parameter) for parameter in parameters)
