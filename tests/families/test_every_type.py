@@ -17,7 +17,7 @@ from ecoflap.model.anatomy import discover
 
 KNOWN = architectures()
 # What may stay dense in blocks: whole bridges by default, and what is no matrix that something is multiplied by.
-LEFT_OUT = ("bridge", "convolution", "state-space", "slices that no expert multiplies by")
+LEFT_OUT = ("bridge", "convolution", "state-space")
 LATER = "calibration data show how they lie"  # stacks of which only a forward can tell
 LESS = {
     "recurrent_gemma": 0.94,  # the gates of its recurrence

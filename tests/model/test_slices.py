@@ -205,10 +205,33 @@ def test_modules_that_loop_over_slices_by_themselves_are_found_by_their_products
     ]
     assert layers["blocks.0.experts.up[1]"].shape == (6, 8)  # x @ up.T
     assert layers["blocks.0.experts.down[1]"].shape == (8, 6)  # inner @ down
-    dense = {entry.name: (entry.reason, entry.numel) for entry in result.anatomy.unprunable}
-    assert dense["blocks.0.experts.up"] == ("slices that no expert multiplies by (1 of 4 experts)", 48)
+    unused = {entry.name: (entry.reason, entry.numel) for entry in result.anatomy.outside}
+    assert unused["blocks.0.experts.up"] == ("slices that no expert multiplies by (1 of 4)", 48)
+    assert not result.anatomy.unprunable
     assert not result.unreached
     assert bool((model.blocks[0].experts.up[3] != 0).all())
+
+
+class OneShared(Loop):
+    """Two stacks, one of a single slice that all experts share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Parameter(self.down.detach()[:1].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([(x[:, number::3] @ self.up[number].T) @ self.down[0] for number in range(3)], dim=1)
+
+
+def test_slices_that_the_forward_multiplied_by_are_in_use_whatever_another_stack_holds() -> None:
+    model = Model()
+    for block in model.blocks:
+        block.experts = OneShared()
+    anatomy = discover(model, {"x": torch.randn(2, 12, 8)})
+    assert [layer.name for layer in anatomy.blocks[0].layers[:4]] == [
+        *(f"blocks.0.experts.up[{number}]" for number in range(3)), "blocks.0.experts.down[0]",
+    ]  # fmt: skip
+    assert [entry.name for entry in anatomy.outside] == ["blocks.0.experts.up", "blocks.1.experts.up"]
 
 
 @pytest.mark.parametrize("importance", ["gradient-norm", "zeroth-order", "forward-mode"])

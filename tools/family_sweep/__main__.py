@@ -24,6 +24,7 @@ FOUND = Path(__file__).with_name("found.json")
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 START, END = "<!-- family_sweep: begin -->", "<!-- family_sweep: end -->"
 _LATER = "calibration data show how they lie"
+_UNUSED = "slices that no expert multiplies by"
 
 
 def shares(kind: str, name: str, traced: bool) -> dict[str, Any]:
@@ -43,9 +44,10 @@ def shares(kind: str, name: str, traced: bool) -> dict[str, Any]:
         if not (traced and _LATER in entry.reason):
             dense[entry.reason] = dense.get(entry.reason, 0) + entry.numel
     told = {reason: round(numel / whole, 4) for reason, numel in dense.items() if numel > 0.002 * whole}
+    unused = sum(entry.numel for entry in anatomy.outside if entry.reason.startswith(_UNUSED))
     return {
         "alone": round(plain / whole, 4), "share": round((anatomy.prunable_parameters + later) / whole, 4),
-        "dense": told,
+        "dense": told, **({"unused": round(unused / (unused + whole), 4)} if unused else {}),
     }  # fmt: skip
 
 
@@ -78,6 +80,8 @@ def table(found: dict[str, Any]) -> str:
             continue
         towers = ", ".join(modality for modality, _ in one.get("towers", ()))
         dense = "; ".join(f"{100 * share:.1f} % {reason}" for reason, share in one["dense"].items())
+        if "unused" in one:
+            dense += f"beside the block's weights {_UNUSED}: {100 * one['unused']:.1f} % of what it stores"
         fed = one["fed"] if "error" not in one else "not run"
         both = f"{100 * one['alone']:.1f} / {100 * one['share']:.1f} %"
         rows.append(f"| `{kind}` | {both} | {fed} | {towers} | {dense} |")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecoflap.errors import AnatomyError
 from ecoflap.model.block_lists import BlockList, block_lists
-from ecoflap.model.experts import Experts, expert_groups, experts_in, stack_of
+from ecoflap.model.experts import Experts, expert_groups, mixture_of, slices_in_use, stack_of
 from ecoflap.model.modality import modality_of, with_decoder
 from ecoflap.model.packed_attention import IN, OUT, is_packed
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
@@ -80,7 +80,7 @@ def discover(
     anatomy = Anatomy(
         towers=tuple(tower for tower in found_towers if tower.numel),
         unprunable=tuple(reader.unprunable),
-        outside=tuple(outside),
+        outside=(*reader.unused, *outside),
         replayable=tuple(path for found in lists for path in found.elements),
         total_parameters=sum(parameter.numel() for parameter in model.parameters()) + reader.packed_away,
         traced=traced is not None,
@@ -124,6 +124,7 @@ class _Reader:
         self.model, self.traced, self.experts, self.include, self.exclude = model, traced, experts, include, exclude
         self.packed_away = 0  # weights of quantised layers beyond the entries that their parameters have
         self.unprunable: list[Unprunable] = []
+        self.unused: list[Unprunable] = []  # stored in blocks, and part of nothing that these compute
         self.used_patterns: set[str] = set()
         self.names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -234,13 +235,18 @@ class _Reader:
         """The matrices of a stacked parameter, but those that stay dense."""
         others = [other for other in self.names[id(parameter)] if other != name]
         rows, columns = parameter.numel() // (stack.count * parameter.shape[-1]), parameter.shape[-1]
-        experts, of = experts_in(self.model.get_submodule(path), stack.count), stack.count if stack.flat else 0
+        reached = 0 if self.traced is None else self.traced.reached.get(name, 0)
+        used = slices_in_use(self.model.get_submodule(path), stack.count, reached)
+        of = stack.count if stack.flat else 0
+        if used < stack.count:  # no weights of the block, as nothing that it computes depends on them
+            why = f"slices that no expert multiplies by ({stack.count - used} of {stack.count})"
+            self.unused.append(Unprunable(name, why, (stack.count - used) * rows * columns))
+        mixture = mixture_of(self.model, path)
         dense: Counter[str] = Counter()
-        for number in range(stack.count):
+        for number in range(used):
             full = slice_name(name, number, of)
             reason = self._reason_of_slice(full, name, path, tower, modality)
-            if reason or number >= experts:
-                reason = reason or "slices that no expert multiplies by"
+            if reason:
                 dense[reason] += 1
                 continue
             yield Layer(
@@ -252,10 +258,10 @@ class _Reader:
                 shape=(columns, rows) if stack.turned else (rows, columns),
                 transposed=stack.turned,
                 aliases=tuple(slice_name(other, number, of) for other in others),
-                expert=slice_name(path, number),
+                expert=slice_name(mixture, number),
             )
         for reason, count in dense.items():
-            told = reason if count == stack.count else f"{reason} ({count} of {stack.count} experts)"
+            told = reason if count == used else f"{reason} ({count} of {used} experts)"
             self._dense(name, told, count * rows * columns)
 
     def _reason_of_slice(self, name: str, parameter: str, path: str, tower: str, modality: str) -> str | None:

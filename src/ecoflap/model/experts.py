@@ -80,13 +80,43 @@ def _flat(path: str, module: nn.Module, trace: Trace | None) -> list[ExpertGroup
     return [ExpertGroup(parent if "expert" in parent.rpartition(".")[2].lower() else path, (), counts.pop())]
 
 
-def experts_in(module: nn.Module, count: int) -> int:
-    """How many experts a module of stacked ones has, one of whose stacks has ``count`` slices: as many as each has.
+def slices_in_use(module: nn.Module, count: int, reached: int) -> int:
+    """How many of a stack's ``count`` slices are some expert's: as many as each stack of the module has.
 
-    Where experts do nothing but pass a token on, one stack may have slices for them, too (LongCat-Flash).
+    Where experts do nothing but pass a token on, one stack may have slices for them, too, by which nothing is ever
+    multiplied (LongCat-Flash).
+
+    Args:
+        reached: number of slices up to the last that the traced forward multiplied by: those are in use anyway.
     """
     stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    return min([count, *map(len, stacks)])
+    return max(reached, min([count, *map(len, stacks)]))
+
+
+def mixture_of(model: nn.Module, path: str) -> str:
+    """Path of the mixture to whose experts the slices belong that the module at ``path`` stacks.
+
+    That is the module itself; or its parent, where several of its children are of one class and hold one stack each,
+    of as many slices (JetMoE): then the slices of one number are one expert.
+    """
+    parent = path.rpartition(".")[0]
+    module = model.get_submodule(path)
+    like = [one for one in model.get_submodule(parent).children() if type(one) is type(module)]
+    lengths = [[len(p) for p in one.parameters() if p.dim() == 3] for one in like]
+    return parent if len(like) > 1 and len(lengths[0]) == 1 and lengths.count(lengths[0]) == len(lengths) else path
+
+
+def router_of(model: nn.Module, mixture: str, count: int) -> str | None:
+    """Path of the linear layer that gives one number to each of ``count`` experts; None unless there is just one."""
+    for home in (mixture, mixture.rpartition(".")[0]):
+        found = [
+            path
+            for path, module in model.get_submodule(home).named_modules(prefix=home)
+            if isinstance(module, nn.Linear) and module.out_features == count
+        ]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def lies_transposed(module: nn.Module) -> bool | None:

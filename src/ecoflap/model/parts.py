@@ -23,7 +23,7 @@ class Layer:
         aliases: other parameter names of the same tensor inside the blocks (shared weights).
         uncalled: its module is never called: the parent multiplies by the weight itself (EVA's and BEiT's qkv).
         expert: path of the expert of a mixture that holds it, which sees a part of the tokens alone; "" for the rest.
-            Of a slice the path of its module with the slice's number, ``…experts[3]``.
+            Of a slice the path of its mixture with the slice's number, ``…experts[3]``.
     """
 
     name: str
@@ -127,8 +127,8 @@ class Anatomy:
     Attributes:
         towers: in the order in which a forward calls them; only those with prunable layers.
         unprunable: weights inside blocks, and in lists that are no towers, that stay dense.
-        outside: matrices that are in no list of blocks: embeddings, heads, projectors. Each matrix of the model is in
-            ``layers``, ``unprunable`` or here, once.
+        outside: matrices that are in no list of blocks: embeddings, heads, projectors; and slices of experts that no
+            block multiplies by. Each matrix of the model is in ``layers``, ``unprunable`` or here, once.
         replayable: paths of all repeated blocks, of excluded towers too, in order.
         traced: whether a forward was watched (else the order is that of definition).
     """

@@ -105,6 +105,8 @@ class StackedWeights:
             if (leaves := [leaf for leaf, p in module._parameters.items() if p is not None and _may_stack(module, p)])
         }
         self._ways: dict[str, set[Stack]] = {}
+        self.reached: dict[str, int] = {}
+        """Name of each such parameter to the number of slices up to the last that was multiplied by."""
 
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
         """Take note, if this call multiplies by slices of a parameter of a running module."""
@@ -117,7 +119,9 @@ class StackedWeights:
                 product = product_with(func, args, kwargs, parameter)
                 if product is not None:
                     way = Stack(product.turned, product.of or len(parameter), bool(product.of))
-                    self._ways.setdefault(f"{path}.{leaf}", set()).add(way)
+                    name, end = f"{path}.{leaf}", product.first + max(1, product.count)
+                    self._ways.setdefault(name, set()).add(way)
+                    self.reached[name] = max(end, self.reached.get(name, 0))
                     return
 
     def found(self) -> dict[str, Stack]:
@@ -144,6 +148,7 @@ class Trace:
             watched modules, was an argument of ``b``.
         multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, by their module or not.
         stacked: names of the parameters that are stacks of matrices, to how these lie.
+        reached: the same names, to the number of slices up to the last that something was multiplied by.
         inputs: for each watched module, the names of the batch's entries that its arguments were computed from outside
             of other watched modules.
     """
@@ -154,6 +159,7 @@ class Trace:
     chained: set[tuple[str, str]] = field(default_factory=set)
     multiplied: set[int] = field(default_factory=set)
     stacked: dict[str, Stack] = field(default_factory=dict)
+    reached: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def position(self, path: str) -> int:
@@ -208,4 +214,5 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
         run(model, batch)
     result.multiplied = origins.multiplied
     result.stacked = origins.weights.found()
+    result.reached = origins.weights.reached
     return result

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecoflap.model.carried import packed, unpacked
+from ecoflap.model.experts import router_of
 from ecoflap.model.parts import Layer
 from ecoflap.model.slices import slice_name
 from ecoflap.model.trace import tensors_in
 from ecoflap.statistics.gather import Gatherer
 from ecoflap.statistics.real_tokens import RoutedTokens
+from ecoflap.statistics.turned_router import TurnedRouter
 
 
 class EveryToken(Gatherer):
@@ -26,7 +29,9 @@ class EveryToken(Gatherer):
     - where one multiplies by all of its experts at once and receives (experts · tokens, features), in which the rows
       that a token is not sent to are zeros (Llama 4): all tokens are those of all experts together, scaled as the
       router scaled them;
-    - where experts are modules that receive copies of the mixture's own tokens.
+    - where experts are modules that receive copies of the mixture's own tokens;
+    - where one linear layer gives a number to each expert, and an expert gets all tokens if its number is made the
+      highest (JetMoE): the block is run once for each expert with its router turned to that one.
 
     The layers of others have no statistics.
     """
@@ -40,6 +45,7 @@ class EveryToken(Gatherer):
         self._only = "", ""  # a mixture, and the one of its experts that is fed
         self._at_once: set[str] = set()  # mixtures that may multiply by all experts at once
         self._seen_at_once: set[str] = set()
+        self._turned: dict[str, TurnedRouter] = {}  # by mixture that is run so
 
     def _watch_mixtures(self) -> None:
         experts: dict[str, dict[str, None]] = {}
@@ -52,9 +58,12 @@ class EveryToken(Gatherer):
                 numbers = [int(expert[len(path) + 1 : -1]) for expert in members]
                 self._watch(choosing, partial(self._run, path, partial(self._run_chosen, path, numbers)))
             elif any(layer.stacked for layer in self._block.layers if layer.mixture == path):
-                if len(inspect.signature(type(module).forward).parameters) == 2:  # itself, and the tokens
+                takes_tokens = len(inspect.signature(type(module).forward).parameters) == 2  # itself, and the tokens
+                if takes_tokens and (count := _count(module)):
                     self._at_once.add(path)
-                    self._watch(path, partial(self._run_at_once, _count(module)))
+                    self._watch(path, partial(self._run_at_once, count))
+                else:
+                    self._turn_router(path, [int(expert[len(path) + 1 : -1]) for expert in members])
             elif isinstance(module, nn.ModuleList | nn.ModuleDict):
                 called = getattr(module.forward, "__name__", "") != "_forward_unimplemented"
                 alone = partial(_each, [self._model.get_submodule(expert) for expert in members])
@@ -110,6 +119,31 @@ class EveryToken(Gatherer):
                 finally:
                     self._running, self._tokens = False, None
 
+    def _turn_router(self, path: str, numbers: Sequence[int]) -> None:
+        layers = [layer for layer in self._block.layers if layer.mixture == path]
+        parameter = self._model.get_parameter(layers[0].parameter)
+        router = router_of(self._model, path, len(parameter)) if parameter.dim() == 3 else None
+        if router is None:
+            return
+        self._turned[path] = TurnedRouter(self._model.get_submodule(router))
+        if self._sequence is not None:
+            self._watch_experts(layers)
+        self._watch(self._block.name, partial(self._run_turned, path, numbers))
+
+    def _run_turned(self, path: str, numbers: Sequence[int], block: nn.Module, args: Any, kwargs: Any) -> None:
+        """Just before a block runs: it is run once for each of these experts, which gets all tokens of the mixture."""
+        for number in numbers:
+            self._only = path, slice_name(path, number)
+            self._routed.pop(path, None)
+            self._fed.clear()  # what this expert receives is no other's
+            self._running = True
+            try:
+                given = unpacked(*packed(args, kwargs))  # what it leaves behind is no part of the block's own run
+                with self._turned[path].to(number):
+                    block.forward(*given[0], **given[1])
+            finally:
+                self._running, self._only = False, ("", "")
+
     def _compare(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Just before an expert runs on what its router sends: whether these are some of the tokens that entered.
 
@@ -122,7 +156,7 @@ class EveryToken(Gatherer):
                     self._seen_to_copy.add(path)
 
     def _feed(self, layer: Layer, x: Tensor) -> None:
-        if self._only[0] == layer.mixture and self._only[1] != layer.expert:
+        if self._only[0] and self._only != (layer.mixture, layer.expert):
             return
         if self._running:  # what every expert's first matrix receives is the same, and gathered once
             same = self._tokens is not None and x.shape == self._tokens.shape and torch.equal(x, self._tokens)
@@ -131,6 +165,9 @@ class EveryToken(Gatherer):
             super()._feed(layer, self._tokens if same and self._tokens is not None else x)
 
     def _counted(self, x: Tensor, layer: Layer) -> Tensor | None:
+        if layer.mixture in self._turned:
+            self._turned[layer.mixture].note(x.shape[:-1].numel())
+            return self._keep(x, layer)
         return None  # padding is out already
 
     def check(self) -> None:
@@ -138,7 +175,9 @@ class EveryToken(Gatherer):
         super().check()
         for layer in self._block.layers:
             path = layer.mixture
-            right = path not in self._at_once or path in self._seen_at_once
+            right = path in self._seen_at_once if path in self._at_once else True
+            if path in self._turned:
+                right = self._turned[path].obeyed
             if not (right if layer.stacked else path in self._seen_to_copy):
                 self.release(layer)
 
@@ -154,4 +193,5 @@ def _each(experts: Sequence[nn.Module], module: nn.Module, tokens: Tensor) -> No
 
 
 def _count(module: nn.Module) -> int:
-    return min(len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+    """How many experts a module stacks; 0 if it has no stack."""
+    return min((len(one) for one in module.parameters(recurse=False) if one.dim() == 3), default=0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ecoflap.data.model_facts import TokenMasks
 from ecoflap.model.block_runner import BlockCall, Run
-from ecoflap.model.parts import Anatomy, Block, Layer, Tower
+from ecoflap.model.parts import Anatomy, Block, Layer, Tower, parameter_of
 from ecoflap.model.trace import tensors_in
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.collect import collected
@@ -76,7 +76,8 @@ def _expert_of(layer: Layer, alias: str) -> str:
     if not layer.expert:
         return ""
     if layer.stacked:
-        return alias.rpartition("[")[0].rpartition(".")[0] + layer.expert[len(layer.mixture) :]
+        inside = layer.module[len(layer.mixture) :]
+        return parameter_of(alias).rpartition(".")[0].removesuffix(inside) + layer.expert[len(layer.mixture) :]
     return alias.removesuffix(layer.name[len(layer.expert) :])
 
 
