@@ -15,6 +15,7 @@ from ecoflap.model.experts import Experts, expert_groups, mixture_of, slices_in_
 from ecoflap.model.modality import modality_of, with_decoder
 from ecoflap.model.packed_attention import IN, OUT, is_packed
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
+from ecoflap.model.read_elsewhere import with_weights
 from ecoflap.model.reasons import makes_positions, quantised, reason_for
 from ecoflap.model.slices import Stack, slice_name
 from ecoflap.model.trace import Run, Trace, plain_forward, trace
@@ -60,7 +61,7 @@ def discover(
     if batch is not None:
         elements = defined
         inner = [path for group in expert_groups(model, elements) for path in group.elements]
-        traced = trace(model, batch, {*elements, *inner}, run)
+        traced = with_weights(model, lambda: trace(model, batch, {*elements, *inner}, run))
         lists = block_lists(model, traced)
     if towers is not None:
         lists = [found for found in lists if _matches(found.path, towers)]

@@ -256,6 +256,20 @@ def _own(slot: _Slot, loaded: dict[int, nn.Parameter]) -> nn.Parameter:
     return loaded[key]
 
 
+def load_for_good(model: nn.Module, module: nn.Module) -> bool:
+    """Loads a module's own weights, and those tied to them, which then stay in memory; False if it has none to load."""
+    hooks = dict(_hooks(model))
+    placeholders = {id(slot.placeholder) for slot in hooks[module].slots} if module in hooks else set()
+    loaded: dict[int, nn.Parameter] = {}
+    for owner, hook in hooks.items():
+        if any(id(slot.placeholder) in placeholders for slot in hook.slots):
+            hook.pre_forward(owner)
+            for slot in hook.slots:
+                slot.owner._parameters[slot.leaf] = _own(slot, loaded)
+            hook.offload, hook.slots = False, ()
+    return bool(loaded)
+
+
 def temporary_folder() -> TemporaryFolder:
     """A new folder for weights."""
     return TemporaryFolder("ecoflap-weights-")

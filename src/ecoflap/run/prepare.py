@@ -30,6 +30,7 @@ from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.offload import home_of, is_offloaded
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
+from ecoflap.model.read_elsewhere import with_weights
 from ecoflap.model.save import stored_bytes
 from ecoflap.pruning.criteria import make_criterion
 from ecoflap.pruning.room import too_little
@@ -293,7 +294,7 @@ def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], obje
     with cache_disabled(model), compute.computing_in(model, dtype):
         if batches:
             try:
-                check_loss(model, batches[0], objective)
+                with_weights(model, lambda: check_loss(model, batches[0], objective))
                 check_image_matters(model, batches[0], objective)
             except EcoflapError:
                 raise
