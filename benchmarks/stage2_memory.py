@@ -1,8 +1,8 @@
 """Peak memory of stage 2 above the model: what the formula says (docs/memory.md) beside what is measured.
 
-    python benchmarks/stage2_memory.py [--shapes tokens wide smollm2 mixture] [--output memory.json]
+    python benchmarks/stage2_memory.py [--shapes tokens wide smollm2 mixture experts] [--output memory.json]
 
-Models of random weights, two blocks each (one with a mixture of experts in ``mixture``); every case runs in a
+Models of random weights, two blocks each (one with a mixture in ``mixture`` and ``experts``); every case runs in a
 process of its own, which prunes a few tokens first so that the libraries have what they need. Measured is the resident
 memory, or what torch has allocated on a GPU. glibc is told to hand back what is freed (``MALLOC_MMAP_THRESHOLD_``), so
 that what is held is measured; with ``--as-it-is`` it keeps holes. Pages of the file of ``disk`` are in memory
@@ -61,7 +61,7 @@ SHAPES = {
     "wide": Shape(1536, 4096, 12, 2, 1, 256),
     "smollm2": Shape(576, 1536, 9, 4, 8, 256),
     "mixture": Shape(1024, 64, 8, 2, 2, 64, experts=24, blocks=1),
-    "wide mixture": Shape(1536, 128, 12, 2, 2, 256, experts=96, blocks=1),
+    "experts": Shape(1024, 32, 8, 2, 1, 64, experts=256, blocks=1),  # one Gram matrix for each: 1 GiB
 }
 
 

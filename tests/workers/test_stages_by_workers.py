@@ -27,7 +27,10 @@ from ecoflap.pruning.journal import PrunedBlock
 from ecoflap.statistics.dense import dense_norms
 from ecoflap.support.workers import ALONE, Workers
 
-MIXTURES = {"experts": mixture_of_modules, "stacked": partial(build, "Mixtral")}
+MIXTURES = {
+    "experts": mixture_of_modules, "stacked": partial(build, "Mixtral"),
+    "many": partial(build, "Mixtral", num_local_experts=24),  # the first batch does not reach all
+}  # fmt: skip
 
 
 def made(name: str, number: int = 10) -> tuple[nn.Module, Anatomy, list[Any]]:
@@ -69,7 +72,7 @@ def by_one(name: str, criterion: str, tokens: str | None = None) -> list[Any]:
     [("llama", "wanda", 2), ("llama", "wanda", 9), ("llama", "sparsegpt", 3), ("llama", "sparsegpt", 4),
      ("blip2_t5", "sparsegpt", 2), ("experts", "wanda", 3), ("experts", "sparsegpt", 9), ("gpt2", "wanda", 2),
      ("llama", "admm", 2), ("blip2_t5", "admm", 4), ("experts", "admm", 9),
-     ("stacked", "wanda", 3), ("stacked", "sparsegpt", 9),
+     ("stacked", "wanda", 3), ("stacked", "sparsegpt", 9), ("many", "admm", 2),
      ("llama", "magnitude", 2), ("llama", "iterative-gradient", 2)],
 )  # fmt: skip
 def test_the_pruned_model_is_that_of_one_worker(name: str, criterion: str, count: int) -> None:

@@ -100,8 +100,8 @@ def layer_groups(
     return [
         LayerGroup(
             members,
-            all(times[layer.name] == 1 for layer in members),
-            sum(products[layer.name] for layer in members),
+            all(times.get(layer.name) == 1 for layer in members),  # plain dictionaries, from another process
+            sum(products.get(layer.name, 0) for layer in members),
         )
         for members in groups.values()
         if members
