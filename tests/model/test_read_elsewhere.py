@@ -10,9 +10,10 @@ import torch
 from accelerate import cpu_offload
 from families.stacked import batches, build
 from torch import Tensor, nn
-from transformers import JetMoeConfig, JetMoeForCausalLM
+from transformers import DbrxConfig, DbrxForCausalLM, JetMoeConfig, JetMoeForCausalLM
 
 import ecoflap
+from ecoflap.model.anatomy import discover
 from ecoflap.model.checkpoint import load
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.offload import is_offloaded, keep_placeholders
@@ -20,20 +21,28 @@ from ecoflap.model.read_elsewhere import with_weights
 
 
 def jetmoe() -> nn.Module:
-    config = JetMoeConfig(
+    return JetMoeForCausalLM(JetMoeConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_key_value_heads=1, kv_channels=8, intermediate_size=8,
         num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    model: nn.Module = picos.scramble(JetMoeForCausalLM(config), 0)
-    return model.eval()
+    ))  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["Llama4Text", "JetMoe"])
+def dbrx() -> nn.Module:
+    experts = {"ffn_hidden_size": 12, "moe_num_experts": 3, "moe_top_k": 2, "hidden_size": 16}
+    return DbrxForCausalLM(DbrxConfig(
+        vocab_size=64, d_model=16, n_heads=2, n_layers=2, max_seq_len=64, pad_token_id=0, ffn_config=experts,
+        attn_config={"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0},
+    ))  # fmt: skip
+
+
+FAMILIES = {"JetMoe": jetmoe, "Dbrx": dbrx, "Llama4Text": lambda: build("Llama4Text")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_on_the_disk_whose_code_reads_weights_elsewhere_is_pruned_as_in_memory(
     family: str, tmp_path: Path
 ) -> None:
-    model = jetmoe() if family == "JetMoe" else build(family)
-    model.save_pretrained(tmp_path)
+    picos.scramble(FAMILIES[family](), 0).save_pretrained(tmp_path)
     picos.tokenizer().save_pretrained(tmp_path)
     whole, spread = (load(tmp_path, device="cpu", device_map=where).model for where in (None, "disk"))
     for one in (whole, spread):
@@ -51,48 +60,69 @@ class Held(nn.Module):
         return x + self.weight.sum()
 
 
-class Block(nn.Module):
-    """One of its modules is never called: another method of it uses its weight."""
+class Inner(nn.Module):
+    """One of its modules is never called: its weight is used by another method, or by this one."""
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, where: str, *shape: int) -> None:
         super().__init__()
-        self.held, self.linear = Held(*shape), nn.Linear(4, 4)
+        self.where, self.linear = where, nn.Linear(4, 4)
+        self.held = nn.Linear(*shape, bias=False) if where == "product" else Held(*shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.held.added_to(x + self.linear(x))
+        x = x + self.linear(x)
+        if self.where == "product":  # which torch multiplies without a word, whatever lies in memory
+            return nn.functional.linear(x, self.held.weight.type(torch.float32))
+        return self.held.added_to(x) if self.where == "method" else x + self.held.weight.sum()
+
+
+class Block(nn.Module):
+    def __init__(self, where: str, *shape: int) -> None:
+        super().__init__()
+        self.inner, self.after = Inner(where, *shape), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.after(self.inner(x))
         return found
 
 
 class Model(nn.Module):
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, where: str, *shape: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(*shape) for _ in range(3))
+        self.where, self.blocks = where, nn.ModuleList(Block(where, *shape) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return x
+        return x + self.blocks[0].after.weight.sum() if self.where == "outside" else x
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 4)])
+@pytest.mark.parametrize(
+    ("where", "shape", "stays"), [("method", (4,), True), ("parent", (4, 4), False), ("product", (4, 4), False)]
+)
 @torch.no_grad()
-def test_vectors_of_blocks_are_loaded_and_matrices_are_not(shape: tuple[int, ...]) -> None:
+def test_vectors_stay_in_memory_and_matrices_of_blocks_as_long_as_their_reader_runs(
+    where: str, shape: tuple[int, ...], stays: bool
+) -> None:
     torch.manual_seed(0)
-    model, x = Model(*shape), torch.randn(2, 4)
-    expected = model(x)
+    model, x = Model(where, *shape), torch.randn(2, 4)
+    expected, layers = model(x), discover(model, {"x": x}).layers
+    assert ("blocks.0.inner.held.weight" in {layer.name for layer in layers}) == (where == "product")
     cpu_offload(model)
     keep_placeholders(model)
-    with pytest.raises(RuntimeError, match="meta"):
-        model(x)
-    if len(shape) > 1:
-        with pytest.raises(RuntimeError, match="meta"):
-            with_weights(model, lambda: model(x))
-        assert all(parameter.is_meta for parameter in model.parameters())
-        return
     assert torch.equal(with_weights(model, lambda: model(x)), expected)
     assert torch.equal(model(x), expected)
     in_memory = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
-    assert in_memory == {f"blocks.{number}.held.weight" for number in range(3)}
+    assert discover(model, {"x": x}).layers == layers
+    assert in_memory == ({f"blocks.{number}.inner.held.weight" for number in range(3)} if stays else set())
+
+
+@torch.no_grad()
+def test_what_is_read_outside_of_blocks_is_an_error_as_before() -> None:
+    model = Model("outside", 4)
+    cpu_offload(model)
+    keep_placeholders(model)
+    with pytest.raises(RuntimeError, match="meta"):
+        with_weights(model, lambda: model(torch.randn(2, 4)))
 
 
 def test_other_errors_are_left_alone() -> None:

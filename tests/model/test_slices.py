@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from families.stacked import EXPERTS, LAYOUTS, batches, build
+from family_sweep.pico import shrunk
 from torch import Tensor, nn
+from transformers import LongcatFlashForCausalLM
 
 import ecoflap
 from ecoflap.data.objectives import default_objective
@@ -244,6 +246,13 @@ def test_scores_in_half_precision_are_those_of_the_same_weights_in_fp32(layout: 
     assert found[0] == found[1]
     assert any(score.score > 0 for name, score in found[0].items() if name.endswith("]"))
     assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())
+
+
+def test_a_router_that_also_chooses_experts_without_weights_stays_dense() -> None:
+    with torch.device("meta"):
+        model = LongcatFlashForCausalLM(shrunk("longcat_flash"))
+    reasons = {entry.name: entry.reason for entry in discover(model).unprunable}
+    assert reasons["model.layers.0.mlp.router.classifier.weight"].startswith("router of experts")
 
 
 def test_the_experts_of_a_mixture_are_of_one_kind() -> None:

@@ -19,7 +19,7 @@ class ExpertGroup:
     Attributes:
         path: of the list of experts, or of the module that holds them as one stacked parameter.
         elements: paths of the experts; empty where they are stacked.
-        size: number of experts.
+        size: number of experts, with those that only hand a token on.
     """
 
     path: str
@@ -67,7 +67,7 @@ def _listed(path: str, module: nn.Module, trace: Trace | None) -> list[ExpertGro
 def _stacked(path: str, module: nn.Module) -> list[ExpertGroup]:
     sizes = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
     named = "expert" in path.rpartition(".")[2].lower() or "expert" in type(module).__name__.lower()
-    return [ExpertGroup(path, (), sizes.pop())] if named and len(sizes) == 1 else []
+    return [ExpertGroup(path, (), max(sizes))] if named and sizes else []
 
 
 def _flat(path: str, module: nn.Module, trace: Trace | None) -> list[ExpertGroup]:

@@ -136,6 +136,12 @@ def home_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def placeholder_of(model: nn.Module, weight: Tensor) -> Tensor:
+    """The placeholder in whose place ``weight`` is in memory just now; itself where it is in nobody's."""
+    slots = (slot for _, hook in _hooks(model) for slot in hook.slots)
+    return next((slot.placeholder for slot in slots if slot.owner._parameters.get(slot.leaf) is weight), weight)
+
+
 def read_weight(model: nn.Module, name: str) -> Tensor:
     """A matrix's values without a graph: the parameter itself if it is in memory, else read for this call.
 

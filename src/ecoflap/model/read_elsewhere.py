@@ -1,52 +1,93 @@
 """Weights of an offloaded model that something reads outside of their module's forward, before which hooks load them.
 
-A module's other methods may use its bias (JetMoE's attention), or a parent asks an embedding's weight for its device
-(Llama 4). Such weights have to be in memory all the time.
+A module's other methods may use its bias (JetMoE's attention), a parent asks an embedding's weight for its device
+(Llama 4), or multiplies by a child's matrices (DBRX).
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ecoflap.model.block_lists import block_lists
-from ecoflap.model.offload import is_offloaded, load_for_good
+from ecoflap.model.offload import in_memory, is_offloaded, load_for_good
 
 T = TypeVar("T")
 
 
 def with_weights(model: nn.Module, forward: Callable[[], T]) -> T:
-    """The result of ``forward()``, a forward of ``model``; what it reads elsewhere is loaded for good, as it shows.
+    """The result of ``forward()``, a forward of ``model``; what it reads elsewhere will be in memory then, as it shows.
 
-    In blocks that holds for vectors alone: matrices there are too many to stay in memory.
+    Vectors, and matrices outside of blocks, are loaded for good. Those inside are in memory from now on as long as the
+    module runs in whose code they are read.
 
     Raises:
-        RuntimeError: a weight was not in memory, and it is not known which, or it is a matrix of a block.
+        RuntimeError: a weight was not in memory, and it is not known which, or it is read outside of any block.
     """
+    if not is_offloaded(model):
+        return forward()
     while True:
         try:
-            return forward()
+            with _MetaReads():
+                return forward()
         except RuntimeError as error:
-            if "meta" not in str(error) or not is_offloaded(model) or not _load_where_it_failed(model, error):
+            if "meta" not in str(error) or not _mend(model, error):
                 raise
 
 
-def _load_where_it_failed(model: nn.Module, error: RuntimeError) -> bool:
-    """Loads the weights of the module in whose code a forward failed, and of those of its class and name elsewhere."""
+def _mend(model: nn.Module, error: RuntimeError) -> bool:
+    """Sees to the innermost module in whose code a forward failed and of which something can be mended."""
     paths = {id(module): path for path, module in model.named_modules()}
     frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
     running = [paths[id(frame["self"])] for frame in frames if id(frame.get("self")) in paths]
-    if not running:
-        return False
-    failed, leaf = model.get_submodule(running[-1]), running[-1].rpartition(".")[2]
-    inside = tuple(f"{path}." for found in block_lists(model, None) for path in found.elements)
-    loaded = False
+    return any(_mend_like(model, path) for path in dict.fromkeys(reversed(running)))
+
+
+def _mend_like(model: nn.Module, failed: str) -> bool:
+    """Sees to the module at this path, and to those of its class and name elsewhere; False if nothing is left to do."""
+    kind, leaf = type(model.get_submodule(failed)), failed.rpartition(".")[2]
+    blocks = {path for found in block_lists(model, None) for path in found.elements}
+    mended = False
     for path, module in model.named_modules():
-        if type(module) is type(failed) and path.rpartition(".")[2] == leaf:
-            wide = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-            if not (wide and path.startswith(inside)):
-                loaded |= load_for_good(model, module)
-    return loaded
+        if type(module) is kind and path.rpartition(".")[2] == leaf:
+            inside = path in blocks or path.startswith(tuple(f"{block}." for block in blocks))
+            own = list(module.parameters(recurse=False))
+            if own and not (inside and any(parameter.dim() > 1 for parameter in own)):
+                mended |= load_for_good(model, module)
+            elif inside and not isinstance(module.__dict__.get("forward"), _Held):
+                module.__dict__["forward"] = _Held(model, path)  # as accelerate does it
+                mended = True
+    return mended
+
+
+class _MetaReads(TorchFunctionMode):
+    """Inside, an operation that makes values of a weight that is not in memory is an error.
+
+    torch does some of them without a word (``F.linear`` of a tensor and a weight on the meta device, on a CPU), and
+    their result is whatever lay in memory.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result.is_meta and any(map(_on_meta, (*args, *(kwargs or {}).values()))):
+            raise RuntimeError(f"{getattr(func, '__name__', func)} reads a weight on the meta device")
+        return result
+
+
+def _on_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+class _Held:
+    """A module's forward with all weights below it in memory meanwhile."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self._model, self._path, self._forward = model, path, model.get_submodule(path).forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with in_memory(self._model, self._path):
+            return self._forward(*args, **kwargs)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ecoflap.model.offload import placeholder_of
 from ecoflap.model.slices import Stack, experts_in_turn, factors, product_with
 
 Batch = Mapping[str, Any]
@@ -78,7 +79,8 @@ class _Origins(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.weights.see(func, args, kwargs)
         result = func(*args, **(kwargs or {}))
-        if (weight := linear_weight(func, args, kwargs)) is not None:
+        if (weight := linear_weight(func, args, kwargs)) is not None and not self.weights.called(weight):
+            weight = placeholder_of(self.weights.model, weight)
             self._multiplied[id(weight)] = weakref.ref(weight)
         given = tensors_in((args, kwargs))
         if origins := self.of(given):
@@ -98,7 +100,7 @@ class StackedWeights:
     """
 
     def __init__(self, model: nn.Module, stack: Sequence[str]) -> None:
-        self._stack = stack
+        self.model, self._stack = model, stack
         self._owners = {
             path: (module, leaves)
             for path, module in model.named_modules()
@@ -124,6 +126,11 @@ class StackedWeights:
                     self.reached[name] = max(end, self.reached.get(name, 0))
                     return
 
+    def called(self, weight: Tensor) -> bool:
+        """Whether it belongs to the module whose forward is running."""
+        running = self.model.get_submodule(self._stack[-1]) if self._stack else self.model
+        return any(parameter is weight for parameter in running._parameters.values())
+
     def found(self) -> dict[str, Stack]:
         """Name of each such parameter to how its matrices lie."""
         return {name: next(iter(ways)) for name, ways in self._ways.items() if len(ways) == 1}
@@ -146,7 +153,7 @@ class Trace:
         calls: number of calls of each module.
         chained: pairs ``(a, b)`` of watched modules: the output of ``a``, or something computed from it outside of
             watched modules, was an argument of ``b``.
-        multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, by their module or not.
+        multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, but not by their module.
         stacked: names of the parameters that are stacks of matrices, to how these lie.
         reached: the same names, to the number of slices up to the last that something was multiplied by.
         inputs: for each watched module, the names of the batch's entries that its arguments were computed from outside
