@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tasks import run_task
 
 from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency, UnknownName
 from ecoflap.evaluation.lm_eval import result_of
+from ecoflap.evaluation.paired import Samples, paired
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'ecoflap[lm-eval]'")
 
@@ -189,6 +192,56 @@ def test_a_group_has_its_members() -> None:
     assert result_of("group", found, {}).value == pytest.approx(0.5)
     with pytest.raises(CalibrationError, match="no number"):
         result_of("other", {"results": {}}, {})
+
+
+def test_models_are_paired_over_the_questions(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """The differences are those of the questions, as lm-eval itself logs them."""
+    task_file(tmp_path / "tasks", "texts", *data, doc_to_text="{{question}}", doc_to_choice="choices")
+    models = [choices.llama(seed=1), choices.llama(seed=1)]
+    with torch.no_grad():
+        models[1].lm_head.weight.neg_()  # what was likely is not
+    results = [suite("texts", model, choices.tokenizer(), tmp_path / "tasks") for model in models]
+    samples = [one for result in results if (one := Samples.of(result)) is not None]
+    found = paired(samples[:1], samples[1:])
+    assert found is not None
+    likely = [their_loglikelihoods("texts", model, tmp_path / "tasks", 0) for model in models]
+    rows = choices.read(data[0])
+    right = [[row["choices"][scores.index(max(scores))] == row["choices"][row["answer"]] for row, scores in
+              zip(rows, of_model, strict=True)] for of_model in likely]  # fmt: skip
+    gaps = [float(one) - float(two) for one, two in zip(*right, strict=True)]
+    assert any(gaps)
+    assert (found.n, found.better, found.worse) == (10, gaps.count(1.0), gaps.count(-1.0))
+    assert found.stderr == pytest.approx(statistics.stdev(gaps) / 10**0.5)
+    change = results[0].others["acc_norm"].value - results[1].others["acc_norm"].value
+    assert found.others["acc_norm"].difference == pytest.approx(change)
+
+
+def test_samples_of_groups_and_of_perplexities() -> None:
+    def rows(metric: str, *values: Any) -> list[dict[str, Any]]:
+        logs = [{"doc_id": number, "filter": "none", metric: value} for number, value in enumerate(values)]
+        return logs[::-1]  # in any order
+
+    found: dict[str, Any] = {
+        "results": {"group": {"acc,none": 0.6}, "one": {"acc,none": 0.5}, "two": {"acc,none": 2 / 3}},
+        "group_subtasks": {"group": ["one", "inner"], "inner": ["two"]},
+        "n-samples": {"one": {"effective": 2}, "two": {"effective": 3}},
+        "higher_is_better": {"one": {"acc": True}, "two": {"acc": True}},
+        "samples": {"one": rows("acc", 1, 0), "two": rows("acc", True, False, 1.0)},
+    }
+    samples = Samples.of(result_of("group", found, {}))
+    assert samples == Samples([1.0, 0.0, 1.0, 0.0, 1.0], [0, 1, 2, 3, 4], ["one", "one", "inner", "inner", "inner"])
+    found["results"]["group"]["acc,none"] = (0.5 + 2 / 3) / 2  # a mean over the tasks is none over the samples
+    assert Samples.of(result_of("group", found, {})) is None
+    found["higher_is_better"]["two"]["acc"] = False
+    assert result_of("group", found, {}).scores is None
+    words = {
+        "results": {"text": {"word_perplexity,none": math.exp(9 / 4)}},
+        "n-samples": {"text": {"effective": 2}},
+        "samples": {"text": rows("word_perplexity", (-3.0, 1), (-6.0, 3))},
+    }
+    assert Samples.of(result_of("text", words, {})) == Samples([3.0, 2.0], [0, 1], [], [1, 3])
+    words["samples"] = {"text": rows("word_perplexity", (-3.0, 0), "nothing")}
+    assert Samples.of(result_of("text", words, {})) is None
 
 
 def test_refusals(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluation.paired import Paired, Samples, paired, sign_test
+from ecoflap.evaluation.task import Measured, measured
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 0), (0, 4), (2, 5), (6, 6), (7, 3)])
@@ -149,6 +150,32 @@ def test_samples_of_a_result() -> None:
     assert windows == Samples(**windows.to_json())
     answers = Samples.of(result(math.exp(1.25), losses=[1.0, 2.0], tokens=[3, 1], kinds=["a", "b"]))
     assert answers == Samples([1.0, 2.0], [0, 1], ["a", "b"], [3, 1])
+
+
+def test_further_metrics_are_paired_by_themselves() -> None:
+    """Also those of other samples (five captions of three pictures); one that is no mean of its scores has none."""
+    captions = [[1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 1.0]]
+    answers = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
+    found = []
+    for own, of_captions in zip(answers, captions, strict=True):
+        others = {"IR@1": measured(of_captions), "best": Measured(max(own), None, own), "whole": Measured(0.5)}
+        rows = [{"index": row, "score": score} for row, score in enumerate(own)]
+        found.append(Samples.of(result(statistics.fmean(own), predictions=rows, others=others)))
+    one, two = found
+    assert one is not None
+    assert two is not None
+    assert one == Samples(**one.to_json())
+    assert one.others == {"IR@1": captions[0]}
+    pair = difference(one, two)
+    assert set(pair.others) == {"IR@1"}
+    gaps = [1.0, 0.0, -1.0, 1.0, 0.0]
+    further = pair.others["IR@1"]
+    assert further.difference == pytest.approx(statistics.fmean(gaps))
+    assert further.stderr == pytest.approx(statistics.stdev(gaps) / math.sqrt(5))
+    assert (further.n, further.better, further.worse) == (5, 2, 1)
+    assert pair.to_json()["others"]["IR@1"] == further.to_json()
+    assert "others" not in further.to_json()
+    assert not difference(one, of(answers[1])).others  # only one model has it
 
 
 def test_a_task_without_samples_has_no_pair() -> None:

@@ -186,7 +186,7 @@ def test_a_damaged_weight_is_named(importance: str) -> None:
 @pytest.mark.parametrize(
     ("importance", "bad", "error", "message"),
     [
-        ("owl", {"multiple": 0.0}, InvalidOption, "multiple must be a positive number"),
+        ("owl", {"multiple": 0.0}, InvalidOption, "multiple must be above 0"),
         ("owl", {"multiple": float("nan")}, InvalidOption, "multiple"),
         ("owl", {"scope": "blok"}, UnknownName, "did you mean 'block'"),
         ("owl", {"spread": 1.5}, InvalidOption, "spread must be from 0 to 1, not 1.5"),

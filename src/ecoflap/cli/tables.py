@@ -74,7 +74,10 @@ def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         if why := settings.get("length_reason"):
             add_row(table, f"  windows of {settings['sequence_length']} tokens ({why}; --sequence-length sets it)")
         for metric, other in (result.get("others") or {}).items():
-            add_row(table, f"  {metric}", formats.metric_value(metric, other["value"], other["stderr"], unit=unit))
+            text = formats.metric_value(metric, other["value"], other["stderr"], unit=unit)
+            of_other = [(pairs.get(name) or {}).get("others", {}).get(metric) for name in others]
+            measured = {"metric": metric, "unit": unit}
+            add_row(table, f"  {metric}", text, "", *(_change(measured, found, other["value"]) for found in of_other))
         for group, part in (result["by_group"] or {}).items():
             size = (result.get("groups") or {}).get(group) or {}
             text = formats.metric_value(result["metric"], part, size.get("stderr"), unit=unit)
@@ -119,13 +122,14 @@ def summary_table(run: RunData | Path | str) -> Table:
         dense, pruned = metrics.dense.get(task, nothing), metrics.pruned.get(task, nothing)
         metric = pruned.metric or dense.metric
         unit = pruned.unit if pruned.metric else dense.unit
+        pair_of_dense = metrics.paired.get(task, {}).get("dense")
         add_row(
             table,
             formats.task_title(task, metric),
             formats.metric_value(metric, dense.value, dense.stderr, unit=unit),
             formats.metric_value(metric, pruned.value, pruned.stderr, unit=unit),
             formats.metric_change(metric, dense.value, pruned.value, unit=unit)
-            + formats.paired_change(metric, metrics.paired.get(task, {}).get("dense"), dense.value, unit=unit),
+            + formats.paired_change(metric, pair_of_dense, dense.value, unit=unit),
         )
         uniform = metrics.baseline.get(task, nothing)
         if uniform.value is not None:
@@ -146,7 +150,10 @@ def summary_table(run: RunData | Path | str) -> Table:
                 f"  {other}",
                 formats.metric_value(other, before.value, before.stderr, unit=unit),
                 formats.metric_value(other, after.value, after.stderr, unit=unit),
-                formats.metric_change(other, before.value, after.value, unit=unit),
+                formats.metric_change(other, before.value, after.value, unit=unit)
+                + formats.paired_change(
+                    other, PairedDifference.of_other(pair_of_dense, other), before.value, unit=unit
+                ),
             )
     if not metrics.dense and not metrics.pruned:
         add_row(table, "quality", formats.MISSING, formats.MISSING)

@@ -12,7 +12,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from torch import nn
 from ecoflap.data.model_facts import is_encoder_decoder
 from ecoflap.data.prompts import image_processor_of, padding_token, tokenizer_of
 from ecoflap.errors import CalibrationError, InvalidOption, MissingDependency
+from ecoflap.evaluation.lm_eval_samples import leaves_of, logged
 from ecoflap.evaluation.task import Better, Group, Measured, Task, TaskResult, TestData, Unit
 from ecoflap.support.progress import Progress
 from ecoflap.support.progress import Task as Bar
@@ -172,7 +173,7 @@ def _evaluate(
     try:
         with no_git:
             found: Mapping[str, Any] = simple_evaluate(
-                judge, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
+                judge, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=True,
                 apply_chat_template=chat, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )  # fmt: skip
@@ -211,11 +212,30 @@ def result_of(name: str, found: Mapping[str, Any], settings: dict[str, Any]) -> 
         raise CalibrationError(f"{PREFIX}{name} gave no number: choose one of its members")
     leaves = [name] if name in counts else list(counts)
     first, *rest = metrics.items()
+    places = leaves_of(found, name)
+    samples = {one: logged(found, places, *_key(one, row)) for one in metrics}
+    others = {
+        one: replace(value, scores=own.scores) if (own := samples[one]) and not own.tokens else value
+        for one, value in rest
+    }
+    own = samples[first[0]]
     return TaskResult(
         PREFIX + name, first[0], first[1].value, first[1].stderr,
         sum(int(counts[leaf]["effective"]) for leaf in leaves),
-        settings, by_group or None, None, dict(rest), groups=groups or None,
+        settings, by_group or None, None, others, groups=groups or None,
+        losses=own.scores if own and own.tokens else None, tokens=(own and own.tokens) or None,
+        scores=own.scores if own and not own.tokens else None, kinds=list((own and own.kinds) or ()) or None,
     )  # fmt: skip
+
+
+def _key(name: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    """lm-eval's metric and filter of our name of a metric; two empty words where it has none."""
+    pairs = (key.partition(",")[::2] for key in row if "," in key)
+    return next((pair for pair in pairs if _named(*pair) == name), ("", ""))
+
+
+def _named(metric: str, kind: str) -> str:
+    return _NAMES.get(metric, metric) + ("" if kind == "none" else f" ({kind})")
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, Measured]:
@@ -226,8 +246,7 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, Measured]:
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = row.get(f"{metric}_stderr,{kind}")
-        name = _NAMES.get(metric, metric) + ("" if kind == "none" else f" ({kind})")
-        found[name] = Measured(float(value), float(error) if isinstance(error, int | float) else None)
+        found[_named(metric, kind)] = Measured(float(value), float(error) if isinstance(error, int | float) else None)
     return found
 
 

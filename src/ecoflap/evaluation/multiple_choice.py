@@ -255,7 +255,10 @@ def _result(predictions: list[dict[str, Any]], settings: dict[str, Any], style: 
         errors = [group.stderr for group in by_group.values() if group.stderr is not None]
         known = len(errors) == len(by_group)  # a subject with a single question has no standard error
         spread = sum(error**2 for error in errors) ** 0.5 / len(by_group) if known else None
-        others["macro_accuracy"] = Measured(mean, spread)
+        # Each answer weighed so that their mean is this one, too.
+        weights = {kind: len(predictions) / (len(by_group) * len(scores)) for kind, scores in groups.items()}
+        weighed = [weights[record["kind"]] * record["score"] for record in predictions if "kind" in record]
+        others["macro_accuracy"] = Measured(mean, spread, weighed)
     return TaskResult(
         TASK, "accuracy", accuracy.value, accuracy.stderr, len(predictions), settings,
         {kind: group.value for kind, group in by_group.items()} or None, predictions, others,

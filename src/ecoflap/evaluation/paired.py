@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,12 +24,15 @@ class Samples:
         index: number of each sample in its data.
         kinds: the group that each sample belongs to; empty where there are none.
         tokens: of each sample, whose value is the perplexity exp(Σ tokens·score / Σ tokens); empty for a mean score.
+        others: further metrics of the same test, by name: scores of each sample (more is better), whose mean is the
+            metric's value. Their samples may be others, such as captions beside pictures.
     """
 
     scores: list[float]
     index: list[int]
     kinds: list[str | None] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    others: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, result: TaskResult) -> Samples | None:
@@ -37,6 +40,8 @@ class Samples:
         if result.losses is not None:
             tokens = result.tokens or [1] * len(result.losses)
             found = cls(list(result.losses), list(range(len(tokens))), list(result.kinds or ()), list(tokens))
+        elif result.scores:
+            found = cls(list(result.scores), list(range(len(result.scores))), list(result.kinds or ()))
         else:
             rows = result.predictions or []
             scores, index = [row.get("score") for row in rows], [row.get("index") for row in rows]
@@ -48,7 +53,11 @@ class Samples:
             grouped = any(kind is not None for kind in kinds)
             found = cls([float(one) for one in scores if one is not None], [one for one in index if one is not None],
                         kinds if grouped else [])  # fmt: skip
-        return found if math.isclose(found.value, result.value, rel_tol=1e-6, abs_tol=1e-9) else None
+        if not _close(found.value, result.value):
+            return None
+        means = {name: one for name, one in result.others.items() if one.scores}
+        known = {name: one.scores for name, one in means.items() if one.scores and _close(_mean(one.scores), one.value)}
+        return replace(found, others=known)
 
     @property
     def value(self) -> float:
@@ -73,7 +82,7 @@ class Samples:
         return self.taken(rows)
 
     def taken(self, rows: Sequence[int]) -> Samples:
-        """These rows, in this order."""
+        """These rows, in this order; without the further metrics, whose samples may be others."""
         return Samples(
             [self.scores[row] for row in rows], [self.index[row] for row in rows],
             [self.kinds[row] for row in rows] if self.kinds else [], [self.tokens[row] for row in rows] if self.tokens
@@ -97,6 +106,7 @@ class Paired:
         p: of the sign test, two-sided and exact: how often samples that are better or worse by chance alone (one in
             two) are at least so unequally many.
         groups: the same of each group of samples.
+        others: the same of further metrics of the test.
     """
 
     difference: float
@@ -106,13 +116,15 @@ class Paired:
     worse: int
     p: float
     groups: dict[str, Paired] = field(default_factory=dict)
+    others: dict[str, Paired] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        if not self.groups:
-            del found["groups"]
-            return found
-        return {**found, "groups": {name: group.to_json() for name, group in self.groups.items()}}
+        """Plain types; empty parts are left out."""
+        parts = {"groups": self.groups, "others": self.others}
+        found = {name: value for name, value in vars(self).items() if name not in parts}
+        return found | {
+            name: {key: pair.to_json() for key, pair in pairs.items()} for name, pairs in parts.items() if pairs
+        }
 
 
 def paired(models: Sequence[Samples], others: Sequence[Samples]) -> Paired | None:
@@ -135,12 +147,28 @@ def paired(models: Sequence[Samples], others: Sequence[Samples]) -> Paired | Non
     if any(one.tokens != first.tokens for one in in_order):
         return None  # other texts, or cut in another way
     ours, theirs = in_order[: len(models)], in_order[len(models) :]
-    whole = _difference(ours, theirs)
+    whole = replace(_difference(ours, theirs), others=_further(models, others))
     kinds = sorted({kind for kind in first.kinds if kind is not None})
     if not kinds or any(one.kinds != first.kinds for one in in_order):
         return whole
     groups = {k: _difference([m.group(k) for m in ours], [o.group(k) for o in theirs]) for k in kinds}
-    return Paired(whole.difference, whole.stderr, whole.n, whole.better, whole.worse, whole.p, groups)
+    return replace(whole, groups=groups)
+
+
+def _further(models: Sequence[Samples], others: Sequence[Samples]) -> dict[str, Paired]:
+    """The further metrics that all have, of the same samples in the same order."""
+    first, everyone = models[0], [*models, *others]
+    if any(one.index != first.index for one in everyone):
+        return {}
+    return {
+        name: _difference(*([_alone(one.others[name]) for one in side] for side in (models, others)))
+        for name, scores in first.others.items()
+        if all(len(one.others.get(name, ())) == len(scores) for one in everyone)
+    }
+
+
+def _alone(scores: list[float]) -> Samples:
+    return Samples(scores, list(range(len(scores))))
 
 
 def _difference(models: Sequence[Samples], others: Sequence[Samples]) -> Paired:
@@ -176,6 +204,10 @@ def _by_sample(columns: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def sign_test(better: int, worse: int) -> float:

@@ -195,10 +195,14 @@ def check_finite(values: torch.Tensor, what: str, source: str) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """A value in its metric's own unit, with its standard error; None where there is one observation alone."""
+    """A value in its metric's own unit, with its standard error; None where there is one observation alone.
+
+    ``scores``: of each sample, where the value is their mean and more is better.
+    """
 
     value: float
     stderr: float | None = None
+    scores: list[float] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,8 @@ class TaskResult:
     ``groups`` says how many samples are behind each value of ``by_group``, and its error. ``unit``,
     ``better`` and ``hub_type`` are the task's, set by who runs it; None: each metric's, by its name. ``losses``: mean
     negative log-likelihood of each window or answer, where the value is exp of their mean; ``tokens``: how many tokens
-    of each were scored, where they differ, and weigh it; ``kinds``: the group of each.
+    of each were scored, where they differ, and weigh it; ``scores``: of each sample, where there are neither
+    predictions nor losses, the value is their mean and more is better; ``kinds``: the group of each loss or score.
     """
 
     task: str
@@ -238,6 +243,7 @@ class TaskResult:
     tokens: list[int] | None = None
     kinds: list[str | None] | None = None
     groups: dict[str, Group] | None = None
+    scores: list[float] | None = None
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
@@ -250,8 +256,8 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def measured(values: Sequence[float]) -> Measured:
-    """:func:`mean_and_stderr` of ``values`` as one object."""
-    return Measured(*mean_and_stderr(values))
+    """:func:`mean_and_stderr` of ``values`` as one object, which keeps them."""
+    return Measured(*mean_and_stderr(values), list(values))
 
 
 T = TypeVar("T")

@@ -20,6 +20,7 @@ from ecoflap.importance.scores import Estimate
 from ecoflap.model.offload import read_weight
 from ecoflap.model.parts import Layer
 from ecoflap.statistics.inputs import InputStatistics
+from ecoflap.support.ranges import check_positive
 from ecoflap.support.registry import unknown
 
 SCOPES = ("block", "layer")
@@ -111,8 +112,7 @@ class Owl(ImportanceMeasure):
     blockwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.multiple > 0:
-            raise InvalidOption(f"multiple must be a positive number, not {self.multiple}")
+        check_positive("multiple", self.multiple)
         check_scope(self.scope)
         check_range("spread", self.spread, 0, 1)
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ecoflap.errors import InvalidOption
 from ecoflap.importance.base import Key, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.parts import Layer
 from ecoflap.model.replay import Replay
 from ecoflap.model.slices import stored_matrix
 from ecoflap.model.swapping import layers_swapped
+from ecoflap.support.ranges import check_count
 from ecoflap.support.registry import unknown
 
 
@@ -89,8 +89,7 @@ class Probe:
 
 def check_probes(draws: int, probe: str, precision: str) -> None:
     """Raises InvalidOption or UnknownName for options of :func:`projections` that can't be."""
-    if draws < 1:
-        raise InvalidOption(f"draws must be at least 1, not {draws}")
+    check_count("draws", draws)
     if probe not in PROBES:
         raise unknown("probe", probe, list(PROBES))
     if precision not in PRECISIONS:

@@ -15,13 +15,14 @@ from typing import ClassVar
 
 import torch
 
-from ecoflap.errors import InvalidOption, NonFiniteLoss
+from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
 from ecoflap.importance.projections import Probe, check_probes, probes, projections
 from ecoflap.importance.scores import HALF_NORMAL_SPREAD, Estimate
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.replay import Replay
 from ecoflap.model.slices import stored_matrix
+from ecoflap.support.ranges import check_positive
 
 TRIALS = 8  # matrices, evenly spread
 ROUNDING = "rounding"  # in the settings of an importance: what :func:`rounding_share` found
@@ -91,8 +92,7 @@ class ZerothOrder(ImportanceMeasure):
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise InvalidOption(f"epsilon must be a positive number, not {self.epsilon}")
+        check_positive("epsilon", self.epsilon)
         check_probes(self.draws, self.probe, self.precision)
 
     def upcast(self, anatomy: Anatomy) -> tuple[str, ...]:

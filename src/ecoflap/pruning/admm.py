@@ -16,6 +16,7 @@ from ecoflap.pruning.masks import gradual_mask
 from ecoflap.pruning.sparsegpt import SparseGPT
 from ecoflap.statistics.inputs import InputGram, InputStatistics
 from ecoflap.statistics.pair import InputPair
+from ecoflap.support.ranges import check_count, check_positive
 
 _PENALTY = 1.0  # ρ, in the units of the scaled moments, whose diagonal is 1
 _CHOOSING = 0.75  # share of the iterations in which the mask may change
@@ -49,12 +50,9 @@ class ADMM:
     name: ClassVar[str] = "admm"
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise InvalidOption(f"iterations must be at least 1, not {self.iterations}")
-        if not self.damping > 0:
-            raise InvalidOption(f"damping must be above 0, not {self.damping}")
-        if self.polish < 0:
-            raise InvalidOption(f"polish must be at least 0, not {self.polish}")
+        check_count("iterations", self.iterations)
+        check_positive("damping", self.damping)
+        check_count("polish", self.polish, least=0)
         if self.targets not in ("dense", "own"):
             raise InvalidOption(f"targets must be 'dense' or 'own', not {self.targets!r}")
         check_order(self.order)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ecoflap.pruning.least_squares import Reconstruction
 from ecoflap.pruning.walk import WalkResult, walk
 from ecoflap.statistics.choice import ALL, TokenChoice
 from ecoflap.statistics.inputs import InputGram, InputStatistics
+from ecoflap.support.ranges import check_count, check_positive
 from ecoflap.support.registry import check_options
 from ecoflap.support.work import Work
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from ecoflap.pruning.criteria import BlockOrder
 
 Weights = Mapping[str, Tensor]  # parameter name to a weight as the model stores it
-
-
-MOST_STEPS = 100_000  # far beyond where conjugate gradients stop to move
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,8 @@ class RecoveryOptions:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= MOST_STEPS:
-            raise InvalidOption(f"recover_options: steps must be a whole number, 1 to {MOST_STEPS}, not {self.steps!r}")
-        if not 0 < self.damping < math.inf:
-            raise InvalidOption(f"recover_options: damping must be above 0, not {self.damping!r}")
+        check_count("recover_options: steps", self.steps)
+        check_positive("recover_options: damping", self.damping)
 
 
 def recovery_options(options: Mapping[str, Any] | None) -> RecoveryOptions:

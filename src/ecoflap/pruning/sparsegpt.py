@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ecoflap.allocation.patterns import NofM, Pattern, check_fits, with_default
-from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
+from ecoflap.errors import CalibrationError, NonFiniteLoss
 from ecoflap.pruning.criteria import BlockOrder, Pruned, check_order, check_statistics, zero_out
 from ecoflap.pruning.masks import lowest_by_counts, lowest_in_rows, row_quotas
 from ecoflap.statistics.inputs import InputGram, InputStatistics, all_finite
+from ecoflap.support.ranges import check_count, check_positive
 
 # Inside a slab, single columns update only the next few; the rest of the slab follows by one matmul.
 _STRIP = 32
@@ -36,10 +37,8 @@ class SparseGPT:
     default_compare: ClassVar[Literal["matrix"]] = "matrix"
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InvalidOption(f"damping must be above 0, not {self.damping}")
-        if self.slab < 1:
-            raise InvalidOption(f"slab must be at least 1, not {self.slab}")
+        check_positive("damping", self.damping)
+        check_count("slab", self.slab, most=2**31)
         check_order(self.order)
 
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.data.objectives import Objective
-from ecoflap.errors import InvalidOption, NonFiniteLoss
+from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.base import ProbeContext
 from ecoflap.importance.gradient import visit_gradients
 from ecoflap.model.parts import Anatomy, Layer
@@ -29,6 +29,7 @@ from ecoflap.pruning.criteria import GlobalCriterion, Scores
 from ecoflap.pruning.journal import BlockJournal, NoJournal, PrunedBlock
 from ecoflap.pruning.walk import WalkResult, achieved
 from ecoflap.support.progress import Progress, Silent, Task
+from ecoflap.support.ranges import check_count
 
 _HALF = 16  # bits that one pass decides
 _FIRST = -1  # the key of what is zero already
@@ -282,8 +283,7 @@ class IterativeGradient:
     rounds: int = 3
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise InvalidOption(f"rounds must be at least 1, not {self.rounds}")
+        check_count("rounds", self.rounds)
 
     def targets(self, zeros: int, weights: int) -> Sequence[int]:
         """round(n·p^(N/i)) for i = 1 … N with p = zeros / n; the last is exact."""

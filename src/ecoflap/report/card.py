@@ -17,7 +17,7 @@ from ecoflap.report.card_page import Card, Row, Step, base_model, processor_clas
 from ecoflap.report.data import Metrics, RunData, read_run
 from ecoflap.report.finetune_page import ChannelsRecord, TrainingRecord, read_finetune
 from ecoflap.report.places import place_name, without_places
-from ecoflap.report.quality import OtherMetric, Quality
+from ecoflap.report.quality import OtherMetric, PairedDifference, Quality
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
 from ecoflap.run.finetune.recipe import EMBEDDED
 from ecoflap.run.names import TRAIN
@@ -243,9 +243,12 @@ def _rows(dense: Mapping[str, Quality], pruned: Mapping[str, Quality], data: Map
 def _paired(metrics: Metrics, rows: Iterable[Row]) -> Iterator[Row]:
     """The rows; a task's first one with the paired changes from the dense model and from the uniform baseline."""
     nothing = Quality(metric="")
+    pairs: Mapping[str, PairedDifference] = {}
+    dense = pruned = nothing
     for row in rows:
-        if not row.task:
-            yield row
+        if not row.task:  # a further metric of the task before
+            pair = PairedDifference.of_other(pairs.get("dense"), row.metric)
+            yield row if pair is None else replace(row, change=_other_change(row.metric, dense, pruned, pair))
             continue
         pairs = metrics.paired.get(row.task, {})
         dense, pruned = metrics.dense.get(row.task, nothing), metrics.pruned.get(row.task, nothing)
@@ -254,6 +257,13 @@ def _paired(metrics: Metrics, rows: Iterable[Row]) -> Iterator[Row]:
         value = metrics.baseline.get(row.task, nothing).value
         uniform = formats.against_uniform(pruned.metric, pairs.get("baseline"), value, pruned.value, unit=pruned.unit)
         yield replace(row, change=change if "dense" in pairs else "", uniform=uniform)
+
+
+def _other_change(metric: str, dense: Quality, pruned: Quality, pair: PairedDifference) -> str:
+    nowhere = OtherMetric()
+    before, after = (one.others.get(metric, nowhere).value for one in (dense, pruned))
+    change = formats.metric_change(metric, before, after, unit=pruned.unit)
+    return change + formats.paired_change(metric, pair, before, unit=pruned.unit)
 
 
 def _row(

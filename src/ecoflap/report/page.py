@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ class Task:
 
     @property
     def against_uniform(self) -> bool:
-        """Whether groups are compared with the uniform baseline, too."""
-        return any(row.uniform for row in self.groups)
+        """Whether groups or further metrics are compared with the uniform baseline, too."""
+        return any(row.uniform for row in (*self.others, *self.groups))
 
 
 def tasks(metrics: Metrics) -> Iterator[Task]:
@@ -63,15 +64,22 @@ def tasks(metrics: Metrics) -> Iterator[Task]:
         unit = pruned.unit if pruned.metric else dense.unit
         before, after = dense.by_group or {}, pruned.by_group or {}
         pairs, baseline = metrics.paired.get(name, {}), metrics.baseline.get(name, nothing)
+        models = (dense, pruned, baseline)
         groups = [
-            _group(group, (pruned if group in after else dense), metric, unit, (dense, pruned, baseline), pairs)
+            _part(
+                (pruned if group in after else dense).group_label(group), metric, unit,
+                [model.of_group(group) for model in models], partial(PairedDifference.of_group, name=group), pairs,
+            )
             for group in dict.fromkeys([*before, *after])
-        ]
+        ]  # fmt: skip
         nowhere = OtherMetric()
         others = [
-            _row(other, other, unit, _pair(dense.others.get(other, nowhere)), _pair(pruned.others.get(other, nowhere)))
+            _part(
+                other, other, unit, [_pair(model.others.get(other, nowhere)) for model in models],
+                partial(PairedDifference.of_other, metric=other), pairs,
+            )
             for other in dict.fromkeys([*dense.others, *pruned.others])
-        ]
+        ]  # fmt: skip
         label = f"all, {metric}" if others else "all"
         whole = _row(label, metric, unit, (dense.value, dense.stderr), (pruned.value, pruned.stderr))
         change = whole.change + formats.paired_change(metric, pairs.get("dense"), dense.value, unit=unit)
@@ -82,18 +90,23 @@ def tasks(metrics: Metrics) -> Iterator[Task]:
         yield Task(name, formats.task_title(name, metric), n, whole, uniform, others, groups)
 
 
-def _group(
-    group: str,
-    labelled: Quality,
+def _part(
+    label: str,
     metric: str,
     unit: str | None,
-    models: tuple[Quality, Quality, Quality],
+    values: Sequence[tuple[float | None, float | None]],
+    pair_of: Callable[[PairedDifference | None], PairedDifference | None],
     pairs: Mapping[str, PairedDifference],
 ) -> QualityRow:
-    """A group's line: its changes from the dense model and from the uniform baseline are paired, too."""
-    dense, pruned, baseline = (model.of_group(group) for model in models)
-    row = _row(labelled.group_label(group), metric, unit, dense, pruned)
-    of_dense, of_baseline = (PairedDifference.of_group(pairs.get(name), group) for name in ("dense", "baseline"))
+    """The line of a group or a further metric: changes from dense model and uniform baseline are paired, too.
+
+    Args:
+        values: of the dense model, the pruned one and the baseline, with standard errors.
+        pair_of: takes what is of this line from the task's paired difference.
+    """
+    dense, pruned, baseline = values
+    row = _row(label, metric, unit, dense, pruned)
+    of_dense, of_baseline = (pair_of(pairs.get(name)) for name in ("dense", "baseline"))
     uniform = ""
     if baseline[0] is not None and pruned[0] is not None:
         uniform = formats.metric_change(metric, baseline[0], pruned[0], unit=unit)

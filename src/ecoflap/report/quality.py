@@ -53,8 +53,14 @@ class PairedDifference(Content):
     worse: Count
     p: Fraction
     groups: dict[str, PairedDifference] = {}
+    others: dict[str, PairedDifference] = {}
 
     @staticmethod
     def of_group(pair: PairedDifference | None, name: str) -> PairedDifference | None:
         """That of one group of samples."""
         return pair.groups.get(name) if pair else None
+
+    @staticmethod
+    def of_other(pair: PairedDifference | None, metric: str) -> PairedDifference | None:
+        """That of a further metric."""
+        return pair.others.get(metric) if pair else None

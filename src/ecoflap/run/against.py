@@ -29,6 +29,7 @@ class _Scores(BaseModel):
     index: list[int]
     kinds: list[str | None] = []
     tokens: list[Annotated[int, Field(ge=1, le=10**9)]] = []
+    others: dict[str, Annotated[list[_Score], Field(min_length=1)]] = {}
 
     @model_validator(mode="after")
     def _of_one_length(self) -> _Scores:

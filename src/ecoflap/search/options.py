@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ecoflap.errors import InvalidOption
 from ecoflap.search.divergence import METRICS, POSITIONS
+from ecoflap.support.ranges import check_count
 from ecoflap.support.registry import unknown
 
 BY = ("probes", "gradient")
@@ -63,9 +64,9 @@ class SearchOptions:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), list(known))
-        for name in ("rounds", "samples", "swaps"):
-            if getattr(self, name) < 0:
-                raise InvalidOption(f"{name} of the search must be at least 0, not {getattr(self, name)}")
+        check_count("rounds of the search", self.rounds, least=0)
+        check_count("samples of the search", self.samples, least=0, most=2**31)
+        check_count("swaps of the search", self.swaps, least=0)
         if self.swaps and self.inputs != "dense":
             raise InvalidOption("the search's swaps need inputs=dense: a walk for each would take too long")
         if not 0 <= self.tolerance < 1:

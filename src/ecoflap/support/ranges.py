@@ -1,0 +1,27 @@
+"""Checks that a number lies where it makes sense: a slip of the pen is told at once, not after days of work."""
+
+from __future__ import annotations
+
+from ecoflap.errors import InvalidOption
+
+MOST_ROUNDS = 100_000  # of an iteration: more would take days, and numbers stop to change long before
+LARGEST = 1e6  # of a factor that is near 1 in practice
+
+
+def check_count(name: str, value: int, least: int = 1, most: int = MOST_ROUNDS) -> None:
+    """Raises InvalidOption if ``value`` is no whole number from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InvalidOption(f"{name} must be at least {least} and at most {most:,}, not {_shown(value)}")
+
+
+def check_positive(name: str, value: float, most: float = LARGEST) -> None:
+    """Raises InvalidOption if ``value`` is no number above 0 and at most ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise InvalidOption(f"{name} must be above 0 and at most {most:,g}, not {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """The value, cut off where it is long; Python refuses to write whole numbers of many thousand digits."""
+    if isinstance(value, int) and value.bit_length() > 100:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
