@@ -8,7 +8,7 @@ from typing import Any
 
 from ecoflap.report import records
 from ecoflap.report.charts.compare import bytes_chart, cost_charts, quality_chart, tower_charts
-from ecoflap.report.comparison import Cell, Comparison, Method, Test, read_comparison
+from ecoflap.report.comparison import Cell, Comparison, Method, StoredModel, Test, read_comparison
 from ecoflap.report.html import Plots, environment
 from ecoflap.report.places import command_without_places, place_name, text_without_places, without_places
 from ecoflap.run.citations import paper
@@ -127,8 +127,19 @@ def _stored(content: Comparison, test: Test, plots: Plots, index: int) -> dict[s
         found = model.average
         text = formats.metric_value(test.metric, found.mean, found.error, unit=test.unit)
         title = model.title if model.sparsity is None else f"{model.title} at {formats.percent(model.sparsity)}"
-        rows.append({"model": model, "title": title, "value": found.mean, "text": text})
+        rows.append({"model": model, "title": title, "value": found.mean, "text": text, **_change(test, model)})
     return {"title": test.title, "panels": plots.group(f"bytes{index}-", [chart] if chart else []), "rows": rows}
+
+
+def _change(test: Test, model: StoredModel) -> dict[str, Any]:
+    """The paired change of a stored model from the dense one: its difference and the text."""
+    pair, value = model.pair, model.average.mean
+    if pair is None or value is None:
+        return {"difference": None, "change": ""}
+    reference = value - pair.difference
+    text = formats.metric_change(test.metric, reference, value, unit=test.unit)
+    text += formats.paired_change(test.metric, pair, reference, unit=test.unit)
+    return {"difference": pair.difference, "change": text}
 
 
 def _cells(content: Comparison) -> Iterator[tuple[Cell, list[tuple[float | None, str]]]]:

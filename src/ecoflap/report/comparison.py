@@ -135,6 +135,7 @@ class StoredModel:
     bytes: float
     bits: float
     average: Average
+    pair: PairedDifference | None = None  # from the dense model as it was loaded
 
     @property
     def line(self) -> str:
@@ -149,6 +150,16 @@ class Pairing(Content):
     sparsity: Fraction
     test: str
     against: dict[str, PairedDifference] = {}
+
+
+class StoredPairing(Content):
+    """Models in one form of their values (method and sparsity None: the dense one) against the dense model."""
+
+    method: str | None = None
+    sparsity: Fraction | None = None
+    values: str
+    test: str
+    dense: PairedDifference
 
 
 class Comparison(Content):
@@ -166,6 +177,7 @@ class Comparison(Content):
     cells: list[Cell] = []
     dense_stored: dict[str, Stored] = {}
     paired: list[Pairing] = []
+    stored_paired: list[StoredPairing] = []
     recipe: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     command: str | None = None
@@ -196,8 +208,17 @@ class Comparison(Content):
 
     def by_bytes(self, test: Test) -> list[StoredModel]:
         """Each model in each form that was measured on ``test``; those of one method and form follow one another."""
+        pairs = {(p.method, p.sparsity, p.values): p.dense for p in self.stored_paired if p.test == test.name}
         rows = [
-            StoredModel("dense", None, form, float(one.bytes), one.bits, average_of([one.tests[test.name]], []))
+            StoredModel(
+                "dense",
+                None,
+                form,
+                float(one.bytes),
+                one.bits,
+                average_of([one.tests[test.name]], []),
+                pairs.get((None, None, form)),
+            )
             for form, one in self.dense_stored.items()
             if test.name in one.tests
         ]
@@ -208,7 +229,10 @@ class Comparison(Content):
                     results = [one.tests[test.name] for one in found if test.name in one.tests]
                     if results:
                         size, bits = fmean(one.bytes for one in found), fmean(one.bits for one in found)
-                        rows.append(StoredModel(method.shown, sparsity, form, size, bits, average_of(results, [])))
+                        pair = pairs.get((method.name, sparsity, form))
+                        rows.append(
+                            StoredModel(method.shown, sparsity, form, size, bits, average_of(results, []), pair)
+                        )
         return [row for row in rows if row.average.mean is not None]
 
     def against(self, method: str, sparsity: float, test: Test) -> dict[str, PairedDifference]:

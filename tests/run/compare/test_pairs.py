@@ -15,8 +15,9 @@ from rich.console import Console
 
 from ecoflap.evaluation.paired import Samples
 from ecoflap.report.compare_page import write_compare
+from ecoflap.run.compare.pairing import with_pairs
 from ecoflap.run.compare.pairs import Pairing, uniform_of
-from ecoflap.run.compare.record import CellFile, Comparison, DenseTest, plain_test, with_pairs
+from ecoflap.run.compare.record import CellFile, Comparison, DenseTest, plain_test
 from ecoflap.run.compare.tables import as_markdown, comparison_tables
 from ecoflap.support.files import write_json
 
@@ -78,7 +79,7 @@ def paired_comparison() -> Comparison:
         cells.append(CellFile(**row, samples={"vqa": Samples(scores, list(range(6)))}))
     dense = DenseTest(**dict(base.tests[0]), samples=Samples([1.0, 1.0, 1.0, 1.0, 0.0, 0.0], list(range(6))))
     whole = base.model_copy(update={"cells": tuple(cells), "tests": (plain_test(dense),)})
-    return with_pairs(whole, cells, [dense])
+    return with_pairs(whole, cells, [dense], {})
 
 
 def test_the_best_and_those_as_good_by_pairs(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import ecoflap
 from ecoflap.errors import InvalidOption, MissingDependency, UnknownName
 from ecoflap.model.packed.convert import packable
 from ecoflap.run.compare import stored
+from ecoflap.run.compare.folder import DENSE
 from ecoflap.run.compare.grid import run_grid
 from ecoflap.run.compare.record import Comparison
 from ecoflap.run.compare.stored import quantised_by_torchao
@@ -108,6 +111,31 @@ def test_files(made: Comparison, data: Path) -> None:
     page = (data / "stored" / "compare.html").read_text("utf-8")
     assert "Quality against stored bytes" in page
     assert "magnitude, int4" in page
+
+
+def test_changes_from_the_dense_model_are_paired(made: Comparison, data: Path) -> None:
+    """By the samples that the files of the cells and of the dense model have."""
+    cells = data / "stored" / "cells"
+    (dense,) = json.loads((data / "stored" / DENSE).read_text("utf-8"))
+    found = {(p.method, p.sparsity, p.values): p.dense for p in made.stored_paired}
+    forms = {(method, 0.6, form) for method in ("magnitude", "wanda") for form in FORMS}
+    assert set(found) == forms | {(None, None, form) for form in (*FORMS[1:], "int2")}
+    assert found["magnitude", 0.6, "auto"] == made.against("magnitude", 0.6, "perplexity")["dense"]
+    kept = json.loads(next(cells.glob("wanda_0.6*.json")).read_text("utf-8"))
+    for key, samples in [
+        (("wanda", 0.6, "int4"), kept["stored_samples"]["int4"]["perplexity"]),
+        ((None, None, "int2"), json.loads((cells / "dense-int2.json").read_text("utf-8"))["samples"]["perplexity"]),
+    ]:
+        pair = found[key]
+        values = [math.exp(statistics.fmean(one["scores"])) for one in (samples, dense["samples"])]
+        assert pair.difference == pytest.approx(values[0] - values[1])
+        gaps = [one - two for one, two in zip(samples["scores"], dense["samples"]["scores"], strict=True)]
+        assert (pair.n, pair.better, pair.worse) == (len(gaps), sum(g < 0 for g in gaps), sum(g > 0 for g in gaps))
+    pair = found["wanda", 0.6, "int4"]
+    told = f"{pair.better} better, {pair.worse} worse"
+    lines = as_markdown(made).splitlines()
+    assert any(told in line for line in lines if line.startswith("| wanda at 0.6 | int4"))
+    assert told in (data / "stored" / "compare.html").read_text("utf-8")
 
 
 def test_int4_of_any_width() -> None:

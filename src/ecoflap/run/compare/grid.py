@@ -15,6 +15,7 @@ from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.kept_weights import KeptWeights
 from ecoflap.run.compare.folder import CELLS, DENSE, RESULTS, GridDirectory
 from ecoflap.run.compare.models import NONE, KeptModels, check_keep
+from ecoflap.run.compare.pairing import with_pairs
 from ecoflap.run.compare.plans import Group, Plans, group_of, plan_of, planned
 from ecoflap.run.compare.recipe import Grid, Place
 from ecoflap.run.compare.record import (
@@ -23,7 +24,6 @@ from ecoflap.run.compare.record import (
     Comparison,
     DenseTest,
     MethodRecord,
-    Quality,
     cell_of,
     file_of,
     plain_cell,
@@ -31,7 +31,6 @@ from ecoflap.run.compare.record import (
     quality_of,
     read_comparison,
     test_of,
-    with_pairs,
 )
 from ecoflap.run.compare.results import command_of, write_results
 from ecoflap.run.compare.shared import SharedScores, allocated
@@ -137,7 +136,7 @@ class _Work:
         kept_in = folder.path / JOURNAL if low_memory else None
         names, model = list(dict.fromkeys(layer.parameter for layer in base.anatomy.layers)), self._checkpoint.model
         self._kept = KeptWeights(model, names, kept_in and kept_in / "dense.safetensors")
-        self._stored = StoredForms(model, names, grid.values, self._evaluated, kept_in)
+        self._stored = StoredForms(model, names, grid.values, self._results, kept_in)
 
     @property
     def _checkpoint(self) -> Checkpoint:
@@ -147,7 +146,7 @@ class _Work:
         """Every cell that is not finished yet, then all of them together."""
         kept = self._dense()
         tests = tuple(map(plain_test, kept))
-        dense_stored = self._stored.dense_kept_in(self._folder, tests, self._kept)
+        dense_stored = self._stored.dense_kept_in(self._folder, kept, self._kept)
         places = list(self._grid.places())
         # By group, so that batches are loaded once; a method with samples of its own is a group for itself.
         todo = sorted((p for p in places if not self._folder.whole(_file_of(p))), key=self._turn)
@@ -176,12 +175,12 @@ class _Work:
             sparsities=self._grid.sparsities,
             seeds=self._grid.seeds,
             cells=tuple(map(plain_cell, cells)),
-            dense_stored=dense_stored,
+            dense_stored={form: one.plain for form, one in dense_stored.items()},
             recipe=self._grid.to_dict(),
             environment=environment(self._checkpoint),
             command=command_of(self._grid, self._folder.path),
         )
-        return with_pairs(comparison, cells, kept)
+        return with_pairs(comparison, cells, kept, dense_stored)
 
     def _turn(self, place: Place) -> tuple[int, int]:
         recipe = self._plans.recipes.get(place)
@@ -246,9 +245,9 @@ class _Work:
         results = {name: quality_of(answer) for name, answer in answers.items()}
         sparsity = sparsity_summary(plan.anatomy, pruned.allocation)
         self._offer(place, cell_of(place, results=results, sparsity=sparsity))
-        stored = self._stored.of_pruned(results)
+        stored = self._stored.of_pruned(answers)
         cell = cell_of(place, results=results, sparsity=sparsity, took=took, usages=usages, stored=stored)
-        return file_of(cell, answers)
+        return file_of(cell, answers, stored)
 
     def _trained(self, place: Place) -> Cell:
         usages = list[Usage]()
@@ -272,9 +271,6 @@ class _Work:
         # With the grid's own seed: all cells answer the same questions.
         found = checkpoint or self._checkpoint
         return {entry.name: evaluate(found, entry, self._grid, self._progress) for entry in self._entries}
-
-    def _evaluated(self) -> dict[str, Quality]:
-        return {name: quality_of(result) for name, result in self._results().items()}
 
     def _dense(self) -> tuple[DenseTest, ...]:
         """The dense model's results, measured once."""

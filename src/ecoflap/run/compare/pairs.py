@@ -33,6 +33,25 @@ class Pairing(BaseModel):
         return {name: pair.to_json() for name, pair in against.items()}
 
 
+class StoredPairing(BaseModel):
+    """A model in one form of its values against the dense model as it was loaded, on one test.
+
+    ``method`` and ``sparsity`` None: the dense model in that form.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str | None
+    sparsity: float | None
+    values: str
+    test: str
+    dense: Paired
+
+    @field_serializer("dense")
+    def _as_written(self, dense: Paired) -> dict[str, Any]:
+        return dense.to_json()
+
+
 class Named(Protocol):
     """What is read of a method."""
 
@@ -62,6 +81,19 @@ def uniform_of(methods: Sequence[Named]) -> dict[str, str]:
 
 
 Place = tuple[str, float, str]  # method, sparsity, test
+
+
+StoredPlace = tuple[str | None, float | None, str, str]  # method, sparsity, form of the values, test
+
+
+def stored_pairings(
+    samples: Mapping[StoredPlace, Sequence[Samples]], dense: Mapping[str, Samples]
+) -> Iterator[StoredPairing]:
+    """All that can be paired; of each place one model a seed."""
+    for (method, sparsity, form, test), models in samples.items():
+        if test in dense and (pair := paired(models, [dense[test]])) is not None:
+            alone = replace(pair, groups={})
+            yield StoredPairing(method=method, sparsity=sparsity, values=form, test=test, dense=alone)
 
 
 def pairings(

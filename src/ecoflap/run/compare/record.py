@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ecoflap.evaluation import TaskResult
 from ecoflap.evaluation.paired import Paired, Samples
 from ecoflap.run.compare.leaders import leaders
-from ecoflap.run.compare.pairs import BEST, Pairing, pairings, uniform_of
+from ecoflap.run.compare.pairs import BEST, Pairing, StoredPairing
 from ecoflap.run.compare.recipe import Place
 from ecoflap.run.compare.shared import Took
 from ecoflap.run.evaluations import Evaluation
@@ -79,6 +79,17 @@ class Stored(_Record):
     tests: dict[str, Quality] = Field(default_factory=dict)
 
 
+class StoredFile(Stored):
+    """The same as a file of a comparison has it: with what the model reached on each sample of the tests."""
+
+    samples: dict[str, Samples] = Field(default_factory=dict)
+
+    @property
+    def plain(self) -> Stored:
+        """Without the samples."""
+        return Stored.model_validate(self.model_dump(exclude={"samples"}))
+
+
 class MethodRecord(_Record):
     """One method: ``name`` is how the command line writes it."""
 
@@ -118,6 +129,7 @@ class CellFile(Cell):
     """A cell as its file has it: with what its model reached on each sample of the tests."""
 
     samples: dict[str, Samples] = Field(default_factory=dict)
+    stored_samples: dict[str, dict[str, Samples]] = Field(default_factory=dict, description="By form and test.")
 
 
 class Comparison(_Record):
@@ -136,6 +148,7 @@ class Comparison(_Record):
     cells: tuple[Cell, ...]
     dense_stored: dict[str, Stored] = Field(default_factory=dict, description="The dense model, by form.")
     paired: tuple[Pairing, ...] = Field(default=(), description="Differences of models on the same samples.")
+    stored_paired: tuple[StoredPairing, ...] = Field(default=(), description="The same of models in stored forms.")
     recipe: dict[str, Any]
     environment: dict[str, Any]
     command: str
@@ -154,6 +167,11 @@ class Comparison(_Record):
         """What the method's models at ``sparsity`` are paired with on ``test``."""
         places = (p.against for p in self.paired if (p.method, p.sparsity, p.test) == (method, sparsity, test))
         return next(places, {})
+
+    def stored_against(self, method: str | None, sparsity: float | None, form: str) -> dict[str, Paired]:
+        """By test, how models in a form differ from the dense one; method and sparsity None: those of the dense one."""
+        places = (p for p in self.stored_paired if (p.method, p.sparsity, p.values) == (method, sparsity, form))
+        return {place.test: place.dense for place in places}
 
     def column(self, sparsity: float, test: Test) -> dict[str, Summary]:
         """The methods' figures at one sparsity on ``test``, those that have any."""
@@ -183,27 +201,6 @@ def summarise(results: Sequence[Measured]) -> Summary | None:
     if len(values) > 1:
         return Summary(mean=statistics.fmean(values), error=statistics.stdev(values), seeds=len(values))
     return Summary(mean=values[0], error=next(r.stderr for r in results if r.value is not None), seeds=1)
-
-
-def with_pairs(comparison: Comparison, cells: Sequence[CellFile], tests: Sequence[DenseTest]) -> Comparison:
-    """The comparison with the differences of its models on the same samples."""
-    samples: dict[tuple[str, float, str], list[Samples]] = {}
-    for cell in cells:
-        for name, found in cell.samples.items():
-            samples.setdefault((cell.method, cell.sparsity, name), []).append(found)
-    whole = {
-        place: found for place, found in samples.items()
-        if len(found) == sum(c.error is None for c in comparison.cells_of(*place[:2]))
-    }  # fmt: skip
-    dense = {test.name: test.samples for test in tests if test.samples is not None}
-    best: dict[tuple[float, str], str] = {}
-    for test in comparison.tests:
-        for sparsity in comparison.sparsities:
-            top = leaders(comparison.column(sparsity, test), test.higher_is_better)[0]
-            if top is not None:
-                best[sparsity, test.name] = top
-    found_pairs = tuple(pairings(whole, dense, uniform_of(comparison.methods), best))
-    return comparison.model_copy(update={"paired": found_pairs})
 
 
 def read_comparison(folder: str | Path) -> Comparison:
@@ -251,13 +248,18 @@ def plain_test(test: DenseTest) -> Test:
 
 def plain_cell(cell: CellFile) -> Cell:
     """Without the samples."""
-    return Cell.model_validate(cell.model_dump(exclude={"samples"}))
+    return Cell.model_validate(cell.model_dump(exclude={"samples", "stored_samples"}))
 
 
-def file_of(cell: Cell, results: Mapping[str, TaskResult]) -> CellFile:
-    """The cell with the samples of its results."""
-    samples = {name: found for name, result in results.items() if (found := Samples.of(result)) is not None}
-    return CellFile(**dict(cell), samples=samples)
+def samples_of(results: Mapping[str, TaskResult]) -> dict[str, Samples]:
+    """By test, the samples of the results that say them."""
+    return {name: found for name, result in results.items() if (found := Samples.of(result)) is not None}
+
+
+def file_of(cell: Cell, results: Mapping[str, TaskResult], stored: Mapping[str, StoredFile] | None = None) -> CellFile:
+    """The cell with the samples of its results, and of those of its model in stored forms."""
+    of_stored = {form: one.samples for form, one in (stored or {}).items()}
+    return CellFile(**dict(cell), samples=samples_of(results), stored_samples=of_stored)
 
 
 def cell_of(
@@ -268,7 +270,7 @@ def cell_of(
     sparsity: Mapping[str, Any] | None = None,
     took: Took | None = None,
     usages: Sequence[Usage] = (),
-    stored: Mapping[str, Stored] | None = None,
+    stored: Mapping[str, StoredFile] | None = None,
 ) -> Cell:
     """A finished cell.
 
@@ -298,7 +300,7 @@ def cell_of(
         tests=dict(results),
         achieved=sparsity["prunable"],
         towers={name: tower["sparsity"] for name, tower in sparsity["towers"].items()},
-        stored=dict(stored or {}),
+        stored={form: one.plain for form, one in (stored or {}).items()},
         seconds=Seconds(importance=took.seconds, **{usage.name: usage.seconds for usage in usages}),
         peak_memory_bytes=max(memory),
         peak_cuda_bytes=max(cuda, default=None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption, MissingDependency
+from ecoflap.evaluation import TaskResult
+from ecoflap.evaluation.paired import Samples
 from ecoflap.model.kept_weights import KeptWeights
 from ecoflap.model.packed.convert import packable, stackable
 from ecoflap.model.packed.format import STORED, pack_weight, packed_bytes, unpack_weight, worth_packing
 from ecoflap.run.compare.folder import CELLS, GridDirectory
-from ecoflap.run.compare.record import Quality, Stored, Test
+from ecoflap.run.compare.record import DenseTest, Quality, StoredFile, quality_of, samples_of
 
 GROUP = 64  # columns that share a scale where torchao quantises to int4: 4.25 bits a weight with bfloat16 scales
 
 _PACKED = ("auto", "bfloat16", *STORED)  # forms of pruned models
 
-Results = dict[str, Quality]
+Results = Mapping[str, TaskResult]
 Form = Callable[[Tensor], tuple[Tensor | None, int]]
 
 
@@ -59,7 +61,7 @@ class StoredForms:
         self._model, self._names, self.forms = model, tuple(names), tuple(forms)
         self._evaluated, self._folder = evaluated, folder
 
-    def of_pruned(self, results: Results) -> dict[str, Stored]:
+    def of_pruned(self, results: Results) -> dict[str, StoredFile]:
         """The pruned model in every form that packing has; ``results`` are its own, which "auto" keeps."""
         forms = [form for form in self.forms if form in _PACKED]
         if not forms:
@@ -69,13 +71,15 @@ class StoredForms:
         found = {}
         for form in forms:
             size = self._apply(_packed(form))
-            found[form] = self._stored(size, results if form == "auto" else self._evaluated())
+            found[form] = self._measured(size, results if form == "auto" else self._evaluated())
             kept.restore()
         if path is not None:
             path.unlink()
         return found
 
-    def dense_kept_in(self, folder: GridDirectory, tests: Sequence[Test], dense: KeptWeights) -> dict[str, Stored]:
+    def dense_kept_in(
+        self, folder: GridDirectory, tests: Sequence[DenseTest], dense: KeptWeights
+    ) -> dict[str, StoredFile]:
         """The dense model in every form, by torchao; each is measured once and kept in a file of ``folder``.
 
         Args:
@@ -86,20 +90,27 @@ class StoredForms:
         for form in self.forms:
             if not folder.whole(name := f"{CELLS}/dense-{form}.json"):
                 try:
-                    made = self.of_dense(form, {test.name: test.dense for test in tests})
+                    made = self.of_dense(form, tests)
                 finally:
                     dense.restore()
                 folder.write(name, made.model_dump(mode="json"))
-            found[form] = Stored.model_validate(folder.read(name))
+            found[form] = StoredFile.model_validate(folder.read(name))
         return found
 
-    def of_dense(self, form: str, results: Results) -> Stored:
+    def of_dense(self, form: str, tests: Sequence[DenseTest]) -> StoredFile:
         """The dense model in one form, by torchao; whoever calls puts the weights back."""
-        return self._stored(self._apply(_quantised(form)), results if form == "auto" else self._evaluated())
+        size = self._apply(_quantised(form))
+        if form != "auto":
+            return self._measured(size, self._evaluated())
+        samples = {test.name: test.samples for test in tests if test.samples is not None}
+        return self._stored(size, {test.name: test.dense for test in tests}, samples)
 
-    def _stored(self, size: int, results: Results) -> Stored:
+    def _measured(self, size: int, results: Results) -> StoredFile:
+        return self._stored(size, {name: quality_of(one) for name, one in results.items()}, samples_of(results))
+
+    def _stored(self, size: int, tests: dict[str, Quality], samples: dict[str, Samples]) -> StoredFile:
         count = sum(self._model.get_parameter(name).numel() for name in self._names)
-        return Stored(bytes=size, bits=8 * size / count, tests=dict(results))
+        return StoredFile(bytes=size, bits=8 * size / count, tests=tests, samples=samples)
 
     @torch.no_grad()
     def _apply(self, form: Form) -> int:

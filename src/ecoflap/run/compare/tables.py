@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 from rich.text import Text
@@ -163,19 +164,47 @@ def _value(test: Test, value: float | None, error: float | None) -> str:
     return metric_value(test.metric, value, error, unit=test.unit)
 
 
-def stored_rows(comparison: Comparison) -> Iterator[tuple[str, str, int, float, dict[str, Summary]]]:
-    """Models by stored bytes, the largest first: title, form, mean bytes, mean bits a weight, each test's figures."""
-    rows: list[tuple[str, str, int, float, dict[str, Summary]]] = []
+@dataclass(frozen=True)
+class StoredRow:
+    """Models in one form: mean bytes and bits a weight, and by test their figures and their change from the dense one.
+
+    ``changes`` are texts; "" where nothing is paired.
+    """
+
+    title: str
+    form: str
+    bytes: int
+    bits: float
+    figures: dict[str, Summary]
+    pairs: dict[str, Paired]
+
+    def of_test(self, test: Test) -> tuple[str, str]:
+        """The value of a test and its change from the dense model, in words."""
+        found, pair = self.figures.get(test.name), self.pairs.get(test.name)
+        if found is None:
+            return NOTHING, NOTHING
+        change = NOTHING if pair is None else _difference(test, pair, found.mean)
+        return _value(test, found.mean, found.error), change
+
+
+def stored_rows(comparison: Comparison) -> Iterator[StoredRow]:
+    """Models by stored bytes, the largest first."""
+    rows: list[StoredRow] = []
     for form, one in comparison.dense_stored.items():
-        rows.append(("dense", form, one.bytes, one.bits, _figures([one])))
+        pairs = comparison.stored_against(None, None, form)
+        rows.append(StoredRow("dense", form, one.bytes, one.bits, _figures([one]), pairs))
         for method in comparison.methods:
             for sparsity in comparison.sparsities:
                 cells = comparison.cells_of(method.name, sparsity)
                 if found := [cell.stored[form] for cell in cells if form in cell.stored]:
                     size = sum(stored.bytes for stored in found) // len(found)
                     bits = sum(stored.bits for stored in found) / len(found)
-                    rows.append((f"{method.title} at {sparsity:g}", form, size, bits, _figures(found)))
-    yield from sorted(rows, key=lambda row: -row[2])
+                    title, pairs = (
+                        f"{method.title} at {sparsity:g}",
+                        comparison.stored_against(method.name, sparsity, form),
+                    )
+                    rows.append(StoredRow(title, form, size, bits, _figures(found), pairs))
+    yield from sorted(rows, key=lambda row: -row.bytes)
 
 
 def _figures(found: Sequence[Stored]) -> dict[str, Summary]:
@@ -189,18 +218,17 @@ def _by_bytes(comparison: Comparison) -> list[str]:
     if not comparison.dense_stored:
         return []
     rows = [
-        [_plain(title), form, f"{size_ / 1e6:.2f}", f"{bits:.2f}"]
-        + [_of_test(test, figures) for test in comparison.tests]
-        for title, form, size_, bits, figures in stored_rows(comparison)
+        [_plain(row.title), row.form, f"{row.bytes / 1e6:.2f}", f"{row.bits:.2f}"]
+        + [text for test in comparison.tests for text in row.of_test(test)]
+        for row in stored_rows(comparison)
     ]
-    heads = ["model", "values", "MB", "bits a weight", *(_plain(test.name) for test in comparison.tests)]
-    words = "Bytes of the prunable weights: pruned models packed, the dense one quantised by torchao without data."
+    of_tests = [head for test in comparison.tests for head in (_plain(test.name), "change from dense")]
+    heads = ["model", "values", "MB", "bits a weight", *of_tests]
+    words = (
+        "Bytes of the prunable weights: pruned models packed, the dense one quantised by torchao without data. Changes "
+        "are from the dense model as it was loaded, on the same samples."
+    )
     return ["## By stored bytes", words, _table(heads, rows)]
-
-
-def _of_test(test: Test, figures: dict[str, Summary]) -> str:
-    found = figures.get(test.name)
-    return NOTHING if found is None else _value(test, found.mean, found.error)
 
 
 def _not_made(comparison: Comparison) -> list[str]:
@@ -297,9 +325,10 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
         table = Table(title="by stored bytes of the prunable weights", title_justify="left", title_style="bold")
         for head in ("model", "values"):
             table.add_column(head)
-        for head in ("MB", "bits a weight", *(test.name for test in comparison.tests)):
+        of_tests = [head for test in comparison.tests for head in (test.name, "change from dense")]
+        for head in ("MB", "bits a weight", *of_tests):
             table.add_column(head, justify="right", no_wrap=True)
-        for words, form, size_, bits, figures in stored_rows(comparison):
-            figures_ = [f"{size_ / 1e6:.2f}", f"{bits:.2f}", *(_of_test(test, figures) for test in comparison.tests)]
-            table.add_row(Text(words), form, *map(Text, figures_))
+        for one in stored_rows(comparison):
+            texts = [text.replace("; ", "\n") for test in comparison.tests for text in one.of_test(test)]
+            table.add_row(Text(one.title), one.form, f"{one.bytes / 1e6:.2f}", f"{one.bits:.2f}", *map(Text, texts))
         yield table
