@@ -61,7 +61,7 @@ SHAPES = {
     "wide": Shape(1536, 4096, 12, 2, 1, 256),
     "smollm2": Shape(576, 1536, 9, 4, 8, 256),
     "mixture": Shape(1024, 64, 8, 2, 2, 64, experts=24, blocks=1),
-    "experts": Shape(1024, 32, 8, 2, 1, 64, experts=256, blocks=1),  # one Gram matrix for each: 1 GiB
+    "experts": Shape(1024, 32, 8, 4, 1, 128, experts=256, blocks=1),  # one Gram matrix for each: 1 GiB
 }
 
 

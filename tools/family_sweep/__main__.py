@@ -56,8 +56,8 @@ def attempt(kind: str, name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = getattr(hf, name)(shrunk(kind)).eval()
     make: Any = with_pictures
-    if special(kind) is not None or with_pictures(model) is None:
-        make = lambda model, seed: special(kind, seed) or text(seed)  # noqa: E731
+    if special(kind, model.config) is not None or with_pictures(model) is None:
+        make = lambda model, seed: special(kind, model.config, seed) or text(seed)  # noqa: E731
     fed = "pictures and text" if {"pixel_values", "flattened_patches"} & make(model, 0).keys() else "text"
     try:
         anatomy = prune_and_judge(model, [make(model, seed) for seed in (0, 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import transformers as hf
@@ -66,6 +67,8 @@ _LACKING: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
+    "gemma4": {"vision_config": hf.Gemma4VisionConfig()},
+    "gemma4_unified": {"vision_config": hf.Gemma4UnifiedVisionConfig()},
     "granite4_vision": {"deepstack_layer_map": [(-1, 0)], "spatial_target_layers": [1], "downsample_rate": "1/2"},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl": {"text_config.head_dim": 128},
@@ -88,7 +91,7 @@ def complete(config: Any, fields: dict[str, Any]) -> None:
         *owners, name = path.split(".")
         for one in owners:
             owner = getattr(owner, one)
-        vars(owner)[name] = value
+        vars(owner)[name] = copy.deepcopy(value)  # which is changed for a pico model
 
 
 def full(kind: str) -> Any:

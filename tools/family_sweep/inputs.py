@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from family_sweep.own_pictures import own_pictures
 from family_sweep.pictures import COUNT, candidates, vision_of
 
 VIDEO = 198  # the mark of a video's tokens, where it is set by hand
@@ -23,10 +24,12 @@ def text(seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def special(kind: str, seed: int = 0) -> dict[str, Tensor] | None:
+def special(kind: str, config: Any, seed: int = 0) -> dict[str, Tensor] | None:
     """A batch for a type that takes what no other does."""
-    if kind == "diffusion_gemma":  # which draws the tokens that it begins with, where none are given
-        return {**text(seed), "decoder_input_ids": text(seed + 100)["input_ids"][:, :4]}
+    if (pictures := own_pictures(kind, config, text(seed), seed)) is not None:
+        if kind == "diffusion_gemma":  # which draws the tokens that it begins with, where none are given
+            pictures["decoder_input_ids"] = text(seed + 100)["input_ids"][:, :4]
+        return pictures
     if kind == "udop":  # words with their places on a page
         words = text(seed)
         places = torch.rand(COUNT, TEXT, 4, generator=torch.Generator().manual_seed(seed))

@@ -37,7 +37,20 @@ _HAND: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.clip_qkv": 8.0},
     "dots3_note": {"vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32},
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [1]},
-    "emu3": {"text_config.vocab_size": VOCABULARY},
+    "chameleon": {
+        "vq_config.base_channels": 32, "vq_config.num_embeddings": 10, "vq_config.embed_dim": 16,
+        "vocabulary_map": {"<image>": 4, **{f"IMGIMG{'ABCDEFGHIJ'[one]}Z": 100 + one for one in range(10)}},
+    },
+    "deepseek_ocr2": {
+        "vision_config.sam_config.downsample_channels": [32, 32], "vision_config.sam_config.global_attn_indexes": [1],
+    },
+    "emu3": {
+        "text_config.vocab_size": VOCABULARY, "vq_config.base_channels": 32, "vq_config.hidden_size": 128,
+        "vq_config.codebook_size": 10,
+        "vocabulary_map": {
+            "<image>": 4, "<|extra_200|>": 5, **{f"<|visual token {one:06}|>": 100 + one for one in range(10)},
+        },
+    },
     "bailing_hybrid": {"num_experts": 16, "n_group": 2, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -75,11 +88,19 @@ _HAND: dict[str, dict[str, Any]] = {
     "minimax_m3_vl": {"merged_hidden_size": 128},
     "mamba2": {"num_heads": 8},
     "pp_formulanet": {"vision_config.decoder_hidden_size": 32},
+    "molmo2": {
+        "vision_config.num_position_embeddings": 16, "adapter_config.vision_feature_layer": [-1, -2],
+        "adapter_config.hidden_size": 32, "adapter_config.text_hidden_size": 32,
+        "image_patch_id": 190,
+    },
     "muse_glimmer": {"vision_config.out_hidden_size": 128, "out_hidden_size": 128},
     "muse_spark": {"vision_config.out_hidden_size": 128, "out_hidden_size": 128},
     "nemotron_h_omni": {"vision_hidden_size": 32, "image_token_id": 190, "audio_token_id": 191},
     "shieldgemma2": {"mm_tokens_per_image": 4},
     "t5gemma2": {"encoder.mm_tokens_per_image": 4},
+    "unlimited_ocr": {
+        "vision_config.sam_config.downsample_channels": [32, 32], "vision_config.sam_config.global_attn_indexes": [1],
+    },
     "vipllava": {"vision_feature_layer": [-2, -1]},
     "step3p7": {"text_config.sliding_window": 4},
 }  # fmt: skip
