@@ -147,6 +147,33 @@ def test_what_a_forward_shows_and_a_definition_does_not() -> None:
     assert not model._forward_pre_hooks
 
 
+class Alternating(nn.Module):
+    """Two lists whose elements run in turns; with ``around`` the parent adds what went into those of the second."""
+
+    def __init__(self, around: bool) -> None:
+        super().__init__()
+        self.around = around
+        self.layers, self.between = (nn.ModuleList(Block(4) for _ in range(count)) for count in (3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.layers):
+            x = block(x)
+            if number < 2:
+                x = self.between[number](x) + (x if self.around else 0)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_lists_that_take_turns_are_one_tower_unless_their_parent_adds_what_went_in(around: bool) -> None:
+    anatomy = discover(Alternating(around), {"x": torch.randn(2, 3, 4)})
+    names = [block.name for tower in anatomy.towers for block in tower.blocks]
+    if around:  # no block could be skipped: what comes before it reaches what comes after it
+        assert names == [f"layers.{number}" for number in range(3)]
+        assert {entry.name for entry in anatomy.unprunable} == {"between.0.fc.weight", "between.1.fc.weight"}
+    else:
+        assert names == ["layers.0", "between.0", "layers.1", "between.1", "layers.2"]
+
+
 def test_without_a_batch_the_order_is_that_of_definition() -> None:
     anatomy = discover(FAMILIES["blip2_t5"].build())
     assert not anatomy.traced

@@ -17,6 +17,7 @@ import transformers as hf
 from ecoflap.model.anatomy import discover
 from family_sweep.configs import BY_TESTS, NOT_BUILT, architectures, full
 from family_sweep.inputs import special, text, with_pictures
+from family_sweep.own_pictures import udop_rows
 from family_sweep.pico import shrunk
 from family_sweep.trial import prune_and_judge
 
@@ -58,9 +59,13 @@ def attempt(kind: str, name: str) -> dict[str, Any]:
     make: Any = with_pictures
     if special(kind, model.config) is not None or with_pictures(model) is None:
         make = lambda model, seed: special(kind, model.config, seed) or text(seed)  # noqa: E731
-    fed = "pictures and text" if {"pixel_values", "flattened_patches"} & make(model, 0).keys() else "text"
+    given = make(model, 0).keys()
+    fed = "pictures and text" if {"pixel_values", "flattened_patches"} & given else "text"
+    fed = "proteins and text" if "protein_input_ids" in given else fed
+    batches = [make(model, seed) for seed in (0, 1)]
+    rows = [udop_rows(model.config, batch) for batch in batches] if kind == "udop" else None
     try:
-        anatomy = prune_and_judge(model, [make(model, seed) for seed in (0, 1)])
+        anatomy = prune_and_judge(model, batches, rows)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"fed": fed, "error": f"{type(error).__name__}: {error}"[:200], "at": f"{place.name} {place.lineno}"}

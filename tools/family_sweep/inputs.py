@@ -30,10 +30,14 @@ def special(kind: str, config: Any, seed: int = 0) -> dict[str, Tensor] | None:
         if kind == "diffusion_gemma":  # which draws the tokens that it begins with, where none are given
             pictures["decoder_input_ids"] = text(seed + 100)["input_ids"][:, :4]
         return pictures
-    if kind == "udop":  # words with their places on a page
-        words = text(seed)
-        places = torch.rand(COUNT, TEXT, 4, generator=torch.Generator().manual_seed(seed))
-        return {**words, "bbox": places.sort(dim=-1).values}
+    if kind == "evolla":  # a protein for each text
+        proteins = torch.randint(4, 20, (COUNT, 9), generator=torch.Generator().manual_seed(seed))
+        return {**text(seed), "protein_input_ids": proteins, "protein_attention_mask": torch.ones_like(proteins)}
+    if kind == "udop":  # words with their places on a page, and the page
+        random, words = torch.Generator().manual_seed(seed), text(seed)
+        places = torch.rand(COUNT, TEXT, 4, generator=random).sort(dim=-1).values
+        page = torch.randn(COUNT, 3, config.image_size, config.image_size, generator=random)
+        return {**words, "bbox": places, "pixel_values": page}
     if kind == "kosmos-2.5":  # the places of four tokens are the picture's
         random, words = torch.Generator().manual_seed(seed), text(seed)
         places = torch.tensor([[1] * 4 + [0] * (TEXT - 4)] * COUNT)

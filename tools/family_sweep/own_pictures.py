@@ -91,3 +91,16 @@ def own_pictures(kind: str, config: Any, words: Batch, seed: int) -> Batch | Non
     if kind in ("gemma4", "gemma4_unified"):
         batch["mm_token_type_ids"] = (ids == token).long()
     return batch
+
+
+def udop_rows(config: Any, batch: Batch) -> Tensor:
+    """(samples, words + patches) bool: the real rows of what UDOP's encoder reads.
+
+    Patches in which the middle of a word lies go into that word; as many rows at the end are padding.
+    """
+    side = config.image_size // config.patch_size
+    places = batch["bbox"]
+    cells = ((places[..., [0, 1]] + places[..., [2, 3]]) / 2 * side).long().clamp(0, side - 1)
+    taken = [len(set(map(tuple, sample.tolist()))) for sample in cells]
+    rows = batch["input_ids"].shape[1] + side**2
+    return torch.arange(rows) < rows - torch.tensor(taken)[:, None]

@@ -50,10 +50,13 @@ def names_each_matrix_once(model: nn.Module, anatomy: Anatomy) -> None:
             raise WrongResult(f"{name} is {'' if name in prunable else 'not '}prunable and named {named} times")
 
 
-def prune_and_judge(model: nn.Module, batches: Batches) -> Anatomy:
+def prune_and_judge(model: nn.Module, batches: Batches, rows: Sequence[Tensor] | None = None) -> Anatomy:
     """Prune half of every layer, and compare zeros, masks and all other weights with what they must be.
 
     Of stacked experts the numbers of zeros are compared, of all other layers the masks.
+
+    Args:
+        rows: of each batch which rows (samples, rows) of an encoder's input are real; where not given, all.
 
     Raises:
         WrongResult: something differs.
@@ -72,7 +75,7 @@ def prune_and_judge(model: nn.Module, batches: Batches) -> Anatomy:
         if name not in changed and not torch.equal(tensor, before[name]):
             raise WrongResult(f"{name} was changed")
     for block in anatomy.blocks:
-        squares = _squares(plain, block.layers, batches)
+        squares = _squares(plain, block.layers, batches, rows)
         for layer in block.layers:
             weight, mask = stored_matrix(plain, layer.name), stored_matrix(model, layer.name) == 0
             if int(mask.sum()) < allocation[layer.name].zeros:
@@ -92,8 +95,11 @@ def _check_mask(layer: Layer, weight: Tensor, mask: Tensor, squares: Tensor) -> 
         raise WrongResult(f"{layer.name} has other zeros than Wanda by plain forwards")
 
 
-def _squares(model: nn.Module, layers: Sequence[Layer], batches: Batches) -> dict[str, Tensor]:
+def _squares(
+    model: nn.Module, layers: Sequence[Layer], batches: Batches, rows: Sequence[Tensor] | None
+) -> dict[str, Tensor]:
     """Σx² of each column of what the modules of the layers receive in all their calls."""
+    real: list[Tensor] = []  # of the batch at hand
     names = {
         id(model.get_submodule(path)): layer.name
         for layer in layers
@@ -104,11 +110,14 @@ def _squares(model: nn.Module, layers: Sequence[Layer], batches: Batches) -> dic
 
     def note(module: nn.Module, args: Any) -> None:
         x = args[0].detach().double()
+        if real and x.shape[:2] == real[-1].shape:
+            x = x[real[-1]]
         found[names[id(module)]].append(x.reshape(-1, x.shape[-1]).square().sum(dim=0))
 
     hooks = [one.register_forward_pre_hook(note) for one in model.modules() if id(one) in names]
     with torch.no_grad(), cache_disabled(model):
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            real += rows[number : number + 1] if rows is not None else ()
             loss_of(model, batch)
     for hook in hooks:
         hook.remove()

@@ -81,7 +81,8 @@ def _joined(stacks: list[BlockList], loose: list[BlockList], trace: Trace) -> li
     """``stacks``, each merged with the ``loose`` list whose elements run between its own, and pairs of loose lists.
 
     An element runs between two others if the output of one reaches it and its output reaches the other; a module that
-    only reads from a stack (deep-stack mergers) does not.
+    only reads from a stack (deep-stack mergers) does not. Nor does one that the parent adds to what went into it (the
+    attentions of Emu3's picture words): what comes before it then reaches what comes after it.
     """
     found = list(stacks)
     left = list(loose)
@@ -102,6 +103,9 @@ def _interleaved(one: BlockList, other: BlockList, trace: Trace) -> BlockList | 
     merged = tuple(sorted((*one.elements, *other.elements), key=trace.position))
     inner = set(one.elements)
     if any((a, b) not in trace.chained for a, b in pairwise(merged) if a in inner or b in inner):
+        return None
+    place = {path: number for number, path in enumerate(merged)}
+    if any(place[b] - place[a] > 1 for a, b in trace.chained if a in place and b in place):
         return None
     larger = one if len(one.elements) > len(other.elements) else other
     return BlockList(larger.path, merged, one.driver, one.calls, one.repeats or other.repeats)
