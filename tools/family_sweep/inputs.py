@@ -26,10 +26,10 @@ def text(seed: int = 0) -> dict[str, Tensor]:
 
 def special(kind: str, config: Any, seed: int = 0) -> dict[str, Tensor] | None:
     """A batch for a type that takes what no other does."""
-    if (pictures := own_pictures(kind, config, text(seed), seed)) is not None:
+    if (own := own_pictures(kind, config, text(seed), seed)) is not None:
         if kind == "diffusion_gemma":  # which draws the tokens that it begins with, where none are given
-            pictures["decoder_input_ids"] = text(seed + 100)["input_ids"][:, :4]
-        return pictures
+            own["decoder_input_ids"] = text(seed + 100)["input_ids"][:, :4]
+        return own
     if kind == "evolla":  # a protein for each text
         proteins = torch.randint(4, 20, (COUNT, 9), generator=torch.Generator().manual_seed(seed))
         return {**text(seed), "protein_input_ids": proteins, "protein_attention_mask": torch.ones_like(proteins)}

@@ -81,7 +81,7 @@ def own_pictures(kind: str, config: Any, words: Batch, seed: int) -> Batch | Non
         return None
     count, pictures = _FORMS[kind](torch.Generator().manual_seed(seed))
     mapped = (getattr(config, "vocabulary_map", None) or {}).get("<image>")
-    token = next((found for name in _TOKENS if (found := getattr(config, name, None)) is not None), mapped)
+    token = int(next((found for name in _TOKENS if (found := getattr(config, name, None)) is not None), mapped))
     marks = torch.full((COUNT, count), token)
     ids = torch.cat([marks, words["input_ids"].where(words["input_ids"] != token, token + 1)], dim=1)
     batch = {
@@ -103,4 +103,5 @@ def udop_rows(config: Any, batch: Batch) -> Tensor:
     cells = ((places[..., [0, 1]] + places[..., [2, 3]]) / 2 * side).long().clamp(0, side - 1)
     taken = [len(set(map(tuple, sample.tolist()))) for sample in cells]
     rows = batch["input_ids"].shape[1] + side**2
-    return torch.arange(rows) < rows - torch.tensor(taken)[:, None]
+    real: Tensor = torch.arange(rows) < rows - torch.tensor(taken)[:, None]
+    return real
