@@ -80,8 +80,8 @@ def own_pictures(kind: str, config: Any, words: Batch, seed: int) -> Batch | Non
     if kind not in _FORMS:
         return None
     count, pictures = _FORMS[kind](torch.Generator().manual_seed(seed))
-    mapped = (getattr(config, "vocabulary_map", None) or {}).get("<image>")
-    token = int(next((found for name in _TOKENS if (found := getattr(config, name, None)) is not None), mapped))
+    mapped: Any = (getattr(config, "vocabulary_map", None) or {}).get("<image>")
+    token: Any = next((found for name in _TOKENS if (found := getattr(config, name, None)) is not None), mapped)
     marks = torch.full((COUNT, count), token)
     ids = torch.cat([marks, words["input_ids"].where(words["input_ids"] != token, token + 1)], dim=1)
     batch = {
