@@ -89,8 +89,11 @@ class Model(nn.Module):
     def __init__(self, where: str, *shape: int) -> None:
         super().__init__()
         self.where, self.blocks = where, nn.ModuleList(Block(where, *shape) for _ in range(3))
+        self.before = Inner(where, *shape)  # as embeddings are, outside of blocks
+        self.queries = nn.Embedding(2, 4)  # whose weight is read as it is
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x) + self.queries.weight.unsqueeze(0)[:, 0]
         for block in self.blocks:
             x = block(x)
         return x + self.blocks[0].after.weight.sum() if self.where == "outside" else x
@@ -113,11 +116,12 @@ def test_vectors_stay_in_memory_and_matrices_of_blocks_as_long_as_their_reader_r
     assert torch.equal(model(x), expected)
     in_memory = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
     assert discover(model, {"x": x}).layers == layers
-    assert in_memory == ({f"blocks.{number}.inner.held.weight" for number in range(3)} if stays else set())
+    vectors = {"before.held.weight", *(f"blocks.{number}.inner.held.weight" for number in range(3))}
+    assert in_memory == {"queries.weight"} | (vectors if stays else set())
 
 
 @torch.no_grad()
-def test_what_is_read_outside_of_blocks_is_an_error_as_before() -> None:
+def test_what_is_read_of_a_block_from_outside_is_an_error_as_before() -> None:
     model = Model("outside", 4)
     cpu_offload(model)
     keep_placeholders(model)
