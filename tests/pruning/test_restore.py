@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import picos
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 import ecoflap
@@ -92,10 +94,36 @@ def test_without_room_the_changed_layers_are_named(
         assert not _changed(dense, model)
 
 
-def test_weights_on_the_disk(failing: Callable[[int, BaseException], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"device_map": "disk"}, {"device_map": "auto", "max_memory": {"cpu": "40KB"}}], ids=["disk", "both"]
+)
+@pytest.mark.parametrize("error", [ValueError("a worker died"), KeyboardInterrupt("")], ids=["error", "Ctrl-C"])
+def test_weights_on_the_disk(
+    failing: Callable[[int, BaseException], None], tmp_path: Path, options: dict[str, Any], error: BaseException
+) -> None:
+    """The model reads its own files again, and nothing is left of the first block, which was pruned and saved."""
     source = picos.write_checkpoint("llama", tmp_path / "llama")
-    dense, model = (ecoflap.load(source, device="cpu", device_map="disk").model for _ in range(2))
-    failing(9, ValueError("a worker died"))  # in the second of three blocks, of which nothing is kept
+    dense, model = (ecoflap.load(source, device="cpu", **options).model for _ in range(2))
+    failing(9, error)  # in the second of three blocks, of which nothing is kept
+    with pytest.raises(type(error)):
+        ecoflap.prune(model, BATCHES, 0.5, importance="uniform")
+    assert not _changed(dense, model)
+    with torch.no_grad():
+        assert torch.equal(model(**BATCHES[0]).loss, dense(**BATCHES[0]).loss)
+
+
+def test_weights_in_memory_behind_hooks(
+    failing: Callable[[int, BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's own offload keeps them in one dictionary, and pruning writes there."""
+    dense = picos.llama()
+    failing(9, ValueError("a worker died"))
+    model = cpu_offload(copy.deepcopy(dense), execution_device=torch.device("cpu"), offload_buffers=False)
+    with pytest.raises(ValueError, match="a worker died"):
+        ecoflap.prune(model, BATCHES, 0.5, importance="uniform")
+    assert not _changed(dense, model)
+    monkeypatch.setattr(restore, "SHARE", 0.0)
+    failing(9, ValueError("a worker died"))
     with pytest.raises(PartlyPruned) as caught:
         ecoflap.prune(model, BATCHES, 0.5, importance="uniform")
     assert set(caught.value.changed) == _changed(dense, model)

@@ -208,11 +208,47 @@ class Offloaded:
         assert slot is not None
         for hook, key in self._places[id(slot.placeholder)]:
             weights, full = _whole_map(hook.weights_map, key)
-            kept = weights.state_dict.get(full) if isinstance(weights, OffloadedWeightsLoader) else weights.get(full)
+            kept = _value(weights, full)
             if kept is None:
                 weights.index[full] = {"safetensors_file": str(file), "weight_name": name}
             else:
                 kept.copy_(value)
+
+    def held(self, names: Iterable[str]) -> int:
+        """Bytes of those offloaded parameters that lie in the computer's memory, not in a file."""
+        values = {
+            id(value): value for weights, key in self._origins(names) if (value := _value(weights, key)) is not None
+        }
+        return sum(value.nbytes for value in values.values())
+
+    def remembered(self, names: Iterable[str]) -> Callable[[], None]:
+        """Copies what :meth:`held` counts; the function that is returned makes :meth:`move` undone for these names."""
+        entries: list[tuple[Any, str, Any]] = []
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        for weights, key in self._origins(names):
+            value = _value(weights, key)
+            if value is None:
+                entries.append((weights, key, weights.index.get(key)))
+            elif id(value) not in copies:
+                copies[id(value)] = value, value.clone()
+
+        def back() -> None:
+            for value, copy in copies.values():
+                value.copy_(copy)
+            for weights, key, entry in entries:
+                if entry is None:
+                    weights.index.pop(key, None)
+                else:
+                    weights.index[key] = entry
+
+        return back
+
+    def _origins(self, names: Iterable[str]) -> Iterator[tuple[Any, str]]:
+        """The maps that the values of offloaded parameters are read from, with their names there."""
+        for name in names:
+            slot = self._slot(name)
+            for hook, key in () if slot is None else self._places[id(slot.placeholder)]:
+                yield _whole_map(hook.weights_map, key)
 
     def _slot(self, name: str) -> _Slot | None:
         path, _, leaf = name.rpartition(".")
@@ -224,6 +260,13 @@ def _whole_map(weights: Any, name: str) -> tuple[Any, str]:
     while isinstance(weights, PrefixedDataset):
         weights, name = weights.dataset, f"{weights.prefix}{name}"
     return weights, name
+
+
+def _value(weights: Any, name: str) -> Tensor | None:
+    """A weight that a map holds in memory; None where it is in a file."""
+    held = weights.state_dict if isinstance(weights, OffloadedWeightsLoader) else weights
+    value: Tensor | None = held.get(name)
+    return value
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ecoflap.errors import PartlyPruned
 from ecoflap.model.kept_weights import KeptWeights
-from ecoflap.model.offload import Offloaded, is_offloaded
+from ecoflap.model.offload import Offloaded, keep_placeholders
 from ecoflap.model.parts import Layer, parameter_of
 from ecoflap.model.slices import matrix_in
 from ecoflap.support.text import first_line
@@ -28,19 +28,25 @@ def restored_on_failure(model: nn.Module, layers: Sequence[Layer]) -> Iterator[N
     """Inside, ``layers`` may be changed; if that ends early, by an error or a signal, they are as they were.
 
     A copy of their weights lies in the CPU's memory meanwhile, if it takes at most a quarter of what is free there.
-    Without room for it, and for offloaded weights, an error becomes PartlyPruned, which names the changed layers.
+    Weights on the disk need none: their files stay, and the model reads them again. Without room for a copy an error
+    becomes PartlyPruned, which names the changed layers.
 
     Raises:
         PartlyPruned: the work failed when layers had been changed, and there was no room for copies.
     """
+    keep_placeholders(model)
+    weights = Offloaded(model)
     names = list(dict.fromkeys(layer.parameter for layer in layers))
-    size = sum(model.get_parameter(name).nbytes for name in names)
-    if not is_offloaded(model) and size <= SHARE * psutil.virtual_memory().available:
-        kept = KeptWeights(model, names)
+    away = weights.among(names)
+    here = [name for name in names if name not in set(away)]
+    size = sum(model.get_parameter(name).nbytes for name in here) + weights.held(away)
+    if size <= SHARE * psutil.virtual_memory().available:
+        kept, back = KeptWeights(model, here), weights.remembered(away)
         try:
             yield
         except BaseException:
             kept.restore()
+            back()
             raise
         return
     before = _sums(model, layers)

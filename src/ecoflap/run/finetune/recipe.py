@@ -25,6 +25,7 @@ _TESTS = ("evaluations", "task", "task_options", "test", "test_columns", "test_p
 _OF_THE_RUN = ("prompt", "objective", "classes", "class_prompts", "sequence_length", "window_start")
 RATES = {"full": 5e-5, "lora": 2e-4}  # transformers' default, and the usual one of adapters
 SHARE, MOST = 0.1, 1000  # of the training data that is held out
+MOST_EPOCHS = 10_000  # more is a slip of the pen
 EMBEDDED = "embedded"  # in the field ``dense``: the embedded VLM, which has no place of its own
 
 
@@ -54,7 +55,7 @@ class Finetune(Recipe):
     )
     rank: int = Field(16, ge=1, le=2**20, description="Rank of the low-rank update.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the samples and of the adapters.")
-    epochs: float = Field(3.0, gt=0.0, description="Largest number of passes over the training data.")
+    epochs: float = Field(3.0, gt=0.0, le=MOST_EPOCHS, description="Largest number of passes over the training data.")
     learning_rate: float | None = Field(
         None, gt=0.0, description=f"Peak learning rate. Default: {RATES['full']:g}, with --tune lora {RATES['lora']:g}."
     )

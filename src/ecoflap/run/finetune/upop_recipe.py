@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from ecoflap.errors import InvalidOption
-from ecoflap.run.finetune.recipe import EMBEDDED, NOT_HERE, RATES, Finetune, run_of
+from ecoflap.run.finetune.recipe import EMBEDDED, MOST_EPOCHS, NOT_HERE, RATES, Finetune, run_of
 
 UPDATES = 50  # of the masks in a search, where the recipe does not set how often
 HIDDEN = frozenset({"tune", "rank", "dense"})  # fields of a fine-tuning that have one value here
@@ -29,7 +29,7 @@ class UPop(Finetune):
     model: str | None = Field(None, description="Dense model: hub id or folder; left out: the embedded model.")
     sparsity: float = Field(0.5, gt=0.0, lt=1.0, description="Fraction of the prunable weights to remove.")
     search_epochs: float | None = Field(
-        None, gt=0.0, description="Passes over the training data in the search. Default: as --epochs."
+        None, gt=0.0, le=MOST_EPOCHS, description="Passes over the training data in the search. Default: as --epochs."
     )
     update_every: int | None = Field(
         None, ge=1, description=f"Steps between two rankings of the channels. Default: {UPDATES} rankings in total."
