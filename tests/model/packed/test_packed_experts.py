@@ -141,8 +141,10 @@ def test_whatever_is_computed_with_a_packed_parameter_is_as_with_the_dense_one(t
     ends = torch.tensor([2, 2, 4], dtype=torch.int32)
 
     def told(stacked: Tensor) -> list[Tensor]:
-        one = stacked[torch.tensor(1)]
+        one, some = stacked[torch.tensor(1)], stacked[torch.tensor([2, 0, 2])]
         return [
+            torch.bmm(some, wide.mT), torch.bmm(tall, some), torch.bmm(wide, some.mT), torch.bmm(some.mT, tall.mT),
+            torch.bmm(stacked, wide[:, :1].mT), some[1] + 0, some[-1].mT, some.mT[torch.tensor([1, 1])], some * 2,
             stacked[0], stacked[-1] + 0, one.T @ torch.ones(len(one)), tall[0] @ one, wide[0] @ one.t(),
             wide[1] @ one.mT, stacked.permute(2, 0, 1), stacked.view(-1),
             nn.functional.linear(wide[0], one), nn.functional.linear(wide[0], stacked[2], torch.ones(len(one))),

@@ -21,18 +21,22 @@ class StackedMatrices(Tensor):
     """Looks like a stacked parameter, or like one matrix of it, and computes from the packed parts."""
 
     _stack: PackedStack
-    _number: int | None  # of the matrix; None: all
+    _number: int | None  # of the matrix; None: several
+    _chosen: tuple[int, ...]  # numbers of the matrices, where it is several, in order
     _is_hf_initialized: bool  # as transformers asks it
     _flipped: bool  # the last two dimensions are exchanged
 
     @staticmethod
-    def __new__(cls, stack: PackedStack, number: int | None = None, flipped: bool = False) -> StackedMatrices:
+    def __new__(
+        cls, stack: PackedStack, number: int | None = None, flipped: bool = False, chosen: tuple[int, ...] | None = None
+    ) -> StackedMatrices:
         count, rows, columns = stack.stored_size
         size = (columns, rows) if flipped else (rows, columns)
+        chosen = tuple(range(count)) if chosen is None else chosen
         made: StackedMatrices = Tensor._make_wrapper_subclass(
-            cls, size if number is not None else (count, *size), dtype=stack.dtype, device=stack.bitmask.device
+            cls, size if number is not None else (len(chosen), *size), dtype=stack.dtype, device=stack.bitmask.device
         )
-        made._stack, made._number, made._flipped = stack, number, flipped
+        made._stack, made._number, made._flipped, made._chosen = stack, number, flipped, chosen
         made._is_hf_initialized = True  # transformers must not draw it
         return made
 
@@ -41,11 +45,23 @@ class StackedMatrices(Tensor):
 
     def dense(self) -> Tensor:
         """Its values, as a plain tensor."""
-        stack = self._stack
-        found = (
-            stack(self._number) if self._number is not None else torch.stack([stack(n) for n in range(stack.size[0])])
-        )
+        if self._number is not None:
+            found: Tensor = self._stack(self._number)
+        else:
+            places = self.places()
+            if not places:
+                return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            found = torch.stack([self._stack(number) for number in places])
+            order = {number: place for place, number in enumerate(places)}
+            found = found if len(places) == len(self) else found[[order[number] for number in self._chosen]]
         return found.transpose(-2, -1) if self._flipped else found
+
+    def places(self) -> dict[int, list[int]]:
+        """Number of each matrix that is here to where it is."""
+        found: dict[int, list[int]] = {}
+        for place, number in enumerate(self._chosen):
+            found.setdefault(number, []).append(place)
+        return found
 
     def product(self, number: int, x: Tensor, outputs_first: bool) -> Tensor:
         """``x`` (tokens, inputs) times matrix ``number``, which this tensor has as (outputs, inputs) or the reverse."""
@@ -78,7 +94,9 @@ class StackedMatrices(Tensor):
     def _seen(self, name: str, args: Sequence[Any], kwargs: Any) -> Any:
         """What is another view of the same parts; None for anything else."""
         if name in ("T", "mT", "t") or (name in ("transpose", "swapaxes") and self._of_last_two(args)):
-            return StackedMatrices(self._stack, self._number, not self._flipped) if self._swaps(name) else None
+            if not self._swaps(name):
+                return None
+            return StackedMatrices(self._stack, self._number, not self._flipped, self._chosen)
         if name in ("data", "detach", "contiguous"):
             return self
         if name == "data_ptr":
@@ -95,17 +113,18 @@ class StackedMatrices(Tensor):
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point()):
             return self._one(int(index))
         if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64):
-            wanted, places = torch.unique(index, return_inverse=True)
-            if not len(wanted):
-                return torch.empty(0, *self.shape[1:], dtype=self.dtype, device=self.device)
-            return torch.stack([self._one(int(number)).dense() for number in wanted])[places]
+            chosen = tuple(self._at(number) for number in index.tolist())
+            return StackedMatrices(self._stack, None, self._flipped, chosen)
         return None
 
-    def _one(self, number: int) -> StackedMatrices:
-        count = self._stack.size[0]
-        if not -count <= number < count:
-            raise IndexError(f"index {number} is out of range for {count} experts")
-        return StackedMatrices(self._stack, number % count, self._flipped)
+    def _one(self, place: int) -> StackedMatrices:
+        return StackedMatrices(self._stack, self._at(place), self._flipped)
+
+    def _at(self, place: int) -> int:
+        count = len(self._chosen)
+        if not -count <= place < count:
+            raise IndexError(f"index {place} is out of range for {count} experts")
+        return self._chosen[place]
 
     def _swaps(self, name: str) -> bool:
         return name not in ("T", "t") or self._number is not None
@@ -131,7 +150,12 @@ _PRODUCTS = frozenset(("linear", "matmul", "__matmul__", "mm", "bmm", "_grouped_
 
 
 def _product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """x times the packed matrices; None where they are no factor on the right."""
+    """x times the packed matrices, or they times x; None for other products."""
+    if getattr(func, "__name__", "") == "bmm" and len(args) == 2 and isinstance(args[0], StackedMatrices):
+        weight, x = args
+        if isinstance(x, StackedMatrices) or weight._number is not None or x.dim() != 3 or len(x) != len(weight):
+            return None
+        return _each(weight, x.transpose(1, 2), outputs_first=True).transpose(1, 2)
     found = factors(func, args, kwargs)
     if found is None:
         return None
@@ -144,7 +168,7 @@ def _product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
         return result if bias is None else result + bias
     if ends is not None:
         parts, start = [], 0
-        for number, end in enumerate(ends.tolist()):
+        for number, end in zip(weight._chosen, ends.tolist(), strict=True):
             if end > start:
                 parts.append(weight.product(number, x[start:end], outputs_first))
             start = end
@@ -152,7 +176,19 @@ def _product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
         return torch.cat([*parts, rest])
     if outputs_first or x.dim() != 3 or len(x) != len(weight):
         return None
-    return torch.stack([weight.product(number, one, outputs_first) for number, one in enumerate(x)])
+    return _each(weight, x, outputs_first)
+
+
+def _each(weight: StackedMatrices, x: Tensor, outputs_first: bool) -> Tensor:
+    """(matrices, tokens, inputs) times each one's matrix; tokens of the same matrix together."""
+    places = weight.places()
+    parts = [
+        weight.product(number, x[at].flatten(0, 1), outputs_first).view(len(at), x.shape[1], -1)
+        for number, at in places.items()
+    ]
+    order = [place for at in places.values() for place in at]
+    found = torch.cat(parts) if parts else x.new_empty(0, x.shape[1], weight.shape[1 if outputs_first else 2])
+    return found if order == sorted(order) else found[sorted(range(len(order)), key=order.__getitem__)]
 
 
 def owner_with(module: nn.Module, leaf: str, stack: PackedStack) -> None:
