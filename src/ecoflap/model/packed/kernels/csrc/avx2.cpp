@@ -73,6 +73,7 @@ struct Floats {
   typedef __m256 Sum;
   typedef __m256 Weights;
   static constexpr float ONE = Expand::ONE;
+  static constexpr bool DECODES = false;
   static Sum zero() { return _mm256_setzero_ps(); }
   static int64_t count(Bits bits) { return _mm_popcnt_u32(bits); }
   static Weights expand(const Value* values, Bits bits) { return Expand::expand(values, (uint64_t)bits << 2); }
@@ -117,84 +118,41 @@ struct Long : Floats<V, Expand> {
   }
 };
 
-// int4, 64 columns a step: codes become bytes in memory, those the lanes of int8.
-struct Int4 : Floats<int8_t, FromInt8> {
-  typedef Floats<int8_t, FromInt8> Part;
-  typedef uint8_t Value;
-  typedef uint64_t Bits;
-  struct Weights {
-    // Bytes 0 to 31, 16 to 47, 32 to 63 and 48 to 63 once more: a load of 8 lies within one store, and waits for none.
-    alignas(32) int8_t bytes[4][32];
-    Bits bits;
-    float scale;
-  };
-  static int64_t count(Bits bits) { return (_mm_popcnt_u64(bits) + 1) / 2; }
-  static __m256i numbers(const Value* values) {
-    const __m256i table = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15));
-    __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)values));
-    __m256i codes = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
-    return _mm256_shuffle_epi8(table, codes);
-  }
-  static Weights expand(const Value* values, Bits bits) {
-    Weights found;
-    __m256i low = numbers(values), high = numbers(values + 16);
-    _mm256_store_si256((__m256i*)found.bytes[0], low);
-    _mm256_store_si256((__m256i*)found.bytes[1], _mm256_permute2x128_si256(low, high, 0x21));
-    _mm256_store_si256((__m256i*)found.bytes[2], high);
-    _mm256_store_si256((__m256i*)found.bytes[3], _mm256_permute2x128_si256(high, high, 0x81));
-    found.bits = bits;
-    found.scale = 1;
-    return found;
-  }
-  // The lanes of 8 columns; `place` is where their bytes begin, and moves on.
-  static __m256 lanes(const Weights& weights, int part, uint64_t& place) {
-    uint64_t slot = (part ? weights.bits >> (8 * part - 2) : weights.bits << 2) & 0x3fc;
-    __m256 found = FromInt8::expand(weights.bytes[0] + place + (place & 0x30), slot);
-    place += _mm_popcnt_u64(slot);
-    return found;
-  }
-  static __m256 add(__m256 sum, const Weights& weights, const float* x) {
-    uint64_t place = 0;
-#pragma GCC unroll 8
-    for (int part = 0; part < 8; part++) sum = Part::add(sum, lanes(weights, part, place), x + 8 * part);
-    return sum;
-  }
-  static Weights scale(Weights weights, float scale) {
-    weights.scale = scale;
-    return weights;
-  }
-  static void store(void* dense, int32_t kind, const Weights& weights, int64_t n) {
-    char* to = (char*)dense;
-    uint64_t place = 0;
-    for (int part = 0; part < 8 && n > 0; part++, n -= 8, to += 8 * size_of(kind))
-      Part::store(to, kind, Part::scale(lanes(weights, part, place), weights.scale), n < 8 ? n : 8);
-  }
-};
+// int4: a row's codes become the bytes that int8 has, without the halves that blocks leave unused, in scratch memory. The
+// lanes of each step in turn, from a block's bytes alone, took more time: loads waited for the stores before them.
+enum { ROWS_AT_ONCE = 4, BEHIND = BLOCK + AHEAD };  // bytes behind a row's values that a store or load may touch
 
-// The same with the lanes kept, for several tokens.
-struct Int4Kept : Int4 {
-  struct Weights {
-    __m256 at[8];
-  };
-  static Weights expand(const Value* values, Bits bits) {
-    Int4::Weights stored = Int4::expand(values, bits);
-    Weights found;
-    uint64_t place = 0;
-#pragma GCC unroll 8
-    for (int part = 0; part < 8; part++) found.at[part] = lanes(stored, part, place);
-    return found;
-  }
-  static __m256 add(__m256 sum, const Weights& weights, const float* x) {
-#pragma GCC unroll 8
-    for (int part = 0; part < 8; part++) sum = Part::add(sum, weights.at[part], x + 8 * part);
-    return sum;
+inline __m256i numbers(const uint8_t* values) {  // of 32 codes
+  const __m256i table = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15));
+  __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)values));
+  __m256i codes = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(table, codes);
+}
+
+template <class Int8>
+struct Int4 : Int8 {
+  static constexpr bool DECODES = true;
+  static const int8_t* decoded(const Matrix* matrix, int64_t row, int place) {
+    int8_t *first = (int8_t*)matrix->scratch + place * (matrix->columns + BEHIND), *to = first;
+    const uint8_t* values = stored_values<uint8_t>(matrix, row);
+    const uint8_t* mask = matrix->mask + row * matrix->mask_bytes;
+    for (int64_t byte = 0; byte < matrix->mask_bytes; byte += BLOCK / 8) {
+      int64_t count = _mm_popcnt_u64(bits_at<uint64_t>(mask + byte, matrix->mask_bytes - byte));
+      __builtin_prefetch((const char*)values + FETCH);
+      _mm256_storeu_si256((__m256i*)to, numbers(values));
+      _mm256_storeu_si256((__m256i*)(to + 32), numbers(values + 16));
+      to += count;
+      values += (count + 1) / 2;
+    }
+    return first;
   }
 };
 
 // 16-bit values to the same kind: moved, not converted.
 struct Moved {
   typedef uint16_t Value;
+  static constexpr bool DECODES = false;
   typedef uint8_t Bits;
   typedef __m128i Weights;
   static int64_t count(Bits bits) { return _mm_popcnt_u32(bits); }
@@ -207,6 +165,8 @@ struct Moved {
     memcpy(dense, lanes, (size_t)n * 2);
   }
 };
+
+int64_t scratch(const Matrix* m) { return m->kind == INT4 ? ROWS_AT_ONCE * (m->columns + BEHIND) : 0; }
 
 void arrange(const Matrix*, float*, int64_t) {}
 
@@ -223,7 +183,8 @@ void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, in
     case FP16: return few<uint16_t, FromFp16>(m, x, padded, tokens, low, high, out);
     case FP32: return few<float, FromFp32>(m, x, padded, tokens, low, high, out);
     case INT8: return few<int8_t, FromInt8>(m, x, padded, tokens, low, high, out);
-    default: return tokens_product<Int4Kept, 2, 2, Int4, 8>(m, x, padded, tokens, low, high, out);
+    default: return tokens_product<Int4<Floats<int8_t, FromInt8>>, 2, ROWS_AT_ONCE, Int4<Long<int8_t, FromInt8>>, 3>(
+        m, x, padded, tokens, low, high, out);
   }
 }
 
@@ -234,11 +195,11 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
     case FP16: return rows_expand<Floats<uint16_t, FromFp16>>(m, low, high, dense, kind);
     case FP32: return rows_expand<Floats<float, FromFp32>>(m, low, high, dense, kind);
     case INT8: return rows_expand<Floats<int8_t, FromInt8>>(m, low, high, dense, kind);
-    default: return rows_expand<Int4>(m, low, high, dense, kind);
+    default: return rows_expand<Int4<Floats<int8_t, FromInt8>>>(m, low, high, dense, kind);
   }
 }
 
 }  // namespace
 
 extern const Isa avx2_isa;
-const Isa avx2_isa = {"avx2", 24, arrange, product, expand};
+const Isa avx2_isa = {"avx2", 24, scratch, arrange, product, expand};

@@ -16,6 +16,7 @@ struct Floats {
   static Sum scaled(Sum total, Sum sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total); }
   static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
   static constexpr float ONE = 1;
+  static constexpr bool DECODES = false;
 };
 
 // bfloat16, 32 columns a step: a 32-bit lane holds two neighbours. x lies as 16 even columns, then 16 odd ones.
@@ -72,13 +73,22 @@ inline __m512i numbers(const uint8_t* values) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
 }
 
-// int4, 64 columns a step: codes become the bytes that int8 has.
+// int4, 64 columns a step: a byte holds 16 and a code, or zero; its lowest five bits choose one of 32 numbers.
 struct Int4 : Int8 {
   typedef uint8_t Value;
+  static constexpr float ONE = 1;
   static int64_t count(Bits bits) { return (_mm_popcnt_u64(bits) + 1) / 2; }
   static Weights expand(const Value* values, Bits bits) {
-    return lanes(_mm512_maskz_expand_epi8(bits, numbers(values)));
+    __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)values));
+    __m512i codes = _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi16(pairs, 4), _mm512_set1_epi8(16), 0xfe);
+    __m512i four = _mm512_maskz_expand_epi8(bits, codes);
+    const __m512 levels = _mm512_setr_ps(-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m512 none = _mm512_setzero_ps();
+    return {{_mm512_permutex2var_ps(none, four, levels), _mm512_permutex2var_ps(none, _mm512_srli_epi32(four, 8), levels),
+             _mm512_permutex2var_ps(none, _mm512_srli_epi32(four, 16), levels),
+             _mm512_permutex2var_ps(none, _mm512_srli_epi32(four, 24), levels)}};
   }
+  static Sum scaled(Sum total, Sum sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total); }
 };
 
 // float16, 32 columns a step, and float32, 16: in their own order.
@@ -113,6 +123,7 @@ struct Fp32 : Floats {
 template <class V, __m512 (*load)(const V*, uint16_t)>
 struct Dense {
   typedef V Value;
+  static constexpr bool DECODES = false;
   typedef uint16_t Bits;
   typedef __m512 Weights;
   static int64_t count(Bits bits) { return _mm_popcnt_u32(bits); }
@@ -144,6 +155,7 @@ inline __m512 from_int8(const int8_t* values, uint16_t bits) {
 
 struct DenseInt4 {  // 64 columns a step
   typedef uint8_t Value;
+  static constexpr bool DECODES = false;
   typedef uint64_t Bits;
   struct Weights {
     __m512 at[4];
@@ -170,6 +182,7 @@ struct DenseInt4 {  // 64 columns a step
 // 16-bit values to the same kind: moved, not converted.
 struct Moved {
   typedef uint16_t Value;
+  static constexpr bool DECODES = false;
   typedef uint32_t Bits;
   typedef __m512i Weights;
   static int64_t count(Bits bits) { return _mm_popcnt_u32(bits); }
@@ -218,4 +231,4 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
 }  // namespace
 
 extern const Isa avx512_isa;
-const Isa avx512_isa = {"avx512", 64, arrange, product, expand};
+const Isa avx512_isa = {"avx512", 64, nullptr, arrange, product, expand};

@@ -49,7 +49,7 @@ struct Buffer {  // grows, and is kept for the thread's next call: fresh pages w
     return memory;
   }
 };
-thread_local Buffer buffer;
+thread_local Buffer buffer, scratch;
 
 bool fits(const Matrix* m) {
   return m->rows >= 0 && m->columns > 0 && m->count >= 0 && m->mask_bytes == (m->columns + 7) / 8 && m->group > 0 &&
@@ -86,16 +86,27 @@ void pad(const void* x, int32_t kind, int64_t columns, int64_t padded, int64_t t
   }
 }
 
+// Gives a thread's copy of the matrix its scratch memory; false, and a mark, where there is none.
+bool with_scratch(const Isa* one, Matrix* own, int* failed) {
+  if (!one->scratch) return true;
+  size_t wanted = (size_t)one->scratch(own);
+  own->scratch = scratch.room(wanted);
+  if (wanted && !own->scratch) __atomic_store_n(failed, 1, __ATOMIC_RELAXED);
+  return !wanted || own->scratch;
+}
+
 struct Product {
   const Isa* isa;
   const Matrix* matrix;
   const float* x;
   int64_t padded, tokens;
   const Output* out;
+  int* failed;
 };
 void work_on_product(int64_t low, int64_t high, void* context) {
   const Product* p = (const Product*)context;
-  p->isa->product(p->matrix, p->x, p->padded, p->tokens, low, high, p->out);
+  Matrix own = *p->matrix;
+  if (with_scratch(p->isa, &own, p->failed)) p->isa->product(&own, p->x, p->padded, p->tokens, low, high, p->out);
 }
 
 struct Expansion {
@@ -104,11 +115,14 @@ struct Expansion {
   int64_t first;
   char* dense;
   int32_t kind;
+  int* failed;
 };
 void work_on_expansion(int64_t low, int64_t high, void* context) {
   const Expansion* e = (const Expansion*)context;
   char* to = e->dense + low * e->matrix->columns * size_of(e->kind);
-  e->isa->expand(e->matrix, e->first + low, e->first + high, to, e->kind);
+  Matrix own = *e->matrix;
+  if (!with_scratch(e->isa, &own, e->failed)) return;
+  e->isa->expand(&own, e->first + low, e->first + high, to, e->kind);
 }
 
 int64_t grain(int64_t columns) { return 32768 / columns + 1; }
@@ -156,7 +170,8 @@ int ecoflap_product(const Matrix* matrix, const void* x, int64_t tokens, const O
   if (!fits(matrix) || tokens < 0 || out->kind < BF16 || out->kind > FP32) return 1;
   if (!tokens || !matrix->rows) return 0;
   Matrix whole = *matrix;
-  Product p = {isa(), &whole, nullptr, (whole.columns + LANES - 1) / LANES * LANES, tokens, out};
+  int failed = 0;
+  Product p = {isa(), &whole, nullptr, (whole.columns + LANES - 1) / LANES * LANES, tokens, out, &failed};
   whole.tail_offset = tail_offset(&whole);
   size_t bytes = (size_t)(p.padded * tokens) * sizeof(float) + 64;
   char* room = (char*)buffer.room(bytes + tail_bytes(&whole));
@@ -166,7 +181,7 @@ int ecoflap_product(const Matrix* matrix, const void* x, int64_t tokens, const O
   copy_tail(&whole, room + bytes);
   p.x = (const float*)room;
   threads(whole.rows, grain(whole.columns), work_on_product, &p);
-  return 0;
+  return failed ? 2 : 0;
 }
 
 int ecoflap_expand(const Matrix* matrix, int64_t low, int64_t high, void* dense, int32_t kind, Threads threads) {
@@ -177,8 +192,9 @@ int ecoflap_expand(const Matrix* matrix, int64_t low, int64_t high, void* dense,
   void* room = buffer.room(tail_bytes(&whole));
   if (!room) return 2;
   copy_tail(&whole, room);
-  Expansion e = {isa(), &whole, low, (char*)dense, kind};
+  int failed = 0;
+  Expansion e = {isa(), &whole, low, (char*)dense, kind, &failed};
   threads(high - low, grain(whole.columns), work_on_expansion, &e);
-  return 0;
+  return failed ? 2 : 0;
 }
 }

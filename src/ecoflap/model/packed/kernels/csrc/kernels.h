@@ -21,6 +21,7 @@ struct Matrix {
   int32_t kind;             // of the values
   const void* tail;         // copy of the values from tail_offset on, with AHEAD bytes behind them (prepare_tail)
   int64_t tail_offset;
+  void* scratch;            // as many bytes as the instruction set wants, the thread's own
 };
 
 // What a product writes: y[token * rows + row] = sum + bias[row], rounded once.
@@ -38,6 +39,7 @@ enum { LANES = 64 };        // rows of x are padded with zeros to a multiple of 
 struct Isa {
   const char* name;
   int64_t most_tokens;      // up to which products beat unpacking tiles for dense ones
+  int64_t (*scratch)(const Matrix*);  // bytes that product and expand write to; null: none
   void (*arrange)(const Matrix*, float* x, int64_t length);
   void (*product)(const Matrix*, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high, const Output*);
   void (*expand)(const Matrix*, int64_t low, int64_t high, void* dense, int32_t kind);  // rows to (high - low, columns)

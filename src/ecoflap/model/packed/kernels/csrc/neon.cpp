@@ -64,6 +64,7 @@ struct Floats {
   typedef float32x4_t Sum;
   typedef Pair Weights;
   static constexpr float ONE = 1;
+  static constexpr bool DECODES = false;
   static Sum zero() { return vdupq_n_f32(0); }
   static int64_t count(Bits bits) { return __builtin_popcount(bits); }
   static Weights expand(const Value* values, Bits bits) { return Expand::expand(values, bits); }
@@ -157,4 +158,4 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
 }  // namespace
 
 extern const Isa neon_isa;
-const Isa neon_isa = {"neon", 24, arrange, product, expand};
+const Isa neon_isa = {"neon", 24, nullptr, arrange, product, expand};

@@ -8,6 +8,7 @@
 //   scaled(total, sum, scale)   total + sum * scale
 //   total(sum)                  the lanes' sum
 //   ONE                         by which weights are multiplied in the end
+//   DECODES                     whether decoded(matrix, row, place) makes a row's values, for the `place`th row at once
 #pragma once
 #include "numbers.h"
 
@@ -15,17 +16,18 @@ namespace {
 
 enum { FETCH = 1024 };  // bytes that values are fetched ahead
 
-// The step's bits; the last one of a row may have fewer bytes than Bits.
-template <class Bits>
-inline Bits bits_at(const uint8_t* mask, int64_t left) {
-  Bits bits = 0;
-  memcpy(&bits, mask, left < (int64_t)sizeof(Bits) ? (size_t)left : sizeof(Bits));
-  return bits;
-}
 template <class Bits>
 inline Bits whole_bits_at(const uint8_t* mask) {
   Bits bits;
   memcpy(&bits, mask, sizeof(Bits));
+  return bits;
+}
+// The step's bits; the last one of a row may have fewer bytes than Bits.
+template <class Bits>
+inline Bits bits_at(const uint8_t* mask, int64_t left) {
+  if (left >= (int64_t)sizeof(Bits)) return whole_bits_at<Bits>(mask);  // a copy of known size is one load
+  Bits bits = 0;
+  memcpy(&bits, mask, (size_t)left);
   return bits;
 }
 
@@ -71,10 +73,15 @@ inline void span(const uint8_t* const* mask, const typename P::Value** values, c
 
 // Loads overrun a row, so the matrix's last rows are read from a padded copy.
 template <class Value>
-inline const Value* values_of(const Matrix* matrix, int64_t row) {
+inline const Value* stored_values(const Matrix* matrix, int64_t row) {
   int64_t offset = matrix->offsets[row];
   if (offset < matrix->tail_offset) return (const Value*)matrix->values + offset;
   return (const Value*)matrix->tail + (offset - matrix->tail_offset);
+}
+template <class P>
+inline const typename P::Value* values_of(const Matrix* matrix, int64_t row, int place) {
+  if constexpr (P::DECODES) return P::decoded(matrix, row, place);
+  else return stored_values<typename P::Value>(matrix, row);
 }
 
 // ROWS rows at once that lie far apart, so that each reads memory in one direction for the whole call: rows side by side
@@ -90,7 +97,7 @@ void rows_product(const Matrix* matrix, const float* x, int64_t padded,
     for (int r = 0; r < ROWS; r++) {
       int64_t row = low + r * apart + i;
       mask[r] = matrix->mask + row * matrix->mask_bytes;
-      values[r] = values_of<typename P::Value>(matrix, row);
+      values[r] = values_of<P>(matrix, row, r);
       for (int t = 0; t < TOKENS; t++) sums[r][t] = P::zero();
     }
     if (matrix->groups <= 1) {
@@ -145,7 +152,7 @@ void rows_expand(const Matrix* matrix, int64_t low, int64_t high, void* dense, i
   char* to = (char*)dense;
   for (int64_t row = low; row < high; row++) {
     const uint8_t* mask = matrix->mask + row * matrix->mask_bytes;
-    const typename P::Value* values = values_of<typename P::Value>(matrix, row);
+    const typename P::Value* values = values_of<P>(matrix, row, 0);
     for (int64_t column = 0; column < matrix->columns; column += STEP) {
       int64_t left = matrix->columns - column, byte = column / 8;
       typename P::Bits bits = bits_at<typename P::Bits>(mask + byte, matrix->mask_bytes - byte);

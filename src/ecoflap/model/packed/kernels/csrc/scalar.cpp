@@ -53,4 +53,4 @@ void expand(const Matrix* m, int64_t low, int64_t high, void* dense, int32_t kin
 }  // namespace
 
 extern const Isa scalar_isa;
-const Isa scalar_isa = {"scalar", 16, arrange, product, expand};
+const Isa scalar_isa = {"scalar", 16, nullptr, arrange, product, expand};
