@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -137,6 +138,17 @@ def lies_transposed(module: nn.Module) -> bool | None:
         if one == (other[1], 2 * other[0]):
             return True
     return None
+
+
+def flat_stacks(module: nn.Module) -> dict[str, tuple[int, bool]]:
+    """Parameters of two dimensions in which matrices lie one above another: how many, and whether each is transposed.
+
+    All of DBRX's have one shape, so that only its code tells them apart: x W1ᵀ and x V1ᵀ, but h W2.
+    """
+    if type(module).__name__ != "DbrxExpertGLU":
+        return {}
+    count: Any = module.moe_num_experts
+    return {leaf: (int(count), leaf == "w2") for leaf in ("w1", "v1", "w2") if leaf in module._parameters}
 
 
 def stack_of(model: nn.Module, name: str, module: nn.Module, trace: Trace | None) -> Stack | None:

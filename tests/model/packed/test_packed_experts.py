@@ -12,6 +12,7 @@ import torch
 from families.stacked import LAYOUTS, batches, build
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import DbrxConfig, DbrxForCausalLM
 
 import ecoflap
 from ecoflap.errors import CheckpointError
@@ -96,6 +97,48 @@ def test_a_mixture_larger_than_the_memory_is_packed_file_by_file(layout: str, tm
     assert all(torch.equal(one[name], other[name]) for name in one)
     models = [ecoflap.load(tmp_path / name, device="cpu").model for name in ("whole", "files")]
     torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_one_above_another_are_packed_too(tmp_path: Any, monkeypatch: Any) -> None:
+    """DBRX's: two dimensions, and of one shape whether transposed or not."""
+    config = DbrxConfig(
+        d_model=64, n_heads=2, n_layers=1, max_seq_len=64, vocab_size=64, pad_token_id=0,
+        attn_config={"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 48, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    )  # fmt: skip
+    dense = DbrxForCausalLM(config).eval()
+    for name, parameter in dense.named_parameters():
+        if ".mlp." in name:
+            parameter.data.normal_(std=0.1).masked_fill_(torch.rand(parameter.shape) < 0.7, 0)
+    dense.save_pretrained(tmp_path / "dense")
+    packed = copy.deepcopy(dense)
+    told = ecoflap.pack(packed)
+    path = "transformer.blocks.0.ffn.experts.mlp"
+    assert set(stacks_of(packed)) == {f"{path}.{leaf}" for leaf in ("w1", "v1", "w2")} == set(told.layers)
+    assert told.packed_bytes < 0.45 * told.dense_bytes
+    parameter = packed.get_submodule(path).w1
+    assert parameter.shape == dense.get_parameter(f"{path}.w1").shape == (4 * 48, 64)
+    assert torch.equal(parameter * 1, dense.get_parameter(f"{path}.w1"))
+    assert torch.equal(parameter.view(-1), dense.get_parameter(f"{path}.w1").view(-1))
+    packed.save_pretrained(tmp_path / "packed")
+    again = DbrxForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    monkeypatch.setattr(PackedStack, "dense", None)  # no matrix is unpacked: each lies as its product needs it
+    for model in (packed, again):
+        torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(shards.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    pack_checkpoint(tmp_path / "dense", tmp_path / "files")
+    for folder in ("packed", "files"):
+        unpack_checkpoint(tmp_path / folder, tmp_path / f"{folder} plain")
+        before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", f"{folder} plain"))
+        assert set(before) == set(after)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    plain = again.dequantize().state_dict()
+    assert all(torch.equal(plain[name], tensor) for name, tensor in dense.state_dict().items())
+    settings = tmp_path / "packed" / "config.json"
+    settings.write_text(settings.read_text().replace(f'"{path}.w1"', '"transformer.wte.weight"'))
+    with pytest.raises(CheckpointError, match="experts"):
+        DbrxForCausalLM.from_pretrained(tmp_path / "packed")
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])

@@ -21,7 +21,7 @@ from ecoflap.model.packed.checks import from_tensors
 from ecoflap.model.packed.convert import PackedModel, pack
 from ecoflap.model.packed.format import PARTS, checked_group_size, unpack_weight
 from ecoflap.model.packed.shards import names_in_files, pack_shards, too_large
-from ecoflap.model.packed.stack import SUFFIX
+from ecoflap.model.packed.stack import SUFFIX, as_stored
 from ecoflap.model.replace import check_apart, check_replaceable
 from ecoflap.model.save import replacing, save
 from ecoflap.support.files import default_mode, storage
@@ -134,24 +134,26 @@ class _Unpacking:
     dtype: torch.dtype
     group_size: int
     transposed: tuple[str, ...]
+    flat: tuple[str, ...]
 
     @classmethod
     def of(cls, config: dict[str, Any], folder: Path) -> _Unpacking:
         ours = config.get("quantization_config") or {}
-        size, turned = ours.get("group_size", 0), ours.get("transposed", [])
-        if not isinstance(size, int) or not isinstance(turned, list):
+        size, turned, flat = ours.get("group_size", 0), ours.get("transposed", []), ours.get("flat", [])
+        if not (isinstance(size, int) and isinstance(turned, list) and isinstance(flat, list)):
             raise CheckpointError(f"the quantization_config of '{folder}' is damaged: download or pack the model again")
         dtype = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
-        return cls(dtype, size, tuple(str(name) for name in turned))
+        return cls(dtype, size, tuple(str(name) for name in turned), tuple(str(name) for name in flat))
 
     def weight(self, name: str, parts: dict[str, Tensor]) -> Tensor:
         packed = from_tensors(parts, name, self.group_size)
         dense = unpack_weight(packed, self.dtype if packed.scales is not None else None)
         layer = name.removesuffix(".weight")
-        turned = any(
-            layer == path or layer.endswith(f".{path}") or path.endswith(f".{layer}") for path in self.transposed
+        turned, flat = (
+            any(layer == path or layer.endswith(f".{path}") or path.endswith(f".{layer}") for path in paths)
+            for paths in (self.transposed, self.flat)
         )
-        return dense.transpose(-2, -1).contiguous() if turned else dense
+        return as_stored(dense, turned, flat and dense.dim() == 3)
 
 
 def _write_weights(source: Path, folder: Path, unpacking: _Unpacking, ours: bool) -> None:

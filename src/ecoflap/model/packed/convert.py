@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ecoflap.errors import InvalidOption
-from ecoflap.model.experts import lies_transposed
+from ecoflap.model.experts import flat_stacks, lies_transposed
 from ecoflap.model.packed.format import PackedWeight, checked_group_size, pack_weight, unpack_weight, worth_packing
 from ecoflap.model.packed.linear import PackedLinear
-from ecoflap.model.packed.stack import PackedStack, stacks_of
-from ecoflap.model.packed.stacked_matrices import owner_with, owner_without
+from ecoflap.model.packed.owners import owner_with, owner_without
+from ecoflap.model.packed.stack import PackedStack, as_packed, stacks_of
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = Non
         weight = layer.weight.detach()
         packed = packing.add(name, weight.t().contiguous() if turned else weight)
         replace(model, name, PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype))
-    for name, owner, parameter, turned in list(stackable(model)):
+    for name, owner, parameter, turned, flat in list(stackable(model)):
         if parameter.is_meta:
             raise InvalidOption(f"'{name}' is not in memory: load the model without a device map to pack it")
         if worth_packing(parameter):
-            rows = parameter.detach().transpose(1, 2).contiguous() if turned else parameter.detach()
-            stack = PackedStack(packing.add(name, rows), transposed=turned, dtype=parameter.dtype)
+            packed = packing.add(name, as_packed(parameter.detach(), turned, flat))
+            stack = PackedStack(packed, transposed=turned, flat=bool(flat), dtype=parameter.dtype)
             owner_with(owner, name.rpartition(".")[2], stack)
     seen = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     packing.other_bytes = sum(seen.values()) - packing.packed_bytes
@@ -150,18 +150,20 @@ def packable(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def stackable(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, bool]]:
-    """Parameters that may stack matrices, of three dimensions and held once: name, module, whether transposed.
+def stackable(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, bool, int]]:
+    """Parameters that may stack matrices, and are held once: name, module, whether transposed, how many are flat.
 
-    Where nothing tells whether they are, they are taken as they are stored: right, but slower.
+    They have three dimensions, or two in which so many matrices lie one above another. Where nothing tells whether they
+    are transposed, they are taken as they are stored: right, but slower.
     """
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules():
+        flat = flat_stacks(module)
         for leaf, parameter in module.named_parameters(recurse=False):
             convolution = isinstance(module, nn.modules.conv._ConvNd)
-            if parameter.dim() == 3 and owners[id(parameter)] == 1 and not convolution:
-                turned = bool(lies_transposed(module))
-                yield f"{path}.{leaf}" if path else leaf, module, parameter, turned
+            if (parameter.dim() == 3 or leaf in flat) and owners[id(parameter)] == 1 and not convolution:
+                count, turned = flat.get(leaf, (0, bool(lies_transposed(module))))
+                yield f"{path}.{leaf}" if path else leaf, module, parameter, turned, count
 
 
 def is_linear(module: nn.Module) -> bool:

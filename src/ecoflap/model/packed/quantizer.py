@@ -11,12 +11,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ecoflap.errors import CheckpointError
+from ecoflap.model.experts import flat_stacks
 from ecoflap.model.packed.convert import is_linear, pack, replace, unpack
 from ecoflap.model.packed.format import GROUP_SIZES, GROUP_STEP, STORED, VALUES, PackedWeight
 from ecoflap.model.packed.holder import PackedParts
 from ecoflap.model.packed.linear import PackedLinear
+from ecoflap.model.packed.owners import owner_with
 from ecoflap.model.packed.stack import PackedStack, stacks_of
-from ecoflap.model.packed.stacked_matrices import owner_with
 
 METHOD = "ecoflap"
 VERSION = 2  # 1 has no stacked experts
@@ -31,6 +32,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         group_size: columns that share a scale of rounded values; 0: the whole row. None: the default of ``values``.
         layers: number of stored values of each packed layer, or parameter that stacks experts; of int4, of bytes.
         transposed: those whose file holds the transpose of the layer's weight, or of each of the stacked matrices.
+        flat: parameters of two dimensions whose file holds the matrices that lie one above another in them.
         version: of the format; 2 where experts are packed.
 
     Raises:
@@ -45,12 +47,13 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: dict[str, int] | None = None,
         transposed: list[str] | None = None,
         version: int = 1,
+        flat: list[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.format, self.values, self.version = format, values, version
         self.group_size: Any = GROUP_SIZES.get(str(values), 0) if group_size is None else group_size
-        self.layers, self.transposed = layers or {}, transposed or []
+        self.layers, self.transposed, self.flat = layers or {}, transposed or [], flat or []
         self._refuse_others()
 
     def _refuse_others(self) -> None:
@@ -67,6 +70,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             and isinstance(self.layers, dict)
             and all(isinstance(count, int) and 0 <= count < 1 << 48 for count in self.layers.values())
             and isinstance(self.transposed, list)
+            and isinstance(self.flat, list)
         )
         if not whole:
             raise CheckpointError("the quantization_config in config.json is damaged: download or pack the model again")
@@ -93,19 +97,23 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             return model
         config = self.quantization_config
         for path, count in config.layers.items():
-            if (found := _find(model, path)) is None:
+            flat = path in config.flat
+            if (found := _find(model, path, flat)) is None:
                 continue  # of a head that this class has not
             name, layer = found
             turned = path in config.transposed
             stacked = isinstance(layer, nn.Parameter)
             weight: Any = layer if stacked else layer.weight
             size = tuple(weight.shape)
+            if flat:
+                count_of = _flat_count(model, name)
+                size = (count_of, size[0] // count_of, size[1])
             size = (*size[:-2], size[-1], size[-2]) if turned else size
             packed = _empty(size, count, weight.dtype, config, name)
             with torch.device("meta"):
                 if stacked:
                     owner, leaf = name.rpartition(".")[::2]
-                    stack = PackedStack(packed, transposed=turned, dtype=weight.dtype)
+                    stack = PackedStack(packed, transposed=turned, flat=flat, dtype=weight.dtype)
                     owner_with(model.get_submodule(owner), leaf, stack)
                 else:
                     replace(model, name, PackedLinear(packed, layer.bias, transposed=turned, dtype=weight.dtype))
@@ -138,6 +146,7 @@ def mark(model: Any, values: str, group_size: int) -> None:
         group_size=group_size,
         layers={name: layer.compressed.numel() for name, layer in layers.items()},
         transposed=[name for name, layer in layers.items() if layer.transposed],
+        flat=[name for name, stack in stacks.items() if stack.flat],
         version=2 if stacks else 1,
     )
     model.config.quantization_config = config
@@ -170,7 +179,20 @@ def _empty(size: tuple[int, ...], count: int, dtype: torch.dtype, config: Packed
         )
 
 
-def _find(model: nn.Module, path: str) -> tuple[str, Any] | None:
+def _flat_count(model: nn.Module, name: str) -> int:
+    """How many matrices lie one above another in the parameter.
+
+    Raises:
+        CheckpointError: none do.
+    """
+    owner, _, leaf = name.rpartition(".")
+    count, _ = flat_stacks(model.get_submodule(owner)).get(leaf, (0, False))
+    if count < 1:
+        raise CheckpointError(f"config.json says that '{name}' holds the matrices of experts, which it does not")
+    return count
+
+
+def _find(model: nn.Module, path: str, flat: bool) -> tuple[str, Any] | None:
     """The linear layer or stacked parameter at ``path``, or there without or with the prefix of a head's backbone.
 
     Raises:
@@ -188,7 +210,7 @@ def _find(model: nn.Module, path: str) -> tuple[str, Any] | None:
             found = module._parameters.get(leaf)
         if found is None:
             continue
-        if not (found.dim() == 3 if isinstance(found, nn.Parameter) else is_linear(found)):
+        if not (found.dim() == (2 if flat else 3) if isinstance(found, nn.Parameter) else is_linear(found)):
             raise CheckpointError(f"config.json says that '{name}' is packed, which is a {type(found).__name__}")
         return name, found
     return None

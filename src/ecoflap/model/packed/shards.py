@@ -21,7 +21,7 @@ from ecoflap.model.packed.convert import PackedModel, Packing, packable, stackab
 from ecoflap.model.packed.format import worth_packing
 from ecoflap.model.packed.merging import Merge, merges
 from ecoflap.model.packed.quantizer import PackedConfig
-from ecoflap.model.packed.stack import SUFFIX
+from ecoflap.model.packed.stack import SUFFIX, as_packed
 from ecoflap.model.save import replacing
 from ecoflap.support.files import default_mode
 from ecoflap.support.text import first_line
@@ -39,16 +39,18 @@ def too_large(files: Files) -> bool:
 class _Layers:
     """The weights that may be packed, by their names in the files: the model's name, and whether it lies transposed.
 
-    A layer has its path as its name, and stacked experts that of their parameter, which is also in ``stacks``. What the
-    files hold of experts one by one is in ``merges``, by the names of the pieces.
+    A layer has its path as its name, and stacked experts that of their parameter, which is also in ``stacks``, with the
+    number of matrices where they are flat. What the files hold of experts one by one is in ``merges``, by the names of
+    the pieces.
     """
 
     model: nn.Module
     places: dict[str, tuple[str, bool]]
-    stacks: dict[str, bool]
+    stacks: dict[str, tuple[bool, int]]
     merges: dict[str, Merge]
     counts: dict[str, int] = field(default_factory=dict)
     transposed: list[str] = field(default_factory=list)
+    flat: list[str] = field(default_factory=list)
 
 
 def pack_shards(
@@ -71,7 +73,7 @@ def pack_shards(
         result = packing.result(f"'{files.folder}'")
         config = json.loads((files.folder / "config.json").read_text("utf-8"))
         made = PackedConfig(
-            values=values, group_size=group_size, layers=layers.counts, transposed=layers.transposed,
+            values=values, group_size=group_size, layers=layers.counts, transposed=layers.transposed, flat=layers.flat,
             version=2 if layers.stacks.keys() & layers.counts.keys() else 1,
         )  # fmt: skip
         config["quantization_config"] = made.to_dict()
@@ -103,8 +105,8 @@ def _layers(files: Files, trust_remote_code: bool) -> _Layers:
             f"'{files.folder}' is larger than the memory, and its files name weights otherwise than the model "
             f"({missing[0]}): pack it on a computer whose memory holds it"
         )
-    stacks = {name: turned for name, _, _, turned in stackable(model)}
-    whole = {name: (name, turned) for name, turned in stacks.items() if name in inside}
+    stacks = {name: (turned, flat) for name, _, _, turned, flat in stackable(model)}
+    whole = {name: (name, turned) for name, (turned, _) in stacks.items() if name in inside}
     apart = merges(model, stacks.keys() - inside, inside)
     if left := sorted(stacks.keys() - inside - {one.stack for one in apart}):
         warnings.warn(
@@ -155,7 +157,9 @@ def _write_weights(files: Files, folder: Path, packing: Packing, layers: _Layers
                     whole = merge.read(read, layers.model)
                     merged[merge.stack] = worth_packing(whole)
                     if merged[merge.stack]:
-                        tensors |= _packed(packing, layers, merge.stack, merge.stack, whole, layers.stacks[merge.stack])
+                        tensors |= _packed(
+                            packing, layers, merge.stack, merge.stack, whole, layers.stacks[merge.stack][0]
+                        )
                 if merged[merge.stack]:
                     continue
             tensor = read(name)
@@ -174,9 +178,11 @@ def _write_weights(files: Files, folder: Path, packing: Packing, layers: _Layers
 
 def _packed(packing: Packing, layers: _Layers, name: str, path: str, tensor: Tensor, turned: bool) -> dict[str, Tensor]:
     """The parts of a packed weight by their names in the files."""
-    packed = packing.add(path, tensor.transpose(-2, -1).contiguous() if turned else tensor)
+    _, flat = layers.stacks.get(path, (turned, 0))
+    packed = packing.add(path, as_packed(tensor, turned, flat))
     layers.counts[path] = len(packed.compressed)
     layers.transposed += [path] if turned else []
+    layers.flat += [path] if flat else []
     if path not in layers.stacks:
         return {f"{name.removesuffix('.weight')}.{part}": value for part, value in packed.tensors().items()}
     return names_in_files(layers.model, {f"{name}{SUFFIX}.{part}": value for part, value in packed.tensors().items()})

@@ -20,15 +20,19 @@ class PackedStack(PackedParts):
     Args:
         weight: of that shape.
         transposed: the model stores each matrix as (inputs, outputs).
+        flat: the model stores the matrices one above another, in two dimensions.
     """
 
-    def __init__(self, weight: PackedWeight, *, transposed: bool = False, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, weight: PackedWeight, *, transposed: bool = False, flat: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(weight, transposed=transposed, dtype=dtype)
+        self.flat = flat
         self._starts: list[int] = []  # where each matrix begins among the values
 
     @property
     def stored_size(self) -> tuple[int, int, int]:
-        """Shape of the model's own parameter."""
+        """Shape of the model's own parameter, or of a view of it where it is flat."""
         count, rows, columns = self.size
         return (count, columns, rows) if self.transposed else (count, rows, columns)
 
@@ -55,7 +59,7 @@ class PackedStack(PackedParts):
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """All matrices as the model stores them."""
         found = unpack_weight(self.packed(), dtype or self.dtype).detach()
-        return found.transpose(1, 2).contiguous() if self.transposed else found
+        return as_stored(found, self.transposed, self.flat)
 
     def forward(self, number: int, x: Tensor | None = None) -> Tensor:
         """x Wᵀ with one expert's W of (outputs, inputs); without ``x`` the matrix as the model stores it.
@@ -82,6 +86,18 @@ class PackedStack(PackedParts):
     def extra_repr(self) -> str:
         count, rows, columns = self.size
         return f"matrices={count}, in_features={columns}, out_features={rows}, {self._told()}"
+
+
+def as_packed(parameter: Tensor, transposed: bool, count: int = 0) -> Tensor:
+    """The matrices (count, outputs, inputs) of a parameter; ``count``: how many lie one above another, 0: stacked."""
+    matrices = parameter.unflatten(0, (count, -1)) if count else parameter  # type: ignore[no-untyped-call]
+    return matrices.transpose(-2, -1).contiguous() if transposed else matrices
+
+
+def as_stored(matrices: Tensor, transposed: bool, flat: bool) -> Tensor:
+    """Undo :func:`as_packed`."""
+    found = matrices.transpose(-2, -1).contiguous() if transposed else matrices
+    return found.flatten(0, 1) if flat else found
 
 
 def stacks_of(model: nn.Module) -> dict[str, PackedStack]:

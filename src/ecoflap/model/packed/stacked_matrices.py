@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ecoflap.model.packed.stack import SUFFIX, PackedStack
+from ecoflap.model.packed.stack import PackedStack
 from ecoflap.model.slices import factors
 
 
@@ -31,11 +31,11 @@ class StackedMatrices(Tensor):
         cls, stack: PackedStack, number: int | None = None, flipped: bool = False, chosen: tuple[int, ...] | None = None
     ) -> StackedMatrices:
         count, rows, columns = stack.stored_size
-        size = (columns, rows) if flipped else (rows, columns)
+        size: tuple[int, ...] = (columns, rows) if flipped else (rows, columns)
+        if number is None:
+            size = (count if chosen is None else len(chosen), *size)
         chosen = tuple(range(count)) if chosen is None else chosen
-        made: StackedMatrices = Tensor._make_wrapper_subclass(
-            cls, size if number is not None else (len(chosen), *size), dtype=stack.dtype, device=stack.bitmask.device
-        )
+        made: StackedMatrices = Tensor._make_wrapper_subclass(cls, size, dtype=stack.dtype, device=stack.bitmask.device)
         made._stack, made._number, made._flipped, made._chosen = stack, number, flipped, chosen
         made._is_hf_initialized = True  # transformers must not draw it
         return made
@@ -191,45 +191,33 @@ def _each(weight: StackedMatrices, x: Tensor, outputs_first: bool) -> Tensor:
     return found if order == sorted(order) else found[sorted(range(len(order)), key=order.__getitem__)]
 
 
-def owner_with(module: nn.Module, leaf: str, stack: PackedStack) -> None:
-    """Put ``stack`` in the place of the parameter ``leaf`` of ``module``, whose class gets a property of that name.
+class FlatMatrices(Tensor):
+    """Looks like a parameter in which matrices lie one above another; a view in three dimensions is of the parts."""
 
-    The class is one of its own for this module, with the same name, derived from the one that it had.
-    """
-    del module._parameters[leaf]
-    module.add_module(leaf + SUFFIX, stack)
-    kind = type(module)
-    stacks = (*getattr(kind, "_packed_stacks", ()), leaf)
-    base = kind.__mro__[1] if hasattr(kind, "_packed_stacks") else kind
-    module.__class__ = _class_with(base, stacks)
+    _stack: PackedStack
+    _is_hf_initialized: bool
 
+    @staticmethod
+    def __new__(cls, stack: PackedStack) -> FlatMatrices:
+        count, rows, columns = stack.stored_size
+        made: FlatMatrices = Tensor._make_wrapper_subclass(
+            cls, (count * rows, columns), dtype=stack.dtype, device=stack.bitmask.device
+        )
+        made._stack, made._is_hf_initialized = stack, True
+        return made
 
-def owner_without(module: nn.Module, leaf: str, dense: nn.Parameter) -> None:
-    """Undo :func:`owner_with`: the parameter is ``dense`` from now on."""
-    kind = type(module)
-    stacks = tuple(name for name in kind._packed_stacks if name != leaf)  # type: ignore[attr-defined]
-    base = kind.__mro__[1]
-    del module._modules[leaf + SUFFIX]
-    module.__class__ = _class_with(base, stacks) if stacks else base
-    module.register_parameter(leaf, dense)
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{tuple(self.shape)} of {self._stack}"
 
+    def view(self, *size: Any) -> Tensor:
+        """The matrices, where ``size`` is that of all of them; else a view of the dense values."""
+        wanted = tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else size
+        whole = self._stack.stored_size
+        if len(wanted) == 3 and wanted[1:] == whole[1:] and wanted[0] in (-1, whole[0]):
+            return StackedMatrices(self._stack)
+        return self._stack.dense_weight().view(*size)
 
-def _class_with(base: type[nn.Module], stacks: tuple[str, ...]) -> type[nn.Module]:
-    body: dict[str, Any] = {leaf: _found_as(leaf) for leaf in stacks}
-    body |= {"_packed_stacks": stacks, "__module__": base.__module__, "__qualname__": base.__qualname__,
-             "__reduce_ex__": _reduced, "__doc__": base.__doc__}  # fmt: skip
-    return type(base.__name__, (base,), body)
-
-
-def _found_as(leaf: str) -> property:
-    return property(lambda module: StackedMatrices(module._modules[leaf + SUFFIX]))
-
-
-def _reduced(module: Any, protocol: Any) -> Any:
-    """For copies and pickles: the class is made again."""
-    return _made_again, (type(module).__mro__[1], type(module)._packed_stacks), module.__dict__
-
-
-def _made_again(base: type[nn.Module], stacks: tuple[str, ...]) -> nn.Module:
-    kind = _class_with(base, stacks)
-    return kind.__new__(kind)
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        plain = lambda value: value._stack.dense_weight() if isinstance(value, FlatMatrices) else value  # noqa: E731
+        return func(*torch.utils._pytree.tree_map(plain, args), **torch.utils._pytree.tree_map(plain, kwargs or {}))

@@ -130,10 +130,11 @@ class StoredForms:
             if (path := f"{name}.weight") in left:
                 left.remove(path)
                 yield layer.weight, layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
-        for name, _, parameter, turned in stackable(self._model):
+        for name, _, parameter, turned, flat in stackable(self._model):
             if name in left:
                 left.remove(name)
-                yield from ((parameter, one.t() if turned else one) for one in parameter)
+                matrices = parameter.view(flat, -1, parameter.shape[1]) if flat else parameter
+                yield from ((parameter, one.t() if turned else one) for one in matrices)
 
 
 def _packed(form: str) -> Form:

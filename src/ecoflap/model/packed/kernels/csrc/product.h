@@ -14,7 +14,7 @@
 
 namespace {
 
-enum { FETCH = 1024 };  // bytes that values are fetched ahead
+enum { FETCH = 1024, MASK_FETCH = 512 };  // bytes that values and masks are fetched ahead
 
 template <class Bits>
 inline Bits whole_bits_at(const uint8_t* mask) {
@@ -48,6 +48,7 @@ inline void span(const uint8_t* const* mask, const typename P::Value** values, c
     for (int r = 0; r < ROWS; r++) {
       typename P::Bits bits = whole_bits_at<typename P::Bits>(mask[r] + byte);
       if (BYTES >= 4 || !(byte & 3)) __builtin_prefetch((const char*)at[r] + FETCH);
+      if (!(byte & 63)) __builtin_prefetch(mask[r] + byte + MASK_FETCH);
       weights[r] = P::expand(at[r], bits);
       at[r] += P::count(bits);
     }
