@@ -261,6 +261,7 @@ def evaluate(
 
     from ecoflap.evaluation import TestData
     from ecoflap.model import compute
+    from ecoflap.model.read_elsewhere import with_weights
 
     cls = _task(entry.task)
     dtype = workers.from_first(lambda: compute.settled(recipe.compute_dtype, checkpoint.model))
@@ -286,7 +287,8 @@ def evaluate(
     task = cls(**{name: _typed(name, value, kinds[name], "") for name, value in entry.options.items()})
     with torch.no_grad(), compute.computing_in(checkpoint.model, dtype):
         try:
-            result = task.run(checkpoint.model, checkpoint.processor, test)
+            model = checkpoint.model
+            result = with_weights(model, lambda: task.run(model, checkpoint.processor, test))
         except (CalibrationError, InvalidOption) as error:
             if recipe.evaluations is not None or recipe.task is not None or recipe.test is None:
                 raise
