@@ -20,9 +20,10 @@ import torch
 from apart import run_apart
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ecoflap.api import allocate, measure_importance, prune_to
+from ecoflap.api import allocate, prune_to
 from ecoflap.data.objectives import default_objective, on_device
 from ecoflap.data.window_length import activation_bytes
+from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.scores import Importance
 from ecoflap.model.anatomy import discover
 from ecoflap.model.patching import cache_disabled, trim

@@ -160,3 +160,16 @@ def test_the_manifest_holds_digests(folder: Path) -> None:
     assert set(files) == {"importance.json", "metrics.json", "model/one.bin", "pictures/one.bin"}
     assert all(len(entry["sha256"]) == 64 for entry in files.values())
     assert list(Manifest(folder).foreign_files(OURS)) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints/checkpoint-2", "search/checkpoint-4", "trainings/upop_0.5_seed0/model"])
+def test_what_a_trainer_left_when_it_was_stopped_is_ours(tmp_path: Path, name: str) -> None:
+    """Its files are of many kinds and change while it goes on: --overwrite removes them all the same."""
+    manifest = Manifest(tmp_path)
+    manifest.begin()
+    kept = tmp_path / "journal" / name
+    kept.mkdir(parents=True)
+    (kept / "optimizer.pt").write_bytes(b"one")
+    assert list(manifest.foreign_files(OURS)) == []
+    (tmp_path / "journal" / "thesis.pt").write_bytes(b"mine")
+    assert list(manifest.foreign_files(OURS)) == ["journal/thesis.pt"]

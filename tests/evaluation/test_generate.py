@@ -75,5 +75,5 @@ def test_beams_find_what_is_likelier_than_the_greedy_text() -> None:
 def test_numbers_out_of_range() -> None:
     model, processor = pico.llava(chat=False)
     for options in ({"beams": 0}, {"min_tokens": 4}, {"new_tokens": 0}):
-        with pytest.raises(InvalidOption, match="at least 1"):
+        with pytest.raises(InvalidOption, match="must be at least"):
             generate(model, Prompter(model, processor), samples()[:1], **{"new_tokens": 3, **options})

@@ -13,7 +13,10 @@ from ecoflap.data.encode import answers_by_decoder
 from ecoflap.data.model_facts import is_encoder_decoder, to_device
 from ecoflap.data.prompts import Prompter, image_processor_of
 from ecoflap.data.sample import Sample
-from ecoflap.errors import CalibrationError, InvalidOption
+from ecoflap.errors import CalibrationError
+from ecoflap.support.ranges import check_count
+
+MOST_BEAMS = 1000  # each is a row of the batch
 
 
 @torch.no_grad()
@@ -42,8 +45,9 @@ def generate(
         InvalidOption: a number out of its range.
         CalibrationError: a prompt is longer than ``limit``.
     """
-    if new_tokens < 1 or beams < 1 or not 0 <= min_tokens <= new_tokens:
-        raise InvalidOption("beams and new tokens must be at least 1, and the fewest tokens between 0 and the most")
+    check_count("new_tokens", new_tokens)
+    check_count("beams", beams, most=MOST_BEAMS)
+    check_count("min_tokens", min_tokens, least=0, most=new_tokens)
     if image_processor_of(prompter.processor) is None:
         samples = [replace(sample, images=()) for sample in samples]
     texts = [prompter.render(sample) for sample in samples]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from ecoflap.errors import ResumeMismatch
-from ecoflap.run.names import CHECKPOINTS, JOURNAL, LOG, MANIFEST, RECIPE
+from ecoflap.run.names import CHECKPOINTS, JOURNAL, LOG, MANIFEST, RECIPE, SEARCH, TRAININGS
 from ecoflap.support.files import PARTIAL, json_text, read_sealed, write_sealed, write_text
 from ecoflap.support.reading import NO_READING, json_value, read_text
 
@@ -20,6 +20,7 @@ _log = logging.getLogger("ecoflap")
 
 # Written line by line, or one file a block: known by their names.
 _BY_NAME = (LOG, RECIPE, MANIFEST)
+_OF_TRAINERS = (CHECKPOINTS, SEARCH, TRAININGS)  # transformers' own files there, of many kinds
 _IN_JOURNAL = (".json", ".jsonl", ".txt", ".safetensors")
 _DIGESTS = dict[str, list[str]]
 _UNDER_WAY = None  # in place of a digest: about to be written, and not yet looked at again
@@ -167,7 +168,7 @@ class Results:
 
 def _by_name(place: str) -> bool:
     own = place.startswith(f"{JOURNAL}/") and place.endswith(_IN_JOURNAL)
-    own = own or place.startswith(f"{JOURNAL}/{CHECKPOINTS}/")  # transformers' own, of many kinds
+    own = own or place.startswith(tuple(f"{JOURNAL}/{name}/" for name in _OF_TRAINERS))
     return place in _BY_NAME or own or (place.rpartition("/")[2].startswith(".") and place.endswith(PARTIAL))
 
 

@@ -18,6 +18,8 @@ OURS = (
 INPUTS = f"{JOURNAL}/inputs.json"
 WRITTEN = f"{JOURNAL}/written.json"
 CHECKPOINTS = "checkpoints"  # of a training, in the journal
+SEARCH = "search"  # those of UPop's search
+TRAININGS = "trainings"  # whole trainings of a comparison's cells, in its journal
 TRAIN = "train"  # the field of a recipe file that makes its folder a fine-tuning's
 GRID = "methods"  # the field of a recipe file that makes its folder a comparison's, not a run's
 

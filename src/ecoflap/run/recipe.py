@@ -23,6 +23,7 @@ from ecoflap.run.trust import refuse_code
 from ecoflap.statistics.choice import EXPERT_TOKENS, TokenChoice
 from ecoflap.support.reading import read_yaml
 from ecoflap.support.registry import unknown
+from ecoflap.support.text import cut
 
 if TYPE_CHECKING:
     from typing import Self  # from Python 3.11 on; read by type checkers alone
@@ -534,8 +535,8 @@ def _complaint(error: ValidationError, source: str) -> str:
     where = " ".join((name, *inner))
     if first["type"] in ("float_parsing", "int_parsing", "float_type", "int_type", "int_from_float"):
         wanted = "a whole number" if first["type"].startswith("int") else "a number"
-        return f"{where}: {first['input']!r} is not {wanted}"
+        return f"{where}: {cut(repr(first['input']))} is not {wanted}"
     if first["type"] == "dict_type":
         return f"{where}: {first['input']!r} should be a mapping, such as {{vision: 0.4}} for tower_sparsity"
     shown = str(first["input"]) if isinstance(first["input"], str | int | float) else repr(first["input"])
-    return f"{where}: {shown or 'nothing'} {first['msg'].removeprefix('Input ')}"
+    return f"{where}: {cut(shown) or 'nothing'} {first['msg'].removeprefix('Input ')}"

@@ -32,3 +32,8 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for messages of ours that quote it; its class where it has none."""
     text = str(error).strip().splitlines()
     return text[0].strip() if text else type(error).__name__
+
+
+def cut(text: str, most: int = 100) -> str:
+    """The beginning of a text that is longer than ``most``, with its length: for values in messages."""
+    return text if len(text) <= most else f"{text[: most - 40]}… ({len(text):,} characters)"

@@ -12,6 +12,7 @@ from torch import Tensor
 from ecoflap.errors import InvalidOption
 from ecoflap.model.packed.nibbles import BLOCK, block_counts, joined, parted, row_bytes
 from ecoflap.model.packed.rounding import meaning, rounded
+from ecoflap.support.ranges import check_count
 
 PARTS = (
     "compressed",
@@ -122,7 +123,8 @@ def checked_group_size(values: str, group_size: int | None) -> int:
     if values not in VALUES:
         raise InvalidOption(f"values '{values}' is not one of {', '.join(VALUES)}")
     size = GROUP_SIZES[values] if group_size is None else group_size
-    if size < 0 or size % GROUP_STEP:
+    check_count("the group size", size, least=0, most=2**31)
+    if size % GROUP_STEP:
         raise InvalidOption(f"group size {size}: give a multiple of {GROUP_STEP} columns")
     return size
 

@@ -39,7 +39,7 @@ from ecoflap.run.compare.trained import trained, training_inputs
 from ecoflap.run.evaluations import evaluate, evaluations_of, rehearse
 from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
-from ecoflap.run.names import JOURNAL, LOG
+from ecoflap.run.names import JOURNAL, LOG, TRAININGS
 from ecoflap.run.pipeline import pruned_to
 from ecoflap.run.prepare import Prepared, naming_samples, plan_on
 from ecoflap.run.provenance import Usage, environment, measured, sparsity_summary, threads_of_start
@@ -48,7 +48,7 @@ from ecoflap.support.memory import memory_error
 from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.reading import checked
 
-MACHINE, TRAININGS = f"{JOURNAL}/machine.json", f"{JOURNAL}/trainings"
+MACHINE = f"{JOURNAL}/machine.json"
 _log = logging.getLogger("ecoflap")
 
 
@@ -253,7 +253,7 @@ class _Work:
         usages = list[Usage]()
         stem = Path(_file_of(place)).stem
         with measured("pruning", usages):
-            found, sparsity = trained(self._grid, place, self._folder.path / TRAININGS / stem, self._progress)
+            found, sparsity = trained(self._grid, place, self._folder.path / JOURNAL / TRAININGS / stem, self._progress)
         with measured("evaluation", usages):
             answers = self._results(found)
         results = {name: quality_of(answer) for name, answer in answers.items()}

@@ -15,6 +15,7 @@ from ecoflap.pruning.registry import DEFAULT
 from ecoflap.run.compare.methods import AXES, OF_METHOD, Method, parse_method, split_methods
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.registry import unknown
+from ecoflap.support.text import cut
 
 DEFAULT_METHODS = (
     "magnitude",
@@ -177,6 +178,8 @@ def parse_sparsities(values: Sequence[Any]) -> tuple[float, ...]:
 
 
 def _steps(part: str) -> list[Decimal]:
+    if len(part) > 100:
+        raise InvalidOption(f"sparsities: '{cut(part)}' is no number and no FROM:TO:STEP, such as 0.3:0.7:0.1")
     try:
         numbers = [Decimal(piece.strip()) for piece in part.split(":")]
     except InvalidOperation:

@@ -22,10 +22,11 @@ from ecoflap.run.finetune.data import TrainingData
 from ecoflap.run.finetune.distillation import Distillation
 from ecoflap.run.finetune.upop import channels_record, narrowed, search
 from ecoflap.run.finetune.upop_recipe import UPop
+from ecoflap.run.names import SEARCH
 from ecoflap.support.files import read_sealed, write_sealed, write_tensors
 from ecoflap.support.progress import Progress
 
-CHECKPOINTS, WEIGHTS, FOUND = "search", "searched.safetensors", "search.json"  # in the journal
+WEIGHTS, FOUND = "searched.safetensors", "search.json"  # in the journal
 _log = logging.getLogger("ecoflap")
 
 
@@ -55,7 +56,7 @@ class Channels:
         distillation: Distillation | None, progress: Progress,
     ) -> None:  # fmt: skip
         """Trains with masks, ranks the channels and keeps the outcome in the journal."""
-        folder = self.journal / CHECKPOINTS
+        folder = self.journal / SEARCH
         found = search(model, anatomy, self.groups, data, recipe, objective, distillation, str(folder), progress)
         zero_channels(model, self.groups, found.kept)
         write_tensors(self.journal / WEIGHTS, dict(model.named_parameters()))
