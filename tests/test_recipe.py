@@ -298,7 +298,7 @@ def test_a_run_begun_with_the_former_default_goes_on_with_it(tmp_path: Path) -> 
 def test_a_run_goes_on_with_the_tokens_that_it_recorded(tmp_path: Path) -> None:
     """Also one of a version in which ADMM counted all."""
     run = RunDirectory(tmp_path)
-    for tokens in ("all", "weighted"):
+    for tokens in ("all", "weighted", "balanced"):
         (tmp_path / "recipe.yaml").write_text(f"criterion: admm\nimportance: uniform\ntokens: {tokens}\n")
         assert run.settled(Recipe(importance="uniform")).tokens == tokens
     assert run.settled(Recipe(importance="uniform", tokens="text")).tokens == "text"

@@ -220,7 +220,7 @@ def prune(
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.model.anatomy.discover`.
         tokens: which tokens enter the criterion's statistics where a language tower reads visual tokens: a name of
-            :class:`ecoflap.statistics.choice.TokenChoice`. None: ``weighted`` with admm, else ``all``.
+            :class:`ecoflap.statistics.choice.TokenChoice`. None: ``balanced`` with admm, else ``all``.
         offload_activations: where block inputs are kept between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
             memory-mapped file that is removed with the process.
         compute_dtype: for weights of half precision: ``native``, their own; ``float32``, block by block; ``auto``, fp32

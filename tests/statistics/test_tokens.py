@@ -30,7 +30,7 @@ from ecoflap.statistics.choice import TokenChoice
 from ecoflap.statistics.dense import dense_statistics, gather
 from ecoflap.statistics.gather import STATISTICS
 from ecoflap.statistics.later import decoder_of, sequence_of
-from ecoflap.statistics.tokens import check_choice, largest
+from ecoflap.statistics.tokens import balance, check_choice, largest
 
 SHARED = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "idefics3", "smolvlm",
@@ -191,11 +191,14 @@ def test_statistics_of_the_dense_model_know_the_choice(choice: TokenChoice) -> N
 
 
 @pytest.mark.parametrize("kind", ["norm", "gram"])
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_weighted_visual_tokens(kind: str, weight: float) -> None:
+@pytest.mark.parametrize(
+    ("choice", "amount"),
+    [("weighted", 0.0), ("weighted", 0.3), ("weighted", 1.0), ("balanced", 0.3), ("balanced", 0.0), ("balanced", 9.0)],
+)
+def test_weighted_visual_tokens(kind: str, choice: str, amount: float) -> None:
     """Sums of the text's tokens and, with the weight, of the visual ones; the vision tower's count in full."""
     model, anatomy, batches, loss = made("pico llava")
-    blocks = dense_statistics(model, anatomy, batches, loss, kind=kind, tokens=TokenChoice("weighted", weight))
+    blocks = dense_statistics(model, anatomy, batches, loss, kind=kind, tokens=TokenChoice(choice, amount))
     found = {name: got for _, of_block in blocks for name, got in of_block.items()}
     known = placeholders(model)
     for tower in anatomy.towers:
@@ -205,14 +208,29 @@ def test_weighted_visual_tokens(kind: str, weight: float) -> None:
                 total = torch.zeros(layer.shape[1], dtype=torch.float64)
                 for batch, x in zip(batches, inputs[layer.name], strict=True):
                     factors = torch.ones(x.shape[:-1], dtype=torch.float64)
+                    weight = torch.tensor(amount, dtype=torch.float64)
                     if tower.modality == "language":
                         visual = token_masks(batch, False, known).image
                         assert visual is not None
+                        if choice == "balanced":
+                            pictures = visual.sum(1, keepdim=True)
+                            weight = (
+                                amount * (batch["attention_mask"].sum(1, keepdim=True) - pictures) / pictures
+                            ).clamp(max=1)
                         factors = torch.where(visual, weight, batch["attention_mask"].double())
                     total += (x.double().square() * factors.unsqueeze(-1)).flatten(0, -2).sum(0)
                 statistics = found[layer.name]
                 assert statistics is not None
                 torch.testing.assert_close(statistics.norm.double(), total.sqrt(), rtol=1e-4, atol=1e-6)
+
+
+def test_balance() -> None:
+    """Visual tokens together count as the text does; never more than one each; without a text they count in full."""
+    text = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]).bool()
+    visual = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    assert balance(text, visual, 1.0).tolist() == [0.5, 1.0, 1.0, 1.0]
+    assert balance(text, visual, 0.5).tolist() == [0.25, 1.0, 1.0, 1.0]
+    assert balance(text, visual, 0.2)[1] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("name", ["pico llava", "pico blip2_t5"])
@@ -231,16 +249,18 @@ def test_only_towers_that_see_pictures_change(name: str) -> None:
         assert all(same) if tower.modality == "vision" else not all(same)
 
 
-@pytest.mark.parametrize(("criterion", "expected"), [("admm", "weighted"), ("wanda", "all")])
+@pytest.mark.parametrize(("criterion", "expected"), [("admm", "balanced"), ("wanda", "all")])
 def test_a_criterion_has_its_own_choice(criterion: str, expected: str) -> None:
     """Where none is given; a model without visual tokens is no fault then."""
     weights = {}
-    for choice in (None, "all", "weighted"):
+    for choice in (None, "all", "balanced"):
         model, anatomy, batches, loss = made("pico llava")
+        for batch in batches:
+            batch["attention_mask"][:, 6:] = 0  # less text than visual tokens
         api.prune(model, batches, 0.5, importance="uniform", criterion=criterion, tokens=choice, loss=loss)
         weights[choice] = torch.cat([model.get_parameter(layer.name).detach().flatten() for layer in anatomy.layers])
     assert torch.equal(weights[None], weights[expected])
-    assert not torch.equal(weights["all"], weights["weighted"])
+    assert not torch.equal(weights["all"], weights["balanced"])
     check_choice(tokens_of(criterion), model, [{"input_ids": torch.tensor([[1, 2]])}], "pair")
 
 

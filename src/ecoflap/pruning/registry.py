@@ -35,7 +35,7 @@ CRITERIA: Registry[Callable[..., Criterion | GlobalCriterion]] = Registry(
     {
         "wanda": entry("ecoflap.pruning.wanda:Wanda", cites=("wanda",)),
         "sparsegpt": entry("ecoflap.pruning.sparsegpt:SparseGPT", cites=("sparsegpt",)),
-        "admm": entry("ecoflap.pruning.admm:ADMM", tokens="weighted", cites=("admm-update", "alps", "gptaq")),
+        "admm": entry("ecoflap.pruning.admm:ADMM", tokens="balanced", cites=("admm-update", "alps", "gptaq")),
         "magnitude": entry("ecoflap.pruning.magnitude:Magnitude", reads_data=False, cites=("magnitude",)),
         "global-magnitude": entry(
             "ecoflap.pruning.whole_model:GlobalMagnitude", is_global=True, reads_data=False, cites=("magnitude",)

@@ -141,13 +141,13 @@ class Recipe(BaseModel):
     )
     tokens: str | None = Field(
         None,
-        description="Tokens that count in the statistics of towers that read text and pictures: all, text, weighted, "
-        "text+top, text+attended or atv. Default: weighted with admm, else all.",
+        description="Tokens that count in the statistics of towers that read text and pictures: all, text, balanced, "
+        "weighted, text+top, text+attended or atv. Default: balanced with admm, else all.",
     )
     top_tokens: float | None = Field(
         None,
         description="For weighted: weight of the visual tokens, for text+top and text+attended: share of them, default "
-        "0.2; for atv: its factor, default 1.",
+        "0.2; for balanced and atv: their factor, default 1.",
     )
     expert_tokens: int | None = Field(
         None,

@@ -11,7 +11,7 @@ from ecoflap.support.registry import unknown
 EXPERT_TOKENS = 128  # least tokens of an expert, by default
 # What is chosen beside all text, and the amount where none is given.
 AMOUNTS: Mapping[str, float | None] = {
-    "all": None, "text": None, "weighted": 0.2, "text+top": 0.2, "text+attended": 0.2, "atv": 1.0,
+    "all": None, "text": None, "balanced": 1.0, "weighted": 0.2, "text+top": 0.2, "text+attended": 0.2, "atv": 1.0,
 }  # fmt: skip
 
 
@@ -21,13 +21,14 @@ class TokenChoice:
 
     Attributes:
         name: "all"; "text": no visual token; "weighted": all, but the square of a visual token enters the sums with a
-            weight; "text+top": text and, of each sample, the visual tokens whose vectors are longest as they enter the
-            block; "text+attended": text and, of each sample, the visual tokens that the text attends to most in the
-            block (mean over heads and queries; after FastV, Chen et al. 2024, arXiv 2403.06764); "atv": text and the
-            visual tokens that the block turns most, as many as it turns them on the whole (ATV-Pruning, Li et al. 2026,
-            arXiv 2603.16001).
-        amount: of "weighted" the weight of visual tokens; of "text+top" and "text+attended" the share of a sample's
-            visual tokens; of "atv" its factor α. None: 0.2, and 1 for α.
+            weight; "balanced": the same with the weight min(1, β · text tokens / visual tokens) of each sample, so that
+            its visual tokens together count at most as its text (β = 1); "text+top": text and, of each sample, the
+            visual tokens whose vectors are longest as they enter the block; "text+attended": text and, of each sample,
+            the visual tokens that the text attends to most in the block (mean over heads and queries; after FastV,
+            Chen et al. 2024, arXiv 2403.06764); "atv": text and the visual tokens that the block turns most, as many as
+            it turns them on the whole (ATV-Pruning, Li et al. 2026, arXiv 2603.16001).
+        amount: of "weighted" the weight of visual tokens; of "balanced" its factor β; of "text+top" and "text+attended"
+            the share of a sample's visual tokens; of "atv" its factor α. None: 0.2, and 1 for α and β.
         experts: least tokens of an expert of a mixture. Where its router sends n < m, the missing m − n are average
             tokens of all that enter the mixture: XᵀX + (m − n) · X₀ᵀX₀ / n₀.
         required: whether it is a fault that no tower sees visual tokens; a criterion's default choice is none.
@@ -48,8 +49,8 @@ class TokenChoice:
             raise unknown("choice of tokens", self.name, list(AMOUNTS))
         if self.amount is not None and AMOUNTS[self.name] is None:
             raise InvalidOption(f"top_tokens {self.amount:g} says how many visual tokens count: tokens '{self.name}' "
-                                "has none to count, take weighted, text+top, text+attended or atv")  # fmt: skip
-        most = float("inf") if self.name == "atv" else 1.0
+                                "has none to count, take another choice")  # fmt: skip
+        most = float("inf") if self.name in ("atv", "balanced") else 1.0
         if self.amount is not None and not 0 <= self.amount <= most:
             raise InvalidOption(f"top_tokens {self.amount:g} of tokens '{self.name}' must be 0 to {most:g}")
 

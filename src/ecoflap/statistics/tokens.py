@@ -164,7 +164,7 @@ def chooser(
 ) -> Chooser | None:
     """The tokens that count in each call of a block (by its number among the calls); None where all do.
 
-    Bool, or of "weighted" the weights of their squares, fp32.
+    Bool, or of "weighted" and "balanced" the weights of their squares, fp32.
 
     The driver has taken the block's inputs. "atv" runs the block once more on all of them, and "text+attended" once
     more up to its attention.
@@ -218,6 +218,8 @@ def choosing(
             return text
         if choice.name == "weighted":
             return text.float() + reach * visual.float()
+        if choice.name == "balanced":
+            return text.float() + balance(text, visual, reach)[:, None] * visual.float()
         if choice.name == "atv":
             wanted = [round(reach * count) for count in text.sum(1).tolist()]
             return text | largest(drifts[number][1], visual, wanted)
@@ -226,6 +228,18 @@ def choosing(
         return text | largest(scores, visual, wanted)
 
     return choose
+
+
+def balance(text: Tensor, visual: Tensor, factor: float) -> Tensor:
+    """(batch,) the weight of a visual token of each sample: min(1, factor · text tokens / visual tokens).
+
+    It is 1 where a sample has no text, or no visual token.
+
+    Args:
+        text, visual: (batch, tokens) bool.
+    """
+    texts, pictures = text.sum(1).float(), visual.sum(1).clamp(min=1).float()
+    return torch.where(texts > 0, factor * texts / pictures, 1.0).clamp(max=1.0)
 
 
 def largest(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
