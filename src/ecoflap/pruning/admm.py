@@ -18,7 +18,6 @@ from ecoflap.statistics.inputs import InputGram, InputStatistics
 from ecoflap.statistics.pair import InputPair
 from ecoflap.support.ranges import check_count, check_positive
 
-_PENALTY = 1.0  # ρ, in the units of the scaled moments, whose diagonal is 1
 _CHOOSING = 0.75  # share of the iterations in which the mask may change
 _SMALL = 4096  # with so few weights chance decides the mask: the better one of ADMM's and SparseGPT's is taken
 
@@ -34,6 +33,7 @@ class ADMM:
     Args:
         iterations: of ADMM. In the first three quarters each iteration chooses the mask again, with more zeros.
         damping: added to the diagonal of X̂ᵀX̂, which is scaled to 1; keeps the weights near the dense ones.
+        penalty: ρ of ADMM, in the same units: how firmly an iteration holds to the weights of the mask.
         polish: steps of conjugate gradients on the final mask.
         targets: "dense": the layer's outputs in the dense model. "own": the outputs of the dense weight for the inputs
             of the pruned model (X = X̂), as in SparseGPT.
@@ -43,6 +43,7 @@ class ADMM:
 
     iterations: int = 20
     damping: float = 0.01
+    penalty: float = 1.0
     polish: int = 10
     targets: Targets = "dense"
     mask: str = ""
@@ -52,6 +53,7 @@ class ADMM:
     def __post_init__(self) -> None:
         check_count("iterations", self.iterations)
         check_positive("damping", self.damping)
+        check_positive("penalty", self.penalty)
         check_count("polish", self.polish, least=0)
         if self.targets not in ("dense", "own"):
             raise InvalidOption(f"targets must be 'dense' or 'own', not {self.targets!r}")
@@ -88,8 +90,10 @@ class ADMM:
         pattern = with_default(pattern, self.default_compare)
         layer = Reconstruction.of(weight, gram, self.damping, self.targets)
         mask = self._chooser()(weight, gram, zeros, pattern).mask if self.mask else None
-        inverse = gram.shared(("penalised inverse", self.damping), lambda: _inverse(layer.moments))
-        w, mask = _admm(layer, inverse.to(weight.device), zeros, pattern, self.iterations, mask)
+        inverse = gram.shared(
+            ("penalised inverse", self.damping, self.penalty), lambda: _inverse(layer.moments, self.penalty)
+        )
+        w, mask = _admm(layer, inverse.to(weight.device), zeros, pattern, self, mask)
         w = layer.solve(w, mask, self.polish)
         if not self.mask and weight.numel() <= _SMALL:
             other = SparseGPT()(weight, gram, zeros, pattern)
@@ -100,12 +104,13 @@ class ADMM:
 
 
 def _admm(
-    layer: Reconstruction, inverse: Tensor, zeros: int, pattern: Pattern, iterations: int, mask: Tensor | None
+    layer: Reconstruction, inverse: Tensor, zeros: int, pattern: Pattern, options: ADMM, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scaled weight and mask after ``iterations`` iterations; a given ``mask`` stays.
+    """Scaled weight and mask after all iterations; a given ``mask`` stays.
 
     In the paper's terms, with S = W + U: Z = mask ⊙ S, U = S − Z, and W = (B + ρ (Z − U)) (H + ρI)⁻¹.
     """
+    iterations = options.iterations
     choosing = 0 if mask is not None else max(1, round(_CHOOSING * iterations))
     constant = layer.products @ inverse
     s = layer.weight.clone()
@@ -119,16 +124,16 @@ def _admm(
         if iteration <= max(choosing, 1):
             sign.copy_(mask).mul_(2).sub_(1)
         difference = s * sign
-        w = torch.addmm(constant, difference, inverse, alpha=_PENALTY)
+        w = torch.addmm(constant, difference, inverse, alpha=options.penalty)
         s = w.add_(s.sub_(difference), alpha=0.5)  # U = (S - sign ⊙ S) / 2, exactly
     assert mask is not None
     return s.mul_(mask), mask
 
 
-def _inverse(moments: Tensor) -> Tensor:
+def _inverse(moments: Tensor, penalty: float) -> Tensor:
     """(H + ρI)⁻¹, well conditioned: the eigenvalues of H lie between 0 and the number of inputs."""
     penalised = moments.clone()
-    penalised.diagonal().add_(_PENALTY)
+    penalised.diagonal().add_(penalty)
     lower, failed = torch.linalg.cholesky_ex(penalised)
     if failed:
         raise CalibrationError("the inputs' second moments can't be inverted; use more calibration samples")
