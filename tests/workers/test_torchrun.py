@@ -7,9 +7,8 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
-import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,21 +18,15 @@ import picos
 import psutil
 import pytest
 from console import poisoned_llama, prose, same_result
-from forks import ecoflap, forked
+from forks import Fork, ecoflap, forked
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.run.recipe import Recipe
 
 # The number of threads decides the last bits of a sum on a CPU; torchrun gives each worker one by default.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def launch(folder: Path, workers: int, *arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "--max-restarts", str(restarts), "-m", "ecoflap", *map(str, arguments)],
-        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def options(recipe: Recipe) -> list[str]:
@@ -55,9 +48,17 @@ def ours(text: str) -> list[str]:
 
 
 def by_torchrun(folder: Path, arguments: Sequence[object]) -> list[str]:
-    process = launch(folder, 2, *arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    """The documented command; torchrun itself runs in a fork, its workers are Pythons of their own."""
+
+    def job() -> None:
+        os.chdir(folder)
+        os.environ.update(ENVIRONMENT)
+        sys.argv[0] = "torchrun"
+        torchrun.main(["--standalone", "--nproc-per-node", "2", "-m", "ecoflap", *map(str, arguments)])
+
+    with forked(job) as process:
+        code, (out, err) = process.wait(), process.printed()
+    assert code == 0, err
     return [out]
 
 
@@ -102,17 +103,30 @@ def test_several_workers_end_like_one(tmp_path: Path, start: Callable[[Path, Seq
     )
 
 
-def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    while not reached():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+def restarted(folder: Path, *arguments: object) -> Callable[[], None]:
+    """What torchrun does with two workers and ``--max-restarts 2``, as a job; the workers are forks, too."""
+
+    def worker() -> None:
+        try:
+            ecoflap(folder, *arguments)()
+        except SystemExit as left:
+            if left.code:
+                raise
+
+    def job() -> None:
+        os.environ.update(ENVIRONMENT)
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=2, start_method="fork",
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(uuid.uuid4()),
+        )  # fmt: skip
+        elastic_launch(config, worker)()
+
+    return job
 
 
-def kill(process: subprocess.Popen[str], rank: int) -> None:
+def kill(process: Fork, rank: int) -> None:
     """End one worker as the kernel does where memory runs out."""
-    for child in psutil.Process(process.pid).children():
-        if child.environ().get("RANK") == str(rank):
-            child.send_signal(signal.SIGKILL)
+    psutil.Process(process.pid).children()[rank].send_signal(signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -121,18 +135,17 @@ def test_workers_that_are_killed_in_each_stage_are_started_anew_and_end_like_one
     data = str(prose(tmp_path / "prose.txt", 6000))
     recipe = Recipe(model=str(tmp_path / "llama"), calibration=data, samples=40, batch_size=2, sequence_length=60,
                     importance="zeroth-order", importance_samples=20, criterion="wanda")  # fmt: skip
-    process = launch(tmp_path, 2, "prune", *options(recipe), "-o", "killed", "--quiet", restarts=2)
     journal = tmp_path / "killed" / "journal"
 
     def lines(name: str) -> int:
         return (journal / name).read_bytes().count(b"\n") if (journal / name).exists() else 0
 
-    wait_until(process, lambda: lines("importance-1.jsonl") >= 5)
-    kill(process, 1)
-    wait_until(process, lambda: len(list((journal / "blocks").glob("*.safetensors"))) >= 1)
-    kill(process, random.randrange(2))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    with forked(restarted(tmp_path, "prune", *options(recipe), "-o", "killed", "--quiet")) as process:
+        process.wait_until(lambda: lines("importance-1.jsonl") >= 5)
+        kill(process, 1)
+        process.wait_until(lambda: len(list((journal / "blocks").glob("*.safetensors"))) >= 1)
+        kill(process, random.randrange(2))
+        assert process.wait() == 0, process.printed()
     log = (tmp_path / "killed" / "log.txt").read_text("utf-8")
     assert log.count("run begins") == 1
     assert log.count("run goes on") == 2
