@@ -77,6 +77,14 @@ def pageless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def plain_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write a ``report.html`` without plots."""
+    from ecoflap.support.files import write_text
+
+    monkeypatch.setattr("ecoflap.report.page.write_report", lambda run: write_text(run / "report.html", "a page"))
+
+
+@pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """The command line, called from a folder of the test's own."""
     from console import command

@@ -19,8 +19,9 @@ from ecoflap.run.commands import measure_to
 from ecoflap.run.compare.grid import run_grid
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.recipe import Recipe
-from ecoflap.support.files import write_text
 from ecoflap.support.progress import Silent
+
+pytestmark = pytest.mark.usefixtures("plain_page")
 
 FEW = {"samples": 4, "batch_size": 2, "sequence_length": 12, "importance_samples": 2, "test_samples": 2}
 BREAKS = st.lists(st.tuples(st.integers(1, 120), st.sampled_from(["kill", "full"])), min_size=1, max_size=4)
@@ -31,11 +32,6 @@ few = settings(max_examples=6, suppress_health_check=list(HealthCheck), database
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
     return llama_and_prose(folder)
-
-
-@pytest.fixture(autouse=True)
-def _plain_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ecoflap.report.page.write_report", lambda run: write_text(run / "report.html", "a page"))
 
 
 def _recipe(folder: Path, **more: object) -> Recipe:

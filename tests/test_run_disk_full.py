@@ -16,6 +16,8 @@ from console import TEXT, Command, command, llama_and_prose, same_result
 from ecoflap.errors import StorageError
 from ecoflap.support import files
 
+pytestmark = pytest.mark.usefixtures("plain_page")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

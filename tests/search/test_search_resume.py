@@ -17,6 +17,9 @@ from ecoflap.search.divergence import Divergence
 from ecoflap.search.rounds import Search
 
 
+pytestmark = pytest.mark.usefixtures("pageless")
+
+
 class _Crash(Exception):
     pass
 

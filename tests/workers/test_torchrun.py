@@ -130,6 +130,7 @@ def kill(process: Fork, rank: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pageless")
 def test_workers_that_are_killed_in_each_stage_are_started_anew_and_end_like_one(tmp_path: Path) -> None:
     picos.write_checkpoint("llama", tmp_path / "llama")
     data = str(prose(tmp_path / "prose.txt", 6000))
