@@ -16,7 +16,6 @@ from ecoflap.search import sensitivity as measure
 from ecoflap.search.divergence import Divergence
 from ecoflap.search.rounds import Search
 
-
 pytestmark = pytest.mark.usefixtures("pageless")
 
 
