@@ -74,7 +74,8 @@ def activation_bytes(model: nn.Module, length: int, windows: int, batch_size: in
 
     For one batch: the input of every block, what one block computes, and its attention weights (not every kernel does
     without them). With ``kept`` also the inputs and outputs of one block for all windows; else one batch's logits.
-    What the configuration does not say counts nothing.
+    What the configuration does not say counts nothing, nor does a backward pass: gradient norms take more
+    (docs/memory.md).
     """
     config = text_config(model)
 
