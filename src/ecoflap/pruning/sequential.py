@@ -214,10 +214,13 @@ class DenseModel:
         }
 
     def skip(self, tower: Tower, index: int) -> None:
-        """Run a block, whose weights are the dense ones, for its outputs alone."""
+        """Run a block, whose weights are the dense ones, for its outputs alone.
+
+        It is watched as in :meth:`inputs`, so that a resumed walk gets the same to the bit: mixtures compute otherwise.
+        """
         driver = self._drivers[tower.name]
         driver.enter(index)
-        with self._dense_weights():
+        with self._dense_weights(), inputs_watched(self._model, tower.blocks[index].layers, lambda layer, x: None):
             driver.run(index, last=True)
 
     def inputs(self, tower: Tower, index: int) -> tuple[DenseInputs, FirstCall]:
