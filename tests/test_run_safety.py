@@ -129,7 +129,7 @@ import hashlib, threading
 from ecoflap.cli.signals import stops
 from ecoflap.support.progress import Silent
 with stops.listening(), stops.progress(Silent()).stage("pruning", total=2):
-    threading.Timer(1, print, ["at work"], {"flush": True}).start()  # when the call below has begun
+    threading.Timer(0.2, print, ["at work"], {"flush": True}).start()  # when the call below has begun
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # many minutes, in which Python calls no handler
 """
 

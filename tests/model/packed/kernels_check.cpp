@@ -108,6 +108,11 @@ static void check(const char* isa, int64_t rows, int64_t columns, double sparsit
     }
 }
 
+static std::vector<int64_t> groups_of(int32_t kind, int64_t columns) {  // only rounded values have groups
+  int64_t whole = (columns + 63) / 64 * 64;
+  return kind < INT8 || whole == 64 ? std::vector<int64_t>{whole} : std::vector<int64_t>{64, whole};
+}
+
 int main() {
   const char* names[] = {"scalar", "avx2", "avx512", "neon"};
   int64_t shapes[][2] = {{1, 1}, {3, 7}, {5, 64}, {13, 65}, {17, 200}, {40, 515}, {2, 1024}};
@@ -116,7 +121,7 @@ int main() {
     for (auto& shape : shapes)
       for (double sparsity : {0.0, 0.5, 0.95, 1.0})
         for (int32_t kind : {BF16, FP16, FP32, INT8, INT4})
-          for (int64_t group : {(int64_t)64, (shape[1] + 63) / 64 * 64})
+          for (int64_t group : groups_of(kind, shape[1]))
             for (int32_t x_kind : {BF16, FP16, FP32})
               for (int64_t tokens : {1, 2, 3, 4, 9}) check(isa, shape[0], shape[1], sparsity, kind, group, x_kind, tokens);
     printf("%s: checked\n", isa);
