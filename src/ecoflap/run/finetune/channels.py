@@ -35,12 +35,14 @@ class Channels:
     """The channels of one UPop.
 
     Attributes:
+        recipe: says how to search.
         groups: those that can leave.
         journal: the folder of the run's journal.
         kept: of each group, which units stay; None before the search has ended.
         losses: of the search.
     """
 
+    recipe: UPop
     groups: tuple[ChannelGroup, ...]
     journal: Path
     kept: Kept | None = None
@@ -52,12 +54,12 @@ class Channels:
         return read_sealed(self.journal / FOUND) is not None and (self.journal / WEIGHTS).is_file()
 
     def search(
-        self, model: nn.Module, anatomy: Anatomy, data: TrainingData, recipe: UPop, objective: Objective,
+        self, model: nn.Module, anatomy: Anatomy, data: TrainingData, objective: Objective,
         distillation: Distillation | None, progress: Progress,
     ) -> None:  # fmt: skip
         """Trains with masks, ranks the channels and keeps the outcome in the journal."""
         folder = self.journal / SEARCH
-        found = search(model, anatomy, self.groups, data, recipe, objective, distillation, str(folder), progress)
+        found = search(model, anatomy, self.groups, data, self.recipe, objective, distillation, str(folder), progress)
         zero_channels(model, self.groups, found.kept)
         write_tensors(self.journal / WEIGHTS, dict(model.named_parameters()))
         kept = {name: stays.tolist() for name, stays in found.kept.items()}

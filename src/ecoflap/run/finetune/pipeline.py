@@ -11,35 +11,26 @@ from typing import Any
 
 import torch
 
-from ecoflap.data.class_names import class_names, class_templates
-from ecoflap.data.objectives import Objective, objective_name, resolve
-from ecoflap.data.sources import check_source
-from ecoflap.errors import CheckpointError, InvalidOption
-from ecoflap.model.channels import ChannelGroup
+from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import DTYPES, Checkpoint, load
-from ecoflap.model.compute import settled
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.save import save, stored_bytes
 from ecoflap.pruning.keep_zeros import keep_zeros
 from ecoflap.run import names as files
-from ecoflap.run.evaluations import Evaluation, check_evaluations, evaluate, evaluations_of, rehearse
+from ecoflap.run.evaluations import Evaluation, evaluate, evaluations_of
 from ecoflap.run.finetune.channels import Channels
-from ecoflap.run.finetune.data import TrainingData, described, digests, training_data
 from ecoflap.run.finetune.distillation import Distillation
 from ecoflap.run.finetune.folder import TRAINING, FinetuneDirectory
-from ecoflap.run.finetune.lora import adapted, check_peft, merged
-from ecoflap.run.finetune.options import check_training_options
+from ecoflap.run.finetune.lora import adapted, merged
+from ecoflap.run.finetune.prepare import Plan, prepare_finetune, weights_of
 from ecoflap.run.finetune.recipe import EMBEDDED, Finetune
 from ecoflap.run.finetune.train import Training, in_dtype, train
-from ecoflap.run.finetune.upop import find_groups
-from ecoflap.run.finetune.upop_recipe import UPop
 from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.pages import PAGES
 from ecoflap.run.pipeline import MACHINE, STAGES
-from ecoflap.run.prepare import find_layers
-from ecoflap.run.provenance import Usage, environment, measured, source_digest, sparsity_of, threads_of_start
+from ecoflap.run.provenance import Usage, environment, measured, sparsity_of, threads_of_start
 from ecoflap.run.quality import paired_results, record
 from ecoflap.support.files import check_room, read_sealed, write_sealed
 from ecoflap.support.progress import Labelled, Progress, Silent
@@ -48,35 +39,11 @@ _log = logging.getLogger("ecoflap")
 _Results = dict[str, dict[str, Any]]  # of each evaluation: its "result", and what pairs it with another model's
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the stages work on."""
-
-    recipe: Finetune
-    checkpoint: Checkpoint
-    anatomy: Anatomy
-    data: TrainingData
-    objective: Objective
-    objective_name: str
-    groups: tuple[ChannelGroup, ...] | None = None  # of UPop
-
-    def choices(self) -> Iterator[str]:
-        guessed = self.data.samples.columns and not self.recipe.columns
-        yield described(self.data) + (" (columns guessed; --columns sets them)" if guessed else "")
-        chosen = "" if self.recipe.objective else " (by the model's class; --objective sets it)"
-        yield f"objective: {self.objective_name}{chosen}"
-
-    def inputs(self) -> dict[str, str]:
-        tests = {f"test data of {entry.name}": entry.test for entry in evaluations_of(self.recipe)}
-        known = {what: digest for what, source in tests.items() if source and (digest := source_digest(source))}
-        return {**digests(self.recipe, self.data), **known, "device": self.checkpoint.model.device.type}
-
-
 @dataclass
 class _Job:
     """A fine-tuning under way."""
 
-    plan: _Plan
+    plan: Plan
     run: FinetuneDirectory
     progress: Progress
     usages: list[Usage]
@@ -134,42 +101,6 @@ def run_finetune(
         return run.path
 
 
-def prepare_finetune(recipe: Finetune) -> _Plan:
-    """Loads and checks all that a resolved recipe names, so that no input can stop the run half-way.
-
-    Raises:
-        EcoflapError: a subclass says what is wrong and how to fix it.
-    """
-    if recipe.tune == "lora":
-        check_peft()
-    if (recipe.distill or recipe.distill_hidden) and recipe.dense is None:
-        raise InvalidOption("distilling needs the dense model: give --dense MODEL")
-    check_training_options(recipe)
-    class_names(recipe.classes), class_templates(recipe.class_prompts)
-    for source in (recipe.train, recipe.validation):
-        check_source(source, recipe.image_folder)
-    for entry in check_evaluations(recipe):
-        check_source(entry.test, entry.image_folder)
-    checkpoint = load_checkpoint(_of_model(recipe), recipe.title)
-    if not isinstance(recipe, UPop):
-        keep_zeros(checkpoint.model)  # raises where there are none
-    recipe = recipe.model_copy(update={"compute_dtype": settled(recipe.compute_dtype, checkpoint.model)})
-    name = objective_name(recipe.objective, checkpoint.model)
-    objective = resolve(name, checkpoint.model)
-    data = training_data(recipe, checkpoint)
-    anatomy = find_layers(recipe, checkpoint.model, [data.first(recipe.batch_size)], objective)
-    groups = None
-    if isinstance(recipe, UPop):
-        groups = find_groups(checkpoint.model, anatomy, data, objective, recipe.sparsity)
-    rehearse(checkpoint, recipe)
-    return _Plan(recipe, checkpoint, anatomy, data, objective, name, groups)
-
-
-def _of_model(recipe: Finetune) -> Finetune:
-    """The recipe with the place of the weights as its model, in the checkpoint's own dtype."""
-    return recipe.model_copy(update={"model": recipe.source, "dtype": "auto"})
-
-
 def _stages(job: _Job) -> None:
     run, plan = job.run, job.plan
     entries = evaluations_of(plan.recipe)
@@ -207,8 +138,8 @@ def _stages(job: _Job) -> None:
     _log.info("complete: %s", run.path)
 
 
-def _channels(plan: _Plan, run: FinetuneDirectory) -> Channels | None:
-    return None if plan.groups is None else Channels(plan.groups, run.path / files.JOURNAL)
+def _channels(plan: Plan, run: FinetuneDirectory) -> Channels | None:
+    return None if plan.groups is None else plan.recipe.channels(plan.groups, run.path / files.JOURNAL)
 
 
 def _search(job: _Job, teacher: Checkpoint | None) -> None:
@@ -216,15 +147,12 @@ def _search(job: _Job, teacher: Checkpoint | None) -> None:
     plan, channels = job.plan, job.channels
     if channels is None or (read_sealed(job.run.path / TRAINING) is not None and not channels.searched):
         return
-    assert isinstance(plan.recipe, UPop)
     model = plan.checkpoint.model
     if not channels.searched:
         check_room(job.run.path, 7 * sum(p.numel() * 4 for p in model.parameters()), "the checkpoints")
         with job.stage("search"):
             back = _in_training_dtype(plan)
-            channels.search(
-                model, plan.anatomy, plan.data, plan.recipe, plan.objective, _distillation(job, teacher), job.progress
-            )
+            channels.search(model, plan.anatomy, plan.data, plan.objective, _distillation(job, teacher), job.progress)
             back()
     channels.restore(model)
 
@@ -286,7 +214,7 @@ def _trained(
     if training.best == 0:
         _log.warning("no evaluation had a lower held-out loss than the pruned model, so its weights are kept")
         if job.channels is None:
-            model = load_checkpoint(_of_model(plan.recipe)).model
+            model = load_checkpoint(weights_of(plan.recipe)).model
         else:
             job.channels.restore(model)
     checkpoint = replace(plan.checkpoint, model=model.eval())
@@ -308,7 +236,7 @@ def _training(known: Mapping[str, Any]) -> Training:
     return Training(known["steps"], known["planned"], known["best"], **pairs)
 
 
-def _in_training_dtype(plan: _Plan) -> Callable[[], None]:
+def _in_training_dtype(plan: Plan) -> Callable[[], None]:
     dtype = plan.recipe.dtype
     return in_dtype(plan.checkpoint.model, torch.float32 if dtype == "auto" else DTYPES[dtype])
 

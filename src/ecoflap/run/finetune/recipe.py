@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,15 @@ from ecoflap.run.names import COMPARISON, MODEL, RECIPE, TRAIN
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.trust import refuse_code
 from ecoflap.support.reading import read_yaml
+
+if TYPE_CHECKING:  # a recipe is read without torch
+    from torch import nn
+
+    from ecoflap.data.objectives import Objective
+    from ecoflap.model.channels import ChannelGroup
+    from ecoflap.model.parts import Anatomy
+    from ecoflap.run.finetune.channels import Channels
+    from ecoflap.run.finetune.data import TrainingData
 
 # Fields of a run's recipe that mean something here; the others set how to prune and what to calibrate on.
 _SHARED = (
@@ -132,6 +141,31 @@ class Finetune(Recipe):
         """Where the weights are: the run's model, or the model that was named."""
         run = run_of(str(self.model))
         return str(self.model if run is None else run / MODEL)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Whether ``model`` can be trained.
+
+        Raises:
+            AnatomyError: it has no zeros to keep.
+        """
+        from ecoflap.pruning.keep_zeros import keep_zeros  # imports torch, which reading a recipe does not need
+
+        keep_zeros(model)
+
+    def channel_groups(
+        self, model: nn.Module, anatomy: Anatomy, data: TrainingData, objective: Objective
+    ) -> tuple[ChannelGroup, ...] | None:
+        """The channels that can leave while the model is trained; None: all stay.
+
+        Raises:
+            AnatomyError: there are none.
+            InfeasibleAllocation: they have fewer weights than are to leave.
+        """
+        return None
+
+    def channels(self, groups: tuple[ChannelGroup, ...], journal: Path) -> Channels | None:
+        """The search among ``groups``, whose state is in the folder ``journal``; None: there is no search."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields that decide something, as plain YAML and JSON types."""

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
 from ecoflap.errors import InvalidOption
 from ecoflap.run.finetune.recipe import EMBEDDED, MOST_EPOCHS, NOT_HERE, RATES, Finetune, run_of
+
+if TYPE_CHECKING:  # a recipe is read without torch
+    from torch import nn
+
+    from ecoflap.data.objectives import Objective
+    from ecoflap.model.channels import ChannelGroup
+    from ecoflap.model.parts import Anatomy
+    from ecoflap.run.finetune.channels import Channels
+    from ecoflap.run.finetune.data import TrainingData
 
 UPDATES = 50  # of the masks in a search, where the recipe does not set how often
 HIDDEN = frozenset({"tune", "rank", "dense"})  # fields of a fine-tuning that have one value here
@@ -64,3 +74,20 @@ class UPop(Finetune):
     def source(self) -> str | None:
         """Where the dense weights are; None: in the package."""
         return self.model
+
+    def check_model(self, model: nn.Module) -> None:
+        """Any dense model can be trained."""
+
+    def channel_groups(
+        self, model: nn.Module, anatomy: Anatomy, data: TrainingData, objective: Objective
+    ) -> tuple[ChannelGroup, ...]:
+        """The channels that can leave, found on the first samples."""
+        from ecoflap.run.finetune.upop import find_groups  # imports torch
+
+        return find_groups(model, anatomy, data, objective, self.sparsity)
+
+    def channels(self, groups: tuple[ChannelGroup, ...], journal: Path) -> Channels:
+        """UPop's search among ``groups``."""
+        from ecoflap.run.finetune.channels import Channels  # imports torch
+
+        return Channels(self, groups, journal)
