@@ -106,7 +106,7 @@ def test_a_path_is_looked_for_before_a_model_is_loaded(
 def test_numbers_without_end(prune: Command) -> None:
     for option in ("--batch-size", "--test-batch-size", "--seed"):
         prune(option, "9" * 30).refused(option, "less than")
-    prune("--recover", "--recover-options", "steps=" + "9" * 30).refused("steps", "100000")
+    prune("--recover", "--recover-options", "steps=" + "9" * 30).refused("steps", "100,000")
     prune("--recover", "--recover-options", "damping=.inf").refused("damping")
     prune("--sparsity", "inf").refused("--sparsity")
 

@@ -19,6 +19,7 @@ def sparse(rows, columns, sparsity, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     weight[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    weight[weight.to(dtype).float() == 0] = 0  # no -0 by rounding: of a small matrix one may be more than 1 %
     return weight.to(dtype)
 
 
