@@ -14,13 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ecoflap.errors import InvalidOption, NonFiniteLoss
+from ecoflap.errors import NonFiniteLoss
 from ecoflap.importance.base import ImportanceMeasure, ProbeContext
 from ecoflap.importance.scores import Estimate
 from ecoflap.model.offload import read_weight
 from ecoflap.model.parts import Layer
 from ecoflap.statistics.inputs import InputStatistics
-from ecoflap.support.ranges import check_positive
+from ecoflap.support.ranges import check_positive, check_range
 from ecoflap.support.registry import unknown
 
 SCOPES = ("block", "layer")
@@ -30,12 +30,6 @@ def check_scope(scope: str) -> None:
     """Raises UnknownName for an unknown scope."""
     if scope not in SCOPES:
         raise unknown("scope", scope, list(SCOPES))
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raises InvalidOption for a number outside of ``low`` to ``high``."""
-    if not low <= value <= high:
-        raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
 
 
 def one_estimate_per_layer(

@@ -204,10 +204,8 @@ class Offloaded:
             value: the new values.
             file: a safetensors file that holds them under the parameter's name.
         """
-        slot = self._slot(name)
-        assert slot is not None
-        for hook, key in self._places[id(slot.placeholder)]:
-            weights, full = _whole_map(hook.weights_map, key)
+        assert self._slot(name) is not None
+        for weights, full in self._origins([name]):
             kept = _value(weights, full)
             if kept is None:
                 weights.index[full] = {"safetensors_file": str(file), "weight_name": name}

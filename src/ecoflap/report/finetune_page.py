@@ -130,8 +130,8 @@ def tests(metrics: FinetuneMetrics) -> Iterator[Test]:
         lines = [Line(whole.label, whole.values, gain)]
         for other in tuned.others:
             found = [q.others.get(other, OtherMetric()) for q in models]
-            line, of_other = _line(other, other, unit, [(q.value, q.stderr) for q in found]), pair and pair.others
-            gain = formats.paired_change(other, (of_other or {}).get(other), found[1].value, unit=unit)
+            line = _line(other, other, unit, [(one.value, one.stderr) for one in found])
+            gain = formats.paired_change(other, PairedDifference.of_other(pair, other), found[1].value, unit=unit)
             lines.append(Line(line.label, line.values, line.gain + gain))
         for group in tuned.by_group or {}:
             line = _line(tuned.group_label(group), metric, unit, [q.of_group(group) for q in models])

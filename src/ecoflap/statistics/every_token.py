@@ -175,10 +175,13 @@ class EveryToken(Gatherer):
         super().check()
         for layer in self._block.layers:
             path = layer.mixture
-            right = path in self._seen_at_once if path in self._at_once else True
-            if path in self._turned:
+            if not layer.stacked:
+                right = path in self._seen_to_copy
+            elif path in self._turned:
                 right = self._turned[path].obeyed
-            if not (right if layer.stacked else path in self._seen_to_copy):
+            else:
+                right = path not in self._at_once or path in self._seen_at_once
+            if not right:
                 self.release(layer)
 
 

@@ -20,6 +20,12 @@ def check_positive(name: str, value: float, most: float = LARGEST) -> None:
         raise InvalidOption(f"{name} must be above 0 and at most {most:,g}, not {_shown(value)}")
 
 
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises InvalidOption for a number outside of ``low`` to ``high``."""
+    if not low <= value <= high:
+        raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
+
+
 def _shown(value: object) -> str:
     """The value, cut off where it is long; Python refuses to write whole numbers of many thousand digits."""
     if isinstance(value, int) and value.bit_length() > 100:

@@ -17,6 +17,7 @@ from ecoflap.evaluation.paired import Samples
 from ecoflap.model.kept_weights import KeptWeights
 from ecoflap.model.packed.convert import packable, stackable
 from ecoflap.model.packed.format import STORED, pack_weight, packed_bytes, unpack_weight, worth_packing
+from ecoflap.model.packed.stack import as_packed
 from ecoflap.run.compare.folder import CELLS, GridDirectory
 from ecoflap.run.compare.record import DenseTest, Quality, StoredFile, quality_of, samples_of
 
@@ -133,7 +134,7 @@ class StoredForms:
         for name, _, parameter, turned, flat in stackable(self._model):
             if name in left:
                 left.remove(name)
-                matrices = parameter.view(flat, -1, parameter.shape[1]) if flat else parameter
+                matrices = as_packed(parameter, transposed=False, count=flat)  # views, which are written to
                 yield from ((parameter, one.t() if turned else one) for one in matrices)
 
 

@@ -166,10 +166,7 @@ def _value(test: Test, value: float | None, error: float | None) -> str:
 
 @dataclass(frozen=True)
 class StoredRow:
-    """Models in one form: mean bytes and bits a weight, and by test their figures and their change from the dense one.
-
-    ``changes`` are texts; "" where nothing is paired.
-    """
+    """Models in one form: mean bytes and bits a weight, and by test figures and differences from the dense one."""
 
     title: str
     form: str
@@ -199,10 +196,8 @@ def stored_rows(comparison: Comparison) -> Iterator[StoredRow]:
                 if found := [cell.stored[form] for cell in cells if form in cell.stored]:
                     size = sum(stored.bytes for stored in found) // len(found)
                     bits = sum(stored.bits for stored in found) / len(found)
-                    title, pairs = (
-                        f"{method.title} at {sparsity:g}",
-                        comparison.stored_against(method.name, sparsity, form),
-                    )
+                    title = f"{method.title} at {sparsity:g}"
+                    pairs = comparison.stored_against(method.name, sparsity, form)
                     rows.append(StoredRow(title, form, size, bits, _figures(found), pairs))
     yield from sorted(rows, key=lambda row: -row.bytes)
 
