@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, MissingDependency
 from ecoflap.model.device_map import dispatching
-from ecoflap.model.files import FLOATS, Files, is_open_clip, locate, quantisation, quiet
+from ecoflap.model.files import BITMASK, FLOATS, Files, is_open_clip, locate, quantisation, quiet
 from ecoflap.model.gguf_metadata import parsed_once
 from ecoflap.model.open_clip import load_open_clip
+from ecoflap.model.packed.reading import PACKED_KEYS, plain_weights
 from ecoflap.model.processor import load_processor
 from ecoflap.support.text import first_line
 
@@ -95,8 +96,8 @@ def load(
         _require_gguf()
         if device_map is not None:
             raise InvalidOption(f"a GGUF file is unpacked in memory: leave out device_map {device_map}")
-    if (floats := _floats(files)) and device_map is not None:
-        raise InvalidOption(f"{floats} weights are unpacked in memory: leave out device_map {device_map}")
+    if (form := _unpacked(files)) and device_map is not None:
+        raise InvalidOption(f"{form} weights are unpacked in memory: leave out device_map {device_map}")
     once = nullcontext() if files.gguf_file is None else parsed_once()
     with quiet(), once, dispatching(device_map, max_memory) as dispatch:
         model_class = _model_class(files, trust_remote_code)
@@ -214,6 +215,8 @@ def _load_model(
 ) -> tuple[PreTrainedModel, list[str]]:
     # Always given: without a value, transformers asks on the terminal.
     options: dict[str, Any] = {**spread, "trust_remote_code": trust_remote_code}
+    place: Path | None = files.folder
+    form = _unpacked(files)
     bars: AbstractContextManager[object] = nullcontext()
     if files.gguf_file is not None:
         bars = redirect_stderr(io.StringIO())  # its reader draws a bar that no setting of transformers stops
@@ -222,13 +225,14 @@ def _load_model(
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    floats = _floats(files)
-    if floats:
-        options["quantization_config"] = getattr(transformers, FLOATS[floats])(dequantize=True)
+    if form in FLOATS:
+        options["quantization_config"] = getattr(transformers, FLOATS[form])(dequantize=True)
+    if form == BITMASK:  # compressed-tensors no longer reads it
+        place, options = None, {**options, **_unpacked_in_memory(files, trust_remote_code)}
     try:
         with bars:
             model, info = model_class.from_pretrained(
-                files.folder,
+                place,
                 dtype=DTYPES.get(dtype, "auto"),
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # reported below, with names
@@ -239,21 +243,47 @@ def _load_model(
         raise
     except Exception as error:  # transformers raises many kinds for a bad checkpoint
         raise CheckpointError(f"'{name}' cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
-    if files.gguf_file is not None or floats:
+    if place is None:
+        _as_from(model, files.folder)
+    if files.gguf_file is not None or form in FLOATS:
         # The weights are plain now; with the record of their former packing the model would refuse to be saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    if floats:
+    if form in FLOATS:
         vars(model).pop("_weight_conversions", None)  # by which saving would pack them again
-    told = [f"'{name}' is stored in {floats}: unpacked to {_short(model)}, pruned and saved so"] if floats else []
+    told = [f"'{name}' is stored in {form}: unpacked to {_short(model)}, pruned and saved so"] if form else []
     return model, told + _review(info, name, type(model).__name__)
 
 
-def _floats(files: Files) -> str:
-    """The format of small floats that the weights are stored in; "" for any other."""
+def _unpacked(files: Files) -> str:
+    """The format of weights that are unpacked while they are loaded, small floats or BITMASK; "" for any other."""
     method = quantisation(files.config) if files.gguf_file is None else None
-    return method if method in FLOATS and method is not None else ""
+    return method if method is not None and (method in FLOATS or method == BITMASK) else ""
+
+
+def _unpacked_in_memory(files: Files, trust_remote_code: bool) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a ``sparse-bitmask`` folder: its plain configuration and its dense weights.
+
+    Raises:
+        CheckpointError: either is damaged.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            files.folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises many kinds for a bad configuration
+        raise CheckpointError(f"the configuration in '{files.folder}' can't be used: {first_line(error)}") from error
+    for key in PACKED_KEYS:
+        vars(config).pop(key, None)
+    return {"config": config, "state_dict": plain_weights(files.folder)}
+
+
+def _as_from(model: PreTrainedModel, folder: Path) -> None:
+    """What ``from_pretrained`` does only with a folder: the model's name, and how it generates."""
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _short(model: torch.nn.Module) -> str:

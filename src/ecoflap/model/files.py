@@ -141,10 +141,8 @@ def _from_folder(folder: Path, gguf_file: str | None) -> Files:
         return _without_config(folder, names)
     config = read_config(folder)
     if method := quantisation(config):
-        if method == PACKED or method in FLOATS:
+        if method in (PACKED, BITMASK) or method in FLOATS:
             return Files(folder, config, None, _shards(folder, names, config))
-        if method == BITMASK:
-            raise CheckpointError(f"'{folder}' is packed by compressed-tensors: unpack it first, with 'ecoflap unpack'")
         raise CheckpointError(
             f"the weights in '{folder}' are quantised ({method}), so there are no single weights to prune: "
             "give the unquantised checkpoint"
@@ -195,7 +193,7 @@ def quantisation(config: dict[str, Any]) -> str | None:
     if not found:
         return None
     sparsity = found.get("sparsity_config")
-    plain = not found.get("config_groups") and found.get("quantization_status") in (None, "ignored")
+    plain = not found.get("config_groups")  # whatever the status: what is quantised has a scheme there
     formats = (found.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None)
     if plain and BITMASK in formats:
         return BITMASK

@@ -1,5 +1,6 @@
 """Checkpoint folders packed and unpacked: to the bit, with all that lies beside, and never a crash on damaged ones."""
 
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -127,6 +128,7 @@ def former(source, folder, where, style):
     sparsity = {"format": "sparse-bitmask", "global_sparsity": 0.7, "sparsity_structure": "unstructured"}
     config[where] = sparsity if where == "sparsity_config" else {
         "quant_method": "compressed-tensors", "format": "dense", "sparsity_config": sparsity,
+        "quantization_status": "compressed",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -137,11 +139,46 @@ def former(source, folder, where, style):
 def test_former_sparse_bitmask_files(style, where, tmp_path):
     source = pruned("llama", tmp_path / "pruned")
     old = former(source, tmp_path / "old", where, style)
-    if where != "sparsity_config":
-        with pytest.raises(CheckpointError, match="ecoflap unpack"):
-            ecoflap.load(old)
+    (old / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    found = ecoflap.load(old)
+    expected = ecoflap.load(source)
+    assert "sparse-bitmask" in found.warnings[0]
+    assert type(found.model) is type(expected.model)
+    assert found.model.generation_config.max_new_tokens == 7
+    assert found.model.config.name_or_path == str(old)
+    weights = found.model.state_dict()
+    assert set(weights) == set(expected.model.state_dict())
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.model.state_dict().items())
+    found.model.save_pretrained(tmp_path / "saved")  # as a plain model
+    assert same(source, tmp_path / "saved")
+    assert not {"quantization_config", "sparsity_config", "compression_config"} & set(
+        json.loads((tmp_path / "saved" / "config.json").read_text())
+    )
     unpack_checkpoint(old, tmp_path / "plain")
     assert same(source, tmp_path / "plain")
+
+
+def test_former_files_that_cannot_be_loaded(tmp_path):
+    old = former(pruned("llama", tmp_path / "pruned"), tmp_path / "old", "quantization_config", "layer")
+    with pytest.raises(InvalidOption, match="device_map disk"):
+        ecoflap.load(old, device_map="disk")
+    pack_checkpoint(old, tmp_path / "packed")  # ours from theirs
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "ours")
+    assert same(tmp_path / "pruned", tmp_path / "ours")
+    config = json.loads((old / "config.json").read_text())
+    config["quantization_config"]["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}}}
+    (old / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantised"):
+        ecoflap.load(old)
+    with pytest.raises(CheckpointError, match="not packed"):
+        unpack_checkpoint(old, tmp_path / "plain")
+    del config["quantization_config"]["config_groups"]
+    (old / "config.json").write_text(json.dumps(config))
+    stored = tensors(old)
+    name = next(one for one in stored if one.endswith("row_offsets"))
+    save_file({**stored, name: stored[name] + 1}, old / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="damaged"):
+        ecoflap.load(old)
 
 
 def test_refusals(tmp_path):
@@ -219,6 +256,9 @@ def test_any_byte_may_be_wrong(data, packed_folders, tmp_path):
         line = str(error)
     assert "\n" not in line
     assert (tmp_path / "out").exists() == (not line)
+    if file.name == "model.safetensors":
+        with contextlib.suppress(EcoflapError):
+            ecoflap.load(broken)
 
 
 def test_the_commands(run, tmp_path):

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import DTYPES, empty_model, load
-from ecoflap.model.files import BITMASK, INDEX, PACKED, locate, quantisation, read_config, safetensors_of
-from ecoflap.model.packed.checks import from_tensors
+from ecoflap.model.files import BITMASK, INDEX, PACKED, locate, quantisation, read_config
 from ecoflap.model.packed.convert import PackedModel, pack
-from ecoflap.model.packed.format import PARTS, checked_group_size, unpack_weight
+from ecoflap.model.packed.format import checked_group_size
+from ecoflap.model.packed.reading import PACKED_KEYS, Unpacking, plain_files
 from ecoflap.model.packed.shards import names_in_files, pack_shards, too_large
-from ecoflap.model.packed.stack import SUFFIX, as_stored
 from ecoflap.model.replace import check_apart, check_replaceable
 from ecoflap.model.save import replacing, save
 from ecoflap.support.files import default_mode, storage
-from ecoflap.support.text import first_line
 
 CARD = "README.md"
 _HEADING = "## Packed weights"
@@ -80,6 +76,8 @@ def pack_checkpoint(
     if files is not None and quantisation(files.config) == PACKED:
         raise CheckpointError(f"'{source}' is packed already: 'ecoflap unpack' writes the plain checkpoint")
     if files is not None and too_large(files):
+        if quantisation(files.config) == BITMASK:
+            raise CheckpointError(f"'{source}' would fill the memory: unpack it first, with 'ecoflap unpack'")
         told = pack_shards(files, output, values, size, overwrite=overwrite, trust_remote_code=trust_remote_code)
         folder, before = Path(output).expanduser().absolute(), sum(shard.stat().st_size for shard in files.shards)
     else:
@@ -114,8 +112,8 @@ def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool
         for file in source.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):
                 shutil.copyfile(file, folder / file.name)
-        _write_weights(source, folder, _Unpacking.of(config, source), method == PACKED)
-        plain = {key: value for key, value in config.items() if key not in _PACKED_KEYS}
+        _write_weights(source, folder, _unpacking(config, source), method == PACKED)
+        plain = {key: value for key, value in config.items() if key not in PACKED_KEYS}
         (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", "utf-8")
         if (card := folder / CARD).is_file():
             card.write_text(_plain_card(card.read_text("utf-8", "surrogateescape")), "utf-8", "surrogateescape")
@@ -124,95 +122,32 @@ def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool
     return Path(output)
 
 
-_PACKED_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+def _unpacking(config: dict[str, Any], folder: Path) -> Unpacking:
+    ours = config.get("quantization_config") or {}
+    size, turned, flat = ours.get("group_size", 0), ours.get("transposed", []), ours.get("flat", [])
+    if not (isinstance(size, int) and isinstance(turned, list) and isinstance(flat, list)):
+        raise CheckpointError(f"the quantization_config of '{folder}' is damaged: download or pack the model again")
+    dtype = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+    return Unpacking(dtype, size, tuple(str(name) for name in turned), tuple(str(name) for name in flat))
 
 
-@dataclass(frozen=True)
-class _Unpacking:
-    """How the packed weights of a folder are read."""
-
-    dtype: torch.dtype
-    group_size: int
-    transposed: tuple[str, ...]
-    flat: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: dict[str, Any], folder: Path) -> _Unpacking:
-        ours = config.get("quantization_config") or {}
-        size, turned, flat = ours.get("group_size", 0), ours.get("transposed", []), ours.get("flat", [])
-        if not (isinstance(size, int) and isinstance(turned, list) and isinstance(flat, list)):
-            raise CheckpointError(f"the quantization_config of '{folder}' is damaged: download or pack the model again")
-        dtype = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
-        return cls(dtype, size, tuple(str(name) for name in turned), tuple(str(name) for name in flat))
-
-    def weight(self, name: str, parts: dict[str, Tensor]) -> Tensor:
-        packed = from_tensors(parts, name, self.group_size)
-        dense = unpack_weight(packed, self.dtype if packed.scales is not None else None)
-        layer = name.removesuffix(".weight")
-        turned, flat = (
-            any(layer == path or layer.endswith(f".{path}") or path.endswith(f".{layer}") for path in paths)
-            for paths in (self.transposed, self.flat)
-        )
-        return as_stored(dense, turned, flat and dense.dim() == 3)
-
-
-def _write_weights(source: Path, folder: Path, unpacking: _Unpacking, ours: bool) -> None:
-    files = safetensors_of(source)
+def _write_weights(source: Path, folder: Path, unpacking: Unpacking, ours: bool) -> None:
     model: nn.Module | None = None
-    places: dict[str, Path] = {}
-    try:
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                places |= dict.fromkeys(opened.keys(), file)
-        packed = _packed_names(places)
-        inside = {part for parts in packed.values() for part in parts.values()}
-        index: dict[str, str] = {}
-        total = 0
-        for file in files:
-            tensors: dict[str, Tensor] = {}
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                    if name not in inside:
-                        tensors[name] = opened.get_tensor(name)
-            for name, parts in packed.items():
-                if places[parts["compressed"]] == file:
-                    weight = unpacking.weight(name, {part: _tensor(places, key) for part, key in parts.items()})
-                    if ours and parts["compressed"].endswith(f"{SUFFIX}.compressed"):
-                        model = model or empty_model(locate(source))
-                        tensors |= names_in_files(model, {name: weight})
-                    else:
-                        tensors[name] = weight
-            total += sum(tensor.nbytes for tensor in tensors.values())
-            index |= dict.fromkeys(tensors, file.name)
-            save_file(tensors, folder / file.name, {"format": "pt"})
-    except SafetensorError as error:
-        raise CheckpointError(f"a weight file of '{source}' can't be read ({first_line(error)})") from error
+
+    def names_of_stack(name: str, weight: Tensor) -> dict[str, Tensor]:
+        nonlocal model
+        model = model or empty_model(locate(source))
+        return names_in_files(model, {name: weight})
+
+    index: dict[str, str] = {}
+    total = 0
+    for file, tensors in plain_files(source, unpacking, names_of_stack if ours else None):
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        index |= dict.fromkeys(tensors, file.name)
+        save_file(tensors, folder / file.name, {"format": "pt"})
     if (source / INDEX).is_file():
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
-def _packed_names(places: dict[str, Path]) -> dict[str, dict[str, str]]:
-    """Name of each packed weight to its parts' names. Older files name the parts after the weight, ours the layer."""
-    groups: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in places:
-        layer, _, part = name.rpartition(".")
-        if part in PARTS:
-            groups[layer][part] = name
-    whole = {layer: parts for layer, parts in groups.items() if {"compressed", "bitmask"} <= set(parts)}
-    return {_weight_name(layer): parts for layer, parts in whole.items()}
-
-
-def _weight_name(layer: str) -> str:
-    if layer.endswith(SUFFIX):
-        return layer.removesuffix(SUFFIX)
-    return layer if layer.endswith(".weight") else f"{layer}.weight"
-
-
-def _tensor(places: dict[str, Path], name: str) -> Tensor:
-    with safe_open(places[name], framework="pt") as opened:
-        found: Tensor = opened.get_tensor(name)
-    return found
 
 
 def _weights(folder: Path) -> list[Path]:
