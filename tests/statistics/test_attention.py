@@ -175,7 +175,7 @@ def test_eager_and_fused_attention_choose_alike() -> None:
 def test_attention_that_cannot_be_seen_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     found = case("llava")
     monkeypatch.setattr(TextAttention, "_see_product", lambda *_, **__: None)
-    with pytest.raises(InvalidOption, match=r"can't see the attention of .*text\+top"):
+    with pytest.raises(InvalidOption, match=r"can't record the attention of .*text\+top"):
         api.prune(
             found.fresh(), found.padded, 0.5, importance="uniform", criterion="wanda", tokens="text+attended",
             loss=found.loss,

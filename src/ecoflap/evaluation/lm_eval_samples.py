@@ -1,4 +1,4 @@
-"""Reads the scores of single samples from what lm-eval logs, so that two models can be compared on the same samples."""
+"""Reads the scores of single samples from lm-eval's logs, so that two models can be compared on the same samples."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Logged:
     """One metric of the samples of one or several tasks, in the order of the tasks and of their documents.
 
     Attributes:
-        scores: more is better; with ``tokens`` negative log-likelihoods per word, byte or document instead.
-        tokens: words or bytes of each, which weigh it; empty for scores.
-        kinds: member of the group that each sample belongs to; empty where there is no group.
+        scores: more is better; with ``tokens``, negative log-likelihoods per word, byte or document.
+        tokens: number of words or bytes of each sample, its weight; empty for scores.
+        kinds: the group's member that each sample belongs to; empty if there is no group.
     """
 
     scores: list[float]
@@ -23,11 +23,11 @@ class Logged:
 
 
 def logged(found: Mapping[str, Any], leaves: Mapping[str, str | None], metric: str, kind: str) -> Logged | None:
-    """The values of ``metric`` after the filter ``kind``; None where a task does not log numbers, or less is better.
+    """The values of ``metric`` after the filter ``kind``; None if a task logs no numbers, or if less is better.
 
     Args:
         found: lm-eval's result.
-        leaves: task → the member of the asked group that it belongs to; None where no group was asked for.
+        leaves: from task to its member of the requested group; None if no group was requested.
     """
     values: list[Any] = []
     kinds: list[str] = []
@@ -46,7 +46,7 @@ def logged(found: Mapping[str, Any], leaves: Mapping[str, str | None], metric: s
 
 
 def _of_perplexity(values: Sequence[Any], kinds: list[str]) -> Logged | None:
-    """Of log-likelihoods, or of pairs of a log-likelihood and its number of words or bytes."""
+    """From log-likelihoods, or pairs of a log-likelihood and its number of words or bytes."""
     pairs = [value if isinstance(value, tuple | list) else (value, 1) for value in values]
     if not all(len(pair) == 2 and isinstance(pair[0], int | float) and pair[1] >= 1 for pair in pairs):
         return None
@@ -54,7 +54,7 @@ def _of_perplexity(values: Sequence[Any], kinds: list[str]) -> Logged | None:
 
 
 def leaves_of(found: Mapping[str, Any], name: str) -> dict[str, str | None]:
-    """The tasks with samples that ``name`` stands for, each with the member of ``name`` that it is under."""
+    """The tasks with samples in the group ``name``, each with the member of the group that contains it."""
     groups = found.get("group_subtasks", {})
 
     def under(member: str) -> Iterator[str]:

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Samples:
-    """What one model reached on each sample of a test.
+    """One model's score on each sample of a test.
 
     Attributes:
-        scores: more is better; with ``tokens``, negative log-likelihoods per token, of which less is better.
+        scores: more is better; with ``tokens``, negative log-likelihoods per token (less is better).
         index: number of each sample in its data.
-        kinds: the group that each sample belongs to; empty where there are none.
-        tokens: of each sample, whose value is the perplexity exp(Σ tokens·score / Σ tokens); empty for a mean score.
-        others: further metrics of the same test, by name: scores of each sample (more is better), whose mean is the
-            metric's value. Their samples may be others, such as captions beside pictures.
+        kinds: the group of each sample; empty if there are no groups.
+        tokens: of each sample, if the test's value is the perplexity exp(Σ tokens·score / Σ tokens); empty if it is the
+            mean score.
+        others: further metrics of the same test, by name: scores (more is better) whose mean is the metric's value.
+            They may have other samples, such as captions where the test's own samples are images.
     """
 
     scores: list[float]
@@ -36,7 +37,7 @@ class Samples:
 
     @classmethod
     def of(cls, result: TaskResult) -> Samples | None:
-        """Those of a task's result; None where it does not say them, or where they do not give its value."""
+        """The samples of a task's result; None if it has no scores of samples, or if these don't give its value."""
         if result.losses is not None:
             tokens = result.tokens or [1] * len(result.losses)
             found = cls(list(result.losses), list(range(len(tokens))), list(result.kinds or ()), list(tokens))
@@ -68,8 +69,8 @@ class Samples:
         return math.exp(min(total / sum(self.tokens), 700.0))
 
     def parts(self) -> list[float]:
-        """What each sample adds to n · value, to first order: a score; of a perplexity, value · tokens · loss / mean
-        tokens, by the delta method, but for a constant."""
+        """What each sample adds to n · value, to first order and up to a constant: its score; for a perplexity, by the
+        delta method, value · tokens · loss / mean tokens."""
         if not self.tokens:
             return self.scores
         value, mean = self.value, sum(self.tokens) / len(self.tokens)
@@ -82,7 +83,7 @@ class Samples:
         return self.taken(rows)
 
     def taken(self, rows: Sequence[int]) -> Samples:
-        """These rows, in this order; without the further metrics, whose samples may be others."""
+        """These rows, in this order; without the further metrics, which may have other samples."""
         return Samples(
             [self.scores[row] for row in rows], [self.index[row] for row in rows],
             [self.kinds[row] for row in rows] if self.kinds else [], [self.tokens[row] for row in rows] if self.tokens
@@ -90,23 +91,22 @@ class Samples:
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """As a run's journal and a comparison's cells keep it."""
+        """Plain types, for a run's journal and a comparison's cells."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """One model's quality less another's, on the samples that both answered.
+    """One model's quality minus another's, on the same samples.
 
     Attributes:
         difference: of the two values.
         stderr: of the difference; None for a single sample.
-        n: samples.
-        better, worse: samples on which the one model is better, or worse, than the other; the rest are equal.
-        p: of the sign test, two-sided and exact: how often samples that are better or worse by chance alone (one in
-            two) are at least so unequally many.
-        groups: the same of each group of samples.
-        others: the same of further metrics of the test.
+        n: number of samples.
+        better, worse: number of samples on which the first model is better, or worse; the rest are equal.
+        p: of the two-sided exact sign test.
+        groups: the same for each group of samples.
+        others: the same for further metrics of the test.
     """
 
     difference: float
@@ -128,11 +128,11 @@ class Paired:
 
 
 def paired(models: Sequence[Samples], others: Sequence[Samples]) -> Paired | None:
-    """``models`` less ``others``, sample by sample; None where they are not of the same samples.
+    """``models`` minus ``others``, sample by sample; None if their samples differ.
 
     Args:
-        models, others: one model each; or the models of several seeds, whose values and whose scores of each sample are
-            averaged, so that the error is that of the choice of samples, with these seeds.
+        models, others: one model each, or the models of several seeds. Values and scores are averaged over the seeds,
+            so that the standard error is that of the choice of samples, for these seeds.
     """
     if not models or not others or not models[0].index:
         return None
@@ -145,7 +145,7 @@ def paired(models: Sequence[Samples], others: Sequence[Samples]) -> Paired | Non
         rows = sorted(range(len(one.index)), key=lambda row: places[one.index[row]])
         in_order.append(one.taken(rows))
     if any(one.tokens != first.tokens for one in in_order):
-        return None  # other texts, or cut in another way
+        return None  # other texts, or tokenized differently
     ours, theirs = in_order[: len(models)], in_order[len(models) :]
     whole = replace(_difference(ours, theirs), others=_further(models, others))
     kinds = sorted({kind for kind in first.kinds if kind is not None})
@@ -156,7 +156,7 @@ def paired(models: Sequence[Samples], others: Sequence[Samples]) -> Paired | Non
 
 
 def _further(models: Sequence[Samples], others: Sequence[Samples]) -> dict[str, Paired]:
-    """The further metrics that all have, of the same samples in the same order."""
+    """The differences of further metrics that all models have on the same samples in the same order."""
     first, everyone = models[0], [*models, *others]
     if any(one.index != first.index for one in everyone):
         return {}
@@ -188,7 +188,7 @@ def _difference(models: Sequence[Samples], others: Sequence[Samples]) -> Paired:
 
 
 def _stderr(parts: Sequence[float]) -> float | None:
-    """s/√n; None for a single sample, and for perplexities of broken models that no float holds."""
+    """s/√n; None for a single sample, and for perplexities of broken models that overflow a float."""
     n = len(parts)
     try:
         mean = _mean(parts)

@@ -1,4 +1,4 @@
-"""Finds the experts of a mixture inside a block: lists of like modules of which a router picks some for each token."""
+"""Finds the mixtures of experts inside a block: several modules or matrices, of which a router picks some per token."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ExpertGroup:
 
     Attributes:
         path: of the list of experts, or of the module that holds them as one stacked parameter.
-        elements: paths of the experts; empty where they are stacked.
-        size: number of experts, with those that only hand a token on.
+        elements: paths of the experts; empty if they are stacked.
+        size: number of experts, including identity experts.
     """
 
     path: str
@@ -29,16 +29,16 @@ class ExpertGroup:
 
     @property
     def home(self) -> str:
-        """The module that holds experts and router."""
+        """Path of the module that holds experts and router."""
         return self.path.rpartition(".")[0]
 
 
 def expert_groups(model: nn.Module, blocks: Iterable[str], trace: Trace | None = None) -> list[ExpertGroup]:
     """The mixtures inside ``blocks``.
 
-    A ``ModuleList`` or ``ModuleDict`` of two or more modules of one class with matrices is one, unless the traced
-    forward handed a tensor from one element to the next (that is a chain); so is a module with experts in its name
-    whose parameters are stacked along a first dimension of the same size.
+    A ``ModuleList`` or ``ModuleDict`` of two or more modules of one class with matrices is a mixture, unless the traced
+    forward passed a tensor from one element to the next (that is a chain). A module with "expert" in its name or class
+    and stacked parameters is one, too.
     """
     found: list[ExpertGroup] = []
     for block in blocks:
@@ -72,7 +72,7 @@ def _stacked(path: str, module: nn.Module) -> list[ExpertGroup]:
 
 
 def _flat(path: str, module: nn.Module, trace: Trace | None) -> list[ExpertGroup]:
-    """Matrices that the traced forward showed to lie one above another (DBRX), under the name of all the experts."""
+    """A mixture whose matrices are concatenated in a 2-dimensional parameter, as the traced forward showed (DBRX)."""
     stacks = {} if trace is None else trace.stacked
     counts = {stack.count for leaf in module._parameters if (stack := stacks.get(f"{path}.{leaf}")) and stack.flat}
     if len(counts) != 1:
@@ -82,23 +82,22 @@ def _flat(path: str, module: nn.Module, trace: Trace | None) -> list[ExpertGroup
 
 
 def slices_in_use(module: nn.Module, count: int, reached: int) -> int:
-    """How many of a stack's ``count`` slices are some expert's: as many as each stack of the module has.
+    """How many of a stack's ``count`` slices belong to an expert: the least number that a stack of the module has.
 
-    Where experts do nothing but pass a token on, one stack may have slices for them, too, by which nothing is ever
-    multiplied (LongCat-Flash).
+    If a mixture has identity experts, one stack may have slices for them that are never multiplied by (LongCat-Flash).
 
     Args:
-        reached: number of slices up to the last that the traced forward multiplied by: those are in use anyway.
+        reached: number of slices up to the last that the traced forward multiplied by: those are in use.
     """
     stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
     return max(reached, min([count, *map(len, stacks)]))
 
 
 def mixture_of(model: nn.Module, path: str) -> str:
-    """Path of the mixture to whose experts the slices belong that the module at ``path`` stacks.
+    """Path of the mixture that the stacked slices of the module at ``path`` belong to.
 
-    That is the module itself; or its parent, where several of its children are of one class and hold one stack each,
-    of as many slices (JetMoE): then the slices of one number are one expert.
+    This is the module itself; or its parent, if that has several children of the same class with one stack each, all of
+    the same length (JetMoE): then the slices with the same index form one expert.
     """
     parent = path.rpartition(".")[0]
     module = model.get_submodule(path)
@@ -108,7 +107,7 @@ def mixture_of(model: nn.Module, path: str) -> str:
 
 
 def router_of(model: nn.Module, mixture: str, count: int) -> str | None:
-    """Path of the linear layer that gives one number to each of ``count`` experts; None unless there is just one."""
+    """Path of the linear layer with one output for each of ``count`` experts; None unless there is exactly one."""
     for home in (mixture, mixture.rpartition(".")[0]):
         found = [
             path
@@ -121,10 +120,11 @@ def router_of(model: nn.Module, mixture: str, count: int) -> str | None:
 
 
 def lies_transposed(module: nn.Module) -> bool | None:
-    """Whether the matrices that a module stacks are stored as (inputs, outputs); None where that can't be told.
+    """Whether the matrices that a module stacks are stored as (inputs, outputs); None if that is unknown.
 
-    A module of transformers' interface for experts says so. Else two stacks can, of which one gives gate and up, and
-    the other takes half as many features: (2 · inner, width) and (width, inner), or both the other way round.
+    A module of transformers' interface for experts has an attribute for it. Otherwise the shapes of two stacks show it,
+    if one holds gate and up and the other is the down projection: (2 · inner, width) and (width, inner), or both
+    transposed.
     """
     told = getattr(module, "is_transposed", None)
     if isinstance(told, bool):
@@ -141,9 +141,9 @@ def lies_transposed(module: nn.Module) -> bool | None:
 
 
 def flat_stacks(module: nn.Module) -> dict[str, tuple[int, bool]]:
-    """Parameters of two dimensions in which matrices lie one above another: how many, and whether each is transposed.
+    """2-dimensional parameters of concatenated matrices: number of matrices, and whether each is transposed.
 
-    All of DBRX's have one shape, so that only its code tells them apart: x W1ᵀ and x V1ᵀ, but h W2.
+    DBRX's all have the same shape. Only its code shows which is transposed: x W1ᵀ and x V1ᵀ, but h W2.
     """
     if type(module).__name__ != "DbrxExpertGLU":
         return {}
@@ -152,10 +152,10 @@ def flat_stacks(module: nn.Module) -> dict[str, tuple[int, bool]]:
 
 
 def stack_of(model: nn.Module, name: str, module: nn.Module, trace: Trace | None) -> Stack | None:
-    """How the matrices lie that parameter ``name`` of ``module`` stacks; None where it is no such stack.
+    """The layout of the matrices that parameter ``name`` of ``module`` stacks; None if it stacks none.
 
-    The traced forward shows it. Where that did not reach a mixture's experts, or there is none, another module of the
-    same class may have been reached, or the module tells it.
+    The traced forward shows it, for this module or for another of the same class; otherwise the module's attributes and
+    shapes do.
     """
     stacks = {} if trace is None else trace.stacked
     if name in stacks:
@@ -173,18 +173,18 @@ def stack_of(model: nn.Module, name: str, module: nn.Module, trace: Trace | None
 
 
 class Experts:
-    """Answers questions about the mixtures of a model, for the discovery of layers."""
+    """The mixtures of a model, for the discovery of layers."""
 
     def __init__(self, groups: Iterable[ExpertGroup], trace: Trace | None) -> None:
         self._groups = tuple(groups)
         self._trace = trace
 
     def of(self, module: str) -> str:
-        """Path of the expert that holds the module at this path; "" if none does."""
+        """Path of the expert that contains the module at this path; "" if none does."""
         return next((element for element in self._elements() if _within(module, element)), "")
 
     def running(self, module: str) -> bool:
-        """Whether the module belongs to a mixture of which the traced forward reached some expert."""
+        """Whether the module belongs to a mixture with an expert that the traced forward reached."""
         if self._trace is None:
             return False
         calls = self._trace.calls
@@ -195,7 +195,7 @@ class Experts:
         )
 
     def routed_by(self, module: str, outputs: int) -> bool:
-        """Whether a linear layer with so many outputs is the router of a mixture: beside it, one output an expert."""
+        """Whether a linear layer is the router of a mixture: beside its experts, with one output for each."""
         return any(
             outputs == group.size and _within(module, group.home) and not _within(module, group.path)
             for group in self._groups

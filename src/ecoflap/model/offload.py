@@ -1,9 +1,8 @@
-"""Handles weights that stay on the disk or in the computer's memory until their module runs.
+"""Reads and replaces weights that are offloaded: on the disk or in the computer's memory until their module runs.
 
 In a model that accelerate has dispatched (``from_pretrained(device_map=...)``), offloaded weights are placeholders on
 the meta device; a hook on each module loads them for its forward and drops them after it. This file holds a whole block
-in memory, reads a single weight, and keeps a pruned weight in a file from which it is read from then on. It does not
-change what the hooks load by themselves.
+in memory, reads a single weight, and makes the hooks read a pruned weight from its new file.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class _Slot(NamedTuple):
 
 
 class _Hook(AlignDevicesHook):  # type: ignore[misc]
-    """accelerate's own hook, but the same placeholder objects return after a forward, so ties, dtypes and flags stay.
+    """accelerate's hook, but each forward ends with the same placeholder objects, so that ties, dtypes and flags stay.
 
-    They also return after a forward that was ended early, as the walk does.
+    A forward that an exception ends restores them, too: the walk ends forwards early.
     """
 
     def __init__(self, hook: AlignDevicesHook) -> None:
@@ -48,7 +47,7 @@ class _Hook(AlignDevicesHook):  # type: ignore[misc]
         self.slots: tuple[_Slot, ...] = ()
 
     def settle(self, module: nn.Module) -> None:
-        """Replaces the other hook; the module's present parameters are the placeholders."""
+        """Replace accelerate's hook; the module's current parameters become the placeholders."""
         found = module.named_parameters(recurse=self.place_submodules)
         split = [(*name.rpartition(".")[::2], name, parameter) for name, parameter in found if parameter.is_meta]
         self.slots = tuple(_Slot(module.get_submodule(path), leaf, name, p) for path, leaf, name, p in split)
@@ -62,7 +61,7 @@ class _Hook(AlignDevicesHook):  # type: ignore[misc]
                 self.post_forward(module, None)
                 raise
 
-        module.__dict__.update(_old_forward=guarded, _hf_hook=self)  # where accelerate puts its own
+        module.__dict__.update(_old_forward=guarded, _hf_hook=self)  # the attributes that accelerate uses
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         output = super().post_forward(module, output)
@@ -76,12 +75,12 @@ OFFLOADED = "some of the model's weights are on the disk or in the computer's me
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights are not in memory (they are on the meta device)."""
+    """Whether some weights are on the meta device."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 
 def keep_placeholders(model: nn.Module) -> None:
-    """Makes an offloaded model keep its placeholder objects in forwards; for other models does nothing."""
+    """Make an offloaded model keep its placeholder objects in forwards; does nothing for other models."""
     if not is_offloaded(model):
         return
     _load_own_parameters(model)
@@ -98,9 +97,10 @@ def keep_placeholders(model: nn.Module) -> None:
 
 
 def _load_own_parameters(model: nn.Module) -> None:
-    """Loads for good the parameters that the model itself holds (BLIP-2's queries, CLIP's scale): a few vectors.
+    """Load for good the parameters that the model itself holds (BLIP-2's queries, CLIP's scale): a few vectors.
 
-    ``generate`` reads them, but it is not a forward, before which a hook would load them."""
+    ``generate`` reads them, and a hook would load them only for a forward.
+    """
     hook = _loading(getattr(model, "_hf_hook", None))
     if hook is None or isinstance(hook, _Hook) or hook.place_submodules:
         return
@@ -111,7 +111,7 @@ def _load_own_parameters(model: nn.Module) -> None:
 
 
 def _loading(hook: Any) -> AlignDevicesHook | None:
-    """The part of a module's hook that loads its weights. A module of two names has two, which load the same."""
+    """The part of a module's hook that loads its weights; a module with two names has two parts that load the same."""
     parts = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return next((part for part in parts if isinstance(part, AlignDevicesHook) and part.offload), None)
 
@@ -124,7 +124,7 @@ def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, _Hook]]:
 
 
 def home_of(model: nn.Module) -> torch.device:
-    """The device that the model's inputs go to: that of its first parameter, or on which this one is computed with."""
+    """The device for the model's inputs: that of its first parameter, or of its hook's forward if it is offloaded."""
     first = next(model.parameters(), None)
     if first is None:
         return torch.device("cpu")
@@ -137,21 +137,21 @@ def home_of(model: nn.Module) -> torch.device:
 
 
 def placeholder_of(model: nn.Module, weight: Tensor) -> Tensor:
-    """The placeholder in whose place ``weight`` is in memory just now; itself where it is in nobody's."""
+    """The placeholder of a ``weight`` that a hook has loaded; ``weight`` itself if there is none."""
     slots = (slot for _, hook in _hooks(model) for slot in hook.slots)
     return next((slot.placeholder for slot in slots if slot.owner._parameters.get(slot.leaf) is weight), weight)
 
 
 def read_weight(model: nn.Module, name: str) -> Tensor:
-    """A matrix's values without a graph: the parameter itself if it is in memory, else read for this call.
+    """A matrix's values, detached: the parameter itself if it is in memory, else a copy that is read for this call.
 
-    Don't write to it: it may be the model's own, or a view of a file.
+    Don't write to it: it may share memory with the model or with a file.
     """
     return matrix_in(Offloaded(model).read(model.get_parameter(parameter_of(name))), name)
 
 
 class Offloaded:
-    """The offloaded weights of an adopted model."""
+    """The offloaded weights of a model that :func:`keep_placeholders` has prepared."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -163,7 +163,7 @@ class Offloaded:
                 self._slots[id(slot.owner), slot.leaf] = slot
 
     def read(self, parameter: Tensor) -> Tensor:
-        """The values behind a parameter, in its dtype; itself where it is no placeholder."""
+        """The values of a parameter, in its dtype; the parameter itself if it is no placeholder."""
         places = self._places.get(id(parameter))
         if places is None:
             return parameter.detach()
@@ -172,7 +172,7 @@ class Offloaded:
         return value.to(parameter.dtype)
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """The shape that the values behind a parameter really have; a file is asked for its header alone."""
+        """The real shape of a parameter's values; for a file, only its header is read."""
         places = self._places.get(id(parameter))
         if places is None:
             return tuple(parameter.shape)
@@ -184,7 +184,7 @@ class Offloaded:
             return tuple(file.get_slice(entry.get("weight_name", full)).get_shape())
 
     def fill_missing(self) -> None:
-        """Random values for weights that are offloaded, and that no file has (a pooler that the loss does not use)."""
+        """Draw values for offloaded weights that are in no file (a pooler that the loss does not use)."""
         generator = torch.Generator().manual_seed(0)
         for slot in self._slots.values():
             for hook, name in self._places[id(slot.placeholder)]:
@@ -194,11 +194,11 @@ class Offloaded:
                     weights.state_dict[full] = drawn.to(slot.placeholder.dtype)
 
     def among(self, names: Iterable[str]) -> list[str]:
-        """Those parameters that are offloaded, held in memory just now or not."""
+        """The offloaded parameters of these, whether they are loaded at the moment or not."""
         return [name for name in names if self._slot(name) is not None]
 
     def move(self, name: str, value: Tensor, file: Path) -> None:
-        """Gives new values to the offloaded parameter ``name`` and to all parameters tied to it.
+        """Give new values to the offloaded parameter ``name`` and to all parameters tied to it.
 
         Args:
             value: the new values.
@@ -213,14 +213,14 @@ class Offloaded:
                 kept.copy_(value)
 
     def held(self, names: Iterable[str]) -> int:
-        """Bytes of those offloaded parameters that lie in the computer's memory, not in a file."""
+        """Bytes of the offloaded parameters that are in the computer's memory, not in a file."""
         values = {
             id(value): value for weights, key in self._origins(names) if (value := _value(weights, key)) is not None
         }
         return sum(value.nbytes for value in values.values())
 
     def remembered(self, names: Iterable[str]) -> Callable[[], None]:
-        """Copies what :meth:`held` counts; the function that is returned makes :meth:`move` undone for these names."""
+        """Copy the values that :meth:`held` counts; the returned function undoes :meth:`move` for these names."""
         entries: list[tuple[Any, str, Any]] = []
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         for weights, key in self._origins(names):
@@ -242,7 +242,7 @@ class Offloaded:
         return back
 
     def _origins(self, names: Iterable[str]) -> Iterator[tuple[Any, str]]:
-        """The maps that the values of offloaded parameters are read from, with their names there."""
+        """The weights maps that hold the values of offloaded parameters, with their names there."""
         for name in names:
             slot = self._slot(name)
             for hook, key in () if slot is None else self._places[id(slot.placeholder)]:
@@ -261,7 +261,7 @@ def _whole_map(weights: Any, name: str) -> tuple[Any, str]:
 
 
 def _value(weights: Any, name: str) -> Tensor | None:
-    """A weight that a map holds in memory; None where it is in a file."""
+    """A weight that a map holds in memory; None if it is in a file."""
     held = weights.state_dict if isinstance(weights, OffloadedWeightsLoader) else weights
     value: Tensor | None = held.get(name)
     return value
@@ -269,10 +269,10 @@ def _value(weights: Any, name: str) -> Tensor | None:
 
 @contextmanager
 def in_memory(model: nn.Module, path: str) -> Iterator[None]:
-    """Inside, all weights of one module are in memory and can be written; the placeholders return at exit.
+    """Context in which all weights of one module are in memory and can be written; at exit the placeholders return.
 
-    Changes are lost at exit, unless :meth:`Offloaded.move` has stored them. For modules that are in memory anyway this
-    does nothing.
+    Changes are lost at exit, unless :meth:`Offloaded.move` has stored them. Modules that are not offloaded are left
+    alone.
     """
     held: list[tuple[nn.Module, _Hook]] = []
     loaded: dict[int, nn.Parameter] = {}
@@ -293,7 +293,7 @@ def in_memory(model: nn.Module, path: str) -> Iterator[None]:
 
 
 def _own(slot: _Slot, loaded: dict[int, nn.Parameter]) -> nn.Parameter:
-    """A parameter in this process' own memory, one for all places where a weight is tied: the file stays as it is."""
+    """A copy of a loaded weight, so that writing does not change the file; tied weights share one copy."""
     key = id(slot.placeholder)
     if key not in loaded:
         value = slot.owner._parameters[slot.leaf]
@@ -304,7 +304,7 @@ def _own(slot: _Slot, loaded: dict[int, nn.Parameter]) -> nn.Parameter:
 
 
 def load_for_good(model: nn.Module, module: nn.Module) -> bool:
-    """Loads a module's own weights, and those tied to them, which then stay in memory; False if it has none to load."""
+    """Load a module's own weights, and those tied to them, and keep them in memory; False if it has none to load."""
     hooks = dict(_hooks(model))
     placeholders = {id(slot.placeholder) for slot in hooks[module].slots} if module in hooks else set()
     loaded: dict[int, nn.Parameter] = {}
@@ -318,16 +318,16 @@ def load_for_good(model: nn.Module, module: nn.Module) -> bool:
 
 
 def temporary_folder() -> TemporaryFolder:
-    """A new folder for weights."""
+    """A new temporary folder for weights."""
     return TemporaryFolder("ecoflap-weights-")
 
 
 def remove_together_with(owner: object, folder: TemporaryFolder) -> None:
-    """Removes the folder when ``owner`` is deleted, or at exit."""
+    """Remove the folder when ``owner`` is deleted, or at exit."""
     weakref.finalize(owner, folder.remove)
 
 
 def check_in_memory(model: nn.Module, what: str) -> None:
-    """Raises InvalidOption where ``what`` is asked of an offloaded model."""
+    """Raises InvalidOption if the model is offloaded; ``what`` needs all weights in memory."""
     if is_offloaded(model):
         raise InvalidOption(f"{what} needs all weights in memory, and {OFFLOADED}: leave out --device-map")

@@ -1,7 +1,7 @@
-"""Weights of an offloaded model that something reads outside of their module's forward, before which hooks load them.
+"""Finds weights of an offloaded model that are read outside of their module's forward, and has them in memory there.
 
-A module's other methods may use its bias (JetMoE's attention), a parent asks an embedding's weight for its device
-(Llama 4), or multiplies by a child's matrices (DBRX).
+Hooks load a module's weights only for its forward. But another method of the module may use its bias (JetMoE's
+attention), or a parent may read an embedding's weight (Llama 4) or multiply by a child's matrices (DBRX).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 def with_weights(model: nn.Module, forward: Callable[[], T]) -> T:
-    """The result of ``forward()``, a forward of ``model``; what it reads elsewhere will be in memory then, as it shows.
+    """Call ``forward()``, a forward of ``model``, again until no weight that it reads is missing; return its result.
 
-    What a module itself holds, but for matrices inside blocks, is loaded for good. Other weights are in memory from now
-    on as long as the module runs in whose code they are read.
+    If code of a module reads a weight that is not in memory, the module's own parameters are loaded for good, unless
+    they are matrices inside a block. Otherwise, all weights below the module are in memory while it runs.
 
     Raises:
-        RuntimeError: a weight was not in memory, and it is not known which, or it is a block's and read from outside.
+        RuntimeError: a weight was not in memory, and it is unknown which, or it is a block's and read from outside.
     """
     if not is_offloaded(model):
         return forward()
@@ -37,23 +37,23 @@ def with_weights(model: nn.Module, forward: Callable[[], T]) -> T:
             with reads:
                 return forward()
         except RuntimeError as error:
-            if "meta" not in str(error) or not (_mend(model, error) or _load_read(model, reads.failed)):
+            if "meta" not in str(error) or not (_load_on_stack(model, error) or _load_read(model, reads.failed)):
                 raise
 
 
-def _mend(model: nn.Module, error: RuntimeError) -> bool:
-    """Sees to the innermost module in whose code a forward failed and of which something can be mended."""
+def _load_on_stack(model: nn.Module, error: RuntimeError) -> bool:
+    """Load weights for the innermost module on the error's call stack for which that is possible."""
     paths = {id(module): path for path, module in model.named_modules()}
     frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
     running = [paths[id(frame["self"])] for frame in frames if id(frame.get("self")) in paths]
-    return any(_mend_like(model, path) for path in dict.fromkeys(reversed(running)))
+    return any(_load_for_class(model, path) for path in dict.fromkeys(reversed(running)))
 
 
-def _mend_like(model: nn.Module, failed: str) -> bool:
-    """Sees to the module at this path, and to those of its class and name elsewhere; False if nothing is left to do."""
+def _load_for_class(model: nn.Module, failed: str) -> bool:
+    """Load weights for the module at this path and those of the same class and name; False if nothing is left to do."""
     kind, leaf = type(model.get_submodule(failed)), failed.rpartition(".")[2]
     blocks = {path for found in block_lists(model, None) for path in found.elements}
-    mended = False
+    changed = False
     for path, module in model.named_modules():
         if type(module) is kind and path.rpartition(".")[2] == leaf:
             inside = path in blocks or path.startswith(tuple(f"{block}." for block in blocks))
@@ -61,15 +61,15 @@ def _mend_like(model: nn.Module, failed: str) -> bool:
             own = list(module.parameters(recurse=False))
             stays = bool(own) and not (inside and any(parameter.dim() > 1 for parameter in own))
             if stays and load_for_good(model, module):
-                mended = True
-            elif not holds_blocks and not isinstance(module.__dict__.get("forward"), _Held):
-                module.__dict__["forward"] = _Held(model, path)  # as accelerate does it
-                mended = True
-    return mended
+                changed = True
+            elif not holds_blocks and not isinstance(module.__dict__.get("forward"), _ForwardInMemory):
+                module.__dict__["forward"] = _ForwardInMemory(model, path)  # as accelerate does
+                changed = True
+    return changed
 
 
 def _load_read(model: nn.Module, weights: Sequence[Tensor]) -> bool:
-    """Loads these weights for good where no block holds them: a module around whole blocks read them."""
+    """Load these weights for good if no block holds them: a module that contains whole blocks read them."""
     blocks = tuple(f"{path}." for found in block_lists(model, None) for path in found.elements)
     owners = [
         module
@@ -80,13 +80,13 @@ def _load_read(model: nn.Module, weights: Sequence[Tensor]) -> bool:
 
 
 class _MetaReads(TorchFunctionMode):
-    """Inside, an operation that makes values of a weight that is not in memory is an error.
+    """Context in which an operation that computes values from a weight on the meta device raises an error.
 
-    torch does some of them without a word (``F.linear`` of a tensor and a weight on the meta device, on a CPU), and
-    their result is whatever lay in memory.
+    torch computes some of them without an error (``F.linear`` of a CPU tensor and a weight on the meta device), and
+    returns uninitialised memory.
 
     Attributes:
-        failed: the weights that are not in memory among what the operation reads that failed; of a view, what it shows.
+        failed: the weights on the meta device that the failed operation reads; for a view, its base.
     """
 
     def __init__(self) -> None:
@@ -105,8 +105,8 @@ class _MetaReads(TorchFunctionMode):
         return result
 
 
-class _Held:
-    """A module's forward with all weights below it in memory meanwhile."""
+class _ForwardInMemory:
+    """A module's forward during which all weights below it are in memory."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self._model, self._path, self._forward = model, path, model.get_submodule(path).forward

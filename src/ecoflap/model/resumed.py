@@ -1,9 +1,9 @@
-"""Runs a block several times on the same inputs, and computes in each run only what the runs before did not reach.
+"""Runs a block several times on the same inputs; each run reuses the results of the run before, up to where it stopped.
 
 Stage 2 in the sequential order runs a block up to the first layers that it prunes, then, with these pruned, up to the
-next ones, and so on. What lies before such a cut has the same values in all later runs. So each run notes the
-operations that torch computes, and at a cut keeps those of their results that are still in use; the next run goes
-through the same Python code and gets these results in place of computing them.
+next ones, and so on. Operations before such a cut give the same values in all later runs. So each run records the
+operations that torch computes and, at a cut, keeps the results that are still in use. The next run executes the same
+Python code and takes these results instead of computing them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-# Results of operations that are no tensors, and that a later run may get a second time.
+# Types of results that are no tensors and can be returned again in a later run.
 _PLAIN = (bool, int, float, complex, str, type(None), torch.Size, torch.dtype, torch.device, torch.layout,
           torch.memory_format)  # fmt: skip
-# What a tensor's form alone answers.
+# Attributes and functions that read only a tensor's metadata: they are not recorded.
 _FORM = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta", "requires_grad")
-_ASK_FORM = frozenset((
+_READ_FORM = frozenset((
     *(getattr(Tensor, name).__get__ for name in _FORM), Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point,
     torch.is_floating_point,
 ))  # fmt: skip
-_GIVEN, _UNKNOWN = -1, -2  # in the place of a tensor's number: argument, parameter or buffer; made by nobody we saw
+_GIVEN, _UNKNOWN = -1, -2  # instead of a number: an argument, parameter or buffer; a tensor of unknown origin
 
 
 class _Diverged(BaseException):
-    """This run does other operations than the one before. Not an Exception, so that no model catches it."""
+    """This run does other operations than the one before. A BaseException, so that no model catches it."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Argument:
-    """Stands for a tensor in the result that is one of the arguments: the operation wrote into it, or did nothing."""
+    """Stands for a tensor of the result that is one of the arguments: an in-place operation, or one without effect."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """What torch computed.
+    """One operation of torch.
 
     Attributes:
         inputs: numbers of the tensors among its arguments.
-        result: with :class:`_Result` or :class:`_Argument` for each tensor.
+        result: with a :class:`_Result` or :class:`_Argument` for each tensor.
     """
 
     function: Any
@@ -63,16 +63,16 @@ class _Operation:
 
 
 @dataclass
-class _Kept:
-    """What is kept of one call of the block.
+class _Recording:
+    """The recording of one call of the block.
 
     Attributes:
         operations: up to the last cut.
-        values: by number, the tensors that were in use at the cut.
-        versions: of these; an operation after the cut that writes into one changes it.
-        forms: of each number, shape, dtype and device.
-        blanks: by number, what stands for results that no later operation uses.
-        usable: False: something was seen that can't be repeated, and runs compute everything.
+        values: tensors in use at the cut, by number.
+        versions: version counters of these; an operation after the cut that writes into a tensor changes its counter.
+        forms: shape, dtype and device of each number.
+        blanks: placeholders, by number, for results that no later operation uses.
+        usable: False if an operation can't be repeated; runs then compute everything.
     """
 
     operations: list[_Operation] = field(default_factory=list)
@@ -83,93 +83,93 @@ class _Kept:
     usable: bool = True
 
     def give_up(self) -> None:
-        """From now on, runs compute everything."""
+        """Make all later runs compute everything."""
         self.operations, self.values, self.versions, self.blanks, self.usable = [], {}, {}, {}, False
 
 
 class ResumedCalls:
-    """The calls of one block on the inputs of all batches, each run from where the run before it was cut.
+    """Runs one block on the inputs of all batches; each run goes on from the cut of the run before.
 
-    Results are those of whole runs, to the bit. A call whose operations can't be followed (a kernel that torch does not
-    see, a weight that is read before its layer runs) always runs from its beginning.
+    Results are the same as those of whole runs, to the bit. A call whose operations can't be recorded (a kernel that
+    torch does not see, a weight that is read before its layer runs) always runs from its beginning.
 
     Args:
-        block: in eval mode; its forward does the same for the same inputs.
-        changing: parameters of it that change between runs, until :meth:`settle` has them.
+        block: in eval mode, with a deterministic forward.
+        changing: its parameters that change between runs, until :meth:`settle` is called for them.
     """
 
     def __init__(self, block: nn.Module, changing: Iterable[nn.Parameter]) -> None:
         self._block = block
         self._changing = {id(parameter) for parameter in changing}
         self._buffers = list(block.buffers())
-        self._calls: dict[int, _Kept] = {}
-        self._now: _Following | None = None
+        self._calls: dict[int, _Recording] = {}
+        self._now: _Recorder | None = None
 
     def run(self, number: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The block's output for the inputs of this number; what a hook raises ends the run."""
-        call = self._calls.setdefault(number, _Kept())
+        """The block's output for the inputs with this number. An exception of a hook ends the run."""
+        call = self._calls.setdefault(number, _Recording())
         if any(value._version != call.versions[key] for key, value in call.values.items()):
             call.give_up()
         try:
-            return self._follow(call, args, kwargs)
+            return self._run_recorded(call, args, kwargs)
         except _Diverged:
             call.give_up()
         return self._block(*args, **kwargs)
 
-    def _follow(self, call: _Kept, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run_recorded(self, call: _Recording, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not call.usable:
             return self._block(*args, **kwargs)
         given = [*self._buffers, *_tensors((args, kwargs))]
-        self._now = _Following(call, given, self._changing)
+        self._now = _Recorder(call, given, self._changing)
         try:
             with self._now:
                 return self._block(*args, **kwargs)
         finally:
-            if not self._now.was_cut:  # nothing lies before a next run
+            if not self._now.was_cut:  # a next run has nothing to reuse
                 call.operations, call.values, call.blanks, call.forms = [], {}, {}, []
             self._now = None
 
     def cut(self) -> None:
-        """The run under way has come to the layers that are pruned next: later runs begin here."""
+        """Mark the point that the current run has reached: later runs reuse the results up to here."""
         if self._now is not None:
             self._now.cut()
 
     def kept_bytes(self, number: int, given: Iterable[Tensor]) -> int:
-        """What is kept of this call for its next run, beside views of what is there anyway (the call's arguments)."""
-        call = self._calls.get(number, _Kept())
+        """Bytes kept of this call for its next run. Views of ``given`` (the call's arguments) are not counted."""
+        call = self._calls.get(number, _Recording())
         storages = [value.untyped_storage() for value in call.values.values()]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         there = {tensor.untyped_storage().data_ptr() for tensor in given}
         return sum(size for place, size in sizes.items() if place not in there)
 
     def settle(self, parameters: Iterable[nn.Parameter]) -> None:
-        """These have the values that they keep."""
+        """Declare that these parameters no longer change."""
         self._changing.difference_update(id(parameter) for parameter in parameters)
 
     def forget(self, number: int) -> None:
-        """The call of this number is not run again."""
+        """Drop the recording of a call that is not run again."""
         self._calls.pop(number, None)
 
 
-class _Following(TorchFunctionMode):
-    """Context that gives the results of known operations, then notes the new ones up to a cut."""
+class _Recorder(TorchFunctionMode):
+    """Context that returns the results of recorded operations, then records new ones up to a cut."""
 
-    def __init__(self, call: _Kept, given: Sequence[Tensor], changing: Collection[int]) -> None:
+    def __init__(self, call: _Recording, given: Sequence[Tensor], changing: Collection[int]) -> None:
         super().__init__()
         self._changing = changing
         self.was_cut = False
         self._call = call
         self._place = 0
-        self._values: dict[int, Tensor] = call.values  # of the operations that are known
+        self._values: dict[int, Tensor] = call.values  # results of recorded operations
         self._given = {id(tensor) for tensor in given}
         self._numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._made: dict[int, weakref.ref[Tensor]] = {}  # by number, what later operations may still use
-        self._blank: set[int] = set()  # numbers of what no later operation uses
-        self._tell_apart(call.values)
+        self._made: dict[int, weakref.ref[Tensor]] = {}  # by number, results that later operations may use
+        self._blank: set[int] = set()  # numbers of results that no later operation uses
+        self._register(call.values)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.was_cut or func in _ASK_FORM:
+        if self.was_cut or func in _READ_FORM:
             return func(*args, **kwargs)
         tensors = _tensors((args, kwargs))
         inputs = tuple(self._number(tensor) for tensor in tensors)
@@ -189,7 +189,7 @@ class _Following(TorchFunctionMode):
         elif any(id(tensor) in self._changing for tensor in tensors):
             self._give_up()
         else:
-            self._note(func, inputs, result, tensors)
+            self._record(func, inputs, result, tensors)
         return result
 
     def _repeat(self, operation: _Operation, arguments: Sequence[Tensor]) -> Any:
@@ -199,7 +199,7 @@ class _Following(TorchFunctionMode):
             result = self._value(result, arguments)
         elif not isinstance(result, _PLAIN):
             result = pytree.tree_map_only((_Result, _Argument), lambda one: self._value(one, arguments), result)
-        if self._place == len(self._call.operations):  # what the block still uses is now in its own hands
+        if self._place == len(self._call.operations):  # from here the block itself holds what it still uses
             self._made = {number: weakref.ref(value) for number, value in self._values.items()}
             self._values = self._call.values = {}
             self._call.versions = {}
@@ -215,21 +215,21 @@ class _Following(TorchFunctionMode):
                 self._call.blanks[number] = torch.empty((), dtype=dtype, device=device).expand(shape)
             self._values[number] = self._call.blanks[number]
             self._blank.add(number)
-            self._tell_apart({number: self._values[number]})
+            self._register({number: self._values[number]})
         return self._values[number]
 
-    def _note(self, func: Any, inputs: tuple[int, ...], result: Any, arguments: Sequence[Tensor]) -> None:
+    def _record(self, func: Any, inputs: tuple[int, ...], result: Any, arguments: Sequence[Tensor]) -> None:
         if isinstance(result, (Tensor, *_PLAIN)):
             leaves, made = [result], None
         else:
             leaves, made = pytree.tree_flatten(result)
         if not inputs and not any(isinstance(leaf, Tensor) for leaf in leaves):
-            return  # torch's own state, which each run sets for itself
+            return  # it changes torch's state (such as grad mode), which each run sets again
         if _UNKNOWN in inputs or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
             self._give_up()
             return
-        noted = [self._stand_in(leaf, arguments) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        whole = noted[0] if made is None else pytree.tree_unflatten(noted, made)
+        leaves_recorded = [self._stand_in(leaf, arguments) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        whole = leaves_recorded[0] if made is None else pytree.tree_unflatten(leaves_recorded, made)
         self._call.operations.append(_Operation(func, inputs, whole))
         self._place += 1
 
@@ -244,7 +244,7 @@ class _Following(TorchFunctionMode):
         number = len(self._call.forms)
         self._call.forms.append((tensor.shape, tensor.dtype, tensor.device))
         self._made[number] = weakref.ref(tensor)
-        self._tell_apart({number: tensor})
+        self._register({number: tensor})
         return _Result(number)
 
     def _number(self, tensor: Tensor) -> int:
@@ -253,12 +253,12 @@ class _Following(TorchFunctionMode):
         found = self._numbers.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else _UNKNOWN
 
-    def _tell_apart(self, values: Mapping[int, Tensor]) -> None:
+    def _register(self, values: Mapping[int, Tensor]) -> None:
         for number, tensor in values.items():
             self._numbers[id(tensor)] = weakref.ref(tensor), number
 
     def cut(self) -> None:
-        """Keep what is in use here; operations from here on are not noted."""
+        """Keep the tensors that are in use here; operations after this point are not recorded."""
         if self.was_cut:
             return
         if self._place < len(self._call.operations):
@@ -270,7 +270,7 @@ class _Following(TorchFunctionMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in tuples, lists and dictionaries; faster than pytree, for all that torch's functions take."""
+    """The tensors in nested tuples, lists and dictionaries; faster than pytree."""
     found: list[Tensor] = []
     _add_tensors(tree, found)
     return found

@@ -1,4 +1,4 @@
-"""Groups a block's layers that are pruned together; keeps the dense model's inputs beside the pruned one's."""
+"""Groups the layers of a block that are pruned together, and runs the dense model beside the pruned one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayerGroup:
 
     Attributes:
         once: the first call of the block called each of them exactly once.
-        products: of a weight and an input, in the first call of the block.
+        products: multiplications of a weight and an input in the first call of the block.
     """
 
     layers: tuple[Layer, ...]
@@ -36,12 +36,12 @@ class LayerGroup:
 
 
 class FirstCall:
-    """What the first call of a block shows of its layers.
+    """Records which layers the first call of a block calls.
 
     Attributes:
         owners: each layer in the order of the calls, with the first layer that reads the same input.
         times: how often each was called.
-        products: of a weight and an input, by layer.
+        products: multiplications of a weight and an input, by layer.
     """
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class FirstCall:
         self.products: Counter[str] = Counter()
         self._inputs: list[tuple[Tensor, str]] = []  # distinct ones, each with its owner
 
-    def note(self, layer: Layer, x: Tensor) -> None:
-        """``layer`` is called with ``x``."""
+    def record(self, layer: Layer, x: Tensor) -> None:
+        """Record that ``layer`` is called with ``x``."""
         self.times[layer.name] += 1
         self.products[layer.name] += x.numel() * layer.shape[0]
         owner = next((owner for tensor, owner in self._inputs if tensor is x), None)
@@ -60,26 +60,27 @@ class FirstCall:
         self.owners.setdefault(layer.name, owner)
 
     def close(self) -> None:
-        """Let go of the inputs."""
+        """Free the inputs."""
         self._inputs.clear()
 
 
 def layer_groups(
     model: nn.Module, driver: TowerDriver, index: int, block: Block, workers: Workers, first: FirstCall | None = None
 ) -> list[LayerGroup]:
-    """The layers of a block that can be pruned at the same time: those that read one input, in the order of a forward.
+    """The groups of a block's layers that read the same input, in the order of a forward.
 
-    What the experts of a mixture read goes together: no expert reads what another one gives. Layers that the first
-    call of the block does not reach come last.
+    The same matrix of all experts of a mixture is in one group: no expert reads another expert's output. Layers that
+    the first call of the block does not reach come last.
 
     Args:
-        driver: has taken the block's inputs; the first worker runs the block on the first of them.
-        first: that call in the dense model, which is as good where no router chooses: nothing is run then.
+        driver: holds the block's inputs; the first worker runs the block on the first of them.
+        first: the dense model's first call, if known. It is used, and the block is not run, if there are no experts:
+            the order of the layers is the same then.
     """
     if first is None or any(layer.expert for layer in block.layers):
         first = FirstCall()
         if workers.rank == 0:
-            with inputs_watched(model, block.layers, first.note):
+            with inputs_watched(model, block.layers, first.record):
                 driver.observe(index, lambda call: None, calls=1)
     first.close()
     owners: Mapping[str, str]
@@ -100,7 +101,7 @@ def layer_groups(
     return [
         LayerGroup(
             members,
-            all(times.get(layer.name) == 1 for layer in members),  # plain dictionaries, from another process
+            all(times.get(layer.name) == 1 for layer in members),
             sum(products.get(layer.name, 0) for layer in members),
         )
         for members in groups.values()
@@ -108,16 +109,16 @@ def layer_groups(
     ]
 
 
-WORTH_RESUMING = 1e9  # products of a block's call from which following its operations takes less time than it saves
+WORTH_RESUMING = 1e9  # multiplications of a block's call from which recording its operations saves time
 
 
 def resumed_calls(
     model: nn.Module, block: Block, groups: Sequence[LayerGroup], driver: TowerDriver
 ) -> ResumedCalls | None:
-    """What lets the block run on from one group to the next; None where each run has to begin at the beginning.
+    """Runs of the block that each go on from the group before; None if each run has to begin at the beginning.
 
-    So it is with experts, with layers that are called several times or by no module of their own, where the driver
-    keeps tensors elsewhere than on their device, because there is no room for more of them, and in small blocks.
+    It is None for small blocks, for blocks with experts or with layers that are called several times or without their
+    module, and if the driver offloads tensors: then there is no memory for more of them.
     """
     layers = [layer for group in groups for layer in group.layers]
     plain = not any(layer.expert or layer.stacked or layer.uncalled for layer in layers)
@@ -127,19 +128,19 @@ def resumed_calls(
     return ResumedCalls(model.get_submodule(block.name), [model.get_parameter(layer.parameter) for layer in layers])
 
 
-EXPERTS_ROOM = 2 << 30  # bytes of what is gathered for a mixture's experts at a time
-# Of an expert's statistics: its own; where it gets few tokens, those of all, so far and of the batch at hand.
+EXPERTS_ROOM = 2 << 30  # bytes of the statistics of a mixture's experts at a time
+# Statistics of an expert: its own and, if it gets few tokens, those on all tokens, in total and of the current batch.
 COPIES = 3
 
 
 def within_room(groups: Sequence[LayerGroup], numbers: Callable[[int], int], room: int) -> list[LayerGroup]:
-    """The groups, and in the place of one whose experts need more than ``room``, several with some experts each.
+    """The groups, where one whose experts need more than ``room`` is split into several with fewer experts each.
 
-    Those are pruned one after the other, on statistics that the same inputs give: no expert reads another's output.
-    The group's other layers come last, so that they change nothing of what the experts receive.
+    The parts are pruned one after the other, on statistics of the same inputs: no expert reads another's output. Other
+    layers of the group come last, so that they don't change the experts' inputs.
 
     Args:
-        numbers: of a layer's columns, gives how many fp32 numbers its statistics take.
+        numbers: the fp32 numbers that a layer's statistics take, from its columns.
         room: in bytes; a single expert may take more.
     """
     found: list[LayerGroup] = []
@@ -167,21 +168,20 @@ def within_room(groups: Sequence[LayerGroup], numbers: Callable[[int], int], roo
 
 
 def _place(layer: Layer) -> str:
-    """The layer's name, which is that of all its like in the experts of a mixture."""
+    """The layer's name; the same for this matrix of all experts of a mixture."""
     if not layer.expert:
         return layer.name
     return layer.parameter if layer.stacked else f"{layer.mixture}.*{layer.name[len(layer.expert) :]}"
 
 
 class DenseModel:
-    """The calibration samples on their way through the dense model, beside the walk that prunes it.
+    """Runs the calibration samples through the dense model, beside the walk that prunes it.
 
-    It takes each tower's inputs before anything is pruned. Then, block by block, it runs a block while its weights are
-    still the dense ones.
+    It takes each tower's inputs before anything is pruned. Then it runs each block while its weights are still dense.
 
     Args:
-        model: dense as yet.
-        towers: those that have blocks to be pruned.
+        model: still dense.
+        towers: those with blocks to be pruned.
         batches: of this worker.
         run: runs the model on a batch.
         offload, folder: as of :class:`~ecoflap.model.block_runner.TowerDriver`.
@@ -214,9 +214,10 @@ class DenseModel:
         }
 
     def skip(self, tower: Tower, index: int) -> None:
-        """Run a block, whose weights are the dense ones, for its outputs alone.
+        """Run a block that is still dense, for its outputs alone.
 
-        It is watched as in :meth:`inputs`, so that a resumed walk gets the same to the bit: mixtures compute otherwise.
+        The same hooks as in :meth:`inputs` are set: they change how mixtures compute, and a resumed walk must get the
+        same outputs to the bit.
         """
         driver = self._drivers[tower.name]
         driver.enter(index)
@@ -224,7 +225,7 @@ class DenseModel:
             driver.run(index, last=True)
 
     def inputs(self, tower: Tower, index: int) -> tuple[DenseInputs, FirstCall]:
-        """Run a block, whose weights are the dense ones, and keep what its layers receive."""
+        """Run a block that is still dense, and keep the inputs of its layers."""
         driver, block = self._drivers[tower.name], tower.blocks[index]
         driver.enter(index)
         found, numbers, first, current = DenseInputs(self._store), count(), FirstCall(), 0
@@ -233,17 +234,17 @@ class DenseModel:
             nonlocal current
             found.begin(current := next(numbers))
 
-        def note(layer: Layer, x: Tensor) -> None:
-            found.note(layer, x)
+        def record(layer: Layer, x: Tensor) -> None:
+            found.record(layer, x)
             if current == 0:
-                first.note(layer, x)
+                first.record(layer, x)
 
-        with self._dense_weights(), inputs_watched(self._model, block.layers, note):
+        with self._dense_weights(), inputs_watched(self._model, block.layers, record):
             driver.run(index, begin, last=True)
         return found, first
 
     def finish_tower(self, tower: Tower) -> None:
-        """Ends the tower, and frees what is kept of it."""
+        """Free what is kept for a tower."""
         del self._drivers[tower.name]
 
     @contextmanager

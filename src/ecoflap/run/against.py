@@ -1,4 +1,4 @@
-"""Finds what ``ecoflap evaluate --against`` compares a model with: another model, a run's answers, former results."""
+"""Reads what ``ecoflap evaluate --against`` compares a model with: a run's answers, or a file of results."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ecoflap.model.files import check_place
 from ecoflap.run.names import METRICS, PREDICTIONS, RECIPE
 from ecoflap.support.reading import checked, read_json
 
-# Settings of a test that change no score beyond rounding, or that say only why another one is what it is.
+# Settings of a test that change scores by rounding only, or that explain another setting.
 _FREE = ("batch_size", "length_reason")
 _Score = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 class _Scores(BaseModel):
-    """Scores of samples as a file has them, see :class:`ecoflap.evaluation.paired.Samples`."""
+    """Scores of samples in a file, see :class:`ecoflap.evaluation.paired.Samples`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -81,7 +81,7 @@ References = dict[str, dict[str, Reference]]  # test → name of the other model
 
 
 def is_model(source: str) -> bool:
-    """Whether ``--against`` names a model, which is put to the same tests; else a file or a run.
+    """Whether ``--against`` names a model, which is then evaluated; otherwise it is a file or a run.
 
     Raises:
         CheckpointError: it is none of them.
@@ -94,7 +94,7 @@ def is_model(source: str) -> bool:
 
 
 def read_references(source: str, tests: list[str]) -> References:
-    """The results in a file of ``ecoflap evaluate --output``, or those of a run's dense and pruned model.
+    """The results in a file of ``ecoflap evaluate --output``, or of a run's dense and pruned model.
 
     Raises:
         InvalidOption: it can't be read, or has no scores of samples for one of ``tests``.
@@ -140,10 +140,10 @@ def _of_run(folder: Path) -> References:
 
 
 def differences(test: str, own: Reference, others: Mapping[str, Reference]) -> dict[str, dict[str, Any]]:
-    """The paired differences from other models, as in ``metrics.json``, by their names.
+    """The paired differences from other models by their names, as in ``metrics.json``.
 
     Raises:
-        InvalidOption: the other model was put to other samples, or tested in another way.
+        InvalidOption: the other model was evaluated on other samples or with other settings.
     """
     found = {}
     for name, other in others.items():
@@ -156,7 +156,7 @@ def differences(test: str, own: Reference, others: Mapping[str, Reference]) -> d
         pair = paired([own.samples], [other.samples])
         if pair is None:
             raise InvalidOption(
-                f"'{test}' can't be compared with {name}: it is of other samples ({len(own.samples.index)} here, "
+                f"'{test}' can't be compared with {name}: the samples differ ({len(own.samples.index)} here, "
                 f"{len(other.samples.index)} there): give the same data, --limit and --seed"
             )
         found[name] = pair.to_json()

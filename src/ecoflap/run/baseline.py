@@ -1,7 +1,4 @@
-"""The uniform baseline of a run: the same criterion on the same samples, with one sparsity for all layers.
-
-It shows what the allocation of the sparsity among layers is worth.
-"""
+"""The uniform baseline of a run: the same criterion on the same samples, with one sparsity for all layers."""
 
 from __future__ import annotations
 
@@ -21,10 +18,10 @@ from ecoflap.support.workers import Workers
 
 @contextmanager
 def pruned_uniformly(plan: Prepared, progress: Progress, workers: Workers) -> Iterator[None]:
-    """The model has one sparsity in all layers inside, and its dense weights again at exit.
+    """Context in which the model has one sparsity in all layers; at exit its dense weights are restored.
 
     Budgets are those of the run: with ``budget=tower`` each tower has its own sparsity. A copy of the prunable weights
-    lies in memory meanwhile.
+    is in memory meanwhile.
 
     Raises:
         InvalidOption: the weights are not in memory.

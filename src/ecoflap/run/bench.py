@@ -1,7 +1,7 @@
 """Measures what packing gains on this machine: bytes, loading, time to the first token, tokens per second.
 
-Every round runs each variant once, one after the other, so that other load on the machine affects all alike; ratios
-are medians over the rounds.
+Every round runs each variant once, so that other load on the machine affects all alike; ratios are medians over the
+rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ecoflap.support.progress import Progress, Silent
 
 
 def bench(packed: Path | None, options: BenchOptions, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure the packed model in the folder ``packed``; without one, the embedded model and the shape of a 1 B LLM.
+    """Measure the packed model in the folder ``packed``; without one, the embedded model and a random 1 B LLM.
 
     Returns:
         ``format``, ``machine`` and ``models``, each with its ``variants`` (bytes, seconds to load) and ``speed``: for
@@ -98,7 +98,7 @@ def _rows(times: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
 
 
 class _Clock(LogitsProcessor):  # type: ignore[misc]
-    """Notes when each token's logits are there, and changes nothing."""
+    """Records the time of each token's logits; changes nothing."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -110,7 +110,7 @@ class _Clock(LogitsProcessor):  # type: ignore[misc]
 
 @torch.inference_mode()
 def _generate(model: nn.Module, inputs: dict[str, Any], tokens: int, size: int) -> tuple[float, float]:
-    """Seconds to the first token, and tokens per second of all rows together after it."""
+    """Seconds to the first token, and tokens per second after it, summed over all rows."""
     clock = _Clock()
     start = time.perf_counter()
     model.generate(  # type: ignore[operator]

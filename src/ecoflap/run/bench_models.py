@@ -34,14 +34,14 @@ PROMPT = "What is in the picture?"
 
 
 MOST = 10**6  # rounds, rows, tokens, layers
-MOST_THREADS = 1024  # more than any machine that we know has; the system refuses far more
+MOST_THREADS = 1024  # the operating system refuses far more
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How long to measure: tokens of a prompt, tokens generated, rounds, batch sizes, threads (0: all).
+    """Tokens of the prompt, generated tokens, rounds, batch sizes, threads (0: all).
 
-    ``layers`` and ``sparsity`` are those of the models that are made for it.
+    ``layers`` and ``sparsity`` are for the models that are made for the measurement.
     """
 
     prompt_tokens: int = 32
@@ -64,7 +64,7 @@ class BenchOptions:
 
 @dataclass
 class Subject:
-    """One model in its variants; ``inputs`` makes those of a batch size."""
+    """One model in several variants; ``inputs`` makes inputs for a model and a batch size."""
 
     name: str
     variants: dict[str, nn.Module]
@@ -74,7 +74,7 @@ class Subject:
 
 
 def embedded(folder: Path, options: BenchOptions) -> Subject:
-    """The embedded VLM with the smallest weights of each layer left out, packed into ``folder``."""
+    """The embedded VLM, pruned by magnitude and packed into ``folder``."""
     made = load(model_path(), device="cpu")
     for _, layer in packable(made.model):
         weight = layer.weight.detach()
@@ -88,14 +88,14 @@ def embedded(folder: Path, options: BenchOptions) -> Subject:
 
 
 def of_folder(packed: Path, folder: Path, options: BenchOptions) -> Subject:
-    """The variants of a packed checkpoint; how long it and its plain form take to load from the disk's cache."""
+    """The variants of a packed checkpoint, with the seconds to load it and its plain form from the disk's cache."""
     plain = unpack_checkpoint(packed, folder / "plain", overwrite=True)
     loading: dict[str, list[float]] = {"plain": [], "packed": []}
     own: torch.dtype | None = None
     for _ in range(options.rounds):
         for name, place in (("plain", plain), ("packed", packed)):
             start = time.perf_counter()
-            kept = load(place, device="cpu")  # the last one is packed
+            kept = load(place, device="cpu")  # the last one is the packed one
             loading[name].append(time.perf_counter() - start)
             own = own or _main_dtype(kept.model)  # the plain one is the first
     variants: dict[str, nn.Module] = {
@@ -133,7 +133,7 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _picture() -> Any:
-    """A picture of the calibration data."""
+    """An image of the calibration data."""
     import pyarrow.parquet
     from PIL import Image
 
@@ -148,7 +148,7 @@ def _ids(model: nn.Module, size: int, length: int) -> dict[str, Any]:
 
 
 def random_model(_: Path, options: BenchOptions) -> Subject:
-    """A Llama of random weights in the shape of TinyLlama 1.1B; fewer layers where memory is short."""
+    """A Llama with random weights in the shape of TinyLlama 1.1B; with fewer layers if memory is short."""
     free = psutil.virtual_memory().available
     layers = max(1, min(options.layers, int(0.5 * free / 0.5e9)))  # all variants of a layer take 0.4 GB
     config = LlamaConfig(
@@ -169,7 +169,7 @@ def _random_variant(
     packed: dict[tuple[str, tuple[int, int]], PackedWeight],
     sparsity: float,
 ) -> nn.Module:
-    """Layers of one shape are copies of one matrix: what the values are changes no time."""
+    """One variant of the random model. Layers of the same shape are copies of one matrix: values don't change times."""
     dtype = torch.float32 if variant == "dense float32" else torch.bfloat16
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
@@ -200,8 +200,8 @@ def _random_variant(
                 setattr(module, name, nn.Parameter(value(parameter.shape, dtype=dtype), requires_grad=False))
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.randn(1, config.hidden_size).to(dtype))
-    # A slice of the prompt's states is not contiguous, and for such torch copies the head's weight for every row:
-    # seconds that would hide all else, equally in every variant.
+    # A slice of the prompt's states is not contiguous, and torch then copies the head's weight for every row. In every
+    # variant this would take seconds and hide the differences.
     model.lm_head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     made: nn.Module = model.eval()
     return made

@@ -1,7 +1,7 @@
-"""What can be refused before a model is loaded: places, options, tasks, data.
+"""Checks a recipe before a model is loaded: paths, options, tasks, data.
 
-Places come first and need no torch (over a second of imports), options need torch, and nothing here needs the models of
-transformers (three seconds more), so that a slip of the pen is told at once.
+Paths come first and need no torch (over a second of imports). Options need torch. Nothing here needs the models of
+transformers (three seconds more), so that a typing error is reported at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ecoflap.run.recipe import Recipe
 
 
 def is_measured(recipe: Recipe) -> bool:
-    """Whether stage 1 runs: the scores come neither from a file nor from nothing."""
+    """Whether stage 1 measures scores."""
     known = recipe.importance in IMPORTANCES or recipe.importance == AUTO
     return recipe.allocation is None and recipe.pruned is None and known and recipe.importance != "uniform"
 
@@ -30,13 +30,10 @@ def needs_data(recipe: Recipe) -> bool:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """What can be found wrong with a run without a model: its places, then the options of method and evaluations.
-
-    Args:
-        recipe: resolved.
+    """Check a resolved recipe without a model: its paths, then the options of method and evaluations.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to mend it.
+        EcoflapError: a subclass says what is wrong and how to fix it.
     """
     check_places(recipe)
     if recipe.calibration is None and recipe.model is not None and needs_data(recipe):
@@ -58,10 +55,10 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_places(recipe: Recipe) -> None:
-    """Whether the model's files and the test data are where the recipe says.
+    """Check that the model's files and the test data exist; ids of the Hub are checked when they are loaded.
 
     Raises:
-        CheckpointError, CalibrationError: they are not; ids of the Hub are asked for when they are loaded.
+        CheckpointError, CalibrationError: they do not.
     """
     for place in (recipe.model, recipe.pruned):
         if place is not None:
@@ -71,7 +68,7 @@ def check_places(recipe: Recipe) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Open calibration and test data, so that a broken file or a missing column is told before the model is loaded.
+    """Open calibration and test data, so that a broken file or a missing column is reported before the model is loaded.
 
     Raises:
         CalibrationError: it can't be read, is empty, or lacks a column.
@@ -91,7 +88,7 @@ def check_data(recipe: Recipe) -> None:
 
 
 def drawn(recipe: Recipe) -> dict[str, Any]:
-    """How the calibration samples of a recipe are drawn and read: options of :func:`ecoflap.data.load_samples`."""
+    """The options of :func:`ecoflap.data.load_samples` for the calibration samples of a recipe."""
     return {
         "samples": recipe.samples,
         "seed": recipe.seed,
@@ -102,7 +99,7 @@ def drawn(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_evaluated(recipe: Recipe) -> tuple[Evaluation, ...]:
-    """The evaluations of a recipe of which nothing else is done; raises as :func:`check_recipe`."""
+    """The checked evaluations of a recipe that is only evaluated; raises as :func:`check_recipe`."""
     if not evaluations_of(recipe):
         raise InvalidOption("what to measure? give --task vqa or --task perplexity, and its data as --test FILE")
     check_places(recipe)
@@ -112,7 +109,7 @@ def check_evaluated(recipe: Recipe) -> tuple[Evaluation, ...]:
 
 
 def check_measured(recipe: Recipe) -> Recipe:
-    """The resolved recipe of stage 1 alone; raises as :func:`check_recipe`."""
+    """The resolved and checked recipe of a measurement, which is stage 1 only; raises as :func:`check_recipe`."""
     if recipe.model is not None and recipe.calibration is None:
         raise CalibrationError("importance needs calibration data: give --calibration FILE")
     if recipe.importance.endswith(".json"):

@@ -1,4 +1,4 @@
-"""Lists the papers behind the methods: which to cite for a measure, a criterion, a rule or a choice of tokens."""
+"""Lists the papers to cite for a measure, a criterion, a rule or a choice of tokens."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ from ecoflap.support.registry import Registry
 
 _BY_KEY = {paper.key: paper for paper in PAPERS}
 
-# Choices within a method that have a paper of their own; importances, criteria and rules name theirs where they are
-# registered (``cites``).
+# Papers of choices within a method; importances, criteria and rules name theirs where they are registered (``cites``).
 _CHOICES = {"fisher": ("obd",), "text": ("atv-pruning",), "atv": ("atv-pruning",)}
 RECOVERY_PAPERS = ("gptaq", "alps")  # its targets, its solver
 _REGISTRIES: tuple[Registry[Any], ...] = (IMPORTANCES, CRITERIA, RULES)
 
 
 def _cited(name: str) -> tuple[Citation, ...]:
-    """The papers that the method ``name`` cites; none where it is not there, or not to be had."""
+    """The papers that the method ``name`` cites; none if it is unknown or its package can't be imported."""
     keys: tuple[str | Citation, ...] = _CHOICES.get(name, ())
     for registry in _REGISTRIES:
-        with suppress(BrokenPlugin):  # a page about a run is made without the package, too
+        with suppress(BrokenPlugin):  # the page of a run must not need the package
             keys += tuple(registry.fact(name, "cites", ()))
     papers = [key if isinstance(key, Citation) else _BY_KEY.get(key) for key in keys or (name,)]
     return tuple(paper for paper in papers if paper is not None)
 
 
 def citations(*names: str | None) -> tuple[Citation, ...]:
-    """Every paper behind the methods ``names``, each once, in the order given; names without a paper add none."""
+    """The papers of the methods ``names``, without repetition, in the order of the names."""
     found = {paper.key: paper for name in names if name is not None for paper in _cited(name)}
     return tuple(found.values())
 
 
 def paper(key: str) -> Citation | None:
-    """The paper of a key: of :data:`PAPERS`, or of what another package adds; None where it is not known here."""
+    """The paper of a key: of :data:`PAPERS`, or added by another package; None if it is unknown."""
     if key in _BY_KEY:
         return _BY_KEY[key]
     added = (each for registry in _REGISTRIES for name in registry.outside() for each in _cited(name))
@@ -52,4 +51,4 @@ CITATIONS: Mapping[str, Citation] = MappingProxyType(
     | {name: _BY_KEY[keys[0]] for name, keys in _CHOICES.items()}
     | _BY_KEY
 )
-"""The first paper to name for each method: by the names of recipes ("zeroth-order", "wanda", "owl") and of papers."""
+"""The first paper of each method, by its name in recipes ("zeroth-order", "wanda", "owl") or by a paper's key."""

@@ -1,6 +1,6 @@
 """Implements the commands besides ``prune``: inspect, importance, allocate, evaluate.
 
-Stage 1 alone keeps its estimates in a folder beside the output file until that file is written.
+``importance`` keeps its estimates in a folder beside the output file until that file is written.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises OutputExists if ``path`` is there and may not be replaced, or is a folder; StorageError below a file."""
+    """Raises OutputExists if ``path`` exists and may not be replaced, StorageError if a parent is a file."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OutputExists(f"{path} is no plain file (a device or a pipe): choose another --output")
+        raise OutputExists(f"{path} is a device or a pipe, not a regular file: choose another --output")
     if path.is_dir():
         raise OutputExists(f"{path} is a folder: give the name of a file as --output, such as {path / 'result.json'}")
     if path.exists() and not overwrite:
@@ -42,7 +42,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def find_own_modules(objective: str | None) -> None:
-    """Let the user's objective ``module:function`` be imported from the folder where the command was given."""
+    """Make the user's objective ``module:function`` importable from the current folder."""
     import sys
 
     if ":" in (objective or "") and "" not in sys.path:
@@ -52,9 +52,9 @@ def find_own_modules(objective: str | None) -> None:
 def inspect_model(recipe: Recipe) -> tuple[Anatomy, str, Routing]:
     """The anatomy of the recipe's model, a line that says how it was found, and the tokens of each expert.
 
-    With calibration data (bundled for the embedded model) one forward is watched; without, the order of blocks is that
-    of their definition, and layers that never run can't be told. A model with mixtures is run on all calibration
-    samples, to count the tokens of each expert.
+    With calibration data (bundled for the embedded model) one forward is traced. Without, blocks are in the order of
+    their definition, and it is unknown which layers never run. A model with mixtures runs on all calibration samples,
+    to count the tokens of each expert.
     """
     from ecoflap.data.sources import check_source
     from ecoflap.run.checks import check_places
@@ -83,7 +83,7 @@ def inspect_model(recipe: Recipe) -> tuple[Anatomy, str, Routing]:
 
 
 def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: bool) -> tuple[Allocation, Path]:
-    """Allocate from an importance.json (or the run directory that holds one) and write allocation.json."""
+    """Allocate from an importance.json, or a run directory with one, and write allocation.json."""
     from ecoflap.importance.allocate import allocate
     from ecoflap.importance.scores import Importance
     from ecoflap.support.files import write_json
@@ -101,16 +101,16 @@ def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: 
 def evaluate_model(
     recipe: Recipe, progress: Progress, workers: Workers = ALONE, against: str | None = None
 ) -> dict[str, Any]:
-    """Results of the recipe's evaluations on its model, as in ``metrics.json``, by their names.
+    """Results of the recipe's evaluations on its model by name, as in ``metrics.json``.
 
-    A result also has ``samples``, where it consists of them, see :class:`ecoflap.evaluation.paired.Samples`.
+    A result with scores of single samples also has ``samples``, see :class:`ecoflap.evaluation.paired.Samples`.
 
     Args:
-        against: another model, a run or a file of results: each result then has ``paired``, the other model's name to
-            the difference on the same samples.
+        against: another model, a run or a file of results. Each result then has ``paired``: the differences on the same
+            samples, by the name of the other model.
 
     Raises:
-        InvalidOption: the other results are of other samples, or have none.
+        InvalidOption: the other results are of other samples, or have no scores of samples.
         EcoflapError: a subclass says what else is wrong.
     """
     from ecoflap.run.checks import check_evaluated
@@ -151,18 +151,18 @@ def _evaluated(
     return {name: {**kept["result"], "samples": kept["samples"]} for name, kept in found.items()}
 
 
-SUFFIX = ".journal"  # of the folder's name, after the file's
+SUFFIX = ".journal"  # the folder is named as the output file, with this suffix
 
 
 class Measurement(RunDirectory):
-    """The folder of a measurement under way, by the rules of a run directory; it goes when the file is there."""
+    """The folder of a running measurement: a run directory that is removed once the output file is written."""
 
     what: ClassVar[str] = "measurement that was interrupted"
     ours: ClassVar[tuple[str, ...]] = (JOURNAL, LOG, RECIPE, MANIFEST)
 
 
 def remove(folder: Path) -> None:
-    """Of a measurement, of which all is in the file."""
+    """Remove the folder of a finished measurement."""
     work = Measurement(folder)
     for name in work.ours:
         work.discard(name)
@@ -181,17 +181,17 @@ def measure_to(
 ) -> Importance:
     """Measure the scores of the recipe's model and write them to ``output``.
 
-    Interrupted at any moment, it goes on with ``resume`` and ends with the same bytes.
+    After an interruption, ``resume`` continues, and the file has the same bytes.
 
     Args:
         overwrite: replace the file, and an interrupted measurement for it.
-        resume: go on with an interrupted measurement; begin one if there is none.
-        workers: processes that all make this call; the first of them writes.
-        say: receives the name of the chosen importance, where the recipe left it open.
+        resume: continue an interrupted measurement; begin one if there is none.
+        workers: processes that all make this call; the first one writes.
+        say: receives the name of the chosen importance if the recipe leaves it open.
 
     Raises:
-        OutputExists: the file, or an interrupted measurement for it, is there and neither option is given.
-        ResumeMismatch: options, versions, model or data are not those that the measurement began with.
+        OutputExists: the file, or an interrupted measurement for it, exists and neither option is given.
+        ResumeMismatch: options, versions, model or data differ from those of the interrupted measurement.
         EcoflapError: a subclass says what else is wrong.
     """
     from ecoflap.run.checks import check_measured
@@ -243,7 +243,7 @@ def _measured(
             journal.close()
         if workers.first:
             write_json(output, importance.to_json())
-            workers.gather(None)  # the others have closed their files there
+            workers.gather(None)  # wait until the others have closed their files
             remove(work.path)
     if not workers.first:
         workers.gather(None)

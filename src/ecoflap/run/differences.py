@@ -1,4 +1,4 @@
-"""Says how a recipe differs from the one that a run began with."""
+"""Describes how a recipe differs from the one that a run began with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What a recipe says now and said otherwise before, a few words each."""
+    """One short text for each field with another value."""
     for name, value in now.items():
         earlier = before.get(name)
         if isinstance(value, dict) and isinstance(earlier, dict):

@@ -33,7 +33,7 @@ _log = logging.getLogger("ecoflap")
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by a signal, and can go on: ``path`` is its directory, ``signal`` the reason given."""
+    """A signal stopped a run, which can be resumed: ``path`` is its directory, ``signal`` the signal's name."""
 
     def __init__(self, path: Path, signal: str) -> None:
         super().__init__(signal)
@@ -41,20 +41,20 @@ class Stopped(KeyboardInterrupt):
 
 
 class RunFailed(EcoflapError):
-    """Something broke that is no fault of the input; the run's log has the traceback."""
+    """An unexpected error that the input did not cause; the run's log has the traceback."""
 
     exit_code = 1
 
 
 class RunDirectory:
-    """One run's files: :meth:`examine`, then :meth:`begin`; close it (or use it as a context) to let go of its lock.
+    """One run's files: call :meth:`examine`, then :meth:`begin`; close it (or use it as a context) to unlock it.
 
-    A subclass holds the files of another kind of work, with the same rules for writing and resuming.
+    A subclass is for another kind of work, with the same rules for writing and resuming.
 
     Attributes:
         what: the kind of work, for messages.
         ours: the files in the order of removal.
-        inputs: the file that keeps digests of what else decides the result.
+        inputs: the file with digests of the run's inputs.
     """
 
     what: ClassVar[str] = "run"
@@ -71,16 +71,16 @@ class RunDirectory:
 
     @classmethod
     def examine(cls, path: str | Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Self:
-        """Look whether a run can begin or go on in ``path``; nothing is written yet.
+        """Check whether a run can begin or be resumed in ``path``; nothing is written yet.
 
         Args:
             recipe: resolved.
-            overwrite: replace the earlier run that is there; only files of a run are removed.
-            resume: continue the run that is there, if its recipe is the same; begin one if there is none.
+            overwrite: replace an earlier run; only files of a run are removed.
+            resume: continue an earlier run with the same recipe; begin one if there is none.
 
         Raises:
-            InvalidOption: both ``overwrite`` and ``resume``, or an input of the recipe lies in the run itself.
-            OutputExists: the folder holds something else, or a run and neither option is given.
+            InvalidOption: both ``overwrite`` and ``resume`` are given, or an input of the recipe is a file of the run.
+            OutputExists: the folder holds other files, or a run and neither option is given.
             ResumeMismatch: the recipe or a version differs; the message lists each difference.
         """
         if overwrite and resume:
@@ -92,14 +92,14 @@ class RunDirectory:
         return run
 
     def _check_may_write(self, recipe: Recipe) -> None:
-        """Whether what is in the folder now may be replaced or continued, as the user asked."""
+        """Check that the folder's content may be replaced or continued, as requested."""
         overwrite, resume = self._asked
         if self.path.exists() and not self.path.is_dir():
             raise OutputExists(f"{self.path} is a file, not a folder: choose another --output")
         held = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         held = {name for name in held if not self._leftover(name)}
         if held == {MANIFEST} and self.manifest.exists:
-            held = set()  # killed between the mark and the recipe
+            held = set()  # the process was killed between writing the manifest and the recipe
         if held and (RECIPE not in held or not self._is_ours()):
             raise OutputExists(
                 f"{self.path} holds something that is no {self.what} of ecoflap: choose another --output"
@@ -135,17 +135,17 @@ class RunDirectory:
 
         Args:
             fingerprint: of the model.
-            inputs: what else decides the result and is no option: digests of data, the kind of device.
+            inputs: digests of data, the kind of device, and other things that decide the result and are no options.
 
         Raises:
-            OutputExists: another process is at work in it, or has left something there since :meth:`examine`.
+            OutputExists: another process works in it, or has written files there since :meth:`examine`.
             ResumeMismatch: the model or an input is not the one that the run began with.
             StorageError: the folder can't be made or written.
         """
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
-        self._check_may_write(recipe)  # again: another process may have begun and ended since
+        self._check_may_write(recipe)  # again: another process may have run since then
         if self.resumed:
             self._check_fingerprint(fingerprint)
             self._check_inputs(inputs)
@@ -165,7 +165,7 @@ class RunDirectory:
         write_text(self.path / RECIPE, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
     def _is_ours(self) -> bool:
-        """Whether the recipe file that is there is of this kind of work; one that can't be read may be replaced."""
+        """Whether the recipe file is of this kind of work, or unreadable: then it may be replaced."""
         try:
             return not {GRID, TRAIN} & self.recorded().keys()
         except InvalidOption:
@@ -183,9 +183,9 @@ class RunDirectory:
             self._lock = None
 
     def lock(self) -> None:
-        """Work in the folder alone, until :meth:`close`; raises OutputExists if another process is at work in it."""
+        """Lock the folder until :meth:`close`. Raises OutputExists if another process holds the lock."""
         with storage(self.path):
-            self._lock = os.open(self.path, os.O_RDONLY)  # the folder itself: no lock file is left behind
+            self._lock = os.open(self.path, os.O_RDONLY)  # the folder itself is locked, so that no lock file remains
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -201,7 +201,7 @@ class RunDirectory:
             _remove(self.path / name)
 
     def _leftover(self, name: str) -> bool:
-        """Whether ``name`` is a temporary file's, as a killed process leaves it."""
+        """Whether ``name`` is a temporary file of a killed process."""
         pattern = rf"\.({'|'.join(map(re.escape, self.ours))})\.(.*{re.escape(PARTIAL)}|partial|old)"
         return re.fullmatch(pattern, name) is not None
 
@@ -214,16 +214,16 @@ class RunDirectory:
                     _remove(entry)
 
     def recorded(self) -> dict[str, Any]:
-        """The run's recipe file as it is: fields, versions, fingerprint."""
+        """The content of the run's recipe file: fields, versions, fingerprint."""
         data = read_yaml(self.path / RECIPE, "the recipe")
         if not isinstance(data, dict):
             raise InvalidOption(f"{self.path / RECIPE} is damaged: start again with --overwrite")
         return data
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """The recipe with what the run found where it was left open, such as the importance or the compute dtype."""
+        """The recipe with the run's choices for open fields, such as the importance or the compute dtype."""
         before, took = self.recorded(), dict[str, Any]()
-        if recipe.pruned is not None:  # its sparsity is known when it is read
+        if recipe.pruned is not None:  # its sparsity is known once the pruned model is read
             took |= {name: before.get(name) for name in ("sparsity", "max_sparsity")}
         elif recipe.importance == AUTO and before.get("importance") in (GRADIENT_NORM, ZEROTH_ORDER):
             took["importance"] = before["importance"]
@@ -267,7 +267,7 @@ class RunDirectory:
             try:
                 place = Path(value).expanduser().resolve()
                 inside = home in (place, *place.parents) and place.exists()
-            except (OSError, ValueError, RuntimeError):  # no name of a file; told where it is read
+            except (OSError, ValueError, RuntimeError):  # not a valid path; reported where it is read
                 continue
             if inside:
                 raise InvalidOption(
@@ -278,7 +278,7 @@ class RunDirectory:
         return (self.path / name).exists()
 
     def whole(self, name: str) -> bool:
-        """Whether the JSON file ``name`` is there; one that is no JSON is to be made again, with a warning."""
+        """Whether the JSON file ``name`` exists and is valid; an invalid one gives a warning and is made again."""
         if not self.has(name):
             return False
         try:
@@ -294,7 +294,7 @@ class RunDirectory:
             write_json(self.path / name, data)
 
     def read(self, name: str) -> Any:
-        """Read a JSON file of the run; raises InvalidOption where it is damaged."""
+        """Read a JSON file of the run. Raises InvalidOption if it is damaged."""
         return read_json(self.path / name, "the run's file")
 
     def discard(self, name: str) -> None:
@@ -302,9 +302,9 @@ class RunDirectory:
         _remove(self.path / name)
 
     def finish(self) -> None:
-        """All is written: the journal is no longer needed."""
+        """Remove the journal, after all files are written."""
         with suppress(StorageError, OutputExists):
-            if self._lock is None:  # complete already, and killed while it tidied up
+            if self._lock is None:  # a complete run that was killed while it removed the journal
                 self.lock()
             self.remove_temporary_files()
             self.manifest.finish_pending()
@@ -312,12 +312,12 @@ class RunDirectory:
 
     @property
     def complete(self) -> bool:
-        """The run to be resumed has nothing left to do: the page is written last of all."""
+        """Whether a run to be resumed is complete: the page is written last."""
         return self.resumed and self.has(METRICS) and self.has(REPORT)
 
 
 def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Each field that names a file or folder to read, with what it says."""
+    """Each field that names a file or folder to read, with its value."""
     single = (
         "model", "pruned", "calibration", "test", "importance", "allocation", "image_folder", "test_image_folder",
         "train", "validation", "dense",
@@ -334,9 +334,9 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _remove(path: Path) -> None:
     with storage(path):
         if not path.name.startswith(".") and (half := path.with_name(f".{path.name}.old")).is_dir():
-            shutil.rmtree(half)  # of a removal that was killed
+            shutil.rmtree(half)  # left by a removal that was killed
         if path.is_dir() and not path.is_symlink():
-            # Out of sight at once: a folder of which a kill left a part would be taken for the whole.
+            # Renamed first: a folder that a kill left half-removed would look complete.
             old = path.with_name(f".{path.name}.old")
             if old.exists() and path != old:
                 shutil.rmtree(old)

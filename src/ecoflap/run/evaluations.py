@@ -66,7 +66,7 @@ class Evaluation(BaseModel):
 
 
 def tasks_of(recipe: Recipe) -> tuple[str, ...]:
-    """Tasks where no ``evaluations`` are listed: those named, else what ``test`` fits; VQA on the embedded model."""
+    """Tasks without ``evaluations``: the named ones, else one that fits ``test``; VQA for the embedded model."""
     if recipe.task is not None:
         return recipe.task
     if recipe.test is not None:
@@ -75,7 +75,7 @@ def tasks_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _is_text(source: str) -> bool:
-    """Whether a source is plain text: a file by its name, a folder by what is in it."""
+    """Whether a source is plain text: a file by its name, a folder by its content."""
     from ecoflap.data.formats.text import COMPRESSED, SUFFIXES, TextFiles
     from ecoflap.data.sources import open_source
 
@@ -83,16 +83,16 @@ def _is_text(source: str) -> bool:
     if path.is_dir():
         try:
             return isinstance(open_source(source), TextFiles)
-        except CalibrationError:  # message when the task opens it
+        except CalibrationError:  # raised again when the task opens it
             return False
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower() in SUFFIXES
 
 
 def evaluations_of(recipe: Recipe) -> tuple[Evaluation, ...]:
-    """All that is measured, in full: one entry per task, or the recipe's ``evaluations``.
+    """All evaluations with all fields: one entry per task, or the recipe's ``evaluations``.
 
-    With ``evaluations``, ``task`` chooses some of them by name, ``test_samples`` is a limit for each, and
-    ``task_options``, ``classes`` and ``class_prompts`` hold where an entry says nothing itself.
+    With ``evaluations``, ``task`` selects some of them by name, ``test_samples`` is a limit for each, and
+    ``task_options``, ``classes`` and ``class_prompts`` are the defaults of each entry.
     """
     if recipe.evaluations is None:
         entries = [
@@ -129,11 +129,7 @@ def _completed(entry: Evaluation, recipe: Recipe) -> Evaluation:
 
 
 def options_of(task: str) -> dict[str, Any]:
-    """The options of a task, the fields of its class: name to type.
-
-    Raises:
-        UnknownName: no such task.
-    """
+    """The types of a task's options by name; they are the fields of its class. Raises UnknownName: no such task."""
     cls: Any = _task(task)
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls)}
@@ -152,10 +148,10 @@ def _task(name: str) -> type[Task]:
 
 
 def check_evaluations(recipe: Recipe) -> tuple[Evaluation, ...]:
-    """:func:`evaluations_of`, its options and class files checked without a model.
+    """:func:`evaluations_of`, with options and class files checked without a model.
 
     Raises:
-        InvalidOption: a task does not have an option or takes no such value, or nothing takes a field that is set.
+        InvalidOption: a task has no such option or does not accept its value, or no task uses a field that is set.
     """
     entries = evaluations_of(recipe)
     known = {name: None for entry in entries for name in options_of(entry.task)}
@@ -206,7 +202,7 @@ def _unknown_option(name: str, known: list[str], owner: str) -> str:
 def _typed(name: str, value: OptionValue, kind: Any, where: str) -> Any:
     """``value`` in the type ``kind``."""
     if isinstance(value, bool) and "bool" not in str(kind):
-        raise InvalidOption(f"{where}task option {name}={value}: true and false are no values of it")
+        raise InvalidOption(f"{where}task option {name}={value}: the value can't be true or false")
     try:
         wanted = TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
         return wanted.validate_python(value)
@@ -219,7 +215,7 @@ def rehearse(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Run each evaluation on one sample, so that none can stop a run half-way.
 
     Raises:
-        EcoflapError: what is wrong with each that can't work, all in one line.
+        EcoflapError: one line with the faults of all that fail.
     """
     failures: list[EcoflapError] = []
     entries = check_evaluations(recipe)
@@ -235,7 +231,7 @@ def rehearse(checkpoint: Checkpoint, recipe: Recipe) -> None:
         raise type(failures[0])(more + "; ".join(map(str, failures))) from failures[0]
 
 
-# What models and processors raise on inputs that are not for them.
+# Errors that models and processors raise on inputs of the wrong kind.
 _UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -249,14 +245,14 @@ def _unfit(error: Exception, entry: Evaluation, checkpoint: Checkpoint) -> Ecofl
 
 
 def rows_of_a_test(recipe: Recipe) -> int:
-    """Samples a forward of an evaluation: the embedded model is so small that calls outweigh its arithmetic."""
+    """Samples in a forward of an evaluation. The embedded model gets more: it is so small that calls take most time."""
     return recipe.test_batch_size or (recipe.batch_size if recipe.model is not None else max(recipe.batch_size, 32))
 
 
 def evaluate(
     checkpoint: Checkpoint, entry: Evaluation, recipe: Recipe, progress: Progress, workers: Workers = ALONE
 ) -> TaskResult:
-    """One evaluation of :func:`evaluations_of` on a model; several workers share its samples where the task can."""
+    """Run one evaluation of :func:`evaluations_of`; several workers share its samples if the task supports it."""
     import torch
 
     from ecoflap.evaluation import TestData

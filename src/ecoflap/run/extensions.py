@@ -1,4 +1,4 @@
-"""Loads what a user's own program or package adds: criteria, importances, tasks, data formats."""
+"""Loads the criteria, importances, tasks and data formats that a user's program or package adds."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ KINDS: dict[str, Registry[Any]] = {
     "task": TASKS,
     "format": FORMATS,
 }
-# Fields of a recipe that name one; --help lists what is installed beside ours.
+# Fields of a recipe that name one; --help lists the installed ones beside ours.
 FIELDS = {"criterion": "criterion", "importance": "importance", "task": "task", "calibration": "format"}
 
 
 def register(kind: str, name: str, target: Any) -> None:
     """Add a criterion, importance, task or data format under ``name``, for this process.
 
-    A package adds its own for good by entry points: ``ecoflap.criteria``, ``ecoflap.importances``, ``ecoflap.tasks``,
-    ``ecoflap.formats``.
+    A package adds its own permanently with entry points: ``ecoflap.criteria``, ``ecoflap.importances``,
+    ``ecoflap.tasks``, ``ecoflap.formats``.
 
     Args:
         kind: ``criterion``, ``importance``, ``task`` or ``format``.
-        target: the class (of a format, the :class:`ecoflap.data.registry.Format`), or where it is found when it
-            is first used, ``"package.module:attribute"``.
+        target: the class (for a format, the :class:`ecoflap.data.registry.Format`), or ``"package.module:attribute"``,
+            which is imported at its first use.
 
     Raises:
         UnknownName: no such kind.
-        InvalidOption: the name is taken, or has characters that a command line can't hold.
-        BrokenPlugin: the object is none of its kind; says what it lacks.
+        InvalidOption: the name is taken, or has characters that are not allowed.
+        BrokenPlugin: the object lacks an attribute or method of its kind.
     """
     if kind not in KINDS:
         raise unknown("kind", kind, list(KINDS))
@@ -42,5 +42,5 @@ def register(kind: str, name: str, target: Any) -> None:
 
 
 def installed(field: str) -> list[str]:
-    """Names that other packages add for a field of the recipe; nothing is imported."""
+    """Names that other packages add for a field of the recipe; none of the packages is imported."""
     return KINDS[FIELDS[field]].outside() if field in FIELDS else []

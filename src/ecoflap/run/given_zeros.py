@@ -1,4 +1,4 @@
-"""A run on the zeros of a model that is pruned already: what it reads of that model, and its stage 2."""
+"""Runs on the zeros of a model that is pruned already: reads that model, and does stage 2 with its zeros."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ecoflap.support.workers import Workers
 
 
 def with_given_zeros(plan: Prepared) -> Prepared:
-    """The plan with the zeros of the pruned model that its recipe names, and their sparsity in the recipe.
+    """The plan with the zeros of the recipe's pruned model, and their sparsity in the recipe.
 
     Raises:
         CheckpointError: the pruned model can't be read, or is packed.
-        InvalidOption: the models do not fit each other, or nothing is pruned.
+        InvalidOption: the two models do not match, or nothing is pruned.
     """
     recipe, model = plan.recipe, plan.checkpoint.model
     if recipe.pruned is None:
@@ -43,7 +43,7 @@ def with_given_zeros(plan: Prepared) -> Prepared:
 
 
 def recovered(plan: Prepared, progress: Progress, journal: BlockJournal | None, workers: Workers) -> WalkResult:
-    """Stage 2 of such a plan, in place: the other weights are fitted to the dense model's outputs."""
+    """Stage 2 of such a plan, in place: fits the nonzero weights to the dense model's outputs."""
     assert plan.pruned is not None
     model, anatomy, batches = plan.parts
     options = plan.recipe.method().pruning

@@ -24,10 +24,10 @@ _log = logging.getLogger("ecoflap")
 
 
 class EstimateFile:
-    """Estimates of stage 1, one JSON line each with a check sum.
+    """Estimates of stage 1, one JSON line each with a checksum.
 
-    The first line that is not as it was written (cut off by a kill, zeros after a power cut) ends what is known: it
-    and all after it are dropped, and measured again.
+    The first damaged line (cut off by a kill, zeros after a power cut) and all lines after it are dropped, and measured
+    again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +38,7 @@ class EstimateFile:
             self._known.append(estimate)
             whole += length
         with storage(path):
-            # Without a buffer: a failed write raises at once, and not again at closing.
+            # Without a buffer, so that a failed write raises at once, and not again when the file is closed.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the stage runs
             self._file.truncate(whole)
 
@@ -46,11 +46,11 @@ class EstimateFile:
         return tuple(self._known)
 
     def merged_with(self, others: Iterable[Path]) -> tuple[Estimate, ...]:
-        """:meth:`estimates`, and those in the files of other workers, which are only read."""
+        """:meth:`estimates` and those in the files of other workers."""
         return (*self._known, *(estimate for path in others for estimate, _ in _lines(path)))
 
     def append(self, estimate: Estimate) -> None:
-        """Add one line. It reaches the system at once, so that a killed process loses nothing."""
+        """Add one line, without a buffer, so that a killed process loses nothing."""
         row = [estimate.layer, estimate.batch, estimate.draw, float(estimate.value).hex()]  # hexadecimal: every bit
         line = json.dumps([*row, _sum(row)]).encode() + b"\n"
         with storage(self._path):
@@ -63,7 +63,7 @@ class EstimateFile:
 
 
 def _lines(path: Path) -> Iterator[tuple[Estimate, int]]:
-    """The estimates of a file up to the first line that is not whole, each with the bytes of its line."""
+    """The estimates of a file up to the first damaged line, each with the bytes of its line."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         estimate = _read(line)
         if estimate is None:
@@ -72,7 +72,7 @@ def _lines(path: Path) -> Iterator[tuple[Estimate, int]]:
 
 
 def _read(line: bytes) -> Estimate | None:
-    """One whole line; None for anything else."""
+    """The estimate in a line; None if the line is damaged."""
     try:
         *row, total = json.loads(line)
         layer, batch, draw, value = row
@@ -96,15 +96,15 @@ class BlockFiles:
         return self.folder / f"{block}.safetensors"
 
     def bytes(self) -> int:
-        """What the files take that are there."""
+        """Total size of the existing files."""
         return weight_bytes(self.folder)
 
     def place(self, block: str) -> Path:
-        """The block's file, by which an offloaded model reads it."""
+        """The block's file; an offloaded model reads its weights from there."""
         return self._path(block)
 
     def load(self, block: str) -> PrunedBlock | None:
-        """The block; None where there is none, and with a warning where its file is damaged: it is pruned again."""
+        """The block; None if there is none or, with a warning, if its file is damaged: it is pruned again."""
         from safetensors import SafetensorError, safe_open
 
         from ecoflap.pruning.journal import PrunedBlock
@@ -127,7 +127,7 @@ class BlockFiles:
         return None
 
     def save(self, block: str, pruned: PrunedBlock) -> None:
-        """Raises StorageError: it could not be written; what was there is as it was."""
+        """Write the block's file. Raises StorageError if that fails; an earlier file is unchanged then."""
         weights = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
         unreached = json.dumps(list(pruned.unreached))
         tokens = json.dumps(dict(pruned.tokens)) if pruned.tokens else ""
@@ -138,13 +138,13 @@ class BlockFiles:
 
 
 def _digest(weights: Mapping[str, Tensor], told: str) -> str:
-    """SHA-256 over what is told beside the weights, and over the weights' names, dtypes, shapes and bytes."""
+    """SHA-256 over the metadata ``told`` and over the weights' names, dtypes, shapes and bytes."""
     import torch
 
     digest = hashlib.sha256(told.encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
-        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)  # a view: not one more copy
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)  # a view, to save memory
     return digest.hexdigest()
 
 
@@ -155,7 +155,7 @@ class SearchFile:
         self._path = path
 
     def load(self) -> dict[str, Any] | None:
-        """The state; None where there is none, or (with a warning) where it is damaged: the search begins again."""
+        """The state; None if there is none or, with a warning, if it is damaged: the search begins again."""
         return read_sealed(self._path)
 
     def save(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Loads the model that a recipe names, and refuses what the work at hand can't use."""
+"""Loads the model that a recipe names, and refuses offloaded or packed weights if the work can't use them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_checkpoint(
     """The recipe's model with its processor, on this worker's device.
 
     Args:
-        whole: what is to be done that needs all weights in memory, for the message.
+        whole: names the work for the error message if it needs all weights in memory.
         packed: whether weights may stay packed.
         progress: where to report, as a stage.
 

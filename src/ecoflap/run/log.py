@@ -18,7 +18,7 @@ _log = logging.getLogger("ecoflap")
 
 @contextmanager
 def explained(run: Path, log: Path) -> Iterator[None]:
-    """Says of whatever ends the run in a folder early how to go on, and puts it into the log."""
+    """Context that logs an error that ends the run, and adds to its message how to resume."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -31,7 +31,7 @@ def explained(run: Path, log: Path) -> Iterator[None]:
         short = memory_error(error)
         if short is not None:
             _log.info("stopped: out of memory", exc_info=error)
-            resume = "with more free memory the same command with --resume goes on from here"
+            resume = "with more free memory, the same command with --resume goes on from here"
             raise OutOfMemory(f"{short}; {resume}") from error
         if isinstance(error, EcoflapError):
             _log.info("stopped: %s", error)
@@ -45,14 +45,14 @@ def explained(run: Path, log: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that never stops the run: on a full disk it keeps silent, and the next artifact's write complains."""
+    """A log file that never stops the run: it ignores errors; the next result that is written reports a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class _Clean(logging.Formatter):
-    """Lines without control characters: a log is read on a terminal, too."""
+    """Removes control characters, since a log may be shown on a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -60,7 +60,7 @@ class _Clean(logging.Formatter):
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """The package's messages go to the run's log file too."""
+    """Context in which the package's messages are also written to the run's log file."""
     try:
         handler = _LogFile(path, encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Lists the files that a run wrote, with digests: ``--overwrite`` removes them and nothing else."""
+"""Lists the files that a run wrote, with digests, so that ``--overwrite`` removes only these."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ecoflap.support.reading import NO_READING, json_value, read_text
 
 _log = logging.getLogger("ecoflap")
 
-# Written line by line, or one file a block: known by their names.
+# Written line by line, or one file per block: recognised by their names, without digests.
 _BY_NAME = (LOG, RECIPE, MANIFEST)
-_OF_TRAINERS = (CHECKPOINTS, SEARCH, TRAININGS)  # transformers' own files there, of many kinds
+_OF_TRAINERS = (CHECKPOINTS, SEARCH, TRAININGS)  # folders with transformers' own files
 _IN_JOURNAL = (".json", ".jsonl", ".txt", ".safetensors")
 _DIGESTS = dict[str, list[str]]
-_UNDER_WAY = None  # in place of a digest: about to be written, and not yet looked at again
+_UNDER_WAY = None  # instead of a digest: the file is being written
 
 
 class _Entry(BaseModel):
@@ -42,8 +42,8 @@ class _Content(BaseModel):
 class Manifest:
     """``manifest.json`` of a folder: the digest, size and time of each file that was written into it.
 
-    A name is noted before its file is written and again afterwards, so that a kill in between leaves no file of which
-    nobody knows whose it is. A name that ends in ``/`` is a folder that is written as a whole.
+    A name is noted before its file is written and again afterwards, so that a file is known as the run's even after a
+    kill in between. A name that ends in ``/`` is a folder that is written as a whole.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,20 +51,20 @@ class Manifest:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder is marked as one that ecoflap wrote, by a manifest that is whole."""
+        """Whether the folder has a valid manifest, which marks it as written by ecoflap."""
         return read_sealed(self._folder / MANIFEST, _Content) is not None
 
     def begin(self) -> None:
-        """Mark the folder, which holds nothing of ours yet; one that is marked keeps what it knows."""
+        """Write an empty manifest, unless there is one."""
         if not self.exists:
             self._write({})
 
     def expect(self, *names: str) -> None:
-        """``names`` are about to be written."""
+        """Note that ``names`` will be written."""
         self._write({**self._read(), **dict.fromkeys(names, _UNDER_WAY)})
 
     def note(self, *names: str) -> None:
-        """``names`` were written: files, or whole folders (``model/``)."""
+        """Note that ``names`` were written: files, or whole folders (``model/``)."""
         known = self._read()
         for name in names:
             if name.endswith("/"):
@@ -79,7 +79,7 @@ class Manifest:
 
     @contextmanager
     def writing(self, *names: str) -> Iterator[None]:
-        """Notes ``names`` before and after they are written; not in a folder that is not marked."""
+        """Context that notes ``names`` before and after they are written; does nothing without a manifest."""
         if not self.exists:
             yield
             return
@@ -88,13 +88,13 @@ class Manifest:
         self.note(*names)
 
     def finish_pending(self) -> None:
-        """Note what was about to be written when an earlier process ended."""
+        """Note the files that were being written when an earlier process ended."""
         under_way = [name for name, entry in self._read().items() if entry is _UNDER_WAY]
         if under_way:
             self.note(*under_way)
 
     def foreign_files(self, ours: Iterable[str]) -> Iterator[str]:
-        """Files under the names ``ours`` that were not written by us, or were changed since."""
+        """Files with names in ``ours`` that ecoflap did not write, or that were changed since."""
         known = self._read()
         whole = tuple(name for name, entry in known.items() if name.endswith("/") and entry is _UNDER_WAY)
         for name in ours:
@@ -116,9 +116,9 @@ class Manifest:
 
 
 class Results:
-    """JSON files in ``folder``, whose digests are noted in ``ledger`` just before each is put in place.
+    """JSON files in ``folder`` with their digests in ``ledger``.
 
-    Noted before, so that a kill between the two leaves a digest too many, never a file without its own.
+    A digest is written before its file, so that a kill in between never leaves a file without a digest.
     """
 
     def __init__(self, folder: Path, ledger: Path) -> None:
@@ -135,12 +135,12 @@ class Results:
             write_text(self._folder / name, text)
 
     def has(self, name: str) -> bool:
-        """Whether ``name`` is there as it was written; one that is no JSON is made again, with a warning.
+        """Whether ``name`` exists and is unchanged; an invalid JSON file gives a warning and is made again.
 
-        A file without a recorded digest (after the journal of a complete run was removed) is accepted.
+        A file without a recorded digest is accepted: a complete run has no journal.
 
         Raises:
-            ResumeMismatch: it was edited.
+            ResumeMismatch: the file was edited.
         """
         path = self._folder / name
         if not path.exists():
@@ -180,7 +180,7 @@ def _of(file: Path, before: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _same(file: Path, entry: dict[str, Any] | None) -> bool:
-    """Whether a file is as noted; one of the same size and time is not read again."""
+    """Whether a file is unchanged; if size and time are the same, it is not read."""
     if entry is _UNDER_WAY:
         return not file.is_symlink()
     if file.is_symlink():

@@ -9,8 +9,8 @@ METRICS, REPORT, MODEL, LOG, JOURNAL = "metrics.json", "report.html", "model", "
 PREDICTIONS, PICTURES, ANALYSIS = "predictions.json", "pictures", "analysis"
 PACKED, BENCH = "packed", "bench.json"
 COMPARISON, MANIFEST = "compare.json", "manifest.json"
-# In the order of removal: what says that a run is complete goes first, what says that a folder is ours goes last.
-# The journal outlives what was made under it: it says of which data that is.
+# In the order of removal: the files that mark a complete run first, those that mark the folder as a run's last. The
+# journal is removed after the results that were made with it: it holds the digests of their data.
 OURS = (
     METRICS, REPORT, ANALYSIS, PREDICTIONS, PICTURES, BENCH, PACKED, MODEL, ALLOCATION, IMPORTANCE, JOURNAL, LOG,
     RECIPE, MANIFEST,
@@ -18,10 +18,10 @@ OURS = (
 INPUTS = f"{JOURNAL}/inputs.json"
 WRITTEN = f"{JOURNAL}/written.json"
 CHECKPOINTS = "checkpoints"  # of a training, in the journal
-SEARCH = "search"  # those of UPop's search
-TRAININGS = "trainings"  # whole trainings of a comparison's cells, in its journal
-TRAIN = "train"  # the field of a recipe file that makes its folder a fine-tuning's
-GRID = "methods"  # the field of a recipe file that makes its folder a comparison's, not a run's
+SEARCH = "search"  # checkpoints of UPop's search
+TRAININGS = "trainings"  # folders of a comparison's trained cells, in its journal
+TRAIN = "train"  # a recipe file with this field is a fine-tuning's
+GRID = "methods"  # a recipe file with this field is a comparison's
 
 
 def is_compare(folder: str | Path) -> bool:
@@ -30,7 +30,7 @@ def is_compare(folder: str | Path) -> bool:
 
 
 def is_finetune(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a fine-tuning: its recipe, as written, has a line that names the training data."""
+    """Whether ``folder`` holds a fine-tuning: its recipe file names training data."""
     path = Path(folder) / RECIPE
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
     named = {line.partition(":")[0] for line in lines}

@@ -1,4 +1,4 @@
-"""Registers by name what is made from a finished folder, so that ``run`` need not import ``report``."""
+"""Registers the functions that write pages and cards by name, so that ``run`` need not import ``report``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The whole job on one page: evaluate, measure importance, allocate, prune, save, evaluate, report.
+"""Runs a recipe: evaluate, measure importance, allocate, prune, save, evaluate, report.
 
-The stages between a plan and a sparse model, as a run and each cell of a comparison call them.
+Each cell of a comparison calls the same stages.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _log = logging.getLogger("ecoflap")
 def importance_for(
     plan: Prepared, progress: Progress, journal: EstimateJournal | None = None, workers: Workers = ALONE
 ) -> Importance:
-    """Stage 1 of a plan; ``journal`` holds estimates that are known already, and takes new ones."""
+    """Stage 1 of a plan; known estimates are read from ``journal``, new ones are added."""
     return importance_of(
         *plan.parts, plan.recipe.method(), plan.work(progress, workers), plan.given, journal, plan.norms
     )
@@ -71,7 +71,7 @@ def allocation_for(
     journal: SearchJournal | None = None,
     workers: Workers = ALONE,
 ) -> Allocation:
-    """Scores to zeros for each layer, and the search from there where the recipe asks for it."""
+    """The allocation from the scores, improved by a search if the recipe asks for it."""
     return allocation_of(
         *plan.parts, importance, plan.recipe.method(), plan.work(progress, workers), journal, plan.norms
     )
@@ -84,7 +84,7 @@ def pruned_to(
     journal: BlockJournal | None = None,
     workers: Workers = ALONE,
 ) -> WalkResult:
-    """Stage 2, in place; ``journal`` holds blocks that are pruned already, and takes new ones."""
+    """Stage 2, in place; blocks that are pruned already are read from ``journal``, new ones are added."""
     model, anatomy, batches = plan.parts
     if plan.pruned is not None:
         return recovered(plan, progress, journal, workers)
@@ -98,7 +98,7 @@ MACHINE = f"{files.JOURNAL}/machine.json"
 
 @dataclass
 class _Job:
-    """A run under way: what the stages share."""
+    """A running run: the objects that the stages share."""
 
     plan: Prepared
     run: SharedRun
@@ -112,7 +112,7 @@ class _Job:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure a stage, and keep its figures for a run that is resumed later."""
+        """Measure time and memory of a stage, and store them for a resumed run."""
         _log.info("%s: begins", name)
         took: list[Usage] = []
         with measured(name, took):
@@ -133,24 +133,21 @@ def run_recipe(
     workers: Workers = ALONE,
     begun: Callable[[], None] | None = None,
 ) -> Path:
-    """Do all that ``recipe`` asks for, leaving every stage's file in ``output``.
+    """Carry out ``recipe`` and write the file of every stage into ``output``; return this folder.
 
-    Interrupted at any moment, it goes on with ``resume=True`` and ends with the same files to the bit (times aside).
-    Several workers end with the files of one; the first of them writes these.
+    After an interruption, ``resume=True`` continues, and the files are the same to the bit except for times. Several
+    workers give the same files as one; the first one writes them.
 
     Args:
         say: receives one line for each choice that the recipe left open: columns of the data, objective.
         workers: processes that all make this call.
-        begun: is called once the folder is this run's.
-
-    Returns:
-        The run directory.
+        begun: called after the folder is locked and the recipe is written.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to fix it. What the recipe asks for is checked before
-            ``output`` is touched.
-        Stopped: by a signal, once the run had begun.
-        RunFailed: anything else went wrong; the run's log has the traceback.
+        EcoflapError: a subclass says what is wrong and how to fix it. The recipe is checked before ``output`` is
+            touched.
+        Stopped: by a signal, after the run had begun.
+        RunFailed: any other failure; the run's log has the traceback.
     """
     recipe = recipe.resolved()
     run = SharedRun.examine(output, recipe, workers, overwrite=overwrite, resume=resume)
@@ -194,7 +191,7 @@ def _stages(job: _Job) -> None:
     if not run.first:
         return
     _write_predictions(job, entries, dense, pruned)
-    run.discard(files.REPORT)  # of an older state; a run with metrics and a page is complete
+    run.discard(files.REPORT)  # of an older state: metrics and a page mark a complete run
     run.write(files.METRICS, {
         "format": 1,
         "dense": {name: kept["result"] for name, kept in dense.items()},
@@ -210,9 +207,9 @@ def _stages(job: _Job) -> None:
         "environment": environment(plan.checkpoint),
     })  # fmt: skip
     with run.writing(f"{files.MODEL}/"):
-        PAGES.get("card")(run.path)  # into the model's folder; says what the metrics say
+        PAGES.get("card")(run.path)  # into the model's folder; it reads the metrics
     PAGES.get("report")(run.path)
-    job.workers.gather(None)  # the others have closed their files there
+    job.workers.gather(None)  # wait until the others have closed their files
     run.finish()
     _log.info("complete: %s", run.path)
 
@@ -291,7 +288,7 @@ def _prune(job: _Job, allocation: Allocation) -> WalkResult:
 
 
 def _baseline(job: _Job, entries: Sequence[Evaluation]) -> Kept:
-    """Results of the model with one sparsity for all layers; it is dense again afterwards."""
+    """Results of the model with one sparsity for all layers; its dense weights are restored."""
     known = job.run.read_sealed(f"{files.JOURNAL}/baseline.json", Kept) or {}
     if all(entry.name in known for entry in entries):
         return _evaluated(job, entries, "baseline")
@@ -302,13 +299,13 @@ def _baseline(job: _Job, entries: Sequence[Evaluation]) -> Kept:
 
 
 def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> Kept:
-    """Results of all evaluations by their names; those that an interrupted run has done come from its journal."""
+    """Results of all evaluations by name; finished ones of an interrupted run come from its journal."""
     if not entries:
         return {}
     name = f"{files.JOURNAL}/{when}.json"
     kept: dict[str, Any] = job.run.read_sealed(name, Kept) or {}
     progress = Labelled(job.progress, when)
-    with job.stage(f"evaluation, {when}"):  # of an interrupted run, too, which may have ended before it was noted
+    with job.stage(f"evaluation, {when}"):  # also if all come from the journal: their usage may not be stored yet
         for entry in entries:
             if entry.name not in kept:
                 found = evaluate(job.plan.checkpoint, entry, job.recipe, progress, job.workers)
@@ -319,7 +316,7 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str) -> Kept:
 
 
 def _write_predictions(job: _Job, entries: Sequence[Evaluation], dense: Kept, pruned: Kept) -> None:
-    """``predictions.json`` and its pictures, of the tasks that say of each sample whether it was answered right."""
+    """Write ``predictions.json`` and its images, for tasks with a score for each answer."""
     answers = ((name, kept["answers"], pruned[name]["answers"]) for name, kept in dense.items())
     tasks = {name: compared(before, after) for name, before, after in answers if before and after}
     if tasks:

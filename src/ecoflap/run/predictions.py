@@ -1,4 +1,4 @@
-"""Records the answers of the dense and the pruned model to each test sample, with a few small pictures."""
+"""Records the answers of the dense and the pruned model to each test sample, with thumbnails of a few."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 RIGHT = 0.5  # an answer with at least this score counts as right
 KINDS = ("both_right", "only_dense", "only_pruned", "both_wrong")
-EXAMPLES = 8  # of each kind that get a picture
+EXAMPLES = 8  # samples of each kind with a thumbnail
 LONG_SIDE = 160  # pixels
-_GAP = 4  # pixels between two pictures of one sample
+_GAP = 4  # pixels between two images of one sample
 _NEEDED = {"index": int, "prediction": str, "truth": str, "score": float}
 _log = logging.getLogger("ecoflap")
 
@@ -28,10 +28,10 @@ Record = Mapping[str, Any]
 
 
 def answers_of(predictions: Sequence[Record] | None) -> list[dict[str, Any]] | None:
-    """The records of a task that says of each sample whether its answer is right; None for any other task.
+    """The records of a task that scores each answer; None for any other task.
 
-    Such a record has ``index``, ``prediction``, ``truth`` and ``score`` (0 to 1), as
-    :class:`~ecoflap.evaluation.TaskResult` describes; a caption with several truths, say, has none.
+    Such a record has ``index``, ``prediction``, ``truth`` and ``score`` (0 to 1), see
+    :class:`~ecoflap.evaluation.TaskResult`; captions, for instance, have no score.
     """
     rows = [dict(record) for record in predictions or ()]
     known = all(isinstance(row.get(name), kind) for row in rows for name, kind in _NEEDED.items())
@@ -39,14 +39,14 @@ def answers_of(predictions: Sequence[Record] | None) -> list[dict[str, Any]] | N
 
 
 def compared(dense: Sequence[Record], pruned: Sequence[Record]) -> dict[str, Any]:
-    """One task's part of ``predictions.json``, without pictures.
+    """One task's part of ``predictions.json``, without images.
 
     Args:
-        dense, pruned: records of the same samples by both models, as :func:`answers_of` gives them, in any order.
+        dense, pruned: records of both models for the same samples, from :func:`answers_of`, in any order.
 
     Returns:
-        ``rows`` in the order of ``dense``; ``counts`` of :data:`KINDS`; ``examples``: for each of them the indices of
-        at most :data:`EXAMPLES` rows, spread evenly over the rows of that kind.
+        ``rows`` in the order of ``dense``; ``counts`` of :data:`KINDS`; ``examples``: for each kind the indices of at
+        most :data:`EXAMPLES` rows, spread evenly over the rows of that kind.
     """
     after = {record["index"]: record for record in pruned}
     rows: list[dict[str, Any]] = []
@@ -76,30 +76,30 @@ def compared(dense: Sequence[Record], pruned: Sequence[Record]) -> dict[str, Any
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """Which of :data:`KINDS` a row is."""
+    """The kind of a row, one of :data:`KINDS`."""
     dense, pruned = row["dense_score"] >= RIGHT, row["pruned_score"] >= RIGHT
     return KINDS[0 if dense and pruned else 1 if dense else 2 if pruned else 3]
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:
-    """At most ``count`` of ``items``, evenly spaced: data sets are often in the order of their classes."""
+    """At most ``count`` of ``items``, evenly spaced, since data sets are often sorted by class."""
     if len(items) <= count:
         return list(items)
     return [items[position * len(items) // count] for position in range(count)]
 
 
 def add_pictures(tasks: dict[str, dict[str, Any]], entries: Iterable[Evaluation], seed: int, folder: Path) -> None:
-    """Write the pictures of each task's examples under ``folder``/pictures, and name them in its rows.
+    """Write thumbnails of each task's examples into ``folder``/pictures, and name them in its rows.
 
-    Data that can't be read any more costs the pictures alone: the run's log says why.
+    If the data can't be read any more, there are no thumbnails, and a warning is logged.
 
     Args:
         tasks: as in ``predictions.json``; changed in place.
-        entries: the evaluations, by whose names the tasks go.
+        entries: the evaluations; the tasks have their names.
         seed: of the run, with which the samples were drawn.
 
     Raises:
-        StorageError: a picture can't be written.
+        StorageError: an image can't be written.
     """
     taken: set[str] = set()
     for entry in entries:
@@ -111,7 +111,7 @@ def add_pictures(tasks: dict[str, dict[str, Any]], entries: Iterable[Evaluation]
         try:
             pictures = _pictures(entry, seed, wanted)
         except EcoflapError as error:
-            _log.warning("%s: no pictures of its examples: %s", entry.name, error)
+            _log.warning("%s: no images of its examples: %s", entry.name, error)
             continue
         by_index = {row["index"]: row for row in task["rows"]}
         for index, picture in pictures.items():
@@ -121,7 +121,7 @@ def add_pictures(tasks: dict[str, dict[str, Any]], entries: Iterable[Evaluation]
 
 
 def _file_stem(name: str, taken: set[str]) -> str:
-    """A name of letters, digits, ``-`` and ``_`` alone: evaluations may be called anything."""
+    """An unused file name of letters, digits, ``-`` and ``_`` for an evaluation with any name."""
     stem = base = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "task"
     number = 1
     while stem.lower() in taken:
@@ -132,7 +132,7 @@ def _file_stem(name: str, taken: set[str]) -> str:
 
 
 def _pictures(entry: Evaluation, seed: int, indices: Sequence[int]) -> dict[int, Image.Image]:
-    """Small pictures by row of the test data; rows without one are left out."""
+    """Thumbnails by row of the test data; rows without images are left out."""
     from ecoflap.data.samples import SampleReader
 
     source = entry.test
@@ -152,7 +152,7 @@ def _pictures(entry: Evaluation, seed: int, indices: Sequence[int]) -> dict[int,
 
 
 def thumbnail(images: Sequence[Image.Image]) -> Image.Image:
-    """A sample's pictures side by side, made smaller where the long side is above :data:`LONG_SIDE` pixels."""
+    """A sample's images side by side, scaled down so that no side is above :data:`LONG_SIDE` pixels."""
     height = min(max(image.height for image in images), LONG_SIDE)
     same = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
     whole = Image.new("RGB", (sum(image.width for image in same) + _GAP * (len(same) - 1), height), "white")
@@ -165,7 +165,7 @@ def thumbnail(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
-    """Atomically write a picture; raises StorageError where that fails."""
+    """Atomically write an image. Raises StorageError."""
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", optimize=True))

@@ -1,4 +1,4 @@
-"""Prepares a run before it writes anything: loads, calibrates, discovers layers, refuses what can't work."""
+"""Prepares a run before it writes anything: loads model and data, finds layers, refuses impossible recipes."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ _IN_FP32 = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the stages work on.
+    """The inputs of the stages.
 
     Attributes:
-        samples: the calibration samples; None where none are needed.
-        batches: the same, fixed once, on the CPU.
-        importance: read from the file that the recipe names, else None.
-        allocation: read from the file that the recipe names, else None.
-        pruned: the weights whose zeros are kept, where the recipe names a pruned model; ``anatomy`` and ``allocation``
-            are then of the layers that have zeros.
-        chosen: a line that says which importance was taken, and why, where the recipe left it open.
-        computes: the same of the numbers that the model computes with.
-        norms: of the dense model's inputs; kept by a comparison for the cells that share the batches.
+        samples: the calibration samples; None if none are needed.
+        batches: the same as batches on the CPU.
+        importance: read from the recipe's file; None if it names none.
+        allocation: read from the recipe's file; None if it names none.
+        pruned: the weights whose zeros are kept, if the recipe names a pruned model; ``anatomy`` and ``allocation``
+            then contain only the layers with zeros.
+        chosen: a line that says which importance was chosen, and why, if the recipe leaves it open.
+        computes: a line that says in which dtype the model computes, if that differs from its weights.
+        norms: of the dense model's inputs; a comparison keeps them for the cells that share the batches.
     """
 
     recipe: Recipe
@@ -86,20 +86,20 @@ class Prepared:
 
     @property
     def parts(self) -> tuple[nn.Module, Anatomy, Sequence[Batch]]:
-        """Model, layers and batches, as every stage takes them."""
+        """Model, layers and batches, the first arguments of every stage."""
         return self.checkpoint.model, self.anatomy, self.batches
 
     def work(self, progress: Progress, workers: Workers = ALONE) -> Work:
-        """What every stage is handed."""
+        """The options that all stages share."""
         return Work(self.objective, self.recipe.seed, progress, workers, self.recipe.compute_dtype)
 
     @property
     def given(self) -> Importance | Allocation | None:
-        """What is known before the run: an allocation, or scores."""
+        """The allocation or the scores that the recipe names, if any."""
         return self.allocation if self.allocation is not None else self.importance
 
     def inputs(self) -> dict[str, str]:
-        """What decides the result beside recipe and model: a digest of the batches, and the kind of device."""
+        """Digests of the inputs beside recipe and model: the batches and the kind of device."""
         digest = hashlib.sha256()
         for batch in self.batches:
             for name, value in sorted(batch.items()):
@@ -110,14 +110,14 @@ class Prepared:
 
     @property
     def window_length(self) -> int | None:
-        """Tokens in a window where the samples are cut from plain text; None for other samples."""
+        """Tokens in a window if the samples are cut from plain text; None for other samples."""
         if self.samples is None or self.samples.windows is None:
             return None
         ids, labels = self.batches[0]["input_ids"], self.batches[0]["labels"]
         return int(ids.shape[1] + (labels.shape[1] if is_encoder_decoder(self.checkpoint.model) else 0))
 
     def place_of(self, batch: int) -> str:
-        """Where the samples of a batch are found: rows of the source, or how each window of its text begins."""
+        """The place of a batch's samples in the source: rows, or the first words of its windows of text."""
         if self.samples is None:
             return ""
         sizes = [batch_size_of(one) for one in self.batches]
@@ -132,7 +132,7 @@ class Prepared:
         return f"windows {first} to {first + size - 1} of the text of {self.samples.source}, which begin {begin}"
 
     def choices(self) -> Iterator[str]:
-        """Lines that say what was chosen where the recipe left it open: columns of the data, and the objective."""
+        """Lines about the choices that the recipe left open: columns of the data, and the objective."""
         if self.computes:
             yield self.computes
         if self.samples is None:
@@ -150,7 +150,7 @@ class Prepared:
             yield self.chosen
 
     def shortage(self) -> Iterator[str]:
-        """A line where the machine has too little memory for the criterion: else it may fail after hours."""
+        """A warning if the machine has too little memory for the criterion, which might fail only after hours."""
         if self.pruned is not None:
             return
         model, name = self.checkpoint.model, self.recipe.criterion
@@ -162,7 +162,7 @@ class Prepared:
 
 @contextmanager
 def naming_samples(plan: Prepared) -> Iterator[None]:
-    """An error about a calibration batch says which samples are in it."""
+    """Context that adds to an error about a calibration batch which samples are in it."""
     try:
         yield
     except NonFiniteLoss as error:
@@ -172,7 +172,7 @@ def naming_samples(plan: Prepared) -> Iterator[None]:
 
 
 def prepare(recipe: Recipe, workers: Workers = ALONE, progress: Progress | None = None) -> Prepared:
-    """Load and check all that ``recipe`` names, so that nothing of it can stop a run half-way.
+    """Load and check all inputs of ``recipe``, so that none can stop a run half-way.
 
     Args:
         recipe: resolved.
@@ -199,7 +199,7 @@ def prepare(recipe: Recipe, workers: Workers = ALONE, progress: Progress | None 
 
 
 def settled(plan: Prepared) -> Prepared:
-    """The plan with the importance that ``auto`` takes for its model, which the run's record names.
+    """The plan with the importance that ``auto`` chooses for its model, for the run's record.
 
     Raises:
         InvalidOption: the model is not in memory, and its gradients can't be taken.
@@ -221,11 +221,11 @@ def plan_on(
     given: Allocation | None = None,
     workers: Workers = ALONE,
 ) -> Prepared:
-    """The plan of ``recipe`` on a model that is loaded: calibration, objective, layers; :func:`check_plan` looks at it.
+    """The plan of ``recipe`` on a loaded model: calibration, objective, layers. :func:`check_plan` checks it.
 
     Args:
-        scores: read from the recipe's file, where it names one.
-        given: the allocation read from the recipe's file, where it names one.
+        scores: read from the recipe's file, if it names one.
+        given: the allocation read from the recipe's file, if it names one.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to fix it.
@@ -244,13 +244,13 @@ def plan_on(
 
 
 def _tokens(recipe: Recipe, model: nn.Module, batches: Sequence[Batch]) -> str:
-    """The choice of tokens that the run's record names: a default that the model has no visual tokens for is all."""
+    """The choice of tokens for the run's record; the default becomes "all" if the model sees no visual tokens."""
     choice = recipe.token_choice()
     return choice.name if choice.required or sees_visual_tokens(model, batches) else "all"
 
 
 def check_plan(plan: Prepared) -> None:
-    """Whether the plan's samples, scores and allocation fit each other and its model.
+    """Check that the plan's samples, scores and allocation fit each other and its model.
 
     Raises:
         EcoflapError: as :meth:`~ecoflap.search.method.Method.check` and ``check_layers``.
@@ -283,7 +283,7 @@ def calibration_batches(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SampleS
 
 
 def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], objective: Objective) -> Anatomy:
-    """The anatomy as the first batch's forward shows it (as defined, without batches), its loss looked at first.
+    """The anatomy from a trace of the first batch's forward, whose loss is checked; without batches, as defined.
 
     Raises:
         NonFiniteLoss: the first batch's loss is NaN or infinite.

@@ -1,6 +1,6 @@
 """Records what decides a run's numbers: digests of its input files, the machine, the samples, time and memory.
 
-A run is not resumed with other files under the same names, or where the machine would change the last bits.
+A run is not resumed if a file with the same name has another content.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def digests_of(recipe: Recipe) -> dict[str, str]:
-    """What is read beside model and calibration data: test data, scores, an allocation, the user's own objective."""
+    """Digests of the inputs beside model and calibration data: test data, scores, allocation, the user's objective."""
     named = {f"test data of {entry.name}": entry.test for entry in evaluations_of(recipe)}
     scores = recipe.importance if recipe.importance.endswith(".json") else None
     named |= {"allocation": recipe.allocation, "importance": scores, "pruned model": recipe.pruned}
@@ -52,9 +52,9 @@ def digests_of(recipe: Recipe) -> dict[str, str]:
 
 
 def source_digest(source: str) -> str | None:
-    """SHA-256 of a file's content; of a folder, of the names and sizes of all files in it.
+    """SHA-256 of a file's content, or of the names and sizes of all files in a folder.
 
-    The name of a split after a colon does not matter; None for what is no file or folder here (an id of the Hub).
+    The name of a split after a colon is ignored. None if it is no local file or folder but an id of the Hub.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -77,7 +77,7 @@ _log = logging.getLogger("ecoflap")
 
 
 def machine(model: nn.Module) -> dict[str, Any]:
-    """Threads of a CPU's sums, and the processors that the kernels are chosen for."""
+    """Number of CPU threads and kind of processor, which change the rounding of sums."""
     device = home_of(model)
     return {
         "threads": torch.get_num_threads(),
@@ -88,12 +88,12 @@ def machine(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def threads_of_start(path: Path, model: nn.Module, workers: Workers = ALONE) -> Iterator[None]:
-    """A resumed run computes with as many threads as it began with, whatever this process was given.
+    """Context in which a resumed run, and all its workers, use the number of threads that the run began with.
 
-    So do all workers. For another processor there is only a warning, and the run goes on.
+    On another kind of processor there is only a warning.
 
     Args:
-        path: where the run keeps what it began with; written, by the first worker, if it is not there.
+        path: the file with the machine that the run began on; the first worker writes it if it is missing.
     """
     now = machine(model)
     every = workers.gather(now)
@@ -118,8 +118,8 @@ def threads_of_start(path: Path, model: nn.Module, workers: Workers = ALONE) -> 
 
 
 def experts_record(anatomy: Anatomy, walked: WalkResult) -> dict[str, Any]:
-    """Of a model with mixtures: ``experts``, the calibration tokens of each by mixture, and ``removed_experts``, those
-    whose weights are all zero."""
+    """For a model with mixtures: ``experts``, the calibration tokens of each expert by mixture, and
+    ``removed_experts``, those whose weights are all zero."""
     weights: dict[str, int] = {}
     zeros: dict[str, int] = {}
     rows = {row.name: row for row in walked.allocation.layers}
@@ -136,10 +136,10 @@ def experts_record(anatomy: Anatomy, walked: WalkResult) -> dict[str, Any]:
 
 
 def warn_of_layers(anatomy: Anatomy, walked: WalkResult, *, recovered: bool) -> None:
-    """Log the layers that no token reached, and the experts of which nothing is left."""
-    how = "not recovered" if recovered else "pruned without statistics of its own"
+    """Log the layers that no token reached, and the experts whose weights are all zero."""
+    how = "not recovered" if recovered else "pruned without its own statistics"
     for name in walked.unreached:
-        _log.warning("%s was reached by no calibration token: %s", name, how)
+        _log.warning("no calibration token reached %s: %s", name, how)
     for expert in experts_record(anatomy, walked).get("removed_experts", ()):
         _log.warning("%s: all weights of this expert are zero", expert)
 
@@ -150,7 +150,7 @@ def sparsity_summary(anatomy: Anatomy, allocation: Allocation) -> dict[str, Any]
 
 
 def sparsity_of(anatomy: Anatomy, zeros: Mapping[str, int]) -> dict[str, Any]:
-    """The same of the number of zeros in each layer."""
+    """The same from the number of zeros in each layer."""
     towers = {}
     for tower in anatomy.towers:
         count = sum(zeros[layer.name] for layer in tower.layers)
@@ -171,7 +171,7 @@ def sparsity_of(anatomy: Anatomy, zeros: Mapping[str, int]) -> dict[str, Any]:
 
 
 def environment(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where the numbers of a run were made."""
+    """The machine and software that a run used."""
     device = home_of(checkpoint.model)
     return {
         **versions(),
@@ -187,7 +187,7 @@ def environment(checkpoint: Checkpoint) -> dict[str, Any]:
 def calibration_record(
     sample_set: SampleSet | None, objective: str, window_length: int | None = None
 ) -> dict[str, Any] | None:
-    """Which samples were drawn from where, and the name of the loss that was taken on them."""
+    """The source and indices of the samples, and the name of the loss."""
     if sample_set is None:
         return None
     return {
@@ -201,12 +201,12 @@ def calibration_record(
     }
 
 
-INTERVAL = 0.02  # seconds between two looks at the resident memory
+INTERVAL = 0.02  # seconds between two readings of the resident memory
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one stage took. Memory is that of the whole process at its peak (resident, and CUDA where there is one)."""
+    """Seconds and peak memory of one stage; memory is that of the whole process (resident, and CUDA if available)."""
 
     name: str
     seconds: float
@@ -217,7 +217,7 @@ class Usage:
         return asdict(self)
 
     def plus(self, other: Usage) -> Usage:
-        """Both together, of one stage that was done in two processes: the sum of the times, the higher peaks."""
+        """The usage of a stage that two processes did in turn: the sum of times, the higher of the peaks."""
         cuda = [peak for peak in (self.peak_cuda_bytes, other.peak_cuda_bytes) if peak is not None]
         return Usage(
             self.name,
@@ -228,7 +228,7 @@ class Usage:
 
 
 def add_usage(usages: list[Usage], one: Usage) -> None:
-    """Add ``one`` to the list; a stage that is there already (of an interrupted run) stays one entry."""
+    """Add ``one`` to the list; the entry of the same stage, from an interrupted run, is merged with it."""
     for place, known in enumerate(usages):
         if known.name == one.name:
             usages[place] = known.plus(one)

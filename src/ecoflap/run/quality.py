@@ -1,4 +1,4 @@
-"""What ``metrics.json`` says of quality: each task's result, and how two models differ on the same samples."""
+"""Makes the parts of ``metrics.json`` about quality: each task's result, and paired differences of two models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ecoflap.evaluation import TaskResult
 from ecoflap.evaluation.paired import Samples, paired
 from ecoflap.run.predictions import answers_of
 
-Kept = dict[str, dict[str, Any]]  # of each evaluation: its "result", its "answers" and its "samples", if it has any
+Kept = dict[str, dict[str, Any]]  # by evaluation: its "result" and, if it has any, its "answers" and "samples"
 
 
 def record(result: TaskResult) -> dict[str, Any]:
-    """What a run's journal keeps of an evaluation."""
+    """The record of an evaluation in a run's journal."""
     samples = Samples.of(result)
     return {
         "result": quality(result),
@@ -24,7 +24,7 @@ def record(result: TaskResult) -> dict[str, Any]:
 
 
 def paired_results(model: Kept, others: Mapping[str, Kept]) -> dict[str, dict[str, Any]]:
-    """Task → name of another model → how the model differs from it on the samples that both answered."""
+    """Paired differences by task and by the name of the other model."""
     found: dict[str, dict[str, Any]] = {}
     for name, own in model.items():
         for other, results in others.items():
@@ -36,7 +36,7 @@ def paired_results(model: Kept, others: Mapping[str, Kept]) -> dict[str, dict[st
 
 
 def quality(result: TaskResult) -> dict[str, Any]:
-    """A task's result as in ``metrics.json``: without the single predictions, None for what is no finite number."""
+    """A task's result as in ``metrics.json``: without predictions, and with None for values that are not finite."""
     return {
         "metric": result.metric,
         "value": _finite(result.value),

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from ecoflap.search.method import Method
 
-FILE_ONLY = ("evaluations", "pruned")  # fields that only a recipe file can say (or a command of its own)
-_FLAGS = {"task_options": "--task-option"}  # where it is not the field's name
+FILE_ONLY = ("evaluations", "pruned")  # fields without an option of ``prune``
+_FLAGS = {"task_options": "--task-option"}  # options that are not named as their field
 OPTIONS = "options"  # the source of a recipe that was given on the command line: messages name the flags
 
 
@@ -55,12 +55,12 @@ _DECIDE_ZEROS = (
 
 
 def idle_fields(recipe: Mapping[str, Any]) -> frozenset[str]:
-    """Fields of a run's recipe that decided nothing: those of the criterion, where another model gave the zeros."""
+    """Fields that had no effect: those of the criterion, if another model gave the zeros."""
     return frozenset(_DECIDE_ZEROS) - {"sparsity", "max_sparsity"} if recipe.get("pruned") else frozenset()
 
 
 class Recipe(BaseModel):
-    """All that decides the result of a run. The same recipe, model and versions give the same sparse model."""
+    """All fields that decide the result of a run. The same recipe, model and versions give the same sparse model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -311,7 +311,7 @@ class Recipe(BaseModel):
         return self
 
     def token_choice(self) -> TokenChoice:
-        """What enters the statistics of stage 2. Raises InvalidOption, UnknownName for what can't be."""
+        """The tokens that enter the statistics of stage 2. Raises InvalidOption, UnknownName."""
         least = EXPERT_TOKENS if self.expert_tokens is None else self.expert_tokens
         return tokens_of(self.criterion, self.tokens, self.top_tokens, least)
 
@@ -323,7 +323,7 @@ class Recipe(BaseModel):
         """One choice for each step of the method, of a resolved recipe.
 
         Raises:
-            InvalidOption, UnknownName: an option is not there, or contradicts another one.
+            InvalidOption, UnknownName: an option is unknown or contradicts another one.
         """
         from ecoflap.search.method import make_method
 
@@ -331,11 +331,11 @@ class Recipe(BaseModel):
         return make_method(**options, pattern=self.pattern, tokens=self.token_choice())
 
     def resolved(self) -> Recipe:
-        """The same recipe with what follows from other fields filled in.
+        """The same recipe with open fields filled in that follow from other fields.
 
         Raises:
-            InvalidOption: an N:M pattern stands with another sparsity or with an importance; an allocation can't be
-                read, or stands with another sparsity; a global criterion stands with what it decides itself.
+            InvalidOption: an N:M pattern is given with another sparsity or with an importance; an allocation can't be
+                read, or is given with another sparsity; a global criterion is given with options that it decides.
         """
         if self.pruned is not None:
             return self._of_pruned()
@@ -353,20 +353,20 @@ class Recipe(BaseModel):
             changes["importance_options"] = {**self.importance_options, "order": "magnitude"}
         changes["baseline"] = self._has_baseline(importance, bool(changes["search"]))
         sparsity = changes.get("sparsity", self.sparsity)
-        # Towers with targets of their own have caps of their own, each its target and the rule's margin.
+        # A tower with its own target has its own cap: its target plus the rule's margin.
         alike = not self.tower_sparsity
         if self.max_sparsity is None and "max_sparsity" not in changes and not changes["search"] and alike:
             changes["max_sparsity"] = self._own_cap(sparsity, importance)
         return self.model_copy(update=changes)
 
     def _has_baseline(self, importance: str, search: bool) -> bool:
-        """Whether the uniform baseline is evaluated: by default on the embedded model, never if it is the run."""
+        """Whether the uniform baseline is evaluated: by default on the embedded model, never if the run is uniform."""
         uniform = self.pattern != "unstructured" or (importance == "uniform" and not search and self.allocation is None)
         wanted = self.model is None if self.baseline is None else self.baseline
         return wanted and not uniform and not is_global(self.criterion)
 
     def _searches(self, importance: str) -> bool | None:
-        """Whether the allocation is searched: as the recipe says, else where curves are measured for it."""
+        """Whether the allocation is searched: by default only if stage 1 measures curves for it."""
         obstacle = (
             f"criterion '{self.criterion}' decides every layer's sparsity itself"
             if is_global(self.criterion)
@@ -383,13 +383,13 @@ class Recipe(BaseModel):
         return self.search
 
     def _own_cap(self, sparsity: float, importance: str) -> float | None:
-        """What the rule caps a group at where the user says nothing, so that the run's record has the number."""
+        """The rule's default cap on a group's sparsity, for the run's record."""
         from ecoflap.allocation import RULES
         from ecoflap.support.reading import read_json
 
         rule = self.rule or own_rule(importance)
         if self.rule is None and importance.endswith(".json"):
-            with suppress(EcoflapError):  # told where the file is really read
+            with suppress(EcoflapError):  # raised again where the file is read
                 data = read_json(importance, "the importance")
                 settings = data.get("settings") if isinstance(data, dict) else None
                 rule = str(settings.get("rule", rule)) if isinstance(settings, dict) else rule
@@ -397,17 +397,17 @@ class Recipe(BaseModel):
         return None if margin is None else min(1.0, round(sparsity + float(margin), 10))
 
     def _fixed_by_criterion(self) -> dict[str, Any]:
-        """A global criterion decides each layer's share, so there is neither importance nor cap."""
+        """A global criterion decides each layer's sparsity, so there is neither importance nor cap."""
         refuse_with_global(self.criterion, {name: getattr(self, name) for name in sorted(self.model_fields_set)})
         return {"importance": "uniform", "importance_options": {}, "max_sparsity": 1.0}
 
     def _of_pruned(self) -> Recipe:
-        """The zeros of another model are kept, so that nothing here decides where they fall."""
+        """Fields of a recipe that keeps the zeros of another model: none may choose zeros."""
         recorded = self.recover and self.importance == "uniform"  # a run's own recipe, given again
         for name in () if recorded else sorted(self.model_fields_set.intersection(_DECIDE_ZEROS)):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise InvalidOption(
-                    f"{name} would choose zeros, but recover keeps those of {self.pruned} are kept: leave it out"
+                    f"{name} would choose zeros, but recover keeps those of {self.pruned}: leave it out"
                 )
         few = min(self.samples, self.importance_samples)
         return self.model_copy(
@@ -415,7 +415,7 @@ class Recipe(BaseModel):
         )
 
     def _fixed_by_allocation(self) -> dict[str, Any]:
-        """What the allocation file says where the recipe says nothing, so that the run's record is true."""
+        """Open fields filled in from the allocation file, for the run's record."""
         if self.allocation is None:
             return {}
         from ecoflap.allocation.parts import read_allocation
@@ -454,11 +454,11 @@ class Recipe(BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str = "recipe") -> Self:
-        """A recipe from plain values; ``source`` says in messages where they come from.
+        """A recipe from plain values; error messages name their ``source``.
 
         Raises:
-            InvalidOption: one line that names the field and its value.
-            UnknownName: one that names the near ones.
+            InvalidOption: a value is not allowed; the message names field and value.
+            UnknownName: an unknown name; the message names similar ones.
         """
         for name in values:
             if name not in cls.model_fields:
@@ -476,24 +476,24 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path | Sequence[str | Path], changes: dict[str, Any] | None = None) -> Self:
-        """Read YAML, with ``changes`` over it. A run's ``recipe.yaml`` is accepted as it is.
-
-        Args:
-            path: a file, or several: a field of a later one replaces the same field of those before.
-            changes: fields given otherwise, on the command line; they win.
+        """Read a recipe from YAML. A run's ``recipe.yaml`` is accepted, too.
 
         Files of class names and class prompts are looked for in the current folder, then beside the recipe.
 
+        Args:
+            path: a file, or several; a field of a later file replaces the same field of earlier ones.
+            changes: fields from elsewhere, such as the command line; they replace those of the files.
+
         Raises:
-            InvalidOption: unreadable, no mapping, an unknown field, a value out of range, or a file asks to run code
-                (``trust_remote_code``, an objective ``module:function``) for which ``changes`` does not ask.
+            InvalidOption: the file is unreadable, no mapping, has an unknown field or a value out of range, or asks to
+                run code (``trust_remote_code``, an objective ``module:function``) that ``changes`` does not ask for.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         data: dict[str, Any] = {}
         for file in paths:
             found = _read(Path(file))
             data |= found
-            # A fault is looked for where it is; a file that only adds to others may not stand alone.
+            # Check each file alone, to name the one with the fault; a file that adds to others may be incomplete.
             cls.parse(data if len(paths) > 1 else found, f"recipe {file}")
             refuse_code(found, changes or {}, f"recipe {file}")
         if not changes:
@@ -517,7 +517,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _resolve_beside(holder: dict[str, Any], folder: Path) -> None:
-    """Files that come with a recipe are given relative to it."""
+    """Make the files that come with a recipe relative to its folder."""
     for field in ("classes", "class_prompts"):
         value = holder.get(field)
         entries = [value] if isinstance(value, str) else value
@@ -528,7 +528,7 @@ def _resolve_beside(holder: dict[str, Any], folder: Path) -> None:
 
 
 def _complaint(error: ValidationError, source: str) -> str:
-    """The first thing that is wrong, as one line: which field, its value, what it should be."""
+    """The first error as one line: the field, its value, and what is expected."""
     first = error.errors()[0]
     field, *inner = (str(part) for part in first["loc"])
     name = flag_of(field) if source == OPTIONS else f"{source}: {field}"

@@ -1,4 +1,4 @@
-"""Shares a run directory between workers: the first one reads and writes, and sends the others what they need."""
+"""Shares a run directory between workers: the first one reads and writes, and sends the others the content."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def check_same(recipe: Recipe, workers: Workers, others: Mapping[str, str]) -> None:
-    """Whether all workers do the same work; each calls this.
+    """Check that all workers do the same work; all must call this.
 
     Args:
-        others: what decides the result beside the recipe and the versions.
+        others: digests and other inputs beside the recipe and the versions.
 
     Raises:
-        InvalidOption: one has other options, another version or other ``others`` than the first.
+        InvalidOption: a worker has other options, versions or ``others`` than the first.
     """
     options = {f"option {flag_of(name)}": str(value) for name, value in recipe.to_dict().items()}
     same = {**options, **{f"version of {name}": version for name, version in versions().items()}, **others}
@@ -47,10 +47,10 @@ class SharedRun:
 
     Attributes:
         path: the folder.
-        first: this is the worker that writes.
+        first: whether this is the first worker, which writes.
         log: this worker's log file.
-        complete: nothing is left to do.
-        resumed: the run goes on; known when it has begun.
+        complete: whether the run is complete.
+        resumed: whether the run is resumed; known once it has begun.
     """
 
     def __init__(self, path: Path, directory: RunDirectory | None, workers: Workers) -> None:
@@ -71,15 +71,15 @@ class SharedRun:
         resume: bool = False,
         kind: type[RunDirectory] = RunDirectory,
     ) -> SharedRun:
-        """:meth:`RunDirectory.examine` by the first worker, of this kind of folder."""
+        """:meth:`RunDirectory.examine` by the first worker, for a directory of class ``kind``."""
         path, directory = Path(path), None
-        check_same(recipe, workers, {"option --output": str(path)})  # before anybody loads a model
+        check_same(recipe, workers, {"option --output": str(path)})  # before a model is loaded
         if workers.first:
             directory = kind.examine(path, recipe, overwrite=overwrite, resume=resume)
         return cls(path, directory, workers)
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """:meth:`RunDirectory.settled` of a run that goes on; the recipe as it is of another one."""
+        """:meth:`RunDirectory.settled` for a resumed run; the unchanged recipe for a new one."""
         own, fields = self._directory, ("importance", "criterion", "compute_dtype")
 
         def took() -> list[str]:
@@ -89,7 +89,7 @@ class SharedRun:
         return recipe.model_copy(update=dict(zip(fields, self._workers.from_first(took), strict=True)))
 
     def locked(self) -> AbstractContextManager[object]:
-        """Lets go of the folder at exit."""
+        """Context that unlocks the folder at exit."""
         return self._directory or nullcontext()
 
     @property
@@ -98,17 +98,17 @@ class SharedRun:
         return self._directory
 
     def begin(self, recipe: Recipe, fingerprint: str, inputs: Mapping[str, str]) -> None:
-        """:meth:`RunDirectory.begin` by the first worker, once all are known to work on the same.
+        """:meth:`RunDirectory.begin` by the first worker.
 
         Raises:
-            InvalidOption: a worker has other options, another model, other data or other versions than the first.
+            InvalidOption: a worker has other options, data or versions or another model than the first.
         """
         check_same(recipe, self._workers, {"model": fingerprint, **inputs})
         if self.first:
             self._own.begin(recipe, fingerprint, inputs)
         self.resumed = self._workers.from_first(
             lambda: self._own.resumed
-        )  # so nobody writes before the folder is ready
+        )  # no worker goes on before the folder is ready
         self.log.parent.mkdir(parents=True, exist_ok=True)
 
     def has_result(self, name: str) -> bool:
@@ -120,7 +120,7 @@ class SharedRun:
             self._own.results.write(name, data)
 
     def read_sealed(self, name: str, kind: Any = Any) -> Any | None:
-        """A file of :meth:`write_sealed`; None where there is none that is whole."""
+        """The content of a file of :meth:`write_sealed`; None if there is none or it is damaged."""
         return self._workers.from_first(lambda: read_sealed(self.path / name, kind))
 
     def write_sealed(self, name: str, data: Any) -> None:
@@ -139,7 +139,7 @@ class SharedRun:
         self._own.discard(name)
 
     def finish(self) -> None:
-        """By the first worker, when all is written."""
+        """:meth:`RunDirectory.finish` by the first worker."""
         self._own.finish()
 
     def estimates(self) -> SharedEstimates:
@@ -156,7 +156,7 @@ class SharedRun:
 
 
 class SharedEstimates:
-    """Estimates of stage 1: each worker writes a file of its own, and all know those of all files."""
+    """Estimates of stage 1: each worker writes its own file, and reads the files of all."""
 
     def __init__(self, folder: Path, workers: Workers) -> None:
         def path(rank: int | str) -> Path:
@@ -205,7 +205,7 @@ class SharedBlocks:
     def save(self, block: str, pruned: PrunedBlock) -> None:
         if self._workers.first:
             self._files.save(block, pruned)
-        self._workers.gather(None)  # an offloaded model reads the file from now on, in all workers
+        self._workers.gather(None)  # wait: all workers of an offloaded model read the file from now on
 
     def place(self, block: str) -> Path:
         """:meth:`BlockFiles.place`."""
@@ -217,7 +217,7 @@ class SharedBlocks:
 
 
 class SharedSearch:
-    """The state of the search: the first worker keeps it."""
+    """The state of the search, which the first worker stores."""
 
     def __init__(self, file: SearchFile, workers: Workers) -> None:
         self._file, self._workers = file, workers

@@ -1,4 +1,4 @@
-"""Refuses code named in a recipe file, unless the person who gives the command allows it, each time."""
+"""Refuses to run code that a recipe file names, unless the user allows it with each command."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ecoflap.errors import InvalidOption
 
 
 def refuse_code(recipe: Mapping[str, Any], given: Mapping[str, Any], source: str) -> None:
-    """Look whether a recipe file would run code that the user did not ask for.
+    """Check that a recipe file runs no code that the user did not ask for.
 
     Args:
-        recipe: fields as a file has them.
-        given: fields that the user gave beside the file: on the command line, or in Python.
-        source: names the file in messages.
+        recipe: the fields of the file.
+        given: fields that the user gave on the command line or in Python.
+        source: the name of the file for messages.
 
     Raises:
-        InvalidOption: the file asks for code that ``given`` does not ask for in the same words.
+        InvalidOption: the file asks for code, and ``given`` does not have the same value.
     """
     for what, flag, allowed in _asked(recipe, given):
         if not allowed:
@@ -28,7 +28,7 @@ def refuse_code(recipe: Mapping[str, Any], given: Mapping[str, Any], source: str
 
 
 def _asked(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """Each request for code: its words, the flag that allows it, and whether that was given."""
+    """Each request for code: its text, the flag that allows it, and whether that was given."""
     if recipe.get("trust_remote_code") not in (None, False):
         yield "trust_remote_code", "--trust-remote-code (or --no-trust-remote-code)", "trust_remote_code" in given
     objective = recipe.get("objective")
@@ -38,7 +38,7 @@ def _asked(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tupl
     holders = [recipe.get("task_options")]
     holders += [entry.get("options") for entry in entries if isinstance(entry, Mapping)] if _is_list(entries) else []
     for options in holders:
-        # Task files of lm-eval may name Python functions, which reading them calls.
+        # Task files of lm-eval may name Python functions, which are called when the files are read.
         if isinstance(options, Mapping) and options.get("include_path") is not None:
             folder = options["include_path"]
             own: Mapping[str, Any] = given.get("task_options") or {}

@@ -6,8 +6,8 @@ import importlib.metadata
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run."""
+    """Versions of the packages that decide a run's numbers."""
     from ecoflap import __version__
 
-    # From the installed packages' records: importing torch takes seconds, and a wrong option must be reported at once.
+    # From the packages' metadata: importing torch takes seconds, and a wrong option must be reported at once.
     return {"ecoflap": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}

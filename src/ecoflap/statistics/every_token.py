@@ -1,4 +1,4 @@
-"""What the experts of a mixture would receive if each token that enters it were sent to them: what few tokens lack."""
+"""Gathers the statistics of a mixture's experts on all tokens, for experts that the router sends few tokens to."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from ecoflap.statistics.turned_router import TurnedRouter
 
 
 class EveryToken(Gatherer):
-    """As :class:`~ecoflap.statistics.gather.Gatherer`, for layers of experts: on all real tokens of their mixture.
+    """As :class:`~ecoflap.statistics.gather.Gatherer`, but each layer of an expert receives all real tokens.
 
-    Just before a mixture runs, each of the experts is run on all tokens that enter it. That is possible
+    Just before a mixture runs, each expert is run on all tokens that enter the mixture. This works for
 
-    - where a module of stacked experts takes the router's choice as an argument, as in transformers' interface;
-    - where one multiplies by all of its experts at once and receives (experts · tokens, features), in which the rows
-      that a token is not sent to are zeros (Llama 4): all tokens are those of all experts together, scaled as the
-      router scaled them;
-    - where experts are modules that receive copies of the mixture's own tokens;
-    - where one linear layer gives a number to each expert, and an expert gets all tokens if its number is made the
-      highest (JetMoE): the block is run once for each expert with its router turned to that one.
+    - a module of stacked experts that takes the router's choice as an argument, as in transformers' interface;
+    - a module that multiplies by all experts at once: it receives (experts · tokens, features), with zero rows for the
+      tokens that are not sent to an expert (Llama 4). Each expert then gets the rows of all experts, scaled by the
+      router;
+    - experts that are modules of their own and receive copies of the mixture's tokens;
+    - a router that is one linear layer with one logit per expert (JetMoE): the block is run once for each expert, with
+      that expert's logit made the highest.
 
-    The layers of others have no statistics.
+    Layers of other mixtures get no statistics.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._running = False
-        self._tokens: Tensor | None = None  # on which experts are run
-        self._entered: dict[str, RoutedTokens] = {}  # by list of experts, in this call of its owner
+        self._tokens: Tensor | None = None  # the tokens that the experts are run on
+        self._entered: dict[str, RoutedTokens] = {}  # tokens of the current call, by path of the mixture
         self._seen_to_copy: set[str] = set()
-        self._only = "", ""  # a mixture, and the one of its experts that is fed
+        self._only = "", ""  # mixture and expert, if only that expert's inputs count now
         self._at_once: set[str] = set()  # mixtures that may multiply by all experts at once
         self._seen_at_once: set[str] = set()
-        self._turned: dict[str, TurnedRouter] = {}  # by mixture that is run so
+        self._turned: dict[str, TurnedRouter] = {}  # by path of the mixture
 
     def _watch_mixtures(self) -> None:
         experts: dict[str, dict[str, None]] = {}
@@ -58,7 +58,7 @@ class EveryToken(Gatherer):
                 numbers = [int(expert[len(path) + 1 : -1]) for expert in members]
                 self._watch(choosing, partial(self._run, path, partial(self._run_chosen, path, numbers)))
             elif any(layer.stacked for layer in self._block.layers if layer.mixture == path):
-                takes_tokens = len(inspect.signature(type(module).forward).parameters) == 2  # itself, and the tokens
+                takes_tokens = len(inspect.signature(type(module).forward).parameters) == 2  # self and the tokens
                 if takes_tokens and (count := _count(module)):
                     self._at_once.add(path)
                     self._watch(path, partial(self._run_at_once, count))
@@ -72,7 +72,7 @@ class EveryToken(Gatherer):
                     self._watch(f"{path}.{name}", partial(self._compare, path))
 
     def _run(self, path: str, experts: Callable[..., None], module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Just before a mixture's own forward: its experts, on all that enters it."""
+        """Run the experts on all tokens of a mixture, just before its forward."""
         for x in tensors_in((args, kwargs))[:1]:
             keep = self._keep(x)
             flat = x.reshape(-1, x.shape[-1])
@@ -87,13 +87,13 @@ class EveryToken(Gatherer):
                     self._running, self._tokens = False, None
 
     def _takes_choice(self, path: str) -> bool:
-        """Whether a module takes tokens, the experts chosen for each, and the shares of these."""
+        """Whether a module takes the tokens, the indices of their experts, and the weights of these."""
         module = self._model.get_submodule(path)
         names = list(inspect.signature(type(module).forward).parameters)[1:4]
         return _in_interface(module) or names == ["hidden_states", "top_k_index", "top_k_weights"]
 
     def _run_chosen(self, path: str, numbers: Sequence[int], module: nn.Module, tokens: Tensor) -> None:
-        """Run these experts of a module one by one. Some code asks for two choices a token: the second is not fed."""
+        """Run these experts one by one. Some modules need two experts a token: the second one's inputs are ignored."""
         for number in numbers:
             choices = [number] if _in_interface(module) else [number, number + 1 if number == 0 else number - 1]
             self._only = path, slice_name(path, number)
@@ -131,23 +131,23 @@ class EveryToken(Gatherer):
         self._watch(self._block.name, partial(self._run_turned, path, numbers))
 
     def _run_turned(self, path: str, numbers: Sequence[int], block: nn.Module, args: Any, kwargs: Any) -> None:
-        """Just before a block runs: it is run once for each of these experts, which gets all tokens of the mixture."""
+        """Run a block once for each of these experts, which gets all tokens of the mixture, just before its own run."""
         for number in numbers:
             self._only = path, slice_name(path, number)
             self._routed.pop(path, None)
-            self._fed.clear()  # what this expert receives is no other's
+            self._fed.clear()  # no other expert shares this one's inputs
             self._running = True
             try:
-                given = unpacked(*packed(args, kwargs))  # what it leaves behind is no part of the block's own run
+                given = unpacked(*packed(args, kwargs))  # copies, so that the block's own run sees no change
                 with self._turned[path].to(number):
                     block.forward(*given[0], **given[1])
             finally:
                 self._running, self._only = False, ("", "")
 
     def _compare(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Just before an expert runs on what its router sends: whether these are some of the tokens that entered.
+        """Note, just before an expert runs, whether its inputs are copies of some of the mixture's tokens.
 
-        If all enter each module of a list that runs, there is no router (Zamba 2's adapters, one for each block).
+        If a module of the list receives all tokens, there is no router (Zamba 2's adapters, one for each block).
         """
         if not self._running and path in self._entered:
             for x in tensors_in((args, kwargs))[:1]:
@@ -158,7 +158,7 @@ class EveryToken(Gatherer):
     def _feed(self, layer: Layer, x: Tensor) -> None:
         if self._only[0] and self._only != (layer.mixture, layer.expert):
             return
-        if self._running:  # what every expert's first matrix receives is the same, and gathered once
+        if self._running:  # the first matrix of every expert receives the same input, which is gathered once
             same = self._tokens is not None and x.shape == self._tokens.shape and torch.equal(x, self._tokens)
             if same:
                 self._seen_at_once.add(layer.mixture)
@@ -168,10 +168,10 @@ class EveryToken(Gatherer):
         if layer.mixture in self._turned:
             self._turned[layer.mixture].note(x.shape[:-1].numel())
             return self._keep(x, layer)
-        return None  # padding is out already
+        return None  # the tokens are without padding already
 
     def check(self) -> None:
-        """As of the base; mixtures whose experts get other tokens than those that enter are forgotten."""
+        """As in the base class; also drops the statistics of mixtures whose experts did not get the right tokens."""
         super().check()
         for layer in self._block.layers:
             path = layer.mixture
@@ -186,7 +186,7 @@ class EveryToken(Gatherer):
 
 
 def _in_interface(module: nn.Module) -> bool:
-    """Whether it is a module of transformers' interface for experts."""
+    """Whether a module has transformers' interface for experts."""
     return all(isinstance(getattr(module, name, None), bool) for name in ("is_transposed", "has_gate"))
 
 
@@ -196,5 +196,5 @@ def _each(experts: Sequence[nn.Module], module: nn.Module, tokens: Tensor) -> No
 
 
 def _count(module: nn.Module) -> int:
-    """How many experts a module stacks; 0 if it has no stack."""
+    """The number of experts that a module stacks; 0 if it has no stack."""
     return min((len(one) for one in module.parameters(recurse=False) if one.dim() == 3), default=0)

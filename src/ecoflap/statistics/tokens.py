@@ -1,6 +1,6 @@
-"""Chooses which tokens of a tower with text and pictures enter the statistics, or how much the visual ones count.
+"""Chooses which tokens of a tower with text and images enter the statistics, and with what weight.
 
-Visual tokens are ranked by the attention that the text pays to them, recorded while the block runs.
+Some choices rank visual tokens by the attention that text tokens give them, recorded while the block runs.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from ecoflap.support.workers import ALONE, Workers
 
 _SOFTMAX = frozenset((F.softmax, torch.softmax, Tensor.softmax))
 _NONE = torch.zeros(0, 0, dtype=torch.bool)
-_QUERIES = 64  # rows of a sample's attention map at a time: (heads, 64, tokens) in fp32 exist of it
+_QUERIES = 64  # rows of an attention map at a time, for memory: (heads, 64, tokens) in fp32
 
 
 class TextAttention(TorchFunctionMode):
-    """Context that records a block's self-attention, and sums the attention of the text tokens to every token.
+    """Context that records a block's self-attention, and averages the attention of text tokens to every token.
 
-    It reads the arguments of ``scaled_dot_product_attention``, or the result of a softmax over as many keys as there
-    are queries (eager attention). Other kernels (flash-attn's own, flex attention) are not recorded. The computation
-    itself is unchanged.
+    It reads the arguments of ``scaled_dot_product_attention``, or the result of a softmax with as many keys as queries
+    (eager attention). Other kernels (flash-attn's own, flex attention) are not recorded. The computation itself is
+    unchanged.
 
     Args:
         early: the first call with text runs to its end, to count its self-attentions; later calls end after the last
             one, by :class:`~ecoflap.model.block_runner.Enough`.
 
     Attributes:
-        received: for each call of the block, (batch, tokens) fp32: the mean over heads and the text's tokens of the
-            weight on each token; of several self-attentions, their sum. None if none was seen in that call.
+        received: for each call of the block, (batch, tokens) fp32: the attention weight of each token, averaged over
+            heads and text tokens and summed over self-attentions. None if no self-attention was recorded.
     """
 
     def __init__(self, early: bool = False) -> None:
         super().__init__()
         self.received: list[Tensor | None] = []
         self._text = _NONE
-        self._early, self._seen = early, 0  # self-attentions of this call
+        self._early, self._seen = early, 0  # number of self-attentions in this call
         self._of_a_call: int | None = None
 
     def begin(self, text: Tensor | None) -> None:
-        """A call of the block begins; ``text``, (batch, tokens) bool, are those whose queries count."""
+        """Begin a call of the block; ``text`` (batch, tokens) bool marks the tokens whose queries count."""
         if self._early and self._of_a_call is None and self._seen:
             self._of_a_call = self._seen
         self._text, self._seen = _NONE if text is None else text, 0
         self.received.append(None)
 
     def end(self) -> None:
-        """The call is over: what follows is not recorded."""
+        """Stop recording."""
         self._text = _NONE
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,7 +68,7 @@ class TextAttention(TorchFunctionMode):
             self._see_product(*args, **kwargs)
         elif func in _SOFTMAX:
             self._see_map(result, kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None)
-        if before < self._seen == self._of_a_call:  # not at what runs between this call and the next
+        if before < self._seen == self._of_a_call:  # right after the call's last self-attention
             raise Enough
         return result
 
@@ -162,18 +162,18 @@ def chooser(
     sequence: str | None,
     workers: Workers = ALONE,
 ) -> Chooser | None:
-    """The tokens that count in each call of a block (by its number among the calls); None where all do.
+    """The function that gives the token mask of a call of the block, by the call's number; None if all tokens count.
 
-    Bool, or of "weighted" and "balanced" the weights of their squares, fp32.
+    The mask is bool; for "weighted" and "balanced" it holds the fp32 weights of the squared inputs.
 
-    The driver has taken the block's inputs. "atv" runs the block once more on all of them, and "text+attended" once
-    more up to its attention.
+    The driver holds the block's inputs. "atv" runs the block once more on all of them, "text+attended" up to its
+    attention.
 
     Args:
-        masks: of the batches that this worker runs; how many visual tokens count is decided on those of all.
+        masks: of this worker's batches; the number of visual tokens that count depends on the batches of all workers.
 
     Raises:
-        InvalidOption: "text+attended", where the block's attention can't be seen.
+        InvalidOption: "text+attended", if the block's attention can't be recorded.
     """
     if not any_to_choose(choice, masks, sequence, workers):
         return None
@@ -183,7 +183,7 @@ def chooser(
 
 
 def any_to_choose(choice: TokenChoice, masks: Mapping[int, TokenMasks], sequence: str | None, workers: Workers) -> bool:
-    """Whether a block works on text and pictures in the batches of some worker, and the choice is not all of them."""
+    """Whether the choice leaves out tokens and a block sees text and images in a batch of some worker."""
     shared = sequence == "encoder" and any(mask.image is not None for mask in masks.values())
     return choice.name != "all" and any(workers.gather(shared))
 
@@ -196,11 +196,12 @@ def choosing(
     attended: Mapping[int, Tensor],
     workers: Workers,
 ) -> Chooser:
-    """The tokens that count in calls of a block of which is known what the choice goes by.
+    """As :func:`chooser`, from values that were measured already.
 
     Args:
-        drifts: for "atv", of each call its batch and (batch, tokens) how far each token turns.
-        attended: for "text+attended", by the number of each call that has a picture, what the text gives to each token.
+        drifts: for "atv": the batch number and :func:`turned` (batch, tokens) of each call.
+        attended: for "text+attended": the attention to each token (batch, tokens), by the number of each call with an
+            image.
     """
     reach = choice.used
     if choice.name == "atv":
@@ -233,7 +234,7 @@ def choosing(
 def balance(text: Tensor, visual: Tensor, factor: float) -> Tensor:
     """(batch,) the weight of a visual token of each sample: min(1, factor · text tokens / visual tokens).
 
-    It is 1 where a sample has no text, or no visual token.
+    It is 1 if a sample has no text or no visual token.
 
     Args:
         text, visual: (batch, tokens) bool.
@@ -243,11 +244,11 @@ def balance(text: Tensor, visual: Tensor, factor: float) -> Tensor:
 
 
 def largest(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
-    """True for the ``counts[row]`` largest scores of each row (all, where there are fewer), ``among`` those allowed.
+    """True for the ``counts[row]`` largest scores of each row (for all, if there are fewer).
 
     Args:
         scores: (batch, tokens).
-        among: (batch, tokens) bool.
+        among: (batch, tokens) bool: the tokens that may be taken.
     """
     found = torch.zeros_like(among)
     for row, count in enumerate(counts):
@@ -257,25 +258,25 @@ def largest(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _visual(mask: TokenMasks, x: Tensor, block: Block) -> Tensor:
-    """(batch, tokens) bool for ``x`` (batch, tokens, ...): the visual ones."""
+    """(batch, tokens) bool: the visual tokens of ``x`` (batch, tokens, ...)."""
     if mask.image is None:
         return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     if x.shape[:2] != mask.image.shape:
         raise CalibrationError(
-            f"{block.name} sees {tuple(x.shape[:2])} tokens, the text has {tuple(mask.image.shape)}, so that "
-            "visual ones can't be told from others: leave out --tokens"
+            f"{block.name} sees {tuple(x.shape[:2])} tokens, but the text has {tuple(mask.image.shape)}, so it is "
+            "unknown which are visual: leave out --tokens"
         )
     return mask.image.to(x.device)
 
 
 def split_tokens(mask: TokenMasks, x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """(batch, tokens) bool for ``x``: the visual tokens, and the real ones of the text."""
+    """(batch, tokens) bool for ``x``: the visual tokens, and the text tokens without padding."""
     visual = _visual(mask, x, block)
     return visual, ~visual if mask.encoder is None else mask.encoder.to(x.device) & ~visual
 
 
 def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int, TokenMasks]) -> dict[int, Tensor]:
-    """(batch, tokens), what the text gives to each token, by the number of each call that has a picture."""
+    """The attention of the text to each token (batch, tokens), by the number of each call with an image."""
     pictures: list[bool] = []
 
     def before(call: BlockCall) -> None:
@@ -291,26 +292,26 @@ def _attended(driver: TowerDriver, index: int, block: Block, masks: Mapping[int,
 
 
 def received_by(attention: TextAttention, pictures: Sequence[bool], block: Block) -> dict[int, Tensor]:
-    """What was recorded, by the number of each call that has a picture.
+    """The recorded attention (batch, tokens), by the number of each call with an image.
 
     Raises:
-        InvalidOption: the attention of such a call was not seen.
+        InvalidOption: the attention of such a call was not recorded.
     """
     if any(picture and seen is None for picture, seen in zip(pictures, attention.received, strict=True)):
         raise InvalidOption(
-            f"tokens 'text+attended' can't see the attention of {block.name}: take text+top, or load the model with "
+            f"tokens 'text+attended' can't record the attention of {block.name}: take text+top, or load the model with "
             "attn_implementation='sdpa' or 'eager'"
         )
     return {number: seen for number, seen in enumerate(attention.received) if seen is not None}
 
 
 def turned(x: Tensor, output: Any) -> Tensor:
-    """(batch, tokens) 1 − cos(token as it enters a block, as it leaves)."""
+    """(batch, tokens) 1 − cos(input, output) of each token of a block."""
     return 1 - F.cosine_similarity(x.float(), tensors_in(output)[0].float(), dim=-1)
 
 
 def _token_drift(model: nn.Module, driver: TowerDriver, index: int, block: Block) -> list[tuple[int, Tensor]]:
-    """Batch and (batch, tokens) 1 − cos(token as it enters the block, as it leaves), for each call."""
+    """The batch number and :func:`turned` of each call of the block."""
     entered: list[tuple[int, Tensor]] = []
     found: list[tuple[int, Tensor]] = []
 

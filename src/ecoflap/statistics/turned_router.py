@@ -1,4 +1,4 @@
-"""Turns the router of a mixture to one expert, so that this one receives every token."""
+"""Makes the router of a mixture send every token to one expert."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_ABOVE = 1e4  # by which one logit is made the highest: fp16 has room for it
+_ABOVE = 1e4  # added to the highest logit; fits into fp16
 
 
 class TurnedRouter:
-    """A linear layer that gives one logit to each expert, and what came of changing these.
+    """A router, which is a linear layer with one logit per expert.
 
     Attributes:
-        obeyed: whether the experts to which it was turned received as many tokens as it did, each time.
+        obeyed: whether each chosen expert received as many tokens as the router.
     """
 
     def __init__(self, router: nn.Module) -> None:
@@ -26,7 +26,7 @@ class TurnedRouter:
 
     @contextmanager
     def to(self, number: int) -> Iterator[None]:
-        """Inside, this expert's logit is the highest of each token."""
+        """Context in which this expert has the highest logit for each token."""
 
         def turn(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
             self._entered = logits.shape[:-1].numel()
@@ -43,6 +43,6 @@ class TurnedRouter:
         self.obeyed &= self._entered is not None and self._received == self._entered
 
     def note(self, tokens: int) -> None:
-        """The expert receives so many; what it receives first counts."""
+        """Note the number of tokens that the expert receives; only the first call in a context counts."""
         if self._received is None:
             self._received = tokens

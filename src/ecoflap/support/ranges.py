@@ -1,11 +1,11 @@
-"""Checks that a number lies where it makes sense: a slip of the pen is told at once, not after days of work."""
+"""Checks that a number is in a sensible range, so that a typing error is reported before hours of work."""
 
 from __future__ import annotations
 
 from ecoflap.errors import InvalidOption
 
-MOST_ROUNDS = 100_000  # of an iteration: more would take days, and numbers stop to change long before
-LARGEST = 1e6  # of a factor that is near 1 in practice
+MOST_ROUNDS = 100_000  # iterations: more would take days, and values converge long before
+LARGEST = 1e6  # for factors that are near 1 in practice
 
 
 def check_count(name: str, value: int, least: int = 1, most: int = MOST_ROUNDS) -> None:
@@ -27,7 +27,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def _shown(value: object) -> str:
-    """The value, cut off where it is long; Python refuses to write whole numbers of many thousand digits."""
+    """The value as text; Python refuses to print integers of many thousand digits."""
     if isinstance(value, int) and value.bit_length() > 100:
         return f"a number of {value.bit_length()} bits"
     return repr(value)

@@ -1,4 +1,4 @@
-"""Puts packed experts in the place of a module's parameter, whose code then finds a tensor there, and undoes it."""
+"""Replaces a module's parameter by packed experts that look like a tensor to the module's code, and undoes it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ecoflap.model.packed.stacked_matrices import FlatMatrices, StackedMatrices
 
 
 def owner_with(module: nn.Module, leaf: str, stack: PackedStack) -> None:
-    """Put ``stack`` in the place of the parameter ``leaf`` of ``module``, whose class gets a property of that name.
+    """Replace the parameter ``leaf`` of ``module`` by ``stack``, and add a property ``leaf`` that looks like a tensor.
 
-    The class is one of its own for this module, with the same name, derived from the one that it had.
+    A property belongs to a class, so the module gets a subclass of its own, with the name of its former class.
     """
     del module._parameters[leaf]
     module.add_module(leaf + SUFFIX, stack)
@@ -24,7 +24,7 @@ def owner_with(module: nn.Module, leaf: str, stack: PackedStack) -> None:
 
 
 def owner_without(module: nn.Module, leaf: str, dense: nn.Parameter) -> None:
-    """Undo :func:`owner_with`: the parameter is ``dense`` from now on."""
+    """Undo :func:`owner_with`; ``dense`` becomes the parameter."""
     kind = type(module)
     stacks = tuple(name for name in kind._packed_stacks if name != leaf)  # type: ignore[attr-defined]
     base = kind.__mro__[1]
@@ -34,13 +34,13 @@ def owner_without(module: nn.Module, leaf: str, dense: nn.Parameter) -> None:
 
 
 def _class_with(base: type[nn.Module], stacks: tuple[str, ...]) -> type[nn.Module]:
-    body: dict[str, Any] = {leaf: _found_as(leaf) for leaf in stacks}
+    body: dict[str, Any] = {leaf: _property(leaf) for leaf in stacks}
     body |= {"_packed_stacks": stacks, "__module__": base.__module__, "__qualname__": base.__qualname__,
-             "__reduce_ex__": _reduced, "__doc__": base.__doc__}  # fmt: skip
+             "__reduce_ex__": _reduce, "__doc__": base.__doc__}  # fmt: skip
     return type(base.__name__, (base,), body)
 
 
-def _found_as(leaf: str) -> property:
+def _property(leaf: str) -> property:
     def found(module: nn.Module) -> Tensor:
         stack: Any = module._modules[leaf + SUFFIX]
         return FlatMatrices(stack) if stack.flat else StackedMatrices(stack)
@@ -48,11 +48,11 @@ def _found_as(leaf: str) -> property:
     return property(found)
 
 
-def _reduced(module: Any, protocol: Any) -> Any:
-    """For copies and pickles: the class is made again."""
-    return _made_again, (type(module).__mro__[1], type(module)._packed_stacks), module.__dict__
+def _reduce(module: Any, protocol: Any) -> Any:
+    """``__reduce_ex__`` for copies and pickles, which can't find the subclass by its name: it is built again."""
+    return _rebuild, (type(module).__mro__[1], type(module)._packed_stacks), module.__dict__
 
 
-def _made_again(base: type[nn.Module], stacks: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: type[nn.Module], stacks: tuple[str, ...]) -> nn.Module:
     kind = _class_with(base, stacks)
     return kind.__new__(kind)

@@ -1,4 +1,4 @@
-"""Packs the matrices that one parameter of a mixture stacks, so that each can be taken out of the parts by itself."""
+"""Packs the stacked parameter of a mixture so that each expert's matrix can be read by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ecoflap.model.packed.format import PackedWeight, unpack_weight
 from ecoflap.model.packed.holder import PackedParts
 from ecoflap.model.packed.ops import multiply
 
-SUFFIX = "_packed"  # of the module's name beside the parameter's: rules that rename ``gate_up_proj`` must not find it
+SUFFIX = "_packed"  # of the submodule's name: rules of transformers that rename ``gate_up_proj`` must not match it
 
 
 class PackedStack(PackedParts):
@@ -20,7 +20,7 @@ class PackedStack(PackedParts):
     Args:
         weight: of that shape.
         transposed: the model stores each matrix as (inputs, outputs).
-        flat: the model stores the matrices one above another, in two dimensions.
+        flat: the model's parameter has two dimensions, with the matrices concatenated along the first.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class PackedStack(PackedParts):
     ) -> None:
         super().__init__(weight, transposed=transposed, dtype=dtype)
         self.flat = flat
-        self._starts: list[int] = []  # where each matrix begins among the values
+        self._starts: list[int] = []  # index of each matrix's first value
 
     @property
     def stored_size(self) -> tuple[int, int, int]:
-        """Shape of the model's own parameter, or of a view of it where it is flat."""
+        """Shape of the model's parameter; of its 3-dimensional view if it is flat."""
         count, rows, columns = self.size
         return (count, columns, rows) if self.transposed else (count, rows, columns)
 
@@ -64,7 +64,7 @@ class PackedStack(PackedParts):
     def forward(self, number: int, x: Tensor | None = None) -> Tensor:
         """x Wᵀ with one expert's W of (outputs, inputs); without ``x`` the matrix as the model stores it.
 
-        It is a call of the module, so that hooks which bring its parts from the disk run before.
+        This is the module's forward, so that hooks which load its parts from the disk run first.
         """
         if self._unchecked:
             self.verify("experts on the disk")
@@ -89,7 +89,7 @@ class PackedStack(PackedParts):
 
 
 def as_packed(parameter: Tensor, transposed: bool, count: int = 0) -> Tensor:
-    """The matrices (count, outputs, inputs) of a parameter; ``count``: how many lie one above another, 0: stacked."""
+    """The matrices (count, outputs, inputs) of a parameter; ``count`` is 0 unless it has only two dimensions."""
     matrices = parameter.unflatten(0, (count, -1)) if count else parameter  # type: ignore[no-untyped-call]
     return matrices.transpose(-2, -1).contiguous() if transposed else matrices
 
@@ -101,7 +101,7 @@ def as_stored(matrices: Tensor, transposed: bool, flat: bool) -> Tensor:
 
 
 def stacks_of(model: nn.Module) -> dict[str, PackedStack]:
-    """The packed stacks of a model by the names of the parameters whose places they take."""
+    """The packed stacks of a model, by the names of the parameters that they replace."""
     return {
         path.removesuffix(SUFFIX): module for path, module in model.named_modules() if isinstance(module, PackedStack)
     }

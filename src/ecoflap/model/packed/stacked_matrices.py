@@ -1,8 +1,8 @@
-"""Lets a mixture's own code compute with packed experts.
+"""Tensor subclasses that stand for the stacked parameter of a mixture, and compute from its packed matrices.
 
-The module of the experts finds a tensor where its parameter was: it has the parameter's shape, an index gives one
-expert's matrix, and products with either are computed from the packed parts. So each family's code runs as it is, in
-every implementation that transformers has. What is no product unpacks the matrices that it needs.
+They have the parameter's shape, an index gives one expert's matrix, and matrix products use the packed parts. So the
+code of each model family runs unchanged, in every implementation that transformers has. Other operations unpack the
+matrices that they need.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ecoflap.model.slices import factors
 
 
 class StackedMatrices(Tensor):
-    """Looks like a stacked parameter, or like one matrix of it, and computes from the packed parts."""
+    """Stands for a stacked parameter, or for one matrix of it."""
 
     _stack: PackedStack
-    _number: int | None  # of the matrix; None: several
-    _chosen: tuple[int, ...]  # numbers of the matrices, where it is several, in order
-    _is_hf_initialized: bool  # as transformers asks it
+    _number: int | None  # of the one matrix; None for several
+    _chosen: tuple[int, ...]  # numbers of the matrices if there are several, in order
+    _is_hf_initialized: bool  # True, so that transformers does not draw initial values
     _flipped: bool  # the last two dimensions are exchanged
 
     @staticmethod
@@ -37,7 +37,7 @@ class StackedMatrices(Tensor):
         chosen = tuple(range(count)) if chosen is None else chosen
         made: StackedMatrices = Tensor._make_wrapper_subclass(cls, size, dtype=stack.dtype, device=stack.bitmask.device)
         made._stack, made._number, made._flipped, made._chosen = stack, number, flipped, chosen
-        made._is_hf_initialized = True  # transformers must not draw it
+        made._is_hf_initialized = True
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -57,14 +57,18 @@ class StackedMatrices(Tensor):
         return found.transpose(-2, -1) if self._flipped else found
 
     def places(self) -> dict[int, list[int]]:
-        """Number of each matrix that is here to where it is."""
+        """For each matrix of this tensor, by its number: its indices along the first dimension."""
         found: dict[int, list[int]] = {}
         for place, number in enumerate(self._chosen):
             found.setdefault(number, []).append(place)
         return found
 
     def product(self, number: int, x: Tensor, outputs_first: bool) -> Tensor:
-        """``x`` (tokens, inputs) times matrix ``number``, which this tensor has as (outputs, inputs) or the reverse."""
+        """``x`` (tokens, inputs) times matrix ``number``.
+
+        Args:
+            outputs_first: whether this tensor shows the matrix as (outputs, inputs), not (inputs, outputs).
+        """
         stack = self._stack
         if outputs_first == (stack.transposed == self._flipped):  # the packed rows are the outputs
             result: Tensor = stack(number, x)
@@ -80,10 +84,10 @@ class StackedMatrices(Tensor):
             name = getattr(getattr(func, "__self__", None), "__name__", "")
         this = args[0] if args else None
         if isinstance(this, StackedMatrices):
-            found = this._seen(name, args[1:], kwargs)
+            found = this._view_of(name, args[1:], kwargs)
             if found is not None:
                 return found
-        if name in _OF_SHAPE:
+        if name in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in _PRODUCTS and (result := _product(func, args, kwargs)) is not None:
@@ -91,9 +95,9 @@ class StackedMatrices(Tensor):
         plain = lambda value: value.dense() if isinstance(value, StackedMatrices) else value  # noqa: E731
         return func(*torch.utils._pytree.tree_map(plain, args), **torch.utils._pytree.tree_map(plain, kwargs))
 
-    def _seen(self, name: str, args: Sequence[Any], kwargs: Any) -> Any:
-        """What is another view of the same parts; None for anything else."""
-        if name in ("T", "mT", "t") or (name in ("transpose", "swapaxes") and self._of_last_two(args)):
+    def _view_of(self, name: str, args: Sequence[Any], kwargs: Any) -> Any:
+        """The result of a view or an index; None for other operations."""
+        if name in ("T", "mT", "t") or (name in ("transpose", "swapaxes") and self._are_last_two(args)):
             if not self._swaps(name):
                 return None
             return StackedMatrices(self._stack, self._number, not self._flipped, self._chosen)
@@ -104,23 +108,23 @@ class StackedMatrices(Tensor):
         if self._number is not None or name not in ("__getitem__", "select", "unbind", "__iter__", "index_select"):
             return None
         if name in ("unbind", "__iter__"):
-            return None if args or kwargs else tuple(self._one(number) for number in range(len(self)))
+            return None if args or kwargs else tuple(self._matrix(number) for number in range(len(self)))
         if name in ("select", "index_select"):
             if len(args) != 2 or args[0] != 0:
                 return None
             args = args[1:]
         index = args[0]
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point()):
-            return self._one(int(index))
+            return self._matrix(int(index))
         if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64):
-            chosen = tuple(self._at(number) for number in index.tolist())
+            chosen = tuple(self._number_at(number) for number in index.tolist())
             return StackedMatrices(self._stack, None, self._flipped, chosen)
         return None
 
-    def _one(self, place: int) -> StackedMatrices:
-        return StackedMatrices(self._stack, self._at(place), self._flipped)
+    def _matrix(self, place: int) -> StackedMatrices:
+        return StackedMatrices(self._stack, self._number_at(place), self._flipped)
 
-    def _at(self, place: int) -> int:
+    def _number_at(self, place: int) -> int:
         count = len(self._chosen)
         if not -count <= place < count:
             raise IndexError(f"index {place} is out of range for {count} experts")
@@ -129,7 +133,7 @@ class StackedMatrices(Tensor):
     def _swaps(self, name: str) -> bool:
         return name not in ("T", "t") or self._number is not None
 
-    def _of_last_two(self, dims: Sequence[Any]) -> bool:
+    def _are_last_two(self, dims: Sequence[Any]) -> bool:
         size = 2 if self._number is not None else 3
         return len(dims) == 2 and {int(dim) % size for dim in dims} == {size - 2, size - 1}
 
@@ -139,8 +143,8 @@ class StackedMatrices(Tensor):
         return func(*torch.utils._pytree.tree_map(plain, args), **torch.utils._pytree.tree_map(plain, kwargs or {}))
 
 
-# Answered by the wrapper itself, which has a shape, a dtype and a device, and no values.
-_OF_SHAPE = frozenset((
+# Attributes and methods that need no values: the wrapper has shape, dtype and device.
+_METADATA = frozenset((
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "grad", "is_meta", "is_cuda",
     "is_cpu", "is_sparse", "is_quantized", "is_nested", "is_xpu", "is_mps", "is_hpu", "itemsize", "nbytes", "names",
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
@@ -150,7 +154,7 @@ _PRODUCTS = frozenset(("linear", "matmul", "__matmul__", "mm", "bmm", "_grouped_
 
 
 def _product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """x times the packed matrices, or they times x; None for other products."""
+    """A product of x and packed matrices, computed from the packed parts; None for other products."""
     if getattr(func, "__name__", "") == "bmm" and len(args) == 2 and isinstance(args[0], StackedMatrices):
         weight, x = args
         if isinstance(x, StackedMatrices) or weight._number is not None or x.dim() != 3 or len(x) != len(weight):
@@ -172,7 +176,7 @@ def _product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
             if end > start:
                 parts.append(weight.product(number, x[start:end], outputs_first))
             start = end
-        rest = x.new_zeros(len(x) - start, weight.shape[-1])  # rows of no expert
+        rest = x.new_zeros(len(x) - start, weight.shape[-1])  # rows that belong to no expert
         return torch.cat([*parts, rest])
     if outputs_first or x.dim() != 3 or len(x) != len(weight):
         return None
@@ -180,7 +184,7 @@ def _product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _each(weight: StackedMatrices, x: Tensor, outputs_first: bool) -> Tensor:
-    """(matrices, tokens, inputs) times each one's matrix; tokens of the same matrix together."""
+    """``x[i]`` (tokens, inputs) times the i-th matrix, for each i; one product for all rows of the same matrix."""
     places = weight.places()
     parts = [
         weight.product(number, x[at].flatten(0, 1), outputs_first).view(len(at), x.shape[1], -1)
@@ -192,7 +196,7 @@ def _each(weight: StackedMatrices, x: Tensor, outputs_first: bool) -> Tensor:
 
 
 class FlatMatrices(Tensor):
-    """Looks like a parameter in which matrices lie one above another; a view in three dimensions is of the parts."""
+    """Stands for a 2-dimensional parameter of concatenated matrices; its 3-dimensional view is a StackedMatrices."""
 
     _stack: PackedStack
     _is_hf_initialized: bool
@@ -210,7 +214,7 @@ class FlatMatrices(Tensor):
         return f"{tuple(self.shape)} of {self._stack}"
 
     def view(self, *size: Any) -> Tensor:
-        """The matrices, where ``size`` is that of all of them; else a view of the dense values."""
+        """A StackedMatrices if ``size`` is (matrices, rows, columns); else a view of the dense values."""
         wanted = tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else size
         whole = self._stack.stored_size
         if len(wanted) == 3 and wanted[1:] == whole[1:] and wanted[0] in (-1, whole[0]):

@@ -26,7 +26,7 @@ def compare(
     progress: Progress | None = None,
     **fields: Any,
 ) -> Comparison:
-    """Compare methods on one model, at several sparsities and with several seeds, and leave table, plots and page.
+    """Compare methods on one model, at several sparsities and with several seeds; write table, plots and page.
 
     Args:
         model: a hub id, folder or GGUF file; None for the embedded model.
@@ -34,15 +34,15 @@ def compare(
         sparsities: numbers, or ``"0.3:0.7:0.1"``.
         seeds: of sample choice and noise.
         output: the folder to write.
-        overwrite: replace the comparison that is there.
-        resume: go on with it; methods, sparsities and seeds may be added.
-        low_memory: keep the dense weights on disk, not in memory, while cells are made.
+        overwrite: replace the comparison in ``output``.
+        resume: continue it; methods, sparsities and seeds may be added.
+        low_memory: keep the dense weights on disk, not in memory, meanwhile.
         keep: which cells' models are saved in ``models/``: ``none``, ``all``, or the ``best`` of each sparsity.
         progress: where to report.
         fields: any other field of a recipe: ``calibration=``, ``task=``, ``test=``, ``samples=``, …
 
     Returns:
-        What ``compare.json`` holds: ``comparison.summary("wanda", 0.5).mean``, ``comparison.cells``.
+        The content of ``compare.json``: ``comparison.summary("wanda", 0.5).mean``, ``comparison.cells``.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to fix it.

@@ -1,4 +1,4 @@
-"""Manages the folder of a comparison: the rules of a run directory, and a grid that may grow when it is resumed."""
+"""Manages the folder of a comparison: a run directory whose grid may grow when it is resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AXES = ("methods", "sparsities", "seeds")
 
 
 class GridDirectory(RunDirectory):
-    """One comparison's files. On resume methods, sparsities and seeds may be added; nothing else may differ."""
+    """One comparison's files. On resume, methods, sparsities and seeds may be added; nothing else may differ."""
 
     what: ClassVar[str] = "comparison"
     ours: ClassVar[tuple[str, ...]] = (*RESULTS, JOURNAL, CELLS, IMPORTANCES, MODELS, INPUTS, LOG, RECIPE, MANIFEST)
@@ -37,7 +37,7 @@ class GridDirectory(RunDirectory):
     def begin(self, recipe: Recipe, fingerprint: str, inputs: Mapping[str, str]) -> None:
         super().begin(recipe, fingerprint, inputs)
         if self._grown is not None:
-            for name in RESULTS:  # of the smaller grid: gone before the recipe says that they should hold more
+            for name in RESULTS:  # of the smaller grid: removed before the recipe with the larger grid is written
                 self.discard(name)
             self._write_recipe(recipe, fingerprint)
 
@@ -66,17 +66,17 @@ class GridDirectory(RunDirectory):
             self._grown = recipe
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:
-        """Those known must be the same; others, of a seed that is new or had not been reached, are noted."""
+        """Compare known digests; add the digests of seeds that are new or had not been reached."""
         known: dict[str, Any] = self.read(INPUTS) if self.has(INPUTS) else {}
         super()._check_inputs({name: value for name, value in inputs.items() if name in known})
         if any(name not in known for name in inputs):
             self.write(INPUTS, {**known, **inputs})
 
     def note(self, inputs: Mapping[str, str]) -> None:
-        """Note what decides the cells of one seed, or compare it with what it was.
+        """Store the digests of one seed's inputs, or compare them with the stored ones.
 
         Raises:
-            ResumeMismatch: it was different when the comparison began.
+            ResumeMismatch: they were different when the comparison began.
         """
         self._check_inputs(inputs)
 
@@ -88,5 +88,5 @@ class GridDirectory(RunDirectory):
 
     @property
     def complete(self) -> bool:
-        """Nothing is left to do: the journal goes when all files are written."""
+        """Remove the journal once all files are written."""
         return self.resumed and self._grown is None and self.has(COMPARISON) and not self.has(JOURNAL)

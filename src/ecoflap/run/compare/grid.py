@@ -1,4 +1,4 @@
-"""Runs a grid: shared work is done once, every finished cell is a file, a kill costs one cell."""
+"""Runs a grid: shared work is done once, and every finished cell is a file, so that a kill loses one cell at most."""
 
 from __future__ import annotations
 
@@ -64,22 +64,22 @@ def run_grid(
     plans: Plans | None = None,
     keep: str = NONE,
 ) -> Comparison:
-    """Make every cell of ``grid`` and leave table, plots and page in ``output``.
+    """Make every cell of ``grid`` and write table, plots and page into ``output``.
 
-    Interrupted at any moment, it goes on with ``resume=True`` and ends with the same table (times aside). A cell that
-    can't be made (its sparsity can't be reached, a combination that does not exist) is recorded with the reason.
+    After an interruption, ``resume=True`` continues, and the table is the same except for times. A cell that can't be
+    made (a sparsity out of reach, a combination that does not exist) is recorded with the reason.
 
     Args:
-        low_memory: keep the dense weights in a file of ``output`` while the work goes on, not in memory.
+        low_memory: keep the dense weights in a file of ``output``, not in memory, meanwhile.
         say: receives one line for each choice that the recipe left open: columns of the data, objective.
         keep: which cells' models are saved: ``none``, ``all``, or the ``best`` of each sparsity by the first test.
-        plans: of :func:`~ecoflap.run.compare.plans.planned`, where the grid has been looked at already.
+        plans: the result of :func:`~ecoflap.run.compare.plans.planned`, if it was called already.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to fix it; before ``output`` is touched where a look at
-            the grid, or at one sample, can tell.
-        Stopped: by a signal, once the work had begun.
-        RunFailed: anything else went wrong; ``log.txt`` has the traceback.
+        EcoflapError: a subclass says what is wrong and how to fix it; if the grid or one sample shows the fault,
+            ``output`` is not touched.
+        Stopped: by a signal, after the work had begun.
+        RunFailed: any other failure; ``log.txt`` has the traceback.
     """
     check_keep(keep)
     with GridDirectory.examine(output, grid, overwrite=overwrite, resume=resume) as folder:
@@ -110,7 +110,7 @@ def run_grid(
 
 
 def _inputs(plan: Prepared) -> dict[str, str]:
-    """Digests of what decides the cells of the plan's group, under a name for each group."""
+    """Digests of the inputs of the plan's group; their names contain the group."""
     of = f"of seed {plan.recipe.seed}, {plan.recipe.samples} samples"
     return {name if name == "device" else f"{name} {of}": value for name, value in plan.inputs().items()}
 
@@ -143,12 +143,12 @@ class _Work:
         return self._base.checkpoint
 
     def all(self) -> Comparison:
-        """Every cell that is not finished yet, then all of them together."""
+        """Make every cell that is not finished, and return all of them."""
         kept = self._dense()
         tests = tuple(map(plain_test, kept))
         dense_stored = self._stored.dense_kept_in(self._folder, kept, self._kept)
         places = list(self._grid.places())
-        # By group, so that batches are loaded once; a method with samples of its own is a group for itself.
+        # Group by group, so that batches are loaded once; a method with its own number of samples has its own group.
         todo = sorted((p for p in places if not self._folder.whole(_file_of(p))), key=self._turn)
         with self._progress.stage("compare", total=len(places), done=len(places) - len(todo)) as task:
             for place in todo:
@@ -200,7 +200,7 @@ class _Work:
         _log.info("cell %s: begins", place)
         if place in self._plans.recipes:
             self._load(self._plans.recipes[place])
-        recipe = self._plans.recipes.get(place)  # gone if its own samples show that it can't be made
+        recipe = self._plans.recipes.get(place)  # None if loading its samples showed that it can't be made
         try:
             with naming_samples(self._base):
                 cell = self._cell(place, recipe) if recipe else cell_of(place, error=str(self._plans.errors[place]))
@@ -220,7 +220,7 @@ class _Work:
         task.advance(1, str(place))
 
     def _load(self, recipe: Recipe) -> None:
-        """Have the calibration batches of the recipe's group at hand."""
+        """Load the calibration batches of the recipe's group."""
         if group_of(recipe) == self._group:
             return
         same = {"compute_dtype": self._grid.compute_dtype}
@@ -239,7 +239,7 @@ class _Work:
         with measured("pruning", usages):
             pruned = pruned_to(plan, allocation, self._progress)
         for name in pruned.unreached:
-            _log.warning("%s was reached by no calibration token: pruned without statistics of its own", name)
+            _log.warning("no calibration token reached %s: pruned without its own statistics", name)
         with measured("evaluation", usages):
             answers = self._results()
         results = {name: quality_of(answer) for name, answer in answers.items()}
@@ -268,7 +268,7 @@ class _Work:
         kept.offer(Path(_file_of(place)).stem, cell, known)
 
     def _results(self, checkpoint: Checkpoint | None = None) -> dict[str, TaskResult]:
-        # With the grid's own seed: all cells answer the same questions.
+        # With the grid's seed, so that all cells use the same test samples.
         found = checkpoint or self._checkpoint
         return {entry.name: evaluate(found, entry, self._grid, self._progress) for entry in self._entries}
 
@@ -285,7 +285,7 @@ class _Work:
 
 
 def _file_of(place: Place) -> str:
-    """The cell's file; a method whose name has other than plain characters, or is long, gets a digest."""
+    """The cell's file; a method's name that is long or has special characters is replaced by a digest."""
     name = place.method.name
     plain = re.sub(r"[^A-Za-z0-9+.=,-]+", "_", name)[:80]
     if plain != name:

@@ -1,4 +1,4 @@
-"""Says which methods of a comparison are the best at a sparsity, within error."""
+"""Finds the methods of a comparison that are the best at a sparsity, within error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ecoflap.support.formats import Pair
 
 
 class Figure(Protocol):
-    """The mean of a method, and its error; None where there is none."""
+    """The mean of a method, and its error; None if it has none."""
 
     @property
     def mean(self) -> float: ...
@@ -21,10 +21,10 @@ class Figure(Protocol):
 def leaders(
     column: Mapping[str, Figure], higher_is_better: bool, pairs: Mapping[str, Pair] | None = None
 ) -> tuple[str | None, frozenset[str]]:
-    """The best method of one sparsity, and all that are as good within error, itself among them.
+    """The best method of one sparsity, and the set of all that are as good within error (with the best itself).
 
-    A method is as good if it differs by no more than the standard error of its paired difference from the best, where
-    ``pairs`` has that; else by no more than √(a² + b²), a and b being the two errors (0 where there is none).
+    A method is as good if its difference from the best is at most the standard error of the paired difference, if
+    ``pairs`` has it; else at most √(a² + b²) with the two errors a and b (0 if there is none).
     """
     if not column:
         return None, frozenset()

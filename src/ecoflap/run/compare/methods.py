@@ -12,9 +12,9 @@ from ecoflap.errors import InvalidOption
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.registry import number, unknown
 
-# Fields that the grid says itself.
+# Fields that the grid sets itself.
 AXES = frozenset(("sparsity", "seed"))
-# Fields that define a method; their values come before the colon, or are collected from the part after it.
+# Fields of a method: the names before the colon, and the options after it.
 OF_METHOD = frozenset(("importance", "criterion", "importance_options", "criterion_options"))
 # Fields that must be the same for all methods, so that their numbers can be compared.
 SHARED = frozenset((
@@ -24,7 +24,7 @@ SHARED = frozenset((
     "evaluations", "device", "dtype", "compute_dtype", "trust_remote_code", "baseline",
 ))  # fmt: skip
 UPOP = "upop"  # the method that trains the model: no importance, no criterion
-# What no cap and no number of samples contradicts: a value is checked alone first, with its grid later.
+# Values that contradict no other field: a value is checked by itself first, and with its grid later.
 _AGREEABLE: dict[str, Any] = {"sparsity": 0.0, "samples": 1 << 40}
 
 
@@ -57,7 +57,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        """How the command line writes it, options sorted by name: the same method always has the same name."""
+        """As the command line writes it, with options sorted by name, so that equal methods have equal names."""
         written = [f"{key}={_written(value)}" for key, value in sorted(self.options.items()) if not _is_mapping(value)]
         written += [
             f"{key}={inner}={_written(item)}"
@@ -84,11 +84,11 @@ class Method:
 
     @property
     def trains(self) -> bool:
-        """Whether it trains the model, on the comparison's training data."""
+        """Whether the method trains the model, on the comparison's training data."""
         return self.criterion == UPOP
 
     def changes(self) -> dict[str, Any]:
-        """The fields of a run's recipe that this method sets; of one that trains, those that need no calibration."""
+        """The fields of a run's recipe that this method sets. A method that trains gets fields without calibration."""
         if self.trains:
             return {"importance": "uniform", "criterion": "magnitude"}
         named = {"importance_options": self.importance_options, "criterion_options": self.criterion_options}
@@ -119,7 +119,7 @@ def parse_method(text: str) -> Method:
     field of the recipe, else an option of the importance, else one of the criterion.
 
     Raises:
-        UnknownName: an importance, criterion or option is not there.
+        UnknownName: there is no such importance, criterion or option.
         InvalidOption: the text is malformed, or a value is out of range.
     """
     core, colon, rest = text.partition(":")
@@ -185,7 +185,7 @@ def _with_option(method: Method, key: str, value: str, text: str) -> Method:
 
 
 def _of_training(key: str, value: str, text: str) -> Any:
-    """A training's option in its type."""
+    """An option of the training, converted to its type."""
     from ecoflap.run.finetune.upop_recipe import OF_METHOD, UPop
 
     if key not in OF_METHOD:
@@ -209,7 +209,7 @@ def _field_names(factory: Any) -> list[str]:
 
 
 def _plain(key: str, value: str, text: str) -> Any:
-    """A recipe field's value in the type that the recipe gives it, so that 0.50 and 0.5 are one method."""
+    """The value in the type of its recipe field, so that 0.50 and 0.5 are the same method."""
     return getattr(Recipe.parse(_AGREEABLE | {key: value}, f"method '{text}'"), key)
 
 

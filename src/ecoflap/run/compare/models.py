@@ -15,7 +15,7 @@ NONE, ALL, BEST = "none", "all", "best"
 
 
 def check_keep(keep: str) -> str:
-    """Raises InvalidOption for what is none of the choices."""
+    """Raises InvalidOption if ``keep`` is none of the choices."""
     if keep not in (NONE, ALL, BEST):
         raise InvalidOption(f"keep {keep}: choose from {NONE}, {ALL}, {BEST}")
     return keep
@@ -25,7 +25,7 @@ class KeptModels:
     """Saves the model of a cell in ``models/CELL`` of the comparison's folder.
 
     Args:
-        keep: ``none``, ``all``, or ``best``: that of each sparsity by the first test, the earlier of two alike.
+        keep: ``none``, ``all``, or ``best``: the best of each sparsity by the first test; of equal ones, the first.
         higher_is_better: of that test.
     """
 
@@ -34,10 +34,10 @@ class KeptModels:
         self._sign = 1.0 if higher_is_better else -1.0
 
     def offer(self, name: str, cell: Cell, others: Iterable[tuple[str, Cell]]) -> None:
-        """Save the model, pruned as it is now, if it is to be kept; worse ones of its sparsity go.
+        """Save the model in its current state if it is to be kept; remove worse ones of its sparsity.
 
         Args:
-            name: of the cell's file, without its ending.
+            name: of the cell's file, without its suffix.
             others: names and records of the cells that are finished.
         """
         if self._keep == NONE:

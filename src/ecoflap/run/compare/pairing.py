@@ -1,4 +1,4 @@
-"""Adds to a comparison how its models differ on the same samples, from the samples that its files keep."""
+"""Adds the paired differences between models to a comparison, from the samples in its cell files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ def with_pairs(
     tests: Sequence[DenseTest],
     dense_stored: Mapping[str, StoredFile],
 ) -> Comparison:
-    """The comparison with the differences of its models on the same samples.
-
-    Args:
-        dense_stored: the dense model in each form.
-    """
+    """The comparison with the paired differences; ``dense_stored`` is the dense model in each form."""
     samples: dict[tuple[str, float, str], list[Samples]] = {}
     for cell in cells:
         for name, found in cell.samples.items():

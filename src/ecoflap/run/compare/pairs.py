@@ -1,6 +1,6 @@
 """Pairs the models of a comparison over the samples of each test: with the dense model, the uniform one and the best.
 
-With several seeds a sample's score is the mean over them, so that the error is that of the choice of samples alone.
+With several seeds, a sample's score is the mean over them, so the error is only that of the choice of samples.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ DENSE, UNIFORM, BEST = "dense", "uniform", "best"
 
 
 class Pairing(BaseModel):
-    """A method at a sparsity on a test, against other models: ``dense``; ``uniform``, its criterion with one sparsity
-    for all layers; and, of a single seed, ``best``, the best method at that sparsity. Groups of samples are left out.
+    """Differences of a method at a sparsity on a test from other models: ``dense``; ``uniform``, its criterion with one
+    sparsity for all layers; and, if there is a single seed, ``best``, the best method. Without groups of samples.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,9 +34,9 @@ class Pairing(BaseModel):
 
 
 class StoredPairing(BaseModel):
-    """A model in one form of its values against the dense model as it was loaded, on one test.
+    """Difference of a model in a stored form from the dense model as it was loaded, on one test.
 
-    ``method`` and ``sparsity`` None: the dense model in that form.
+    ``method`` and ``sparsity`` are None for the dense model in that form.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,7 +53,7 @@ class StoredPairing(BaseModel):
 
 
 class Named(Protocol):
-    """What is read of a method."""
+    """The attributes of a method that are read here."""
 
     @property
     def name(self) -> str: ...
@@ -66,8 +66,10 @@ class Named(Protocol):
 
 
 def uniform_of(methods: Sequence[Named]) -> dict[str, str]:
-    """Method → the method with its criterion and one sparsity for all layers; where there are several, the one that
-    shares most options with it. All options of that one must be those of the method."""
+    """From each method to the method with its criterion and one sparsity for all layers.
+
+    The latter may have no option that the method does not have; of several, the one with the most options is taken.
+    """
     found: dict[str, str] = {}
     for method in methods:
         near = [
@@ -89,7 +91,7 @@ StoredPlace = tuple[str | None, float | None, str, str]  # method, sparsity, for
 def stored_pairings(
     samples: Mapping[StoredPlace, Sequence[Samples]], dense: Mapping[str, Samples]
 ) -> Iterator[StoredPairing]:
-    """All that can be paired; of each place one model a seed."""
+    """All differences of stored forms; ``samples`` has one model per seed for each place."""
     for (method, sparsity, form, test), models in samples.items():
         if test in dense and (pair := paired(models, [dense[test]])) is not None:
             alone = replace(pair, groups={})
@@ -102,13 +104,13 @@ def pairings(
     uniform: Mapping[str, str],
     best: Mapping[tuple[float, str], str],
 ) -> Iterator[Pairing]:
-    """All that can be paired.
+    """All differences of pruned models.
 
     Args:
-        samples: of each place one model a seed.
+        samples: one model per seed for each place.
         dense: of each test.
         uniform: see :func:`uniform_of`.
-        best: sparsity and test → the best method.
+        best: the best method for each sparsity and test.
     """
     for (method, sparsity, test), models in samples.items():
         others: dict[str, Sequence[Samples]] = {}

@@ -1,4 +1,4 @@
-"""The cells of a grid and what can be said of them before the work: slips are told at once, others are noted."""
+"""Checks the cells of a grid before the work: mistakes are raised, cells that can't be made are recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Group = tuple[int, int]  # seed and number of calibration samples: cells with th
 
 
 def group_of(recipe: Recipe) -> Group:
-    """Which cells a cell shares its calibration batches with."""
+    """The group of a cell; its cells share calibration batches."""
     return recipe.seed, recipe.samples
 
 
@@ -29,20 +29,20 @@ class Plans:
     """The cells of a grid.
 
     Attributes:
-        recipes: of those that can be made, so far as is known.
-        errors: why not, for each of the others.
+        recipes: of the cells that can be made, as far as is known.
+        errors: the reason for each of the others.
     """
 
     recipes: dict[Place, Recipe] = field(default_factory=dict)
     errors: dict[Place, EcoflapError] = field(default_factory=dict)
 
     def drop(self, place: Place, error: EcoflapError) -> None:
-        """The cell can't be made."""
+        """Record that the cell can't be made."""
         self.recipes.pop(place, None)
         self.errors[place] = error
 
     def loader(self, group: Group) -> Recipe:
-        """The recipe to load a group's batches with: one that needs them, if there is one."""
+        """The recipe that loads a group's batches: one that needs calibration data, if there is one."""
         found = [recipe for recipe in self.recipes.values() if group_of(recipe) == group]
         return next(filter(needs_data, found), found[0])
 
@@ -67,8 +67,7 @@ def planned(grid: Grid) -> Plans:
     """The recipes of all cells, checked without a model.
 
     Raises:
-        InvalidOption, UnknownName: a method can be made at no sparsity at all, or has an option that is not there;
-            nothing is evaluated.
+        InvalidOption, UnknownName: a method can be made at no sparsity, or has an unknown option; or there is no test.
     """
     check_places(grid)
     check_source(grid.calibration, grid.image_folder)
@@ -80,7 +79,7 @@ def planned(grid: Grid) -> Plans:
         check_forms(grid.values)
     for place in grid.places():
         if place.method.trains:
-            training_recipe(grid, place)  # raises where it can't be made
+            training_recipe(grid, place)  # raises if it can't be made
             check_source(grid.train, grid.image_folder)
     plans = Plans()
     for place in grid.places():

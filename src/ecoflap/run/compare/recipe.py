@@ -23,22 +23,22 @@ DEFAULT_METHODS = (
     "sparsegpt",
     "zeroth-order+wanda",
     "zeroth-order+sparsegpt",
-    # All samples and few rounds: the grid is to end in ten minutes, and half the samples are too few at 0.7.
+    # All samples, since half of them are too few at 0.7; few rounds, so that the grid ends within ten minutes.
     "zeroth-order+sparsegpt:search=true,search_options=rounds=3",
     "admm",
     "gradient-norm+admm",
 )
-FORMS = ("auto", "bfloat16", "int8", "int4", "int3", "int2")  # in which a model may be stored; the last two if dense
-MOST = 1000  # sparsities of one grid; more is a slip of the pen
-# Fields of a run's recipe that mean nothing here: the methods, or the grid's axes, say them.
+FORMS = ("auto", "bfloat16", "int8", "int4", "int3", "int2")  # of stored values; the last two for the dense model
+MOST = 1000  # sparsities of one grid; more is a typing error
+# Fields of a run's recipe that the methods or the grid's axes replace.
 UNUSED = frozenset((*AXES, *OF_METHOD, "allocation", "baseline", "pruned")) - {"seed"}
 
 
 class Grid(Recipe):
-    """All that decides the result of a comparison.
+    """All fields that decide the result of a comparison.
 
-    ``seed`` is of the evaluation alone, so that all cells answer the same questions; importance, criterion and
-    sparsity of a recipe file are not read.
+    ``seed`` is the seed of the evaluation only, so that all cells use the same test samples. The fields importance,
+    criterion and sparsity of a recipe file are not read.
     """
 
     methods: tuple[str, ...] = Field(
@@ -116,7 +116,7 @@ class Grid(Recipe):
         return self
 
     def resolved(self) -> Grid:
-        """The same: what follows from other fields is filled in for each cell, see :meth:`recipe_of`."""
+        """The grid itself: :meth:`recipe_of` resolves the recipe of each cell."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,11 +125,11 @@ class Grid(Recipe):
         return {**values, "importance_samples": min(self.samples, self.importance_samples)}
 
     def known_methods(self) -> tuple[Method, ...]:
-        """The methods, read."""
+        """The parsed methods."""
         return tuple(parse_method(name) for name in self.methods)
 
     def places(self) -> Iterator[Place]:
-        """The cells in the order of the work: all of one seed, then all of the next."""
+        """The cells in the order in which they are made, seed by seed."""
         methods = self.known_methods()
         for seed in self.seeds:
             for method in methods:
@@ -137,7 +137,7 @@ class Grid(Recipe):
                     yield Place(method, sparsity, seed)
 
     def recipe_of(self, place: Place) -> Recipe:
-        """The recipe of one cell, resolved: what ``ecoflap prune`` would be asked for.
+        """The resolved recipe of one cell, as for ``ecoflap prune``.
 
         Raises:
             EcoflapError: method and sparsity contradict each other or this grid's other fields.
@@ -150,7 +150,7 @@ class Grid(Recipe):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a cell is in the grid."""
+    """The position of a cell in the grid."""
 
     method: Method
     sparsity: float
@@ -161,9 +161,9 @@ class Place:
 
 
 def parse_sparsities(values: Sequence[Any]) -> tuple[float, ...]:
-    """``0.3:0.7:0.1`` and lists as numbers, ascending, each once.
+    """``0.3:0.7:0.1`` and lists as distinct ascending numbers.
 
-    Steps are counted in decimals, so that 0.3:0.7:0.1 has 0.6 and not 0.6000000000000001, and ends with 0.7.
+    Steps are decimal numbers, so that 0.3:0.7:0.1 contains 0.6, not 0.6000000000000001, and ends with 0.7.
 
     Raises:
         InvalidOption: names the part that is wrong.

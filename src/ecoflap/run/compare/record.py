@@ -27,7 +27,7 @@ class _Record(BaseModel):
 
 
 class Measured(_Record):
-    """A value with its standard error; None for what is not finite, or where there is one observation alone."""
+    """A value with its standard error; either is None if it is not finite, the error also for a single observation."""
 
     value: float | None = None
     stderr: float | None = None
@@ -41,9 +41,9 @@ class Quality(Measured):
 
 
 class Test(_Record):
-    """One test that every cell was put to, and the dense model's result."""
+    """One test of all cells, and the dense model's result."""
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # for pytest
 
     name: str
     task: str
@@ -54,13 +54,13 @@ class Test(_Record):
 
 
 class DenseTest(Test):
-    """A test as a comparison keeps it while it goes on: with the dense model's samples."""
+    """A test in the comparison's journal, with the dense model's samples."""
 
     samples: Samples | None = None
 
 
 class Seconds(_Record):
-    """What the stages of a cell took; ``importance`` is of the one measurement that all cells with its seed share."""
+    """Seconds of a cell's stages; ``importance`` is the one measurement that all cells with its seed share."""
 
     importance: float = 0.0
     allocation: float = 0.0
@@ -69,9 +69,9 @@ class Seconds(_Record):
 
 
 class Stored(_Record):
-    """A model in one form that it may be stored in.
+    """A model in one stored form.
 
-    ``bytes`` are those of all prunable weights, with masks, offsets and scales; ``bits`` the same for one of them.
+    ``bytes`` are those of all prunable weights, with masks, offsets and scales; ``bits`` is the mean of one weight.
     """
 
     bytes: int
@@ -80,7 +80,7 @@ class Stored(_Record):
 
 
 class StoredFile(Stored):
-    """The same as a file of a comparison has it: with what the model reached on each sample of the tests."""
+    """The same in a comparison's files, with the model's scores on each sample of the tests."""
 
     samples: dict[str, Samples] = Field(default_factory=dict)
 
@@ -91,7 +91,7 @@ class StoredFile(Stored):
 
 
 class MethodRecord(_Record):
-    """One method: ``name`` is how the command line writes it."""
+    """One method; ``name`` is its form on the command line."""
 
     name: str
     title: str
@@ -104,8 +104,8 @@ class MethodRecord(_Record):
 class Cell(_Record):
     """One method at one sparsity with one seed. With an ``error``, nothing was measured.
 
-    ``value``, ``stderr``, ``n`` and ``others`` are those of the first test; ``tests`` has all by their names.
-    ``achieved`` is the share of zeros among the prunable weights, ``towers`` the same in each tower.
+    ``value``, ``stderr``, ``n`` and ``others`` are those of the first test; ``tests`` has all tests by name.
+    ``achieved`` is the share of zeros among the prunable weights, ``towers`` the same for each tower.
     """
 
     method: str
@@ -126,14 +126,14 @@ class Cell(_Record):
 
 
 class CellFile(Cell):
-    """A cell as its file has it: with what its model reached on each sample of the tests."""
+    """A cell in its file, with the model's scores on each sample of the tests."""
 
     samples: dict[str, Samples] = Field(default_factory=dict)
     stored_samples: dict[str, dict[str, Samples]] = Field(default_factory=dict, description="By form and test.")
 
 
 class Comparison(_Record):
-    """All of ``compare.json``. ``task``, ``metric``, ``higher_is_better`` and ``dense`` are those of the first test."""
+    """``compare.json``. ``task``, ``metric``, ``higher_is_better`` and ``dense`` are those of the first test."""
 
     format: Literal[1] = 1
     model: str
@@ -154,7 +154,7 @@ class Comparison(_Record):
     command: str
 
     def cells_of(self, method: str, sparsity: float | None = None) -> tuple[Cell, ...]:
-        """The method's cells, at one sparsity or at all, in the order of the seeds."""
+        """The method's cells at one sparsity, or at all, in the order of the seeds."""
         return tuple(c for c in self.cells if c.method == method and sparsity in (None, c.sparsity))
 
     def summary(self, method: str, sparsity: float, test: str | None = None) -> Summary | None:
@@ -164,29 +164,29 @@ class Comparison(_Record):
         return summarise(found)
 
     def against(self, method: str, sparsity: float, test: str) -> dict[str, Paired]:
-        """What the method's models at ``sparsity`` are paired with on ``test``."""
+        """Paired differences of the method's models at ``sparsity`` on ``test``, by the name of the other model."""
         places = (p.against for p in self.paired if (p.method, p.sparsity, p.test) == (method, sparsity, test))
         return next(places, {})
 
     def stored_against(self, method: str | None, sparsity: float | None, form: str) -> dict[str, Paired]:
-        """By test, how models in a form differ from the dense one; method and sparsity None: those of the dense one."""
+        """Differences of models in a stored form from the dense model, by test; None, None: the dense model's own."""
         places = (p for p in self.stored_paired if (p.method, p.sparsity, p.values) == (method, sparsity, form))
         return {place.test: place.dense for place in places}
 
     def column(self, sparsity: float, test: Test) -> dict[str, Summary]:
-        """The methods' figures at one sparsity on ``test``, those that have any."""
+        """The summaries of all methods that have results at one sparsity on ``test``."""
         found = {method.name: self.summary(method.name, sparsity, test.name) for method in self.methods}
         return {name: summary for name, summary in found.items() if summary is not None}
 
     def leaders(self, sparsity: float, test: Test) -> frozenset[str]:
-        """The best method at one sparsity on ``test``, and all that are as good within error."""
+        """The best methods at one sparsity on ``test``, within error."""
         against = {method.name: self.against(method.name, sparsity, test.name) for method in self.methods}
         pairs = {name: found[BEST] for name, found in against.items() if BEST in found}
         return leaders(self.column(sparsity, test), test.higher_is_better, pairs)[1]
 
 
 class Summary(_Record):
-    """Mean over ``seeds`` values, and their standard deviation; of one value, the standard error of its test."""
+    """Mean over ``seeds`` values and their standard deviation; for one value, the standard error of its test."""
 
     mean: float
     error: float | None
@@ -204,17 +204,13 @@ def summarise(results: Sequence[Measured]) -> Summary | None:
 
 
 def read_comparison(folder: str | Path) -> Comparison:
-    """The ``compare.json`` of a folder.
-
-    Raises:
-        InvalidOption: it is not there, or is none.
-    """
+    """The ``compare.json`` of a folder. Raises InvalidOption if it is missing or invalid."""
     path = Path(folder) / COMPARISON
     found: Comparison = checked(read_json(path, "the comparison"), Comparison, str(path))
     return found
 
 
-# Words of lm-eval's metrics of which less is better; all others are shares, recalls or scores.
+# Words in the names of lm-eval's metrics for which less is better.
 _LESS = ("perplexity", "bits_per_byte", "loss", "error", "brier", "wer", "rmse")
 
 
@@ -229,7 +225,7 @@ def quality_of(result: TaskResult) -> Quality:
 
 
 def test_of(entry: Evaluation, dense: TaskResult) -> DenseTest:
-    """One test, with what the dense model reached in it."""
+    """One test with the dense model's result."""
     return DenseTest(
         name=entry.name,
         task=entry.task,
@@ -252,12 +248,12 @@ def plain_cell(cell: CellFile) -> Cell:
 
 
 def samples_of(results: Mapping[str, TaskResult]) -> dict[str, Samples]:
-    """By test, the samples of the results that say them."""
+    """By test, the samples of those results that have them."""
     return {name: found for name, result in results.items() if (found := Samples.of(result)) is not None}
 
 
 def file_of(cell: Cell, results: Mapping[str, TaskResult], stored: Mapping[str, StoredFile] | None = None) -> CellFile:
-    """The cell with the samples of its results, and of those of its model in stored forms."""
+    """The cell with the samples of its results and of its stored forms."""
     of_stored = {form: one.samples for form, one in (stored or {}).items()}
     return CellFile(**dict(cell), samples=samples_of(results), stored_samples=of_stored)
 
@@ -275,12 +271,12 @@ def cell_of(
     """A finished cell.
 
     Args:
-        error: why it can't be made; then nothing else is given.
+        error: why it can't be made; nothing else is given then.
         results: of the tests by their names, the first one first.
         sparsity: see :func:`ecoflap.run.provenance.sparsity_summary`.
-        took: what the measurement of the importance took, by which cell ever.
+        took: of the measurement of the importance, in this cell or an earlier one.
         usages: of the stages allocation, pruning and evaluation.
-        stored: the cell's model in each form that was asked for.
+        stored: the cell's model in each requested form.
     """
     name, seed = place.method.name, place.seed
     if error is not None or results is None or sparsity is None:

@@ -1,4 +1,4 @@
-"""Writes all files that show a comparison: JSON, CSV, Markdown, plots, page, and the command that repeats it."""
+"""Writes the files that show a comparison: JSON, CSV, Markdown, plots, page, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ecoflap.support.files import write_json, write_text
 
 
 def write_results(folder: Path, comparison: Comparison) -> None:
-    """Write every file that shows ``comparison``; the table that people read comes last.
+    """Write every file that shows ``comparison``; ``compare.md`` comes last.
 
     Raises:
         StorageError: a file can't be written.
@@ -31,7 +31,7 @@ def write_results(folder: Path, comparison: Comparison) -> None:
 def command_of(grid: Grid, folder: Path) -> str:
     """``ecoflap compare`` with the options that are not the defaults, one per line, quoted for a POSIX shell.
 
-    A grid with what no option can say is repeated from its own file.
+    A grid with values that no option can express is repeated from its own file.
     """
     values, defaults = grid.to_dict(), Grid.parse({}).to_dict()
     output = shlex.join(["--output", f"{folder.name}-again"])

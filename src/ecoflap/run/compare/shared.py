@@ -1,6 +1,6 @@
-"""Shares work between the cells of a grid, in files that survive a kill: importance, searches, the dense weights.
+"""Shares importance scores and searches between the cells of a grid, in files, so that a resumed grid finds them.
 
-Criteria that remove weights in the same order share a search. Each cell starts from the same dense weights.
+Criteria that remove weights in the same order share a search.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ecoflap.support.reading import checked
 
 _log = logging.getLogger("ecoflap")
 
-# What is decided after stage 1. A measure that reads some of it says so: ``reads = ("criterion", "pattern")``.
+# Fields that stage 1 does not use. A measure that reads some declares them: ``reads = ("criterion", "pattern")``.
 _AFTER_STAGE_1 = frozenset((
     "sparsity", "max_sparsity", "min_sparsity", "granularity", "aggregate", "budget", "tower_sparsity", "rule",
     "spread", "search", "search_options", "allocation",
@@ -41,14 +41,14 @@ _AFTER_STAGE_1 = frozenset((
     "expert_tokens",
 ))  # fmt: skip
 
-# Fields that came later: left out where they say nothing, or files of older grids would get other names.
+# Fields of later versions: left out if they are None, so that files of older grids keep their names.
 _NEWER = frozenset(("importance_error", "expert_tokens"))
-# Stage 1 reads none of these, but older grids have their defaults in the names of files.
+# Stage 1 does not read these, but their defaults are part of the file names of older grids.
 _UNREAD = {"tokens": "all", "top_tokens": None}
 
 
 class Took(BaseModel):
-    """What a measurement took: seconds, and the process's memory at its peak."""
+    """Seconds and peak memory of a measurement."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,7 +64,7 @@ class Took(BaseModel):
 
 
 def key_of(recipe: Recipe) -> str:
-    """A file name that differs for everything that changes the scores: measure, options, samples, seed."""
+    """A file name that depends on everything that changes the scores: measure, options, samples, seed."""
     reads = MEASURES.fact(recipe.importance, "reads", ())
     decides = {
         name: value
@@ -86,10 +86,10 @@ class SharedScores:
         self._failed: dict[str, EcoflapError] = {}
 
     def of(self, plan: Prepared) -> tuple[Importance, Took]:
-        """The scores that ``plan`` starts from, and what their measurement took (nothing if there was none).
+        """The scores that ``plan`` starts from, and the time and memory of their measurement (zero if there was none).
 
         Raises:
-            EcoflapError: they can't be measured; the same again for every cell that wants them.
+            EcoflapError: they can't be measured; every cell that needs them gets the same error.
         """
         if plan.importance is not None or not is_measured(plan.recipe):
             return importance_for(plan, self._progress), Took()
@@ -123,14 +123,14 @@ class SharedScores:
 
 
 def took_of(data: Any, name: str) -> Took:
-    """What a kept file says that it took. Raises InvalidOption where the file is damaged."""
+    """The time and memory noted in a kept file. Raises InvalidOption if the file is damaged."""
     if not isinstance(data, dict):
         raise InvalidOption(f"{name} holds no object: remove it, and --resume measures it again")
     found: Took = checked(data.get("took", {}), Took, name)
     return found
 
 
-# What is decided after the search, or (the criterion) enters it by its order alone.
+# Fields that the search does not use, or (the criterion) that enter it only by the order of removal.
 _AFTER_SEARCH = frozenset((
     "criterion", "criterion_options", "pattern", "offload_activations", "recover", "recover_options",
     "expert_tokens",
@@ -138,7 +138,7 @@ _AFTER_SEARCH = frozenset((
 
 
 def order_of(recipe: Recipe) -> str:
-    """What of the criterion enters the search: criteria of one order share what is found."""
+    """The name of the order in which the criterion removes weights: criteria with the same order share a search."""
     needs = str(getattr(make_criterion(recipe.criterion), "statistics", "none"))
     if needs in ("gram", "pair") and search_options(recipe.search_options).weights == "own":
         return f"{recipe.criterion} {sorted(recipe.criterion_options.items())}"
@@ -146,7 +146,7 @@ def order_of(recipe: Recipe) -> str:
 
 
 def search_key(recipe: Recipe) -> str:
-    """A file name that differs for everything that changes the allocation."""
+    """A file name that depends on everything that changes the allocation."""
     decides = {name: value for name, value in recipe.to_dict().items() if name not in SHARED | _AFTER_SEARCH}
     decides["statistics"] = order_of(recipe)
     decides["tokens"] = recipe.token_choice().name
@@ -157,7 +157,7 @@ def search_key(recipe: Recipe) -> str:
 def allocated(
     plan: Prepared, importance: Importance, folder: GridDirectory, progress: Progress
 ) -> tuple[Allocation, Usage]:
-    """The allocation of a cell, and what it took when it was made; only those that are searched for are kept.
+    """The allocation of a cell, and the time and memory that it took; only allocations of a search are kept.
 
     Raises:
         EcoflapError: as :func:`ecoflap.run.pipeline.allocation_for`.

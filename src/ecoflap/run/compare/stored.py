@@ -1,4 +1,4 @@
-"""Quality by stored bytes: a cell's model packed with rounded values, and the dense model quantised by torchao."""
+"""Measures quality by stored bytes: a cell's model packed with rounded values, the dense model quantised by torchao."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Form = Callable[[Tensor], tuple[Tensor | None, int]]
 
 
 def check_forms(values: Sequence[str]) -> None:
-    """Raises MissingDependency where dense models are to be quantised, and torchao is not there."""
+    """Raises MissingDependency if the dense model is to be quantised and torchao is not installed."""
     if any(form.startswith("int") for form in values) and find_spec("torchao") is None:
         raise MissingDependency(
             "--values int8 to int2 also measure the dense model quantised, by torchao: pip install 'ecoflap[torchao]'"
@@ -38,16 +38,16 @@ def check_forms(values: Sequence[str]) -> None:
 
 
 class StoredForms:
-    """Measures a model in each form that it may be stored in. Its weights are rounded in place, and put back.
+    """Measures a model in each storage format. Its weights are rounded in place, and then restored.
 
-    Rounded weights compute the same as the packed or quantised layer within the rounding of a sum, so that every model
-    and task of a comparison can be measured.
+    Rounded weights give the outputs of the packed or quantised layer up to the rounding of a sum, so every model and
+    task of a comparison can be measured.
 
     Args:
-        model: as it is to be stored.
+        model: the model to be stored.
         names: its prunable weights; all others stay as they are, and are not counted.
         forms: of "auto", "bfloat16", "int8", "int4"; "int3" and "int2" for the dense model alone.
-        evaluated: puts the model to the tests.
+        evaluated: evaluates the model on the tests.
         folder: where copies of pruned weights are kept; None keeps them in memory.
     """
 
@@ -63,7 +63,7 @@ class StoredForms:
         self._evaluated, self._folder = evaluated, folder
 
     def of_pruned(self, results: Results) -> dict[str, StoredFile]:
-        """The pruned model in every form that packing has; ``results`` are its own, which "auto" keeps."""
+        """The pruned model in every form of packing; ``results`` are those of the exact values ("auto")."""
         forms = [form for form in self.forms if form in _PACKED]
         if not forms:
             return {}
@@ -84,8 +84,8 @@ class StoredForms:
         """The dense model in every form, by torchao; each is measured once and kept in a file of ``folder``.
 
         Args:
-            tests: with the dense model's results, which "auto" keeps.
-            dense: puts the dense weights back.
+            tests: with the dense model's results, which are those of "auto".
+            dense: restores the dense weights.
         """
         found = {}
         for form in self.forms:
@@ -99,7 +99,7 @@ class StoredForms:
         return found
 
     def of_dense(self, form: str, tests: Sequence[DenseTest]) -> StoredFile:
-        """The dense model in one form, by torchao; whoever calls puts the weights back."""
+        """The dense model in one form, by torchao; the caller restores the weights."""
         size = self._apply(_quantised(form))
         if form != "auto":
             return self._measured(size, self._evaluated())
@@ -115,18 +115,18 @@ class StoredForms:
 
     @torch.no_grad()
     def _apply(self, form: Form) -> int:
-        """Round every prunable weight; the bytes of all together."""
+        """Round every prunable weight; return their total bytes."""
         total, left = 0, set(self._names)
         for weight, rows in self._matrices(left):
             changed, size = form(rows)
             total += size
             if changed is not None:
                 rows.copy_(changed.to(weight.dtype))
-        # Weights that several modules share and the like, which are not packed: they stay.
+        # Weights that are never packed, such as those that several modules share, keep their values.
         return total + sum(self._model.get_parameter(name).nbytes for name in left)
 
     def _matrices(self, left: set[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weights of layers and experts, and (outputs, inputs) views of them; what remains in ``left`` are others."""
+        """Weights of layers and experts, with (outputs, inputs) views of them; removes their names from ``left``."""
         for name, layer in packable(self._model):
             if (path := f"{name}.weight") in left:
                 left.remove(path)
@@ -159,10 +159,10 @@ def _quantised(form: str) -> Form:
 
 
 def quantised_by_torchao(weight: Tensor, values: str) -> tuple[Tensor, int]:
-    """What an (outputs, inputs) weight becomes in torchao's weight-only quantisation, and its bytes.
+    """An (outputs, inputs) weight after torchao's weight-only quantisation, and its bytes.
 
     int8 has one scale a row. int4, int3 and int2 are symmetric, with one bfloat16 scale for 64 columns that HQQ chooses
-    (Badri and Shaji, 2023), without data; their codes are counted as 4, 3 and 2 bits.
+    without data (Badri and Shaji, 2023); their codes are counted as 4, 3 and 2 bits.
 
     Raises:
         InvalidOption: torchao refuses the weight.

@@ -15,7 +15,7 @@ from ecoflap.run.compare.pairs import DENSE, UNIFORM
 from ecoflap.run.compare.record import Cell, Comparison, MethodRecord, Stored, Summary, Test, summarise
 from ecoflap.support.formats import duration, metric_change, metric_value, paired_change, size, task_title
 
-# One row of compare.csv begins with these; docs/compare.md says what they hold.
+# The first columns of compare.csv; docs/compare.md explains them.
 COLUMNS = (
     "method", "importance", "criterion", "options", "sparsity", "seed", "task", "metric", "value", "stderr", "n",
     "dense", "dense_stderr", "achieved", "seconds_importance", "seconds_allocation", "seconds_pruning",
@@ -26,7 +26,7 @@ NOTHING = "—"
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One row per cell, numbers in full; empty where nothing was measured.
+    """One row per cell, numbers in full precision; empty if nothing was measured.
 
     After the fixed columns: ``tower:NAME`` for each tower's sparsity, ``other:METRIC`` for further metrics of the first
     test, ``test:NAME`` and ``test:NAME:stderr`` for each further test, and ``FORM:bytes``, ``FORM:value`` and
@@ -69,7 +69,7 @@ def _fixed(comparison: Comparison, method: MethodRecord, cell: Cell) -> list[obj
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """The comparison for people: a table a test, what could not be made, cost, methods with papers, the command."""
+    """The comparison as Markdown: a table per test, failed cells, cost, methods with papers, the command."""
     several = len(comparison.seeds) > 1
     spread = (
         f"mean ± standard deviation over the seeds {', '.join(map(str, comparison.seeds))}"
@@ -111,7 +111,7 @@ _WORDS = {
 
 
 def difference_rows(comparison: Comparison, test: Test) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Tables of paired differences: what is compared, the heads, and rows of texts, of methods that have any."""
+    """Tables of paired differences: title, column heads, and rows of text."""
     for other, words in _WORDS.items():
         rows = []
         for method in comparison.methods:
@@ -133,12 +133,12 @@ def _difference(test: Test, pair: Paired, value: float) -> str:
 
 
 def columns_of(comparison: Comparison, test: Test) -> list[dict[str, Summary]]:
-    """For each sparsity the methods' figures on ``test``, those that have any."""
+    """For each sparsity, the summaries of all methods that have results on ``test``."""
     return [comparison.column(sparsity, test) for sparsity in comparison.sparsities]
 
 
 def shown(comparison: Comparison, test: Test, summary: Summary | None, cells: Sequence[Cell]) -> str:
-    """One entry of the table: value ± error in the metric's unit, and how many seeds gave it if not all did."""
+    """One entry of the table: value ± error in the metric's unit, and the number of seeds if some failed."""
     if summary is None:
         return "not finite" if any(cell.error is None for cell in cells) else NOTHING
     text = _value(test, summary.mean, summary.error)
@@ -166,7 +166,7 @@ def _value(test: Test, value: float | None, error: float | None) -> str:
 
 @dataclass(frozen=True)
 class StoredRow:
-    """Models in one form: mean bytes and bits a weight, and by test figures and differences from the dense one."""
+    """Models in one form: mean bytes, bits a weight, and results and differences from the dense model by test."""
 
     title: str
     form: str
@@ -176,7 +176,7 @@ class StoredRow:
     pairs: dict[str, Paired]
 
     def of_test(self, test: Test) -> tuple[str, str]:
-        """The value of a test and its change from the dense model, in words."""
+        """A test's value and its change from the dense model, as text."""
         found, pair = self.figures.get(test.name), self.pairs.get(test.name)
         if found is None:
             return NOTHING, NOTHING
@@ -185,7 +185,7 @@ class StoredRow:
 
 
 def stored_rows(comparison: Comparison) -> Iterator[StoredRow]:
-    """Models by stored bytes, the largest first."""
+    """Rows of models in their stored forms, the largest first."""
     rows: list[StoredRow] = []
     for form, one in comparison.dense_stored.items():
         pairs = comparison.stored_against(None, None, form)
@@ -209,7 +209,7 @@ def _figures(found: Sequence[Stored]) -> dict[str, Summary]:
 
 
 def _by_bytes(comparison: Comparison) -> list[str]:
-    """Pruned, quantised and both, side by side by their bytes."""
+    """The table of pruned, quantised, and pruned and quantised models."""
     if not comparison.dense_stored:
         return []
     rows = [
@@ -227,7 +227,7 @@ def _by_bytes(comparison: Comparison) -> list[str]:
 
 
 def _not_made(comparison: Comparison) -> list[str]:
-    """Cells without a result, those with one reason in one line."""
+    """Cells without a result; one line for each reason."""
     reasons: dict[tuple[str, str], dict[float, None]] = {}
     for cell in comparison.cells:
         if cell.error is not None:
@@ -253,7 +253,7 @@ def _cost(comparison: Comparison) -> str:
 
 
 def mean_seconds(cells: Iterable[Cell], stage: str) -> float | None:
-    """Mean over the cells of what a stage took; None without cells."""
+    """Mean seconds of a stage over the cells; None without cells."""
     values = [float(getattr(cell.seconds, stage)) for cell in cells]
     return sum(values) / len(values) if values else None
 
@@ -285,14 +285,14 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, in a table too."""
+    """Text escaped for Markdown, also in tables."""
     for mark in "\\|*_<>[]`":
         text = text.replace(mark, f"&#{ord(mark)};")
     return " ".join(text.split())
 
 
 def comparison_tables(comparison: Comparison) -> Iterator[Table]:
-    """Methods by sparsities; the best of a column and all as good within error are bold."""
+    """Tables of methods by sparsities; the best methods of a column, within error, are bold."""
     for test in comparison.tests:
         dense = metric_value(test.metric, test.dense.value, test.dense.stderr, unit=test.unit)
         title = Text(f"{task_title(test.name, test.metric)}, dense {dense}")

@@ -1,4 +1,4 @@
-"""Cells of methods that train the model: a training of their own in the journal, whose model is then measured."""
+"""Makes the cells of methods that train the model: runs the training in the journal, then loads its model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ecoflap.run.provenance import source_digest
 from ecoflap.support.progress import Progress
 from ecoflap.support.reading import read_json
 
-# Fields of the comparison that hold for the training data, too.
+# Fields of the comparison that are also used for the training data.
 _SAME = (
     "columns", "prompt", "objective", "image_folder", "classes", "class_prompts", "batch_size", "sequence_length",
     "window_start", "include", "exclude", "towers", "device", "dtype", "trust_remote_code",
@@ -25,10 +25,10 @@ _SAME = (
 
 
 def training_recipe(grid: Grid, place: Place) -> UPop:
-    """The recipe of one cell: what ``ecoflap upop`` would be asked for.
+    """The recipe of one cell, as for ``ecoflap upop``.
 
     Raises:
-        InvalidOption: there is no training data, or an option has a value out of its range.
+        InvalidOption: there is no training data, or the value of an option is out of range.
     """
     from ecoflap.support import embedded
 
@@ -36,21 +36,21 @@ def training_recipe(grid: Grid, place: Place) -> UPop:
         raise InvalidOption(f"method '{place.method.name}' needs training data: give --train FILE")
     same = {name: getattr(grid, name) for name in _SAME if name in grid.model_fields_set}
     own = {"train": grid.train, "sparsity": place.sparsity, "seed": place.seed, **place.method.fields}
-    # The embedded model by its place: its own tests are the comparison's task.
+    # The embedded model by its path: without a path, its own tests would be added.
     return UPop.parse({"model": grid.model or str(embedded.model_path()), **same, **own})
 
 
 def training_inputs(grid: Grid) -> dict[str, str]:
-    """What decides the trained cells beside the recipe: the content of the training data."""
+    """Digests of the training data."""
     digest = source_digest(grid.train) if grid.train else None
     return {"training data": digest} if digest else {}
 
 
 def trained(grid: Grid, place: Place, folder: Path, progress: Progress) -> tuple[Checkpoint, Mapping[str, Any]]:
-    """The trained model of one cell, and its sparsity as ``metrics.json`` has it; after a kill it goes on.
+    """Train, or resume, and return the model of one cell and its sparsity, as in ``metrics.json``.
 
     Args:
-        folder: of the training; it is removed.
+        folder: of the training; it is removed at the end.
     """
     from ecoflap.run.finetune.pipeline import run_finetune
 

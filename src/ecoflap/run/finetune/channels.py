@@ -1,4 +1,4 @@
-"""The stages that UPop has beside those of a fine-tuning: the search before it, and the smaller model after it."""
+"""The stages of UPop around the fine-tuning: the search before it, and the smaller model after it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Channels:
 
     Attributes:
         recipe: says how to search.
-        groups: those that can leave.
+        groups: the channels that can be removed.
         journal: the folder of the run's journal.
-        kept: of each group, which units stay; None before the search has ended.
+        kept: which units of each group stay; None before the search has ended.
         losses: of the search.
     """
 
@@ -50,14 +50,14 @@ class Channels:
 
     @property
     def searched(self) -> bool:
-        """Whether the search has ended, now or before an interruption."""
+        """Whether the search has ended, also in an interrupted run."""
         return read_sealed(self.journal / FOUND) is not None and (self.journal / WEIGHTS).is_file()
 
     def search(
         self, model: nn.Module, anatomy: Anatomy, data: TrainingData, objective: Objective,
         distillation: Distillation | None, progress: Progress,
     ) -> None:  # fmt: skip
-        """Trains with masks, ranks the channels and keeps the outcome in the journal."""
+        """Train with masks, rank the channels and store the result in the journal."""
         folder = self.journal / SEARCH
         found = search(model, anatomy, self.groups, data, self.recipe, objective, distillation, str(folder), progress)
         zero_channels(model, self.groups, found.kept)
@@ -67,7 +67,7 @@ class Channels:
         shutil.rmtree(folder, ignore_errors=True)
 
     def restore(self, model: nn.Module) -> None:
-        """Give the model the weights that the search ended with."""
+        """Load the weights at the end of the search into the model."""
         known = read_sealed(self.journal / FOUND)
         assert known is not None
         self.kept = {name: torch.tensor(stays) for name, stays in known["kept"].items()}
@@ -77,14 +77,14 @@ class Channels:
                 model.get_parameter(name).copy_(tensor)
 
     def keeper(self, model: nn.Module) -> ZeroKeeper:
-        """What keeps the zeros of the channels that have left."""
+        """The object that keeps removed channels at zero."""
         assert self.kept is not None
         return zero_channels(model, self.groups, self.kept)
 
     def smaller(
         self, model: nn.Module, anatomy: Anatomy, data: TrainingData, objective: Objective
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The model to save, and what ``metrics.json`` says of its channels."""
+        """The model to save, and its channels for ``metrics.json``."""
         assert self.kept is not None
         found = narrowed(model, anatomy, self.groups, self.kept, data, objective)
         saved = model if found is None else found.model

@@ -1,4 +1,4 @@
-"""Training and held-out samples: drawn as for calibration, and made into batches when they are needed."""
+"""Draws training and held-out samples as for calibration, and makes batches of them when they are needed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.run.finetune.recipe import MOST, SHARE, Finetune
 from ecoflap.run.provenance import source_digest
 
-PROBED = 64  # samples that are decoded before training, to find what is wrong with the data
+PROBED = 64  # samples that are decoded before training, to find faults of the data
 # Losses whose batches depend on the classes of all samples.
 _OF_ALL_CLASSES = ("zero-shot", "supervised-contrastive", "classification")
-Row = tuple[int, Any]  # a number that seeds the cuts of captions, and the row as stored (or the window's tensors)
+Row = tuple[int, Any]  # a seed for the cuts of captions, and the row as stored (or the window's tensors)
 Collate = Callable[[Sequence[Row]], Batch]
 
 
 class Rows(Dataset[Row]):
-    """Rows with their numbers; pictures stay as they are stored until a batch is made of them."""
+    """Rows with their numbers; images are decoded only when a batch is made."""
 
     def __init__(self, rows: Sequence[Row], collate: Collate) -> None:
         self._rows, self._collate = rows, collate
@@ -47,17 +47,17 @@ class Rows(Dataset[Row]):
 
 
 def collate(rows: Sequence[tuple[Row, Collate]]) -> Batch:
-    """A batch, on the CPU, of what one of the data sets gives."""
+    """A batch on the CPU, from items of one data set."""
     return rows[0][1]([row for row, _ in rows])
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on, and what is held out.
+    """Training and held-out data.
 
     Attributes:
-        samples: the drawn samples, for the record; pictures of the first ones alone.
-        paired: the loss contrasts the samples of a batch, so a batch of one sample has no meaning.
+        samples: the drawn samples, for the record; only the first ones have images.
+        paired: the loss contrasts the samples of a batch, so that a batch of one sample is useless.
     """
 
     train: Rows
@@ -71,7 +71,7 @@ class TrainingData:
 
 
 def training_data(recipe: Finetune, checkpoint: Checkpoint) -> TrainingData:
-    """The data of a resolved recipe, split by its seed where no held-out data is named.
+    """The data of a resolved recipe, split by its seed if no held-out data is named.
 
     Raises:
         CalibrationError: as :func:`~ecoflap.data.samples.load_samples` and
@@ -98,7 +98,7 @@ def training_data(recipe: Finetune, checkpoint: Checkpoint) -> TrainingData:
 def _drawn(
     recipe: Finetune, source: str | None, samples: int | None, checkpoint: Checkpoint
 ) -> tuple[SampleSet, list[Row], Collate]:
-    """Samples for the record, the rows, and what makes a batch of them."""
+    """Samples for the record, the rows, and the function that makes a batch of rows."""
     asked: dict[str, Any] = {
         "samples": samples,
         "seed": recipe.seed,
@@ -140,7 +140,7 @@ def _drawn(
 
 def _without_pictures(reader: UndecodedRows, rows: Sequence[tuple[int, Any]]) -> Iterator[Sample]:
     for _, row in rows:
-        with suppress(BrokenSample):  # counted when its turn comes
+        with suppress(BrokenSample):  # counted when its batch is made
             yield reader.decoded(row, pictures=False)
 
 
@@ -149,7 +149,7 @@ def _stack(rows: Sequence[Row]) -> Batch:
 
 
 def _made(make: Any, reader: UndecodedRows, rows: Sequence[Row], model: nn.Module) -> Batch:
-    """A batch of the rows that can be used; the others are left out with a warning."""
+    """A batch of the valid rows; others are left out with a warning."""
     samples = []
     for number, row in rows:
         try:
@@ -159,7 +159,7 @@ def _made(make: Any, reader: UndecodedRows, rows: Sequence[Row], model: nn.Modul
     if not samples:
         raise CalibrationError(f"{reader.source}: no sample of a batch can be used: repair the data")
     training = model.training
-    model.eval()  # some objectives ask the model itself for hard partners
+    model.eval()  # some objectives mine hard negatives with the model
     try:
         with torch.no_grad():
             found: Batch = make(samples, rows[0][0])
@@ -169,7 +169,7 @@ def _made(make: Any, reader: UndecodedRows, rows: Sequence[Row], model: nn.Modul
 
 
 def digests(recipe: Finetune, data: TrainingData) -> dict[str, str]:
-    """What decides the training beside recipe and model: what is in the files, and which rows were drawn."""
+    """Digests of the data files and of the choice of rows."""
     named = {"training data": recipe.train, "held-out data": recipe.validation}
     found = {what: digest for what, source in named.items() if source and (digest := source_digest(source))}
     rows = hashlib.sha256(repr((data.samples.indices, len(data.train), len(data.held_out))).encode())
@@ -177,7 +177,7 @@ def digests(recipe: Finetune, data: TrainingData) -> dict[str, str]:
 
 
 def described(data: TrainingData) -> str:
-    """One line for people: how much of what is trained on."""
+    """One line for the user: the number of samples and their source."""
     whole = replace(data.samples, windows=None) if data.samples.windows is not None else data.samples
     columns = ", ".join(f"{role}={column}" for role, column in whole.columns.items())
     source = f"{whole.source} ({columns})" if columns else whole.source

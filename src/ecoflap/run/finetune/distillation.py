@@ -1,4 +1,4 @@
-"""The dense model as a teacher: its outputs, and its hidden states, beside the task's loss.
+"""Adds the distance from the dense model's outputs and hidden states to the task's loss.
 
 The loss is task + w · T² · KL(softmax(t/T) ‖ softmax(s/T)) + v · mean over blocks of ‖h_s − h_t‖² / ‖h_t‖², with the
 student's and teacher's logits s, t at the positions that a label belongs to and the blocks' outputs h at real tokens
@@ -41,10 +41,10 @@ class Distillation:
     towers: tuple[Tower, ...]
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], objective: Objective) -> Tensor:
-        """Of a batch on the model's device: a scalar with a graph.
+        """The loss of a batch on the model's device, a scalar with a graph.
 
         Raises:
-            InvalidOption: the objective does not run one forward that gives logits.
+            InvalidOption: the objective does not run exactly one forward with logits.
         """
         with _watched(model, self.towers if self.hidden else ()) as own:
             loss = objective(model, dict(batch))
@@ -104,7 +104,7 @@ class _Seen:
 
 @contextmanager
 def _watched(model: nn.Module, towers: tuple[Tower, ...]) -> Iterator[_Seen]:
-    """Outputs of the model, and of its towers' blocks, in each forward inside."""
+    """Context that records the outputs of the model and of its towers' blocks in each forward."""
     seen = _Seen()
 
     def keep(name: str) -> Any:

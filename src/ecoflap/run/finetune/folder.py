@@ -1,4 +1,4 @@
-"""The folder of a fine-tuning: the rules of a run directory, with the trainer's checkpoints in its journal."""
+"""The folder of a fine-tuning: a run directory with the trainer's checkpoints in its journal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.run.directory import RunDirectory
 from ecoflap.run.names import CHECKPOINTS, GRID, JOURNAL, LOG, MANIFEST, METRICS, MODEL, RECIPE, REPORT, TRAIN
 
-TRAINING = f"{JOURNAL}/training.json"  # what the training came to, once its model is saved
+TRAINING = f"{JOURNAL}/training.json"  # the training's outcome, written after its model
 
 
 class FinetuneDirectory(RunDirectory):
@@ -29,5 +29,5 @@ class FinetuneDirectory(RunDirectory):
         return str(self.path / JOURNAL / CHECKPOINTS)
 
     def result(self, name: str) -> str:
-        """The file that keeps what the model called ``name`` reached in the tests."""
+        """The file with the test results of the model called ``name``."""
         return f"{JOURNAL}/{name}.json"

@@ -1,4 +1,4 @@
-"""Sparse low-rank updates, W + M ⊙ BA with M where W is not zero: peft's adapters under the mask of the base weight.
+"""Sparse low-rank updates W + M ⊙ BA with M = [W ≠ 0]: peft's adapters under the mask of the base weight.
 
 Source: RESSA (arXiv 2404.02424).
 """
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 def check_peft() -> None:
-    """Raises MissingDependency where peft is not installed."""
+    """Raises MissingDependency if peft is not installed."""
     if find_spec("peft") is None:
         raise MissingDependency("--tune lora needs peft: pip install 'ecoflap[lora]'")
 
 
 def adapted(model: nn.Module, layers: Iterable[Layer], rank: int) -> PeftModel:
-    """``model`` with a masked low-rank update on each of ``layers``, which alone is trained; α = 2 · rank.
+    """``model`` with a masked low-rank update on each of ``layers``; only the updates are trained; α = 2 · rank.
 
     Args:
-        layers: the pruned layers. Skipped are weights that their parent multiplies itself, which would not see the
-            update, and slices of stacked experts, which are no modules.
+        layers: the pruned layers. Two kinds are skipped: weights that are used without a call of their module, which
+            would not see the update, and slices of stacked experts, which are no modules.
 
     Raises:
-        MissingDependency: no peft.
+        MissingDependency: peft is not installed.
         InvalidOption: there is no layer to adapt.
     """
     check_peft()
@@ -60,7 +60,7 @@ def adapted(model: nn.Module, layers: Iterable[Layer], rank: int) -> PeftModel:
 
 
 def merged(model: PeftModel) -> nn.Module:
-    """The model inside, with each update added to its weight; what was zero still is.
+    """The model without adapters, with each update added to its weight; zeros stay zero.
 
     Raises:
         ValueError: a weight would not be finite.

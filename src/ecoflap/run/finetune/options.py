@@ -1,4 +1,4 @@
-"""A recipe's choices as transformers' ``TrainingArguments``."""
+"""Translates a recipe into transformers' ``TrainingArguments``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ecoflap.support.text import first_line
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-EVALUATIONS = 10  # on the held-out data in a training, where the recipe does not set how often
-# Set by the recipe's own fields, or fixed.
+EVALUATIONS = 10  # on the held-out data in a training, unless the recipe sets the interval
+# Arguments that the recipe's own fields set.
 _OWN = {
     "learning_rate": "--learning-rate", "weight_decay": "--weight-decay", "num_train_epochs": "--epochs",
     "per_device_train_batch_size": "--batch-size", "per_device_eval_batch_size": "--batch-size",
@@ -56,8 +56,8 @@ def check_training_options(recipe: Finetune) -> None:
 
 @contextmanager
 def blaming_options(recipe: Finetune) -> Iterator[None]:
-    """Turns an error of the trainer into InvalidOption where ``training_options`` are given, whose values it checks
-    when it uses them."""
+    """Context that turns the trainer's errors into InvalidOption if ``training_options`` are given: it checks their
+    values only when it uses them."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -83,8 +83,8 @@ def training_arguments(
     Args:
         folder: for its checkpoints.
         steps: of the whole training.
-        resumed: training continues from a checkpoint, so the evaluation before the first step is done.
-        paired: a batch of one sample has no contrast, and is left out.
+        resumed: training continues from a checkpoint, so that the evaluation before the first step is done already.
+        paired: a batch of one sample is left out, since the loss contrasts samples.
     """
     every = recipe.evaluate_every or max(1, steps // EVALUATIONS)
     return _built(recipe, folder, {
@@ -100,7 +100,7 @@ def training_arguments(
 
 
 def search_arguments(recipe: Finetune, folder: str, steps: int, *, on_cpu: bool, paired: bool) -> TrainingArguments:
-    """The trainer's arguments for a search, at a constant rate after the warm-up; nothing is evaluated in it."""
+    """The trainer's arguments for a search: constant rate after the warm-up, no evaluation."""
     return _built(recipe, folder, {
         "lr_scheduler_type": "constant_with_warmup",
         "save_strategy": "steps",

@@ -36,12 +36,12 @@ from ecoflap.support.files import check_room, read_sealed, write_sealed
 from ecoflap.support.progress import Labelled, Progress, Silent
 
 _log = logging.getLogger("ecoflap")
-_Results = dict[str, dict[str, Any]]  # of each evaluation: its "result", and what pairs it with another model's
+_Results = dict[str, dict[str, Any]]  # by evaluation: its "result" and, if it has any, its "samples"
 
 
 @dataclass
 class _Job:
-    """A fine-tuning under way."""
+    """A running fine-tuning."""
 
     plan: Plan
     run: FinetuneDirectory
@@ -51,7 +51,7 @@ class _Job:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures a stage, and stores its figures for a run that is resumed later."""
+        """Measure time and memory of a stage, and store them for a resumed run."""
         _log.info("%s: begins", name)
         with measured(name, self.usages):
             yield
@@ -67,7 +67,7 @@ def run_finetune(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Trains the recipe's sparse model further and writes model, metrics and page into ``output``; returns the folder.
+    """Train the recipe's sparse model further and write model, metrics and page into ``output``; return the folder.
 
     After an interruption, ``resume=True`` continues from the trainer's last checkpoint.
 
@@ -75,10 +75,10 @@ def run_finetune(
         say: receives one line for each choice that the recipe left open.
 
     Raises:
-        EcoflapError: a subclass says what is wrong and how to fix it; before ``output`` is touched where the recipe
-            and one sample can show it.
-        Stopped: by a signal, once the work had begun.
-        RunFailed: anything else went wrong; the log has the traceback.
+        EcoflapError: a subclass says what is wrong and how to fix it; if the recipe or one sample shows the fault,
+            ``output`` is not touched.
+        Stopped: by a signal, after the work had begun.
+        RunFailed: any other failure; the log has the traceback.
     """
     recipe = recipe.resolved()
     with FinetuneDirectory.examine(output, recipe, overwrite=overwrite, resume=resume) as run:
@@ -110,7 +110,7 @@ def _stages(job: _Job) -> None:
     pruned = _evaluated(job, entries, "pruned", plan.checkpoint)
     checkpoint, training, zeros, channels = _trained(job, teacher)
     tuned = _evaluated(job, entries, "fine-tuned", checkpoint)
-    run.discard(files.REPORT)  # of an older state; metrics and a page say that all is done
+    run.discard(files.REPORT)  # of an older state: metrics and a page mark a complete run
     run.write(files.METRICS, {
         "format": 1,
         "dense": {name: kept["result"] for name, kept in dense.items()},
@@ -143,7 +143,7 @@ def _channels(plan: Plan, run: FinetuneDirectory) -> Channels | None:
 
 
 def _search(job: _Job, teacher: Checkpoint | None) -> None:
-    """UPop's search, where it is one, in place; one that has ended before is read from the journal."""
+    """Run UPop's search in place, if the recipe has one; a finished one is read from the journal."""
     plan, channels = job.plan, job.channels
     if channels is None or (read_sealed(job.run.path / TRAINING) is not None and not channels.searched):
         return
@@ -162,7 +162,7 @@ def _zeros(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, int]:
 
 
 def _teacher(job: _Job) -> Checkpoint | None:
-    """The dense model where one is known; one that only the run names may be missing."""
+    """The dense model, if one is known; it may be missing if only the run names it."""
     recipe = job.plan.recipe
     if recipe.dense is None:
         return None
@@ -182,7 +182,7 @@ def _teacher(job: _Job) -> Checkpoint | None:
 
 
 def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str, checkpoint: Checkpoint) -> _Results:
-    """Results of all evaluations by their names; those that an interrupted run has finished come from its journal."""
+    """Results of all evaluations by name; finished ones of an interrupted run come from its journal."""
     path = job.run.path / job.run.result(when)
     kept: _Results = read_sealed(path) or {}
     todo = [entry for entry in entries if entry.name not in kept]
@@ -198,7 +198,7 @@ def _evaluated(job: _Job, entries: Sequence[Evaluation], when: str, checkpoint: 
 def _trained(
     job: _Job, teacher: Checkpoint | None
 ) -> tuple[Checkpoint, Training, dict[str, int], dict[str, Any] | None]:
-    """The fine-tuned model, saved; the outcome of its training; zeros by layer, and what became of UPop's channels."""
+    """The fine-tuned model, saved; the outcome of its training; zeros by layer; the record of UPop's channels."""
     run, plan = job.run, job.plan
     place = run.path / files.MODEL
     known = read_sealed(run.path / TRAINING)
@@ -206,7 +206,7 @@ def _trained(
         saved = load_checkpoint(plan.recipe.model_copy(update={"model": str(place), "dtype": "auto"}))
         return saved, _training(known), known["zeros"], known["channels"]
     model = plan.checkpoint.model
-    # A checkpoint has the weights and both moments in float32; there are two of them while one replaces the other.
+    # A checkpoint has the weights and both moments in float32, and two exist while one replaces the other.
     check_room(run.path, 7 * sum(p.numel() * 4 for p in model.parameters()) + stored_bytes(model), "the checkpoints")
     before = _zeros(plan.checkpoint, plan.anatomy)
     with job.stage("fine-tuning"):
@@ -251,7 +251,7 @@ def _distillation(job: _Job, teacher: Checkpoint | None) -> Distillation | None:
 
 
 def _tuned(job: _Job, teacher: Checkpoint | None) -> Training:
-    """Trains the plan's model in place, in the dtype that the recipe asks for."""
+    """Train the plan's model in place, in the recipe's dtype."""
     recipe, model = job.plan.recipe, job.plan.checkpoint.model
     back, distillation = _in_training_dtype(job.plan), _distillation(job, teacher)
     torch.manual_seed(recipe.seed)  # of the adapters

@@ -1,4 +1,4 @@
-"""Loads and checks all that a fine-tuning needs, before anything is written."""
+"""Loads and checks all inputs of a fine-tuning before anything is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ecoflap.run.provenance import source_digest
 
 @dataclass(frozen=True)
 class Plan:
-    """What the stages work on."""
+    """The inputs of the stages."""
 
     recipe: Finetune
     checkpoint: Checkpoint
@@ -48,7 +48,7 @@ class Plan:
 
 
 def prepare_finetune(recipe: Finetune) -> Plan:
-    """Loads and checks all that a resolved recipe names, so that no input can stop the run half-way.
+    """Load and check all inputs of a resolved recipe, so that none can stop the run half-way.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to fix it.
@@ -76,5 +76,5 @@ def prepare_finetune(recipe: Finetune) -> Plan:
 
 
 def weights_of(recipe: Finetune) -> Finetune:
-    """The recipe with the place of the weights as its model, in the checkpoint's own dtype."""
+    """The recipe with the folder of the weights as its model, in the checkpoint's dtype."""
     return recipe.model_copy(update={"model": recipe.source, "dtype": "auto"})

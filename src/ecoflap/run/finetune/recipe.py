@@ -1,4 +1,4 @@
-"""The recipe of a fine-tuning: a run's recipe with training data and a few choices in place of the pruning."""
+"""The recipe of a fine-tuning: a run's recipe with fields for the training instead of the pruning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a recipe is read without torch
     from ecoflap.run.finetune.channels import Channels
     from ecoflap.run.finetune.data import TrainingData
 
-# Fields of a run's recipe that mean something here; the others set how to prune and what to calibrate on.
+# Fields of a run's recipe that are used here; the others are about pruning and calibration.
 _SHARED = (
     "model", "columns", "prompt", "objective", "image_folder", "classes", "class_prompts", "batch_size",
     "sequence_length", "window_start", "include", "exclude", "towers", "evaluations", "task", "task_options", "test",
@@ -32,18 +32,18 @@ _SHARED = (
 NOT_HERE = frozenset(Recipe.model_fields) - {*_SHARED}
 _TESTS = ("evaluations", "task", "task_options", "test", "test_columns", "test_prompt", "test_image_folder")
 _OF_THE_RUN = ("prompt", "objective", "classes", "class_prompts", "sequence_length", "window_start")
-RATES = {"full": 5e-5, "lora": 2e-4}  # transformers' default, and the usual one of adapters
+RATES = {"full": 5e-5, "lora": 2e-4}  # transformers' default, and a usual rate for adapters
 SHARE, MOST = 0.1, 1000  # of the training data that is held out
-MOST_EPOCHS = 10_000  # more is a slip of the pen
-EMBEDDED = "embedded"  # in the field ``dense``: the embedded VLM, which has no place of its own
+MOST_EPOCHS = 10_000  # more is a typing error
+EMBEDDED = "embedded"  # value of the field ``dense`` for the embedded VLM, which has no path
 
 
 class Finetune(Recipe):
-    """All that decides the result of a fine-tuning.
+    """All fields that decide the result of a fine-tuning.
 
     Attributes:
         title: the command.
-        left_out: fields of a run's recipe that mean nothing here.
+        left_out: fields of a run's recipe that are not used here.
     """
 
     title: ClassVar[str] = "finetune"
@@ -104,7 +104,7 @@ class Finetune(Recipe):
         """The same recipe with unset fields filled in from the run and from other fields.
 
         Raises:
-            InvalidOption: there is no model or no training data, or the run's recipe can't be read or asks for code.
+            InvalidOption: there is no model or no training data, or the run's recipe can't be read or would run code.
         """
         if self.model is None:
             raise InvalidOption("what to train? give a run or a pruned model: 'ecoflap finetune RUN --train DATA'")
@@ -121,7 +121,7 @@ class Finetune(Recipe):
         return {name: getattr(self, name) for name in self.model_fields_set}
 
     def _of_run(self, run: Path) -> dict[str, Any]:
-        """What the run's recipe sets where this one sets nothing: the dense model, tests, prompt and objective."""
+        """Fields taken from the run's recipe if this one leaves them open: dense model, tests, prompt, objective."""
         recorded = read_yaml(run / RECIPE, "the run's recipe")
         if not isinstance(recorded, dict):
             raise InvalidOption(f"{run / RECIPE} is damaged: give the run's model itself, {run / MODEL}")
@@ -138,16 +138,12 @@ class Finetune(Recipe):
 
     @property
     def source(self) -> str | None:
-        """Where the weights are: the run's model, or the model that was named."""
+        """The folder of the weights: the run's model, or the named model."""
         run = run_of(str(self.model))
         return str(self.model if run is None else run / MODEL)
 
     def check_model(self, model: nn.Module) -> None:
-        """Whether ``model`` can be trained.
-
-        Raises:
-            AnatomyError: it has no zeros to keep.
-        """
+        """Check that ``model`` can be trained. Raises AnatomyError if it has no zeros to keep."""
         from ecoflap.pruning.keep_zeros import keep_zeros  # imports torch, which reading a recipe does not need
 
         keep_zeros(model)
@@ -155,16 +151,16 @@ class Finetune(Recipe):
     def channel_groups(
         self, model: nn.Module, anatomy: Anatomy, data: TrainingData, objective: Objective
     ) -> tuple[ChannelGroup, ...] | None:
-        """The channels that can leave while the model is trained; None: all stay.
+        """The channels that can be removed during the training; None if all stay.
 
         Raises:
             AnatomyError: there are none.
-            InfeasibleAllocation: they have fewer weights than are to leave.
+            InfeasibleAllocation: they have fewer weights than are to be removed.
         """
         return None
 
     def channels(self, groups: tuple[ChannelGroup, ...], journal: Path) -> Channels | None:
-        """The search among ``groups``, whose state is in the folder ``journal``; None: there is no search."""
+        """The search among ``groups`` with its state in the folder ``journal``; None if there is no search."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,10 +169,10 @@ class Finetune(Recipe):
 
 
 def run_of(model: str) -> Path | None:
-    """The run directory that ``model`` names, if it is one that has its model.
+    """The run directory that ``model`` names; None if it is none.
 
     Raises:
-        InvalidOption: it is a comparison, or a run that has no model yet.
+        InvalidOption: it is a comparison, or a run without its model.
     """
     path = Path(model).expanduser()
     if (path / COMPARISON).is_file():

@@ -1,4 +1,4 @@
-"""peft's LoRA layers with an update that is zero where the base weight is; imported where peft is needed alone."""
+"""peft's LoRA layers with an update that is zero where the base weight is zero; imported only if peft is needed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.utils.checkpoint import checkpoint
 
 
 class SparseLinear(Linear):  # type: ignore[misc]
-    """y = x (W + M ⊙ s·BA)ᵀ + b, with M = [W ≠ 0]: the product of A and B is formed, as a mask does not factor."""
+    """y = x (W + M ⊙ s·BA)ᵀ + b with M = [W ≠ 0]. BA is formed in full, since the mask has no low rank."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """M ⊙ s·BA in the shape of the stored weight; what peft adds when it merges."""
+        """M ⊙ s·BA in the shape of the stored weight; peft adds it when it merges."""
         delta: Tensor = super().get_delta_weight(adapter)
         return delta.masked_fill(self.get_base_layer().weight == 0, 0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged:
             return self.get_base_layer()(x)  # type: ignore[no-any-return]
-        # Computed again in the backward pass: kept, the sums of all layers would take as much memory as the model.
+        # Recomputed in the backward pass: the stored sums of all layers would take as much memory as the model.
         found: Tensor = checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)
         return found
 

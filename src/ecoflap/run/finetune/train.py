@@ -37,11 +37,11 @@ class Training:
     """The outcome of a training.
 
     Attributes:
-        steps: of the optimiser that were taken.
-        planned: those that it would have taken without an early stop.
-        best: after which the held-out loss was lowest; 0 is the model as it began, which is kept then.
-        losses: (step, mean training loss since the last one).
-        held_out: (step, held-out loss of the task); step 0 is the model as it began.
+        steps: number of optimiser steps.
+        planned: their number without an early stop.
+        best: the step with the lowest held-out loss; 0 is the model before training, which is kept then.
+        losses: (step, mean training loss since the entry before).
+        held_out: (step, held-out loss of the task); step 0 is the model before training.
     """
 
     steps: int
@@ -56,7 +56,7 @@ class Training:
 
 
 class LossTrainer(Trainer):  # type: ignore[misc]
-    """Takes the loss from our objective; evaluates held-out data by the task's loss alone."""
+    """Trains with our objective, and evaluates held-out data with the task's loss, without distillation."""
 
     def __init__(
         self, *, objective: Objective, distillation: Distillation | None, inner: nn.Module, **options: Any
@@ -94,7 +94,7 @@ class LossTrainer(Trainer):  # type: ignore[misc]
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Reports each step, and ends the training with a checkpoint when the process is to stop."""
+    """Reports each step, and ends the training with a checkpoint if the process is to stop."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -125,14 +125,14 @@ def train(
     folder: str,
     progress: Progress,
 ) -> Training:
-    """Trains in place; at the end ``model`` has the weights with the lowest held-out loss.
+    """Train in place; at the end ``model`` has the weights with the lowest held-out loss.
 
-    Where no evaluation was better than the one before the first step, ``best`` is 0, and the weights are arbitrary.
+    If no evaluation was better than the one before the first step, ``best`` is 0, and the caller discards the weights.
 
     Args:
-        model: what is trained and kept in checkpoints: the model, or its adapters around it.
+        model: the module that is trained and saved in checkpoints: the model, or the model with adapters.
         inner: the model that the objective is called with.
-        keeper: of the zeros; None where the weights with zeros are not trained.
+        keeper: of the zeros; None if the weights with zeros are not trained.
         folder: for checkpoints; training continues from the last one there.
 
     Raises:
@@ -170,17 +170,17 @@ def trained(
     last: str | None,
     progress: Progress,
 ) -> Any:
-    """The state of the trainer that ``make`` builds after its training, in one process on the device of ``inner``.
+    """Train with the trainer that ``make`` builds, in one process on the device of ``inner``; return its state.
 
     Args:
-        stage: its name for the progress, with ``steps`` in all.
-        last: the checkpoint that it continues from.
+        stage: name for the progress, with ``steps`` steps.
+        last: the checkpoint to continue from.
 
     Raises:
         KeyboardInterrupt: the process was asked to stop; a checkpoint is written.
     """
     device, done = home_of(inner), 0 if last is None else int(last.rpartition("-")[2])
-    on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # where the trainer moves the model
+    on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # the trainer uses the current one
     with (
         quiet(),
         on_gpu,
@@ -198,12 +198,12 @@ def trained(
 
 
 def losses_of(state: Any) -> list[tuple[int, float]]:
-    """(Step, mean training loss since the last one) of a trainer's state."""
+    """(step, mean training loss since the entry before) from a trainer's state."""
     return [(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry]
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The whole checkpoint with the most steps; one that a kill left half-written is removed.
+    """The complete checkpoint with the most steps; incomplete ones are removed.
 
     The trainer writes ``trainer_state.json`` last.
     """
@@ -228,10 +228,10 @@ def _outcome(state: Any) -> Training:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
-    """Turn the weights into ``dtype``; what is returned turns each back into its own.
+    """Convert the weights to ``dtype``; the returned function converts each back to its former dtype.
 
-    In float32, small steps add up that half precision would round away. Buffers follow into float32 alone: those that
-    a half-precision model keeps in float32 (rotary frequencies) need it.
+    Half precision would round small steps away, so training in float32 helps. Buffers are converted only to float32:
+    those that a half-precision model keeps in float32 (rotary frequencies) need it.
     """
     dtypes = {name: tensor.dtype for name, tensor in _floating(model)}
     for _, tensor in _floating(model):

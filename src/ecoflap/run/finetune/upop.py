@@ -1,4 +1,4 @@
-"""UPop's search as a training of transformers' Trainer: the masks are ranked while the weights are trained."""
+"""Runs UPop's search with transformers' Trainer: trains weights and masks, and ranks the channels meanwhile."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ecoflap.support.files import write_tensors
 from ecoflap.support.progress import Progress
 
 MASKS = "masks.safetensors"  # beside the weights in each of the search's checkpoints
-_SAMPLES = 4  # on which groups are found and narrow models compared
+_SAMPLES = 4  # for finding groups, and for comparing the narrow model with the masked one
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Search:
     """The outcome of a search.
 
     Attributes:
-        kept: of each group, which units stay.
-        steps: of the optimiser.
-        losses: (step, mean training loss since the last one).
+        kept: which units of each group stay.
+        steps: number of optimiser steps.
+        losses: (step, mean training loss since the entry before).
     """
 
     kept: Kept
@@ -57,12 +57,12 @@ class _SearchTrainer(LossTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        # Before the trainer's own state, which makes a checkpoint whole.
+        # Before the trainer's own state, which is written last in a complete checkpoint.
         write_tensors(Path(output_dir or self.args.output_dir) / MASKS, self._masks.state())
 
 
 class _Ranking(TrainerCallback):  # type: ignore[misc]
-    """Updates the masks after every so many steps, and after the last."""
+    """Updates the masks after every ``every`` steps, and after the last."""
 
     def __init__(self, masks: ChannelMasks, every: int, sparsity: float, total: int) -> None:
         self._masks, self._every, self._sparsity, self._total = masks, every, sparsity, total
@@ -75,18 +75,18 @@ class _Ranking(TrainerCallback):  # type: ignore[misc]
 def find_groups(
     model: nn.Module, anatomy: Anatomy, data: TrainingData, objective: Objective, sparsity: float
 ) -> tuple[ChannelGroup, ...]:
-    """The channels that can leave, found on the first samples.
+    """The channels that can be removed, found on the first samples.
 
     Raises:
         AnatomyError: there are none.
-        InfeasibleAllocation: they have fewer weights than are to leave.
+        InfeasibleAllocation: they have fewer weights than are to be removed.
     """
     groups = channel_groups(model, anatomy, data.first(_SAMPLES), on_device(objective))
     most = sum(group.cost * (group.width - 1) for group in groups) / anatomy.prunable_parameters
     if sparsity > most:
         raise InfeasibleAllocation(
             f"sparsity {sparsity:g}: the channels of this model hold at most {most:.4f} of its prunable weights, "
-            "beside the one that each attention and feed-forward network keeps: give at most that"
+            "without the one that each attention and feed-forward network keeps: give at most that"
         )
     return groups
 
@@ -102,7 +102,7 @@ def search(
     folder: str,
     progress: Progress,
 ) -> Search:
-    """Trains the model in place with its masks, and ranks the channels; their weights are not set to zero yet.
+    """Train the model in place with its masks, and rank the channels; no weight is set to zero yet.
 
     Args:
         folder: for checkpoints; the search continues from the last one there.
@@ -142,7 +142,7 @@ def narrowed(
     data: TrainingData,
     objective: Objective,
 ) -> Narrowed | None:
-    """The smaller model, where its configuration can say the sizes; compared by what leaves each tower's last block."""
+    """The smaller model; None if its configuration can't express the sizes. Outputs of each tower are compared."""
     batch, run = data.first(_SAMPLES), on_device(objective)
 
     def outputs(one: nn.Module) -> torch.Tensor:
@@ -168,10 +168,10 @@ def narrowed(
 def channels_record(
     groups: Sequence[ChannelGroup], kept: Kept, smaller: Narrowed | None, before: int, after: int
 ) -> dict[str, Any]:
-    """What ``metrics.json`` says of the channels.
+    """The channels' part of ``metrics.json``.
 
     Args:
-        before, after: parameters of the dense model, and of the one that is saved.
+        before, after: number of parameters of the dense model and of the saved one.
     """
     rows = [
         {"name": group.name, "tower": group.tower, "kind": group.kind, "width": group.width,
