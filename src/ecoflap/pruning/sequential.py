@@ -235,7 +235,7 @@ class DenseModel:
             found.begin(current := next(numbers))
 
         def record(layer: Layer, x: Tensor) -> None:
-            found.record(layer, x)
+            found.note(layer, x)
             if current == 0:
                 first.record(layer, x)
 
