@@ -50,7 +50,7 @@ class _Mapping(mmap.mmap):
 
 
 class _OnDisk:
-    """A contiguous tensor in a part of the file; the part is free again when nothing refers to it."""
+    """A contiguous tensor in a part of the file; the part is freed when nothing refers to it."""
 
     def __init__(self, file: _ScratchFile, tensor: Tensor) -> None:
         self._file, self._device = file, tensor.device
@@ -70,7 +70,7 @@ class _OnDisk:
 
 
 class _ScratchFile:
-    """A file without a name, which the system removes when the process ends in any way; free parts are used again."""
+    """A file without a name, which the system removes when the process ends; freed parts are reused."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -85,7 +85,7 @@ class _ScratchFile:
         return self._file.fileno()
 
     def write(self, data: memoryview) -> int:
-        """Where in the file ``data`` is now. Raises StorageError if there is no room for it."""
+        """Write ``data`` and return its offset. Raises StorageError if there is no space."""
         if free := self._free.get(len(data)):
             offset = free.pop()
         else:
@@ -107,7 +107,7 @@ class Offload:
 
     Args:
         kind: one of ``OFFLOADS``. "disk" stores large contiguous tensors in a file; the others stay in memory.
-        folder: where the file lies; None: the system's folder for temporary files.
+        folder: of the file; None: the system's folder for temporary files.
     """
 
     def __init__(self, kind: str = "none", folder: Path | None = None) -> None:
@@ -115,7 +115,7 @@ class Offload:
         self._file = _ScratchFile(folder or Path(tempfile.gettempdir())) if kind == "disk" else None
 
     def keep(self, tree: Any) -> Any:
-        """The tree with a reference in the place of every tensor, for :meth:`use`; for "none" the tree itself."""
+        """The tree with a reference instead of every tensor, for :meth:`use`; for "none" the tree itself."""
         return tree if self.kind == "none" else pytree.tree_map_only(Tensor, self._put, tree)
 
     def use(self, tree: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Discovers the towers, blocks and prunable layers of any model, and says why a weight inside a block is not pruned."""
+"""Discovers the towers, blocks and prunable layers of any model, and the reason why other weights stay dense."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from ecoflap.model.packed_attention import IN, OUT, is_packed
 from ecoflap.model.parts import Anatomy, Block, Layer, Tower, Unprunable
 from ecoflap.model.read_elsewhere import with_weights
 from ecoflap.model.reasons import makes_positions, quantised, reason_for
-from ecoflap.model.slices import Stack, slice_name
+from ecoflap.model.slices import Stack, matrix_in, slice_name
 from ecoflap.model.trace import Run, Trace, plain_forward, trace
 
 
@@ -111,8 +111,20 @@ def _matches(name: str, patterns: Iterable[str]) -> str | None:
     return None
 
 
+class _Where(NamedTuple):
+    """The block of a layer, and its tower."""
+
+    block: str
+    tower: str
+    modality: str
+
+
+_NOT_REACHED = "not reached by the traced forward"
+_BRIDGE = "bridge between towers, dense by default (--include)"
+
+
 class _Reader:
-    """Reads layers out of blocks, keeping track of shared weights and of what stays dense."""
+    """Finds the layers of blocks, and the weights that stay dense."""
 
     def __init__(
         self,
@@ -123,20 +135,20 @@ class _Reader:
         exclude: Sequence[str],
     ) -> None:
         self.model, self.traced, self.experts, self.include, self.exclude = model, traced, experts, include, exclude
-        self.packed_away = 0  # weights of quantised layers beyond the entries that their parameters have
+        self.packed_away = 0  # weights of quantised layers that the sizes of their parameters don't count
         self.unprunable: list[Unprunable] = []
-        self.unused: list[Unprunable] = []  # stored in blocks, and part of nothing that these compute
+        self.unused: list[Unprunable] = []  # stored in blocks, but not used by their forwards
         self.used_patterns: set[str] = set()
         self.names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.names.setdefault(id(parameter), []).append(name)
-        self.seen: set[int] = set()  # linear weights that were read
-        self.named: set[int] = set()  # matrices that were named as dense
+        self.seen: set[int] = set()  # parameters whose matrices are handled
+        self.named: set[int] = set()  # parameters that are listed as dense
 
     def tower(self, found: BlockList) -> Tower:
         modality = modality_of(found.path, self.model, self._inputs(found))
         blocks = tuple(
-            Block(path, found.path, index, tuple(self._layers(path, found.path, modality)))
+            Block(path, found.path, index, tuple(self._layers(_Where(path, found.path, modality))))
             for index, path in enumerate(found.elements)
         )
         return Tower(found.path, modality, blocks, found.driver, found.calls, repeats=found.repeats)
@@ -144,14 +156,14 @@ class _Reader:
     def _inputs(self, found: BlockList) -> frozenset[str]:
         return self.traced.inputs.get(found.elements[0], frozenset()) if self.traced is not None else frozenset()
 
-    def _layers(self, block: str, tower: str, modality: str) -> Iterable[Layer]:
+    def _layers(self, where: _Where) -> Iterable[Layer]:
         prefix_done: list[str] = []
-        for path, module in self.model.get_submodule(block).named_modules(prefix=block):
+        for path, module in self.model.get_submodule(where.block).named_modules(prefix=where.block):
             if any(path.startswith(done + ".") for done in prefix_done):
                 continue
             if isinstance(module, nn.MultiheadAttention):
                 prefix_done.append(path)
-                yield from self._packed_attention(path, module, block, tower, modality)
+                yield from self._packed_attention(path, module, where)
                 continue
             packed = quantised(module)
             if packed is not None:
@@ -167,7 +179,7 @@ class _Reader:
                     continue
                 if not is_linear and (stack := stack_of(self.model, full, module, self.traced)) is not None:
                     self.seen.add(id(parameter))
-                    yield from self._slices(full, path, block, tower, modality, parameter, stack)
+                    yield from self._slices(full, path, where, parameter, stack)
                     continue
                 if not (is_linear and name == "weight" and parameter.dim() == 2):
                     if (
@@ -179,106 +191,98 @@ class _Reader:
                         self._dense(full, reason_for(name, parameter, module), parameter.numel())
                     continue
                 self.seen.add(id(parameter))
-                reason = self._reason_to_skip(full, path, tower, modality, parameter)
+                reason = self._reason_to_skip(full, path, where, parameter)
                 if reason:
                     self._dense(full, reason, parameter.numel())
                     continue
                 transposed = not isinstance(module, nn.Linear)
-                rows, columns = parameter.shape
-                yield Layer(
-                    name=full,
-                    module=path,
-                    block=block,
-                    tower=tower,
-                    modality=modality,
-                    shape=(columns, rows) if transposed else (rows, columns),
-                    transposed=transposed,
-                    aliases=tuple(other for other in self.names[id(parameter)] if other != full),
-                    expert=self.experts.of(path),
-                    uncalled=self._uncalled(path, parameter),
-                )
+                uncalled = self._uncalled(path, parameter)
+                yield self._layer(full, full, where, transposed, self.experts.of(path), uncalled=uncalled)
 
-    def _packed_attention(
-        self, path: str, module: nn.MultiheadAttention, block: str, tower: str, modality: str
-    ) -> Iterable[Layer]:
-        """The matrices of q, k, v and the output of torch's attention; all as dense where q and k differ in width."""
+    def _layer(
+        self, name: str, parameter: str, where: _Where, transposed: bool, expert: str, *, uncalled: bool = False
+    ) -> Layer:
+        """The layer of the matrix ``name``: the whole ``parameter``, or a slice of it."""
+        weight = self.model.get_parameter(parameter)
+        rows, columns = matrix_in(weight, name).shape
+        return Layer(
+            name=name,
+            module=parameter.rpartition(".")[0],
+            block=where.block,
+            tower=where.tower,
+            modality=where.modality,
+            shape=(columns, rows) if transposed else (rows, columns),
+            transposed=transposed,
+            aliases=tuple(
+                other + name.removeprefix(parameter) for other in self.names[id(weight)] if other != parameter
+            ),
+            expert=expert,
+            uncalled=uncalled,
+        )
+
+    def _packed_attention(self, path: str, module: nn.MultiheadAttention, where: _Where) -> Iterable[Layer]:
+        """The matrices of q, k, v and the output of torch's attention; all stay dense if q and k differ in width."""
         if not is_packed(module):
             numel = sum(parameter.numel() for parameter in module.parameters())
             self._dense(path, "nn.MultiheadAttention with keys of another width", numel)
             self.named.update(map(id, module.parameters()))
             return
         for name, bias in module.named_parameters(recurse=False):
-            if bias.dim() > 2:  # a key and a value beside those of the inputs
+            if bias.dim() > 2:  # bias_k and bias_v: one more key and value
                 self._dense(f"{path}.{name}", "bias of nn.MultiheadAttention", bias.numel())
                 self.named.add(id(bias))
-        rows = module.embed_dim
         for leaf in (IN, OUT):
             full = f"{path}.{leaf}"
             parameter = self.model.get_parameter(full)
             if id(parameter) in self.seen:
                 continue
             self.seen.add(id(parameter))
-            reason = self._reason_to_skip(full, path, tower, modality, parameter)
+            reason = self._reason_to_skip(full, path, where, parameter)
             if reason:
                 self._dense(full, reason, parameter.numel())
                 continue
-            others = [other for other in self.names[id(parameter)] if other != full]
             for name in [slice_name(full, number) for number in range(3)] if leaf == IN else [full]:
-                yield Layer(
-                    name=name, module=full.rpartition(".")[0], block=block, tower=tower, modality=modality,
-                    shape=(rows, rows), aliases=tuple(other + name.removeprefix(full) for other in others),
-                    expert=self.experts.of(path), uncalled=True,
-                )  # fmt: skip
+                yield self._layer(name, full, where, False, self.experts.of(path), uncalled=True)
 
-    def _slices(
-        self, name: str, path: str, block: str, tower: str, modality: str, parameter: nn.Parameter, stack: Stack
-    ) -> Iterable[Layer]:
-        """The matrices of a stacked parameter, but those that stay dense."""
-        others = [other for other in self.names[id(parameter)] if other != name]
-        rows, columns = parameter.numel() // (stack.count * parameter.shape[-1]), parameter.shape[-1]
+    def _slices(self, name: str, path: str, where: _Where, parameter: nn.Parameter, stack: Stack) -> Iterable[Layer]:
+        """The matrices of a stacked parameter that are pruned."""
+        size = parameter.numel() // stack.count
         reached = 0 if self.traced is None else self.traced.reached.get(name, 0)
         used = slices_in_use(self.model.get_submodule(path), stack.count, reached)
         of = stack.count if stack.flat else 0
-        if used < stack.count:  # no weights of the block, as nothing that it computes depends on them
+        if used < stack.count:  # the block's output does not depend on the others
             why = f"slices that no expert multiplies by ({stack.count - used} of {stack.count})"
-            self.unused.append(Unprunable(name, why, (stack.count - used) * rows * columns))
+            self.unused.append(Unprunable(name, why, (stack.count - used) * size))
         mixture = mixture_of(self.model, path)
         dense: Counter[str] = Counter()
         for number in range(used):
             full = slice_name(name, number, of)
-            reason = self._reason_of_slice(full, name, path, tower, modality)
+            reason = self._reason_of_slice(full, name, path, where)
             if reason:
                 dense[reason] += 1
                 continue
-            yield Layer(
-                name=full,
-                module=path,
-                block=block,
-                tower=tower,
-                modality=modality,
-                shape=(columns, rows) if stack.turned else (rows, columns),
-                transposed=stack.turned,
-                aliases=tuple(slice_name(other, number, of) for other in others),
-                expert=slice_name(mixture, number),
-            )
+            yield self._layer(full, name, where, stack.turned, slice_name(mixture, number))
         for reason, count in dense.items():
             told = reason if count == used else f"{reason} ({count} of {used} experts)"
-            self._dense(name, told, count * rows * columns)
+            self._dense(name, told, count * size)
 
-    def _reason_of_slice(self, name: str, parameter: str, path: str, tower: str, modality: str) -> str | None:
-        included, excluded = (
-            _matches(name, patterns) or _matches(parameter, patterns) or _matches(tower, patterns)
-            for patterns in (self.include, self.exclude)
-        )
-        self.used_patterns.update(pattern for pattern in (included, excluded) if pattern)
+    def _selected(self, *names: str) -> Iterator[bool]:
+        """Whether a pattern of ``include`` selects one of these names, and whether one of ``exclude`` does."""
+        for patterns in (self.include, self.exclude):
+            pattern = next((found for name in names if (found := _matches(name, patterns))), None)
+            self.used_patterns.update([pattern] if pattern else [])
+            yield pattern is not None
+
+    def _reason_of_slice(self, name: str, parameter: str, path: str, where: _Where) -> str | None:
+        included, excluded = self._selected(name, parameter, where.tower)
         if excluded:
             return "excluded"
         if self.traced is not None and path not in self.traced.calls and parameter not in self.traced.stacked:
-            return "not reached by the traced forward"
-        return "bridge between towers, dense by default (--include)" if modality == "bridge" and not included else None
+            return _NOT_REACHED
+        return _BRIDGE if where.modality == "bridge" and not included else None
 
     def name_other_matrices(self, defined: Sequence[str]) -> list[Unprunable]:
-        """Name all other matrices: those in lists that are no towers as dense, those outside of any list as returned.
+        """List all other matrices: those in lists that are no towers as dense; return those outside of any list.
 
         Args:
             defined: paths of the elements of all lists of blocks, whether they are towers or not.
@@ -303,7 +307,7 @@ class _Reader:
 
     def _why_no_tower(self, element: str) -> str:
         if self.traced is not None and element not in self.traced.calls:
-            return "not reached by the traced forward"
+            return _NOT_REACHED
         return "in a list whose elements do not feed one another"
 
     def _why_outside(self, name: str, parameter: Tensor, module: nn.Module) -> str:
@@ -311,10 +315,8 @@ class _Reader:
             return "linear layer outside of any list of blocks"
         return reason_for(name, parameter, module)
 
-    def _reason_to_skip(self, name: str, module: str, tower: str, modality: str, weight: nn.Parameter) -> str | None:
-        included = _matches(name, self.include) or _matches(tower, self.include)
-        excluded = _matches(name, self.exclude) or _matches(tower, self.exclude)
-        self.used_patterns.update(pattern for pattern in (included, excluded) if pattern)
+    def _reason_to_skip(self, name: str, module: str, where: _Where, weight: nn.Parameter) -> str | None:
+        included, excluded = self._selected(name, where.tower)
         if excluded:
             return "excluded"
         for other in self.names[id(weight)]:
@@ -327,9 +329,7 @@ class _Reader:
             return "makes position biases, dense by default (--include)"
         if self.experts.routed_by(module, weight.shape[0]) and not included:
             return "router of experts, dense by default (--include)"
-        if modality == "bridge" and not included:
-            return "bridge between towers, dense by default (--include)"
-        return None
+        return _BRIDGE if where.modality == "bridge" and not included else None
 
     def _uncalled(self, module: str, weight: nn.Parameter) -> bool:
         traced = self.traced
@@ -339,8 +339,8 @@ class _Reader:
         parent = module.rpartition(".")[0]
         if parent in traced.calls and not isinstance(self.model.get_submodule(parent), nn.ModuleList | nn.ModuleDict):
             kind = type(self.model.get_submodule(parent)).__name__
-            return f"not reached by the traced forward ({kind} never called it: unused, or it reads the weight itself)"
-        return "not reached by the traced forward"
+            return f"{_NOT_REACHED} ({kind} never called it: unused, or it reads the weight itself)"
+        return _NOT_REACHED
 
     def _dense(self, name: str, reason: str, numel: int) -> None:
         self.unprunable.append(Unprunable(name, reason, numel))

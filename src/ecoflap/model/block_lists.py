@@ -12,7 +12,7 @@ from ecoflap.model.trace import Trace
 
 @dataclass(frozen=True)
 class BlockList:
-    """A stack of blocks: its path, its elements in the order of their calls, and who drives them, how often.
+    """A stack of blocks: its path, its elements in the order of their calls, their driver and its number of calls.
 
     Attributes:
         repeats: some element is called more than once in a call of the driver.
@@ -51,7 +51,7 @@ def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         if any(path.startswith(element + ".") for stack in found for element in stack.elements):
-            continue  # inside a block already: T5's list of sublayers, experts
+            continue  # inside a block: T5's list of sublayers, experts
         elements = [
             f"{path}.{name}" if path else name for name, child in module.named_children() if _holds_matrix(child)
         ]
@@ -80,9 +80,9 @@ def block_lists(model: nn.Module, trace: Trace | None) -> list[BlockList]:
 def _joined(stacks: list[BlockList], loose: list[BlockList], trace: Trace) -> list[BlockList]:
     """``stacks``, each merged with the ``loose`` list whose elements run between its own, and pairs of loose lists.
 
-    An element runs between two others if the output of one reaches it and its output reaches the other; a module that
-    only reads from a stack (deep-stack mergers) does not. Nor does one that the parent adds to what went into it (the
-    attentions of Emu3's picture words): what comes before it then reaches what comes after it.
+    An element runs between two others if the output of one reaches it and its output reaches the other. A module that
+    only reads from a stack (deep-stack mergers) does not. Nor does a module with a skip connection in the parent (the
+    attentions of Emu3's image tokens): the output before it also reaches the element after it.
     """
     found = list(stacks)
     left = list(loose)
@@ -112,7 +112,7 @@ def _interleaved(one: BlockList, other: BlockList, trace: Trace) -> BlockList | 
 
 
 def _is_stages(model: nn.Module, elements: list[str]) -> bool:
-    """Every element is a list of blocks, or contains a list of like blocks that holds most of it."""
+    """Whether every element is a list of blocks, or contains a list of equal blocks with most of its parameters."""
     for element in elements:
         stage = model.get_submodule(element)
         if isinstance(stage, nn.ModuleList):
@@ -124,7 +124,7 @@ def _is_stages(model: nn.Module, elements: list[str]) -> bool:
             and len({type(block) for block in child}) == 1
             and all(_holds_matrix(block) for block in child)
         ]
-        # One list: a block may have several lists of parts beside its experts (LongCat-Flash).
+        # Exactly one list: a block may have several lists of parts beside its experts (LongCat-Flash).
         inner_size = max((sum(parameter.numel() for parameter in child.parameters()) for child in inner), default=0)
         if inner_size < 0.5 * sum(parameter.numel() for parameter in stage.parameters()):
             return False

@@ -21,7 +21,7 @@ Run = Callable[[nn.Module, Any], Any]
 
 
 class _Reached(BaseException):
-    """Ends a forward early. Not an Exception, so that no handler inside a model catches it."""
+    """Ends a forward early. A BaseException, so that no handler inside a model catches it."""
 
 
 class Enough(BaseException):
@@ -39,7 +39,7 @@ class BlockCall:
 
 @dataclass
 class _Item:
-    """One call of the tower's driver: its arguments, the last block's output, and what all that ran left behind."""
+    """One call of the tower's driver: its arguments, the last block's output, and changes of carriers."""
 
     call: BlockCall
     output: Any = None
@@ -60,7 +60,7 @@ def tower_entries(
 
         def note(tower: Tower, args: Any, kwargs: Any, index: int = index, before: dict[str, int] = before) -> None:
             found[tower.name].append(BlockCall(index, *store.keep(packed(args, kwargs))))
-            # The last call need not be run here; an earlier one must, since what follows may depend on it.
+            # The last call can be skipped here; an earlier one must run, since later ones may depend on it.
             if all(len(found[one.name]) - before[one.name] >= one.calls for one in towers):
                 raise _Reached
 
@@ -78,17 +78,17 @@ class TowerDriver:
     """Steps through the blocks of one tower.
 
     For each block, the parent's forward is called with its own arguments. The earlier blocks return the output of the
-    block just before (which carries T5's position biases), and the block itself only records its arguments. At any time
-    the parent's arguments and the inputs or outputs of one block are kept, for all batches.
+    block just before (which contains T5's position biases), and the block itself only records its arguments. Only the
+    parent's arguments and the inputs or outputs of one block are kept, for all batches.
 
     Args:
         model: in eval mode, without a KV cache.
-        tower: the tower to run; the towers before it are run in their present state, pruned or not.
+        tower: the tower to run; the towers before it are run in their current state, pruned or not.
         batches: what ``run`` takes.
         run: runs the model on one batch.
         offload: "cpu" (or True) or "disk": where inputs are kept; they are moved to their device for each call.
         folder: of the file, for "disk"; by default the system's folder for temporary files.
-        entries: of :func:`tower_entries`, taken before; None: they are taken here.
+        entries: the result of :func:`tower_entries`; None: it is called here.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class TowerDriver:
 
     @property
     def offloads(self) -> bool:
-        """Whether inputs are kept elsewhere than on their device."""
+        """Whether inputs are offloaded from their device."""
         return self._offload.kind != "none"
 
     def enter(self, index: int) -> int:
-        """Records the inputs of block ``index`` for all batches; the blocks before it must have been run.
+        """Record the inputs of block ``index`` for all batches; the blocks before it must have been run.
 
         Returns:
             The number of calls; 0 if the parent does not call this block.
@@ -127,7 +127,7 @@ class TowerDriver:
         for item in self._items:
             arguments = self._capture(item, index)
             if arguments is not None:
-                item.output = None  # of the block before; what this one needs of it is among its arguments
+                item.output = None  # of the block before; this block's arguments contain what it needs
                 self._calls.append((item, BlockCall(item.call.batch, *arguments)))
         return len(self._calls)
 
@@ -158,7 +158,7 @@ class TowerDriver:
         return taken[0] if taken else None
 
     def _arguments(self, call: BlockCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """For one call, on their device: what it leaves in them is not in those of the next."""
+        """New arguments for one call, on their device, so that changes by one call are not seen by the next."""
         return unpacked(*self._offload.use((call.args, call.kwargs)))
 
     def observe(
@@ -169,14 +169,14 @@ class TowerDriver:
         calls: int | None = None,
         resumed: ResumedCalls | None = None,
     ) -> None:
-        """Runs block ``index`` on the inputs recorded by :meth:`enter`, for hooks alone; outputs are not kept.
+        """Run block ``index`` on the inputs recorded by :meth:`enter`, only for hooks; outputs are not kept.
 
-        A hook that needs no more of a call may raise :class:`Enough`; then the next call begins.
+        A hook may raise :class:`Enough` to end a call early; then the next call begins.
 
         Args:
             before: called with each call (arguments on their device) just before the block runs.
-            calls: only the first so many; None: all.
-            resumed: of the block; each call begins where its last run was cut.
+            calls: the number of calls to run; None: all.
+            resumed: of the block; each call goes on from the cut of its last run.
         """
         for number, (_, call) in enumerate(self._calls[:calls]):
             args, kwargs = self._arguments(call)
@@ -192,7 +192,7 @@ class TowerDriver:
         last: bool = False,
         resumed: ResumedCalls | None = None,
     ) -> None:
-        """Run block ``index`` on the inputs taken by :meth:`enter`, and keep its outputs for the next block.
+        """Run block ``index`` on the inputs recorded by :meth:`enter`, and keep its outputs for the next block.
 
         Args:
             before: as in :meth:`observe`.

@@ -1,8 +1,8 @@
-"""What blocks leave behind for later ones outside of their outputs: dictionaries and key-value caches that they fill.
+"""Saves and restores the dictionaries and key-value caches through which blocks pass values beside their outputs.
 
-Gemma 3n and Gemma 4 compute keys and values in some blocks and read them in later ones, by a dictionary that their
-parent hands to all; pi0 hands a filled key-value cache from one tower to the next. A block that is skipped, or run
-again, must leave these as one call of it would.
+Gemma 3n and Gemma 4 compute keys and values in some blocks and read them in later ones, through a dictionary that the
+parent passes to all; pi0 passes a filled key-value cache from one tower to the next. A block that is skipped or run
+again must leave these carriers as a single call would.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Carried:
-    """The contents of a carrier as plain data, and what to build it anew from.
+    """The contents of a carrier as plain data, from which it can be built again.
 
-    It is a node of torch's pytrees, so that whoever keeps, moves or compares trees of arguments does so with these.
+    It is a node of torch's pytrees, so that code which stores, moves or compares trees of arguments handles it, too.
     """
 
     kind: type
@@ -30,7 +30,7 @@ class Carried:
 
 
 Left = dict[int | str, Carried]
-"""Of a call: contents of carriers by their place among its arguments, positions and names."""
+"""The contents of a call's carriers, by their position or name among its arguments."""
 
 
 def _flatten(node: Carried) -> tuple[list[Any], Any]:
@@ -50,7 +50,7 @@ pytree.register_pytree_node(Carried, _flatten, _unflatten, flatten_with_keys_fn=
 
 
 def _is_cache(value: Any) -> bool:
-    """A cache of transformers, or a part of one; without that module nobody has made any."""
+    """Whether it is a cache of transformers, or a layer of one; none exists before that module is imported."""
     library = sys.modules.get("transformers.cache_utils")
     if library is None:
         return False
@@ -59,7 +59,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def is_carrier(value: Any) -> bool:
-    """Whether a block may leave something in this argument: a mapping (no model output), or a cache."""
+    """Whether a block may write into this argument: a mapping (no model output), or a cache."""
     return (
         type(value) is dict or _is_cache(value) or (isinstance(value, MutableMapping) and not isinstance(value, dict))
     )
@@ -105,25 +105,25 @@ def _arguments(of_each: Callable[[Any], Any], args: tuple[Any, ...], kwargs: Map
 
 
 def packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """The arguments with the present contents of each carrier in its place; tensors are those that it holds.
+    """The arguments with the current contents of each carrier instead of the carrier.
 
-    They are not copied: a cache that is written into in place (a static one) can't be told from what it was before.
+    Tensors are not copied, so an in-place change of one (in a static cache) is not noticed.
     """
     return _arguments(_packed, args, kwargs)
 
 
 def unpacked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """Arguments for one call: a new carrier for each that :func:`packed` took the contents of."""
+    """Arguments for one call, with a new carrier for each that :func:`packed` replaced."""
     return _arguments(_unpacked, args, kwargs)
 
 
 def contents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Left:
-    """What each carrier among the arguments holds now."""
+    """The current contents of each carrier among the arguments."""
     return {place: _packed(one) for place, one in _carriers(args, kwargs)}
 
 
 def left(before: Left, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Left:
-    """What a call has left in the carriers among its arguments; none of those that it only read.
+    """The contents of the carriers that a call has written to.
 
     Args:
         before: :func:`contents` before the call.
@@ -132,7 +132,7 @@ def left(before: Left, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Left
 
 
 def restore(held: Left, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Let the carriers among the arguments hold what :func:`left` has told of another call, each in its place."""
+    """Set the carriers among the arguments to the contents that :func:`left` returned for another call."""
     if held:
         for place, carrier in _carriers(args, kwargs):
             if place in held:
@@ -140,7 +140,7 @@ def restore(held: Left, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Non
 
 
 def _same(one: Carried, other: Carried) -> bool:
-    """The very same objects in the same places."""
+    """Whether both hold the same objects in the same places."""
     leaves, spec = pytree.tree_flatten(one)
     others, other_spec = pytree.tree_flatten(other)
     return bool(spec == other_spec) and all(a is b for a, b in zip(leaves, others, strict=True))

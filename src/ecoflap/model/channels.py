@@ -1,9 +1,9 @@
-"""Finds the channels that can leave a network with its function kept: feed-forward channels, and those inside heads.
+"""Finds channels that can be removed from a network as a unit: feed-forward channels, and channels inside heads.
 
-Groups are read from one traced forward, not from names. Each linear layer's output is cut from the graph, so that a
-walk back from another layer's input ends at the layers that feed it directly. A layer that is fed by layers of its
-block alone, and not by the residual stream, consumes the channels that those produce: the last layer of a feed-forward
-network, or the output projection of an attention. Gradients then tell, and check, which row belongs to which column.
+Groups are found in one traced forward, not by names. Each linear layer's output is cut from the graph, so that a walk
+back from another layer's input ends at the layers that feed it directly. A layer that is fed only by layers of its
+block, and not by the residual stream, consumes the channels that those produce: the last layer of a feed-forward
+network, or the output projection of an attention. Gradients then show which row belongs to which column.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ecoflap.model.trace import Run, plain_forward
 
 Kind = Literal["attention", "feed-forward"]
 _BOUNDARY = ""  # the label of a block's input
-_Labels = dict[int, tuple[str, Tensor]]  # the id of a leaf → its label, and the leaf, so that the id stays its own
+_Labels = dict[int, tuple[str, Tensor]]  # by id of a leaf: its label, and the leaf, so that the id is not reused
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Member:
 
     Attributes:
         layer: the matrix.
-        outputs: its outputs are channels of the group; else its inputs are.
-        units: for each of these channels, its unit.
+        outputs: whether its outputs are channels of the group; otherwise its inputs are.
+        units: the unit of each of these channels.
     """
 
     layer: Layer
@@ -42,12 +42,12 @@ class Member:
 
     @property
     def axis(self) -> int:
-        """The axis of the stored weight along which the channels lie."""
+        """The axis of the channels in the stored weight."""
         return int(self.outputs == self.layer.transposed)
 
     @property
     def bias(self) -> str:
-        """The name that the parameter of the bias beside its outputs would have."""
+        """The name of the bias of its outputs, whether the layer has one or not."""
         return f"{self.layer.module}.bias"
 
 
@@ -75,7 +75,7 @@ class ChannelGroup:
 
     @property
     def cost(self) -> int:
-        """Weights of the matrices that one unit has."""
+        """Number of weights in one unit."""
         return sum(member.layer.numel for member in self.members) // self.width
 
 
@@ -93,10 +93,10 @@ def channel_groups(
 ) -> tuple[ChannelGroup, ...]:
     """The groups of channels of all towers, in the order of the forward.
 
-    A matrix that is shared, or excluded, or whose channels mix with others (a norm between two layers) is in none.
+    A matrix is in no group if it is shared or excluded, or if its channels mix with others (a norm between two layers).
 
     Args:
-        batch: at least one sample of several tokens; one forward and some partial backward passes run on it.
+        batch: at least one sample of several tokens, for one forward and some partial backward passes.
         run: runs one batch (for example a loss function).
 
     Raises:
@@ -127,7 +127,7 @@ def _traced(model: nn.Module, anatomy: Anatomy, batch: Any, run: Run) -> list[li
         return leaf
 
     def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Cuts the block's input: its first tensor of (batch, tokens, width), or (tokens, width)."""
+        """Cut the block's input from the graph: its first tensor of (batch, tokens, width), or (tokens, width)."""
         named, given = dict(kwargs), list(args)
         for place, value in (*enumerate(given), *named.items()):
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (2, 3):
@@ -159,8 +159,8 @@ def _traced(model: nn.Module, anatomy: Anatomy, batch: Any, run: Run) -> list[li
 
 
 def _of_block(block: Block, calls: Sequence[_Call], labels: _Labels) -> list[ChannelGroup]:
-    """Its groups; a layer that feeds two others, or is called anew with other inputs, is in none."""
-    feeds: dict[str, set[str]] = {}  # a layer → the layers that it reaches
+    """Its groups; a layer that feeds two others, or is called twice with different inputs, is in none."""
+    feeds: dict[str, set[str]] = {}  # from a layer to the layers that it reaches
     sources: dict[str, list[dict[str, Tensor]]] = {}
     first: dict[str, _Call] = {}
     for call in calls:
@@ -223,7 +223,7 @@ def _group(block: Block, consumer: _Call, producers: Sequence[_Call], leaves: Se
 
 
 class _Probe:
-    """Asks which producers' outputs some of a consumer's input channels depend on."""
+    """Finds by gradients which producers' outputs some of a consumer's input channels depend on."""
 
     def __init__(self, given: Tensor, leaves: Sequence[Tensor]) -> None:
         self._given, self._leaves = given, leaves
@@ -231,7 +231,7 @@ class _Probe:
         self._direction = torch.randn(given.shape, generator=self._generator, dtype=torch.float32).to(given)
 
     def reached(self, columns: Tensor) -> Tensor:
-        """Of all producers' outputs, one after the other: whether one of ``columns`` depends on it."""
+        """For each output of all producers, concatenated: whether one of ``columns`` depends on it."""
         direction = self._direction * columns.to(self._direction)
         found = torch.autograd.grad(
             self._given, self._leaves, direction, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -239,7 +239,7 @@ class _Probe:
         return torch.cat([(gradient != 0).flatten(0, -2).any(0).cpu() for gradient in found])
 
     def confirms_each(self, width: int) -> bool:
-        """Whether each output feeds the column of its number modulo ``width``, and no other."""
+        """Whether output i feeds exactly the column i modulo ``width``."""
         column = torch.arange(sum(leaf.shape[-1] for leaf in self._leaves)) % width
         chosen = self._half(width)
         for columns in (chosen, ~chosen):
@@ -249,14 +249,14 @@ class _Probe:
         return True
 
     def head_width(self) -> int:
-        """Channels of a head: what one column depends on is one value and its head's query and key; 0 if it is not."""
+        """Channels of a head, if one column depends on one value and on its head's query and key; otherwise 0."""
         first = torch.zeros(self._given.shape[-1], dtype=torch.bool)
         first[0] = True
         width, remainder = divmod(int(self.reached(first).sum()) - 1, 2)
         return 0 if remainder else width
 
     def confirms_values(self, units: int) -> bool:
-        """Whether values feed the columns of their own unit alone; queries and keys feed all columns of a head."""
+        """Whether values feed only the columns of their own unit; queries and keys feed all columns of a head."""
         unit = torch.cat([torch.arange(leaf.shape[-1]) % units for leaf in self._leaves])
         column = torch.arange(self._given.shape[-1]) % units
         chosen = self._half(units)

@@ -27,7 +27,7 @@ from ecoflap.support.text import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_FALLBACKS = (  # asked in this order when config.json names no class
+_FALLBACKS = (  # tried in this order if config.json names no class
     "AutoModelForImageTextToText",
     "AutoModelForZeroShotImageClassification",
     "AutoModelForSeq2SeqLM",
@@ -44,8 +44,8 @@ _log = logging.getLogger(__name__)
 class Checkpoint:
     """A loaded model, with all that is needed to save it in the form of its source.
 
-    ``processor`` is what AutoProcessor, AutoTokenizer or AutoImageProcessor gave, or None; ``dtype`` that of most
-    weights; ``shard_sizes`` the bytes of each weight file of the source (empty for GGUF); ``warnings`` one line each.
+    ``processor`` is the processor, tokenizer or image processor, or None; ``dtype`` that of most weights;
+    ``shard_sizes`` the bytes of each weight file of the source (empty for GGUF); ``warnings`` have one line each.
     """
 
     model: PreTrainedModel
@@ -77,8 +77,8 @@ def load(
         gguf_file: which GGUF file of the folder or hub repository to read.
         device_map: for a model larger than the memory: "disk" leaves the weights in their files and reads those of a
             module while it runs; "auto", "balanced", "balanced_low_0" or "sequential" fill the GPUs, then the memory of
-            the computer, then the disk. ``device`` then says where weights on the disk are computed.
-        max_memory: what such a map may use of a device: "0" (a GPU's number) or "cpu" to "20GiB".
+            the computer, then the disk. Weights on the disk are loaded to ``device`` when they are used.
+        max_memory: memory that such a map may use, by device: "0" (a GPU's number) or "cpu", such as "20GiB".
 
     Raises:
         CheckpointError: missing, broken, pickled only, quantised, of an unknown class, or with weights missing.
@@ -121,7 +121,7 @@ def _open_clip(source: str | Path, dtype: str, place: torch.device, device_map: 
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The floating dtype of most weights; ``model.dtype`` is that of the first, which families may keep in fp32."""
+    """The floating dtype of most weights; ``model.dtype`` is that of the first one, which may be kept in fp32."""
     counts: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -130,7 +130,7 @@ def model_dtype(model: torch.nn.Module) -> torch.dtype:
 
 
 def _embedded() -> Path:
-    from ecoflap.support import embedded  # not at import: the package's data is only needed here
+    from ecoflap.support import embedded
 
     return Path(embedded.model_path())
 
@@ -152,11 +152,11 @@ def _require_gguf() -> None:
 
 
 def _model_class(files: Files, trust_remote_code: bool) -> Any:
-    """The transformers class that the configuration names, else the first Auto class that knows its type."""
+    """The class of transformers that the configuration names, else the first Auto class that knows its type."""
     config = files.config
     for name in config.get("architectures") or []:
         found = getattr(transformers, str(name), None)
-        # A model's own class alone: an Auto class would look for code that comes with the checkpoint.
+        # Only a model's own class: an Auto class would look for code that comes with the checkpoint.
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     if "auto_map" in config and not trust_remote_code:
@@ -171,10 +171,10 @@ def _model_class(files: Files, trust_remote_code: bool) -> Any:
 
 
 def empty_model(files: Files, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The model that ``files`` hold, without its weights: on the meta device.
+    """The model in ``files`` on the meta device.
 
     Raises:
-        CheckpointError: its class is not known, or refuses its configuration.
+        CheckpointError: its class is unknown, or refuses its configuration.
     """
     kind = _model_class(files, trust_remote_code)
     try:
@@ -219,7 +219,7 @@ def _load_model(
     form = _unpacked(files)
     bars: AbstractContextManager[object] = nullcontext()
     if files.gguf_file is not None:
-        bars = redirect_stderr(io.StringIO())  # its reader draws a bar that no setting of transformers stops
+        bars = redirect_stderr(io.StringIO())  # the GGUF reader draws a bar that no setting of transformers disables
         options["gguf_file"] = files.gguf_file
         if hasattr(transformers, "GgufConfig"):  # plain weights, not packed ones
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -246,12 +246,12 @@ def _load_model(
     if place is None:
         _as_from(model, files.folder)
     if files.gguf_file is not None or form in FLOATS:
-        # The weights are plain now; with the record of their former packing the model would refuse to be saved.
+        # The weights are plain now; with their old quantisation config the model could not be saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     if form in FLOATS:
-        vars(model).pop("_weight_conversions", None)  # by which saving would pack them again
+        vars(model).pop("_weight_conversions", None)  # saving would quantise them again
     told = [f"'{name}' is stored in {form}: unpacked to {_short(model)}, pruned and saved so"] if form else []
     return model, told + _review(info, name, type(model).__name__)
 
@@ -291,7 +291,7 @@ def _short(model: torch.nn.Module) -> str:
 
 
 def _review(info: dict[str, Any], name: str, model_class: str) -> list[str]:
-    """Lines about weights that did not match; missing or misshapen ones are errors, as they would be random."""
+    """Lines about weights that did not match; missing ones and wrong shapes are errors, as they would be random."""
     if info["mismatched_keys"]:
         key, stored, expected = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(

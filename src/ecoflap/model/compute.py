@@ -1,7 +1,7 @@
-"""Which numbers a half-precision model computes with: its own, or fp32 where the CPU has no units for them.
+"""Chooses the dtype that a half-precision model computes in: its own, or fp32 on a CPU that is slow in half precision.
 
-Without such units a product in bfloat16 or float16 takes several times as long as one in fp32, and converting a block's
-weights for the time of its forward costs little beside it. Results are then those of the model converted to fp32.
+Without hardware support, a product in bfloat16 or float16 takes several times as long as in fp32, and converting a
+block's weights for its forward costs little in comparison. Results are then those of the model converted to fp32.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ecoflap.model.offload import home_of
 from ecoflap.model.precision import computing_in_fp32, half_blocks
 
 AUTO, NATIVE, FLOAT32 = "auto", "native", "float32"
-SLOW = 1.5  # times an fp32 product's time from which half precision does not pay
+SLOW = 1.5  # ratio to the time of an fp32 product above which half precision counts as slow
 _HALF = (torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("ecoflap")
 
 
 def settled(asked: str, model: nn.Module, trial: Callable[[], object] | None = None) -> str:
-    """``native`` or ``float32``: what ``asked`` says, or where it is ``auto`` what is fast on the model's device.
+    """``native`` or ``float32``: as ``asked``; for ``auto`` the faster one on the model's device.
 
     Args:
-        trial: runs the model once; ``auto`` does not take fp32 where that fails (a part of the model reads weights of a
-            block without running it).
+        trial: runs the model once; ``auto`` does not choose fp32 if that fails (a module reads weights of a block
+            without running it).
 
     Raises:
         InvalidOption: ``asked`` is no such choice.
@@ -44,7 +44,7 @@ def settled(asked: str, model: nn.Module, trial: Callable[[], object] | None = N
     if asked != AUTO:
         return asked
     if home_of(model).type != "cpu" or getattr(model, "quantization_method", None) == PACKED:
-        return NATIVE  # packed layers have kernels of their own
+        return NATIVE  # packed layers have their own kernels
     kinds = {parameter.dtype for parameter in model.parameters()}
     if not any(half_is_slow(kind) for kind in _HALF if kind in kinds):
         return NATIVE
@@ -52,7 +52,7 @@ def settled(asked: str, model: nn.Module, trial: Callable[[], object] | None = N
         try:
             with computing_in(model, FLOAT32):
                 trial()
-        except Exception as error:  # where the data is at fault, it is told when the model is run for itself
+        except Exception as error:  # a fault of the data is raised again by the next run
             _log.info("%s can't be computed in fp32 block by block: %s", type(model).__name__, error)
             return NATIVE
     return FLOAT32
@@ -60,10 +60,10 @@ def settled(asked: str, model: nn.Module, trial: Callable[[], object] | None = N
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: str) -> Iterator[None]:
-    """The model computes with its own numbers (``native``) or in fp32, block by block; its weights stay as they are.
+    """Context in which the model computes in its own dtype (``native``) or in fp32, block by block.
 
-    In fp32 the memory above the model is one block's fp32 weights, and what lies outside of all blocks (embeddings,
-    head) once more; see :func:`ecoflap.model.precision.computing_in_fp32`.
+    In fp32 the additional memory is one block's fp32 weights and those outside of all blocks (embeddings, head); see
+    :func:`ecoflap.model.precision.computing_in_fp32`.
 
     Args:
         dtype: of :func:`settled`.
@@ -78,13 +78,13 @@ def computing_in(model: nn.Module, dtype: str) -> Iterator[None]:
 
 @cache
 def half_is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU computes in ``dtype`` much slower than in fp32: known by its units, in doubt by a product."""
+    """Whether this CPU is much slower in ``dtype`` than in fp32: by its instruction sets, or else by a measurement."""
     known = _known(dtype)
     return product_ratio(dtype) > SLOW if known is None else known
 
 
 def _known(dtype: torch.dtype) -> bool | None:
-    """What the CPU's units say; None where they leave it open."""
+    """The answer by the CPU's instruction sets; None if they leave it open."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     half = "bf16" if dtype == torch.bfloat16 else "fp16"
@@ -99,7 +99,7 @@ def _known(dtype: torch.dtype) -> bool | None:
 
 
 def product_ratio(dtype: torch.dtype, rows: int = 256, size: int = 512) -> float:
-    """Time of a product in ``dtype`` over that of the same one in fp32, the shortest of a few each, taken in turn."""
+    """Time of a product in ``dtype`` divided by that in fp32; the minimum of a few alternating measurements each."""
     x, weight = torch.ones(rows, size), torch.ones(size, size)
     pairs = {dtype: (x.to(dtype), weight.to(dtype)), torch.float32: (x, weight)}
     best = dict.fromkeys(pairs, float("inf"))

@@ -1,4 +1,4 @@
-"""Places a model's weights: on one device, or by ``device_map`` for models that are larger than it."""
+"""Places a model's weights: on one device, or by ``device_map`` for larger models."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DEVICE_MAPS = (DISK, "auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_device_map(device_map: str | None, max_memory: Mapping[str, str] | None) -> None:
-    """Raises InvalidOption for a map or an amount of memory that accelerate does not know, or amounts without a map."""
+    """Raises InvalidOption for an unknown map or amount of memory, or amounts without a map."""
     if device_map is not None and device_map not in DEVICE_MAPS:
         raise InvalidOption(f"device_map '{device_map}' is not one of {', '.join(DEVICE_MAPS)}")
     if not max_memory:
         return
     if device_map in (None, DISK):
-        raise InvalidOption("max_memory says how much auto and the like may use of a device: add --device-map auto")
+        raise InvalidOption("max_memory limits the memory of device maps such as auto: add --device-map auto")
     _amounts(max_memory)
 
 
@@ -45,9 +45,9 @@ def _amounts(max_memory: Mapping[str, str]) -> dict[int | str, int]:
 
 @contextmanager
 def dispatching(device_map: str | None, max_memory: Mapping[str, str] | None) -> Iterator[Dispatch]:
-    """The options of ``from_pretrained`` that spread a model; call :meth:`Dispatch.finish` with it inside.
+    """Context with the options of ``from_pretrained`` for a device map; call :meth:`Dispatch.finish` with the model.
 
-    Weights that transformers has to convert are kept in a temporary folder, which goes with the model.
+    Weights that transformers has to convert are kept in a temporary folder, which is removed with the model.
     """
     dispatch = Dispatch(device_map, max_memory)
     try:
@@ -60,7 +60,7 @@ class Dispatch:
     """One model's dispatch.
 
     Attributes:
-        options: for ``from_pretrained``; none where the model goes to one device.
+        options: for ``from_pretrained``; empty without a device map.
     """
 
     def __init__(self, device_map: str | None, max_memory: Mapping[str, str] | None) -> None:
@@ -76,10 +76,10 @@ class Dispatch:
             }
 
     def finish(self, model: nn.Module, place: torch.device) -> nn.Module:
-        """The model where it belongs: moved to ``place``, or with accelerate's hooks.
+        """The model moved to ``place``, or with accelerate's hooks.
 
         Raises:
-            CheckpointError: a weight on the disk is not of the shape that the model has.
+            CheckpointError: a weight on the disk has another shape than in the model.
         """
         if self._folder is None:
             return model.to(place)
@@ -87,7 +87,7 @@ class Dispatch:
             if self.options["device_map"] == {"": DISK} and place.type != "cpu":
                 _compute_on(model, place)
             keep_placeholders(model)
-            Offloaded(model).fill_missing()  # those of which the loading's report says that they are at random
+            Offloaded(model).fill_missing()  # weights without a file; a warning names them
             _check_shapes(model)
             remove_together_with(model, self._folder)
             self._folder = None
@@ -99,7 +99,7 @@ class Dispatch:
 
 
 def _compute_on(model: nn.Module, place: torch.device) -> None:
-    """Weights stay on the disk, but are loaded to this device: with all on disk transformers takes the CPU."""
+    """Make hooks load the weights to this device; if all are on the disk, transformers would choose the CPU."""
     maps = (getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules())
     index = next(weights.dataset.index for weights in maps if weights is not None)
     remove_hook_from_submodules(model)

@@ -22,26 +22,29 @@ from ecoflap.support.text import first_line
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PACKED, BITMASK = "ecoflap", "sparse-bitmask"  # quantisations whose weights can be unpacked
-# Eight- and four-bit floats with scales that transformers can turn into plain weights, to its class that says how.
+# Eight- and four-bit floats with scales, by transformers' class that can convert them to plain weights.
 FLOATS = {"fp8": "FineGrainedFP8Config", "mxfp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
-OPEN_CLIP, OPEN_CLIP_CONFIG = "open_clip:", "open_clip_config.json"  # how its models are given, what their folders hold
+OPEN_CLIP, OPEN_CLIP_CONFIG = (
+    "open_clip:",
+    "open_clip_config.json",
+)  # prefix of its models, and the file in their folders
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_SECONDS = 10.0  # how long to wait for the hub before saying that it can't be reached
+_HUB_SECONDS = 10.0  # after which the hub counts as unreachable
 
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint on the local disk, its weight files known to be whole."""
+    """A checkpoint on the local disk with complete weight files."""
 
     folder: Path
-    config: dict[str, Any]  # config.json; empty for GGUF, which carries its configuration in its header
+    config: dict[str, Any]  # config.json; empty for GGUF, which has its configuration in its header
     gguf_file: str | None = None
     shards: tuple[Path, ...] = ()
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files in ``folder``; 0 where there are none."""
+    """Bytes of the safetensors files in ``folder``; 0 if there are none."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -49,7 +52,7 @@ def locate(source: str | Path, *, gguf_file: str | None = None, trust_remote_cod
     """Find and check the files of ``source``; a hub id is downloaded into the hub's cache first.
 
     Raises:
-        CheckpointError: nothing there, no weights that we read, a broken file; one line with what to do.
+        CheckpointError: nothing is there, or no readable weights, or a broken file; one line with what to do.
     """
     if is_open_clip(source):
         raise CheckpointError(f"'{source}' is a model of open_clip: it can be pruned, but not packed")
@@ -64,11 +67,7 @@ def locate(source: str | Path, *, gguf_file: str | None = None, trust_remote_cod
 
 
 def check_place(source: str | Path) -> None:
-    """Whether a model that is on this machine is where ``source`` says; the Hub is not asked.
-
-    Raises:
-        CheckpointError: as :func:`locate`.
-    """
+    """Check that a local model exists; ids of the Hub are not checked. Raises CheckpointError as :func:`locate`."""
     if is_open_clip(source):
         name = str(source).removeprefix(OPEN_CLIP)
         if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / OPEN_CLIP_CONFIG).is_file():
@@ -92,7 +91,7 @@ def is_open_clip(source: str | Path | None) -> bool:
 
 
 def _means_path(name: str) -> bool:
-    """Whether a name that is no folder must be a mistyped path and no hub id: then the hub is not asked."""
+    """Whether a name must be a mistyped path, not a hub id, so that the hub is not asked."""
     if name.startswith((".", "/", "~")) or name.endswith((".gguf", ".safetensors")):
         return True
     first = name.split("/")[0]
@@ -100,7 +99,7 @@ def _means_path(name: str) -> bool:
 
 
 def _near(path: Path) -> str:
-    """A hint with the entry next to ``path`` whose name is most like it."""
+    """A hint with the most similar name beside ``path``."""
     parent = path.parent
     if not parent.is_dir():
         return f": '{parent}' does not exist either; give a folder, a .gguf file or a hub id"
@@ -151,7 +150,7 @@ def _from_folder(folder: Path, gguf_file: str | None) -> Files:
 
 
 class _Fields(BaseModel):
-    """What we read of a configuration ourselves."""
+    """The fields of a configuration that are read here."""
 
     architectures: list[str] | None = None
     model_type: str | None = None
@@ -163,10 +162,10 @@ class _Fields(BaseModel):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a model folder, as it is.
+    """The ``config.json`` of a model folder.
 
     Raises:
-        CheckpointError: it can't be read, is no JSON object, or a field that we read is of another type.
+        CheckpointError: it can't be read, is no JSON object, or has a field of the wrong type.
     """
     path = folder / "config.json"
     config: Any = _json(path)
@@ -177,11 +176,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def safetensors_of(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a model folder, each present and whole.
-
-    Raises:
-        CheckpointError: one is not.
-    """
+    """The weight files of a model folder. Raises CheckpointError if one is missing or damaged."""
     return _shards(folder, sorted(entry.name for entry in folder.iterdir()), {})
 
 
@@ -214,7 +209,7 @@ def _without_config(folder: Path, names: list[str]) -> Files:
 
 
 def _shards(folder: Path, names: list[str], config: dict[str, Any]) -> tuple[Path, ...]:
-    """The safetensors files of a folder, every one present and whole."""
+    """The safetensors files of a folder, each checked."""
     if WEIGHTS in names:
         shards: list[Path] = [folder / WEIGHTS]
     elif INDEX in names:
@@ -255,7 +250,7 @@ def _no_weights(folder: Path, names: list[str], config: dict[str, Any]) -> Check
 def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path:
     """The local snapshot of a hub repository: its configuration files, safetensors and nothing else.
 
-    One short request says whether the hub answers at all; without it a snapshot in the hub's cache is used.
+    One short request checks whether the hub answers; if not, a snapshot in the hub's cache is used.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -274,7 +269,7 @@ def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path
         ) from error
     except Exception as error:  # whatever the HTTP client in use raises: no network, offline mode, a server error
         try:
-            # Not snapshot_download: it refuses a snapshot without the files that we never fetch.
+            # Not snapshot_download: it refuses a snapshot that lacks files which ecoflap never downloads.
             known = gguf_file or "config.json"
             found = Path(huggingface_hub.hf_hub_download(name, known, local_files_only=True))
             return found.parents[known.count("/")]
@@ -293,14 +288,14 @@ def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path
 
 
 def hub_files(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> list[str]:
-    """Which of a repository's files to download: card, top-level configuration and tokenizer files, one set of weights.
+    """The files of a repository to download: card, top-level configuration and tokenizer files, one set of weights.
 
-    Weights are the GGUF file that was asked for, else ``model.safetensors``, else the shards of its index, else the
-    only GGUF file. Code is left out unless it is trusted, pickled files always.
+    Weights are the requested GGUF file, else ``model.safetensors``, else the shards of its index, else the only GGUF
+    file. Code is left out unless it is trusted, pickled files always.
     """
     suffixes = (".json", ".txt", ".model", ".jinja", *((".py",) if trust_remote_code else ()))
     top = [name for name in names if "/" not in name]
-    wanted = [name for name in top if name.endswith(suffixes) or name == "README.md"]  # which names the licence
+    wanted = [name for name in top if name.endswith(suffixes) or name == "README.md"]  # it names the licence
     ggufs = [name for name in names if name.endswith(".gguf")]
     if gguf_file is not None:
         return [*wanted, gguf_file]
@@ -321,7 +316,7 @@ def _json(path: Path) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers and the hub show no bars and reports; our own messages say what matters."""
+    """Context in which transformers and the hub show no progress bars and reports."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

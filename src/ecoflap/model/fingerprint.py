@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ecoflap.model.offload import Offloaded
 
-_CHUNK = 1 << 24  # elements moved to the CPU at a time, so that hashing needs no copy of a large tensor
+_CHUNK = 1 << 24  # elements moved to the CPU at a time, to save memory
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 (64 hex digits) over name, dtype, shape and bytes of every entry of the state dict, sorted by name.
 
-    A tensor that appears under several names (tied weights) counts once, under the first name. The result does not
-    depend on device, memory layout or the order of registration. Offloaded weights are read one by one.
+    A tied weight counts once, under its first name. The result does not depend on device, memory layout or the order of
+    registration. Offloaded weights are read one by one.
     """
     digest, weights = hashlib.sha256(), Offloaded(model)
     for name, tensor in _distinct(model):

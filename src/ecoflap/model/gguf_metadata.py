@@ -1,6 +1,6 @@
-"""Lets transformers parse a GGUF file once; alone, it does so for class, configuration, weights and tokenizer.
+"""Makes transformers parse a GGUF file once, and not again for class, configuration, weights and tokenizer.
 
-The metadata hold the vocabulary, so that each parse of one with 262,144 words takes over ten seconds.
+The metadata contain the vocabulary: parsing one of 262,144 words takes over ten seconds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 @contextmanager
 def parsed_once() -> Iterator[None]:
-    """Inside, each GGUF file is parsed once; gguf and transformers are as they were at exit.
+    """Context in which each GGUF file is parsed once; gguf and transformers are restored at exit.
 
-    The reader of a file is kept, which is only read, and what transformers makes of its metadata, of which each call
-    gets a copy.
+    The file's reader is kept and shared. The metadata that transformers makes of it are kept, too, and each call gets a
+    copy.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as legacy

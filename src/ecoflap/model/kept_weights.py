@@ -1,4 +1,4 @@
-"""The dense weights of what is pruned, kept beside the model, so that it can be pruned again from the same bits."""
+"""Keeps a copy of the dense weights, so that a model can be pruned again from the same bits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class KeptWeights:
     """A copy of some parameters, in memory or in a file.
 
     Args:
-        model: as it is to be again.
-        names: the parameters that are kept.
-        path: a safetensors file to keep them in; None keeps them in memory, on the CPU.
+        model: in the state to restore.
+        names: of the parameters.
+        path: a safetensors file for the copy; None keeps it in memory, on the CPU.
 
     Raises:
         StorageError: the file can't be written.
@@ -27,13 +27,13 @@ class KeptWeights:
         self._model, self._names, self._path = model, tuple(names), path
         self._kept: dict[str, Tensor] = {}
         if path is None:
-            # On a GPU a copy there would take the room that the work needs.
+            # On the CPU: a copy on the GPU would take memory that the work needs.
             self._kept = {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
         else:
             write_tensors(path, {name: model.get_parameter(name) for name in names})
 
     def restore(self) -> None:
-        """Put every bit back where it was."""
+        """Restore the parameters, bit for bit."""
         from safetensors import safe_open
 
         with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Computes logits only where the loss reads them, a few rows at a time, so that a vocabulary never exists whole.
+"""Computes logits only at the positions that the loss reads, a few rows at a time, to save time and memory.
 
-A language model's head multiplies every position with a whole vocabulary. A loss reads the positions that have a
-label, often a few per cent, and a backward pass holds the table three times (values, softmax, gradient). Losses and
-KL divergences are summed over groups of rows, each with its gradient.
+A language model's head computes (positions, vocabulary) logits. A loss reads only the positions with a label, often a
+few per cent, and a backward pass stores the table three times (values, softmax, gradient). Here, losses and KL
+divergences are summed over groups of rows, each with its gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ecoflap.model.patching import Forward, forward_replaced, has_tangent, trim
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
-_NUMBERS = 1 << 22  # logits at a time: 16 MiB in fp32; fewer rows cost more, as each part reads the whole head
+_NUMBERS = 1 << 22  # logits at a time: 16 MiB in fp32; smaller parts cost more, as each reads the whole head
 _NUMBERS_WITH_GRADIENT = 1 << 21  # four tables of that size exist at once
 
 
@@ -34,8 +34,8 @@ def summed(
     Args:
         hidden: (rows, H).
         targets: (rows,).
-        loss_of: sums over the rows that it is given, and holds (rows, ``classes``) numbers meanwhile.
-        frozen: ``loss_of`` depends on nothing else that wants a gradient, so that its graph can be dropped at once.
+        loss_of: the sum over the given rows; it needs memory for (rows, ``classes``) numbers.
+        frozen: ``loss_of`` depends on nothing else that needs a gradient, so that its graph can be freed at once.
     """
     if frozen and torch.is_grad_enabled() and hidden.requires_grad and not has_tangent(hidden):
         found: Tensor = _Summed.apply(hidden, targets, loss_of, classes, dtype)  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ class _Summed(torch.autograd.Function):
             (gradient[part],) = torch.autograd.grad(value, leaf)
             total += value.detach()
             if hidden.device.type == "cpu":
-                trim()  # or the heap grows by a part's tables with every other part
+                trim()  # otherwise the heap grows by a part's tables with every other part
         ctx.save_for_backward(gradient)
         return total
 
@@ -74,13 +74,13 @@ class _Summed(torch.autograd.Function):
         return gradient * outer.to(gradient.dtype), None, None, None, None
 
 
-# What tells of a tensor without looking at its numbers.
+# Attributes and methods that need no values.
 _FACTS = frozenset((
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "__len__", "is_floating_point")),
 ))  # fmt: skip
 
-# What changes each number by itself, with plain numbers beside it: casts, scales, soft caps.
+# Elementwise functions of the logits and plain numbers: casts, scales, soft caps.
 _ELEMENTWISE = frozenset((
     Tensor.float, Tensor.to, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.div, Tensor.__truediv__, Tensor.tanh,
     torch.mul, torch.div, torch.tanh,
@@ -91,13 +91,13 @@ _VIEWS = frozenset((Tensor.view, Tensor.reshape, Tensor.__getitem__, Tensor.cont
 
 @contextmanager
 def logits_on_demand(model: nn.Module) -> Iterator[None]:
-    """Inside, a head's output (see :func:`output_heads`) is not computed until its use is known.
+    """Context in which a head's output (see :func:`output_heads`) is not computed until its use is known.
 
-    ``cross_entropy`` of it, after reshaping, slicing, casting or scaling, then multiplies only the rows whose target is
-    not ignored, in parts, and forms the gradient of a part with its value where gradients are on. A bool mask of
-    positions multiplies only those. Any other use computes the logits whole, as the head itself does. Losses and
-    gradients agree with those of the plain forward within the rounding of fp32: the matrix products have other shapes,
-    and sums another order.
+    ``cross_entropy`` of it, also after reshaping, slicing, casting or scaling, multiplies only the rows whose target is
+    not ignored, in parts, and computes the gradient of a part with its value if gradients are enabled. A bool mask of
+    positions multiplies only those. Any other use computes all logits, as the head itself does. Losses and gradients
+    agree with those of the plain forward up to the rounding of fp32: the products have other shapes, and the sums
+    another order.
     """
 
     def deferring(forward: Forward) -> Forward:
@@ -115,14 +115,14 @@ def logits_on_demand(model: nn.Module) -> Iterator[None]:
 
 
 def output_heads(model: nn.Module) -> list[nn.Linear]:
-    """The linear maps to a vocabulary that the model, or a model in it, names as its output embeddings; often one."""
+    """The linear layers that the model, or a model in it, names as its output embeddings; usually one."""
     found: dict[int, nn.Linear] = {}
     for module in model.modules():
         if not hasattr(type(module), "get_output_embeddings"):
             continue
         try:
             head = module.get_output_embeddings()  # type: ignore[operator]
-        except NotImplementedError:  # a backbone
+        except NotImplementedError:  # a backbone without a head
             continue
         if type(head) is nn.Linear and head.out_features > 1:
             found[id(head)] = head
@@ -138,15 +138,15 @@ class _Product:
     forward: Forward
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """Of ``hidden``, laid flat."""
+        """Rows of the flattened ``hidden``, by number."""
         return self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, numbers)
 
 
 class _Logits(Tensor):
     """A placeholder for some rows of ``steps(head(hidden))``, in shape (*rows.shape, classes).
 
-    As a tensor it is one NaN, expanded to that shape: code that does not know it gets visible NaNs. Once the numbers
-    were needed whole they are kept, so that later writes into them stay.
+    As a tensor it is one NaN, expanded to that shape, so that code which bypasses it gets NaNs. Once all logits were
+    needed they are kept, so that later writes into them persist.
     """
 
     _product: _Product
@@ -185,7 +185,7 @@ class _Logits(Tensor):
 
 
 def _computed(logits: _Logits) -> Tensor:
-    """The numbers, as the plain forward has them."""
+    """The logits of the plain forward."""
     if logits._value is not None:
         return logits._value
     product, numbers = logits._product, logits._numbers
@@ -200,7 +200,7 @@ def _computed(logits: _Logits) -> Tensor:
 
 
 def _deferred_result(func: Any, logits: _Logits, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The result of ``func`` without computing the logits, or their loss; None where they are needed whole."""
+    """The result of ``func``: another placeholder, or the loss; None if all logits are needed."""
     if func is functional.cross_entropy:
         return _loss(logits, *rest, **kwargs)
     if func is Tensor.__getitem__ and isinstance(rest[0], Tensor):
@@ -219,7 +219,7 @@ def _deferred_result(func: Any, logits: _Logits, rest: tuple[Any, ...], kwargs: 
 
 
 def _chosen(logits: _Logits, mask: Tensor) -> Tensor | None:
-    """The rows where a bool ``mask`` of the leading shape is true, computed; None for any other index."""
+    """The computed rows where a bool ``mask`` of the leading shape is true; None for any other index."""
     if mask.dtype != torch.bool or mask.shape != logits._numbers.shape:
         return None
     return _rows(logits, logits._product.rows(logits._numbers[mask]))
@@ -238,7 +238,7 @@ def _applied(func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any], tensor: T
 
 
 def _viewed(func: Any, shown: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Row numbers after a view of ``shown`` (row numbers, the same all along the last axis); None if rows are cut."""
+    """Row numbers after a view of ``shown``, which has a row's number at each of its logits; None if rows are cut."""
     if func is Tensor.contiguous:
         return shown[..., 0]
     if func is Tensor.__getitem__:
@@ -265,7 +265,7 @@ def _loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """``torch.nn.functional.cross_entropy`` of the rows that count; None for what is left to torch."""
+    """``torch.nn.functional.cross_entropy`` of the rows that count; None for arguments that torch must handle."""
     plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum")
     if not plain or logits.dim() != 2 or target.dim() != 1 or target.is_floating_point() or len(logits) != len(target):
         return None
@@ -283,14 +283,14 @@ def _loss(
     return total / counted.sum() if reduction == "mean" else total
 
 
-_KL_NUMBERS = 1 << 21  # compared at a time: 8 MiB in fp32, what a processor's cache holds
+_KL_NUMBERS = 1 << 21  # logits compared at a time: 8 MiB in fp32, to fit into a processor's cache
 
 
 def mean_kl(dense: Tensor, changed: Tensor) -> Tensor:
     """Mean over rows of KL(softmax(dense) ‖ softmax(changed)), in nats.
 
-    Computed in fp32 whatever the dtypes. The gradient by ``changed``, (softmax(changed) - softmax(dense)) / rows, is
-    formed with the value, in the dtype of ``changed``.
+    Computed in fp32 for all dtypes. The gradient with respect to ``changed``, (softmax(changed) - softmax(dense)) /
+    rows, is computed with the value, in the dtype of ``changed``.
 
     Args:
         dense: (rows, classes) logits, without a gradient.

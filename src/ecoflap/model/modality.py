@@ -10,7 +10,7 @@ from torch import nn
 
 from ecoflap.model.parts import Tower
 
-# First match wins, so the bridges (which often have "vision" or "text" further up in their path) come first.
+# The first match counts, so the bridges (which often have "vision" or "text" earlier in their path) come first.
 WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("bridge", ("qformer", "resampler", "perceiver", "connector", "projector", "abstractor", "merger", "aligner")),
     (
@@ -19,7 +19,7 @@ WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("audio", ("audio", "speech", "wav2vec")),
 )
-# Modality of what a model takes: what its class declares, and the names of its arguments.
+# Modality of a model's inputs: as its class declares it, and by the names of its arguments.
 DECLARED = {"image": "vision", "video": "vision", "audio": "audio"}
 MAIN_INPUTS = {"pixel_values": "vision", "input_values": "audio", "input_features": "audio"}
 TEXT_INPUTS = ("ids", "labels", "embeds")
@@ -44,22 +44,22 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def modality_of(path: str, model: nn.Module, inputs: Collection[str] = ()) -> str:
-    """Modality of the tower whose list of blocks sits at ``path``: bridge, vision, audio or language.
+    """Modality of the tower whose list of blocks is at ``path``: bridge, vision, audio or language.
 
-    Decided by a word in the path; else language where words reached it, and neither pictures nor sound; else by the
-    inputs that the nearest model around the tower declares (the ``encoder`` of Whisper takes sound, that of a
-    VisionEncoderDecoder pictures); else by its sub-configuration; else by the arguments of the forward that reached it.
+    Decided by a word in the path; else it is language if only text reached it; else by the inputs that the nearest
+    model around the tower declares (the ``encoder`` of Whisper takes audio, that of a VisionEncoderDecoder images);
+    else by its sub-configuration; else by the arguments of the forward that reached it.
 
     Args:
         path: module path, for example ``"model.vision_tower.encoder.layers"``.
-        inputs: names of the model's arguments that the first block was computed from, if a forward was watched.
+        inputs: names of the model's arguments that the first block was computed from, if a forward was traced.
     """
     components = path.lower().split(".")
     for modality, words in WORDS:
         if any(word in component for component in components for word in words):
             return modality
     if any(name.endswith(TEXT_INPUTS) for name in inputs) and not any(name.startswith(_MAIN) for name in inputs):
-        return "language"  # of a model that says of itself that it takes pictures (PP-FormulaNet's decoder, UDOP)
+        return "language"  # although the model declares images as its input (PP-FormulaNet's decoder, UDOP)
     return _declared(path, model) or _configured(path, model) or _reached(inputs) or "language"
 
 
@@ -71,7 +71,7 @@ def _around(path: str, model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _declared(path: str, model: nn.Module) -> str | None:
-    """By the nearest model around: its ``input_modalities``, or its main input where it says nothing of those."""
+    """By the nearest model around: its ``input_modalities``, or else its main input."""
     for module in _around(path, model):
         said = getattr(module, "input_modalities", None)
         main = getattr(module, "main_input_name", None)
@@ -85,14 +85,14 @@ def _declared(path: str, model: nn.Module) -> str | None:
 
 
 def _configured(path: str, model: nn.Module) -> str | None:
-    """By the nearest configuration around: one with patch fields and no text part is of a vision tower."""
+    """By the nearest configuration around: with patch fields and no text part, it is a vision tower's."""
     config = next((found for module in _around(path, model) if (found := getattr(module, "config", None))), None)
     vision_only = any(hasattr(config, field) for field in VISION_ONLY_FIELDS) and not hasattr(config, "text_config")
     return "vision" if vision_only else None
 
 
 def _reached(inputs: Collection[str]) -> str | None:
-    """By the arguments that reached the tower; None where text is among them, or where none has a known modality."""
+    """By the arguments that reached the tower; None if text is among them, or if none has a known modality."""
     if any(name.endswith(TEXT_INPUTS) for name in inputs):
         return None
     found = {modality for name in inputs for main, modality in MAIN_INPUTS.items() if name.startswith(main)}
@@ -100,10 +100,11 @@ def _reached(inputs: Collection[str]) -> str | None:
 
 
 def with_decoder(model: nn.Module, towers: Sequence[Tower]) -> list[Tower]:
-    """The towers, with the decoder marked as such where the model has one.
+    """The towers, with the decoder marked if the model has one.
 
-    It is the last language tower of an encoder-decoder: of a model that its configuration calls so, or whose blocks
-    attend to another tower that reads text too (BLIP's answers). Two separate towers of text don't make a decoder.
+    It is the last language tower of an encoder-decoder: a model whose configuration says so, or in which this tower has
+    cross-attention and another tower reads text, too (BLIP's answers). Two separate text towers are no
+    encoder-decoder.
     """
     language = [tower for tower in towers if tower.modality == "language"]
     if not language:

@@ -1,7 +1,7 @@
-"""Makes a model whose channels are zero smaller, where its configuration can say the new sizes.
+"""Removes zero channels from a model, if its configuration can express the new sizes.
 
-Which entries of a configuration set which matrices is tried, not known: an entry that equals a group's width is
-changed, the model is made again without memory (on torch's meta device), and the shapes that changed are compared.
+Which entry of a configuration sets the width of which matrices is found by trial: an entry that equals a group's width
+is changed, the model is built again on the meta device, and the changed shapes are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ecoflap.model.channels import ChannelGroup
 from ecoflap.model.files import quiet
 
-_TOLERANCE = 1e-4  # relative difference of outputs, in float32, that rounding explains
+_TOLERANCE = 1e-4  # relative difference of outputs in float32 that may come from rounding
 Kept = Mapping[str, Tensor]
 
 
@@ -27,7 +27,7 @@ class Narrowed:
 
     Attributes:
         model: of the same class, with a new configuration.
-        entries: of the configuration, such as ``text_config.d_ff``, with the size before and now.
+        entries: of the configuration, such as ``text_config.d_ff``, with old and new size.
     """
 
     model: nn.Module
@@ -49,16 +49,16 @@ class _Entry:
 def narrow(
     model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, outputs: Callable[[nn.Module], Tensor]
 ) -> Narrowed | None:
-    """A model without the channels that are zero, with the same outputs; None where the configuration can't say it.
+    """A model without zero channels and with the same outputs; None if the configuration can't express it.
 
-    All groups that one entry sets get one width, that of the widest; the others keep zero channels to fill it. An entry
-    with which the outputs would differ is left as it is: rotary positions, for example, tie a head's channels to their
-    numbers, and a scale of 1/√width would change with the width.
+    All groups that one entry sets get the width of the widest; the others keep some zero channels. An entry is left
+    unchanged if the outputs would differ: rotary positions, for example, depend on a channel's index, and a scale of
+    1/√width changes with the width.
 
     Args:
-        model: with zeros in all weights and biases of the units that do not stay.
-        kept: of each group, which units stay.
-        outputs: what must stay the same, such as the logits of one batch.
+        model: with zeros in all weights and biases of the units that are removed.
+        kept: which units of each group stay.
+        outputs: computes the outputs that must stay the same, such as the logits of one batch.
     """
     if not hasattr(model, "config"):
         return None
@@ -114,7 +114,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _configured(model: nn.Module, changes: Mapping[tuple[str, ...], int]) -> Any:
-    """The configuration with some entries changed; None where it does not take them."""
+    """The configuration with some entries changed; None if it refuses them."""
     config = _config(model)
     content = copy.deepcopy(config.to_dict())
     try:
@@ -123,14 +123,14 @@ def _configured(model: nn.Module, changes: Mapping[tuple[str, ...], int]) -> Any
         found = type(config).from_dict(content)
         if any(_at(found.to_dict(), path) != value for path, value in changes.items()):
             return None
-    except Exception:  # each family has refusals of its own: a width that its heads do not divide, for example
+    except Exception:  # each family raises its own errors, for example if the heads do not divide a width
         return None
     found._attn_implementation = config._attn_implementation
     return found
 
 
 def _built(model: nn.Module, config: Any) -> nn.Module | None:
-    """A model of the same class; None where the class refuses the configuration."""
+    """A model of the same class; None if the class refuses the configuration."""
     kind: Any = type(model)
     try:
         with quiet():
@@ -141,7 +141,7 @@ def _built(model: nn.Module, config: Any) -> nn.Module | None:
 
 
 def _empty(model: nn.Module, changes: Mapping[tuple[str, ...], int]) -> nn.Module | None:
-    """The model without memory, with some entries of its configuration changed; None where it refuses them."""
+    """The model on the meta device with some entries of its configuration changed; None if it refuses them."""
     config = _configured(model, changes)
     if config is None:
         return None
@@ -156,7 +156,7 @@ def _at(content: Any, path: Sequence[str]) -> Any:
 
 
 def _made(model: nn.Module, sizes: Mapping[_Entry, int], kept: Kept) -> nn.Module | None:
-    """The smaller model, with what stays of the weights."""
+    """The smaller model with the weights of the units that stay."""
     changed = _configured(model, {entry.path: width for entry, width in sizes.items()})
     if changed is None:
         return None
@@ -188,7 +188,7 @@ def _made(model: nn.Module, sizes: Mapping[_Entry, int], kept: Kept) -> nn.Modul
 
 
 def _filled(stays: Tensor, width: int) -> Tensor:
-    """The units that stay, with the first others as zeros up to ``width``."""
+    """The units that stay, and the first of the others to fill ``width``."""
     filled = stays.clone()
     filled[(~stays).nonzero().flatten()[: width - int(stays.sum())]] = True
     return filled

@@ -1,8 +1,8 @@
-"""Models of open_clip: two towers, loaded and saved in its own folder format, with the interface of transformers' CLIP.
+"""Loads and saves models of open_clip in their own folder format, with the interface of transformers' CLIP.
 
-``open_clip:NAME`` is a built-in architecture with random weights, a folder, or a hub id, the last two with
-``open_clip_config.json`` and safetensors. A folder in this format needs no prefix. The package open_clip_torch builds
-the model; its file reader, which also opens pickles, is not used.
+``open_clip:NAME`` is a built-in architecture with random weights, or a folder or hub id with ``open_clip_config.json``
+and safetensors. A folder in this format needs no prefix. The package open_clip_torch builds the model; its file reader,
+which also opens pickles, is not used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 
 
 class OpenClipConfig(PretrainedConfig):  # type: ignore[misc]
-    """What ``open_clip_config.json`` holds."""
+    """The content of ``open_clip_config.json``."""
 
     model_type = "open_clip"
 
@@ -47,11 +47,7 @@ class OpenClipConfig(PretrainedConfig):  # type: ignore[misc]
 
 
 class OpenClip(PreTrainedModel):  # type: ignore[misc]
-    """A model of open_clip, as ``clip``.
-
-    Args:
-        clip: with ``encode_image``, ``encode_text`` and ``logit_scale``.
-    """
+    """A model of open_clip; ``clip`` has ``encode_image``, ``encode_text`` and ``logit_scale``."""
 
     config_class = OpenClipConfig
     main_input_name = "pixel_values"
@@ -77,7 +73,7 @@ class OpenClip(PreTrainedModel):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         return_loss: bool | None = None,
     ) -> CLIPOutput:
-        """Similarities of pictures and texts, and with ``return_loss`` the contrastive loss (Radford et al. 2021)."""
+        """Similarities of images and texts, and with ``return_loss`` the contrastive loss (Radford et al. 2021)."""
         image = nn.functional.normalize(self.get_image_features(pixel_values), dim=-1)
         text = nn.functional.normalize(self.get_text_features(input_ids), dim=-1)
         logits = self.clip.logit_scale.exp() * image @ text.t()
@@ -92,7 +88,7 @@ class OpenClip(PreTrainedModel):  # type: ignore[misc]
         )
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write configuration and weights as open_clip reads them, and a ``config.json`` that says so."""
+        """Write configuration and weights in open_clip's format, and a ``config.json`` that names it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_cfg": self.config.model_cfg, "preprocess_cfg": self.config.preprocess_cfg}
@@ -103,7 +99,7 @@ class OpenClip(PreTrainedModel):  # type: ignore[misc]
 
 
 class OpenClipTokenizer:
-    """A tokenizer of open_clip with the calls of transformers' ones: texts of the model's length, and what is real."""
+    """A tokenizer of open_clip with transformers' interface: token ids of the model's length, and an attention mask."""
 
     model_input_names = ("input_ids", "attention_mask")
     pad_token_id = 0
@@ -113,7 +109,7 @@ class OpenClipTokenizer:
 
     def __call__(self, text: str | Sequence[str], **_: Any) -> BatchEncoding:
         ids: Tensor = self._tokenizer([text] if isinstance(text, str) else list(text))
-        # The summary stands at the end token, and what follows is padding that no token before it sees.
+        # The end token's state is the text's embedding; tokens after it are padding that no earlier token attends to.
         end = getattr(self._tokenizer, "eot_token_id", None)
         last = (ids == end).int().argmax(dim=1) if end is not None else (ids != 0).sum(dim=1) - 1
         mask = (torch.arange(ids.shape[1])[None] <= last[:, None]).long()
@@ -121,7 +117,7 @@ class OpenClipTokenizer:
 
 
 class OpenClipProcessor:
-    """Tokenizer and pictures of a model of open_clip. Saving writes nothing: both are in the model's configuration."""
+    """Processes texts and images for a model of open_clip. Saving writes nothing: the model's configuration has all."""
 
     def __init__(self, tokenizer: OpenClipTokenizer, image_processor: Any) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
@@ -143,7 +139,7 @@ def load_open_clip(source: str | Path, dtype: torch.dtype | None) -> tuple[OpenC
         dtype: None keeps that of the weights.
 
     Raises:
-        CheckpointError: nothing there, no safetensors, or weights that do not fit.
+        CheckpointError: nothing is there, there are no safetensors, or the weights do not fit.
         MissingDependency: open_clip_torch is missing or can't be imported.
     """
     if importlib.util.find_spec("open_clip") is None:
@@ -200,7 +196,7 @@ def _download(name: str) -> Path:
 
 
 def _pictures(config: OpenClipConfig) -> Any:
-    """The processor of pictures that ``preprocess_cfg`` describes, with open_clip's defaults."""
+    """The image processor that ``preprocess_cfg`` describes, with open_clip's defaults."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     told = config.preprocess_cfg

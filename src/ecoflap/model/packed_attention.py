@@ -1,8 +1,7 @@
-"""torch's own attention module, ``nn.MultiheadAttention``: q, k and v in one parameter, and no call of its layers.
+"""Handles the matrices of ``nn.MultiheadAttention``, which has q, k and v in one parameter and calls no layers.
 
-Its ``in_proj_weight`` (3·features, features) stacks the matrices of q, k and v: they are the layers
-``…in_proj_weight[0]`` to ``[2]``. Its ``out_proj`` is a linear layer whose weight the module multiplies by itself,
-inside one function of torch.
+Its ``in_proj_weight`` (3·features, features) contains the matrices of q, k and v: the layers ``…in_proj_weight[0]`` to
+``[2]``. Its ``out_proj`` is a linear layer, but one function of torch multiplies by its weight.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ Seen = Callable[[Tensor], None]
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether it is such a module, with q, k and v of one width."""
+    """Whether it is such a module with q, k and v of the same width."""
     return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
 
 
 def packed_around(model: nn.Module, layer: str) -> str | None:
-    """Path of the packed attention that holds the layer of this name; None if it is in none."""
+    """Path of the packed attention that contains the layer of this name; None if there is none."""
     for leaf in (OUT, *(f"{IN}[{number}]" for number in range(3))):
         path = layer.removesuffix(f".{leaf}")
         if path != layer and is_packed(model.get_submodule(path)):
@@ -38,26 +37,26 @@ def packed_around(model: nn.Module, layer: str) -> str | None:
 
 @contextmanager
 def attention_inputs_seen(model: nn.Module, seen: Mapping[str, Mapping[str, Seen]]) -> Iterator[None]:
-    """Inside, what enters the matrices of packed attention is seen as (batch, tokens, features), before it is used.
+    """Context that reports the inputs (batch, tokens, features) of the matrices of packed attention before their use.
 
-    What enters ``out_proj`` is what the module gives with the unit matrix in its place: the module runs twice.
+    The input of ``out_proj`` is the module's output with the unit matrix as ``out_proj``: the module runs twice.
 
     Args:
-        seen: path of a module to what is called with the input of each of its matrices, by ``in_proj_weight[0]`` to
+        seen: by path of a module: the function to call with the input of each matrix, by ``in_proj_weight[0]`` to
             ``[2]`` and ``out_proj.weight``.
     """
     with ExitStack() as hooks:
         for path, of_each in seen.items():
             module = model.get_submodule(path)
             hooks.enter_context(forward_replaced(module, partial(_watching, module, of_each)))
-            # With a hook, torch's encoder layers call the module, and no function for all of the layer.
+            # With a hook, torch's encoder layers call the module, not one function for the whole layer.
             hooks.callback(module.register_forward_pre_hook(lambda *_: None).remove)
         yield
 
 
 def _watching(module: Any, seen: Mapping[str, Seen], forward: Forward) -> Forward:
     def run(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        shown: dict[int, Tensor] = {}  # one tensor for one input, so that it is known as the same
+        shown: dict[int, Tensor] = {}  # one tensor object for each input, so that equal inputs are recognised
         for number, x in enumerate((query, key, value)):
             if id(x) not in shown:
                 shown[id(x)] = _by_batch(module, x)
@@ -90,11 +89,11 @@ def _by_batch(module: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def projections_swapped(model: nn.Module, paths: Iterable[str], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Packed attention computes with other matrices of q, k and v inside, also in what a backward pass repeats.
+    """Context in which packed attention uses other matrices of q, k and v, also in forwards that a backward repeats.
 
     Args:
         paths: of the modules.
-        tensors: name of a layer to what stands in for it; looked up at each call. Tangent and graph are kept.
+        tensors: replacements by name of the layer; looked up at each call. Tangent and graph are kept.
     """
 
     def wrap(path: str, forward: Forward) -> Forward:

@@ -1,4 +1,4 @@
-"""Defines the parts of a network as data: towers of blocks of layers. Needs no torch, so files are read fast."""
+"""Defines the parts of a network as data: towers of blocks of layers. Imports no torch, so that files are read fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cached_property
 
 
 def parameter_of(name: str) -> str:
-    """The parameter that holds the matrix of this name: the name itself, but for a slice (``…gate_up_proj[3]``)."""
+    """The name of the matrix's parameter: without the index of a slice (``…gate_up_proj[3]``)."""
     return name.rpartition("[")[0] if name.endswith("]") else name
 
 
@@ -16,14 +16,14 @@ class Layer:
     """One prunable weight matrix: a parameter, or one expert's slice of a parameter that stacks them.
 
     Attributes:
-        name: its parameter name in the state dict; of a slice with its number, ``…experts.gate_up_proj[3]``.
+        name: its parameter name in the state dict; for a slice with its index, ``…experts.gate_up_proj[3]``.
         module: path of the module that owns it.
         shape: (output, input) features, also for ``Conv1D``, whose stored weight is transposed.
         transposed: the stored weight is (input, output).
         aliases: other parameter names of the same tensor inside the blocks (shared weights).
         uncalled: its module is never called: the parent multiplies by the weight itself (EVA's and BEiT's qkv).
-        expert: path of the expert of a mixture that holds it, which sees a part of the tokens alone; "" for the rest.
-            Of a slice the path of its mixture with the slice's number, ``…experts[3]``.
+        expert: path of its expert, which receives only a part of the tokens; "" outside of mixtures. For a slice, the
+            path of its mixture with the slice's index, ``…experts[3]``.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Layer:
 
     @property
     def parameter(self) -> str:
-        """Name of the parameter that holds it."""
+        """Name of its parameter."""
         return parameter_of(self.name)
 
     @property
@@ -53,18 +53,18 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """Its name inside its block; the slices of a parameter that stacks experts are of one kind."""
+        """Its name inside its block; the same for all slices of a parameter."""
         whole = self.parameter if self.expert else self.name
         return whole.removeprefix(f"{self.block}.")
 
     @property
     def mixture(self) -> str:
-        """Path of the list or module of experts that it belongs to; "" where :attr:`expert` is."""
+        """Path of the list or module of experts that it belongs to; "" outside of mixtures."""
         return self.expert.rpartition("[" if self.stacked else ".")[0]
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Paths of every module that holds this matrix."""
+        """Paths of all modules that own this matrix."""
         return (self.module, *(alias.rpartition(".")[0] for alias in self.aliases))
 
 
@@ -84,14 +84,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of like blocks.
+    """A stack of equal blocks.
 
     Attributes:
         name: path of the ``ModuleList``.
         driver: path of the module whose forward calls the blocks ("" is the model itself).
         calls: how often that forward runs in one forward of the model.
-        repeats: that forward calls some block more than once (ALBERT).
-        decoder: it works on a sequence of its own and attends to an encoder's: that of an encoder-decoder.
+        repeats: that forward calls a block more than once (ALBERT).
+        decoder: it is the decoder of an encoder-decoder.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Unprunable:
-    """Weights that stay dense, and why."""
+    """Weights that stay dense, and the reason."""
 
     name: str
     reason: str
@@ -127,10 +127,10 @@ class Anatomy:
     Attributes:
         towers: in the order in which a forward calls them; only those with prunable layers.
         unprunable: weights inside blocks, and in lists that are no towers, that stay dense.
-        outside: matrices that are in no list of blocks: embeddings, heads, projectors; and slices of experts that no
-            block multiplies by. Each matrix of the model is in ``layers``, ``unprunable`` or here, once.
-        replayable: paths of all repeated blocks, of excluded towers too, in order.
-        traced: whether a forward was watched (else the order is that of definition).
+        outside: matrices outside of all lists of blocks (embeddings, heads, projectors), and slices of experts that no
+            block multiplies by. Each matrix of the model is in exactly one of ``layers``, ``unprunable`` and this.
+        replayable: paths of all blocks in order, also of excluded towers.
+        traced: whether a forward was traced (otherwise the order is that of definition).
     """
 
     towers: tuple[Tower, ...]

@@ -17,8 +17,8 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def forward_replaced(module: nn.Module, wrap: Callable[[Forward], Forward]) -> Iterator[None]:
-    """Inside, ``module.forward`` is ``wrap(old forward)``; hooks still run, and the old state returns at exit."""
-    own = module.__dict__.get("forward")  # an instance attribute if some other tool has wrapped it already
+    """Context in which ``module.forward`` is ``wrap(old forward)``; hooks still run."""
+    own = module.__dict__.get("forward")  # an instance attribute if another tool has replaced it already
     module.forward = wrap(module.forward)
     try:
         yield
@@ -30,28 +30,28 @@ def forward_replaced(module: nn.Module, wrap: Callable[[Forward], Forward]) -> I
 
 
 def with_tangent(tensor: Tensor, tangent: Tensor) -> Tensor:
-    """A view of ``tensor`` that carries ``tangent`` (same shape and dtype) until the ``dual_level`` around it ends."""
+    """A view of ``tensor`` with a ``tangent`` (same shape and dtype) until the surrounding ``dual_level`` ends."""
     dual: Tensor = forward_ad.make_dual(tensor, tangent)  # type: ignore[no-untyped-call]
     return dual
 
 
 def tangent_of(tensor: Tensor) -> Tensor | None:
-    """The forward-mode derivative that a tensor carries, in its shape; None where it carries none."""
+    """The forward-mode derivative of a tensor, in its shape; None if it has none."""
     tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
     return tangent
 
 
 def has_tangent(value: Any) -> bool:
-    """Whether this is a tensor that carries a forward-mode derivative."""
+    """Whether this is a tensor with a forward-mode derivative."""
     return isinstance(value, Tensor) and tangent_of(value) is not None
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Inside, torch's attention is computed by elementary operators, because fused kernels have no forward mode.
+    """Context in which torch's attention uses elementary operators, because fused kernels have no forward mode.
 
-    So are ``nn.MultiheadAttention`` and what is built of it, which have a kernel of their own. The matrix of attention
-    weights then exists in memory.
+    This includes ``nn.MultiheadAttention``, which has its own kernel. The matrix of attention weights is then in
+    memory.
     """
     fast: bool = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -64,16 +64,16 @@ def differentiable_attention() -> Iterator[None]:
 
 @contextmanager
 def swapped(model: nn.Module, modules: Sequence[str], tensor: Tensor, name: str = "weight") -> Iterator[None]:
-    """Inside, the modules at these paths use ``tensor`` as their ``name`` parameter; the old ones return at exit.
+    """Context in which the modules at these paths use ``tensor`` as their ``name`` parameter.
 
     Args:
         model: owner of the modules.
         modules: paths of all modules that share the parameter.
-        tensor: same shape as the parameter; not copied. A tangent (forward mode) or a graph that it has is kept.
+        tensor: in the shape of the parameter; not copied. Its tangent (forward mode) and graph are kept.
     """
     owners = [model.get_submodule(path) for path in modules]
     originals = [owner._parameters[name] for owner in owners]
-    # A Parameter would lose tangent and graph; a module reads a plain tensor from here as well.
+    # A Parameter would lose tangent and graph; modules also read plain tensors from here.
     stand_in = tensor if has_tangent(tensor) or tensor.requires_grad else nn.Parameter(tensor, requires_grad=False)
     try:
         for owner in owners:
@@ -86,7 +86,7 @@ def swapped(model: nn.Module, modules: Sequence[str], tensor: Tensor, name: str 
 
 @contextmanager
 def gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    """No parameter has a gradient inside the context, and each has its old one (and its flag) at exit."""
+    """Context in which no parameter has a gradient; at exit gradients and ``requires_grad`` are restored."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _, _ in before:
@@ -111,7 +111,7 @@ def _configurations(config: Any, seen: set[int]) -> Iterator[Any]:
 
 @contextmanager
 def cache_disabled(model: nn.Module) -> Iterator[None]:
-    """``use_cache=False`` in every configuration that any submodule holds; the old values return at exit."""
+    """Context with ``use_cache=False`` in the configurations of all submodules."""
     seen: set[int] = set()
     found: list[tuple[Any, Any]] = []
     for module in model.modules():
@@ -129,10 +129,10 @@ def cache_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def trim() -> None:
-    """Returns all free pages of the C library's heap to the system; works with glibc alone.
+    """Return all free pages of the C library's heap to the system; has an effect only with glibc.
 
     Small objects that stay (the nodes of a graph) lie between large ones that are freed, so the heap grows although
-    most of it is free. A page that is used again costs a page fault: don't call this in inner loops.
+    most of it is free. Reusing a page costs a page fault, so don't call this in inner loops.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -19,22 +19,22 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def computing_in_fp32(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[None]:
-    """Inside, half-precision parameters and buffers compute as fp32; at exit they have their old bits again.
+    """Context in which half-precision parameters and buffers are fp32; at exit they have their old bits again.
 
     The conversion is exact in both directions (every fp16 and bf16 number is an fp32 number), so no second copy is
     kept; converted weights take twice their bytes. Weights in ``blocks`` are converted only while their block runs, so
     the extra memory is one block's fp32 weights and the converted rest (embeddings, head). Results are the same to the
-    bit. Parameter objects stay the same, so ties survive. A block that is offloaded is held in memory while it runs.
+    bit. Parameter objects stay the same, so ties are kept. An offloaded block is in memory while it runs.
 
     Args:
-        blocks: paths of blocks that don't contain one another. A graph through them can't be taken backward in the
-            usual way, see :func:`ecoflap.model.recompute.reloading`.
+        blocks: paths of blocks that don't contain one another. A backward pass through them is possible only with
+            :func:`ecoflap.model.recompute.reloading`.
     """
     modules = [model.get_submodule(path) for path in blocks]
     inside = {id(tensor) for module in modules for tensor in _half(module)}
     within = {id(child) for module in modules for child in module.modules()}
     for child in model.modules():
-        if id(child) not in within:  # what others use as well is converted for good
+        if id(child) not in within:  # modules that others share are converted for the whole context
             inside -= {id(tensor) for tensor in _half(child, recurse=False)}
     changed: list[tuple[Tensor, torch.dtype]] = []
     config = getattr(model, "config", None)
@@ -57,9 +57,9 @@ def computing_in_fp32(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[
 
 @contextmanager
 def leaves_in_fp32(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's parameters are new leaf tensors, in fp32 for half precision, so gradients are fp32 too.
+    """Context in which the module's parameters are new leaf tensors, fp32 for half precision, so gradients are fp32.
 
-    (A parameter object whose data is replaced would keep the dtype of its gradient.)
+    A parameter object whose data is replaced would keep the dtype of its gradient.
     """
     new: dict[int, nn.Parameter] = {}
     places = [
@@ -82,13 +82,13 @@ def leaves_in_fp32(module: nn.Module) -> Iterator[None]:
 
 
 def half_blocks(model: nn.Module, blocks: Sequence[str], *, offloaded: bool = False) -> tuple[str, ...]:
-    """Those of ``blocks`` that hold half-precision weights in memory, for :func:`computing_in_fp32`.
+    """Those of ``blocks`` that have half-precision weights in memory, for :func:`computing_in_fp32`.
 
-    Empty where a block holds the model's first parameter: inputs get the dtype of that one, and no module before the
-    blocks would convert them to fp32.
+    Empty if a block has the model's first parameter: inputs get its dtype, and no module before the blocks would
+    convert them to fp32.
 
     Args:
-        offloaded: those whose weights are not in memory, too.
+        offloaded: also include blocks whose weights are offloaded.
     """
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     found = {path: [one for one in _half(model.get_submodule(path)) if offloaded or not one.is_meta] for path in blocks}
@@ -107,7 +107,7 @@ def _upcasting(model: nn.Module, path: str, forward: Forward) -> Callable[..., A
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as state:
-            with DisableTorchFunction():  # whoever follows the model's operations (ResumedCalls) must not see this
+            with DisableTorchFunction():  # ResumedCalls must not record this
                 away = any(tensor.is_meta for tensor in _half(module))
             if away:
                 state.enter_context(in_memory(model, path))
@@ -119,10 +119,10 @@ def _upcasting(model: nn.Module, path: str, forward: Forward) -> Callable[..., A
 
 @contextmanager
 def _upcast(module: nn.Module) -> Iterator[None]:
-    """The module's parameters and buffers have fp32 values inside, and the very storage that they had at exit.
+    """Context in which the module's parameters and buffers have fp32 values; at exit they have their old storage.
 
-    Where a graph may keep them, fp32 tensors stand in their places instead: it would find the old values later. So for
-    what stands in a parameter's place and has a graph itself (a masked weight).
+    If a graph may be recorded, they are replaced by fp32 tensors instead, since a backward pass would find the old
+    values. The same holds for a tensor that replaces a parameter and has a graph (a masked weight).
     """
     held = [
         (places, leaf, tensor)

@@ -1,4 +1,4 @@
-"""Loads a checkpoint's processor; without the part for videos where torchvision is missing."""
+"""Loads a checkpoint's processor, without the video processor if torchvision is missing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from ecoflap.support.text import first_line
 
 _log = logging.getLogger(__name__)
 
-_SETTINGS = ("video_preprocessor_config.json", "preprocessor_config.json")  # where the video half's settings may stand
+_SETTINGS = (
+    "video_preprocessor_config.json",
+    "preprocessor_config.json",
+)  # files that may have the video processor's settings
 
 
 class NoVideo(VideoProcessorMixin):  # type: ignore[misc]
-    """Replaces a video processor: keeps its settings, so that they are saved unchanged, and reads no video."""
+    """Replaces a video processor: keeps its settings, so that they are saved unchanged, and processes no video."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
@@ -32,17 +35,17 @@ class NoVideo(VideoProcessorMixin):  # type: ignore[misc]
         settings = self.__dict__.get("_settings", {})
         if name in settings or name in VideosKwargs.__annotations__:
             return settings.get(name)
-        raise AttributeError(f"the video half of this processor was not loaded, so it has no {name}")
+        raise AttributeError(f"this processor's video processor was not loaded, so it has no {name}")
 
     def __call__(self, *videos: Any, **options: Any) -> Any:
-        raise NotImplementedError("the video half of this processor was not loaded: pip install torchvision")
+        raise NotImplementedError("this processor's video processor was not loaded: pip install torchvision")
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self._settings)
 
 
 def without_video(processor_class: Any) -> Any:
-    """The same class, of the same name, that takes a :class:`NoVideo`."""
+    """A subclass with the same name that accepts a :class:`NoVideo`."""
 
     def check(self: Any, name: str, argument: Any) -> Any:
         if isinstance(argument, NoVideo):
@@ -54,7 +57,7 @@ def without_video(processor_class: Any) -> Any:
 
 
 def load_without_video(folder: Path, options: dict[str, Any]) -> Any | None:
-    """The processor that ``folder`` describes with a :class:`NoVideo`; None if its class has no video half.
+    """The processor that ``folder`` describes, with a :class:`NoVideo`; None if its class has no video processor.
 
     Args:
         options: of ``from_pretrained``.
@@ -94,7 +97,7 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeni
 
 
 def load_processor(files: Files, trust_remote_code: bool) -> tuple[Any | None, list[str]]:
-    """The first of processor, tokenizer, image processor that the folder's files give, and a line if they give none."""
+    """The first of processor, tokenizer, image processor that can be loaded, and a line if it is not the processor."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     kinds: tuple[str, ...] = _PROCESSORS
     if files.gguf_file is not None:
@@ -106,10 +109,10 @@ def load_processor(files: Files, trust_remote_code: bool) -> tuple[Any | None, l
     for kind in kinds:
         try:
             found = getattr(transformers, kind).from_pretrained(files.folder, **options)
-        except Exception as error:  # tells only that this kind is not what the folder holds
+        except Exception as error:  # the folder has another kind
             reasons.append(first_line(error))
             if kind == "AutoProcessor" and (found := _without_video(files.folder, options)) is not None:
-                why = reasons[0].partition(". ")[0]  # what follows says how to install, and goes on in the next line
+                why = reasons[0].partition(". ")[0]  # without the instructions for installing, which have several lines
                 return found, [f"the processor in '{files.folder}' reads no videos here ({why}); images it does"]
             continue
         return found, [f"only a {kind[4:].lower()} could be loaded: {reason}" for reason in reasons[:1]]
@@ -117,8 +120,8 @@ def load_processor(files: Files, trust_remote_code: bool) -> tuple[Any | None, l
 
 
 def _without_video(folder: Path, options: dict[str, Any]) -> Any | None:
-    """The processor without its video half; None where it has none, or that is not what failed."""
+    """The processor without its video processor; None if it has none, or if something else failed."""
     try:
         return load_without_video(folder, options)
-    except Exception:  # the first reason is the one that is told
+    except Exception:  # the first error is reported
         return None

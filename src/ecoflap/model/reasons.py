@@ -1,10 +1,10 @@
-"""Why a weight inside a block is not pruned, in words for the user."""
+"""Texts for the user about why a weight stays dense."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-# Parts of module paths whose linear layers only compute position biases: the paper's method leaves those dense.
+# Parts of module paths whose linear layers only compute position biases, which the paper leaves dense.
 POSITION_WORDS = ("position_bias", "pos_bias", "rel_pos", "cpb_mlp")
 # Names of a state-space mixer's own parameters (Mamba and similar), besides its convolution and its linear layers.
 STATE_SPACE_NAMES = ("A_log", "D", "dt_bias", "x_proj_weight", "dt_proj_weight")
@@ -16,10 +16,10 @@ def makes_positions(path: str) -> bool:
 
 
 def quantised(module: nn.Module) -> tuple[str, int] | None:
-    """The reason and the number of weights if ``module`` is a linear layer in a quantisation library's own format.
+    """The reason and the number of weights if ``module`` is a linear layer in a quantisation library's format.
 
-    Known by its sizes (``in_features``, ``out_features``) without a floating 2-D weight of at least two bytes each:
-    packed integers (bitsandbytes, GPTQ, AWQ, HQQ, torch.ao) and eight-bit floats alike.
+    Recognised by ``in_features`` and ``out_features`` without a floating 2-D weight of at least two bytes per number:
+    packed integers (bitsandbytes, GPTQ, AWQ, HQQ, torch.ao) and eight-bit floats.
     """
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     inputs, outputs = (size if isinstance(size, int) else 0 for size in sizes)

@@ -1,6 +1,6 @@
-"""Runs backward passes that keep only the inputs of each block, and compute the rest again when it is needed.
+"""Runs backward passes that store only the inputs of each block, and recompute the other activations.
 
-Works also for blocks whose weights are read or converted for the forward, and again for their gradient.
+Also for blocks whose weights are offloaded or converted, and are loaded again for the backward pass.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _TRIM_EVERY = 2  # calls of blocks
 
 @contextmanager
 def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
-    """Inside the context, the graph of each of these blocks is dropped after its forward and rebuilt in the backward.
+    """Context in which the graph of each of these blocks is dropped after its forward and rebuilt in the backward pass.
 
-    The activations that a backward needs are then those of one block and the inputs of all (Chen et al. 2016, "Training
-    Deep Nets with Sublinear Memory Cost"), for one more forward. Gradients are the same.
+    Memory then holds the activations of one block and the inputs of all (Chen et al. 2016, "Training Deep Nets with
+    Sublinear Memory Cost"), for one more forward. Gradients are the same.
 
-    The heap is trimmed after every few blocks; else most of the memory that their forwards free stays with the process
-    (SmolLM2-135M, 8 × 128 tokens: 300 MiB at the end of the forward for 70 MiB in use).
+    The heap is trimmed after every few blocks; otherwise most of the memory that their forwards free stays with the
+    process (SmolLM2-135M, 8 × 128 tokens: 300 MiB at the end of the forward for 70 MiB in use).
 
     Args:
         model: without dropout (eval mode): random numbers are not replayed.
@@ -59,10 +59,7 @@ def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
 
 
 class _Repeatable:
-    """A call of a block that can be made again.
-
-    What it leaves in its arguments (keys and values, in a cache) it leaves there the first time alone.
-    """
+    """A call of a block that can be repeated. Only the first call changes its arguments (such as a key-value cache)."""
 
     def __init__(self, forward: Forward, entered: Arguments) -> None:
         self._forward, self._entered = forward, entered
@@ -76,23 +73,23 @@ class _Repeatable:
 
 
 Loaded = Callable[[str, bool], None]
-_TENSOR = object()  # stands for a tensor among a call's arguments
+_TENSOR = object()  # replaces a tensor among a call's arguments
 
 
 @contextmanager
 def reloading(model: nn.Module, blocks: Sequence[str], loaded: Loaded) -> Iterator[None]:
-    """Inside the context, these blocks keep only their inputs for the backward pass.
+    """Context in which these blocks store only their inputs for the backward pass.
 
-    In the backward pass each block is loaded in fp32, computed again with a graph, and differentiated at once, so the
-    weights and activations of one block exist at a time. (torch's own checkpointing can't do this: its graph keeps the
+    In the backward pass each block is loaded in fp32, recomputed with a graph, and differentiated at once, so memory
+    holds the weights and activations of one block. (torch's own checkpointing can't do this: its graph keeps the
     weights of the first forward.)
 
     Args:
         model: without dropout (eval mode): random numbers are not replayed.
         blocks: paths of blocks that don't contain one another.
         loaded: called with a block's path when it is in memory, before its gradients are computed, and with whether
-            this is the last time: the gradients of a block that runs twice in a forward come in two parts. Its
-            parameters are new tensors each time.
+            this is the last time: a block that runs twice in a forward gets its gradients in two parts. Its parameters
+            are new tensors each time.
     """
     calls: Counter[str] = Counter()
 
@@ -132,8 +129,8 @@ class _Call:
     def apply(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, self._spec = pytree.tree_flatten(packed(args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # the graph keeps those
-        trigger = torch.zeros((), requires_grad=True)  # a graph, also where no input has one
+        self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # the graph keeps the tensors
+        trigger = torch.zeros((), requires_grad=True)  # so that there is a graph even if no input has one
         found = iter(_Reloaded.apply(self, trigger, *tensors))  # type: ignore[no-untyped-call]
         (leaves, spec), self._output = self._output, ([], None)
         output, behind = pytree.tree_unflatten(
@@ -153,7 +150,7 @@ class _Call:
         return tuple(leaf for leaf in self._output[0] if isinstance(leaf, Tensor))
 
     def backward(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Leave in the leaves among ``inputs`` what the outputs' gradients give."""
+        """Add gradients to the leaves among ``inputs``, from those of the outputs."""
         module = self._model.get_submodule(self._path)
         with torch.enable_grad(), in_memory(self._model, self._path), leaves_in_fp32(module):
             self._due(self._path)
@@ -165,7 +162,7 @@ class _Call:
             ]
             if pairs:
                 torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-            self._output = ([], None)  # whose graph would hold on to the block's weights
+            self._output = ([], None)  # its graph would keep the block's weights
             del outputs, pairs
         trim()
 

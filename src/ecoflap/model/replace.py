@@ -1,4 +1,4 @@
-"""Decides which folders ``--overwrite`` may replace by a model: those that hold a model and nothing else."""
+"""Decides which folders ``--overwrite`` may replace by a model: those that contain only a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ecoflap.errors import EcoflapError, InvalidOption, OutputExists
 from ecoflap.model.files import INDEX, WEIGHTS
 from ecoflap.support.reading import read_json
 
-# What transformers writes for a model and its processor, code that comes with a checkpoint, and texts about it.
+# Files of a model and its processor, code that comes with a checkpoint, and texts about it.
 _FILES = (
     WEIGHTS, INDEX, "model-*-of-*.safetensors", "*config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "normalizer.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*",
@@ -22,10 +22,10 @@ _SHOWN = 3  # files that a message names
 
 
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:
-    """Checks that a model may be written to ``folder``, in place of what is there.
+    """Check that a model may be written to ``folder``.
 
     Raises:
-        OutputExists: it is a file; or it holds something, and ``overwrite`` is false or that is not a model alone.
+        OutputExists: it is a file; or it is not empty, and ``overwrite`` is false or it contains more than a model.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         kind = "a file" if folder.is_file() else "no folder"  # a device, a pipe, a link to nothing
@@ -38,8 +38,8 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
     if foreign:
         more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
         raise OutputExists(
-            f"'{folder}' holds what is no part of a model ({', '.join(foreign[:_SHOWN])}{more}), which would be lost: "
-            "choose another folder, or move that away"
+            f"'{folder}' holds files that are no part of a model ({', '.join(foreign[:_SHOWN])}{more}) and would be "
+            "lost: choose another folder, or move them away"
         )
 
 
@@ -59,10 +59,10 @@ def _foreign(folder: Path) -> Iterator[str]:
 
 
 def check_apart(source: str | Path | None, output: str | Path) -> None:
-    """Raises InvalidOption where ``output`` is the folder ``source``, lies in it or around it: it would be lost."""
+    """Raises InvalidOption if ``output`` is the folder ``source``, in it or around it: it would be lost."""
     if source is None or not Path(source).expanduser().exists():
         return
-    # not resolve(), which raises RuntimeError for links that lead round in circles
+    # not resolve(), which raises RuntimeError for loops of links
     there, here = (Path(os.path.realpath(Path(place).expanduser())) for place in (source, output))
     if there == here or there in here.parents or here in there.parents:
         raise InvalidOption(f"the output '{output}' is, holds or lies in the model '{source}': choose another folder")

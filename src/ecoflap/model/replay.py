@@ -1,4 +1,4 @@
-"""Replays a forward from the block that changed: every block remembers its inputs and outputs of the current batch."""
+"""Repeats a forward from the first block that changed: blocks memoise their inputs and outputs of the current batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from ecoflap.model.patching import forward_replaced, has_tangent
 
 @dataclass
 class _Call:
-    """One remembered call: the flattened arguments, the outputs, what it left behind in its arguments, and the versions
-    of all their tensors.
-    """
+    """One memoised call: flattened arguments, outputs, changes of its carriers, and versions of all tensors."""
 
     leaves: list[Any]
     spec: Any
@@ -29,7 +27,7 @@ class _Call:
     versions: list[int]
 
     def current(self) -> bool:
-        """Whether no remembered tensor was written to since."""
+        """Whether no memoised tensor was written to since."""
         return self.versions == _versions((self.leaves, self.output, self.left))
 
 
@@ -39,7 +37,7 @@ def _versions(tree: Any) -> list[int]:
 
 @dataclass
 class ReplayCounts:
-    """How many block calls were computed and how many were answered from memory."""
+    """Numbers of block calls that were computed and that were replayed."""
 
     computed: int = 0
     replayed: int = 0
@@ -53,17 +51,17 @@ class _Memory:
 class Replay:
     """Memoises the blocks of a model for one batch at a time.
 
-    Inside the context, the first forward is recorded. A later forward of the same batch returns each block's remembered
-    outputs (the same tensor objects, so the next block sees unchanged inputs) while the block's inputs are the
-    remembered ones: the same tensors, or equal ones. A block named in :meth:`forcing` is always computed; later blocks
-    are computed only where their inputs differ. Results under :meth:`forcing` are not remembered. So the loss has the
-    bits of the plain forward.
+    Inside the context, the first forward is recorded. In a later forward of the same batch, a block whose inputs are
+    the recorded ones (the same tensors, or equal ones) returns its recorded outputs (the same tensor objects, so that
+    the next block sees unchanged inputs). A block named in :meth:`forcing` is always computed; later blocks are
+    computed only if their inputs differ. Results under :meth:`forcing` are not recorded. The loss is that of the plain
+    forward, to the bit.
 
     Forward-mode derivatives pass through: a call with a tangent among its inputs is always computed and never recorded,
-    because its tangent is new even where its values are the remembered ones. Calls without a tangent are replayed.
+    because its tangent is new even if its values are not. Calls without a tangent are replayed.
 
-    A block's memory is valid only with the weights that it was recorded with: code that changes a weight must force the
-    blocks that hold it, or call :meth:`reset`.
+    A recording is valid only with the weights that it was made with: code that changes a weight must force the blocks
+    that own it, or call :meth:`reset`.
 
     Args:
         model: the model; put it in eval mode, without dropout or a KV cache.
@@ -77,7 +75,9 @@ class Replay:
         self._memories: dict[str, _Memory] = {}
         self._forced: frozenset[str] = frozenset()
         self._recording = True
-        self._same: dict[tuple[int, int], Tensor] = {}  # equal pairs; holds the new one, so that its id stays its own
+        self._same: dict[
+            tuple[int, int], Tensor
+        ] = {}  # equal pairs; keeps the new tensor, so that its id is not reused
         self._wraps = ExitStack()
         self.counts = ReplayCounts()
 
@@ -91,7 +91,7 @@ class Replay:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: call before another batch, or after weights were changed."""
+        """Drop all recordings: call before another batch, or after weights were changed."""
         self._memories.clear()
         self._same.clear()
 
@@ -109,7 +109,7 @@ class Replay:
     def _wrapper(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def replayed(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
-                return forward(*args, **kwargs)  # a remembered output has no graph
+                return forward(*args, **kwargs)  # a recorded output has no graph
             leaves, spec = pytree.tree_flatten(packed(args, kwargs))
             moving = any(has_tangent(leaf) for leaf in leaves)
             if path not in self._forced and not moving:
@@ -146,7 +146,7 @@ class Replay:
         if key in self._same:
             return True
         if torch.equal(old, new):
-            # Masks and position embeddings are built anew in each forward and passed to all blocks: compared once.
+            # Masks and position embeddings are new tensors in each forward, but the same for all blocks: compared once.
             self._same[key] = new
             return True
         return False

@@ -1,4 +1,4 @@
-"""Saves a checkpoint that plain transformers loads with the same outputs; writes all of it or nothing."""
+"""Saves a checkpoint that transformers loads with the same outputs; writes all of it or nothing."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 
 def save(checkpoint: Checkpoint, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write model, configuration, generation configuration and processor into ``folder``; the folder.
+    """Write model, configuration, generation configuration and processor into ``folder``; return it.
 
-    Weights keep the dtype that they have, parameter by parameter, and their ties; they are cut into as many files as
-    the source had. Everything is written into a hidden folder next to ``folder``, flushed to disk and renamed, so
-    ``folder`` is either absent, as before, or complete.
+    Each weight keeps its dtype and its ties; weights are split into as many files as the source had. Everything is
+    written into a hidden folder next to ``folder``, flushed to disk and renamed, so that ``folder`` is either as before
+    or complete.
 
     Args:
         overwrite: replace a folder that already holds a model.
 
     Raises:
-        OutputExists: ``folder`` holds something and ``overwrite`` is false, or holds other things than a model.
+        OutputExists: ``folder`` is not empty and ``overwrite`` is false, or it contains more than a model.
         StorageError: disk full, no permission; nothing is left behind.
         CheckpointError: transformers refuses to save this model.
     """
@@ -48,7 +48,7 @@ def save(checkpoint: Checkpoint, folder: str | Path, *, overwrite: bool = False)
 
 @contextmanager
 def replacing(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A hidden folder beside ``folder`` to write a model into; it takes the place of ``folder`` if nothing fails.
+    """Context with a hidden folder to write a model into; at exit it replaces ``folder``, unless something failed.
 
     Raises:
         OutputExists: as :func:`~ecoflap.model.replace.check_replaceable`.
@@ -59,7 +59,7 @@ def replacing(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         check_replaceable(folder, overwrite=overwrite)
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     try:
-        _remove(partial)  # of a run that was killed
+        _remove(partial)  # left by a run that was killed
         partial.mkdir(parents=True)
         yield partial
         _flush(partial)
@@ -95,20 +95,20 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
             raise CheckpointError(f"transformers cannot save {type(model).__name__}: {first_line(error)}") from error
         finally:
             model.config.dtype = checkpoint.dtype  # see below
-    # save_pretrained records the dtype of the first parameter, which is float32 where a family keeps that one so in
-    # a half-precision model: from_pretrained would then load all of it in float32.
+    # save_pretrained records the dtype of the first parameter. If a family keeps it in float32 in a half-precision
+    # model, from_pretrained would load all weights in float32.
     path = folder / "config.json"
     config = read_json(path, "the configuration", CheckpointError, finite=False)
     config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in folder.iterdir():
-        file.chmod(default_mode())  # safetensors makes its files private, whatever the umask
+        file.chmod(default_mode())  # safetensors ignores the umask and makes its files private
 
 
 def _in_order(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """The state dict of an offloaded model, in the order in which transformers writes one in memory.
+    """The state dict of an offloaded model, in the order of a model in memory; None for a model in memory.
 
-    In another order the same weights would go to other files. None for a model in memory, which transformers orders.
+    In another order the same weights would go to other files.
     """
     if not is_offloaded(model):
         return None
@@ -122,7 +122,7 @@ def _in_order(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 def _shard_limit(model: torch.nn.Module, source: tuple[int, ...]) -> int | str:
-    """The bytes per weight file with which ``model`` is cut into as many files as the source, of about its sizes."""
+    """The bytes per weight file with which ``model`` is split into as many files as the source, of similar sizes."""
     if not source:
         return "50GB"
     sizes = _tensor_bytes(model)
@@ -144,18 +144,18 @@ def _shard_limit(model: torch.nn.Module, source: tuple[int, ...]) -> int | str:
 
 def _tensor_bytes(model: torch.nn.Module) -> list[int]:
     entries = model.state_dict(keep_vars=True).values()
-    # Tied weights are stored once; an offloaded one has a placeholder, the same for all its names.
+    # Tied weights are stored once; an offloaded one has the same placeholder under all its names.
     tensors = {id(t) if t.is_meta else (t.device, t.data_ptr()): t for t in entries}
     return [tensor.nbytes for tensor in tensors.values()]
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    """What the weights take in files."""
+    """Bytes of the weights in files."""
     return sum(_tensor_bytes(model))
 
 
 def _count(sizes: list[int], limit: int) -> int:
-    """How many files transformers makes: tensors in order, a new file when the next one does not fit any more."""
+    """The number of files that transformers writes: tensors in order, a new file if the next one does not fit."""
     files, filled = 0, 0
     for size in sizes:
         if size > limit:
@@ -173,7 +173,7 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_entry(path: Path) -> None:
-    """Force a file's or folder's content to the disk, where the system can."""
+    """Flush a file or folder to the disk, if the system supports it."""
     if os.name == "nt" and path.is_dir():
         return  # folders can't be opened there
     handle = os.open(path, os.O_RDONLY)

@@ -1,8 +1,8 @@
-"""Matrices that are a part of a larger parameter: one expert's slice of the stacked weights of a mixture.
+"""Matrices that are part of a larger parameter, such as one expert's slice of a mixture's stacked weights.
 
-How such a matrix is named, read and written, and which products of a running module multiply by it. A product is known
-by where its factor lies in memory, so that it does not matter how a module comes by the slice: by an index, in a loop,
-transposed, or all slices at once.
+Names, reads and writes such matrices, and finds the products of a running module that multiply by them. A product is
+recognised by its factor's address in memory, however the module takes the slice: by an index, in a loop, transposed, or
+all slices at once.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ecoflap.model.parts import parameter_of
 from ecoflap.model.patching import Forward, forward_replaced
 
 _INDEXED = re.compile(r"(.+)\[(\d+)(?:/(\d+))?\]")
-# Operations that multiply by a weight: the place of the input among the arguments; the weight is the next one.
+# Operations that multiply by a weight, with the position of the input; the weight is the next argument.
 _PRODUCTS = {"matmul": 0, "__matmul__": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0}
-_NAMED = {"linear": ("input", "weight"), "_grouped_mm": ("self", "mat2")}  # where arguments may come by their names
+_NAMED = {"linear": ("input", "weight"), "_grouped_mm": ("self", "mat2")}  # names of keyword arguments
 
 
 def slice_name(parameter: str, index: int, of: int = 0) -> str:
     """The name of one matrix of a stacked parameter: ``…experts.gate_up_proj[3]``.
 
     Args:
-        of: how many there are, where they lie one above another in a parameter of two dimensions, which does not tell:
+        of: the number of matrices if they are concatenated in a 2-dimensional parameter, whose shape does not show it:
             ``…experts.mlp.w1[3/16]`` (DBRX).
     """
     return f"{parameter}[{index}/{of}]" if of else f"{parameter}[{index}]"
@@ -41,15 +41,15 @@ def matrix_in(parameter: Tensor, name: str) -> Tensor:
     found = _INDEXED.fullmatch(name)
     if found is None:
         return parameter
-    if found[3] is not None:  # one above another, so many of them
+    if found[3] is not None:  # this number of matrices, concatenated
         parameter = parameter.view(int(found[3]), -1, parameter.shape[1])
-    elif parameter.dim() == 2:  # square matrices, one above another: q, k and v of torch's attention
+    elif parameter.dim() == 2:  # square matrices, concatenated: q, k and v of torch's attention
         parameter = parameter.view(-1, parameter.shape[1], parameter.shape[1])
     return parameter[int(found[2])]
 
 
 def stored_matrix(model: nn.Module, name: str) -> Tensor:
-    """The values of the matrix called ``name`` as they are stored, without a graph; writing to them writes the model's.
+    """The matrix called ``name`` as it is stored, detached; writing to it changes the model.
 
     Raises:
         AttributeError: the model has no such parameter.
@@ -63,8 +63,8 @@ class Stack:
 
     Attributes:
         turned: each is stored as (inputs, outputs).
-        count: how many there are.
-        flat: they lie one above another in two dimensions.
+        count: number of matrices.
+        flat: the parameter has two dimensions, with the matrices concatenated along the first.
     """
 
     turned: bool
@@ -77,13 +77,13 @@ class Product:
     """A product of an input and the slices of a stacked parameter.
 
     Attributes:
-        x: (..., inputs), for one slice; (slices, tokens, inputs), for several; (tokens, inputs) with ``ends``.
-        first: number of the first slice.
-        count: how many slices; 0: one slice as a matrix of two dimensions.
+        x: (..., inputs) for one slice; (slices, tokens, inputs) for several; (tokens, inputs) with ``ends``.
+        first: index of the first slice.
+        count: number of slices; 0: one slice as a 2-dimensional matrix.
         turned: the stored slice is (inputs, outputs).
-        place: of the weight among the arguments; or its name there.
-        ends: for several slices that share out the rows of ``x``: the row that each one's part ends before.
-        of: how many slices there are, where they lie one above another in a parameter of two dimensions; else 0.
+        place: position or name of the weight among the arguments.
+        ends: for several slices that divide the rows of ``x``: the end (exclusive) of each one's rows.
+        of: total number of slices if the parameter has two dimensions; else 0.
     """
 
     x: Tensor
@@ -95,7 +95,7 @@ class Product:
     of: int = 0
 
     def inputs(self) -> Iterator[tuple[int, Tensor]]:
-        """Number of a slice and its input (tokens, inputs), for each slice that has any."""
+        """Index and input (tokens, inputs) of each slice that has an input."""
         if not self.count:
             yield self.first, self.x
         elif self.ends is not None:
@@ -113,8 +113,7 @@ def product_with(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     """The product, if this call of a torch function multiplies an input by slices of ``stacked``.
 
     Args:
-        stacked: (slices, rows, columns), contiguous; or (slices · rows, columns), of which products use the rows of one
-            slice at a time.
+        stacked: (slices, rows, columns), contiguous; or (slices · rows, columns), multiplied by one slice at a time.
     """
     found = factors(func, args, kwargs)
     return None if found is None else _located(*found, stacked)
@@ -123,7 +122,7 @@ def product_with(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
 def factors(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None
 ) -> tuple[Tensor, Tensor, int | str, bool, Tensor | None] | None:
-    """Of a product: input, weight, its place, whether it is (outputs, inputs) there, and the ends of groups of rows."""
+    """Input, weight, its position, whether it is (outputs, inputs), ends of row groups; None if it is no product."""
     name, kwargs = getattr(func, "__name__", ""), kwargs or {}
     if name == "linear":
         at = 0
@@ -182,7 +181,7 @@ Replace = Callable[[str, Product], Mapping[int, Tensor]]
 
 
 class _Products(TorchFunctionMode):
-    """Calls ``seen`` before each product with slices of a module's parameters; what it gives stands in for slices."""
+    """Calls ``seen`` before each product with slices of a module's parameters; its result replaces slices."""
 
     def __init__(self, owner: nn.Module, leaves: Sequence[str], seen: Replace) -> None:
         super().__init__()
@@ -202,7 +201,7 @@ class _Products(TorchFunctionMode):
 
 
 def _standing_in(weight: Tensor, product: Product, others: Mapping[int, Tensor]) -> Tensor:
-    """The weight of a product, with other matrices (in the way they are stored) in the place of some slices."""
+    """The weight of a product with some slices replaced by other matrices, which are given as they are stored."""
     flipped = weight.stride(-1) != 1
     inside = range(product.first, product.first + max(1, product.count))
     if not product.count:
@@ -227,13 +226,13 @@ def _with_weight(args: Any, kwargs: Any, place: int | str, weight: Tensor) -> tu
 
 @contextmanager
 def products_seen(model: nn.Module, owners: Mapping[str, Iterable[str]], seen: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``seen(owner, leaf, product)`` is called before each product with slices of these parameters.
+    """Context that calls ``seen(owner, leaf, product)`` before each product with slices of these parameters.
 
-    It may give matrices by number of slice, which are computed with instead, or None. Forwards that a backward pass
-    repeats are seen, too.
+    It may return None, or matrices by index of slice, which replace the slices. Forwards that a backward pass repeats
+    are included.
 
     Args:
-        owners: paths of modules, each with the names of its stacked parameters.
+        owners: for each path of a module the names of its stacked parameters.
     """
 
     def wrapper(path: str, owner: nn.Module, leaves: Sequence[str]) -> Callable[[Forward], Forward]:
@@ -255,11 +254,10 @@ def products_seen(model: nn.Module, owners: Mapping[str, Iterable[str]], seen: C
 
 @contextmanager
 def experts_in_turn(model: nn.Module) -> Iterator[None]:
-    """Inside, mixtures of transformers multiply by one expert after another, and by no kernel for all of them at once.
+    """Context in which mixtures of transformers multiply by one expert after another, without a fused kernel.
 
-    That is the way in which each family's own code is written (``experts_implementation="eager"``). It works for all
-    dtypes, has derivatives in both modes, and shows each expert's input. Its results differ from those of other
-    implementations in the order of sums.
+    This is ``experts_implementation="eager"``, each family's own code. It works for all dtypes, has derivatives in both
+    modes, and shows each expert's input. Its results differ from those of other implementations in the order of sums.
     """
     name = "_experts_implementation_internal"
     found = (getattr(module, "config", None) for module in model.modules() if _stacks(module))

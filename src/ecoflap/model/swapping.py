@@ -1,4 +1,4 @@
-"""Lets a model compute with other values in the place of some of its matrices, which are never written to."""
+"""Makes a model compute with replacements of some of its matrices, without writing to them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ecoflap.model.slices import Product, products_seen, slice_name
 
 @contextmanager
 def layers_swapped(model: nn.Module, tensors: Iterable[tuple[Layer, Tensor]]) -> Iterator[None]:
-    """The model computes with these tensors in the place of whole layers' matrices inside.
+    """Context in which the model uses these tensors instead of whole layers' matrices.
 
     Args:
-        tensors: each in the shape in which its matrix is stored; not copied. Tangent and graph are kept.
+        tensors: each in the stored shape of its matrix; not copied. Tangent and graph are kept.
     """
     slices: dict[str, Tensor] = {}
     layers: list[Layer] = []
@@ -35,12 +35,12 @@ def layers_swapped(model: nn.Module, tensors: Iterable[tuple[Layer, Tensor]]) ->
 
 @contextmanager
 def slices_swapped(model: nn.Module, layers: Iterable[Layer], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model computes with other slices of stacked parameters inside, also in what a backward pass repeats.
+    """Context in which the model uses other slices of stacked parameters, also in forwards that a backward repeats.
 
     Args:
-        layers: slices that may be swapped.
-        tensors: name of a slice to what stands in for it, in the shape in which it is stored: looked up at each
-            product, so that entries may come and go.
+        layers: slices that may be replaced.
+        tensors: replacements by name of the slice, in its stored shape; looked up at each product, so that entries may
+            be added and removed.
     """
     owners: dict[str, dict[str, None]] = {}
     attention: dict[str, None] = {}

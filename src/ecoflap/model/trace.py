@@ -1,4 +1,4 @@
-"""Traces one forward: which modules run, in which order, called by which, and which lists of modules form a chain."""
+"""Traces one forward: which modules run, in which order, by which caller, and which of them form a chain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of the context; every submodule gets its own mode back."""
+    """Context in eval mode; at exit every submodule has its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -52,20 +52,20 @@ def linear_weight(func: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 class _Origins(TorchFunctionMode):
-    """Follows tensors through every operation, and knows from which watched modules each comes directly.
+    """Follows tensors through every operation, to find from which watched modules each comes directly.
 
-    A parent may change the hidden states between two blocks (Qwen3-VL adds picture features), in place or not.
+    A parent may change the hidden states between two blocks (Qwen3-VL adds image features), in place or not.
     """
 
     def __init__(self, weights: StackedWeights) -> None:
         super().__init__()
-        self._known: Any = WeakTensorKeyDictionary()  # keeps no activation alive
-        self._multiplied: dict[int, weakref.ref[Tensor]] = {}  # by id: what was the weight of a functional linear map
+        self._known: Any = WeakTensorKeyDictionary()  # weak, so that activations are freed
+        self._multiplied: dict[int, weakref.ref[Tensor]] = {}  # by id, weights of calls of functional.linear
         self.weights = weights
 
     @property
     def multiplied(self) -> set[int]:
-        """Ids of the weights of linear maps that still exist: others may have their ids by now."""
+        """Ids of those weights of functional.linear that still exist: the ids of others may be reused."""
         return {key for key, found in self._multiplied.items() if found() is not None}
 
     def of(self, tensors: Sequence[Tensor]) -> frozenset[str]:
@@ -92,7 +92,7 @@ class _Origins(TorchFunctionMode):
 
 
 class StackedWeights:
-    """Finds out which parameters are stacks of matrices that modules multiply by, and which way these lie.
+    """Finds the parameters that stack matrices, and how they stack them, from the products of a forward.
 
     Args:
         model: owner of the parameters.
@@ -111,7 +111,7 @@ class StackedWeights:
         """Name of each such parameter to the number of slices up to the last that was multiplied by."""
 
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Take note, if this call multiplies by slices of a parameter of a running module."""
+        """Record the call if it multiplies by slices of a parameter of a running module."""
         if not self._owners or factors(func, args, kwargs) is None:
             return
         for path in reversed(self._stack):
@@ -132,12 +132,12 @@ class StackedWeights:
         return any(parameter is weight for parameter in running._parameters.values())
 
     def found(self) -> dict[str, Stack]:
-        """Name of each such parameter to how its matrices lie."""
+        """The stacks by name of their parameter."""
         return {name: next(iter(ways)) for name, ways in self._ways.items() if len(ways) == 1}
 
 
 def _may_stack(module: nn.Module, parameter: Tensor) -> bool:
-    """Three dimensions; or two, in a module that is none of those which multiply by a whole matrix or look up rows."""
+    """Whether it has three dimensions; or two, in a module that is no linear layer, embedding and the like."""
     if parameter.dim() == 2:
         return not isinstance(module, nn.Linear | nn.Embedding | nn.MultiheadAttention)
     return parameter.dim() == 3
@@ -145,17 +145,17 @@ def _may_stack(module: nn.Module, parameter: Tensor) -> bool:
 
 @dataclass
 class Trace:
-    """What one forward did.
+    """The record of one forward.
 
     Attributes:
-        ranks: path of each called module to the rank of its first call.
+        ranks: for each called module, the rank of its first call.
         drivers: for each called module, the path of the innermost module in whose forward it was (first) called.
         calls: number of calls of each module.
-        chained: pairs ``(a, b)`` of watched modules: the output of ``a``, or something computed from it outside of
+        chained: pairs ``(a, b)`` of watched modules: the output of ``a``, or a tensor computed from it outside of
             watched modules, was an argument of ``b``.
         multiplied: ids of the parameters with which ``torch.nn.functional.linear`` was called, but not by their module.
-        stacked: names of the parameters that are stacks of matrices, to how these lie.
-        reached: the same names, to the number of slices up to the last that something was multiplied by.
+        stacked: the parameters that stack matrices, by name.
+        reached: for the same names, the number of slices up to the last that was multiplied by.
         inputs: for each watched module, the names of the batch's entries that its arguments were computed from outside
             of other watched modules.
     """
@@ -170,7 +170,7 @@ class Trace:
     inputs: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def position(self, path: str) -> int:
-        """Rank of the first call of ``path``; modules never called come last."""
+        """Rank of the first call of ``path``; modules that are never called come last."""
         return self.ranks.get(path, len(self.ranks))
 
 
@@ -178,15 +178,15 @@ def trace(model: nn.Module, batch: Any, watched: set[str], run: Run = plain_forw
     """Run one forward and record the calls.
 
     Args:
-        model: any module; its mode and hooks are as before afterwards.
+        model: any module; its mode and hooks are restored.
         batch: what ``run`` takes.
-        watched: paths between which tensors are followed to find chains.
+        watched: paths of the modules between which chains are looked for.
         run: how to run the model on the batch, by default ``model(**batch)``.
     """
     result = Trace()
     stack: list[str] = []
     origins = _Origins(StackedWeights(model, stack))
-    # Entries of the batch have origins of their own, which no path of a module can be.
+    # Entries of the batch have origins that can't be paths of modules.
     entries = {f"batch entry {name}": str(name) for name in batch} if isinstance(batch, Mapping) else {}
 
     def before(path: str) -> Callable[..., None]:

@@ -42,7 +42,7 @@ Without that import transformers warns of an unknown quantization type and leave
 
 @dataclass(frozen=True)
 class PackedFolder:
-    """What :func:`pack_checkpoint` wrote: ``folder``, and bytes of the weight files before and after."""
+    """The result of :func:`pack_checkpoint`: ``folder``, and bytes of the weight files before and after."""
 
     folder: Path
     model: PackedModel
@@ -62,7 +62,7 @@ def pack_checkpoint(
     """Write the checkpoint ``source`` packed into ``output``, with its processor and its card.
 
     Args:
-        source: as for :func:`ecoflap.load`. One that would fill the memory is packed file by file.
+        source: as for :func:`ecoflap.load`. A model that would fill the memory is packed file by file.
         values, group_size: as for :func:`ecoflap.pack`.
 
     Raises:
@@ -92,9 +92,9 @@ def pack_checkpoint(
 def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
     """Write the plain checkpoint of a packed one: ours, or a ``sparse-bitmask`` one of compressed-tensors.
 
-    Weight file after weight file; what is not packed is copied as it is. Stacked experts get the names under which
-    transformers saves them, which for many families are one for each expert. Values that were not quantised come back
-    to the bit; rounded values become the numbers that they stand for, in the dtype that the configuration names.
+    Works file by file; tensors that are not packed are copied. Stacked experts get the names under which transformers
+    saves them, which for many families are one per expert. Unrounded values are restored to the bit; rounded values
+    are dequantised, in the dtype of the configuration.
 
     Raises:
         CheckpointError: it is not packed, or damaged.

@@ -11,7 +11,7 @@ from ecoflap.errors import CheckpointError
 from ecoflap.model.packed.format import GROUP_STEP, STORED, PackedWeight, chunks
 from ecoflap.model.packed.nibbles import BLOCK, row_bytes
 
-_LARGEST = 1 << 48  # of a dimension; beyond it a product of two overflows
+_LARGEST = 1 << 48  # a dimension; larger ones could overflow in products
 
 
 def check(packed: PackedWeight, name: str) -> None:
@@ -21,11 +21,7 @@ def check(packed: PackedWeight, name: str) -> None:
 
 
 def from_tensors(tensors: dict[str, Tensor], name: str, group_size: int = 0) -> PackedWeight:
-    """A weight from its stored parts, checked.
-
-    Raises:
-        CheckpointError: a part is missing, or the parts disagree.
-    """
+    """A weight from its stored parts. Raises CheckpointError if a part is missing, or the parts disagree."""
     missing = [part for part in ("compressed", "bitmask", "row_offsets", "shape") if part not in tensors]
     if missing:
         raise CheckpointError(f"the packed weight '{name}' lacks its {missing[0]}: download or pack it again")
@@ -77,7 +73,7 @@ def _scales_fault(packed: PackedWeight, rows: int, columns: int) -> str:
     if size < 0 or size % GROUP_STEP:
         return f"its scales are for {size} columns each"
     if dtype == torch.int8 and bool((packed.compressed == -128).any()):
-        return "it holds the value -128, which our rounding never gives"
+        return "it holds the value -128, which is not used"
     groups = -(-columns // size) if size else 1
     if scales.dtype != torch.float32 or tuple(scales.shape) != (rows, max(groups, 1)):
         return f"its scales are {scales.dtype} {list(scales.shape)}, expected float32 {[rows, groups]}"
@@ -85,7 +81,7 @@ def _scales_fault(packed: PackedWeight, rows: int, columns: int) -> str:
 
 
 def _stored_sizes(mask: Tensor, values: str) -> Tensor:
-    """How many stored values, or bytes of codes of 4 bits, each row of (R, B) bytes of a mask tells of."""
+    """Number of stored values, or of bytes of 4-bit codes, in each row of a mask of (R, B) bytes."""
     if values != "int4":
         return popcount(mask)
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % (BLOCK // 8)))
@@ -93,7 +89,7 @@ def _stored_sizes(mask: Tensor, values: str) -> Tensor:
 
 
 def popcount(mask: Tensor) -> Tensor:
-    """Bits that are set in each row of (R, B) bytes, as int64: sums of pairs, then of four, then of the byte."""
+    """Number of set bits in each row of (R, B) bytes, as int64."""
     pairs = mask - ((mask >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((fours + (fours >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)

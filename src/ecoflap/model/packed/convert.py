@@ -21,14 +21,14 @@ from ecoflap.model.packed.stack import PackedStack, as_packed, stacks_of
 
 @dataclass(frozen=True)
 class PackedModel:
-    """What :func:`pack` did.
+    """The result of :func:`pack`.
 
     Attributes:
         layers: path of each packed layer.
-        dense_bytes: what their weights took before.
-        packed_bytes: what they take now.
-        other_bytes: all other parameters and buffers, which stay as they are.
-        error: ‖W - Ŵ‖ / ‖W‖ over all packed weights, Ŵ what rounded values stand for; 0 for "auto".
+        dense_bytes: of their weights before.
+        packed_bytes: of their weights now.
+        other_bytes: of all other parameters and buffers, which are unchanged.
+        error: ‖W - Ŵ‖ / ‖W‖ over all packed weights with the rounded weights Ŵ; 0 for "auto".
     """
 
     layers: tuple[str, ...]
@@ -40,7 +40,7 @@ class PackedModel:
 
 @dataclass
 class Packing:
-    """Packs one layer after another, and adds up what comes of it."""
+    """Packs one layer after another, and sums sizes and errors."""
 
     values: str
     group_size: int
@@ -63,7 +63,7 @@ class Packing:
         return packed
 
     def result(self, of: str) -> PackedModel:
-        """What was packed of the model ``of``; raises InvalidOption where nothing was."""
+        """The sums for the model ``of``. Raises InvalidOption if nothing was packed."""
         if not self.layers:
             raise InvalidOption(f"no layer of {of} has enough zeros to get smaller: prune it first")
         error = math.sqrt(self._off / self._size) if self._size else 0.0
@@ -73,12 +73,12 @@ class Packing:
 def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = None) -> PackedModel:
     """Pack the weights of linear layers (``nn.Linear``, transformers' Conv1D) and stacked experts with enough zeros.
 
-    It works in place. The model computes the same within the rounding of a sum in float32 ("auto"), takes less memory,
-    and saves with ``save_pretrained`` as a packed checkpoint. Weights that several modules share and layers with less
-    than about a tenth of zeros stay dense.
+    It works in place. The outputs are the same up to the rounding of float32 sums ("auto"), the model needs less
+    memory, and ``save_pretrained`` writes a packed checkpoint. Shared weights, and layers with less than about a tenth
+    of zeros, stay dense.
 
     Args:
-        values: "auto" keeps the dtype and every bit; "int8" and "int4" round the non-zeros to 8 or 4 bits.
+        values: "auto" keeps the dtype and every bit; "int8" and "int4" round the nonzeros to 8 or 4 bits.
         group_size: columns that share a scale of rounded values, a multiple of 64; 0: the whole row. None: 0 for int8,
             128 for int4.
 
@@ -113,7 +113,7 @@ def pack(model: nn.Module, *, values: str = "auto", group_size: int | None = Non
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Put plain layers in the place of the packed ones, in ``dtype`` (None: each its own); ``model`` itself."""
+    """Replace packed layers by plain ones in ``dtype`` (None: each keeps its own); return ``model``."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
         weight = layer.dense_weight(dtype)
         plain: Any
@@ -135,7 +135,7 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def packable(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Linear layers by their paths whose weight no other module has or reads past their forward."""
+    """Linear layers by path, without those whose weight other modules share or read."""
     owners = Counter(
         id(weight) for module in model.modules() if (weight := module._parameters.get("weight")) is not None
     )
@@ -151,10 +151,10 @@ def packable(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def stackable(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, bool, int]]:
-    """Parameters that may stack matrices, and are held once: name, module, whether transposed, how many are flat.
+    """Unshared parameters that may stack matrices: name, module, parameter, whether transposed, number if flat.
 
-    They have three dimensions, or two in which so many matrices lie one above another. Where nothing tells whether they
-    are transposed, they are taken as they are stored: right, but slower.
+    They have three dimensions; or two, with that number of matrices concatenated. If it is unknown whether they are
+    transposed, they are taken as not transposed: correct, but maybe slower.
     """
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Defines the bitmask layout of one sparse weight: its non-zeros in order, and a mask of one bit for each weight."""
+"""Defines the bitmask format of one sparse weight: its nonzeros in order, and a mask with one bit per weight."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PARTS = (
     "scales",
 )  # what is stored of a weight; scales for rounded values
 VALUES = ("auto", "int8", "int4")
-GROUP_STEP = 64  # columns; kernels read as many at a time, so a group never ends inside a step
+GROUP_STEP = 64  # columns that kernels read at a time; a group must not end inside a step
 GROUP_SIZES = {"auto": 0, "int8": 0, "int4": 128}  # by default
 STORED = {"int8": torch.int8, "int4": torch.uint8}  # dtype of rounded values
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 24  # weights that are worked on at a time: bounds the memory of temporaries
-_FEW = 0.01  # share of weights that are -0 up to which each is stored, so that unpacking gives every bit back
-_WORTH = 0.95  # of the dense bytes: a weight that would not get smaller than that stays dense
+_CHUNK = 1 << 24  # weights that are processed at a time, to limit memory
+_FEW = 0.01  # up to this share of -0 among the weights, they are stored, so that unpacking restores every bit
+_WORTH = 0.95  # a weight that would take more than this share of its dense bytes stays dense
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class PackedWeight:
     """One weight of shape (..., C), seen as R rows of C columns.
 
     Attributes:
-        compressed: (nnz,) the values that are not zero, row by row, columns ascending. With ``scales`` they are int8,
-            or uint8 with two codes of 4 bits each (see ``nibbles.py``), and then there are as many as bytes.
+        compressed: (nnz,) the nonzero values, row by row, columns ascending. With ``scales`` they are int8, or uint8
+            with two 4-bit codes in each byte (see ``nibbles.py``).
         bitmask: (R, ceil(C / 8)) uint8; bit j of byte b is column 8 b + j.
-        row_offsets: (R,) int64; where each row begins in ``compressed``.
+        row_offsets: (R,) int64; index of each row's first value in ``compressed``.
         shape: the dense weight's.
-        scales: (R, groups) float32, by which the rounded values of a row are multiplied, group of columns by group.
+        scales: (R, groups) float32, factors of the rounded values for each row and group of columns.
         group_size: columns that share a scale; 0 for the whole row.
     """
 
@@ -59,7 +59,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the parts take, in memory and in a file alike."""
+        """Bytes of the parts, in memory and in files."""
         tensors = [self.compressed, self.bitmask, self.row_offsets] + ([] if self.scales is None else [self.scales])
         return sum(tensor.nbytes for tensor in tensors) + 8 * len(self.shape)
 
@@ -75,16 +75,16 @@ class PackedWeight:
 
 
 def pack_weight(weight: Tensor, values: str = "auto", group_size: int | None = None) -> PackedWeight:
-    """Pack ``weight`` of any floating dtype and at least one dimension, where it lies.
+    """Pack ``weight`` of any floating dtype and at least one dimension, on its device.
 
     Args:
-        values: "auto" keeps the non-zeros to the bit (a -0 too, unless more than 1 % of the weights are -0: then it
-            is one of the zeros). "int8" and "int4" round them (``rounding.py``).
+        values: "auto" keeps the nonzeros to the bit (also -0, unless more than 1 % of the weights are -0: then they
+            count as zeros). "int8" and "int4" round them (``rounding.py``).
         group_size: columns that share a scale of rounded values, a multiple of 64; 0: the whole row. None: 0 for int8,
             128 for int4.
 
     Raises:
-        InvalidOption: unknown ``values``, a group size that no kernel reads, or weights to round that are not finite.
+        InvalidOption: unknown ``values``, an unsupported group size, or weights to round that are not finite.
     """
     group_size = checked_group_size(values, group_size)
     matrix = weight.detach().reshape(prod(weight.shape[:-1]), weight.shape[-1])
@@ -130,7 +130,7 @@ def checked_group_size(values: str, group_size: int | None) -> int:
 
 
 def unpack_weight(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight, where the parts lie; in ``dtype``, by default that of the values (float32 if rounded)."""
+    """The dense weight on the device of the parts; in ``dtype``, by default that of the values (float32 if rounded)."""
     dtype = dtype or (torch.float32 if packed.scales is not None else packed.compressed.dtype)
     rows, columns = len(packed.bitmask), packed.shape[-1]
     dense = torch.zeros(rows, columns, dtype=dtype, device=packed.bitmask.device)
@@ -139,7 +139,7 @@ def unpack_weight(packed: PackedWeight, dtype: torch.dtype | None = None) -> Ten
 
 
 def unpack_rows(packed: PackedWeight, first: int, dense: Tensor) -> None:
-    """Write rows ``first`` and following into ``dense`` (rows, C), which holds zeros."""
+    """Write rows from ``first`` on into ``dense`` (rows, C), which must be zero."""
     rows, columns = dense.shape
     step = max(1, _CHUNK // max(columns, 1))
     ends = torch.cat([packed.row_offsets[1:], packed.row_offsets.new_tensor([len(packed.compressed)])])
@@ -157,11 +157,11 @@ def unpack_rows(packed: PackedWeight, first: int, dense: Tensor) -> None:
 
 
 def packed_bytes(weight: Tensor, values: str = "auto", group_size: int | None = None) -> int:
-    """What :func:`pack_weight` would make of ``weight``, without making it (int8 and int4: at most)."""
+    """Bytes of ``weight`` after :func:`pack_weight`, without packing it; for int8 and int4 an upper bound."""
     columns, rows = weight.shape[-1], prod(weight.shape[:-1])
     kept = sum(int(part.count_nonzero()) for part in chunks(weight.detach().reshape(rows, columns)))
     size = {"auto": weight.element_size(), "int8": 1, "int4": 0.5}[values]
-    rest = 0.5 * rows * -(-columns // BLOCK) if values == "int4" else 0  # a code that is alone in its byte
+    rest = 0.5 * rows * -(-columns // BLOCK) if values == "int4" else 0  # bytes that may hold a single code
     group_size = checked_group_size(values, group_size)
     groups = max(1, -(-columns // group_size)) if group_size else 1
     scales = 0 if values == "auto" else 4 * rows * groups

@@ -1,4 +1,4 @@
-"""Holds the parts of one packed weight as parameters of a module, so that what moves or offloads it moves them."""
+"""Holds the parts of one packed weight as parameters of a module, so that they are moved and offloaded with it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class PackedParts(nn.Module):
 
     Args:
         weight: the packed weight.
-        dtype: of the dense weight, where the values are rounded.
-        transposed: the model stores the last two dimensions of its dense weight the other way round.
+        dtype: of the dense weight, if the values are rounded.
+        transposed: the model's dense weight has its last two dimensions exchanged.
     """
 
     compressed: nn.Parameter
@@ -43,14 +43,14 @@ class PackedParts(nn.Module):
         self._unchecked = False  # whether the parts were on the disk when the model was loaded
 
     def packed(self) -> PackedWeight:
-        """The weight as it lies here."""
+        """The weight made of the module's parts."""
         parts = {name: self._parameters[name] for name in PARTS if self._parameters.get(name) is not None}
         return PackedWeight(
             parts["compressed"], parts["bitmask"], parts["row_offsets"], self.size, parts.get("scales"), self.group_size  # type: ignore[arg-type]
         )  # fmt: skip
 
     def verify(self, name: str) -> None:
-        """Check the parts after loading, as far as they are in memory; those on the disk before their first use.
+        """Check the parts after loading; offloaded ones are checked before their first use.
 
         Raises:
             CheckpointError: they disagree, or were not in the file.
@@ -69,7 +69,7 @@ class PackedParts(nn.Module):
             )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Entries are checked, and may hold another number of values than there are now."""
+        """Load entries, which may have another number of values, and check them."""
         found = {name: state_dict[prefix + name] for name in (*PARTS, "shape") if prefix + name in state_dict}
         if len(found) > 1:
             packed = from_tensors(found, prefix.removesuffix("."), self.group_size)
@@ -79,7 +79,7 @@ class PackedParts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As for any module, but scales stay float32: 16 bits would add to the error of rounded values."""
+        """As in the base class, but scales stay float32: 16 bits would add to the rounding error."""
         scales = self._parameters.pop("scales", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None:

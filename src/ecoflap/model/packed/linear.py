@@ -13,15 +13,15 @@ from ecoflap.model.packed.ops import multiply
 
 
 class PackedLinear(PackedParts):
-    """y = x Wᵀ + b with a packed W of (outputs, inputs); takes the place of ``nn.Linear`` and of transformers' Conv1D.
+    """y = x Wᵀ + b with a packed W of (outputs, inputs); replaces ``nn.Linear`` and transformers' Conv1D.
 
-    ``weight`` is the dense weight, unpacked when something is computed with it.
+    The attribute ``weight`` is the dense weight, which is unpacked when an operation uses it.
 
     Args:
         weight: the packed matrix; for Conv1D that of Wᵀ, with ``transposed``.
         bias: (outputs,) or None.
-        transposed: the layer whose place this takes stores its weight as (inputs, outputs).
-        dtype: of the dense weight, where the values are rounded.
+        transposed: the replaced layer stores its weight as (inputs, outputs).
+        dtype: of the dense weight, if the values are rounded.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class PackedLinear(PackedParts):
         return multiply(x, self.compressed, self.bitmask, self.row_offsets, scales, bias, self.group_size)  # type: ignore[arg-type]
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight, laid out as the layer had it whose place this takes."""
+        """The dense weight in the layout of the replaced layer."""
         dense = unpack_weight(self.packed(), dtype or self.dtype).detach()
         return dense.t().contiguous() if self.transposed else dense
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight: its shape, dtype and device at once, its values when something is computed with it."""
+        """The dense weight, whose values are unpacked only when an operation uses them."""
         return _LazyWeight(self)
 
     def extra_repr(self) -> str:
@@ -61,7 +61,7 @@ class PackedLinear(PackedParts):
 
 
 class _LazyWeight(Tensor):
-    """Looks like a layer's dense weight, and becomes it when an operator meets it."""
+    """Stands for a layer's dense weight; an operator unpacks it."""
 
     _layer: PackedLinear
 

@@ -1,4 +1,4 @@
-"""Puts stacked experts together that the files of a checkpoint hold one by one, as transformers does."""
+"""Stacks experts that the files of a checkpoint hold one by one, with transformers' conversions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Merge:
-    """One stack in pieces.
+    """One stack of experts that the files hold in pieces.
 
     Attributes:
         stack: name of the parameter in the model.
-        pieces: names in the files, each with the pattern by which transformers knows it.
-        converter: of transformers, which makes the stack of the pieces.
+        pieces: names in the files, each with the pattern that transformers matches it with.
+        converter: of transformers, which makes the stack from the pieces.
     """
 
     stack: str
@@ -26,7 +26,7 @@ class Merge:
     converter: Any
 
     def read(self, tensor_of: Callable[[str], Tensor], model: Any) -> Tensor:
-        """The whole stack; ``tensor_of`` reads a piece by its name."""
+        """The stack; ``tensor_of`` reads a piece by its name."""
         converter = deepcopy(self.converter)
         for name, pattern in self.pieces:
             converter.add_tensor(self.stack, name, pattern, tensor_of(name))
@@ -36,7 +36,7 @@ class Merge:
 
 
 def merges(model: nn.Module, stacks: Collection[str], names: Iterable[str]) -> list[Merge]:
-    """How the ``stacks`` of a model are made of what the files hold; without those that are not.
+    """The conversions from tensors in the files to those of the ``stacks`` that the files hold in pieces.
 
     Args:
         model: may be on the meta device.
@@ -50,7 +50,7 @@ def merges(model: nn.Module, stacks: Collection[str], names: Iterable[str]) -> l
             dot_natural_key,
             rename_source_key,
         )
-    except ImportError:  # a transformers that has no such conversions, or keeps them elsewhere
+    except ImportError:  # another version of transformers
         return []
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]

@@ -1,7 +1,7 @@
-"""Codes of 4 bits, two to a byte: how many bytes each row has, and where each code lies.
+"""Stores 4-bit codes, two in a byte.
 
-The codes of 64 columns begin with a byte of their own, so that kernels, which take as many columns a step, never begin
-in the middle of a byte. That costs a sixteenth of a bit per weight at most.
+The codes of each 64 columns begin with a new byte, so that kernels, which process 64 columns in a step, never begin in
+the middle of a byte. That costs a sixteenth of a bit per weight at most.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ BLOCK = 64  # columns; a multiple of 8
 
 
 def row_bytes(counts: Tensor) -> Tensor:
-    """(R,) bytes of each row's codes, of (R, blocks) numbers of codes in each block of columns."""
+    """(R,) number of bytes of each row, from (R, blocks) numbers of codes in each block of columns."""
     return ((counts + 1) // 2).sum(dim=1)
 
 
 def joined(codes: Tensor, kept: Tensor) -> Tensor:
-    """The codes that are kept, of (R, C) ones, as bytes; the first of two is the lower half."""
+    """The kept ones of (R, C) codes as bytes; the first of two codes is the lower half."""
     places, total = _places(kept)
     halves = torch.zeros(2 * total, dtype=torch.uint8, device=codes.device)
     halves[places] = codes[kept]
@@ -26,20 +26,20 @@ def joined(codes: Tensor, kept: Tensor) -> Tensor:
 
 
 def parted(stored: Tensor, kept: Tensor) -> Tensor:
-    """The codes of ``stored``, one a place that is kept, in order."""
+    """The codes in ``stored`` for all kept places, in order."""
     places, _ = _places(kept)
     return torch.stack([stored & 15, stored >> 4], dim=1).flatten()[places]
 
 
 def block_counts(kept: Tensor) -> Tensor:
-    """(R, blocks) how many columns of each block are kept, of (R, C) bool."""
+    """(R, blocks) number of kept columns in each block, from (R, C) bool."""
     rows, columns = kept.shape
     padded = torch.nn.functional.pad(kept, (0, -columns % BLOCK))
     return padded.view(rows, -(-columns // BLOCK), BLOCK).sum(dim=2, dtype=torch.int64)
 
 
 def _places(kept: Tensor) -> tuple[Tensor, int]:
-    """Where the code of each kept column lies, counted in halves of a byte, and the number of bytes."""
+    """The position of each kept column's code, in half bytes, and the total number of bytes."""
     rows, columns = kept.shape
     blocks = -(-columns // BLOCK)
     inside = torch.nn.functional.pad(kept, (0, -columns % BLOCK)).view(rows * blocks, BLOCK)

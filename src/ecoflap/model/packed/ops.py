@@ -1,4 +1,4 @@
-"""Defines the product with a packed weight as a torch operator: by our kernels on the CPU, else by unpacking rows."""
+"""Defines the product with a packed weight as a torch operator: CPU kernels, or a fallback that unpacks rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from ecoflap.model.packed import kernels
 from ecoflap.model.packed.format import STORED, PackedWeight, unpack_rows, unpack_weight
 
-_TILE = 8 << 20  # bytes of rows that are unpacked at a time: they stay in the cache until they are multiplied
+_TILE = 8 << 20  # bytes of rows that are unpacked at a time, so that they are still in the cache when multiplied
 _PARTS = "Tensor compressed, Tensor bitmask, Tensor row_offsets, Tensor scales"
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -24,7 +24,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     """x Wᵀ + bias, as ``torch.nn.functional.linear`` with the dense weight; differentiable in ``x``.
 
     Args:
-        x: (..., C), of a floating dtype; that of the result (..., R).
+        x: (..., C), of a floating dtype; the result (..., R) has the same dtype.
         weight: (R, C).
         bias: (R,).
     """
@@ -37,7 +37,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 def multiply(
     x: Tensor, compressed: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor, bias: Tensor, group_size: int
 ) -> Tensor:
-    """As :func:`packed_linear`, with empty tensors where there are no scales or bias."""
+    """As :func:`packed_linear`, with empty tensors for missing scales or bias."""
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
         found: Tensor = _WithGradient.apply(x, compressed, bitmask, offsets, scales, bias, group_size)  # type: ignore[no-untyped-call]
         return found
@@ -75,9 +75,9 @@ def _weight(
 def _tiled(
     x: Tensor, compressed: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor, bias: Tensor, group_size: int
 ) -> Tensor:
-    """Rows are unpacked into a buffer that is used again and again, and multiplied there.
+    """Unpack groups of rows into a reused buffer, and multiply by them.
 
-    In float32 on processors without fast bfloat16 or float16 products: there it takes a fraction of their time.
+    Computes in float32 on processors without fast bfloat16 or float16 products, where that is several times faster.
     """
     rows, columns = len(offsets), x.shape[-1]
     tokens = x.numel() // max(columns, 1)
@@ -109,7 +109,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for ``size`` numbers, the same for all calls of a thread: fresh pages would cost more than the unpacking."""
+    """Memory for ``size`` numbers, reused by all calls of a thread: new pages would cost more than the unpacking."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
     found: Tensor | None = getattr(_scratch, "bytes", None)
@@ -138,7 +138,7 @@ def _register(library: Any) -> None:
     for name, function in {"packed_linear": _tiled, "packed_linear_tiled": _tiled, "unpack_rows": _unpack_rows}.items():
         library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake("ecoflap::packed_linear", _shape_of_product, lib=library)
-    kernels.load()  # take the place of the first and the last on the CPU
+    kernels.load()  # they replace the first and the last operator on the CPU
 
 
 _register(_library)

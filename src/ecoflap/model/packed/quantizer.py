@@ -30,10 +30,10 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format: "bitmask", the only one.
         values: "auto", "int8" or "int4", as in :func:`ecoflap.pack`.
         group_size: columns that share a scale of rounded values; 0: the whole row. None: the default of ``values``.
-        layers: number of stored values of each packed layer, or parameter that stacks experts; of int4, of bytes.
+        layers: number of stored values (for int4, of bytes) by packed layer or parameter of stacked experts.
         transposed: those whose file holds the transpose of the layer's weight, or of each of the stacked matrices.
-        flat: parameters of two dimensions whose file holds the matrices that lie one above another in them.
-        version: of the format; 2 where experts are packed.
+        flat: 2-dimensional parameters of concatenated matrices, which the file holds as 3-dimensional ones.
+        version: of the format; 2 if experts are packed.
 
     Raises:
         CheckpointError: a newer version or another format, or entries that can't be read.
@@ -80,7 +80,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts packed layers into a model before its weights are loaded, and checks them afterwards."""
 
     requires_calibration = False
-    is_trainable = True  # all but the packed weights; Trainer asks this even to evaluate
+    is_trainable = True  # except for the packed weights; Trainer checks this even to evaluate
     is_qat_trainable = True
     is_compileable = True
 
@@ -88,7 +88,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **__: Any) -> bool:
-        """Which tensors may differ in shape from what the configuration led to expect: they are checked afterwards."""
+        """True for parts of packed weights: their shapes may differ from the model's, and are checked after loading."""
         path, _, name = param_name.rpartition(".")
         return isinstance(model.get_submodule(path), PackedParts) and name != "bias"
 
@@ -99,7 +99,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for path, count in config.layers.items():
             flat = path in config.flat
             if (found := _find(model, path, flat)) is None:
-                continue  # of a head that this class has not
+                continue  # of a head that this class does not have
             name, layer = found
             turned = path in config.transposed
             stacked = isinstance(layer, nn.Parameter)
@@ -180,11 +180,7 @@ def _empty(size: tuple[int, ...], count: int, dtype: torch.dtype, config: Packed
 
 
 def _flat_count(model: nn.Module, name: str) -> int:
-    """How many matrices lie one above another in the parameter.
-
-    Raises:
-        CheckpointError: none do.
-    """
+    """Number of matrices that are concatenated in the parameter. Raises CheckpointError if it has none."""
     owner, _, leaf = name.rpartition(".")
     count, _ = flat_stacks(model.get_submodule(owner)).get(leaf, (0, False))
     if count < 1:
@@ -193,7 +189,7 @@ def _flat_count(model: nn.Module, name: str) -> int:
 
 
 def _find(model: nn.Module, path: str, flat: bool) -> tuple[str, Any] | None:
-    """The linear layer or stacked parameter at ``path``, or there without or with the prefix of a head's backbone.
+    """The linear layer or stacked parameter at ``path``, also if one of both has the prefix of a head's backbone.
 
     Raises:
         CheckpointError: another kind of module is there.

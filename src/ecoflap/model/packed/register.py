@@ -1,7 +1,7 @@
-"""Makes packed checkpoints known to transformers without importing it, so that ``import ecoflap`` stays quick.
+"""Registers packed checkpoints with transformers without importing it, so that ``import ecoflap`` stays fast.
 
-transformers has no entry points, so its table of quantisations can only be filled after it was imported. Where it is
-imported already, that is done at once; else an import hook waits for the module with the table, fills it, and removes
+transformers has no entry points, so its table of quantisation methods can be changed only after its import. If it is
+imported already, this is done at once; else an import hook changes the table when its module is imported, and removes
 itself.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-TYPE_CHECKING = False  # typing's own takes longer to import than all else here
+TYPE_CHECKING = False  # importing typing would take longer than everything else here
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
@@ -20,7 +20,7 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register the method "ecoflap" now or as soon as transformers is imported; again is harmless."""
+    """Register the method "ecoflap" now or as soon as transformers is imported; may be called repeatedly."""
     if _TABLE in sys.modules:
         _fill(sys.modules[_TABLE])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -34,14 +34,14 @@ def _fill(table: Any) -> None:
         if METHOD not in table.AUTO_QUANTIZER_MAPPING:
             table.register_quantization_config(METHOD)(PackedConfig)
             table.register_quantizer(METHOD)(PackedQuantizer)
-    except Exception as error:  # of a transformers that we don't know: it must go on working without us
-        import logging  # not above: it takes longer to import than all else here
+    except Exception as error:  # another version of transformers, which must work without ecoflap
+        import logging  # importing it above would take longer than everything else here
 
         logging.getLogger("ecoflap").warning("packed checkpoints can't be loaded with this transformers (%s)", error)
 
 
 class _Finder:  # not derived from importlib.abc, which imports a dozen modules
-    """Finds the table's module as it would be found anyway, and fills the table after its import."""
+    """Finds the table's module with the other finders, and fills the table after its import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -69,6 +69,6 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         spec = module.__spec__
         if spec is not None:
-            spec.loader = module.__loader__ = self._real  # as if we had never been there
+            spec.loader = module.__loader__ = self._real  # no trace of this hook remains
         self._real.exec_module(module)
         _fill(module)

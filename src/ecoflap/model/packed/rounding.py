@@ -1,4 +1,4 @@
-"""Non-zeros rounded to 8 or 4 bits, with a float32 scale for each row or group of its columns."""
+"""Rounds nonzeros to 8 or 4 bits, with a float32 scale for each row or group of its columns."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ecoflap.errors import InvalidOption
 
-CODE_ZERO = 15  # int4: a code c of 0 to 15 stands for (2 c - 15) scale, an odd number of scales and never 0
-_LEAST, _STEPS = 0.4, 25  # int4: the scale is searched between this share of the largest weight's and all of it
+CODE_ZERO = 15  # int4: a code c from 0 to 15 means (2 c - 15) · scale, which is never 0
+_LEAST, _STEPS = 0.4, 25  # int4: steps of the grid of scales, from this share of the scale for the largest weight to 1
 _TINY = torch.finfo(torch.float32).tiny
 
 Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def rounded(matrix: Tensor, values: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """(R, C) codes and (R, groups) float32 scales of a matrix; int8 codes, or uint8 ones of 4 bits.
+    """(R, C) codes and (R, groups) float32 scales of a matrix; codes are int8, or uint8 with 4 bits.
 
     Args:
         matrix: (R, C), of a floating dtype.
@@ -45,7 +45,7 @@ def rounded(matrix: Tensor, values: str, group_size: int) -> tuple[Tensor, Tenso
 
 
 def meaning(codes: Tensor, scales: Tensor) -> Tensor:
-    """What codes stand for, in float32; ``scales`` has one for each code."""
+    """The float32 values of codes; ``scales`` has one for each code."""
     return (codes.float() if codes.dtype == torch.int8 else 2 * codes.float() - CODE_ZERO) * scales
 
 
@@ -56,10 +56,10 @@ def _to_int8(part: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_int4(part: Tensor) -> tuple[Tensor, Tensor]:
-    """w ≈ (2 c - 15) s with the s that makes Σ (w - ŵ)² over the non-zeros least, of a grid; then s by least squares.
+    """w ≈ (2 c - 15) s with the s of a grid that minimises Σ (w - ŵ)² over the nonzeros; then s by least squares.
 
-    The 16 levels ±s, ±3 s, … ±15 s leave out zero, which the mask says: a non-zero never needs it. Rounding the largest
-    weights down costs less than coarser steps for all (clipping by squared error, as usual below 8 bits).
+    The 16 levels ±s, ±3 s, … ±15 s contain no zero, which the mask represents. Clipping the largest weights costs less
+    than coarser steps for all (clipping by squared error, as usual below 8 bits).
     """
     kept = part != 0
     largest = part.abs().amax(dim=1)
@@ -88,5 +88,5 @@ def _codes(part: Tensor, scale: Tensor) -> Tensor:
 
 
 def _positive(scale: Tensor, least: float = 1.0) -> Tensor:
-    """``least`` where nothing is to be scaled, or a quotient underflows."""
+    """``scale``, or ``least`` if it is zero or underflows."""
     return torch.where(scale > 0, scale, torch.full_like(scale, least))

@@ -26,7 +26,7 @@ from ecoflap.model.save import replacing
 from ecoflap.support.files import default_mode
 from ecoflap.support.text import first_line
 
-_ROOM = 0.7  # of the memory that is free: a model that takes more of it is packed file by file
+_ROOM = 0.7  # share of the free memory; larger models are packed file by file
 
 
 def too_large(files: Files) -> bool:
@@ -37,11 +37,10 @@ def too_large(files: Files) -> bool:
 
 @dataclass
 class _Layers:
-    """The weights that may be packed, by their names in the files: the model's name, and whether it lies transposed.
+    """The weights that may be packed, by their names in the files: the model's name, and whether it is transposed.
 
-    A layer has its path as its name, and stacked experts that of their parameter, which is also in ``stacks``, with the
-    number of matrices where they are flat. What the files hold of experts one by one is in ``merges``, by the names of
-    the pieces.
+    A layer's name is its path. Stacked experts have their parameter's name, which is also in ``stacks`` with the number
+    of matrices if they are flat. Experts that the files hold one by one are in ``merges``, by the names of the pieces.
     """
 
     model: nn.Module
@@ -56,11 +55,11 @@ class _Layers:
 def pack_shards(
     files: Files, folder: str | Path, values: str, group_size: int, *, overwrite: bool, trust_remote_code: bool
 ) -> PackedModel:
-    """Write the checkpoint of ``files`` packed into ``folder``; memory holds one weight file of the result.
+    """Write the checkpoint of ``files`` packed into ``folder``; only one weight file of the result is in memory.
 
     Raises:
         CheckpointError: its weights have other names in the files than in the model, or a file can't be read.
-        InvalidOption: nothing has enough zeros.
+        InvalidOption: no weight has enough zeros.
         OutputExists, StorageError: as :func:`ecoflap.save`.
     """
     packing = Packing(values, group_size)
@@ -84,10 +83,10 @@ def pack_shards(
 
 
 def _layers(files: Files, trust_remote_code: bool) -> _Layers:
-    """What may be packed, found in the model's structure.
+    """The weights that may be packed, from the model on the meta device.
 
     Raises:
-        CheckpointError: a family whose files name weights otherwise than its model does.
+        CheckpointError: weights have other names in the files than in the model.
     """
     model = empty_model(files, trust_remote_code)
     layers = {f"{path}.weight": (path, layer) for path, layer in packable(model)}
@@ -118,20 +117,20 @@ def _layers(files: Files, trust_remote_code: bool) -> _Layers:
 
 
 def names_in_files(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names that transformers gives them in a file, which for some families are not the model's own.
+    """Weights by their names in files, which transformers changes for some families.
 
-    Stacked experts may come apart there, into one weight for each expert.
+    Stacked experts may be split there into one weight per expert.
     """
     try:
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # a transformers that has no such names, or keeps them elsewhere
+    except ImportError:  # another version of transformers
         return weights
     found: dict[str, Tensor] = revert_weight_conversion(model, dict(weights))
     return found
 
 
 def _names(files: Files) -> dict[str, Path]:
-    """Each tensor's name to its file."""
+    """The file of each tensor, by name."""
     names: dict[str, Path] = {}
     for shard in files.shards:
         with _opened(shard) as opened:
@@ -143,7 +142,7 @@ def _write_weights(files: Files, folder: Path, packing: Packing, layers: _Layers
     index: dict[str, str] = {}
     total = 0
     places = _names(files)
-    merged: dict[str, bool] = {}  # stacks in pieces, to whether they are packed
+    merged: dict[str, bool] = {}  # for each stack in pieces, whether it is packed
 
     def read(name: str) -> Tensor:
         with _opened(places[name]) as opened:

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, where the package has them, and registers them with torch."""
+"""Loads the compiled kernels, if the package has them, and registers them with torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-OFF = "ECOFLAP_NO_KERNELS"  # environment variable: run by torch alone
+OFF = "ECOFLAP_NO_KERNELS"  # environment variable: don't use kernels
 CHOICE = "ECOFLAP_ISA"  # environment variable: avx512, avx2, neon or scalar instead of the best one
 _LIBRARY = Path(__file__).with_name("lib") / "ecoflap_kernels.so"  # no module: Python must not find it
 
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The library with its operators registered; None where there is none, or this torch is older than 2.10."""
+    """The library with its operators registered; None if there is none, or torch is older than 2.10."""
     if os.environ.get(OFF) or not _LIBRARY.is_file():
         return None
     try:
@@ -34,25 +34,25 @@ def load() -> ctypes.CDLL | None:
 
 
 def isa() -> str:
-    """What multiplies: "avx512", "avx2", "neon", "scalar", or "torch" where there are no kernels."""
+    """The instruction set in use: "avx512", "avx2", "neon", "scalar", or "torch" without kernels."""
     library = load()
     return "torch" if library is None else str(library.ecoflap_isa().decode())
 
 
 def choose(name: str) -> bool:
-    """Take another instruction set from now on, for tests; False where this processor or build lacks it."""
+    """Use another instruction set from now on, for tests; False if this processor or build lacks it."""
     library = load()
     return library is not None and library.ecoflap_choose(name.encode()) == 0
 
 
 def most_tokens() -> int:
-    """Tokens up to which kernels multiply without unpacking; 0 without kernels."""
+    """Number of tokens up to which kernels multiply without unpacking; 0 without kernels."""
     library = load()
     return 0 if library is None else int(library.ecoflap_most_tokens())
 
 
 def bf16_products() -> bool:
-    """Whether dense bfloat16 products are as fast as they should be on the processor (those of float32 are else)."""
+    """Whether dense bfloat16 products are fast on the processor; otherwise float32 is faster."""
     library = load()
     return library is not None and bool(library.ecoflap_bf16_products())
 
