@@ -29,7 +29,7 @@ from ecoflap.support.text import first_line
 
 
 def as_batches(batches: Iterable[Any], loss: object | None) -> Sequence[Any]:
-    """Collects the batches in a list; reads a ``DataLoader`` or a generator once, to its end.
+    """Collect the batches in a list; a ``DataLoader`` or a generator is read once.
 
     Raises:
         CalibrationError: a batch is no mapping, and there is no ``loss`` that could take it.
@@ -47,7 +47,7 @@ def as_batches(batches: Iterable[Any], loss: object | None) -> Sequence[Any]:
 
 
 def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
-    """The first whole batches that hold at least ``samples`` samples; all where they hold fewer, or for None.
+    """The first whole batches with at least ``samples`` samples; all batches if they have fewer, or for None.
 
     Raises:
         CalibrationError: there are no batches.
@@ -65,7 +65,7 @@ def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
         if count >= samples:
             return batches[:number]
     warnings.warn(
-        f"{samples} samples were asked for of calibration batches that hold {count}: all of them are taken",
+        f"{samples} samples were asked for, but the calibration batches hold {count}: all of them are taken",
         stacklevel=2,
     )
     return batches
@@ -90,7 +90,7 @@ def make_batches(
 ) -> list[Batch]:
     """Batches ready for the objective, in the order of the samples, all on the CPU.
 
-    Which keys a batch has follows from the objective, the model and the processor:
+    The keys of a batch depend on the objective, the model and the processor:
 
     - plain text, packed: ``input_ids``, ``attention_mask``, ``labels`` ``[B, sequence_length]``; for an encoder-decoder
       the first half of each window is the prefix and the second half the target. Classifiers of texts get rows.
@@ -98,20 +98,20 @@ def make_batches(
       on prompt, image and padding.
     - the same, encoder-decoder: the prompt (or the caption's prefix, cut at a seeded word) in ``input_ids``, the target
       (or suffix) in ``labels``, -100 on padding.
-    - two towers: texts and images, for ``itm-itc`` with the hardest wrong partners, chosen by the model as it is now;
-      for ``zero-shot`` the prompts of all classes, one tensor shared by all batches, and ``labels`` ``[B]``.
-    - classifiers: ``pixel_values`` of one picture or several, the text where they read one, class ``labels`` ``[B]``.
+    - two towers: texts and images, for ``itm-itc`` with hard negatives that the current model chooses; for
+      ``zero-shot`` the prompts of all classes, one tensor shared by all batches, and ``labels`` ``[B]``.
+    - classifiers: ``pixel_values`` of one image or several, the text if they read one, class ``labels`` ``[B]``.
 
     Args:
         batch_size: samples in a batch; the last may be smaller.
-        sequence_length: tokens in a window of plain text, by default what fits model, machine and text; and the longest
-            text allowed otherwise.
+        sequence_length: tokens in a window of plain text, by default what fits model, machine and text; for other data
+            the longest text allowed.
         seed: of windows and caption cuts.
-        objective: name of the loss that the batches are for; None for the one that fits the model.
+        objective: name of the loss that the batches are for; None for the model's default.
         classes: names of the classes of ``zero-shot``; None for the data set's own.
         class_prompts: templates with ``{}`` for the class name; None for "a photo of a {}.".
         window_start: of plain text: "each" window begins with the tokenizer's special tokens, or "once" the whole text.
-        told: receives the reason of the length of windows, where ``sequence_length`` leaves it open.
+        told: receives the reason for the length of windows, if ``sequence_length`` is None.
 
     Raises:
         CalibrationError: the data does not fit the model (no image, no text, too long, unknown class).
@@ -128,7 +128,7 @@ def make_batches(
         classes=classes, class_prompts=class_prompts,
     )  # fmt: skip
     groups = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
-    if name in PAIRED and len(groups[-1]) == 1:  # one pair has nothing to contrast with: its loss is always 0
+    if name in PAIRED and len(groups[-1]) == 1:  # the loss of a single pair is always 0
         if len(groups) == 1 or batch_size == 1:
             raise CalibrationError("a contrastive loss needs at least 2 samples in a batch: raise the batch size")
         groups[-2:] = [range(groups[-2].start, groups[-1].stop)]
@@ -136,7 +136,7 @@ def make_batches(
 
 
 def _as_wanted(sample_set: SampleSet, model: nn.Module, processor: Any, objective: str | None) -> tuple[str, SampleSet]:
-    """The objective that shapes the batches, and the samples as it wants them: rows, or text to be packed."""
+    """The objective that decides the form of the batches, and the samples for it: rows, or text to be packed."""
     if processor is None:
         raise CalibrationError("the checkpoint has no processor or tokenizer, so samples cannot be turned into batches")
     name = collating_objective(objective, model)
@@ -154,7 +154,7 @@ def make_collator(
     classes: Sequence[str] | None = None,
     class_prompts: Sequence[str] | None = None,
 ) -> Collate:
-    """What makes a batch, as :func:`make_batches` does, of any of the set's samples and a number that seeds its cuts.
+    """A function that makes a batch, as in :func:`make_batches`, from samples of the set and a seed for their cuts.
 
     Raises:
         CalibrationError: as :func:`make_batches`; or the set is plain text, which is cut into windows instead.

@@ -22,11 +22,11 @@ class Chat:
     """A chat up to its last answer.
 
     Attributes:
-        messages: the turns before it, in transformers' format with content parts.
+        messages: the turns before the answer, in transformers' format with content parts.
         text: the last answer.
         question: the last message of the user.
         prompt: all text before the answer, for models without a chat template.
-        images: what the data set holds for each ``{"type": "image"}`` part, in their order.
+        images: the data set's value for each ``{"type": "image"}`` part, in order.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -40,13 +40,13 @@ def read_chat(turns: Any, images: Any) -> Chat:
     """The chat of one row.
 
     Args:
-        turns: a list of ``{"role", "content"}`` or ``{"from", "value"}``; content is text, in which ``<image>`` stands
-            for a picture, or a list of parts.
-        images: the row's picture or list of pictures, None without. They go in order to the places in the text that
-            are marked; with no such place, they go in front of the first thing that the user says.
+        turns: a list of ``{"role", "content"}`` or ``{"from", "value"}``; content is text with ``<image>`` at the place
+            of an image, or a list of parts.
+        images: the row's image or list of images, or None. They are put at the marked places in order; if there are no
+            such places, before the first text of the user.
 
     Raises:
-        BrokenSample: no answer in it, an unknown role, or other pictures than places for them.
+        BrokenSample: there is no answer, an unknown role, or another number of images than of places.
     """
     if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
         raise BrokenSample("the chat is not a list of turns")
@@ -68,7 +68,7 @@ def read_chat(turns: Any, images: Any) -> Chat:
         picture = part.pop("held")
         pictures.append(next(unused, None) if picture is None else picture)
     if any(picture is None for picture in pictures) or next(unused, None) is not None:
-        raise BrokenSample(f"the chat has places for {len(pictures)} pictures, but there are {len(held)}")
+        raise BrokenSample(f"the chat has places for {len(pictures)} images, but there are {len(held)}")
     return Chat(
         messages=tuple({"role": role, "content": parts} for role, parts in before),
         text=answer,
@@ -99,7 +99,7 @@ def _parts(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _picture_of_part(part: Mapping[str, Any]) -> Any:
-    """The part's own reference to its picture; None if the picture is in the row's own column."""
+    """The part's own reference to its image; None if the image is in a column of the row."""
     held = next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key) is not None), None)
     return held.get("url") if isinstance(held, dict) and "url" in held else held
 
@@ -124,11 +124,11 @@ Turn = dict[str, Any]
 
 
 def turns_of(sample: Sample, *, parts: bool) -> list[Turn]:
-    """What comes before the answer: the sample's own ``messages``, or one turn of the user with pictures and prompt.
+    """The turns before the answer: the sample's own ``messages``, or one turn of the user with images and prompt.
 
     Args:
-        parts: each content as a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``, which processors'
-            templates want; otherwise as a string, which tokenizers' templates want.
+        parts: give each content as a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``, for the
+            templates of processors; otherwise as a string, for the templates of tokenizers.
     """
     if sample.messages:
         turns = [{**turn, "content": _turn_parts(turn.get("content"))} for turn in sample.messages]
@@ -145,7 +145,7 @@ def answer_turn(answer: str, *, parts: bool) -> Turn:
 
 
 def plain_prompt(sample: Sample) -> str:
-    """The prompt of a model without a chat template: all that was said, a line each turn."""
+    """The prompt of a model without a chat template: all text, one line per turn."""
     if not sample.messages:
         return sample.prompt or ""
     return "\n".join(words_of(_turn_parts(turn.get("content"))) for turn in sample.messages)
@@ -157,7 +157,7 @@ def words_of(content: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _turn_parts(content: Any) -> list[dict[str, Any]]:
-    """A content as parts; pictures lose their addresses, since they are handed over beside the text."""
+    """A content as parts; images lose their addresses, since they are passed separately."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     found = [{"type": "text", "text": part} if isinstance(part, str) else dict(part) for part in content or ()]

@@ -1,4 +1,4 @@
-"""Reads class names and prompt templates: given directly, or from a text file with one name in each line."""
+"""Reads class names and prompt templates: given directly, or from a text file with one per line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ecoflap.errors import InvalidOption
 
 
 def class_names(entries: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names of the classes, in the order of their numbers; None where the data set's own are to be used.
+    """The names of the classes, in the order of their numbers; None for the data set's own.
 
     Args:
         entries: at least two names, or one path of a text file with a name a line (blank lines don't count).

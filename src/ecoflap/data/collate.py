@@ -1,4 +1,4 @@
-"""Chooses how samples become a batch for objectives that need more than a text and its labels."""
+"""Chooses the function that makes batches for objectives that need more than a text and its labels."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ecoflap.data.samples import SampleSet
 from ecoflap.errors import CalibrationError
 
 Collate = Callable[[list[Sample], int], dict[str, Any]]  # (samples, number of the first one) -> tensors
-BY_ROW = ("classification", "supervised-contrastive")  # of texts too they take one row per sample, with its class
+BY_ROW = ("classification", "supervised-contrastive")  # one row per sample with its class, also for texts
 PAIRED = ("contrastive", "itm-itc")  # objectives that compare the samples of a batch with one another
 
 
 def collating_objective(name: str | None, model: nn.Module) -> str:
-    """The objective that decides what is in a batch: a user's own function gets what fits the model."""
+    """The objective that decides the content of a batch: for a user's own function, the model's default."""
     return objective_name(None if name is not None and ":" in name else name, model)
 
 
@@ -57,16 +57,15 @@ def objective_collator(
     own_classes: Sequence[str] | None = None,
     class_prompts: Sequence[str] | None = None,
 ) -> Collate | None:
-    """What makes the batches of objective ``name``; None where they are those of a language model.
+    """The function that makes the batches of objective ``name``; None if they are those of a language model.
 
     Args:
-        classes: names of the classes; by default ``own_classes``, or else the samples' distinct labels in their order
-            by name.
-        own_classes: names by which the data set itself numbers its classes.
+        classes: names of the classes; by default ``own_classes``, or else the samples' distinct labels, sorted.
+        own_classes: the data set's own names of its classes, in the order of their numbers.
         class_prompts: templates with ``{}`` for the class name.
 
     Raises:
-        CalibrationError: the samples lack pictures, texts or classes.
+        CalibrationError: the samples lack images, texts or classes.
         InvalidOption: a template without ``{}``.
     """
     if name == "classification":
@@ -104,7 +103,7 @@ def _zero_shot(
         raise CalibrationError(f"{source} has no class column, but objective 'zero-shot' needs one")
     own = tuple(own_classes or sorted(set(labels)))
     names = tuple(classes or own)
-    # Class names written for the prompts ("tench") may stand, by number, for the data set's own ("n01440764").
+    # Class names for the prompts ("tench") replace the data set's own ("n01440764") with the same number.
     numbers = numbers_by_name(names) | (numbers_by_name(own) if len(own) == len(names) and own_classes else {})
     prompts = prompt_tensors(names, templates, model, processor)
 
@@ -139,9 +138,9 @@ def _paired(
 
 
 def _text_of(sample: Sample, template: str, names: Mapping[str, str]) -> str | None:
-    """The caption, or the prompt of the class where the samples have no other text.
+    """The caption, or the prompt of the class if the samples have no other text.
 
-    ``names`` are names written for prompts ("tench") of the data set's own classes ("n01440764").
+    ``names`` are names for prompts ("tench") by the data set's own class names ("n01440764").
     """
     if sample.label is not None and sample.text in (None, sample.label):
         return fill(template, names.get(sample.label, sample.label))

@@ -23,10 +23,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "kind": ("kind", "answer_type", "question_type", "type", "subject"),
     "group": ("image_id", "img_id", "cocoid"),
 }  # fmt: skip
-# With a question or prompt the target is an answer; "text" may then be something else (OCR, context): late.
+# With a question or prompt the target is an answer; "text" comes late, since it may be something else (OCR, context).
 TARGET_NAMES = ("answer", "answer_key", "multiple_choice_answer", "response", "output", "completion", "target", "gold",
                 "label", "labels", "text", "caption")  # fmt: skip
-# Roles that are often spread over several columns: two pictures, lettered options.
+# Roles that are often spread over several columns: two images, lettered options.
 SPREAD: dict[str, tuple[tuple[str, ...], ...]] = {
     "image": (("image_0", "image_1"), ("image_1", "image_2"), ("img0", "img1"), ("left_image", "right_image"),
               ("image_left", "image_right")),
@@ -44,7 +44,7 @@ def _plain(name: str) -> str:
 
 
 def is_file_name(column: str) -> bool:
-    """Whether the image folder of `datasets` reads this column as the name of a picture, or several."""
+    """Whether the image folder of `datasets` reads this column as names of images."""
     return _plain(column).endswith(FILE_NAMES)
 
 
@@ -58,12 +58,12 @@ def parts(column: str, available: Sequence[str]) -> list[str]:
 def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, source: str) -> dict[str, str]:
     """Role (``image``, ``question``, ``text``, ...: the keys of :data:`NAMES`) to column name.
 
-    Several columns of one role (two pictures, options in columns of their own) have commas between them.
+    Several columns of one role (two images, one column per option) are separated by commas.
 
     Args:
         available: columns of the data set.
-        chosen: role to column, over the guess; ``answer`` and ``caption`` mean ``text``; an empty string says that the
-            data set has no such column.
+        chosen: columns by role, which override the guess; ``answer`` and ``caption`` mean ``text``; an empty string
+            means that the data set has no such column.
         source: for messages.
 
     Raises:
@@ -71,7 +71,7 @@ def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, so
         CalibrationError: a chosen column is not there, or nothing usable is found.
     """
     overrides = _chosen(available, chosen or {}, source)
-    plain = {_plain(name): name for name in reversed(available)}  # of two alike, the first column wins
+    plain = {_plain(name): name for name in reversed(available)}  # of columns with equal names, the first counts
     taken = {part for column in overrides.values() for part in parts(column, available)}
     found: dict[str, str] = {}
     for role, names in NAMES.items():
@@ -83,7 +83,7 @@ def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, so
         if (role == "prompt" and "question" in found) or (role in ("context", "choices") and not asks):
             continue
         if role in ("question", "prompt", "text", "answers") and "messages" in found:
-            continue  # a chat says all of it
+            continue  # a chat contains these roles
         if role == "text" and asks:
             names = TARGET_NAMES
         match = [plain[_plain(n)] for n in names if plain.get(_plain(n), "") not in ("", *taken)][:1]
@@ -100,8 +100,8 @@ def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, so
 
 
 def other_pictures(available: Sequence[str], columns: Mapping[str, str], chosen: Mapping[str, str] | None) -> list[str]:
-    """Columns that hold the picture of a row whose image column is empty: samples of one source may name theirs as
-    ``jpg`` and ``png``, or by ``image`` and ``image_path``. None where the user chose the column."""
+    """Columns with the image of a row whose image column is empty: rows of one source may have ``jpg`` or ``png``,
+    ``image`` or ``image_path``. Empty if the user chose the column."""
     if "image" in (chosen or {}) or "messages" in columns or len(parts(columns.get("image", ","), available)) != 1:
         return []
     taken = {part for column in columns.values() for part in parts(column, available)}

@@ -1,4 +1,4 @@
-"""The numbers that a model computes with, tried on one of its batches."""
+"""Chooses the dtype that a model computes in, and tries it on one of its batches."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def encode_targets(samples: Sequence[Sample], prompter: Prompter, start: int, se
         start: number of the first sample; with ``seed`` it decides where a caption is cut.
 
     Returns:
-        What the processor gives, and ``labels`` ``[B, A]`` with -100 on padding.
+        The processor's tensors, and ``labels`` ``[B, A]`` with -100 on padding.
     """
     pairs = [_prefix_suffix(sample, seed, start + i) for i, sample in enumerate(samples)]
     texts = [
@@ -38,7 +38,7 @@ def encode_targets(samples: Sequence[Sample], prompter: Prompter, start: int, se
 
 
 def _prefix_suffix(sample: Sample, seed: int, position: int) -> tuple[str, str]:
-    """Prompt and answer; a caption alone is cut at a word drawn by (seed, position), as the paper does."""
+    """Prompt and answer; a caption without a prompt is cut at a word drawn by (seed, position), as in the paper."""
     text = (sample.text or "").strip()
     if sample.prompt is not None or sample.messages:
         return sample.prompt or "", text
@@ -50,13 +50,13 @@ def _prefix_suffix(sample: Sample, seed: int, position: int) -> tuple[str, str]:
 
 
 def encode_continued(samples: Sequence[Sample], prompter: Prompter) -> dict[str, Any]:
-    """Batch of a decoder: prompt and answer in ``input_ids``, the answer with its end alone in ``labels``.
+    """Batch of a decoder: prompt and answer in ``input_ids``, only the answer with its end in ``labels``.
 
     Returns:
-        What the processor gives, and ``labels`` ``[B, L]`` with -100 on prompt, image and padding.
+        The processor's tensors, and ``labels`` ``[B, L]`` with -100 on prompt, image and padding.
 
     Raises:
-        CalibrationError: the processor changes the answer, so that it is not found again.
+        CalibrationError: the processor changes the answer, so that it can't be found.
     """
     images = [sample.images for sample in samples]
     if prompter.takes_suffix and any(images):
@@ -76,7 +76,7 @@ def encode_continued(samples: Sequence[Sample], prompter: Prompter) -> dict[str,
     labels = torch.full_like(ids, IGNORED)
     for row, tail in enumerate(tails):
         end = int(mask[row].nonzero()[-1]) + 1
-        # Images only lengthen the prompt: counted from the end, the answer is where the tokenizer alone puts it.
+        # Images only lengthen the prompt: counted from the end, the answer has the same position as without them.
         if ids[row, end - len(tail) : end].tolist() != tail:
             raise CalibrationError(
                 "the processor changes the answer's tokens, so the prompt cannot be masked in the loss"
@@ -111,16 +111,16 @@ def encode_texts(texts: Sequence[str], model: nn.Module, processor: Any) -> dict
 def text_options(model: nn.Module, processor: Any) -> dict[str, Any]:
     """How texts are padded and cut for ``model``.
 
-    Most texts are padded to the longest of the batch. Some models have learnt on texts of one length, padding
-    included, and read the summary of a text off its last token (SigLIP): then the processor says so itself, or the
-    tokenizer makes no attention mask, or the model has the bias of the sigmoid loss.
+    Most texts are padded to the longest of the batch. Some models were trained on texts padded to one length, and take
+    the last token as the text's embedding (SigLIP): then the processor has an option for it, or the tokenizer makes no
+    attention mask, or the model has the bias of the sigmoid loss.
     """
     tokenizer = tokenizer_of(processor)
     known = int(getattr(tokenizer, "model_max_length", 0) or 0)
     limits = [n for n in (max_length(model), known if 0 < known < 10**6 else None) if n]  # 1e30 says "no limit"
     limit = min(limits, default=None)
     own = getattr(processor, "text_kwargs", None) or {}
-    if "padding" in own:  # the processor pads and cuts as its model has learnt it
+    if "padding" in own:  # the processor pads and cuts as in the model's training
         return {} if limit is None or own.get("max_length", limit) <= limit else {"max_length": limit}
     fixed = "attention_mask" not in getattr(tokenizer, "model_input_names", ("attention_mask",))
     fixed = fixed or isinstance(getattr(model, "logit_bias", None), torch.Tensor)
@@ -135,9 +135,9 @@ def _tensors(encoded: Any) -> dict[str, torch.Tensor]:
 
 
 def answers_by_decoder(model: nn.Module) -> bool:
-    """Whether it is a generating encoder-decoder whose configuration does not say so.
+    """Whether it is a generating encoder-decoder whose configuration does not say so (BlipForQuestionAnswering).
 
-    BlipForQuestionAnswering is one: its labels are not shifted for its decoder, and begin with the start token.
+    Its labels are not shifted for its decoder, and begin with the start token.
     """
     generates = getattr(model, "can_generate", None)
     return (
@@ -150,17 +150,17 @@ def answers_by_decoder(model: nn.Module) -> bool:
 
 
 def encode_answers(samples: Sequence[Sample], model: nn.Module, processor: Any, source: str) -> dict[str, Any]:
-    """Question and picture for the encoder, the answer for the decoder.
+    """Question and image for the encoder, the answer for the decoder.
 
-    The question is used alone, as in BLIP's own training, without the words of a prompt. The answer has the tokens that
-    the model generates: from the start token of its configuration to the separator.
+    The question is used without a prompt, as in BLIP's training. The answer has the tokens that the model generates:
+    from the start token of its configuration to the separator.
 
     Returns:
         ``pixel_values``; ``input_ids``, ``attention_mask`` ``[B, L]`` of the questions; ``decoder_input_ids``,
         ``decoder_attention_mask``, ``labels`` (-100 on padding) ``[B, A]`` of the answers.
 
     Raises:
-        CalibrationError: a sample has no question, answer or picture.
+        CalibrationError: a sample has no question, answer or image.
     """
     tokenizer: Any = tokenizer_of(processor)
     start, end = _frame(model)
@@ -199,8 +199,8 @@ def _frame(model: nn.Module) -> tuple[int, int]:
 def with_own_start(ids: torch.Tensor, model: nn.Module, tokenizer: Any) -> torch.Tensor:
     """Token ids ``[B, L]`` whose first one is the decoder's own start token.
 
-    A decoder that reads an encoder's tokenizer (BLIP on BERT's) generates from ``bos_token_id`` of its configuration
-    where the tokenizer puts its class token.
+    A decoder with an encoder's tokenizer (BLIP with BERT's) generates from its ``bos_token_id``, but the tokenizer
+    begins with its class token.
     """
     start, cls = getattr(text_config(model), "bos_token_id", None), getattr(tokenizer, "cls_token_id", None)
     if not isinstance(start, int) or cls is None or start == cls or not bool((ids[:, 0] == cls).all()):
@@ -209,10 +209,10 @@ def with_own_start(ids: torch.Tensor, model: nn.Module, tokenizer: Any) -> torch
 
 
 def with_instruction_alone(encoded: dict[str, Any], prompts: Sequence[str], processor: Any) -> dict[str, Any]:
-    """The batch with only the prompts as input of an instructed Q-Former, without the answers.
+    """The batch with prompts without answers as input of an instructed Q-Former.
 
-    InstructBLIP's processor gives its Q-Former the whole text of the language model, by its own tokenizer. The text of
-    a decoder ends in the answer, which must not influence the features of the picture.
+    InstructBLIP's processor gives its Q-Former the whole text of the language model. The text of a decoder ends with
+    the answer, which must not influence the features of the image.
     """
     tokenizer = getattr(processor, "qformer_tokenizer", None)
     if tokenizer is None or "qformer_input_ids" not in encoded:
@@ -229,7 +229,7 @@ def class_number(label: str, classes: Mapping[str, int], source: str, whose: str
     """The number of a class given by its name (in any case) or number.
 
     Args:
-        classes: names in lower case to numbers; empty where names are not known.
+        classes: numbers by names in lower case; empty if names are unknown.
         whose: the owner of the numbering, for the message.
 
     Raises:
@@ -249,7 +249,7 @@ def class_number(label: str, classes: Mapping[str, int], source: str, whose: str
 
 
 def numbers_by_name(names: Sequence[str]) -> dict[str, int]:
-    """Names in lower case to their numbers; the first of two equal ones counts."""
+    """Numbers by names in lower case; of equal names, the first counts."""
     numbers: dict[str, int] = {}
     for number, name in enumerate(names):
         numbers.setdefault(name.strip().lower(), number)
@@ -262,7 +262,7 @@ def label_of(sample: Sample) -> str | None:
 
 
 def sentence_of(sample: Sample) -> str | None:
-    """What a classifier is to read of a sample whose class is its label."""
+    """The text that a classifier reads of a sample whose class is its label."""
     return next((text for text in (sample.question, sample.prompt, sample.text) if text is not None), None)
 
 
@@ -272,13 +272,13 @@ def encode_classified(
 ) -> dict[str, Any]:
     """A batch of a classifier.
 
-    Which inputs it has follows from the forward's arguments and the processor: ``pixel_values`` ``[B, ...]`` of a
-    picture, ``[B, N, ...]`` of N pictures (NLVR2), ``input_ids`` of a text, or both; ``labels`` ``[B]`` are class
-    numbers, left out where the samples have no class. Where the data names as many classes as the model,
-    but none alike ("LABEL_0"), the order of ``own_classes`` counts.
+    Its inputs depend on the forward's arguments and the processor: ``pixel_values`` ``[B, ...]`` of one image, ``[B, N,
+    ...]`` of N images (NLVR2), ``input_ids`` of a text, or both; ``labels`` ``[B]`` are class numbers, left out if the
+    samples have no class. If the data set has as many classes as the model, but no common name ("LABEL_0"), the order
+    of ``own_classes`` counts.
 
     Raises:
-        CalibrationError: a sample lacks a picture or text, or its label is none of the model's classes.
+        CalibrationError: a sample lacks an image or text, or its label is none of the model's classes.
     """
     arguments = parameters_of(model)
     encoded: dict[str, Any] = {}

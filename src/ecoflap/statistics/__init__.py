@@ -1,5 +1,5 @@
 """Statistics of layer inputs: gathered block by block, real tokens only, once for each distinct input.
 
-Imports ``data``, ``model`` and what stands below. Public: :class:`~ecoflap.statistics.choice.TokenChoice`,
+Imports ``data``, ``model`` and the folders below. Public: :class:`~ecoflap.statistics.choice.TokenChoice`,
 :class:`~ecoflap.statistics.inputs.InputStatistics`.
 """

@@ -1,4 +1,4 @@
-"""Statistics that several workers gathered, each on batches of its own: added up where they are wanted."""
+"""Adds up the statistics that several workers gathered, each on its own batches."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ecoflap.model.parts import Layer
 from ecoflap.statistics.gather import Gatherer, InputsDiverged
 from ecoflap.support.workers import Workers
 
-EVERYWHERE = -1  # as the number of a worker: all of them
+EVERYWHERE = -1  # instead of a worker's number: all workers
 
 
 def agreed(gatherer: Gatherer | None, workers: Workers, layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
-    """Exchanges what each worker holds: the columns of each accumulator by its owner, and the groups of each worker.
+    """Exchange what each worker has: the columns of each accumulator by owner, and the groups of each worker.
 
     Afterwards ``gatherer`` uses the owners that all workers agreed on.
 
     Args:
-        gatherer: None where this worker saw inputs diverge.
+        gatherer: None if inputs diverged on this worker.
 
     Raises:
-        InputsDiverged: on all workers, if one of them saw it, or two have other owners for a layer.
+        InputsDiverged: on all workers, if inputs diverged on one, or a layer has different owners on two.
     """
     columns = {layer.name: layer.shape[1] for layer in layers}
     own = None
@@ -53,12 +53,12 @@ def collect(
     pruners: Mapping[str, int],
     device: torch.device,
 ) -> None:
-    """Adds the sums of all workers, group by group in order, on the workers that need them.
+    """Add the sums of all workers, group by group in order, on the workers that need them.
 
     Args:
-        found: of :func:`agreed`.
-        pruners: owner to the worker that wants its statistics, or :data:`EVERYWHERE`.
-        device: of this worker, where sums are that it has no inputs for.
+        found: the result of :func:`agreed`.
+        pruners: the worker that needs the statistics of an owner, or :data:`EVERYWHERE`.
+        device: of this worker, for sums of layers that got no inputs here.
     """
     for owner, told in found.items():
         pruner, held = pruners[owner], told["held"]
@@ -74,7 +74,7 @@ def collect(
 def _sums(
     workers: Workers, own: Sequence[Tensor], held: Sequence[Sequence[int]], pruner: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """The sums of all groups in their order; those of other workers are received as they are asked for."""
+    """The sums of all groups in order; those of other workers are received one by one."""
     for rank, (_, count) in enumerate(held):
         for number in range(count):
             mine = rank == workers.rank
@@ -87,10 +87,10 @@ def _sums(
 
 
 def assign_layers(owners: Mapping[str, str], layers: Sequence[Layer], workers: int) -> dict[str, int]:
-    """Assigns layers to workers: layers with one input together, the most expensive first, to the least loaded worker.
+    """Assign layers to workers: layers with the same input together, the most expensive first, to the least loaded.
 
     The cost of an input is that of its factorisation and of the updates that follow, columns² · (columns + rows).
-    Layers that nothing reached are worker 0's.
+    Layers that no token reached are assigned to worker 0.
     """
     costs: dict[str, int] = {}
     for layer in layers:
@@ -118,12 +118,12 @@ def collected(
     """The gatherer with the sums of all workers.
 
     Args:
-        gatherer: of this worker; None where it saw inputs diverge.
-        pruners: of layer to the layer whose input it shares, gives layer to the worker that wants its statistics;
-            by default all workers get all.
+        gatherer: of this worker; None if inputs diverged here.
+        pruners: a function from the owners to the worker that needs the statistics of each layer; by default all
+            workers get all.
 
     Raises:
-        InputsDiverged: on all workers, as :func:`agreed` says.
+        InputsDiverged: on all workers, as in :func:`agreed`.
     """
     if workers.count == 1:
         if gatherer is None:

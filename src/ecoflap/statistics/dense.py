@@ -1,4 +1,4 @@
-"""Input statistics of the dense model: one pass over all batches, block by block, that changes no weight."""
+"""Gathers input statistics of the dense model in one pass over all batches, block by block."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ def dense_statistics(
 ) -> Iterator[tuple[Block, Mapping[str, InputStatistics | None]]]:
     """Each block with the statistics of its layers' inputs, as soon as they are gathered.
 
-    Kept at any time are the inputs of one block for all batches, and the statistics that the caller holds on to. The
-    model runs in eval mode and without a KV cache while the iterator is used, in its present precision. Layers that
-    read one input share an accumulator: don't write to it.
+    Memory holds the inputs of one block for all batches, and the statistics that the caller keeps. The model runs in
+    eval mode and without a KV cache while the iterator is used, in its current precision. Layers that read the same
+    input share an accumulator: don't write to it.
 
     Args:
         batches: calibration batches; ``run`` puts them on the model's device.
-        run: runs the model on a batch (an objective that does).
+        run: runs the model on a batch (such as an objective).
         kind: "norm" (Wanda) or "gram" (SparseGPT's Hessian).
-        skip: names of blocks without statistics; a tower ends after the last block that needs them.
+        skip: names of blocks without statistics; a tower runs only up to the last block that needs them.
         offload: where block inputs are kept: "cpu" (or True) or "disk"; by default on their device.
-        tokens: which tokens count in a tower that reads text and pictures.
+        tokens: which tokens count in a tower that reads text and images.
         workers: processes that share the batches; all get all statistics.
-        changing: the caller changes a block's weights while it has the statistics, and later blocks see the change.
+        changing: the caller changes a block's weights after it got the statistics, and later blocks see the change.
 
     Yields:
-        Blocks in the order of a forward, each with layer name to statistics; None where no token reached the layer.
+        Blocks in the order of a forward, each with statistics by layer name; None if no token reached the layer.
 
     Raises:
         NonFiniteLoss: an input is NaN or infinite.
@@ -67,7 +67,7 @@ def dense_statistics(
     batches = [batches[number] for number in part.batches]
     visual = placeholders(model)
     masks = {index: token_masks(batch, decoder is not None, visual) for index, batch in enumerate(batches)}
-    with evaluating(model), cache_disabled(model):  # a captured cache would be filled twice, and hide k and v
+    with evaluating(model), cache_disabled(model):  # a recorded cache would be filled twice
         for tower in anatomy.towers:
             wanted = [block for block in tower.blocks if block.layers and block.name not in skip]
             if not wanted:
@@ -117,8 +117,8 @@ def dense_norms(
 ) -> dict[str, InputStatistics]:
     """``InputNorm`` of every prunable layer of the dense model, by parameter name; ``.norm`` is (columns,) fp32.
 
-    Layers that no token reached are not in it; an expert's are of its own tokens, however few they are. Arguments and
-    errors as in :func:`dense_statistics`.
+    Layers that no token reached are missing; an expert's norms are of its own tokens, however few. Arguments and errors
+    as in :func:`dense_statistics`.
     """
     found: dict[str, InputStatistics] = {}
     own = TokenChoice(experts=0)
@@ -130,14 +130,14 @@ def dense_norms(
 class SharedNorms:
     """Norms of the dense model's inputs, gathered at the first request and shared by later ones.
 
-    Belongs to one model and one list of batches; the model must be dense at every request.
+    For one model and one list of batches; the model must be dense at every request.
     """
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Mapping[str, InputStatistics]] = {}
 
     def of(self, key: Hashable, gather: Callable[[], Mapping[str, InputStatistics]]) -> Mapping[str, InputStatistics]:
-        """What ``gather`` gave when ``key`` was first asked for: precision, choice of tokens, how many batches."""
+        """The result of ``gather`` at the first request of ``key``: precision, choice of tokens, number of batches."""
         if key not in self._found:
             self._found[key] = gather()
         return self._found[key]
@@ -162,20 +162,19 @@ def gather(
     once: bool = False,
     resumed: ResumedCalls | None = None,
 ) -> Gatherer:
-    """Run block ``index``, whose inputs the driver has taken, and gather its layers' statistics meanwhile.
+    """Run block ``index`` on the driver's inputs, and gather the statistics of its layers.
 
     Args:
-        masks: of the batches that this worker runs.
-        part: which these are among all; by default all, in one group.
-        pruners: of layer to the layer whose input it shares, gives layer to the worker that wants its statistics;
-            by default all workers get all.
-        outputs: keep the block's outputs for the next one, as :meth:`TowerDriver.run` does; else each call ends with
-            the last layer's input.
-        tokens: which tokens count, and the least of them that an expert has statistics of.
-        choose: which tokens count, where that has been found already.
-        dense: what the layers received in the dense model.
-        once: it is known that a call of the block calls each layer once.
-        resumed: of the block, whose runs go on where the last ones were cut, and are cut at its layers.
+        masks: of this worker's batches.
+        part: which of all batches these are; by default all, in one group.
+        pruners: as in :func:`~ecoflap.statistics.collect.collected`.
+        outputs: keep the block's outputs for the next one, as :meth:`TowerDriver.run` does; else each call ends at the
+            last layer's input.
+        tokens: which tokens count, and the least number of tokens of an expert.
+        choose: which tokens count, if that is known already.
+        dense: the layers' inputs in the dense model.
+        once: a call of the block is known to call each layer once.
+        resumed: of the block; runs go on from the last cut, and are cut at the layers.
     """
     if choose is None:
         choose = chooser(tokens, model, driver, index, block, masks, sequence, workers)
@@ -183,7 +182,7 @@ def gather(
     def passed(
         kind: type[Gatherer], layers: Sequence[Layer], shares: Sequence[bool], wanted: Pruners | None
     ) -> Gatherer:
-        """One pass over the batches; a second one, where layers that share an accumulator turn out to diverge."""
+        """One pass over the batches; a second one if layers that share an accumulator diverge."""
         whole = outputs and kind is Gatherer
         for share in shares:
             gatherer = None

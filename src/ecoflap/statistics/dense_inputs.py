@@ -13,10 +13,10 @@ from ecoflap.model.parts import Layer
 
 
 class DenseInputs:
-    """Inputs of a block's layers, by the call of the block and by how often it called the layer before.
+    """Inputs of a block's layers, by call of the block and by call of the layer in it.
 
-    Layers that receive one tensor share what is kept of it. An expert of a mixture has none: in the pruned model the
-    router sends it other tokens.
+    Layers that receive the same tensor share one copy. Experts of a mixture are left out: in the pruned model their
+    router sends them other tokens.
 
     Args:
         store: where tensors are kept.
@@ -30,29 +30,29 @@ class DenseInputs:
         self._call = 0
 
     def begin(self, call: int) -> None:
-        """The block's call of this number begins, in the dense model or in the pruned one."""
+        """Begin the call of the block with this number, in the dense model or in the pruned one."""
         self._call = call
         self._times.clear()
         self._in_call.clear()
 
     def note(self, layer: Layer, x: Tensor) -> None:
-        """``layer`` receives ``x`` in the dense model."""
+        """Keep the input ``x`` of ``layer`` in the dense model."""
         if layer.expert:
             return
         kept = next((kept for tensor, kept in self._in_call if tensor is x), None)
         if kept is None:
-            kept = self._store.keep(x.detach().clone())  # the block may go on to write into its own
+            kept = self._store.keep(x.detach().clone())  # a copy: the block may write into x later
             self._in_call.append((x, kept))
         self._kept[self._next(layer)] = kept
 
     def of(self, layer: Layer, x: Tensor) -> Tensor | None:
-        """What ``layer`` received in the dense model where it receives ``x`` now; None if that is not known."""
+        """The input of ``layer`` in the dense model for its input ``x`` in the pruned one; None if it is unknown."""
         kept = self._kept.get(self._next(layer))
         dense = None if kept is None else self._store.use(kept)
         return dense if dense is not None and dense.shape == x.shape else None
 
     def forget(self, layers: Iterable[Layer]) -> None:
-        """These layers are done."""
+        """Free the inputs of these layers."""
         names = {layer.name for layer in layers}
         self._kept = {key: kept for key, kept in self._kept.items() if key[1] not in names}
 

@@ -23,42 +23,42 @@ from ecoflap.statistics.watching import inputs_watched
 from ecoflap.support.workers import Share
 
 STATISTICS: dict[str, Callable[[int], InputStatistics]] = {"norm": InputNorm, "gram": InputGram, "pair": InputPair}
-"""What a criterion asks for by ``statistics`` to the accumulator of so many columns."""
+"""The accumulator for a number of columns, by the name in a criterion's ``statistics``."""
 NUMBERS: dict[str, Callable[[int], int]] = {
     "norm": lambda columns: columns,
     "gram": lambda columns: columns**2,
     "pair": lambda columns: 2 * columns**2,
 }
-"""By the same names, how many fp32 numbers it holds."""
+"""Its size in fp32 numbers, by the same names."""
 
 
 class InputsDiverged(Exception):
-    """Two layers that had one input in an earlier call have different ones now: gather again without sharing."""
+    """Two layers had the same input in an earlier call, and now have different ones: gather again without sharing."""
 
 
 class Gatherer:
     """Context in which the block's layers feed their statistics.
 
-    Layers that receive the very same tensor (q, k, v) share one accumulator, filled once. What is padding, the masks
-    that the block itself got say; where they don't, those of the batch. An expert of a mixture sees a part of the
-    tokens, in an order of the router's making; which of them are real is found by comparing its input with the
-    mixture's. Where the mixture scales its tokens before they are routed, all that reach an expert are counted.
+    Layers that receive the same tensor object (q, k, v) share one accumulator. Padding is found from the attention
+    masks that the block receives, or else from those of the batch. An expert of a mixture receives a part of the tokens
+    in the router's order; which of them are real is found by comparing its input with the mixture's. If the mixture
+    scales its tokens before routing, all tokens of an expert count.
 
     Args:
         model: owner of the block.
-        block: whose layers are watched.
-        make: builds an accumulator for so many input features.
+        block: its layers are watched.
+        make: builds an accumulator for a number of input features.
         masks: real tokens of each batch.
-        sequence: which sequence the block works on: ``"encoder"``, ``"decoder"``, or None where no padding mask applies
+        sequence: the sequence that the block works on: ``"encoder"``, ``"decoder"``, or None if no padding mask applies
             (vision towers).
         share: False gives each layer its own accumulator.
-        choose: which tokens of the block's own sequence count in each of its calls; None where all real ones do.
-        part: the batches that this worker runs, which are those that ``masks`` are of; by default all in one group.
-        whole: False ends a call with :class:`Enough` at the last layer's input: what follows is nobody's. So it is
-            where every layer took one input in the first call, which runs to its end, and no router chooses.
-        dense: what the layers received in the dense model, for accumulators of both (:class:`InputPair`).
-        once: every layer takes one input in a call, so that the first call, too, ends with the last of them.
-        begins: is called in each call of the block just before the first of the layers is fed.
+        choose: which tokens of the block's own sequence count in each of its calls; None if all real ones do.
+        part: the batches of this worker, those of ``masks``; by default all in one group.
+        whole: False ends a call with :class:`Enough` at the last layer's input, if every layer had exactly one input in
+            the first call (which runs to its end) and there is no router.
+        dense: the layers' inputs in the dense model, for :class:`InputPair`.
+        once: every layer is known to have one input in a call, so that also the first call ends early.
+        begins: called in each call of the block just before the first layer's input is gathered.
     """
 
     def __init__(
@@ -90,16 +90,16 @@ class Gatherer:
         self._choose, self._dense = choose, dense
         self._chosen: Tensor | None = None
         self._batch = self._number = 0
-        self._unknown_calls = 0 if once else 1  # calls that run to their end, to see what they call
+        self._unknown_calls = 0 if once else 1  # calls that run to their end, to count the layers' inputs
         self._whole = whole or any(layer.expert for layer in block.layers)
-        self._in_call: set[str] = set()  # layers that have been fed in this call
-        self._routed: dict[str, list[RoutedTokens]] = {}  # by mixture, of this call of the block
-        self._in_expert: dict[str, Tensor | None] = {}  # by expert, the real ones among its tokens in this call of it
+        self._in_call: set[str] = set()  # layers with an input in this call
+        self._routed: dict[str, list[RoutedTokens]] = {}  # by mixture, in this call of the block
+        self._in_expert: dict[str, Tensor | None] = {}  # by expert, the mask of real tokens in its current call
         self._hooks = ExitStack()
         self._prior: Gatherer | None = None
         self._least = 0
         self.counts: Mapping[str, int] = {}
-        """Owner to the tokens of all workers that reached it, once all is gathered."""
+        """Number of tokens of all workers by owner, once all is gathered."""
 
     def __enter__(self) -> Gatherer:
         self._hooks.enter_context(inputs_watched(self._model, self._block.layers, self._feed))
@@ -107,11 +107,11 @@ class Gatherer:
         return self
 
     def _watch_mixtures(self) -> None:
-        if self._sequence is not None:  # else there is no padding
+        if self._sequence is not None:  # otherwise there is no padding
             self._watch_experts([layer for layer in self._block.layers if layer.expert])
 
     def _watch_experts(self, layers: Sequence[Layer]) -> None:
-        """Note what enters each mixture (the list of experts, if it has a forward, and its owner) and each expert."""
+        """Hook the inputs of each mixture (the list of experts, if it has a forward, and its owner) and each expert."""
         experts = {layer.expert for layer in layers if not layer.stacked}
         for path in {layer.mixture for layer in layers}:
             for watched in (path.rpartition(".")[0], path):
@@ -136,7 +136,7 @@ class Gatherer:
             self._in_expert[path] = self._sent(path.rpartition(".")[0], x)
 
     def _sent(self, mixture: str, x: Tensor) -> Tensor | None:
-        """Which rows of an expert's input are real tokens; None where that is not known."""
+        """The mask of real tokens among the rows of an expert's input; None if it is unknown."""
         found = (tokens.real_among(x) for tokens in self._routed.get(mixture, ()))
         return next((real for real in found if real is not None), None)
 
@@ -148,7 +148,7 @@ class Gatherer:
         self._in_expert.clear()
 
     def before(self, call: BlockCall) -> None:
-        """A new call of the block begins."""
+        """Begin a call of the block."""
         if self._number == 1:  # the first call is over
             self._whole |= any(self._calls.get(layer.name) != 1 for layer in self._block.layers)
         self._in_call.clear()
@@ -158,7 +158,7 @@ class Gatherer:
         self._fed.clear()
         self._routed.clear()
         self._in_expert.clear()
-        # Whatever tensor comes beside the hidden states belongs to another sequence (an encoder's output).
+        # A second tensor beside the hidden states belongs to another sequence (an encoder's output).
         self._others = tensors_in((call.args, call.kwargs))[1:]
         self._own = own_masks(self._model.get_submodule(self._block.name), call.args, call.kwargs)
         self._chosen = None if self._choose is None else self._choose(self._number, call)
@@ -166,17 +166,17 @@ class Gatherer:
 
     @property
     def owners(self) -> Mapping[str, str]:
-        """Layer to the layer whose accumulator is its own, too, for all that were reached."""
+        """For each layer that was reached, the layer whose accumulator it uses."""
         return self._owner
 
     def accumulator_of(self, owner: str, columns: int = 0) -> InputStatistics:
-        """The accumulator of ``owner``; a new one of so many columns where no call of this worker reached it."""
+        """The accumulator of ``owner``; a new one with ``columns`` columns if no call of this worker reached it."""
         if owner not in self._of:
             self._of[owner] = self._make(columns)
         return self._of[owner]
 
     def use_owners(self, owners: Mapping[str, str]) -> None:
-        """Go by these owners, which are those of all workers."""
+        """Use these owners, which all workers agreed on."""
         self._owner = dict(owners)
 
     def check(self) -> None:
@@ -186,7 +186,7 @@ class Gatherer:
                 raise InputsDiverged(name)
 
     def join(self, later: Sequence[Gatherer]) -> None:
-        """Add what layers received in their later uses. All sums are closed."""
+        """Add the statistics of later uses of the layers. All sums must be closed."""
         if not later:
             return
         owners: dict[tuple[int, ...], str] = {}
@@ -208,19 +208,19 @@ class Gatherer:
 
     @property
     def shares(self) -> bool:
-        """Whether layers of one input have one accumulator."""
+        """Whether layers with the same input share an accumulator."""
         return self._share
 
     def tokens_of(self, layer: Layer) -> int:
-        """How many tokens reached ``layer``, on all workers."""
+        """Number of tokens of ``layer``, on all workers."""
         return self.counts.get(self._owner.get(layer.name, ""), 0)
 
     def fill_up(self, prior: Gatherer, least: int) -> None:
-        """From now on, what reaches fewer than ``least`` tokens is filled up with average tokens of ``prior``."""
+        """From now on, fill up statistics of fewer than ``least`` tokens with average tokens of ``prior``."""
         self._prior, self._least = prior, least
 
     def statistics(self, layer: Layer) -> InputStatistics | None:
-        """What was gathered for ``layer``, which others may share; None if no call reached it."""
+        """The statistics of ``layer``, which others may share; None if no call reached it."""
         owner = self._owner.get(layer.name)
         others = self._prior.statistics(layer) if self._prior is not None else None
         if owner is None:
@@ -230,7 +230,7 @@ class Gatherer:
         return self._of[owner]
 
     def release(self, layer: Layer) -> None:
-        """``layer`` is done: what no other layer shares with it is forgotten."""
+        """Free the statistics of ``layer`` that no other layer shares."""
         owner = self._owner.pop(layer.name, None)
         if owner is not None and owner not in self._owner.values():
             self._of.pop(owner, None)
@@ -274,30 +274,32 @@ class Gatherer:
             statistic.update(x, self._counted(x, layer))
 
     def _counted(self, x: Tensor, layer: Layer) -> Tensor | None:
-        """Which tokens of a layer's input count, in the leading dimensions of ``x``; None if all do."""
+        """The mask of the tokens that count, in the leading dimensions of ``x``; None if all do."""
         return self._keep(x, layer)
 
     def _keep(self, x: Tensor, layer: Layer | None = None) -> Tensor | None:
-        """The mask of tokens that count, fitting ``x`` (batch, tokens, features), also flattened; None if all do."""
+        """The same for ``x`` (batch, tokens, features), also flattened."""
         if layer is not None and layer.stacked and layer.expert and (sent := self._sent(layer.mixture, x)) is not None:
-            self._in_expert[layer.expert] = sent  # and its later matrices get the same tokens, in the same order
+            self._in_expert[layer.expert] = (
+                sent  # also for its later matrices, which get the same tokens in the same order
+            )
         routed = self._in_expert.get(layer.expert) if layer is not None else None
         if routed is not None and routed.numel() == x.shape[:-1].numel():
             return routed
         if layer is not None and layer.stacked and layer.expert:
-            # Tokens that are not sent to it are zeros, if they are there at all.
+            # Tokens that are not sent to it are zero or missing.
             there = (x != 0).any(dim=-1)
             counted = self._own_keep(x, layer)
             return there if counted is None else there * counted.to(there.device)
         return self._own_keep(x, layer)
 
     def _own_keep(self, x: Tensor, layer: Layer | None) -> Tensor | None:
-        """As :meth:`_keep`, of an input that no router has taken apart."""
+        """As :meth:`_keep`, for an input that no router has split."""
         foreign = any(x is other for other in self._others)
         real = self._real(x, layer, foreign)
         chosen = None if foreign else _fitting(self._chosen, x)
         if chosen is not None and layer is None:
-            chosen = chosen.bool()  # what enters a mixture: its experts' tokens have no weights
+            chosen = chosen.bool()  # the input of a mixture: tokens of experts have no weights
         if chosen is None or real is None:
             return real if chosen is None else chosen
         return chosen * real.to(chosen.device)
@@ -314,7 +316,7 @@ class Gatherer:
 
 
 def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """``mask`` (batch, tokens) in the leading shape of ``x``; None if it is of another sequence."""
+    """``mask`` (batch, tokens) in the leading shape of ``x``; None if it belongs to another sequence."""
     if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
         return None
     return mask.reshape(x.shape[:-1]).to(x.device)

@@ -15,17 +15,17 @@ from ecoflap.errors import CalibrationError, NonFiniteLoss
 Self = TypeVar("Self", bound="_Accumulator")
 Gram = TypeVar("Gram", bound="InputGram")
 
-# Tokens become fp32 a part at a time: numbers that stay in a core's cache, and rows enough to keep a product busy.
+# Tokens are converted to fp32 in parts: small enough for a core's cache, with enough rows for an efficient product.
 _NORM_PART = 2**17
 GRAM_PART = 512
 
 
 @contextmanager
 def exact_products(x: Tensor) -> Iterator[None]:
-    """Inside, fp32 products of values that came from ``x``'s dtype may use faster units that multiply them exactly.
+    """Context in which fp32 products of values from ``x``'s dtype may use faster units that multiply them exactly.
 
-    Half-precision values lose nothing as factors of a product that is summed in fp32 (TF32 on a GPU represents bf16
-    and fp16, a CPU's bf16 units bf16), and such units are several times faster. For an fp32 ``x`` nothing changes.
+    Such units (TF32 on a GPU for bf16 and fp16, a CPU's bf16 units for bf16) multiply half-precision values without
+    rounding, sum in fp32, and are several times faster. For an fp32 ``x`` nothing changes.
     """
     kind, gpu = x.dtype, x.is_cuda
     backend: Any = torch.backends.cuda.matmul if gpu else getattr(torch.backends.mkldnn, "matmul", None)
@@ -44,13 +44,13 @@ def exact_products(x: Tensor) -> Iterator[None]:
 
 
 class _Accumulator:
-    """A sum over tokens that follows its first input's device.
+    """A sum over tokens, on the device of its first input.
 
-    It may be made of several sums, one for each group of batches (:class:`~ecoflap.support.workers.Share`):
-    :meth:`begin` says to which one the next inputs belong, and :meth:`close` must be called before anything is read.
+    It may consist of several sums, one for each group of batches (:class:`~ecoflap.support.workers.Share`):
+    :meth:`begin` sets the group of the next inputs, and :meth:`close` must be called before anything is read.
 
     Attributes:
-        apart: keep the sums of the groups separate, because sums of another worker come before them.
+        apart: keep the sums of the groups separate, because sums of another worker are added before them.
     """
 
     def __init__(self, columns: int, shape: tuple[int, ...]) -> None:
@@ -62,7 +62,7 @@ class _Accumulator:
         self._group: int | None = None
 
     def begin(self, group: int) -> None:
-        """The next inputs belong to this group; groups come in order."""
+        """Begin a group; groups must come in order."""
         if self._group is not None and group != self._group:
             if self._closed and not self.apart:
                 self._closed[0] += self._sum
@@ -73,10 +73,10 @@ class _Accumulator:
         self._group = group
 
     def close(self) -> None:
-        """Ends the input: adds the sums of all groups, from the first to the last.
+        """End the input: add the sums of all groups, from the first to the last.
 
         Raises:
-            NonFiniteLoss: the groups are finite, and their sum is not.
+            NonFiniteLoss: the groups are finite, but their sum is not.
         """
         if self._closed:
             self.absorb(self.sums())
@@ -86,7 +86,7 @@ class _Accumulator:
         return [*self._closed, self._sum]
 
     def absorb(self, sums: Iterable[Tensor], tokens: int = 0) -> None:
-        """Replaces the sum by that of ``sums``, added from the first to the last, and adds ``tokens`` to the count."""
+        """Replace the sum by that of ``sums``, added from the first to the last, and add ``tokens`` to the count."""
         total: Tensor | None = None
         for one in sums:
             total = one if total is None else total.add_(one)
@@ -96,10 +96,10 @@ class _Accumulator:
         self._check()
 
     def fill_up(self, others: _Accumulator, tokens: int) -> None:
-        """Count ``tokens`` at least: the missing ones are average tokens of ``others``.
+        """Fill up to at least ``tokens`` tokens with average tokens of ``others``.
 
-        With n of its own, that is XᵀX + (tokens − n) · X₀ᵀX₀ / n₀, of norms its diagonal: a shrinkage towards the
-        others' second moments with the weight (tokens − n) / tokens.
+        With n own tokens the result is XᵀX + (tokens − n) · X₀ᵀX₀ / n₀ (for norms its diagonal): a shrinkage towards
+        the others' second moments with the weight (tokens − n) / tokens.
         """
         missing = tokens - self.tokens
         if missing > 0 and others.tokens:
@@ -113,7 +113,7 @@ class _Accumulator:
         return twin
 
     def with_others(self: Self, others: Sequence[_Accumulator]) -> Self:
-        """The sum of this and ``others``, all closed, from the first to the last; this one itself without others."""
+        """The sum of this and ``others``, all closed, from the first to the last; itself if there are no others."""
         if not others:
             return self
         total = self.clone()
@@ -122,9 +122,9 @@ class _Accumulator:
         return total
 
     def _tokens_of(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """The tokens of ``x`` (..., columns) that count, as (tokens, columns); moves the sum to x's device at first.
+        """The tokens of ``x`` (..., columns) that count, as (tokens, columns); first moves the sum to x's device.
 
-        Where ``keep`` has weights, each token is multiplied by the root of its own.
+        If ``keep`` has weights, each token is multiplied by the square root of its weight.
         """
         if x.shape[-1] != self.columns:
             raise ValueError(f"inputs have {x.shape[-1]} columns, the statistic {self.columns}")
@@ -141,7 +141,7 @@ class _Accumulator:
         return flat.to(self._sum.device)
 
     def _rows(self, elements: int) -> int:
-        """How many tokens to take at once for so many fp32 numbers, where the sum lies."""
+        """Number of tokens to process at once for ``elements`` fp32 numbers, on the sum's device."""
         return max(1, (elements if self._sum.device.type == "cpu" else 64 * elements) // self.columns)
 
     def _counted(self, tokens: int) -> None:
@@ -154,7 +154,7 @@ class _Accumulator:
             raise NonFiniteLoss("a layer's input is NaN, infinite or too large to square in fp32")
 
     def _squares(self) -> Tensor:
-        """(columns,), where anything that is not finite shows."""
+        """(columns,) sums that are not finite if any input is not finite."""
         return self._sum
 
 
@@ -188,9 +188,9 @@ class InputNorm(_Accumulator):
 
 
 class InputGram(_Accumulator):
-    """H = 2/n XᵀX of a layer's inputs, the Hessian of its squared output error; serves as an InputNorm too.
+    """H = 2/n XᵀX of a layer's inputs, the Hessian of its squared output error; also has an InputNorm's ``norm``.
 
-    One object serves all layers that read the same input (q, k, v): the factor is computed once.
+    All layers that read the same input (q, k, v) share one object: the factor is computed once.
 
     Args:
         columns: width of the layer's input.
@@ -217,7 +217,7 @@ class InputGram(_Accumulator):
         self._counted(len(tokens))
 
     def fill_up(self, others: _Accumulator, tokens: int) -> None:
-        """As of :class:`InputNorm`."""
+        """As in the base class."""
         super().fill_up(others, tokens)
         self._shared.clear()
 
@@ -228,12 +228,12 @@ class InputGram(_Accumulator):
         return twin
 
     def absorb(self, sums: Iterable[Tensor], tokens: int = 0) -> None:
-        """Become the sum of these, added from the first to the last; ``tokens`` are counted in addition."""
+        """As in the base class."""
         self._shared.clear()
         super().absorb(sums, tokens)
 
     def _squares(self) -> Tensor:
-        return self.moments.diagonal()  # a bad entry anywhere spoils the diagonal
+        return self.moments.diagonal()  # a value that is not finite shows in the diagonal
 
     @property
     def moments(self) -> Tensor:
@@ -252,24 +252,24 @@ class InputGram(_Accumulator):
 
     @property
     def dead(self) -> Tensor:
-        """(columns,) bool: inputs that were zero in every token, whose weights can't matter."""
+        """(columns,) bool: inputs that were zero in every token."""
         return self.moments.diagonal() == 0
 
     def shared(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """What ``make`` computes from the inputs alone: once, for all layers that read them.
+        """The result of ``make``, which depends only on the inputs; computed once for all layers that read them.
 
         Args:
-            key: says what it is, with the options that it depends on.
+            key: identifies the result, with the options that it depends on.
         """
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
 
     def inverse_factor(self, damping: float = 0.01) -> Tensor:
-        """Upper triangular U with UᵀU = (H + damping · mean(diag H) · I)⁻¹, as SparseGPT wants it. Computed once.
+        """Upper triangular U with UᵀU = (H + damping · mean(diag H) · I)⁻¹, for SparseGPT. Computed once.
 
-        Dead inputs are decoupled: their row and column of U are those of the unit matrix. Where H is too
-        ill-conditioned for fp32, ten times the damping is tried, up to three times.
+        Dead inputs are decoupled: their row and column of U are those of the unit matrix. If H is too ill-conditioned
+        for fp32, ten times the damping is tried, up to three times.
 
         Returns:
             (columns, columns) fp32, on the device of the inputs; don't write to it.
@@ -283,8 +283,8 @@ class InputGram(_Accumulator):
         dead = self.dead
         mean = float(self.moments.diagonal().mean()) * 2 / max(self.tokens, 1)
         for _ in range(4):
-            # Cholesky of H with rows and columns reversed gives H = R Rᵀ with R upper; then U = R⁻¹. One factorisation,
-            # and H⁻¹ (whose condition is as bad, with more rounding) is never formed.
+            # Cholesky of H with rows and columns reversed gives H = R Rᵀ with R upper; then U = R⁻¹. This needs one
+            # factorisation, and avoids H⁻¹, which is as ill-conditioned and would add rounding errors.
             reverse = self.moments.flip(0, 1).mul_(2 / max(self.tokens, 1))
             reverse.diagonal().add_(damping * mean).masked_fill_(dead.flip(0), 1.0)
             lower, failed = torch.linalg.cholesky_ex(reverse)
@@ -307,7 +307,7 @@ InputStatistics = InputNorm | InputGram
 
 
 def _invert_upper(r: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix by halves: a third of the work of solving for the unit matrix."""
+    """Inverse of an upper triangular matrix by halves: a third of the work of a solve with the unit matrix."""
     size = len(r)
     if size <= 512:
         unit = torch.eye(size, dtype=r.dtype, device=r.device)
@@ -321,5 +321,5 @@ def _invert_upper(r: Tensor) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether it has no NaN and no infinity; checks minimum and maximum, in one pass without a mask."""
+    """Whether it has no NaN and no infinity; checks minimum and maximum, which needs no mask."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

@@ -1,8 +1,8 @@
-"""What weights that stand in several places receive in their later ones.
+"""Gathers the inputs of shared weights in all uses after the first.
 
-Zamba 2 puts one block into several layers, ALBERT calls one block again and again, DiffusionGemma ties its encoder to
-its decoder. Such a weight is pruned once, in the first block that holds it, and the tokens of all its uses count. For
-those after the first, the whole model is run once more, as it is when the turn comes to that first block.
+Zamba 2 uses one block in several layers, ALBERT calls one block repeatedly, DiffusionGemma ties its encoder to its
+decoder. Such a weight is pruned once, in the first block that has it, and the tokens of all its uses count. For uses
+after the first, the whole model is run once more, in its state when that first block is pruned.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from ecoflap.support.workers import ALONE, Share, Workers
 
 @dataclass(frozen=True)
 class Place:
-    """Where weights of a block are used again.
+    """A later use of weights of a block.
 
     Attributes:
-        block: the block in which that is ("" as its name: in none), with those weights as its layers, under the names
-            that they have here.
-        tower: that the block belongs to.
-        again: it is the block itself, whose first call in a forward of its tower is not a later use.
+        block: the block with the later use, with the shared weights as its layers, under their names in the first
+            block; its name is "" if the use is outside of all blocks.
+        tower: of the block.
+        again: it is the first block itself, whose first call in a forward of its tower is no later use.
     """
 
     block: Block
@@ -52,7 +52,7 @@ class Place:
 
 
 def later_places(model: nn.Module, anatomy: Anatomy, block: Block) -> list[Place]:
-    """All places where weights of ``block`` are used after the block's first call."""
+    """All later uses of weights of ``block``."""
     towers = {one.name: tower for tower in anatomy.towers for one in tower.blocks}
     own = towers[block.name]
     found: dict[str, list[Layer]] = {}
@@ -60,7 +60,7 @@ def later_places(model: nn.Module, anatomy: Anatomy, block: Block) -> list[Place
         first = model.get_submodule(layer.module)
         for alias, path in zip(layer.aliases, layer.modules[1:], strict=True):
             if model.get_submodule(path) is first:
-                continue  # one module under two names: hooks see all its calls
+                continue  # one module with two names: hooks see all its calls
             home = next((one for one in anatomy.replayable if path.startswith(one + ".")), "")
             there = replace(layer, name=alias, module=path, aliases=(), expert=_expert_of(layer, alias))
             found.setdefault(home, []).append(there)
@@ -72,7 +72,7 @@ def later_places(model: nn.Module, anatomy: Anatomy, block: Block) -> list[Place
 
 
 def _expert_of(layer: Layer, alias: str) -> str:
-    """The expert that holds the layer under its other name."""
+    """The expert of the layer under its other name."""
     if not layer.expert:
         return ""
     if layer.stacked:
@@ -82,12 +82,12 @@ def _expert_of(layer: Layer, alias: str) -> str:
 
 
 class _LaterGatherer(Gatherer):
-    """Gathers only while it is open: a hook on a module can't tell one place of it from another."""
+    """Gathers only while it is open, since a hook on a module can't distinguish its uses."""
 
     open = False
 
     def after(self, output: Any) -> None:
-        """A later use is over."""
+        """End a later use."""
 
     def _feed(self, layer: Layer, x: Tensor) -> None:
         if self.open:
@@ -95,7 +95,7 @@ class _LaterGatherer(Gatherer):
 
 
 class _LaterChoice:
-    """Sees, of later uses of a block, what a choice of tokens goes by: how its tokens turn, or are attended to."""
+    """Records what a choice of tokens needs of later uses of a block: attention, or changes of direction."""
 
     open = False
 
@@ -136,15 +136,12 @@ def gather_later(
     workers: Workers = ALONE,
     tokens: TokenChoice = ALL,
 ) -> list[Gatherer]:
-    """Statistics of the layers of ``block`` in all their later uses, by place; empty where they have none.
-
-    All workers get all statistics.
+    """Statistics of the layers of ``block``, one gatherer for each later use; all workers get all statistics.
 
     Args:
         model: in eval mode, without a KV cache.
-        batches: of this worker; ``masks`` and ``part`` are of these.
-        tokens: which tokens count, in each use by what happens there; the model runs once more where that is "atv" or
-            "text+attended".
+        batches: of this worker, as ``masks`` and ``part``.
+        tokens: which tokens count, decided for each use; for "atv" and "text+attended" the model runs once more.
     """
     decoder = decoder_of(anatomy)
     found = []
@@ -183,7 +180,7 @@ def gather_later(
 
 @contextmanager
 def _opened(model: nn.Module, place: Place, gatherer: _LaterGatherer | _LaterChoice) -> Iterator[Callable[[int], None]]:
-    """Inside, the gatherer is open during the calls that are later uses; yields what says which batch comes."""
+    """Context in which the gatherer is open during later uses; gives the function to call before each batch."""
     batch, calls = 0, 0
 
     def begin(number: int) -> None:
@@ -216,12 +213,12 @@ def _opened(model: nn.Module, place: Place, gatherer: _LaterGatherer | _LaterCho
 
 
 def decoder_of(anatomy: Anatomy) -> Tower | None:
-    """The decoder of an encoder-decoder, which works on a sequence of its own; None where there is none."""
+    """The decoder of an encoder-decoder; None for other models."""
     return next((tower for tower in anatomy.towers if tower.decoder), None)
 
 
 def sequence_of(tower: Tower, decoder: Tower | None) -> str | None:
-    """Which of a batch's padding masks a tower's blocks go by, as :class:`Gatherer` names them."""
+    """The sequence, as in :class:`Gatherer`, whose padding mask applies to a tower."""
     if tower.modality != "language":
         return None
     return "decoder" if tower is decoder else "encoder"

@@ -1,4 +1,4 @@
-"""Defines the statistics of one input in two models: the dense one, and the one that is pruned up to this layer."""
+"""Defines the joint statistics of a layer's inputs in the dense model and in the model that is pruned before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class InputPair(InputGram):
     """H = 2/n X̂ᵀX̂ and C = 2/n XᵀX̂ of inputs X of the dense model and X̂ of the pruned one, token by token.
 
     With them, a layer's outputs can be fitted to those of the dense model: ‖X Wᵀ − X̂ Ŵᵀ‖² is
-    tr(Ŵ H Ŵᵀ) − 2 tr(W C Ŵᵀ) and a constant (asymmetric calibration; GPTAQ, Li et al. 2025, arXiv 2504.02692).
+    tr(Ŵ H Ŵᵀ) − 2 tr(W C Ŵᵀ) plus a constant (asymmetric calibration; GPTAQ, Li et al. 2025, arXiv 2504.02692).
     The methods of :class:`InputGram` refer to X̂.
 
     Args:
@@ -21,7 +21,7 @@ class InputPair(InputGram):
 
     def __init__(self, columns: int) -> None:
         super().__init__(columns)
-        self._sum = torch.zeros(2, columns, columns)  # X̂ᵀX̂ and XᵀX̂, so that they are handed on together
+        self._sum = torch.zeros(2, columns, columns)  # X̂ᵀX̂ and XᵀX̂ in one tensor, so that workers send both
 
     def update(self, x: Tensor, keep: Tensor | None = None, dense: Tensor | None = None) -> None:
         """Add inputs ``x`` (..., columns) of the pruned model.

@@ -1,4 +1,4 @@
-"""Finds the real tokens of a call from the attention masks that the block receives, also behind a router."""
+"""Finds the real tokens of a call from the attention masks that the block receives, also after a router."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCKED = -1e4  # an additive mask holds 0 and less than this (fp16 has no room for much less)
-# A block that leads queries and text through layers of their own (Q-Former) names the queries' layers so.
+BLOCKED = -1e4  # an additive mask has 0 and values below this (fp16's range ends soon after)
+# A block with separate layers for queries and text (Q-Former) names the queries' layers so.
 QUERY_WORDS = ("query", "cross")
 
 
@@ -20,10 +20,10 @@ class OwnMasks:
     """Real tokens by the masks of one call of a block.
 
     Attributes:
-        tokens: bool ``[batch, tokens]`` of the block's own sequence; None where its mask can't tell (there is none,
-            or it is causal and mixes order with padding).
-        others: the same for the encoder's sequence that the block attends to; None where its mask can't tell.
-        attends: the block has an argument for the mask of ``others``: without a mask all of them are real.
+        tokens: bool ``[batch, tokens]`` of the block's own sequence; None if its mask does not show it (there is none,
+            or it is causal, which mixes order with padding).
+        others: the same for the encoder's sequence that the block attends to.
+        attends: the block has an argument for the mask of ``others``; without a mask all of these are real.
         queries: number of query tokens before the text, 0 for blocks without them.
     """
 
@@ -33,11 +33,11 @@ class OwnMasks:
     queries: int
 
     def of(self, x: Tensor, module: str) -> Tensor | None:
-        """Real tokens of a layer's input: all of the block's own, its queries alone, or its text alone.
+        """Real tokens of a layer's input, which is the block's whole sequence, or only its queries or its text.
 
         Args:
             x: ``[batch, tokens, features]``, or ``[batch · tokens, features]``.
-            module: path of the layer; it distinguishes queries from text where both have the same number.
+            module: path of the layer; it distinguishes queries from text if both have the same length.
         """
         mask = self.tokens
         if mask is None:
@@ -73,15 +73,15 @@ def own_masks(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _real(mask: Any) -> Tensor | None:
-    """``[batch, keys]``, True where a key may be attended to, if that is the same for every query and head."""
+    """``[batch, keys]``, True for keys that may be attended to, if these are the same for every query and head."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
-    if mask.dim() == 2:  # of integers it marks real tokens; anything else may be one of queries and keys
+    if mask.dim() == 2:  # a mask of integers marks real tokens; others may be masks of queries and keys
         return None if mask.is_floating_point() or mask.dtype == torch.bool else mask != 0
     if mask.is_floating_point():
         allowed = mask == 0
         if not (allowed | (mask <= BLOCKED)).all():
-            return None  # it carries a position bias too
+            return None  # it contains a position bias, too
     else:
         allowed = mask != 0
     first, last = allowed[:, :1, :1], allowed[:, :1, -1:]
@@ -96,8 +96,8 @@ _CHUNK = 1 << 22  # numbers hashed at a time
 def row_hashes(x: Tensor) -> Tensor:
     """A 64-bit hash of the bits of each row of ``x`` (tokens, features): (tokens,) int64.
 
-    Sums of products with fixed odd numbers modulo 2⁶⁴: there is no rounding, so a copied row has the same hash at every
-    place. Two different rows share a hash with a probability of about 2⁻⁶³.
+    Sums of products with fixed odd numbers modulo 2⁶⁴: without rounding, so a copied row has the same hash. Two
+    different rows have the same hash with a probability of about 2⁻⁶³.
     """
     x = x.detach().contiguous()
     words = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
@@ -109,10 +109,10 @@ def row_hashes(x: Tensor) -> Tensor:
 
 
 class RoutedTokens:
-    """The tokens that entered a mixture, real and padded, of one call.
+    """The input tokens of a mixture in one call, real and padded.
 
     Args:
-        x: (..., features), what the mixture received.
+        x: (..., features), the mixture's input.
         real: bool, the leading dimensions of ``x``, True = real.
     """
 
@@ -127,7 +127,7 @@ class RoutedTokens:
     def real_among(self, x: Tensor) -> Tensor | None:
         """(tokens,) bool: which rows of ``x`` (tokens, features) are copies of real tokens.
 
-        None if a row is no copy of any token, because the mixture scales its tokens: then it can't be told.
+        None if a row is no copy of any token, because the mixture scales its tokens.
         """
         if (x.shape[-1], x.dtype) != self._kind:
             return None

@@ -1,4 +1,4 @@
-"""How many tokens the routers of a model send to each expert of their mixtures."""
+"""Counts the tokens that routers send to each expert."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ecoflap.statistics.dense import dense_statistics
 from ecoflap.support.workers import ALONE, Workers
 
 Routing = Mapping[str, Mapping[str, int]]
-"""Path of a mixture to the path of each of its experts to the number of tokens, in their order."""
+"""Number of tokens by path of the mixture and path of the expert, in the order of the experts."""
 
 
 def by_mixture(layers: Iterable[Layer], tokens: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """The experts' tokens mixture by mixture; without lists of modules of which no more than one ever runs.
+    """The experts' tokens by mixture, without lists of modules of which at most one runs.
 
     Args:
-        tokens: path of an expert to the number of real tokens that were sent to it; 0 where it is not there.
+        tokens: number of real tokens by path of the expert; 0 if it is missing.
     """
     found: dict[str, dict[str, int]] = {}
     for layer in layers:
