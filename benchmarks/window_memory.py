@@ -1,6 +1,6 @@
 """Memory that windows of text take: what the default sequence length reckons with, beside what is measured.
 
-    python benchmarks/window_memory.py [--models smollm2 gemma3 llama] [--work forward gradient-norm admm]
+    python benchmarks/window_memory.py [--models smollm2 gemma3 t5 llama] [--work forward gradient-norm admm]
 
 Models of random weights, with the widths of real ones and a few blocks. Each case runs in a process of its own, at two
 lengths: the difference of the two peaks of resident memory is what longer windows take, without the model and without
@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from apart import run_apart
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ecoflap.api import allocate, prune_to
-from ecoflap.data.objectives import default_objective, on_device
+from ecoflap.data.computing import first_run
+from ecoflap.data.objectives import default_objective
 from ecoflap.data.window_length import activation_bytes
 from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.scores import Importance
@@ -32,7 +33,7 @@ from ecoflap.support.files import write_json
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 SHORT, LONG = 128, 512  # tokens of a window
-# Of SmolLM2-135M, Gemma 3 270M and Llama 3.2 1B, but for the number of blocks.
+# Of SmolLM2-135M, Gemma 3 270M, FLAN-T5-small and Llama 3.2 1B, but for the number of blocks.
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -41,6 +42,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+    },
+    "t5": {
+        "model_type": "t5", "vocab_size": 32128, "d_model": 512, "d_ff": 1024, "d_kv": 64, "num_heads": 6,
+        "num_layers": 4, "num_decoder_layers": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
     },
     "llama": {
         "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192,
@@ -55,21 +60,24 @@ def build(name: str, dtype: str) -> PreTrainedModel:
     torch.manual_seed(0)
     options = dict(MODELS[name])
     config = AutoConfig.for_model(options.pop("model_type"), **options)
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def do(model: PreTrainedModel, work: str, ids: torch.Tensor, batch_size: int) -> None:
-    """One piece of work on windows (N, length)."""
+    """One piece of work on windows (N, length); an encoder-decoder gets their halves, as calibration has it."""
+    texts, answers = ids.chunk(2, dim=1) if model.config.is_encoder_decoder else (ids, ids)
+    parts = zip(torch.split(texts, batch_size), torch.split(answers, batch_size), strict=True)
+    batches = [{"input_ids": text, "labels": answer} for text, answer in parts]
     if work == "forward":
         with torch.no_grad():
-            model(input_ids=ids[:batch_size], use_cache=False)
+            model(**batches[0] if texts is not answers else {"input_ids": texts[:batch_size]}, use_cache=False)
         return
-    batches = [{"input_ids": rows, "labels": rows} for rows in ids.split(batch_size)]
     if work == "gradient-norm":
         measure_importance(model, batches, work)
         return
     with cache_disabled(model):
-        anatomy = discover(model, batches[0], run=on_device(default_objective(model)))
+        anatomy = discover(model, batches[0], run=first_run(default_objective(model)))
     sparse = allocate(Importance.uniform(anatomy.layers, anatomy.total_parameters), sparsity=0.5)
     prune_to(model, anatomy, sparse, batches, criterion=work)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from ecoflap.errors import (
     NonFiniteLoss,
     UnknownName,
 )
+from ecoflap.importance.registry import IMPORTANCES
 from ecoflap.model.fingerprint import fingerprint
+from ecoflap.pruning.registry import CRITERIA
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "python-api.md"
 
@@ -255,6 +258,28 @@ def test_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(compile(block, str(DOCUMENT), "exec"), names)
     assert "blocks" in capsys.readouterr().out
+
+
+def _options(factory: Any) -> set[str]:
+    return {field.name for field in fields(factory)}
+
+
+def test_the_documentation_names_every_measure_and_criterion_with_its_options() -> None:
+    folder = DOCUMENT.parent
+    table = {
+        row[0].strip(" `"): row[1]
+        for row in (line.strip("|").split("|", 1) for line in DOCUMENT.read_text("utf-8").splitlines())
+        if len(row) == 2
+    }
+    for name in IMPORTANCES.names():
+        options = _options(IMPORTANCES.get(name))
+        assert all(f"`{option}`" in table[name] for option in options), name
+    line = next(
+        row for row in (folder / "command-line.md").read_text("utf-8").splitlines() if "criterion-options" in row
+    )
+    for name in CRITERIA.names():
+        (told,) = re.findall(rf"(?:^|[ ;]){name}: ([^;|]*)", line) or [""]
+        assert set(re.findall(r"`(\w+)`", told)) == _options(CRITERIA.get(name)), name
 
 
 def test_the_documentation_s_runs_on_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

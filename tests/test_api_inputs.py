@@ -46,6 +46,35 @@ def test_what_is_no_list_of_mappings_is_refused_in_one_line(batches: Any) -> Non
     assert "\n" not in str(refused.value)
 
 
+def test_batches_of_any_kind_with_a_loss_that_takes_them() -> None:
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=batch[0], **batch[1]).loss
+        return found
+
+    batches = case("llama").batches
+    taken = [(batch["input_ids"], {key: batch[key] for key in batch if key != "input_ids"}) for batch in batches]
+    plain = [
+        {**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches
+    ]  # nothing is padding
+    taken = [(ids, {**rest, "attention_mask": torch.ones_like(ids)}) for ids, rest in taken]
+    model = copy.deepcopy(case("llama").model)
+    result = ecoflap.prune(model, (batch for batch in taken), 0.5, importance_samples=2, loss=loss)  # type: ignore[arg-type]
+    other = copy.deepcopy(case("llama").model)
+    ecoflap.prune(other, plain, 0.5, importance_samples=2)
+    assert all(torch.equal(weight, other.get_parameter(name)) for name, weight in model.named_parameters())
+    assert result.importance is not None
+    assert result.importance.settings["samples"] >= 2
+
+
+@pytest.mark.parametrize("batch", [{"input_ids": [[1, 2]]}, {"nosuch": torch.ones(1)}])
+def test_what_the_model_raises_on_its_first_batch_is_one_line(batch: Any) -> None:
+    with pytest.raises(CalibrationError, match="can't take the calibration data") as refused:
+        pruned([batch])
+    assert "\n" not in str(refused.value)
+    with pytest.raises(CalibrationError, match="can't take"):
+        ecoflap.measure_importance(copy.deepcopy(case("llama").model), iter([batch]))
+
+
 def test_a_model_with_adapters_is_refused() -> None:
     model = copy.deepcopy(case("llama").model)
     projection = model.get_submodule("model.layers.0.self_attn.q_proj")

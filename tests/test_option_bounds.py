@@ -45,7 +45,7 @@ def test_counts(kind: type, name: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), FACTORS)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e308, 10**400])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 1e308, 10**400])
 def test_factors(kind: type, name: str, value: Any) -> None:
     with pytest.raises(InvalidOption, match=name):
         kind(**{name: value})
@@ -71,6 +71,19 @@ def test_a_long_value_is_cut_in_the_message(recipe: type[Recipe], field: str, va
 def test_passes_over_the_data(field: str, value: float) -> None:
     with pytest.raises(InvalidOption, match=field):
         UPop.parse({field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("learning_rate", (0.0, 1e-300)), ("weight_decay", (-1.0, 1e9)), ("temperature", (0.0, 1e-300, 1e308)),
+        ("distill", (-1.0, 1e9)), ("distill_hidden", (1e9,)), ("accumulate", (0, 10**9)), ("batch_size", (0, 10**10)),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_training(field: str, values: tuple[float, ...]) -> None:
+    for value in (*values, math.nan, math.inf):
+        with pytest.raises(InvalidOption, match=field):
+            Finetune.parse({field: value})
 
 
 def test_groups_of_columns() -> None:

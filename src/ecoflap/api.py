@@ -17,9 +17,9 @@ from torch import nn
 from ecoflap.allocation import Allocation
 from ecoflap.allocation.allocate import AllocationOptions
 from ecoflap.data.batches import as_batches
-from ecoflap.data.computing import computed_in
+from ecoflap.data.computing import computed_in, first_run
 from ecoflap.data.model_facts import to_device
-from ecoflap.data.objectives import Objective, default_objective, on_device
+from ecoflap.data.objectives import Objective, default_objective
 from ecoflap.errors import CalibrationError
 from ecoflap.importance.allocate import allocate, allocate_scores
 from ecoflap.importance.fits import check_allocation
@@ -106,7 +106,7 @@ def carry_out(
     """
     method.check(model, batches)
     with cache_disabled(model), computing_in(model, work.compute):
-        anatomy = discover(model, batches[0] if len(batches) else None, run=on_device(work.loss), **parts)
+        anatomy = discover(model, batches[0] if len(batches) else None, run=first_run(work.loss), **parts)
     method.check_layers(anatomy, given)
     method = replace(method, importance=method.importance.settled(model, anatomy, batches, work.loss))
     scores, allocation = None, given
@@ -321,7 +321,7 @@ def recover(
     check_choice(choice, model, batches, "pair")
     check_in_memory(model, "recover")
     with cache_disabled(model):
-        anatomy = discover(model, batches[0], run=on_device(objective), include=include, exclude=exclude, towers=towers)
+        anatomy = discover(model, batches[0], run=first_run(objective), include=include, exclude=exclude, towers=towers)
     pruned = weights_to_recover(dense, model, anatomy, ("the dense model", "the model"))
     part = sparse_part(anatomy, pruned, dense)
     work, offload = Work(objective, progress=progress or Silent(), workers=workers), offload_kind(offload_activations)

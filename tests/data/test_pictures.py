@@ -15,6 +15,7 @@ from PIL import Image
 
 from ecoflap.data import load_samples
 from ecoflap.data.images import ImageFinder, decode
+from ecoflap.errors import CalibrationError
 
 
 def colours(folder: Path) -> list[tuple[int, ...]]:
@@ -112,3 +113,18 @@ def test_metadata_in_sub_folders_names_what_lies_beside_it(tmp_path: Path, split
     found = load_samples(tmp_path, samples=None, seed=0).samples
     said = {sample.text: sample.images[0].getpixel((0, 0)) for sample in found}
     assert said == {"caption 0": (0, 0, 0), "caption 1": (1, 0, 0)}
+
+
+@pytest.mark.parametrize("where", ["", "data"])
+@pytest.mark.parametrize("names", [("train", "validation"), ("Train", "Validation")])
+def test_metadata_in_folders_of_splits(where: str, names: tuple[str, str], tmp_path: Path) -> None:
+    for number, name in enumerate(names):
+        folder = tmp_path / where / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / "same.PNG")
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "same.PNG", "text": f"caption {number}"}))
+    for split, caption in (("", "caption 0"), (":validation", "caption 1")):
+        (sample,) = load_samples(f"{tmp_path}{split}", samples=None, seed=0).samples
+        assert (sample.text, sample.images[0].getpixel((0, 0))) == (caption, (int(caption[-1]), 0, 0))
+    with pytest.raises(CalibrationError, match="nosuch"):
+        load_samples(f"{tmp_path}:nosuch", samples=None, seed=0)

@@ -217,7 +217,7 @@ def test_samples_takes_the_first_whole_batches() -> None:
     assert found.settings["batches"] == 2
     assert found.settings["samples"] == 4
     assert found.scores == measure_importance(model, batches[:2], "zeroth-order").scores
-    with pytest.warns(UserWarning, match="7 samples were asked for, but the calibration batches hold 6"):
+    with pytest.warns(UserWarning, match="all 6 calibration samples are used: there are fewer than 7"):
         assert measure_importance(model, batches, "zeroth-order", samples=7).settings["samples"] == 6
     with pytest.raises(CalibrationError, match="no calibration batches"):
         measure_importance(model, [], "zeroth-order")

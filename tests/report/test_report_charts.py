@@ -91,6 +91,19 @@ def test_an_axis_of_differences_has_whole_per_cents_to_mark(apart):
         assert high >= 0.02
 
 
+@pytest.mark.parametrize(
+    ("values", "some"), [((0.918, 0.938), "92.5%"), ((0.2, 0.9), "40%"), ((-0.01, 0.01), "\N{MINUS SIGN}0.5%")]
+)
+def test_marks_of_an_axis_differ_and_have_the_decimals_of_their_distance(values, some):
+    line = Series("a", "line", [0.5, 0.6], list(values), style(0))
+    chart = Chart("title", "what", Axis("sparsity"), Axis("accuracy", percent=True), [line])
+    marks = re.findall(r">([^<>]*\d%)<", svg(chart, "x"))
+    assert some in marks
+    assert len(set(marks)) == len(marks) >= 3
+    assert len({len(mark.partition(".")[2]) for mark in marks}) == 1
+    assert figure(chart)["layout"]["yaxis"]["tickformat"] == ".3~%"
+
+
 def test_still_drawings_have_no_colour_of_their_own(charts):
     for index, chart in enumerate(charts):
         drawing = svg(chart, f"p{index}")

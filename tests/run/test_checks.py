@@ -10,9 +10,14 @@ from typing import Any
 import pytest
 from console import prose
 
-from ecoflap.errors import CalibrationError, EcoflapError
+from ecoflap.errors import CalibrationError, EcoflapError, StorageError
+from ecoflap.model.replace import check_replaceable
 from ecoflap.run import prepare as preparing
 from ecoflap.run.checks import check_data, check_evaluated, check_measured, check_recipe
+from ecoflap.run.compare.folder import GridDirectory
+from ecoflap.run.directory import RunDirectory
+from ecoflap.run.finetune.folder import FinetuneDirectory
+from ecoflap.run.prepare import by_options
 from ecoflap.run.recipe import Recipe
 
 _IMPORTS = """
@@ -63,6 +68,8 @@ def test_what_is_refused_needs_no_models_of_transformers_and_paths_no_torch(tmp_
         ({"task": "perplexity", "task_options": {"shots": 1}}, "has no option 'shots'"),
         ({"importance": "first-order", "importance_options": {"variant": "x"}}, "first-order variant 'x'"),
         ({"device_map": "nosuch"}, "nosuch"),
+        ({"objective": "nosuch_module:loss"}, "'nosuch_module:loss' cannot be imported"),
+        ({"min_sparsity": 0.6}, "0.5 is out of reach: min_sparsity 0.6"),
     ],
 )
 def test_places_and_options(fields: dict[str, Any], words: str) -> None:
@@ -88,3 +95,44 @@ def test_broken_test_data_is_told_before_the_model_is_loaded(tmp_path: Path, mon
         check_evaluated(tested)
     with pytest.raises(CalibrationError, match=r"x\.jsonl"):
         check_measured(Recipe(calibration="x.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("vqa", "needs columns with questions"),
+        ("multiple-choice", "its choices and the right one"),
+        ("captioning", "has no pictures"),
+        ("zero-shot", "has no pictures"),
+    ],
+)
+def test_a_text_is_no_test_of_pictures_or_questions(task: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=words):
+        check_data(Recipe(test=str(prose(tmp_path / "prose.txt")), task=(task,)))
+
+
+def test_a_table_is_no_text(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "what ?", "answer": "a star"}\n', "utf-8")
+    with pytest.raises(CalibrationError, match="is not plain text"):
+        check_data(Recipe(test=str(data), task=("perplexity",)))
+    check_data(Recipe(test=str(data), task=("vqa",)))
+
+
+@pytest.mark.parametrize("directory", [RunDirectory, GridDirectory, FinetuneDirectory])
+def test_an_output_below_a_file_is_refused_before_the_work(directory: type[RunDirectory], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", "utf-8")
+    with pytest.raises(StorageError, match="is no folder"):
+        directory.examine(tmp_path / "file" / "run" / "first", Recipe().resolved())
+    with pytest.raises(StorageError, match="is no folder"):
+        check_replaceable(tmp_path / "file" / "packed", overwrite=False)
+    assert (tmp_path / "file").read_text("utf-8") == "mine"
+
+
+def test_the_importance_that_options_name_is_told() -> None:
+    asked = Recipe(importance_options={"epsilon": 0.01})
+    (line,) = by_options(asked, asked.resolved())
+    assert "zeroth-order" in line
+    assert "epsilon" in line
+    for other in (Recipe(), Recipe(importance="zeroth-order", importance_options={"epsilon": 0.01})):
+        assert not list(by_options(other, other.resolved()))

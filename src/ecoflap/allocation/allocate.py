@@ -12,7 +12,7 @@ from ecoflap.allocation.checks import AGGREGATES, BUDGETS, GRANULARITIES, check_
 from ecoflap.allocation.groups import LayerSize, infeasible, make_groups, make_pools
 from ecoflap.allocation.parts import Allocation, LayerAllocation
 from ecoflap.allocation.rules import RULES, round_to_total
-from ecoflap.errors import InvalidOption, NonFiniteLoss
+from ecoflap.errors import InfeasibleAllocation, InvalidOption, NonFiniteLoss
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,22 @@ class AllocationOptions:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def check_reach(self) -> None:
+        """Raises InfeasibleAllocation where the limits forbid the sparsity whatever the layers are.
+
+        Raises:
+            InvalidOption: one of them is no number from 0 to 1.
+        """
+        least, most = self.min_sparsity, 1.0 if self.max_sparsity is None else self.max_sparsity
+        for option, value in (("sparsity", self.sparsity), ("min_sparsity", least), ("max_sparsity", most)):
+            unit(option, value)
+        everywhere = not self.tower_sparsity and self.pattern == "unstructured"
+        if everywhere and not least <= self.sparsity <= most:
+            raise InfeasibleAllocation(
+                f"sparsity {self.sparsity} is out of reach: min_sparsity {least} and max_sparsity {most} "
+                "allow no such; change the sparsity or the limits"
+            )
 
 
 def allocate(

@@ -64,11 +64,14 @@ def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
         count += batch_size_of(batch)
         if count >= samples:
             return batches[:number]
-    warnings.warn(
-        f"{samples} samples were asked for, but the calibration batches hold {count}: all of them are taken",
-        stacklevel=2,
-    )
     return batches
+
+
+def warn_if_fewer(batches: Sequence[Any], samples: int | None) -> None:
+    """Warns where :func:`first_samples` takes all, as there are fewer; raises as it does."""
+    count = sum(batch_size_of(batch) for batch in first_samples(batches, samples))
+    if samples is not None and count < samples:
+        warnings.warn(f"all {count} calibration samples are used: there are fewer than {samples}", stacklevel=2)
 
 
 __all__ = ["Batch", "batch_size_of", "make_batches"]

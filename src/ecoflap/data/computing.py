@@ -1,17 +1,23 @@
-"""Chooses the dtype that a model computes in, and tries it on one of its batches."""
+"""Chooses the dtype that a model computes in, and runs it on its first calibration batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ecoflap.data.objectives import Objective, on_device
+from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
 from ecoflap.model.compute import settled
+from ecoflap.model.lazy_logits import logits_on_demand
+from ecoflap.model.offload import is_offloaded
 from ecoflap.model.patching import cache_disabled
 from ecoflap.model.trace import evaluating
+from ecoflap.support.memory import memory_error
+from ecoflap.support.text import first_line
 from ecoflap.support.workers import ALONE, Workers
 
 
@@ -19,7 +25,49 @@ def computed_in(model: nn.Module, asked: str, batches: Sequence[Any], loss: Obje
     """:func:`ecoflap.model.compute.settled` by the first worker, tried on the first batch."""
 
     def trial() -> None:
-        with torch.no_grad(), evaluating(model), cache_disabled(model):
+        with torch.no_grad(), evaluating(model), cache_disabled(model), logits_on_demand(model):
             on_device(loss)(model, batches[0])
 
     return workers.from_first(lambda: settled(asked, model, trial if len(batches) else None))
+
+
+@contextmanager
+def taking(model: nn.Module) -> Iterator[None]:
+    """What the model's code raises on its first calibration batch becomes one line that says so.
+
+    Raises:
+        CalibrationError: the model can't take the batch.
+        InvalidOption: it reads weights that are on the disk, outside of any module's forward.
+    """
+    name = type(model).__name__
+    try:
+        yield
+    except EcoflapError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if memory_error(error) is not None:
+            raise
+        line = f"{type(error).__name__}: {first_line(error)}"
+        if "meta" in str(error) and is_offloaded(model):
+            raise InvalidOption(
+                f"{name} reads weights that accelerate does not load for it ({line}): it can't be used with "
+                "--device-map"
+            ) from error
+        raise CalibrationError(
+            f"{name} can't take the calibration data ({line}): check the data, its columns, the sequence length and "
+            "the objective"
+        ) from error
+
+
+def first_run(loss: Objective) -> Objective:
+    """``loss`` for the first forward on calibration data: the batch is moved, errors are those of :func:`taking`.
+
+    Logits are computed where the loss reads them, as in the probes of stage 1: a vocabulary's whole table would take
+    more memory than all that follows.
+    """
+
+    def run(model: nn.Module, batch: Any) -> torch.Tensor:
+        with taking(model), logits_on_demand(model):
+            return on_device(loss)(model, batch)
+
+    return run

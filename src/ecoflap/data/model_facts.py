@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ecoflap.model.modality import is_encoder_decoder as is_encoder_decoder
 from ecoflap.model.modality import text_config as text_config
@@ -69,11 +70,18 @@ def image_token_id(model: nn.Module, processor: Any) -> int | None:
     return None
 
 
-def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The batch on the model's device, floating tensors (``pixel_values``) in the model's dtype; no copy if it fits."""
+@overload
+def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]: ...
+@overload
+def to_device(batch: Any, model: nn.Module) -> Any: ...
+def to_device(batch: Any, model: nn.Module) -> Any:
+    """The batch on the model's device, floating tensors (``pixel_values``) in the model's dtype; no copy if it fits.
+
+    A mapping becomes a dictionary; in any other batch (a tuple, for a loss that takes it) the tensors are moved.
+    """
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     if first is None:
-        return dict(batch)
+        return dict(batch) if isinstance(batch, Mapping) else batch
     dtype = getattr(model, "dtype", None)
     dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else first.dtype
     device = home_of(model)
@@ -83,11 +91,19 @@ def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
+    if not isinstance(batch, Mapping):
+        return pytree.tree_map(move, batch)
     return {name: move(value) for name, value in batch.items()}
 
 
-def batch_size_of(batch: Mapping[str, Any]) -> int:
-    """Number of samples in a batch: rows of the labels, the text or the images, the first that is there."""
+def batch_size_of(batch: Any) -> int:
+    """Number of samples in a batch: rows of the labels, the text or the images, the first that is there.
+
+    Of a batch that is no mapping: rows of its first tensor.
+    """
+    if not isinstance(batch, Mapping):
+        leaves = pytree.tree_leaves(batch)
+        return next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), 0)
     for name in ("labels", "input_ids", "pixel_values"):
         value = batch.get(name)
         if isinstance(value, torch.Tensor) and value.ndim:
@@ -114,9 +130,7 @@ class TokenMasks:
     image: torch.Tensor | None = None
 
 
-def token_masks(
-    batch: Mapping[str, torch.Tensor], is_encoder_decoder: bool, visual: Collection[int] = ()
-) -> TokenMasks:
+def token_masks(batch: Any, is_encoder_decoder: bool, visual: Collection[int] = ()) -> TokenMasks:
     """Masks of real tokens, from ``attention_mask`` and, for the decoder, ``decoder_attention_mask`` or the labels.
 
     A decoder that is fed by its shifted labels has a token at each position that predicts a label, so the positions
@@ -125,6 +139,8 @@ def token_masks(
     Args:
         visual: ids that stand for visual tokens, see :func:`placeholders`.
     """
+    if not isinstance(batch, Mapping):  # for a loss of the user's own: nothing says what is padding
+        return TokenMasks(None, None)
     encoder = batch.get("attention_mask")
     decoder = None
     if is_encoder_decoder:

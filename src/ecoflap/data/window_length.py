@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from ecoflap.data.model_facts import DEFAULT_LENGTH, max_length, text_config
+from ecoflap.data.model_facts import DEFAULT_LENGTH, is_encoder_decoder, max_length, text_config
 from ecoflap.model.offload import home_of
 
 CPU_LENGTH = 512  # default on a CPU: attention's time and memory grow with the square of the length
@@ -39,7 +39,7 @@ def default_length(
 ) -> WindowLength:
     """2,048 tokens (on a CPU 512), or the model's longest; then halved, not below 64, while one of two things holds.
 
-    A forward of such windows would take more than a quarter of the memory (:func:`activation_bytes`); or the text gives
+    Such windows would take more than a quarter of the memory (:func:`activation_bytes`); or the text gives
     fewer than ``windows`` windows.
 
     Args:
@@ -59,7 +59,8 @@ def default_length(
         length, reason = usual, f"the default {where}"
     memory = memory_of(device) if memory is None else memory
     while length // 2 >= SHORTEST:
-        if activation_bytes(model, length, windows, batch_size, kept=kept) > SHARE * memory:
+        there = max(1, min(windows, tokens // length) if kept else tokens // length)
+        if activation_bytes(model, length, there, min(batch_size, there), kept=kept) > SHARE * memory:
             reason = f"for {memory / 1e9:.1f} GB of memory"
         elif tokens // length < windows:
             reason = f"for {windows} windows of the text"
@@ -72,22 +73,92 @@ def default_length(
 def activation_bytes(model: nn.Module, length: int, windows: int, batch_size: int, *, kept: bool) -> int:
     """About what windows of ``length`` tokens take beside the weights, at 4 bytes a number.
 
-    For one batch: the input of every block, what one block computes, and its attention weights (not every kernel does
-    without them). With ``kept`` also the inputs and outputs of one block for all windows; else one batch's logits.
-    What the configuration does not say counts nothing, nor does a backward pass: gradient norms take more
-    (docs/memory.md).
+    Without ``kept`` that is one batch's forward (:meth:`Shape.forward`) and its logits. With ``kept`` it is the larger
+    of what gradient norms need for one batch (:meth:`Shape.gradients`) and what the default criterion keeps of all
+    windows while it prunes a block (:meth:`Shape.walk`). What the configuration does not say counts nothing.
     """
-    config = text_config(model)
+    shape = Shape.of(model)
+    # An encoder-decoder gets half of each window as text and half as answer, in one tower after the other.
+    seen = length - length // 2 if is_encoder_decoder(model) else length
+    rows = batch_size * seen
+    forward = rows * shape.forward + shape.attention(rows, seen)
+    if not kept:
+        return 4 * (forward + rows * shape.vocabulary)
+    gradients = rows * shape.gradients + 3 * shape.attention(rows, seen)
+    return 4 * max(gradients, windows * seen * shape.walk + forward)
 
-    def of(name: str) -> int:
-        value = getattr(config, name, 0)
-        return value if isinstance(value, int) and value > 0 else 0
 
-    hidden, rows = of("hidden_size"), batch_size * length
-    numbers = rows * ((of("num_hidden_layers") + 8) * hidden + 3 * of("intermediate_size"))
-    numbers += of("num_attention_heads") * rows * length
-    numbers += 2 * windows * length * hidden if kept else rows * of("vocab_size")
-    return 4 * numbers
+@dataclass(frozen=True)
+class Shape:
+    """Numbers a token in a model's (wider) tower of text.
+
+    Attributes:
+        hidden: between blocks.
+        inner: in a feed-forward network, of all experts that a token is sent to.
+        heads: of the attention.
+        queries: of all heads together.
+        keys: of all key heads together; values are as many.
+        blocks: in all towers of text.
+        whole: attention weights exist for all pairs of tokens, as where no fused kernel computes them.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    queries: int
+    keys: int
+    blocks: int
+    vocabulary: int
+    whole: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Shape:
+        """From the configuration; 0 for what it does not say."""
+        config = text_config(model)
+
+        def of(*names: str) -> int:
+            values = (getattr(config, name, None) for name in names)
+            return next((value for value in values if isinstance(value, int) and value > 0), 0)
+
+        hidden, heads = of("hidden_size"), of("num_attention_heads")
+        width = of("head_dim") or hidden // max(heads, 1)
+        inner = of("moe_intermediate_size", "intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "n_inner")
+        blocks, decoder = of("num_hidden_layers"), of("num_decoder_layers", "decoder_layers")
+        return cls(
+            hidden=hidden,
+            inner=(inner or 4 * hidden) * max(1, of("num_experts_per_tok") if of("moe_intermediate_size") else 1),
+            heads=heads,
+            queries=heads * width,
+            keys=(of("num_key_value_heads") or heads) * width,
+            blocks=blocks + (decoder if is_encoder_decoder(model) else 0),
+            vocabulary=of("vocab_size"),
+            whole=getattr(config, "_attn_implementation", None) in (None, "eager"),
+        )
+
+    def attention(self, rows: int, length: int) -> int:
+        """Attention weights of ``rows`` tokens in windows of ``length``; a fused kernel does without them."""
+        return self.heads * rows * length if self.whole else 0
+
+    @property
+    def forward(self) -> int:
+        """A block's input and output, its norm, queries, keys and values, and the widest part of the network."""
+        return 4 * self.hidden + self.queries + 2 * self.keys + 3 * self.inner
+
+    @property
+    def gradients(self) -> int:
+        """The inputs of all blocks; one block's graph, and the gradients of its widest part.
+
+        The graph keeps the block's input and its sum with the attention, both norms and what they were made from,
+        queries, keys, values and what the attention gives, and of the network both products, the activation and what
+        enters the last layer (measured for Llama: 6 hidden, 2 queries, 2 keys, 4 inner).
+        """
+        graph = 6 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.inner
+        return self.blocks * self.hidden + graph + 2 * self.hidden + 3 * self.inner
+
+    @property
+    def walk(self) -> int:
+        """Inputs of a block in the dense and the pruned model, and what each of its layers gets in the dense one."""
+        return 2 * self.hidden + (2 * self.hidden + self.queries + self.inner)
 
 
 def memory_of(device: torch.device) -> int:

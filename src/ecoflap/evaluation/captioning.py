@@ -217,6 +217,7 @@ class Captioning(Task):
     unit: ClassVar[Unit] = "points"
     hub_type: ClassVar[str] = "image-to-text"
     takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder")
+    needs_pictures: ClassVar[bool] = True
 
     prompt: str | None = None
     beams: int = 1

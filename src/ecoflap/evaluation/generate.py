@@ -87,7 +87,7 @@ def _inputs(
 ) -> dict[str, Any]:
     # A decoder continues its prompt, so that must end where the answer begins: padding goes to the left.
     side = "right" if is_encoder_decoder(model) else "left"
-    inputs = to_device(prompter.encode(texts, [sample.images for sample in samples], side), model)
+    inputs: dict[str, Any] = to_device(prompter.encode(texts, [sample.images for sample in samples], side), model)
     length = inputs["input_ids"].shape[1]
     if limit is not None and length > limit:
         raise CalibrationError(f"a prompt has {length} tokens, more than the sequence length of {limit}: raise it")

@@ -45,6 +45,7 @@ class ImageClassification(Task):
     unit: ClassVar[Unit] = "%"
     hub_type: ClassVar[str] = "image-classification"
     takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder", "classes")
+    needs_pictures: ClassVar[bool] = True
 
     @torch.no_grad()
     def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:

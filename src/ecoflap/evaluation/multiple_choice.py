@@ -34,6 +34,7 @@ from ecoflap.evaluation.task import (
     in_chunks,
     measured,
     open_data,
+    read_as,
 )
 
 TASK = "multiple-choice"
@@ -108,6 +109,9 @@ class MultipleChoice(Task):
     shots: int = 0
     shots_source: str | None = None
 
+    def check_source(self, reader: SampleReader) -> None:
+        _check(reader)
+
     @torch.no_grad()
     def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
         """As :meth:`Task.run`.
@@ -152,10 +156,9 @@ def _speaks(model: nn.Module) -> bool:
 
 def _check(reader: SampleReader) -> None:
     if "choices" not in reader.columns or "text" not in reader.columns:
-        found = ", ".join(f"{role}={column}" for role, column in reader.columns.items()) or "plain text"
         raise CalibrationError(
             f"{reader.source} needs columns with a question, its choices and the right one for task '{TASK}': it was "
-            f"read as {found}; set them with columns"
+            f"read as {read_as(reader)}; set them with columns"
         )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from ecoflap.data.model_facts import can_take, is_encoder_decoder, to_device
 from ecoflap.data.packing import check_length, tokenize_corpus
 from ecoflap.data.prompts import tokenizer_of
-from ecoflap.data.samples import load_samples
+from ecoflap.data.samples import SampleReader, load_samples
 from ecoflap.data.window_length import default_length
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.evaluation.task import Better, Shared, Task, TaskResult, TestData, mean_and_stderr
@@ -43,6 +43,12 @@ class Perplexity(Task):
 
     better: ClassVar[Better] = "less"
     takes: ClassVar[tuple[str, ...]] = ("columns",)
+
+    def check_source(self, reader: SampleReader) -> None:
+        if not reader.is_text:
+            raise CalibrationError(
+                f"{reader.source} is not plain text: task 'perplexity' needs a text file or a text column alone"
+            )
 
     @torch.no_grad()
     def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:

@@ -128,6 +128,7 @@ class Retrieval(Task):
     unit: ClassVar[Unit] = "%"
     hub_type: ClassVar[str] = "image-text-retrieval"
     takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder")
+    needs_pictures: ClassVar[bool] = True
 
     rerank: int = 0
 

@@ -74,12 +74,21 @@ class Task(ABC):
         hub_type: the Hub's name of the kind of task, for the model card.
         takes: which of ``columns``, ``prompt_template``, ``image_folder``, ``classes`` and ``class_prompts`` it reads;
             the others are refused.
+        needs_pictures: whether every sample must have one.
     """
 
     unit: ClassVar[Unit | None] = ""
     better: ClassVar[Better | None] = "more"
     hub_type: ClassVar[str] = "text-generation"
     takes: ClassVar[tuple[str, ...]] = ()
+    needs_pictures: ClassVar[bool] = False
+
+    def check_source(self, reader: SampleReader) -> None:
+        """Raises CalibrationError where the columns of the data tell that this task can't use it: before any model."""
+        if self.needs_pictures and not reader.columns.keys() & {"image", "messages"}:
+            raise CalibrationError(
+                f"{reader.source} has no pictures, which the task needs: it was read as {read_as(reader)}"
+            )
 
     @abstractmethod
     def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
@@ -135,6 +144,11 @@ def in_chunks(reader: SampleReader, size: int, progress: Progress | None, stage:
         while part := list(islice(samples, size)):
             yield part
             task.advance(len(part))
+
+
+def read_as(reader: SampleReader) -> str:
+    """What the columns of the data were taken for, for messages."""
+    return ", ".join(f"{role}={column}" for role, column in reader.columns.items()) or "plain text"
 
 
 def pictures(part: Chunk, task: str, source: str) -> list[Image.Image]:

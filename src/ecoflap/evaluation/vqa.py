@@ -130,6 +130,9 @@ class Vqa(Task):
     length_penalty: float = 1.0
     new_tokens: int | None = None
 
+    def check_source(self, reader: SampleReader) -> None:
+        _rule(self.rule, reader)
+
     @torch.no_grad()
     def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
         """As :meth:`Task.run`.

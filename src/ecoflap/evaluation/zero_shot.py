@@ -48,6 +48,7 @@ class ZeroShot(Task):
     unit: ClassVar[Unit] = "%"
     hub_type: ClassVar[str] = "zero-shot-image-classification"
     takes: ClassVar[tuple[str, ...]] = ("columns", "image_folder", "classes", "class_prompts")
+    needs_pictures: ClassVar[bool] = True
 
     @torch.no_grad()
     def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:

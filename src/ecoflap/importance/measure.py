@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ecoflap.data.batches import batch_size_of, first_samples
+from ecoflap.data.batches import as_batches, batch_size_of, first_samples, warn_if_fewer
+from ecoflap.data.computing import first_run
 from ecoflap.data.objectives import Objective, default_objective, on_device
 from ecoflap.importance.auto import Choice, choose
 from ecoflap.importance.base import ImportanceMeasure, Key, ProbeContext
@@ -164,7 +165,7 @@ class ImportanceOptions:
 
 def measure_importance(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     importance: str = AUTO,
     *,
     samples: int | None = None,
@@ -184,7 +185,8 @@ def measure_importance(
 
     Args:
         model: any module whose forward returns a loss (or give ``loss``).
-        batches: fixed calibration batches, mappings of keyword arguments for ``model``, on any device.
+        batches: fixed calibration batches (a list, a ``DataLoader``, a generator), mappings of keyword arguments for
+            ``model``, on any device.
         importance: registered name, such as ``zeroth-order``; ``auto`` is ``gradient-norm`` where the model can be
             differentiated, else ``zeroth-order``.
         samples: use the first whole batches with at least so many samples; None takes all.
@@ -204,15 +206,16 @@ def measure_importance(
         CalibrationError: no or too few samples.
         NonFiniteLoss: names the batch and the layer.
     """
+    model, batches = getattr(model, "_orig_mod", model), as_batches(batches, loss)
     objective = loss or default_objective(model)
     importance = named(importance, options)
     chosen = ImportanceOptions(importance, options, samples, error)
     chosen.check("block")
     check_offloaded(model, importance)
-    first_samples(batches, samples)
+    warn_if_fewer(batches, samples)
     if anatomy is None:
         with cache_disabled(model):
-            anatomy = discover(model, batches[0], run=on_device(objective))
+            anatomy = discover(model, batches[0], run=first_run(objective))
     work = Work(objective, seed, progress or Silent(), workers)
     chosen = chosen.settled(model, anatomy, batches, objective)
     return measure(model, anatomy, batches, chosen, work, journal, norms)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ecoflap.errors import EcoflapError, InvalidOption, OutputExists
 from ecoflap.model.files import INDEX, WEIGHTS
+from ecoflap.support.files import check_can_make
 from ecoflap.support.reading import read_json
 
 # Files of a model and its processor, code that comes with a checkpoint, and texts about it.
@@ -26,7 +27,9 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
 
     Raises:
         OutputExists: it is a file; or it is not empty, and ``overwrite`` is false or it contains more than a model.
+        StorageError: nothing can be written there.
     """
+    check_can_make(folder)
     if os.path.lexists(folder) and not folder.is_dir():
         kind = "a file" if folder.is_file() else "no folder"  # a device, a pipe, a link to nothing
         raise OutputExists(f"'{folder}' is {kind}: choose a folder")

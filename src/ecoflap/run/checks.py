@@ -14,7 +14,7 @@ from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.importance.registry import AUTO, IMPORTANCES
 from ecoflap.model.files import check_place
 from ecoflap.pruning.registry import reads_data
-from ecoflap.run.evaluations import Evaluation, check_evaluations, evaluations_of, takes
+from ecoflap.run.evaluations import Evaluation, check_evaluations, check_sources, evaluations_of
 from ecoflap.run.recipe import Recipe
 
 
@@ -43,6 +43,10 @@ def check_recipe(recipe: Recipe) -> None:
         )
     check_source(recipe.calibration, recipe.image_folder)
     recipe.method().check_options()
+    if ":" in (recipe.objective or ""):
+        from ecoflap.data.objectives import check_own
+
+        check_own(str(recipe.objective))
     if recipe.device_map or recipe.max_memory:
         from ecoflap.model.device_map import DISK, check_device_map
         from ecoflap.pruning.offloaded import check_blockwise
@@ -75,16 +79,7 @@ def check_data(recipe: Recipe) -> None:
     """
     if recipe.calibration is not None:
         SampleReader(recipe.calibration, **drawn(recipe))
-    for entry in evaluations_of(recipe):
-        if entry.test is not None and "columns" in takes(entry.task):
-            SampleReader(
-                entry.test,
-                samples=1,
-                seed=recipe.seed,
-                columns=entry.columns or None,
-                prompt_template=entry.prompt,
-                image_folder=entry.image_folder,
-            )
+    check_sources(recipe)
 
 
 def drawn(recipe: Recipe) -> dict[str, Any]:

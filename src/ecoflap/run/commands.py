@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ecoflap.errors import OutputExists, StorageError
+from ecoflap.errors import OutputExists
 from ecoflap.evaluation.paired import Samples
 from ecoflap.run.directory import RunDirectory
 from ecoflap.run.names import JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.run.recipe import Recipe
-from ecoflap.support.files import write_json
+from ecoflap.support.files import check_can_make, write_json
 from ecoflap.support.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise OutputExists(f"{path} is a folder: give the name of a file as --output, such as {path / 'result.json'}")
     if path.exists() and not overwrite:
         raise OutputExists(f"{path} is there already: add --overwrite to replace it, or choose another --output")
-    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
-    if above is not None and not above.is_dir():
-        raise StorageError(f"can't write {path}: {above} is a file: choose another --output")
+    check_can_make(path)
 
 
 def find_own_modules(objective: str | None) -> None:

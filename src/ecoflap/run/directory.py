@@ -23,7 +23,7 @@ from ecoflap.run.manifest import Manifest, Results
 from ecoflap.run.names import GRID, INPUTS, JOURNAL, MANIFEST, METRICS, MODEL, OURS, RECIPE, REPORT, TRAIN, WRITTEN
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.versions import versions
-from ecoflap.support.files import PARTIAL, storage, write_json, write_text
+from ecoflap.support.files import PARTIAL, check_can_make, storage, write_json, write_text
 from ecoflap.support.reading import read_json, read_yaml
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class RunDirectory:
         overwrite, resume = self._asked
         if self.path.exists() and not self.path.is_dir():
             raise OutputExists(f"{self.path} is a file, not a folder: choose another --output")
+        check_can_make(self.path)
         held = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         held = {name for name in held if not self._leftover(name)}
         if held == {MANIFEST} and self.manifest.exists:

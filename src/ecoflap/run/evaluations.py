@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -279,14 +280,46 @@ def evaluate(
         workers=workers,
         **{name: value for name, value in asked.items() if name in cls.takes},
     )
-    kinds = options_of(entry.task)
-    task = cls(**{name: _typed(name, value, kinds[name], "") for name, value in entry.options.items()})
-    with torch.no_grad(), compute.computing_in(checkpoint.model, dtype):
-        try:
-            model = checkpoint.model
-            result = with_weights(model, lambda: task.run(model, checkpoint.processor, test))
-        except (CalibrationError, InvalidOption) as error:
-            if recipe.evaluations is not None or recipe.task is not None or recipe.test is None:
-                raise
-            raise type(error)(f"{error} (no task is named, so '{entry.task}' was tried: --task NAME)") from error
+    task, model = _made(entry), checkpoint.model
+    with torch.no_grad(), compute.computing_in(model, dtype), _saying_that_it_was_guessed(entry, recipe):
+        result = with_weights(model, lambda: task.run(model, checkpoint.processor, test))
     return replace(result, unit=task.unit, better=task.better, hub_type=task.hub_type)
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Open each test's data; its columns tell what is not for the task, before a model is loaded.
+
+    Raises:
+        CalibrationError: it can't be read, is empty, or lacks a column that the task needs.
+    """
+    from ecoflap.data.samples import SampleReader
+
+    for entry in evaluations_of(recipe):
+        if entry.test is None or "columns" not in takes(entry.task):
+            continue
+        with _saying_that_it_was_guessed(entry, recipe):
+            _made(entry).check_source(
+                SampleReader(
+                    entry.test,
+                    samples=1,
+                    seed=recipe.seed,
+                    columns=entry.columns or None,
+                    prompt_template=entry.prompt,
+                    image_folder=entry.image_folder,
+                )
+            )
+
+
+def _made(entry: Evaluation) -> Task:
+    kinds = options_of(entry.task)
+    return _task(entry.task)(**{name: _typed(name, value, kinds[name], "") for name, value in entry.options.items()})
+
+
+@contextmanager
+def _saying_that_it_was_guessed(entry: Evaluation, recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except (CalibrationError, InvalidOption) as error:
+        if recipe.evaluations is not None or recipe.task is not None or recipe.test is None:
+            raise
+        raise type(error)(f"{error} (no task is named, so '{entry.task}' was tried: --task NAME)") from error

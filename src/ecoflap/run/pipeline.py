@@ -30,7 +30,7 @@ from ecoflap.run.given_zeros import recovered, with_given_zeros
 from ecoflap.run.log import explained, logging_to
 from ecoflap.run.pages import PAGES
 from ecoflap.run.predictions import add_pictures, compared
-from ecoflap.run.prepare import Prepared, naming_samples, prepare
+from ecoflap.run.prepare import Prepared, by_options, naming_samples, prepare
 from ecoflap.run.provenance import (
     Usage,
     add_usage,
@@ -149,7 +149,7 @@ def run_recipe(
         Stopped: by a signal, after the run had begun.
         RunFailed: any other failure; the run's log has the traceback.
     """
-    recipe = recipe.resolved()
+    asked, recipe = recipe, recipe.resolved()
     run = SharedRun.examine(output, recipe, workers, overwrite=overwrite, resume=resume)
     with run.locked():
         if run.complete:
@@ -159,7 +159,7 @@ def run_recipe(
         loading: list[Usage] = []
         with measured(LOADING, loading):
             plan = with_given_zeros(prepare(run.settled(recipe), workers, progress))
-        for line in (*plan.choices(), *plan.shortage()):
+        for line in (*plan.choices(), *by_options(asked, recipe), *plan.shortage()):
             if say is not None:
                 say(line)
         run.begin(plan.recipe, fingerprint(plan.checkpoint.model), plan.inputs())

@@ -16,17 +16,19 @@ from ecoflap.allocation.parts import read_allocation
 from ecoflap.data.batches import batch_size_of, make_batches
 from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.collate import collating_objective, unpacked
-from ecoflap.data.computing import computed_in
+from ecoflap.data.computing import computed_in, first_run, taking
 from ecoflap.data.model_facts import Batch, is_encoder_decoder
-from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, on_device, resolve
+from ecoflap.data.objectives import Objective, check_image_matters, check_loss, objective_name, resolve
 from ecoflap.data.prompts import pixels_used, tokenizer_of
 from ecoflap.data.samples import SampleSet, load_samples
 from ecoflap.data.window_length import memory_of
-from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption, NonFiniteLoss
+from ecoflap.errors import NonFiniteLoss
+from ecoflap.importance.registry import AUTO
 from ecoflap.importance.scores import Importance
 from ecoflap.model import compute
 from ecoflap.model.anatomy import discover
 from ecoflap.model.checkpoint import Checkpoint
+from ecoflap.model.lazy_logits import logits_on_demand
 from ecoflap.model.offload import home_of, is_offloaded
 from ecoflap.model.parts import Anatomy
 from ecoflap.model.patching import cache_disabled
@@ -158,6 +160,18 @@ class Prepared:
         held = 0 if is_offloaded(model) else stored_bytes(model)
         if line := too_little(self.anatomy.layers, name, needs, held, memory_of(home_of(model))):
             yield line
+
+
+def by_options(asked: Recipe, recipe: Recipe) -> Iterator[str]:
+    """A line where ``auto`` became the importance that the given options belong to.
+
+    Args:
+        asked: as the user gave it.
+        recipe: the same, resolved.
+    """
+    if asked.importance == AUTO != recipe.importance and asked.importance_options and is_measured(recipe):
+        options = ", ".join(asked.importance_options)
+        yield f"importance: {recipe.importance} (auto: it has the option {options}; --importance names another)"
 
 
 @contextmanager
@@ -293,30 +307,14 @@ def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], obje
     dtype = computed_in(model, recipe.compute_dtype, batches, objective)
     with cache_disabled(model), compute.computing_in(model, dtype):
         if batches:
-            try:
+            with taking(model), logits_on_demand(model):
                 with_weights(model, lambda: check_loss(model, batches[0], objective))
                 check_image_matters(model, batches[0], objective)
-            except EcoflapError:
-                raise
-            except (ValueError, TypeError, IndexError, RuntimeError) as error:
-                if "meta" in str(error) and is_offloaded(model):
-                    raise InvalidOption(
-                        f"{type(model).__name__} reads weights that accelerate does not load for it "
-                        f"({_first_line(error)}): it can't be used with --device-map"
-                    ) from error
-                raise CalibrationError(
-                    f"{type(model).__name__} can't take the calibration data ({_first_line(error)}): check the data, "
-                    "its columns, the sequence length and the objective"
-                ) from error
         return discover(
             model,
             batches[0] if batches else None,
             include=recipe.include,
             exclude=recipe.exclude,
             towers=recipe.towers,
-            run=on_device(objective),
+            run=first_run(objective),
         )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from ecoflap.allocation import Allocation
 from ecoflap.allocation.allocate import AllocationOptions
-from ecoflap.data.batches import first_samples
+from ecoflap.data.batches import first_samples, warn_if_fewer
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.importance.allocate import allocate_scores, flat
 from ecoflap.importance.fits import check_allocation, check_same_layers
@@ -48,6 +48,8 @@ class Method:
     def check_options(self) -> None:
         """Raise InvalidOption or UnknownName for an option that is not there, takes no such value or contradicts."""
         self.pruning.made()
+        if self.importance.name is not None:  # the allocation is made here
+            self.allocation.check_reach()
         self.importance.check(self.allocation.granularity)
 
     def check(self, model: nn.Module, batches: Sequence[Any]) -> None:
@@ -66,7 +68,7 @@ class Method:
         if not len(batches) and self.reads_data:
             raise CalibrationError("no calibration batches: give at least one")
         if self.importance.measured:
-            first_samples(batches, self.importance.samples)
+            warn_if_fewer(batches, self.importance.samples)
         if self.search is not None:
             first_samples(batches, self.search.samples or None)
 

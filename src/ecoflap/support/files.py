@@ -44,6 +44,15 @@ def _remedy(error: OSError) -> str:
     return "; choose another --output"
 
 
+def check_can_make(path: Path) -> None:
+    """Raises StorageError where nothing can be made at ``path``: it lies below a file, or where nobody may write."""
+    above = next(folder for folder in path.expanduser().absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise StorageError(f"can't write {path}: {above} is no folder: choose another --output")
+    if not path.exists() and not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(f"can't write {path}: no permission to write in {above}: choose another --output")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, and rename it into place.
 

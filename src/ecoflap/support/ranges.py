@@ -5,7 +5,7 @@ from __future__ import annotations
 from ecoflap.errors import InvalidOption
 
 MOST_ROUNDS = 100_000  # iterations: more would take days, and values converge long before
-LARGEST = 1e6  # for factors that are near 1 in practice
+SMALLEST, LARGEST = 1e-12, 1e6  # for factors that are near 1 in practice, or a small part of it
 
 
 def check_count(name: str, value: int, least: int = 1, most: int = MOST_ROUNDS) -> None:
@@ -15,9 +15,11 @@ def check_count(name: str, value: int, least: int = 1, most: int = MOST_ROUNDS) 
 
 
 def check_positive(name: str, value: float, most: float = LARGEST) -> None:
-    """Raises InvalidOption if ``value`` is no number above 0 and at most ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-        raise InvalidOption(f"{name} must be above 0 and at most {most:,g}, not {_shown(value)}")
+    """Raises InvalidOption if ``value`` is no number from :data:`SMALLEST` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= most:
+        raise InvalidOption(
+            f"{name} must be above 0 (at least {SMALLEST:g}) and at most {most:,g}, not {_shown(value)}"
+        )
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

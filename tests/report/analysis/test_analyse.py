@@ -106,7 +106,7 @@ def test_refusals(run: Command, copy: Path, made: Path, tmp_path: Path) -> None:
     run("analyse", tmp_path / "nothing").refused("nothing", "no run directory", "recipe.yaml")
     run("analyse", made / "data").refused("no run directory")
     run("analyse", copy, "--samples", 0).refused("--samples", "0", "greater than or equal to 1")
-    assert "99 samples" in run("analyse", copy, "--samples", 99, "--what", "distributions").well().err
+    assert "fewer than 99" in run("analyse", copy, "--samples", 99, "--what", "distributions").well().err
     run("analyse", copy, "--samples", "few").refused("--samples", "'few' is not a whole number")
     (copy / "analysis").mkdir(exist_ok=True)
     (copy / "analysis" / "effects.json").write_text('{"format": 1, "eff', "utf-8")

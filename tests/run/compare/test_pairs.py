@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import statistics
@@ -18,6 +20,7 @@ from ecoflap.report.compare_page import write_compare
 from ecoflap.run.compare.pairing import with_pairs
 from ecoflap.run.compare.pairs import Pairing, uniform_of
 from ecoflap.run.compare.record import CellFile, Comparison, DenseTest, plain_test
+from ecoflap.run.compare.rows import as_csv
 from ecoflap.run.compare.tables import as_markdown, comparison_tables
 from ecoflap.support.files import write_json
 
@@ -93,6 +96,13 @@ def test_the_best_and_those_as_good_by_pairs(tmp_path: Path) -> None:
     assert (own["uniform"].difference, own["uniform"].better) == (pytest.approx(0.5), 3)
     assert whole.leaders(0.5, whole.tests[0]) == {"owl+wanda", whole.methods[2].name}
     assert whole.leaders(0.6, whole.tests[0]) == {method.name for method in whole.methods}
+    for row in csv.DictReader(io.StringIO(as_csv(whole))):
+        against = whole.against(row["method"], float(row["sparsity"]), "vqa")
+        for other in ("dense", "uniform"):
+            names = [f"against:{other}", *(f"against:{other}:{what}" for what in ("stderr", "better", "worse", "p"))]
+            pair = against.get(other)
+            wanted = [] if pair is None else [pair.difference, pair.stderr, pair.better, pair.worse, pair.p]
+            assert [float(row[name]) for name in names if row[name]] == wanted
     text = as_markdown(whole)
     assert "Change from the dense model, on the same samples:" in text
     told = "+50.0 points ± 22; 3 better, 0 worse, p = 0.25"

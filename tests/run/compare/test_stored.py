@@ -22,8 +22,9 @@ from ecoflap.run.compare import stored
 from ecoflap.run.compare.folder import DENSE
 from ecoflap.run.compare.grid import run_grid
 from ecoflap.run.compare.record import Comparison
+from ecoflap.run.compare.rows import as_csv
 from ecoflap.run.compare.stored import quantised_by_torchao
-from ecoflap.run.compare.tables import as_csv, as_markdown
+from ecoflap.run.compare.tables import as_markdown
 from ecoflap.run.evaluations import evaluate, evaluations_of
 from ecoflap.run.pipeline import run_recipe
 from ecoflap.support.progress import Silent

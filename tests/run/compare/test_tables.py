@@ -27,7 +27,8 @@ from ecoflap.run.compare.record import (
     read_comparison,
     summarise,
 )
-from ecoflap.run.compare.tables import COLUMNS, as_csv, as_markdown, comparison_tables
+from ecoflap.run.compare.rows import COLUMNS, as_csv
+from ecoflap.run.compare.tables import as_markdown, comparison_tables
 from ecoflap.support.files import write_json
 
 _rows = st.lists(st.tuples(st.none() | st.floats(-1e6, 1e6), st.none() | st.floats(0, 10)), max_size=6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,12 @@ def open_folder(place: Place) -> Opened:
 
 def _metadata(place: Place) -> Opened | None:
     """The image folder of ``datasets``: a table that names the images, beside them or in each split's folder."""
+    wanted = (place.split or "train").lower()
     base, first = place.path, _metadata_in(place.path)
-    if first is None and (inner := place.path / (place.split or "train")).is_dir():
+    inner = next((one for one in _folders(place.path) if one.name.lower() == wanted), None) if first is None else None
+    if inner is not None:
         base, first = inner, _metadata_in(inner)
-    files = list(_metadata_below(base))
+    files, chosen = _metadata_below(base, wanted)
     if first is not None:
         opened = open_file(place.at(first) if base == place.path else Place(first, str(first)))
         if not files or isinstance(opened, TextFiles):
@@ -82,6 +84,8 @@ def _metadata(place: Place) -> Opened | None:
         top = []
     tables = [open_file(Place(file, str(file))) for file in files]
     rows = [*top, *(Below(table) for table in tables if not isinstance(table, TextFiles))]
+    if rows and not chosen and base == place.path:
+        no_splits(place)
     return JoinedTable(rows, place.source) if rows else None
 
 
@@ -89,17 +93,30 @@ def _metadata_in(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def _metadata_below(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
-    """The metadata files of the sub-folders, a few levels deep; folders named as splits on the first level are not."""
-    with os.scandir(folder) as entries:
-        below = sorted(Path(one.path) for one in islice(entries, LOOKED_AT) if _is_shown_folder(one))
+def _metadata_below(folder: Path, wanted: str, depth: int = DEEPEST) -> tuple[list[Path], bool]:
+    """The metadata files of the sub-folders, a few levels deep, and whether folders of a split were chosen among.
+
+    Folders named as splits are not looked into on the first level; below, where one of them is the wanted split (as in
+    ``data/train``), it is the only one.
+    """
+    below, found, chosen = _folders(folder), list[Path](), False
+    splits = {one for one in below if one.name.lower() in SPLITS}
+    own = {one for one in splits if one.name.lower() == wanted}
+    if depth == DEEPEST or own:
+        chosen = depth < DEEPEST
+        below = [one for one in below if one not in splits or (one in own and depth < DEEPEST)]
     for one in below:
-        if depth == DEEPEST and one.name.lower() in SPLITS:
-            continue
         if (file := _metadata_in(one)) is not None:
-            yield file
+            found.append(file)
         if depth > 1:
-            yield from _metadata_below(one, depth - 1)
+            more, parted = _metadata_below(one, wanted, depth - 1)
+            found, chosen = found + more, chosen or parted
+    return found, chosen
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return sorted(Path(one.path) for one in islice(entries, LOOKED_AT) if _is_shown_folder(one))
 
 
 def _is_shown_folder(entry: os.DirEntry[str]) -> bool:

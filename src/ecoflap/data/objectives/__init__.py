@@ -74,6 +74,11 @@ def resolve(name: str | None, model: nn.Module) -> Objective:
     return _users(name) if ":" in name else OBJECTIVES.get(name)
 
 
+def check_own(name: str) -> None:
+    """Raises InvalidOption if the user's objective ``module:function`` can't be imported; no model is needed."""
+    _users(name)
+
+
 def _users(name: str) -> Objective:
     module_name, _, attribute = name.partition(":")
     try:

@@ -134,13 +134,14 @@ class Subject:
     @cached_property
     def batches(self) -> Sequence[Batch]:
         """The first batches of the run's calibration data, with :attr:`samples` samples or a few more."""
-        from ecoflap.data.batches import first_samples
+        from ecoflap.data.batches import first_samples, warn_if_fewer
         from ecoflap.run.prepare import calibration_batches
 
         if self.recipe.calibration is None and self.recipe.model is not None:
             raise NotApplicable("the run has no calibration data")
         with self._of_the_run("calibration data"):
             batches = calibration_batches(self.recipe, self.checkpoint)[1]
+        warn_if_fewer(batches, self.samples)
         return first_samples(batches, self.samples)
 
     @cached_property

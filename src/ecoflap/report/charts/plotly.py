@@ -90,7 +90,7 @@ def _axis(axis: Axis) -> dict[str, Any]:
     if axis.ticks is not None:
         made |= {"tickmode": "array", "tickvals": list(axis.ticks), "ticktext": axis.tick_texts()}
     elif axis.percent:
-        made["tickformat"] = ".0%"
+        made["tickformat"] = ".3~%"  # as many decimals as a tick has
     return made
 
 

@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from ecoflap.report.charts.chart import HUES, Axis, Chart, Heat, Rule, Series
 from ecoflap.support.files import write_atomically
@@ -237,8 +237,17 @@ def _scale(axis: Any, wanted: Axis) -> None:
         axis.set_ticks(list(wanted.ticks), wanted.tick_texts())
         axis.set_minor_locator(NullLocator())
     elif wanted.percent:
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_major_formatter(_PerCent())
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+
+
+class _PerCent(ScalarFormatter):
+    """Fractions in per cent, all with the decimals that the distance of the ticks needs."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        shown = [100 * float(place) for place in self.locs]
+        decimals = next((n for n in range(6) if all(abs(v - round(v, n)) < 1e-6 for v in shown)), 6)
+        return f"{100 * x:.{decimals}f}%".replace("-", "\N{MINUS SIGN}")
 
 
 def _heat(axes: Axes, heat: Heat, colours: Mapping[str, str]) -> None:

@@ -90,6 +90,8 @@ def planned(grid: Grid) -> Plans:
             continue
         try:
             check_recipe(plans.recipes[place])
+        except InfeasibleAllocation as error:
+            plans.drop(place, error)
         except EcoflapError as error:
             raise _named(place, error) from error
     for place, refusal in plans.errors.items():

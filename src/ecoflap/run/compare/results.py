@@ -8,7 +8,8 @@ from pathlib import Path
 from ecoflap.run.compare.folder import LINES, TABLE
 from ecoflap.run.compare.recipe import Grid
 from ecoflap.run.compare.record import Comparison
-from ecoflap.run.compare.tables import as_csv, as_markdown
+from ecoflap.run.compare.rows import as_csv
+from ecoflap.run.compare.tables import as_markdown
 from ecoflap.run.names import COMPARISON, RECIPE
 from ecoflap.run.pages import PAGES
 from ecoflap.run.recipe import FILE_ONLY, flag_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
@@ -15,6 +15,8 @@ from ecoflap.support.text import first_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+    from ecoflap.run.finetune.data import TrainingData
 
 EVALUATIONS = 10  # on the held-out data in a training, unless the recipe sets the interval
 # Arguments that the recipe's own fields set.
@@ -76,7 +78,7 @@ def total_steps(recipe: Finetune, samples: int, paired: bool) -> int:
 
 
 def training_arguments(
-    recipe: Finetune, folder: str, steps: int, *, on_cpu: bool, resumed: bool, paired: bool
+    recipe: Finetune, folder: str, steps: int, data: TrainingData, *, on_cpu: bool, resumed: bool
 ) -> TrainingArguments:
     """The trainer's arguments.
 
@@ -84,31 +86,43 @@ def training_arguments(
         folder: for its checkpoints.
         steps: of the whole training.
         resumed: training continues from a checkpoint, so that the evaluation before the first step is done already.
-        paired: a batch of one sample is left out, since the loss contrasts samples.
     """
     every = recipe.evaluate_every or max(1, steps // EVALUATIONS)
     return _built(recipe, folder, {
+        **_batches(recipe, data),
         "eval_strategy": "steps",
         "save_strategy": "steps",
         "eval_steps": min(every, steps),
         "save_steps": min(every, steps),
         "logging_steps": max(1, min(every, steps) // 5),
         "eval_on_start": not resumed,
-        "dataloader_drop_last": paired,
         "use_cpu": on_cpu,
     })  # fmt: skip
 
 
-def search_arguments(recipe: Finetune, folder: str, steps: int, *, on_cpu: bool, paired: bool) -> TrainingArguments:
+def search_arguments(
+    recipe: Finetune, folder: str, steps: int, data: TrainingData, *, on_cpu: bool
+) -> TrainingArguments:
     """The trainer's arguments for a search: constant rate after the warm-up, no evaluation."""
     return _built(recipe, folder, {
+        **_batches(recipe, data),
         "lr_scheduler_type": "constant_with_warmup",
         "save_strategy": "steps",
         "save_steps": min(recipe.evaluate_every or max(1, steps // EVALUATIONS), steps),
         "logging_steps": max(1, steps // (5 * EVALUATIONS)),
-        "dataloader_drop_last": paired,
         "use_cpu": on_cpu,
     })  # fmt: skip
+
+
+def _batches(recipe: Finetune, data: TrainingData) -> dict[str, object]:
+    def rows(samples: Sized) -> int:  # torch makes a list of so many for a batch, however few samples there are
+        return max(1, min(recipe.batch_size, len(samples)))
+
+    return {
+        "per_device_train_batch_size": rows(data.train),
+        "per_device_eval_batch_size": rows(data.held_out),
+        "dataloader_drop_last": data.paired,  # a batch of one sample has no contrast
+    }
 
 
 def _built(recipe: Finetune, folder: str, more: dict[str, object]) -> TrainingArguments:
@@ -120,8 +134,6 @@ def _built(recipe: Finetune, folder: str, more: dict[str, object]) -> TrainingAr
         "weight_decay": recipe.weight_decay,
         "warmup_steps": recipe.warmup,  # below 1: a share
         "num_train_epochs": recipe.epochs,
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": recipe.batch_size,
         "gradient_accumulation_steps": recipe.accumulate,
         "seed": recipe.seed,
         "save_total_limit": 1,

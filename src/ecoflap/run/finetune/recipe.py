@@ -11,6 +11,7 @@ from ecoflap.errors import InvalidOption
 from ecoflap.run.names import COMPARISON, MODEL, RECIPE, TRAIN
 from ecoflap.run.recipe import Recipe
 from ecoflap.run.trust import refuse_code
+from ecoflap.support.ranges import LARGEST, MOST_ROUNDS, SMALLEST
 from ecoflap.support.reading import read_yaml
 
 if TYPE_CHECKING:  # a recipe is read without torch
@@ -34,7 +35,7 @@ _TESTS = ("evaluations", "task", "task_options", "test", "test_columns", "test_p
 _OF_THE_RUN = ("prompt", "objective", "classes", "class_prompts", "sequence_length", "window_start")
 RATES = {"full": 5e-5, "lora": 2e-4}  # transformers' default, and a usual rate for adapters
 SHARE, MOST = 0.1, 1000  # of the training data that is held out
-MOST_EPOCHS = 10_000  # more is a typing error
+MOST_EPOCHS, MOST_DECAY = 10_000, 1000.0  # more is a typing error
 EMBEDDED = "embedded"  # value of the field ``dense`` for the embedded VLM, which has no path
 
 
@@ -66,11 +67,15 @@ class Finetune(Recipe):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the samples and of the adapters.")
     epochs: float = Field(3.0, gt=0.0, le=MOST_EPOCHS, description="Largest number of passes over the training data.")
     learning_rate: float | None = Field(
-        None, gt=0.0, description=f"Peak learning rate. Default: {RATES['full']:g}, with --tune lora {RATES['lora']:g}."
+        None,
+        ge=SMALLEST,
+        description=f"Peak learning rate. Default: {RATES['full']:g}, with --tune lora {RATES['lora']:g}.",
     )
-    weight_decay: float = Field(0.01, ge=0.0, description="Weight decay of AdamW.")
+    weight_decay: float = Field(0.01, ge=0.0, le=MOST_DECAY, description="Weight decay of AdamW.")
     warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Share of the steps in which the learning rate rises.")
-    accumulate: int = Field(1, ge=1, description="Number of batches whose gradients are summed for one step.")
+    accumulate: int = Field(
+        1, ge=1, le=MOST_ROUNDS, description="Number of batches whose gradients are summed for one step."
+    )
     evaluate_every: int | None = Field(
         None, ge=1, description="Steps between two evaluations on the held-out data. Default: ten evaluations in total."
     )
@@ -81,12 +86,20 @@ class Finetune(Recipe):
         None, description="The dense model, for comparison and as the teacher. Default: that of the run."
     )
     distill: float = Field(
-        0.0, ge=0.0, description="Weight of the distance to the dense model's outputs in the loss, such as 0.5 or 1."
+        0.0,
+        ge=0.0,
+        le=LARGEST,
+        description="Weight of the distance to the dense model's outputs in the loss, such as 0.5 or 1.",
     )
     distill_hidden: float = Field(
-        0.0, ge=0.0, description="Weight of the distance to the dense model's hidden states in the loss."
+        0.0,
+        ge=0.0,
+        le=LARGEST,
+        description="Weight of the distance to the dense model's hidden states in the loss.",
     )
-    temperature: float = Field(1.0, gt=0.0, description="Temperature that softens both models' outputs for --distill.")
+    temperature: float = Field(
+        1.0, ge=0.01, le=1000.0, description="Temperature that softens both models' outputs for --distill."
+    )
     training_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict,
         description="Further arguments of transformers' TrainingArguments: lr_scheduler_type=cosine.",

@@ -142,7 +142,7 @@ def train(
     steps = total_steps(recipe, len(data.train), data.paired)
     last = last_checkpoint(Path(folder))
     arguments = training_arguments(
-        recipe, folder, steps, on_cpu=home_of(inner).type == "cpu", resumed=last is not None, paired=data.paired
+        recipe, folder, steps, data, on_cpu=home_of(inner).type == "cpu", resumed=last is not None
     )  # fmt: skip
 
     def trainer(watch: Watch) -> LossTrainer:

@@ -114,7 +114,7 @@ def search(
     own = UPop.parse({**recipe.given(), "epochs": recipe.search_epochs})
     steps = total_steps(own, len(data.train), data.paired)
     last = last_checkpoint(Path(folder))
-    arguments = search_arguments(own, folder, steps, on_cpu=home_of(model).type == "cpu", paired=data.paired)
+    arguments = search_arguments(own, folder, steps, data, on_cpu=home_of(model).type == "cpu")
     masks = ChannelMasks(model, groups)
     if last is not None:
         masks.load(load_file(Path(last) / MASKS))
