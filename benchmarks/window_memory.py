@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from ecoflap.api import allocate, prune_to
 from ecoflap.data.computing import first_run
 from ecoflap.data.objectives import default_objective
-from ecoflap.data.window_length import activation_bytes
+from ecoflap.data.window_length import forward_bytes, gradient_bytes, walk_bytes
 from ecoflap.importance.measure import measure_importance
 from ecoflap.importance.scores import Importance
 from ecoflap.model.anatomy import discover
@@ -94,7 +94,11 @@ def one(name: str, work: str, length: int, windows: int, batch_size: int, dtype:
     with measured(work, usages):
         do(model, work, ids, batch_size)
     before, during = (usage.peak_memory_bytes for usage in usages)
-    reckoned = activation_bytes(model, length, windows, batch_size, kept=work != "forward")
+    reckoned = {
+        "forward": lambda: forward_bytes(model, length, batch_size, logits=True),
+        "gradient-norm": lambda: gradient_bytes(model, length, batch_size),
+        "admm": lambda: walk_bytes(model, length, windows, batch_size),
+    }[work]()
     return {"measured": during - before, "formula": reckoned}
 
 

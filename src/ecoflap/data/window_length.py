@@ -73,19 +73,37 @@ def default_length(
 def activation_bytes(model: nn.Module, length: int, windows: int, batch_size: int, *, kept: bool) -> int:
     """About what windows of ``length`` tokens take beside the weights, at 4 bytes a number.
 
-    Without ``kept`` that is one batch's forward (:meth:`Shape.forward`) and its logits. With ``kept`` it is the larger
-    of what gradient norms need for one batch (:meth:`Shape.gradients`) and what the default criterion keeps of all
-    windows while it prunes a block (:meth:`Shape.walk`). What the configuration does not say counts nothing.
+    Without ``kept`` that is one batch's forward with its logits. With ``kept`` it is the larger of what gradient norms
+    need and what the default criterion needs. What the configuration does not say counts nothing.
     """
-    shape = Shape.of(model)
-    # An encoder-decoder gets half of each window as text and half as answer, in one tower after the other.
-    seen = length - length // 2 if is_encoder_decoder(model) else length
-    rows = batch_size * seen
-    forward = rows * shape.forward + shape.attention(rows, seen)
     if not kept:
-        return 4 * (forward + rows * shape.vocabulary)
-    gradients = rows * shape.gradients + 3 * shape.attention(rows, seen)
-    return 4 * max(gradients, windows * seen * shape.walk + forward)
+        return forward_bytes(model, length, batch_size, logits=True)
+    return max(gradient_bytes(model, length, batch_size), walk_bytes(model, length, windows, batch_size))
+
+
+def forward_bytes(model: nn.Module, length: int, batch_size: int, *, logits: bool) -> int:
+    """A forward of one batch, without a graph (:attr:`Shape.forward`)."""
+    shape, seen = Shape.of(model), _seen(model, length)
+    rows = batch_size * seen
+    return 4 * (rows * shape.forward + shape.attention(rows, seen) + rows * shape.vocabulary * logits)
+
+
+def gradient_bytes(model: nn.Module, length: int, batch_size: int) -> int:
+    """Gradient norms of one batch (:attr:`Shape.gradients`)."""
+    shape, seen = Shape.of(model), _seen(model, length)
+    rows = batch_size * seen
+    return 4 * (rows * shape.gradients + 3 * shape.attention(rows, seen))  # values, softmax, gradient
+
+
+def walk_bytes(model: nn.Module, length: int, windows: int, batch_size: int) -> int:
+    """What ADMM keeps of all windows while it prunes a block (:attr:`Shape.walk`), and a forward of one batch."""
+    kept = 4 * windows * _seen(model, length) * Shape.of(model).walk
+    return kept + forward_bytes(model, length, batch_size, logits=False)
+
+
+def _seen(model: nn.Module, length: int) -> int:
+    """Tokens of a window in one tower: an encoder-decoder gets half of each as text and half as answer."""
+    return length - length // 2 if is_encoder_decoder(model) else length
 
 
 @dataclass(frozen=True)
