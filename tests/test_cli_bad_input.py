@@ -293,3 +293,18 @@ def test_what_nobody_foresaw_is_one_line_unless_asked_for(
     monkeypatch.setenv("ECOFLAP_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+def test_a_model_that_fails_in_a_test_is_one_line_and_its_traceback_can_be_seen(
+    run: Command, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise TypeError("new(): invalid data type 'str'")
+
+    monkeypatch.setattr("ecoflap.evaluation.perplexity.Perplexity.run", breaks)
+    asked = ("evaluate", made.llama, "--task", "perplexity", "--test", made.prose)
+    run(*asked).refused("task 'perplexity' can't work on LlamaForCausalLM", "invalid data type", "ECOFLAP_TRACEBACK=1")
+    monkeypatch.setenv("ECOFLAP_TRACEBACK", "1")
+    shown = run(*asked)
+    assert shown.code == 2
+    assert "in breaks" in shown.err

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecoflap.allocation.parts import read_allocation
-from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption
+from ecoflap.data.class_names import class_names
+from ecoflap.data.sources import check_source
+from ecoflap.errors import CalibrationError, CheckpointError, EcoflapError, InvalidOption
 from ecoflap.importance.scores import Importance
 from ecoflap.model.files import locate, read_config
 from ecoflap.report.card import _of_run
@@ -28,6 +33,7 @@ from ecoflap.report.predictions import Predictions, gallery
 from ecoflap.report.reading import read_mapping, read_model
 from ecoflap.report.records import options
 from ecoflap.run.compare.record import Comparison
+from ecoflap.run.directory import RunFailed
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.reading import checked, json_value, read_json, read_yaml, yaml_value
 
@@ -234,6 +240,29 @@ def test_a_device_without_end_is_not_read_for_ever(monkeypatch: pytest.MonkeyPat
         read_json("/dev/zero", "the allocation")
 
 
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    with pytest.raises(InvalidOption, match="no whole JSON file"):
+        read_json(pipe, "the allocation")
+    with pytest.raises(InvalidOption, match="at least two class names"):
+        class_names([str(pipe)])
+    with pytest.raises(CalibrationError, match="a pipe or a device"):
+        check_source(pipe)
+    reader, writer = os.pipe()  # one with a writer, as the shell makes for <(command), is read to its end
+    os.write(writer, b"[1]")
+    os.close(writer)
+    assert read_json(f"/dev/fd/{reader}", "the allocation") == [1]
+    os.close(reader)
+
+
+def test_a_model_folder_holds_plain_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json' is no file"):
+        locate(tmp_path)
+
+
 def test_infinities_are_of_configurations_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"time_step_limit": [0.0, Infinity]}')
@@ -300,6 +329,34 @@ def test_a_signal_before_the_command_begins_is_one_line(run: Command, monkeypatc
 
     monkeypatch.setattr("ecoflap.cli.app", interrupted)
     found = run("inspect")
+    assert (found.code, found.err) == (130, "ecoflap: stopped; nothing was written\n")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_signal_of_which_a_library_makes_another_error(
+    run: Command, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    def inspect_model(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise (RunFailed if inside else ValueError)("could not determine the shape") from None
+
+    monkeypatch.setattr("ecoflap.run.commands.inspect_model", inspect_model)
+    found = run("inspect")
+    told = "the same command with --resume goes on from here" if inside else "nothing was written"
+    assert (found.code, found.err) == (143, f"ecoflap: stopped; {told}\n")
+
+
+def test_a_signal_while_it_begins_to_listen_is_one_line(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    of_module = SimpleNamespace(Thread=Interrupted, Lock=threading.Lock, Event=threading.Event)
+    monkeypatch.setattr("ecoflap.cli.signals.threading", of_module)
+    found = run("inspect")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a process that ends, it is not heard any more
     assert (found.code, found.err) == (130, "ecoflap: stopped; nothing was written\n")
 
 

@@ -1,5 +1,6 @@
 """Folders of images: captions beside them, one folder a class, ImageNet's lists, images alone."""
 
+import os
 from pathlib import Path
 
 import made
@@ -32,6 +33,11 @@ def test_a_missing_caption_is_a_broken_sample(tmp_path: Path) -> None:
         (tmp_path / f"{number:02d}.txt").write_text("x")
     drawn = load_samples(tmp_path, samples=None, seed=0)
     assert (len(drawn.samples), drawn.skipped) == (39, 1)
+    os.mkfifo(tmp_path / "39.txt")  # nor is a pipe waited for, which is read as empty
+    assert len(load_samples(tmp_path, samples=None, seed=0).samples) >= 39
+    (tmp_path / "39.txt").unlink()
+    (tmp_path / "39.txt").mkdir()
+    assert load_samples(tmp_path, samples=None, seed=0).skipped == 1
     for number in range(3):
         (tmp_path / f"{number:02d}.txt").unlink()
     with pytest.raises(CalibrationError, match=r"'\d\d.png' has no .txt with its caption beside it"):

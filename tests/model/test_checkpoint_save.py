@@ -1,5 +1,6 @@
 """Saving: plain transformers loads what we write with the same outputs; nothing half-written ever stays."""
 
+import fcntl
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import transformers
 from ecoflap.errors import CheckpointError, OutputExists, StorageError
 from ecoflap.model.checkpoint import Checkpoint, load, model_dtype
 from ecoflap.model.fingerprint import fingerprint
-from ecoflap.model.save import save
+from ecoflap.model.save import replacing, save
 
 FP16 = ("t5", "blip2_t5", "blip2_opt")
 CASES = [
@@ -207,6 +208,40 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         (tmp_path / "locked").chmod(stat.S_IRUSR | stat.S_IXUSR)
         with pytest.raises(StorageError, match="ermission"):
             save(loaded, tmp_path / "locked/saved")
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    place = tmp_path / "saved"
+
+    def second(overwrite: bool) -> None:
+        with pytest.raises(OutputExists, match="another process is writing"), replacing(place, overwrite=overwrite):
+            pytest.fail("both write")
+
+    with replacing(place) as partial:
+        (partial / "config.json").write_text("first")
+        second(overwrite=False)
+        second(overwrite=True)
+    assert (place / "config.json").read_text() == "first"
+    with replacing(place, overwrite=True) as partial:
+        (partial / "config.json").write_text("second")
+        second(overwrite=True)
+    assert (place / "config.json").read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_folder_that_was_made_while_another_process_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, flock = tmp_path / "saved", fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text("theirs")
+        flock(handle, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with pytest.raises(OutputExists, match="already holds"), replacing(place):
+        pytest.fail("theirs is replaced")
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+    assert (place / "config.json").read_text() == "theirs"
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ecoflap.cli.app import Ended, app
 from ecoflap.cli.signals import stops
 from ecoflap.cli.terminal import messages, print_lines
 from ecoflap.errors import EcoflapError
-from ecoflap.run.directory import Stopped
+from ecoflap.run.directory import RunFailed, Stopped
 from ecoflap.support.memory import memory_error
 from ecoflap.support.workers import launched
 
@@ -46,11 +46,14 @@ def main() -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _silence_libraries()
     _check_surroundings()
-    with stops.listening():
-        try:
-            _run()
-        except KeyboardInterrupt as stop:  # before the command began
-            _say_stopped(stop)
+    try:
+        with stops.listening():
+            try:
+                _run()
+            except KeyboardInterrupt as stop:  # before the command began
+                _say_stopped(stop)
+    except KeyboardInterrupt as stop:  # before it listened, or after
+        _say_stopped(stop)
 
 
 def _check_surroundings() -> None:
@@ -75,6 +78,9 @@ def _run() -> NoReturn:
     except Ended as ended:
         _say_stopped(ended.stop)
     except Exception as error:
+        if stops.raised is not None:  # in the middle of a library: some make another error of it
+            known = isinstance(error, RunFailed)
+            _say_stopped(Stopped(Path(), str(stops.raised)) if known else stops.raised)
         _explain(error)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -90,6 +96,8 @@ def _explain(error: Exception) -> NoReturn:
     """End with one line about ``error``; what nobody foresaw is raised again where the user asks for tracebacks."""
     known = memory_error(error) or error
     if isinstance(known, EcoflapError):
+        if os.environ.get(TRACEBACK) and error.__cause__ is not None:  # a library's error in our words
+            sys.excepthook(type(error), error, error.__traceback__)
         _fail(str(known), known.exit_code)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say

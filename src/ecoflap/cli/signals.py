@@ -24,10 +24,12 @@ class Stops:
 
     Attributes:
         quiet: say nothing when a signal comes.
+        raised: what the handler raised last, if it did.
     """
 
     def __init__(self) -> None:
         self.quiet = False
+        self.raised: KeyboardInterrupt | None = None
         self._asked: str | None = None
         self._open = 0
         self._telling = threading.Lock()  # taken by the thread that reports the stop, and never released
@@ -36,15 +38,18 @@ class Stops:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Be the handler of both signals; one that this process was started deaf to (nohup, &) stays unheard."""
-        self.quiet, self._asked, self._open = False, None, 0
+        self.quiet, self.raised, self._asked, self._open = False, None, None, 0
         self._telling, self._ends = threading.Lock(), threading.Event()
         heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self.handle) for number in heard}
+        before = {number: signal.getsignal(number) for number in heard}
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
+        watcher = threading.Thread(target=self._watch, args=(reader, heard, self._ends), name="signals", daemon=True)
         others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reader, heard, self._ends), name="signals", daemon=True).start()
         try:
+            for number in heard:
+                signal.signal(number, self.handle)
+            watcher.start()
             yield
         finally:
             self._ends.set()
@@ -79,7 +84,8 @@ class Stops:
         self._asked = self._asked or ("SIGTERM" if number == signal.SIGTERM else "")
         if again or not self._open:
             self._ends.set()
-            raise KeyboardInterrupt(self._asked)
+            self.raised = KeyboardInterrupt(self._asked)
+            raise self.raised
         self._tell()
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ecoflap.errors import InvalidOption
+from ecoflap.support.reading import MOST_LINES, NO_READING, read_text, reason_of
 
 
 def class_names(entries: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -57,9 +58,9 @@ def is_file_entry(entries: Sequence[str] | None, *, prompts: bool) -> bool:
 
 def _lines(path: str, what: str) -> tuple[str, ...]:
     try:
-        text = Path(path).expanduser().read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        text = read_text(Path(path).expanduser(), MOST_LINES).removeprefix("\ufeff")
+    except NO_READING as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason_of(error, "text")
         raise InvalidOption(
             f"{what}: can't read the file '{path}' ({reason}): give a text file with one entry per line"
         ) from error

@@ -77,7 +77,10 @@ def check_source(source: str | Path | None, image_folder: str | Path | None = No
 
 def _check_source(source: str | Path | None) -> None:
     text = str(source)
-    if source is not None and _local(text) is None and "{" not in text:
+    place = None if source is None else _local(text)
+    if place is not None and not (place.path.is_file() or place.path.is_dir()):
+        raise CalibrationError(f"{source} is no file and no folder, but a pipe or a device: give a file")
+    if source is not None and place is None and "{" not in text:
         address = Address.parse(text)
         if address is None or not _may_be_hub(text):
             raise _no_such_source(source)

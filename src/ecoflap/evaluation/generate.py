@@ -43,11 +43,13 @@ def generate(
 
     Raises:
         InvalidOption: a number out of its range.
-        CalibrationError: a prompt is longer than ``limit``.
+        CalibrationError: a prompt is longer than ``limit``, or there is no tokenizer.
     """
     check_count("new_tokens", new_tokens)
     check_count("beams", beams, most=MOST_BEAMS)
     check_count("min_tokens", min_tokens, least=0, most=new_tokens)
+    if prompter.tokenizer is None:
+        raise CalibrationError(f"{type(model).__name__} comes without a tokenizer that can be read: texts need one")
     if image_processor_of(prompter.processor) is None:
         samples = [replace(sample, images=()) for sample in samples]
     texts = [prompter.render(sample) for sample in samples]

@@ -136,6 +136,9 @@ def _from_folder(folder: Path, gguf_file: str | None) -> Files:
     if gguf_file is not None:
         return _gguf(folder / gguf_file)
     names = sorted(entry.name for entry in folder.iterdir())
+    for name in names:
+        if not ((entry := folder / name).is_file() or entry.is_dir()) and entry.exists():
+            raise CheckpointError(f"'{entry}' is no file: a pipe or device could be read for ever; remove it")
     if not (folder / "config.json").is_file():
         return _without_config(folder, names)
     config = read_config(folder)

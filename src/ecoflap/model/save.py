@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
-from ecoflap.errors import CheckpointError, StorageError
+from ecoflap.errors import CheckpointError, OutputExists, StorageError
 from ecoflap.model.files import quiet
 from ecoflap.model.offload import is_offloaded
 from ecoflap.model.replace import check_replaceable
@@ -42,7 +43,7 @@ def save(checkpoint: Checkpoint, folder: str | Path, *, overwrite: bool = False)
         CheckpointError: transformers refuses to save this model.
     """
     with replacing(folder, overwrite=overwrite) as partial:
-        _write(checkpoint, partial)
+        write_model(checkpoint, partial)
     return Path(folder).expanduser().absolute()
 
 
@@ -51,35 +52,98 @@ def replacing(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Context with a hidden folder to write a model into; at exit it replaces ``folder``, unless something failed.
 
     Raises:
-        OutputExists: as :func:`~ecoflap.model.replace.check_replaceable`.
+        OutputExists: as :func:`~ecoflap.model.replace.check_replaceable`; or another process is writing it.
         StorageError: disk full, no permission; nothing is left behind.
     """
     folder = Path(folder).expanduser().absolute()
     with storage(folder):
         check_replaceable(folder, overwrite=overwrite)
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    with ExitStack() as locks:
+        locks.enter_context(_alone(partial, folder))
+        with storage(folder):
+            if folder.is_dir():
+                locks.enter_context(_alone(folder, folder))  # who has just made it may still remove what it replaced
+            check_replaceable(folder, overwrite=overwrite)  # again: another process may have made it meanwhile
+        try:
+            yield partial
+            _flush(partial)
+            _remove(old)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+            _flush_entry(folder.parent)
+            _remove(old)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            named = Path(str(getattr(error, "filename", None) or partial))
+            if not any(named.is_relative_to(own) for own in (partial, old, folder)):
+                raise CheckpointError(f"'{named}' can't be read ({reason}): nothing was written") from error
+            raise StorageError(f"the model could not be written to '{folder}' ({reason}): nothing was kept") from error
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+
+
+@contextmanager
+def _alone(place: Path, folder: Path) -> Iterator[None]:
+    """Holds the lock of the folder ``place``; one that is not ``folder`` is made empty, and removed if it stays there.
+
+    Raises:
+        OutputExists: another process is writing into ``folder``.
+        StorageError: it can't be made.
+    """
+    with storage(folder):
+        handle = _locked(place, make=place != folder)
+    if handle is None:
+        raise OutputExists(f"another process is writing '{folder}': wait for it, or choose another folder")
     try:
-        _remove(partial)  # left by a run that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        _flush(partial)
-        _remove(old)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        _flush_entry(folder.parent)
-        _remove(old)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise StorageError(f"the model could not be written to '{folder}' ({reason}): nothing was kept") from error
+        if place != folder:
+            with storage(folder):
+                for left in place.iterdir():  # by a process that was killed
+                    _remove(left)
+        yield
     finally:
-        if partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
+        if place != folder and _is_at(handle, place):
+            shutil.rmtree(place, ignore_errors=True)
+        os.close(handle)
 
 
-def _write(checkpoint: Checkpoint, folder: Path) -> None:
+def _locked(place: Path, *, make: bool) -> int | None:
+    """A handle that holds the folder's lock; None where another process does. Without locks, all are let through."""
+    while True:
+        if make:
+            if place.is_file():
+                place.unlink()
+            place.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            if make:
+                continue  # the process that had it has just put it in its place
+            raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError:
+            pass  # a file system without locks
+        if _is_at(handle, place):
+            return handle
+        os.close(handle)
+
+
+def _is_at(handle: int, place: Path) -> bool:
+    """Whether the folder that is open still has this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(place))
+    except OSError:
+        return False
+
+
+def write_model(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what :func:`save` writes into an empty folder; raises OSError, SafetensorError or CheckpointError."""
     model = checkpoint.model
     with quiet():
         try:

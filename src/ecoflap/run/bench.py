@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ecoflap.errors import CheckpointError
 from ecoflap.model.packed import kernels
 from ecoflap.run.bench_models import DENSE, BenchOptions, Subject, embedded, of_folder, random_model
+from ecoflap.run.evaluations import UNFIT
 from ecoflap.support.progress import Progress, Silent
+from ecoflap.support.temporary import TemporaryFolder
+from ecoflap.support.text import first_line
 
 
 def bench(packed: Path | None, options: BenchOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -32,23 +37,38 @@ def bench(packed: Path | None, options: BenchOptions, progress: Progress | None 
         ratios to the dense model in bfloat16 (above 1 is better).
 
     Raises:
-        CheckpointError: ``packed`` is no packed model.
+        CheckpointError: ``packed`` is no packed model, or can't generate text.
     """
     progress = progress or Silent()
     threads = torch.get_num_threads()
     found = []
+    place = TemporaryFolder("ecoflap-bench-")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            makers = [partial(of_folder, packed)] if packed else [embedded, random_model]
-            for make in makers:
-                subject = make(place, options)
+        makers = [partial(of_folder, packed)] if packed else [embedded, random_model]
+        for make in makers:
+            with _saying(packed):
+                subject = make(place.path, options)
                 found.append(_measured(subject, options, progress))
                 del subject
     finally:
+        place.remove()
         torch.set_num_threads(threads)
     machine = {"kernels": kernels.isa(), "processors": os.cpu_count(), "torch": torch.__version__}
     return {"format": 1, "machine": machine, "models": found}
+
+
+@contextmanager
+def _saying(packed: Path | None) -> Iterator[None]:
+    """Turns what a model raises that is not ours into one line; what transformers raises has many kinds."""
+    try:
+        yield
+    except UNFIT as error:
+        if packed is None:
+            raise
+        raise CheckpointError(
+            f"the model in '{packed}' can't generate text ({type(error).__name__}: {first_line(error)}): look at its "
+            "generation_config.json, tokenizer and processor; ECOFLAP_TRACEBACK=1 shows where"
+        ) from error
 
 
 def _measured(subject: Subject, options: BenchOptions, progress: Progress) -> dict[str, Any]:

@@ -6,7 +6,7 @@ transformers (three seconds more), so that a typing error is reported at once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecoflap.data.samples import SampleReader
 from ecoflap.data.sources import check_source
@@ -16,6 +16,9 @@ from ecoflap.model.files import check_place
 from ecoflap.pruning.registry import reads_data
 from ecoflap.run.evaluations import Evaluation, check_evaluations, check_sources, evaluations_of
 from ecoflap.run.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ecoflap.run.finetune.recipe import Finetune
 
 
 def is_measured(recipe: Recipe) -> bool:
@@ -80,6 +83,20 @@ def check_data(recipe: Recipe) -> None:
     if recipe.calibration is not None:
         SampleReader(recipe.calibration, **drawn(recipe))
     check_sources(recipe)
+
+
+def check_training_data(recipe: Finetune) -> None:
+    """Open training and held-out data; raises as :func:`check_data`."""
+    for source in (recipe.train, recipe.validation):
+        if source is not None:
+            SampleReader(
+                source,
+                samples=1,
+                seed=recipe.seed,
+                columns=recipe.columns,
+                prompt_template=recipe.prompt,
+                image_folder=recipe.image_folder,
+            )
 
 
 def drawn(recipe: Recipe) -> dict[str, Any]:

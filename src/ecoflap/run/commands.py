@@ -137,7 +137,7 @@ def evaluate_model(
 def _evaluated(
     recipe: Recipe, entries: Sequence[Evaluation], progress: Progress, workers: Workers
 ) -> dict[str, dict[str, Any]]:
-    from ecoflap.run.evaluations import evaluate
+    from ecoflap.run.evaluations import UNFIT, evaluate, unfit
     from ecoflap.run.loading import load_checkpoint
     from ecoflap.run.provenance import digests_of
     from ecoflap.run.quality import record
@@ -145,7 +145,12 @@ def _evaluated(
 
     check_same(recipe, workers, digests_of(recipe))
     checkpoint = load_checkpoint(recipe, workers=workers, packed=True, progress=progress)
-    found = {entry.name: record(evaluate(checkpoint, entry, recipe, progress, workers)) for entry in entries}
+    found = {}
+    for entry in entries:
+        try:
+            found[entry.name] = record(evaluate(checkpoint, entry, recipe, progress, workers))
+        except UNFIT as error:
+            raise unfit(error, entry, checkpoint) from error
     return {name: {**kept["result"], "samples": kept["samples"]} for name, kept in found.items()}
 
 

@@ -225,24 +225,27 @@ def rehearse(checkpoint: Checkpoint, recipe: Recipe) -> None:
             evaluate(checkpoint, entry.model_copy(update={"samples": 1}), recipe, Silent())
         except EcoflapError as error:
             failures.append(error if recipe.evaluations is None else type(error)(f"evaluation '{entry.name}': {error}"))
-        except _UNFIT as error:
-            failures.append(_unfit(error, entry, checkpoint))
+        except UNFIT as error:
+            failures.append(unfit(error, entry, checkpoint))
     if failures:
         more = "" if len(failures) == 1 else f"{len(failures)} of {len(entries)} evaluations can't run. "
         raise type(failures[0])(more + "; ".join(map(str, failures))) from failures[0]
 
 
-# Errors that models and processors raise on inputs of the wrong kind.
-_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What models and processors raise on inputs that are not for them, or with settings that are damaged.
+UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def _unfit(error: Exception, entry: Evaluation, checkpoint: Checkpoint) -> EcoflapError:
+def unfit(error: Exception, entry: Evaluation, checkpoint: Checkpoint) -> EcoflapError:
+    """Says that the model can't be put to a test, in which it raised ``error``."""
     message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     model, data = type(checkpoint.model).__name__, entry.test or "its data"
-    return InvalidOption(
+    found = InvalidOption(
         f"task '{entry.task}' can't work on {model} with {data} ({message}): "
-        "choose another --task or --test; 'ecoflap evaluate' shows the traceback"
+        "choose another --task or --test, or repair the model's settings; ECOFLAP_TRACEBACK=1 shows where"
     )
+    found.__cause__ = error
+    return found
 
 
 def rows_of_a_test(recipe: Recipe) -> int:

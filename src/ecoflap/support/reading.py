@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1 << 30  # of a JSON file; those of large models, with a row for each layer and sample, stay below
 MOST_YAML = 1 << 24  # a recipe is written by hand; the reader is a hundred times slower
+MOST_LINES = 1 << 26  # of a text that is read whole: names of classes, templates, a caption
 DEEPEST = 100  # levels of lists and mappings; our own files have six
 NO_READING = (OSError, ValueError, RecursionError, yaml.YAMLError)  # all that reading may raise: bytes, names, content
 
@@ -48,11 +50,23 @@ def read_yaml(path: str | Path, what: str, error: type[EcoflapError] = InvalidOp
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
     """A file as text; raises OSError, or ValueError where it is no UTF-8 or holds more than ``most`` bytes."""
-    with open(path, "rb") as file:
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """A file's bytes; raises OSError, or ValueError where there are more than ``most``."""
+    with open(path, "rb", opener=_at_once) as file:
         data = file.read(most + 1)  # not by its size: a device has none, and no end
     if len(data) > most:
         raise ValueError(f"it has more than {most} bytes")
-    return data.decode("utf-8")
+    return data
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens a file without waiting: a pipe that nobody writes to would be waited for without end, and now is empty."""
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(handle, True)  # of a pipe that has a writer, all is read
+    return handle
 
 
 def json_value(text: str | bytes, *, finite: bool = True) -> Any:

@@ -36,6 +36,9 @@ def test_a_packed_folder_is_measured(run, tmp_path):
         assert row["variant"] != "dense bfloat16" or row["rate_ratio"] == 1
     shown = run("bench", "packed", *options).well()
     assert "packed int8" in shown.out
+    settings = tmp_path / "packed/generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "bos_token_id": "x"}))
+    run("bench", "packed", *options).refused("'packed' can't generate text", "generation_config.json")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def test_a_run_and_what_it_says(run, tmp_path):
     assert "Traceback" not in found.err
     assert "shards" not in found.err
     assert told["compute_dtype"] == "native"  # of the evaluations; the model is fp32
+    run(*again, "-o", "other", "--dense", "no/model").refused("no/model")  # asked for, and not only the run's
     run(*again).refused("already holds a fine-tuning", "--overwrite")
     assert "complete: nothing to resume" in run(*again, "--resume").well().err
     shown = run(*again, "--overwrite").well()
@@ -45,6 +46,7 @@ def test_a_run_and_what_it_says(run, tmp_path):
         (["{llama}"], ["training data", "--train"]),
         (["{dense}", "--train", "{prose}"], ["no matrix", "prune it first"]),
         (["{llama}", "--train", "nowhere.txt"], ["nowhere.txt", "check the path"]),
+        (["{llama}", "--train", "{prose}", "--dense", "no/model"], ["the hub", "no/model"]),
         (["{llama}", "--train", "{prose}", "--epochs", "0"], ["--epochs", "greater than 0"]),
         (["{llama}", "--train", "{prose}", "--held-out", "1"], ["--held-out", "less than 1"]),
         (["{llama}", "--train", "{prose}", "--held-out", "0.2", "--validation", "{prose}"], ["both given"]),

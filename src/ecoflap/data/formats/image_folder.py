@@ -11,6 +11,7 @@ from ecoflap.data.formats.place import Place, no_splits
 from ecoflap.data.images import SUFFIXES, BrokenSample
 from ecoflap.data.tables import ClassNames, Row, Table, Taken
 from ecoflap.errors import CalibrationError
+from ecoflap.support.reading import MOST_LINES, NO_READING, read_bytes, reason_of
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
 FEW = 5  # folders that may lie beside the only one with images in it
@@ -33,11 +34,13 @@ class CaptionedImages:
         for index in indices:
             name = self._images[index]
             try:
-                caption = (self._root / name).with_suffix(".txt").read_text("utf-8-sig", errors="replace").strip()
+                text = read_bytes((self._root / name).with_suffix(".txt"), MOST_LINES)
             except FileNotFoundError:
                 yield BrokenSample(f"'{name}' has no .txt with its caption beside it")
+            except NO_READING as error:
+                yield BrokenSample(f"the .txt with the caption of '{name}' can't be read ({reason_of(error, 'text')})")
             else:
-                yield {"image": name, "caption": caption}
+                yield {"image": name, "caption": text.decode("utf-8-sig", errors="replace").strip()}
 
 
 class ImageFiles:

@@ -15,29 +15,14 @@ from torch import Tensor, nn
 from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import DTYPES, empty_model, load
 from ecoflap.model.files import BITMASK, INDEX, PACKED, locate, quantisation, read_config
+from ecoflap.model.packed.card import write_packed_card, write_plain_card
 from ecoflap.model.packed.convert import PackedModel, pack
 from ecoflap.model.packed.format import checked_group_size
 from ecoflap.model.packed.reading import PACKED_KEYS, Unpacking, plain_files
 from ecoflap.model.packed.shards import names_in_files, pack_shards, too_large
 from ecoflap.model.replace import check_apart, check_replaceable
-from ecoflap.model.save import replacing, save
+from ecoflap.model.save import replacing, write_model
 from ecoflap.support.files import default_mode, storage
-
-CARD = "README.md"
-_HEADING = "## Packed weights"
-_UNTRUE = "The zeros are stored like other numbers: files and memory are as large as the dense model's, and a runtime"
-_NOTE = f"""{_HEADING}
-
-The weights of the pruned layers are packed: their non-zeros and one bit per weight. Load the model with ecoflap, which
-multiplies by them as they are:
-
-```python
-import ecoflap  # before from_pretrained: it tells transformers how to read packed weights
-```
-
-Without that import transformers warns of an unknown quantization type and leaves the packed layers at random values.
-`ecoflap unpack` writes the plain checkpoint.
-"""
 
 
 @dataclass(frozen=True)
@@ -79,13 +64,15 @@ def pack_checkpoint(
         if quantisation(files.config) == BITMASK:
             raise CheckpointError(f"'{source}' would fill the memory: unpack it first, with 'ecoflap unpack'")
         told = pack_shards(files, output, values, size, overwrite=overwrite, trust_remote_code=trust_remote_code)
-        folder, before = Path(output).expanduser().absolute(), sum(shard.stat().st_size for shard in files.shards)
+        before = sum(shard.stat().st_size for shard in files.shards)
     else:
         found = load(source, device="cpu", trust_remote_code=trust_remote_code)
         told, before = pack(found.model, values=values, group_size=size), sum(found.shard_sizes)
-        folder = save(found, output, overwrite=overwrite)
-    if source is not None and (card := Path(source).expanduser() / CARD).is_file():
-        (folder / CARD).write_text(_packed_card(card.read_text("utf-8", "surrogateescape")), "utf-8", "surrogateescape")
+        with replacing(output, overwrite=overwrite) as partial:
+            write_model(found, partial)
+            if source is not None:
+                write_packed_card(Path(source).expanduser(), partial)
+    folder = Path(output).expanduser().absolute()
     return PackedFolder(folder, told, before, sum(file.stat().st_size for file in _weights(folder)))
 
 
@@ -115,8 +102,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, *, overwrite: bool
         _write_weights(source, folder, _unpacking(config, source), method == PACKED)
         plain = {key: value for key, value in config.items() if key not in PACKED_KEYS}
         (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", "utf-8")
-        if (card := folder / CARD).is_file():
-            card.write_text(_plain_card(card.read_text("utf-8", "surrogateescape")), "utf-8", "surrogateescape")
+        write_plain_card(source, folder)
         for file in folder.iterdir():
             file.chmod(default_mode())
     return Path(output)
@@ -152,13 +138,3 @@ def _write_weights(source: Path, folder: Path, unpacking: Unpacking, ours: bool)
 
 def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-def _packed_card(text: str) -> str:
-    lines = [line for line in text.splitlines() if not line.startswith(_UNTRUE)]
-    return "\n".join(lines).rstrip() + f"\n\n{_NOTE}"
-
-
-def _plain_card(text: str) -> str:
-    before, found, _ = text.partition(f"\n{_HEADING}")
-    return before.rstrip() + "\n" if found else text

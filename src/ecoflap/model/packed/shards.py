@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ecoflap.errors import CheckpointError
 from ecoflap.model.checkpoint import empty_model
 from ecoflap.model.files import INDEX, Files
+from ecoflap.model.packed.card import write_packed_card
 from ecoflap.model.packed.convert import PackedModel, Packing, packable, stackable
 from ecoflap.model.packed.format import worth_packing
 from ecoflap.model.packed.merging import Merge, merges
@@ -77,6 +78,7 @@ def pack_shards(
         )  # fmt: skip
         config["quantization_config"] = made.to_dict()
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        write_packed_card(files.folder, partial)
         for file in partial.iterdir():
             file.chmod(default_mode())
     return result

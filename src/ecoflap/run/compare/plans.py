@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ecoflap.data.sources import check_source
 from ecoflap.errors import EcoflapError, InfeasibleAllocation, InvalidOption
-from ecoflap.run.checks import check_data, check_places, check_recipe, needs_data
+from ecoflap.run.checks import check_data, check_places, check_recipe, check_training_data, needs_data
 from ecoflap.run.compare.recipe import Grid, Place
 from ecoflap.run.compare.trained import training_recipe
 from ecoflap.run.evaluations import evaluations_of
@@ -79,8 +79,7 @@ def planned(grid: Grid) -> Plans:
         check_forms(grid.values)
     for place in grid.places():
         if place.method.trains:
-            training_recipe(grid, place)  # raises if it can't be made
-            check_source(grid.train, grid.image_folder)
+            check_training_data(training_recipe(grid, place))  # raises if it can't be made
     plans = Plans()
     for place in grid.places():
         try:

@@ -173,7 +173,7 @@ def _teacher(job: _Job) -> Checkpoint | None:
             trust_remote_code=recipe.trust_remote_code,
         )
     except CheckpointError as error:
-        if recipe.distill or recipe.distill_hidden or recipe.source == recipe.model:  # asked for
+        if recipe.distill or recipe.distill_hidden or recipe.dense_is_asked or recipe.source == recipe.model:
             raise
         _log.warning("no results of the dense model: %s", error)
         return None

@@ -12,12 +12,14 @@ from ecoflap.errors import InvalidOption
 from ecoflap.model.channels import ChannelGroup
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.compute import settled
+from ecoflap.model.files import check_place, is_open_clip, locate
 from ecoflap.model.parts import Anatomy
+from ecoflap.run.checks import check_training_data
 from ecoflap.run.evaluations import check_evaluations, evaluations_of, rehearse
 from ecoflap.run.finetune.data import TrainingData, described, digests, training_data
 from ecoflap.run.finetune.lora import check_peft
 from ecoflap.run.finetune.options import check_training_options
-from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.run.finetune.recipe import EMBEDDED, Finetune
 from ecoflap.run.loading import load_checkpoint
 from ecoflap.run.prepare import find_layers
 from ecoflap.run.provenance import source_digest
@@ -63,6 +65,11 @@ def prepare_finetune(recipe: Finetune) -> Plan:
         check_source(source, recipe.image_folder)
     for entry in check_evaluations(recipe):
         check_source(entry.test, entry.image_folder)
+    check_training_data(recipe)
+    if recipe.dense_is_asked and recipe.dense not in (None, EMBEDDED):
+        check_place(str(recipe.dense))
+        if not is_open_clip(recipe.dense):
+            locate(str(recipe.dense), trust_remote_code=recipe.trust_remote_code)  # from the Hub, too
     checkpoint = load_checkpoint(weights_of(recipe), recipe.title)
     recipe.check_model(checkpoint.model)
     recipe = recipe.model_copy(update={"compute_dtype": settled(recipe.compute_dtype, checkpoint.model)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ecoflap.errors import InvalidOption
 from ecoflap.run.names import COMPARISON, MODEL, RECIPE, TRAIN
@@ -49,6 +49,8 @@ class Finetune(Recipe):
 
     title: ClassVar[str] = "finetune"
     left_out: ClassVar[frozenset[str]] = NOT_HERE
+
+    _dense_is_asked: bool | None = PrivateAttr(default=None)  # None until it may be filled in from the run
 
     model: str | None = Field(None, description="The run whose model is trained further, or a pruned model.")
     train: str | None = Field(None, description="Training data: file, folder or dataset id, as --calibration of prune.")
@@ -127,7 +129,14 @@ class Finetune(Recipe):
         run = run_of(self.model)
         if run is not None:
             changes |= self._of_run(run)
-        return Finetune.parse({**self.given(), **changes})
+        found = Finetune.parse({**self.given(), **changes})
+        found._dense_is_asked = self.dense is not None if self._dense_is_asked is None else self._dense_is_asked
+        return found
+
+    @property
+    def dense_is_asked(self) -> bool:
+        """Whether the user named the dense model; one that only a run names may be missing."""
+        return bool(self._dense_is_asked)
 
     def given(self) -> dict[str, Any]:
         """The fields that were set."""
