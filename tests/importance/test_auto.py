@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,40 @@ def test_a_long_stage_names_a_faster_way() -> None:
     assert len(told) == 1
     with pytest.warns(UserWarning, match=r"about 1 h 0 min; fewer --importance-samples"):
         _forecast("gradient-norm", 30, [0.1, 359.0, 361.0], together=3)  # nothing is known before three are done
+
+
+def test_a_long_batch_is_forecast_within_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ecoflap"):
+        # 2 of 4 layers after 100 s: a quarter of the time for the forward, and half of the rest, of 3 batches
+        _forecast("gradient-norm", 12, [1.0, 50.0, 100.0, 130.0], together=4, lead=0.25)
+        _forecast("gradient-norm", 12, [1.0, 10.0, 20.0], together=4, lead=0.25)  # too soon within a batch
+    seconds = 50.0 * 3 / (0.25 + 0.75 * 0.5)
+    assert [record.message for record in caplog.records] == [
+        f"importance gradient-norm takes about {hours_and_minutes(seconds)}"
+    ]
+
+
+def test_gradients_are_counted_layer_by_layer_within_a_batch() -> None:
+    family = FAMILIES["llama"]
+    model, batches, seen = family.build(), family.batches(4, 2), list[tuple[int, str]]()
+
+    class Task:
+        def advance(self, steps: int = 1, detail: str = "") -> None:
+            seen.append((steps, detail))
+
+    class Watching:
+        def stage(self, name: str, total: int, done: int = 0) -> Any:
+            assert total == len(names) * len(batches)
+            return nullcontext(Task())
+
+    names = [layer.name for layer in ecoflap.inspect(model).layers]
+    backwards = []
+    handle = model.model.layers[0].register_full_backward_hook(lambda *_: backwards.append(len(seen)))
+    ecoflap.measure_importance(model, batches, "gradient-norm", progress=Watching())
+    handle.remove()
+    assert [steps for steps, _ in seen] == [1] * (len(names) * len(batches))
+    assert sorted(detail for _, detail in seen) == sorted(names * len(batches))
+    assert 0 < backwards[0] <= len(names)  # later blocks were told before the first block's gradients were there
 
 
 def test_a_short_stage_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -86,7 +86,7 @@ def test_a_phone_needs_no_scrolling_sideways(open_tab, request, which):
                              ".querySelector('.live').layout.dragmode") is False  # fmt: skip
 
 
-def test_names_of_towers_break_between_words_on_a_phone(open_tab, report):
+def test_towers_and_quality_fit_on_a_phone(open_tab, report):
     tab = open_tab(report, viewport=PHONE, is_mobile=True)
     lines = """() => [...document.querySelectorAll('.towers code')].flatMap(code => [...code.childNodes]
         .filter(part => part.nodeType === 3).map(part => { const range = document.createRange();
@@ -94,6 +94,8 @@ def test_names_of_towers_break_between_words_on_a_phone(open_tab, report):
     assert set(tab.page.evaluate(lines)) == {1}
     table = tab.page.locator(".towers").bounding_box()
     assert table["x"] + table["width"] <= PHONE["width"]
+    cut = "tables => tables.map(table => table.parentElement.scrollWidth - table.parentElement.clientWidth)"
+    assert set(tab.page.eval_on_selector_all("table.stack", cut)) == {0}  # nothing of the quality is cut off
 
 
 def test_plots_follow_the_scheme(open_tab, report):

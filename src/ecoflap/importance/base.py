@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ class ProbeContext:
         workers: the processes that measure; each computes its own estimates, all others are in its ``done``.
         upcast: blocks that compute in fp32 although their weights keep the loaded dtype.
         norms: input norms that other measures on the same batches have gathered.
+        seen: receives the name of a layer whose estimate is known before the measure can yield it, for the progress.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class ProbeContext:
     workers: Workers = ALONE
     upcast: frozenset[str] = frozenset()
     norms: SharedNorms = field(default_factory=SharedNorms)
+    seen: Callable[[str], None] = lambda _: None
 
     def input_norms(self) -> Mapping[str, InputStatistics]:
         """Of the layers that tokens reached, ``.norm`` (columns,); the layers compute in fp32 here."""
@@ -103,6 +105,7 @@ class ImportanceMeasure(ABC):
         reads: recipe fields of stage 2 that change its scores, such as ``("criterion", "pattern")``.
         cites: papers behind it, each an :class:`ecoflap.support.citations.Citation` or the key of a listed one. This
             package's own measures name theirs in ``registry.py``.
+        lead: share of a piece's time that passes before the first of its estimates is known.
         precision: ``fp32``, or ``native``: the model computes in the checkpoint's dtype.
         scope: ``block`` where only the sum over a block has a meaning.
     """
@@ -113,6 +116,7 @@ class ImportanceMeasure(ABC):
     blockwise: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     cites: ClassVar[tuple[Any, ...]] = ()
+    lead: ClassVar[float] = 0.0
     # Class attributes of some importances, options of others.
     precision: str = "fp32"
     scope: str | None = None

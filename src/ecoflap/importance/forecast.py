@@ -11,6 +11,7 @@ from ecoflap.support.progress import Task
 
 _log = logging.getLogger("ecoflap")
 
+WAIT = 30.0  # seconds after which a forecast is made within a first batch, too
 SOONEST = 5.0  # seconds that must have gone by: the first probes of a stage are slow, or together too short to tell
 LONG = 1800.0  # seconds from which a faster way is named
 FASTER = {
@@ -29,7 +30,9 @@ class Forecast:
         task: receives every step too.
         name: of the importance.
         steps: number of steps to come.
-        together: steps that are reported at once, such as all layers of a batch; no forecast before so many are done.
+        together: steps that belong together, such as all layers of a batch; before so many are done there is a
+            forecast only after half of them, and with ``lead``.
+        lead: share of the time of such steps that passes before the first of them; 0 where nothing is known of it.
         clock: returns seconds.
     """
 
@@ -39,20 +42,27 @@ class Forecast:
         name: str,
         steps: int,
         together: int = 1,
+        lead: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._task, self._name, self._steps, self._together = task, name, steps, together
-        self._clock, self._begin = clock, clock()
+        self._lead, self._clock, self._begin = lead, clock, clock()
         self._done, self._told = 0, False
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
         self._task.advance(steps, detail)
         self._done += steps
         elapsed = self._clock() - self._begin
-        if self._told or elapsed < SOONEST or self._done % self._together or not 0 < self._done < self._steps:
+        if self._told or elapsed < SOONEST or not 0 < self._done < self._steps:
             return
+        whole, part = divmod(self._done, self._together)
+        done = float(whole)  # pieces
+        if part:
+            if not self._lead or elapsed < WAIT or part < self._together / 2:
+                return
+            done += self._lead + (1 - self._lead) * part / self._together
         self._told = True
-        self._tell(elapsed * self._steps / self._done)
+        self._tell(elapsed * self._steps / self._together / done)
 
     def _tell(self, seconds: float) -> None:
         word = "up to" if self._name in REPLAYED else "about"

@@ -164,6 +164,7 @@ class FirstOrder(ImportanceMeasure):
 
     scatter: ClassVar[float | None] = 0.0  # between batches alone
     blockwise: ClassVar[bool] = True
+    lead: ClassVar[float] = 0.25  # the forward; then each block is computed again, and differentiated
 
     variant: str = "weight-gradient"
     recompute: bool = True
@@ -199,8 +200,12 @@ class FirstOrder(ImportanceMeasure):
                 continue
             values = dict.fromkeys(names, 0.0)
 
-            def visit(name: str, weight: Tensor, gradient: Tensor, values: dict[str, float] = values) -> None:
+            def visit(
+                name: str, weight: Tensor, gradient: Tensor, index: int = index, values: dict[str, float] = values
+            ) -> None:
                 values[name] = float(reduce(weight, gradient))
+                if (name, index, 0) not in context.done:
+                    context.seen(name)
 
             visit_gradients(context, index, visit, recompute=self.recompute)
             for name, value in values.items():
@@ -218,6 +223,7 @@ class GradientNorm(ImportanceMeasure):
 
     scatter: ClassVar[float | None] = 0.0  # between batches alone
     blockwise: ClassVar[bool] = True
+    lead: ClassVar[float] = 0.25  # the forward; then each block is computed again, and differentiated
 
     recompute: bool = True
 

@@ -103,12 +103,21 @@ def _measured(
     measure: ImportanceMeasure, context: ProbeContext, journal: EstimateJournal, task: Task, pieces: Any
 ) -> list[Any]:
     """New estimates of all workers; this one's are in its journal, or those of all if all measure the same."""
-    fresh, shared = [], pieces is not None
-    for estimate in measure.estimates(context):
+    fresh, shared, ahead = [], pieces is not None, 0
+
+    def seen(layer: str) -> None:  # so that a batch of minutes shows how far it is
+        nonlocal ahead
+        ahead += 1
+        task.advance(1, layer)
+
+    for estimate in measure.estimates(replace(context, seen=seen)):
         if shared or context.workers.first:
             journal.append(estimate)
         fresh.append((estimate.layer, estimate.batch, estimate.draw, estimate.value))
-        task.advance(1, estimate.layer)
+        if ahead:
+            ahead -= 1
+        else:
+            task.advance(1, estimate.layer)
     # What all have measured alike is taken from one of them, so that all go on from the same numbers.
     told = context.workers.gather(fresh) if shared else [context.workers.broadcast(fresh)]
     return [row for of_worker in told for row in of_worker]
@@ -265,7 +274,8 @@ def measure(
             total = len(known) + len(_keys(pieces or ()) - known.keys())
         with work.progress.stage("importance", total, len(known)) as stage:
             together = len(pieces[0]) if pieces else 1
-            task = Forecast(stage, importance, total - len(known), together) if workers.first else stage
+            todo = total - len(known)
+            task = Forecast(stage, importance, todo, together, measure.lead) if workers.first else stage
             for turn, passed in [(pieces, 0)] if rule is None or pieces is None else turns(pieces, known, rule):
                 fresh = _measured(measure, _own_work(context, pieces, turn or (), known), journal, task, pieces)
                 known |= {(layer, batch, draw): value for layer, batch, draw, value in fresh}
