@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("plain_page")
 
 FEW = {"samples": 4, "batch_size": 2, "sequence_length": 12, "importance_samples": 2, "test_samples": 2}
 BREAKS = st.lists(st.tuples(st.integers(1, 120), st.sampled_from(["kill", "full"])), min_size=1, max_size=4)
-few = settings(max_examples=6, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+few = settings(max_examples=4, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_compare(made: Path) -> None:
     )  # fmt: skip
     whole = run_grid(grid, made / "whole-table")
 
-    @settings(few, max_examples=4)
+    @settings(few, max_examples=3)
     @given(BREAKS)
     def check(breaks: list[tuple[int, str]]) -> None:
         folder = made / "table"
