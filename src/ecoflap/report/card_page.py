@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ecoflap.report import records
 from ecoflap.report.places import cached_id
@@ -172,8 +173,9 @@ class Card:
         return tuple(dict.fromkeys(paper for step in self.steps for paper in step.papers))
 
 
-def render(card: Card) -> str:
-    """The whole file: YAML between two lines of dashes, then Markdown, with every name and value escaped."""
+@cache
+def _template() -> Template:
+    """The card's template with every value escaped as Markdown, compiled once."""
     environment = Environment(
         loader=PackageLoader("ecoflap.report"),
         finalize=escaped,
@@ -181,8 +183,13 @@ def render(card: Card) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template("card.md.j2")
+
+
+def render(card: Card) -> str:
+    """The whole file: YAML between two lines of dashes, then Markdown, with every name and value escaped."""
     sparsity = card.sparsity
-    body = environment.get_template("card.md.j2").render(
+    body = _template().render(
         card=card,
         marker=MARKER,
         zeros=sum(tower["zeros"] for tower in sparsity["towers"].values()),

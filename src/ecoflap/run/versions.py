@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import cache
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a run's numbers."""
     from ecoflap import __version__
 
-    # From the packages' metadata: importing torch takes seconds, and a wrong option must be reported at once.
-    return {"ecoflap": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
+    return {"ecoflap": __version__, **{name: _installed(name) for name in ("torch", "transformers")}}
+
+
+@cache
+def _installed(package: str) -> str:
+    """The version that the package's metadata gives: importing torch takes seconds."""
+    return importlib.metadata.version(package)
