@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,8 @@ def _random_variant(
         if (values, shape) not in packed:
             packed[values, shape] = pack_weight(patterns[shape], values)
         one = packed[values, shape]
-        copy = PackedWeight(
-            one.compressed.clone(), one.bitmask.clone(), one.row_offsets.clone(), one.shape,
-            None if one.scales is None else one.scales.clone(), one.group_size,
-        )  # fmt: skip
+        parts: dict[str, Any] = {part: tensor.clone() for part, tensor in one.tensors().items() if part != "shape"}
+        copy = replace_fields(one, **parts)
         replace(model, name, PackedLinear(copy, layer.bias, dtype=dtype))
     rotary = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
     model.model.rotary_emb = rotary

@@ -15,7 +15,7 @@ from torch import nn
 
 import ecoflap
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption, OutputExists
-from ecoflap.model.packed import checkpoint, shards
+from ecoflap.model.packed import checkpoint, format, shards
 from ecoflap.model.packed.checkpoint import pack_checkpoint, unpack_checkpoint
 from ecoflap.model.packed.format import pack_weight
 
@@ -111,6 +111,36 @@ def test_int8_comes_back_near_in_the_models_dtype(tmp_path):
         if weight.dim() == 2:
             step = weight.float().abs().amax(1, keepdim=True) / 127
             assert ((after[name].float() - weight.float()).abs() <= step * 0.51 + weight.abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_folders_of_version_1_have_no_factors_of_columns(values, tmp_path, monkeypatch):
+    source = pruned("llama", tmp_path / "pruned")
+    with monkeypatch.context() as patch:
+        patch.setattr(format, "column_scales", lambda matrix: torch.ones(matrix.shape[1], dtype=torch.bfloat16))
+        pack_checkpoint(source, tmp_path / "packed", values=values)
+    old = tmp_path / "packed"
+    config = json.loads((old / "config.json").read_text())
+    assert config["quantization_config"].pop("column_scales") is True
+    assert config["quantization_config"].pop("version") == 3
+    config["quantization_config"]["version"] = 1
+    expected = ecoflap.load(old).model.dequantize().state_dict()
+    stored = {name: tensor for name, tensor in tensors(old).items() if not name.endswith("column_scales")}
+    assert len(stored) < len(tensors(old))
+    save_file(stored, old / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks its column_scales"):
+        ecoflap.load(old)
+    (old / "config.json").write_text(json.dumps(config))
+    found = ecoflap.load(old).model
+    ids = torch.arange(6)[None]
+    before = found(ids).logits
+    weights = found.dequantize().state_dict()
+    assert set(weights) == set(expected)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    torch.testing.assert_close(before, found(ids).logits, rtol=1e-4, atol=1e-4)
+    unpack_checkpoint(old, tmp_path / "plain")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(tensors(tmp_path / "plain")[name], expected[name])
 
 
 def former(source, folder, where, style):

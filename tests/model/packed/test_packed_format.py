@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ecoflap.errors import CheckpointError, EcoflapError, InvalidOption
 from ecoflap.model.packed.checks import check, from_tensors
+from ecoflap.model.packed.columns import column_scales
 from ecoflap.model.packed.format import pack_weight, packed_bytes, unpack_weight, worth_packing
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
@@ -71,12 +72,51 @@ def test_a_part_that_is_not_contiguous():
     assert torch.equal(unpack_weight(pack_weight(weight)), weight)
 
 
+@given(rows=st.integers(1, 40), columns=st.integers(1, 30), sparsity=st.floats(0, 1), seed=st.integers(0, 99))
+def test_factors_of_columns_by_their_formula(rows, columns, sparsity, seed):
+    weight = sparse(rows, columns, sparsity, seed=seed)
+    weight *= torch.logspace(-3, 3, columns)[torch.randperm(columns)]
+    even = weight.double().numpy()
+    divisors = np.ones(columns)
+    for _ in range(3):
+        even = np.array([row / np.sqrt(np.mean(row[row != 0] ** 2)) if row.any() else row for row in even])
+        roots = np.array([np.sqrt(np.mean(column[column != 0] ** 2)) if column.any() else 1 for column in even.T])
+        even, divisors = even / roots, divisors * roots
+    known = sorted(divisors[(weight != 0).any(dim=0).numpy()])
+    found = column_scales(weight)
+    assert found.dtype == torch.bfloat16
+    for factor, divisor, column in zip(found.tolist(), divisors, weight.T, strict=True):
+        exact = 0.75 * np.log2(divisor / known[(len(known) - 1) // 2]) if column.any() else 0
+        assert np.log2(factor) == round(np.log2(factor))
+        assert abs(np.log2(factor) - np.clip(exact, -8, 8)) <= 0.501
+
+
+def test_a_column_of_large_weights_does_not_spoil_the_others():
+    weight = sparse(64, 256, 0.5)
+    alone = (unpack_weight(pack_weight(weight, "int4")) - weight)[weight != 0].square().mean().sqrt()
+    weight[:, 7] = 150 * torch.randn(64)
+    off = unpack_weight(pack_weight(weight, "int4")) - weight
+    off[:, 7] = 0
+    assert off[weight != 0].square().mean().sqrt() < 2 * alone  # without factors it is fifty times as much
+    assert off[:, 128:][weight[:, 128:] != 0].square().mean().sqrt() < 1.2 * alone
+
+
+def test_stacked_matrices_have_factors_of_their_own():
+    stack = torch.stack([sparse(6, 70, 0.5, seed=seed) * torch.logspace(-2, 2, 70) ** seed for seed in range(3)])
+    packed = pack_weight(stack, "int4")
+    check(packed, "w")
+    assert torch.equal(packed.column_scales, torch.stack([column_scales(one) for one in stack]))
+    alone = [unpack_weight(pack_weight(one, "int4")) for one in stack]
+    torch.testing.assert_close(unpack_weight(packed), torch.stack(alone), rtol=1e-6, atol=0)  # of the scales' sums
+
+
 @pytest.mark.parametrize("group_size", [0, 64, 128])
 def test_int8_is_within_half_a_step_of_its_groups_largest(group_size):
     weight = sparse(8, 300, 0.6)
     packed = pack_weight(weight, "int8", group_size)
     check(packed, "w")
-    back = unpack_weight(packed)
+    factors = packed.column_scales.float()
+    back, weight = unpack_weight(packed) / factors, weight / factors
     size = group_size or 300
     for first in range(0, 300, size):
         part = weight[:, first : first + size]
@@ -100,7 +140,8 @@ def by_hand(packed):
             if mask[row, column]:
                 code = int(stored[half // 2]) >> half % 2 * 4 & 15
                 scale = packed.scales[row, column // packed.group_size if packed.group_size else 0].numpy()
-                dense[row, column] = np.float32(2 * code - 15) * scale
+                factor = np.float32(float(packed.column_scales[0, column]))
+                dense[row, column] = np.float32(2 * code - 15) * scale * factor
                 half += 1
     return torch.from_numpy(dense)
 
@@ -119,9 +160,11 @@ def test_int4_is_read_one_by_one_and_no_worse_than_steps_to_the_largest(
     assert torch.equal(back, by_hand(packed))
     assert torch.equal(back != 0, weight != 0)
     assert packed.nbytes <= packed_bytes(weight, "int4", group_size)
+    factors = packed.column_scales.float()
+    weight, back = weight.float() / factors, back / factors
     size = group_size or columns
     for first in range(0, columns, size):
-        part = weight[:, first : first + size].float()
+        part = weight[:, first : first + size]
         steps = part.abs().amax(dim=1, keepdim=True) / 15
         odd = (2 * ((part / steps.clamp(min=1e-30) - 1) / 2).round() + 1).clamp(-15, 15)
         plain = torch.where(part == 0, part, odd * steps)
@@ -219,6 +262,25 @@ def test_damaged_scales(change):
     packed = pack_weight(sparse(6, 200, 0.5), "int8", 64)
     with pytest.raises(CheckpointError, match="scales"):
         check(dataclasses.replace(packed, scales=change(packed.scales)), "w")
+
+
+@pytest.mark.parametrize("change", [
+    lambda factors: factors * float("nan"),
+    lambda factors: factors * 0,
+    lambda factors: -factors,
+    lambda factors: factors * 1.5,
+    lambda factors: factors * 2**20,
+    lambda factors: factors[:, :-1],
+    lambda factors: factors[0],
+    lambda factors: factors.to(torch.int16),
+])  # fmt: skip
+def test_damaged_factors_of_columns(change):
+    packed = pack_weight(sparse(6, 200, 0.5), "int4")
+    with pytest.raises(CheckpointError, match="column_scales"):
+        check(dataclasses.replace(packed, column_scales=change(packed.column_scales)), "w")
+    plain = dataclasses.replace(pack_weight(sparse(6, 200, 0.5)), column_scales=packed.column_scales)
+    with pytest.raises(CheckpointError, match="no scales"):
+        check(plain, "w")
 
 
 @given(data=st.data())

@@ -130,7 +130,11 @@ def test_dtypes_as_it_is_loaded_and_later(folder):
 
 @pytest.mark.parametrize(("values", "group_size"), [("int8", 0), ("int8", 64), ("int4", 64)])
 def test_rounded_values_keep_float32_scales(values, group_size, tmp_path):
-    model = reloaded(llama(), tmp_path / "dense")
+    model = llama()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data[:, 3] *= 64
+    model = reloaded(model, tmp_path / "dense")
     expected = model(IDS).logits
     weights = [module.weight.detach().clone() for module in model.modules() if isinstance(module, nn.Linear)][:-1]
     told = ecoflap.pack(model, values=values, group_size=group_size)
@@ -144,6 +148,9 @@ def test_rounded_values_keep_float32_scales(values, group_size, tmp_path):
     assert (packed(IDS).logits - expected).abs().max() < off * expected.abs().max()
     half = packed.to(torch.bfloat16)
     assert {layer.scales.dtype for layer in layers(half).values()} == {torch.float32}
+    factors = torch.stack([layer.column_scales[0, 3] for layer in layers(half).values()])
+    assert (factors >= 4).all()
+    assert torch.equal(factors, factors.log2().round().exp2())
     assert {layer.weight.dtype for layer in layers(half).values()} == {torch.bfloat16}
     assert half(IDS).logits.dtype is torch.bfloat16
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import CheckpointError
+from ecoflap.model.packed.columns import MOST
 from ecoflap.model.packed.format import GROUP_STEP, STORED, PackedWeight, chunks
 from ecoflap.model.packed.nibbles import BLOCK, row_bytes
 
@@ -35,6 +36,7 @@ def from_tensors(tensors: dict[str, Tensor], name: str, group_size: int = 0) -> 
         tuple(shape.tolist()),
         tensors.get("scales"),
         group_size if "scales" in tensors else 0,
+        tensors.get("column_scales"),
     )
     check(packed, name)
     return packed
@@ -69,7 +71,7 @@ def _scales_fault(packed: PackedWeight, rows: int, columns: int) -> str:
     if (dtype in STORED.values()) != (scales is not None) or not (dtype.is_floating_point or scales is not None):
         return f"its values are {dtype} {'without' if scales is None else 'with'} scales"
     if scales is None:
-        return ""
+        return "" if packed.column_scales is None else "it has column_scales and no scales"
     if size < 0 or size % GROUP_STEP:
         return f"its scales are for {size} columns each"
     if dtype == torch.int8 and bool((packed.compressed == -128).any()):
@@ -77,7 +79,19 @@ def _scales_fault(packed: PackedWeight, rows: int, columns: int) -> str:
     groups = -(-columns // size) if size else 1
     if scales.dtype != torch.float32 or tuple(scales.shape) != (rows, max(groups, 1)):
         return f"its scales are {scales.dtype} {list(scales.shape)}, expected float32 {[rows, groups]}"
-    return "" if bool(torch.isfinite(scales).all()) else "its scales are not finite"
+    if not bool(torch.isfinite(scales).all()):
+        return "its scales are not finite"
+    return _column_scales_fault(packed.column_scales, (prod(packed.shape[:-2]), columns))
+
+
+def _column_scales_fault(scales: Tensor | None, size: tuple[int, int]) -> str:
+    if scales is None:
+        return ""
+    if not scales.dtype.is_floating_point or tuple(scales.shape) != size:
+        return f"its column_scales are {scales.dtype} {list(scales.shape)}, expected {list(size)}"
+    parts = torch.frexp(scales.float())
+    whole = (parts.mantissa == 0.5) & ((parts.exponent - 1).abs() <= MOST)
+    return "" if bool(whole.all()) else f"its column_scales are no powers of two up to {2**MOST}"
 
 
 def _stored_sizes(mask: Tensor, values: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ecoflap.errors import InvalidOption
+from ecoflap.model.packed.columns import column_scales
 from ecoflap.model.packed.nibbles import BLOCK, block_counts, joined, parted, row_bytes
 from ecoflap.model.packed.rounding import meaning, rounded
 from ecoflap.support.ranges import check_count
@@ -20,7 +21,8 @@ PARTS = (
     "row_offsets",
     "shape",
     "scales",
-)  # what is stored of a weight; scales for rounded values
+    "column_scales",
+)  # what is stored of a weight; both kinds of scales for rounded values
 VALUES = ("auto", "int8", "int4")
 GROUP_STEP = 64  # columns that kernels read at a time; a group must not end inside a step
 GROUP_SIZES = {"auto": 0, "int8": 0, "int4": 128}  # by default
@@ -43,6 +45,8 @@ class PackedWeight:
         shape: the dense weight's.
         scales: (R, groups) float32, factors of the rounded values for each row and group of columns.
         group_size: columns that share a scale; 0 for the whole row.
+        column_scales: (matrices, C) powers of two, by which the columns of each (R / matrices, C) matrix are multiplied
+            besides (``columns.py``); None where they are not, as in files of version 2 and before.
     """
 
     compressed: Tensor
@@ -51,6 +55,7 @@ class PackedWeight:
     shape: tuple[int, ...]
     scales: Tensor | None = None
     group_size: int = 0
+    column_scales: Tensor | None = None
 
     @property
     def values(self) -> str:
@@ -60,8 +65,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the parts, in memory and in files."""
-        tensors = [self.compressed, self.bitmask, self.row_offsets] + ([] if self.scales is None else [self.scales])
-        return sum(tensor.nbytes for tensor in tensors) + 8 * len(self.shape)
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts by their names in a file."""
@@ -70,8 +74,10 @@ class PackedWeight:
             "bitmask": self.bitmask,
             "row_offsets": self.row_offsets,
             "shape": torch.tensor(self.shape, dtype=torch.int64),
+            "scales": self.scales,
+            "column_scales": self.column_scales,
         }
-        return found if self.scales is None else {**found, "scales": self.scales}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def pack_weight(weight: Tensor, values: str = "auto", group_size: int | None = None) -> PackedWeight:
@@ -91,16 +97,21 @@ def pack_weight(weight: Tensor, values: str = "auto", group_size: int | None = N
     if values == "auto":
         exact = _negative_zeros(matrix) <= _FEW * matrix.numel()
     masks, stored, sizes, scales = [], [], [], []
+    by_columns = weight.new_ones(1, 1) if values == "auto" else _column_scales(matrix, weight.shape)
+    low = 0
     for rows in chunks(matrix):
         if values == "auto":
             kept, codes = _bits(rows) != 0 if exact else rows != 0, rows
         else:
-            codes, scale = rounded(rows, values, group_size)
+            codes, scale = rounded(
+                rows.float() / _of_rows(by_columns, weight.shape, low, len(rows)), values, group_size
+            )
             scales.append(scale)
             kept = codes != 0 if values == "int8" else rows != 0
         masks.append(_to_bits(kept))
         stored.append(joined(codes, kept) if values == "int4" else codes[kept])
         sizes.append(row_bytes(block_counts(kept)) if values == "int4" else kept.sum(dim=1, dtype=torch.int64))
+        low += len(rows)
     if not masks:  # no rows: empty parts of the right dtypes
         groups = -(-matrix.shape[1] // group_size) if group_size else 1
         masks = [torch.zeros(0, -(-matrix.shape[1] // 8), dtype=torch.uint8, device=weight.device)]
@@ -115,6 +126,7 @@ def pack_weight(weight: Tensor, values: str = "auto", group_size: int | None = N
         tuple(weight.shape),
         torch.cat(scales) if scales else None,
         group_size if scales else 0,
+        by_columns if scales else None,
     )
 
 
@@ -153,6 +165,9 @@ def unpack_rows(packed: PackedWeight, first: int, dense: Tensor) -> None:
             scales = packed.scales[first + low : first + high].repeat_interleave(packed.group_size or columns, dim=1)
             codes = parted(stored, kept) if packed.values == "int4" else stored
             stored = meaning(codes, scales[:, :columns][kept])
+        if packed.column_scales is not None:
+            factors = _of_rows(packed.column_scales, packed.shape, first + low, high - low)
+            stored = stored * factors.expand(high - low, columns)[kept]
         _bits(part)[kept] = _bits(stored.to(dense.dtype))
 
 
@@ -165,7 +180,8 @@ def packed_bytes(weight: Tensor, values: str = "auto", group_size: int | None = 
     group_size = checked_group_size(values, group_size)
     groups = max(1, -(-columns // group_size)) if group_size else 1
     scales = 0 if values == "auto" else 4 * rows * groups
-    return int(kept * size + rest) + rows * -(-columns // 8) + 8 * rows + 8 * weight.dim() + scales
+    factors = 0 if values == "auto" else 2 * columns * prod(weight.shape[:-2])
+    return int(kept * size + rest) + rows * -(-columns // 8) + 8 * rows + 8 * weight.dim() + scales + factors
 
 
 def worth_packing(weight: Tensor, values: str = "auto", group_size: int | None = None) -> bool:
@@ -173,6 +189,19 @@ def worth_packing(weight: Tensor, values: str = "auto", group_size: int | None =
     if weight.dim() < 2 or not weight.is_floating_point():
         return False
     return packed_bytes(weight, values, group_size) < _WORTH * weight.nbytes
+
+
+def _column_scales(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """(matrices, C) of a stack of ``shape``, given as ``matrix`` of all their rows."""
+    stacked = matrix.reshape(prod(shape[:-2]), -1, shape[-1]) if matrix.numel() else matrix.new_zeros(1, 0, shape[-1])
+    return torch.stack([column_scales(one) for one in stacked])
+
+
+def _of_rows(scales: Tensor, shape: Sequence[int], first: int, count: int) -> Tensor:
+    """The column scales of ``count`` rows from ``first`` on, (count, C), or (1, C) where they are the same for all."""
+    if len(scales) == 1:
+        return scales.float()
+    return scales[torch.arange(first, first + count, device=scales.device) // shape[-2]].float()
 
 
 def _negative_zeros(matrix: Tensor) -> int:

@@ -12,7 +12,7 @@ from ecoflap.errors import CheckpointError
 from ecoflap.model.packed.checks import from_tensors
 from ecoflap.model.packed.format import PackedWeight
 
-PARTS = ("compressed", "bitmask", "row_offsets", "scales")
+PARTS = ("compressed", "bitmask", "row_offsets", "scales", "column_scales")
 Self = TypeVar("Self", bound="PackedParts")
 
 
@@ -46,7 +46,8 @@ class PackedParts(nn.Module):
         """The weight made of the module's parts."""
         parts = {name: self._parameters[name] for name in PARTS if self._parameters.get(name) is not None}
         return PackedWeight(
-            parts["compressed"], parts["bitmask"], parts["row_offsets"], self.size, parts.get("scales"), self.group_size  # type: ignore[arg-type]
+            parts["compressed"], parts["bitmask"], parts["row_offsets"], self.size, parts.get("scales"),  # type: ignore[arg-type]
+            self.group_size, parts.get("column_scales"),
         )  # fmt: skip
 
     def verify(self, name: str) -> None:

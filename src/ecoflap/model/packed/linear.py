@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecoflap.model.packed.columns import scaled
 from ecoflap.model.packed.format import PackedWeight, unpack_weight
 from ecoflap.model.packed.holder import PackedParts
 from ecoflap.model.packed.ops import multiply
@@ -41,6 +42,7 @@ class PackedLinear(PackedParts):
             self.verify("a layer on the disk")
         scales = self.scales if "scales" in self._parameters else self._none
         bias = self._none if self.bias is None else self.bias
+        x = scaled(x, self._parameters.get("column_scales"))
         return multiply(x, self.compressed, self.bitmask, self.row_offsets, scales, bias, self.group_size)  # type: ignore[arg-type]
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

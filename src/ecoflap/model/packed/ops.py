@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ecoflap.model.packed import kernels
+from ecoflap.model.packed.columns import scaled
 from ecoflap.model.packed.format import STORED, PackedWeight, unpack_rows, unpack_weight
 
 _TILE = 8 << 20  # bytes of rows that are unpacked at a time, so that they are still in the cache when multiplied
@@ -31,13 +32,13 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     none = weight.compressed.new_empty(0, dtype=torch.float32)
     scales = none if weight.scales is None else weight.scales
     parts = (weight.compressed, weight.bitmask, weight.row_offsets, scales)
-    return multiply(x, *parts, none if bias is None else bias, weight.group_size)
+    return multiply(scaled(x, weight.column_scales), *parts, none if bias is None else bias, weight.group_size)
 
 
 def multiply(
     x: Tensor, compressed: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor, bias: Tensor, group_size: int
 ) -> Tensor:
-    """As :func:`packed_linear`, with empty tensors for missing scales or bias."""
+    """As :func:`packed_linear`, for ``x`` scaled by columns already; empty tensors for missing scales or bias."""
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
         found: Tensor = _WithGradient.apply(x, compressed, bitmask, offsets, scales, bias, group_size)  # type: ignore[no-untyped-call]
         return found

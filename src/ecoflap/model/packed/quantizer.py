@@ -20,7 +20,7 @@ from ecoflap.model.packed.owners import owner_with
 from ecoflap.model.packed.stack import PackedStack, stacks_of
 
 METHOD = "ecoflap"
-VERSION = 2  # 1 has no stacked experts
+VERSION = 3  # 1 has no stacked experts, 2 no column scales
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -33,7 +33,8 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: number of stored values (for int4, of bytes) by packed layer or parameter of stacked experts.
         transposed: those whose file holds the transpose of the layer's weight, or of each of the stacked matrices.
         flat: 2-dimensional parameters of concatenated matrices, which the file holds as 3-dimensional ones.
-        version: of the format; 2 if experts are packed.
+        column_scales: whether rounded values also have column scales.
+        version: of the format; 3 with column scales, else 2 if experts are packed.
 
     Raises:
         CheckpointError: a newer version or another format, or entries that can't be read.
@@ -48,12 +49,14 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         transposed: list[str] | None = None,
         version: int = 1,
         flat: list[str] | None = None,
+        column_scales: bool = False,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.format, self.values, self.version = format, values, version
         self.group_size: Any = GROUP_SIZES.get(str(values), 0) if group_size is None else group_size
         self.layers, self.transposed, self.flat = layers or {}, transposed or [], flat or []
+        self.column_scales = column_scales
         self._refuse_others()
 
     def _refuse_others(self) -> None:
@@ -71,6 +74,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             and all(isinstance(count, int) and 0 <= count < 1 << 48 for count in self.layers.values())
             and isinstance(self.transposed, list)
             and isinstance(self.flat, list)
+            and isinstance(self.column_scales, bool)
         )
         if not whole:
             raise CheckpointError("the quantization_config in config.json is damaged: download or pack the model again")
@@ -147,11 +151,17 @@ def mark(model: Any, values: str, group_size: int) -> None:
         layers={name: layer.compressed.numel() for name, layer in layers.items()},
         transposed=[name for name, layer in layers.items() if layer.transposed],
         flat=[name for name, stack in stacks.items() if stack.flat],
-        version=2 if stacks else 1,
+        **versioned(values, bool(stacks)),
     )
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config)
     model.is_quantized, model.quantization_method = True, METHOD
+
+
+def versioned(values: str, stacks: bool) -> dict[str, Any]:
+    """Version and column scales in the configuration of what is packed now."""
+    rounded = values in STORED
+    return {"version": 3 if rounded else 2 if stacks else 1, "column_scales": rounded}
 
 
 def _empty(size: tuple[int, ...], count: int, dtype: torch.dtype, config: PackedConfig, name: str) -> PackedWeight:
@@ -176,6 +186,7 @@ def _empty(size: tuple[int, ...], count: int, dtype: torch.dtype, config: Packed
             size,
             torch.empty(rows, groups, dtype=torch.float32) if kind else None,
             config.group_size if kind else 0,
+            torch.empty(math.prod(size[:-2]), columns, dtype=dtype) if kind and config.column_scales else None,
         )
 
 

@@ -21,7 +21,7 @@ from ecoflap.model.packed.card import write_packed_card
 from ecoflap.model.packed.convert import PackedModel, Packing, packable, stackable
 from ecoflap.model.packed.format import worth_packing
 from ecoflap.model.packed.merging import Merge, merges
-from ecoflap.model.packed.quantizer import PackedConfig
+from ecoflap.model.packed.quantizer import PackedConfig, versioned
 from ecoflap.model.packed.stack import SUFFIX, as_packed
 from ecoflap.model.save import replacing
 from ecoflap.support.files import default_mode
@@ -74,7 +74,7 @@ def pack_shards(
         config = json.loads((files.folder / "config.json").read_text("utf-8"))
         made = PackedConfig(
             values=values, group_size=group_size, layers=layers.counts, transposed=layers.transposed, flat=layers.flat,
-            version=2 if layers.stacks.keys() & layers.counts.keys() else 1,
+            **versioned(values, bool(layers.stacks.keys() & layers.counts.keys())),
         )  # fmt: skip
         config["quantization_config"] = made.to_dict()
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecoflap.model.packed.columns import scaled
 from ecoflap.model.packed.format import PackedWeight, unpack_weight
 from ecoflap.model.packed.holder import PackedParts
 from ecoflap.model.packed.ops import multiply
@@ -46,9 +47,10 @@ class PackedStack(PackedParts):
         inside = slice(number * rows, (number + 1) * rows)
         scales = self._parameters.get("scales")
         its_scales = None if scales is None else scales[inside]
+        by_columns = self._parameters.get("column_scales")
         return PackedWeight(
             self.compressed[begin:end], self.bitmask[inside], offsets[inside] - begin, (rows, columns), its_scales,
-            self.group_size,
+            self.group_size, None if by_columns is None else by_columns[number : number + 1],
         )  # fmt: skip
 
     def dense(self, number: int) -> Tensor:
@@ -73,6 +75,7 @@ class PackedStack(PackedParts):
             return self.dense(number)
         one = self.matrix(number)
         scales = self._none if one.scales is None else one.scales
+        x = scaled(x, one.column_scales)
         return multiply(x, one.compressed, one.bitmask, one.row_offsets, scales, self._none, one.group_size)
 
     def verify(self, name: str) -> None:
