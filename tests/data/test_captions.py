@@ -166,5 +166,5 @@ def test_pictures_lie_where_the_user_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["http://x.org/a.jpg", "//server/share/a.jpg", "\\\\server\\a.jpg", "s3://b/a.jpg"])
 def test_nothing_is_fetched_from_the_network(name: str, tmp_path: Path) -> None:
     file = made.write_json(tmp_path / "a.json", [{"image": name, "caption": "x"}])
-    with pytest.raises(CalibrationError, match=r"address on the network, and those are not fetched"):
+    with pytest.raises(CalibrationError, match=r"address on the network, which is not fetched"):
         load_samples(file, samples=1, seed=0)

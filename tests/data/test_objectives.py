@@ -127,7 +127,7 @@ def test_image_without_placeholders_is_noticed() -> None:
     (batch,) = make_batches(SampleSet(samples, (0, 1), 0, "x", {}), model, processor, batch_size=2)
     blind = {**batch, "input_ids": batch["input_ids"].clone()}
     blind["input_ids"][blind["input_ids"] == model.config.image_token_index] = 5
-    with pytest.raises(CalibrationError, match=r"does not react to the image.*num_query_tokens"):
+    with pytest.raises(CalibrationError, match=r"does not depend on the image.*num_query_tokens"):
         check_image_matters(model, blind, resolve(None, model))
     words = pico.tokenizer()
     text = {"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([[4, 5]])}

@@ -118,7 +118,7 @@ def test_texts_of_one_picture_are_not_wrong() -> None:
             assert all(groups[i] != groups[j] for i, j in enumerate(batch[key].tolist()))
     (batch,) = make_batches(sample_set("a star", "a star", "a circle"), model, processor, batch_size=3)
     assert batch["negative_texts"].tolist()[:2] == [2, 2]
-    with pytest.raises(CalibrationError, match="only texts of one picture") as caught:
+    with pytest.raises(CalibrationError, match="only texts of one image") as caught:
         make_batches(sample_set(*TEXTS, groups="aaaa"), model, processor, batch_size=4)
     assert "\n" not in str(caught.value)
 

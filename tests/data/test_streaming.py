@@ -142,7 +142,7 @@ def test_csv_details(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ecoflap.data.formats.csv.LARGEST_FIELD", 1 << 17)
     (tmp_path / "b.csv").write_text('text,label\n"open' + "x\n" * 70_000)
     with pytest.raises(
-        CalibrationError, match=r"b.csv is not a readable CSV file, after row 0.*is a quote left open\?"
+        CalibrationError, match=r"b.csv is not a readable CSV file, after row 0.*is a quote not closed\?"
     ):
         CsvTable(tmp_path / "b.csv", "b.csv")
 

@@ -1,4 +1,4 @@
-"""Decodes the pictures of a data set: an image, bytes, base64, or the path of a local file."""
+"""Decodes the images of a data set: a PIL image, bytes, base64, or the path of a local file."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ORIENTATION = 0x0112  # EXIF tag; cameras store turned pictures, and datasets' own decoder turns them back too
-MOST_PIXELS = 1 << 24  # of a picture: no processor that we know makes use of more
-MOST_DECODED = 320 << 20  # bytes that decoding a picture may take where it can't be decoded smaller
-# About what Pillow and the bands take for a pixel, by the format or the mode; 5 in colour, which Pillow keeps in 4.
+ORIENTATION = 0x0112  # EXIF tag: cameras may store rotated images, which `datasets` rotates back, too
+MOST_PIXELS = 1 << 24  # of an image: known processors use no more
+MOST_DECODED = 320 << 20  # bytes for decoding an image in a format that can't be decoded at a smaller size
+# Approximate bytes per pixel of Pillow and the bands, by format or mode; 5 in colour, which Pillow stores in 4.
 _PER_PIXEL = {"WEBP": 16, "1": 2, "L": 2, "P": 2, "I;16": 4, "I;16L": 4, "I;16B": 4, "I": 7, "F": 7}
-VALUES = 1 << 20  # of a deep grey picture that are worked on at a time
-BAND = 1024  # rows of a large picture that are worked on at a time
-LONGEST_PATH = 1024  # a longer text in an image column is the picture itself in base64
-# Pictures in base64 begin so (PNG, JPEG, GIF, BMP, WebP, TIFF); no file name is made of these letters alone.
+VALUES = 1 << 20  # pixels of a grey image of more than 8 bits that are processed at a time
+BAND = 1024  # rows of a large image that are processed at a time
+LONGEST_PATH = 1024  # a longer text in an image column is an image in base64
+# The beginning of images in base64 (PNG, JPEG, GIF, BMP, WebP, TIFF); no file name has this form.
 ENCODED = re.compile(r"\s*(iVBORw0KGgo|/9j/|R0lGOD|Qk[0-3]|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/_\s-]{40,}={0,2}\s*\Z")
-# Folders that published data sets keep their pictures in, beside the annotation file or beside its folder.
+# Folders of images in published data sets, beside the annotation file or beside its folder.
 USUAL_FOLDERS = (
     "images", "image", "imgs", "img", "Images", "JPEGImages", "train2014", "val2014", "test2014", "test2015",
     "train2017", "val2017", "test2017", "images/train2014", "images/val2014", "images/test2015", "images/train2017",
@@ -34,24 +34,24 @@ USUAL_FOLDERS = (
     "test1", "test2", "images/train", "images/val", "images/dev", "images/test", "images/test1", "images/test2",
     "coco", "coco/images",
 )  # fmt: skip
-COCO_2014 = re.compile(r"COCO_(?:train|val|test)201\d_(\d{12}\.jpg)")  # the same picture's name since 2017
+COCO_2014 = re.compile(r"COCO_(?:train|val|test)201\d_(\d{12}\.jpg)")  # the group is the image's name since 2017
 
 
 class BrokenSample(Exception):
-    """One row cannot be used; the message says why. Counted and skipped by the reader, never shown alone."""
+    """One row cannot be used; the message says why. The reader skips and counts such rows."""
 
 
 class ImageFinder:
-    """Finds the file of a picture that a data file names.
+    """Finds the file of an image that a data file names.
 
-    A relative name is looked for in ``image_folder`` when there is one, else beside the data file; then in the usual
-    folders under it, and in those beside the data file's own folder (COCO keeps ``annotations/`` next to
-    ``train2017/``); then under its last part alone.
+    A relative name is looked for in ``image_folder`` if it is given, else beside the data file; then in the usual
+    folders there, and in those beside the data file's folder (COCO keeps ``annotations/`` next to ``train2017/``); then
+    under its last part.
 
     Args:
-        folder: the data file's folder; None where there is none (a hub data set).
-        image_folder: where the pictures lie, when the user says it.
-        most_pixels: larger pictures are scaled down to so many while they are decoded.
+        folder: the data file's folder; None for a hub data set.
+        image_folder: the folder of the images, if the user names one.
+        most_pixels: larger images are scaled down to this number of pixels while they are decoded.
     """
 
     def __init__(self, folder: Path | None, image_folder: Path | None = None, most_pixels: int = MOST_PIXELS) -> None:
@@ -61,7 +61,7 @@ class ImageFinder:
             self._bases = [image_folder, *(image_folder / name for name in USUAL_FOLDERS)]
         elif folder is not None:
             self._bases = [folder, *(base / name for base in (folder, folder.parent) for name in USUAL_FOLDERS)]
-        self._last: tuple[Path, int] | None = None  # what found the last one is tried first
+        self._last: tuple[Path, int] | None = None  # the variant and folder of the last image are tried first
 
     def find(self, name: str) -> Path:
         """The file's path.
@@ -70,7 +70,7 @@ class ImageFinder:
             BrokenSample: there is no such file, or the name is an address on the network (never fetched).
         """
         if "://" in name or name.startswith(("//", "\\\\")):
-            raise BrokenSample("the image is an address on the network, and those are not fetched")
+            raise BrokenSample("the image is an address on the network, which is not fetched")
         path = Path(name).expanduser()
         if path.is_absolute() or not self._bases:
             for spelling in (str(path), *_spellings(str(path))):
@@ -102,8 +102,7 @@ class ImageFinder:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """The same name as Windows does not write it, and with letters with marks as one character or as two, in which file
-    systems differ."""
+    """The name with slashes instead of Windows' backslashes, and in both Unicode forms of accented letters."""
     slashed = name.replace("\\", "/")
     folder, slash, last = slashed.rpartition("/")
     forms = [unicodedata.normalize(form, part) for part in (slashed, last) for form in ("NFC", "NFD")]
@@ -112,22 +111,22 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def decode(value: Any, finder: ImageFinder) -> tuple[Image.Image, ...]:
-    """The pictures of one row in RGB.
+    """The images of one row in RGB.
 
     Args:
         value: a PIL image, ``bytes``, a path, base64, a ``data:`` address, the ``{"bytes", "path"}`` record of a
             ``datasets`` image column, or a list of these.
-        finder: knows where relative paths start.
+        finder: resolves relative paths.
 
     Raises:
-        BrokenSample: missing, not a picture, or an address on the network (never fetched).
+        BrokenSample: missing, no image, or an address on the network (never fetched).
     """
     if isinstance(value, (list, tuple)):
         return tuple(image for entry in value for image in decode(entry, finder))
     if value is None or value == "":
         raise BrokenSample("the image is missing")
     try:
-        with warnings.catch_warnings():  # Pillow's remarks on large or oddly made files are not for users
+        with warnings.catch_warnings():  # hide Pillow's warnings about large or unusual files
             warnings.simplefilter("ignore")
             return (_rgb(_open(value, finder), finder.most_pixels),)
     except BrokenSample:
@@ -156,16 +155,16 @@ def _open(value: Any, finder: ImageFinder) -> Image.Image:
 
 
 def _from_base64(text: str) -> bytes:
-    """Bytes of base64 as its writers leave it: broken into lines, in the alphabet of addresses, without padding."""
+    """Bytes of base64, also with line breaks, in the URL-safe alphabet, or without padding."""
     plain = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
     return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more than 8 bits per pixel (X-rays, depth, microscopes), scaled to 8 bits.
+    """A grey image of more than 8 bits per pixel (X-ray, depth, microscope), scaled to 8 bits.
 
-    Black and white are the ends of the range that the values lie in: 0 to 1 (floating numbers), 255 or 65,535; where
-    they go beyond these, the least and the greatest value.
+    Black is 0, and white is 1 (floating numbers), 255 or 65,535, whichever range fits; for values out of these ranges,
+    the least and the greatest value.
     """
     low, high = math.inf, -math.inf
     for _, values in _bands(image):
@@ -185,7 +184,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-    """The picture's values, some rows at a time, with the number of the first row: a copy of all would be large."""
+    """The image's values, some rows at a time, with the number of the first row; saves memory."""
     rows = max(1, VALUES // image.width)
     for top in range(0, image.height, rows):
         yield top, np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
@@ -201,20 +200,20 @@ def _rgb(image: Image.Image, most_pixels: int) -> Image.Image:
 
 
 def _no_larger(image: Image.Image, most_pixels: int) -> Image.Image:
-    """``image`` with at most ``most_pixels`` pixels, its proportions kept; one that has no more stays as it is.
+    """``image`` scaled down to at most ``most_pixels`` pixels, if it has more.
 
-    JPEG is decoded at a half, a quarter or an eighth of its sides. Other formats can't be: they are decoded whole,
-    once, if that takes at most :data:`MOST_DECODED` bytes, and made smaller band by band.
+    JPEG is decoded at a half, a quarter or an eighth of its sides. Other formats are decoded in full, if that takes at
+    most :data:`MOST_DECODED` bytes, and scaled down band by band.
 
     Raises:
-        BrokenSample: it takes more, or has more pixels than Pillow takes for harmless.
+        BrokenSample: decoding takes more memory, or there are more pixels than Pillow's limit.
     """
     pixels = image.width * image.height
     if pixels <= most_pixels:
         return image
     share = math.sqrt(most_pixels / pixels)
     size = max(1, int(image.width * share)), max(1, int(image.height * share))
-    image.draft(None, size)  # of JPEG alone; what it decodes is never smaller than asked for
+    image.draft(None, size)  # only for JPEG; the result is never smaller than requested
     limit, whole = Image.MAX_IMAGE_PIXELS, image.size
     if limit is not None and whole[0] * whole[1] > limit:
         raise BrokenSample(f"a picture of {whole[0]} × {whole[1]} pixels, more than {limit}: make it smaller")

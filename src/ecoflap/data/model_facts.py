@@ -1,4 +1,4 @@
-"""Reads from the config and the forward signature what batches and losses depend on, such as which tokens are real."""
+"""Reads facts for batches and losses from the config and the forward's signature; makes masks of real tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ecoflap.model.modality import text_config as text_config
 from ecoflap.model.offload import home_of
 
 Batch = dict[str, torch.Tensor]
-DEFAULT_LENGTH = 2048  # of text windows, where the model can take it; the length of the published LLaMA runs
+DEFAULT_LENGTH = 2048  # of text windows, if the model supports it; the length in papers with LLaMA
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -29,7 +29,7 @@ def is_dual_tower(model: nn.Module) -> bool:
 
 
 def needs_image(model: nn.Module) -> bool:
-    """Whether ``forward`` cannot run without ``pixel_values`` (BLIP-2; LLaVA takes text alone too)."""
+    """Whether ``forward`` cannot run without ``pixel_values`` (BLIP-2; LLaVA also takes only text)."""
     parameter = parameters_of(model).get("pixel_values")
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
@@ -50,18 +50,18 @@ def can_take(model: nn.Module, argument: str) -> bool:
 
 
 def max_length(model: nn.Module) -> int | None:
-    """Longest text in tokens that the model has positions for; None where it is not limited."""
+    """Longest text in tokens that the model has positions for; None if it is not limited."""
     config = text_config(model)
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
         value = getattr(config, name, None)
-        # T5 carries n_positions from its training, but has relative positions and no limit
+        # T5 has n_positions from its training, but relative positions without a limit
         if isinstance(value, int) and value > 0 and not getattr(config, "relative_attention_num_buckets", None):
             return value
     return None
 
 
 def image_token_id(model: nn.Module, processor: Any) -> int | None:
-    """Id of the placeholder that marks image positions in the text; None where the model has none."""
+    """Id of the placeholder token at image positions in the text; None if the model has none."""
     config = getattr(model, "config", None)
     for holder, name in ((config, "image_token_id"), (config, "image_token_index"), (processor, "image_token_id")):
         value = getattr(holder, name, None)
@@ -111,18 +111,17 @@ def batch_size_of(batch: Any) -> int:
     return next((int(v.shape[0]) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 0)
 
 
-IGNORED = -100  # label of a position that the loss leaves out
+IGNORED = -100  # label of positions that the loss ignores
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _SAID = ("mm_token_type_ids", "image_embeds_position_mask")  # not 0: a visual token
 
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """Real tokens of the text that the encoder (or the only text tower) and the decoder see.
+    """Masks of real tokens of the encoder's (or the only) text and of the decoder's text.
 
-    Each is bool ``[batch, tokens]`` with True = real, or None where every token is real (or there is no such text).
-    ``image`` is True where a token of the encoder's text is a visual one, a part of a picture or a film; None where
-    none is.
+    Each is bool ``[batch, tokens]`` with True = real, or None if every token is real (or there is no such text).
+    ``image`` is True for visual tokens (of images or videos) in the encoder's text; None if there are none.
     """
 
     encoder: torch.Tensor | None
@@ -133,11 +132,10 @@ class TokenMasks:
 def token_masks(batch: Any, is_encoder_decoder: bool, visual: Collection[int] = ()) -> TokenMasks:
     """Masks of real tokens, from ``attention_mask`` and, for the decoder, ``decoder_attention_mask`` or the labels.
 
-    A decoder that is fed by its shifted labels has a token at each position that predicts a label, so the positions
-    with a label other than -100 are the real ones.
+    A decoder whose inputs are its shifted labels has a real token at each position with a label other than -100.
 
     Args:
-        visual: ids that stand for visual tokens, see :func:`placeholders`.
+        visual: ids of placeholders for visual tokens, see :func:`placeholders`.
     """
     if not isinstance(batch, Mapping):  # for a loss of the user's own: nothing says what is padding
         return TokenMasks(None, None)
@@ -151,14 +149,14 @@ def token_masks(batch: Any, is_encoder_decoder: bool, visual: Collection[int] = 
 
 
 def placeholders(model: nn.Module) -> tuple[int, ...]:
-    """Ids of the tokens in whose place a model puts its visual tokens, by its configuration."""
+    """Ids of the placeholder tokens that a model replaces by visual tokens, from its configuration."""
     config = getattr(model, "config", None)
     found = (getattr(config, name, None) for name in _PLACEHOLDERS)
     return tuple(dict.fromkeys(value for value in found if isinstance(value, int)))
 
 
 def _visual(batch: Mapping[str, torch.Tensor], visual: Collection[int]) -> torch.Tensor | None:
-    """What the processor itself says of the tokens, else where the placeholders are."""
+    """The mask of visual tokens by the processor's token types, or else by the placeholders."""
     for name in _SAID:
         said = batch.get(name)
         if isinstance(said, torch.Tensor) and said.ndim == 2:

@@ -1,8 +1,8 @@
-"""Packs plain text into windows of equal length: tokenises it once, cuts it without overlap, chooses with the seed.
+"""Packs plain text into windows of equal length: tokenises it once, cuts it without overlap, draws with the seed.
 
-Where a tokenizer puts special tokens before a text (the BOS token of LLaMA and Gemma), the model was trained with them
-there. So each window begins with them. ``window_start="once"`` puts them once before the whole text, as the published
-code of GPTQ, SparseGPT and Wanda does.
+If a tokenizer puts special tokens before a text (the BOS token of LLaMA and Gemma), the model was trained with them, so
+each window begins with them. ``window_start="once"`` puts them once before the whole text, as the published code of
+GPTQ, SparseGPT and Wanda does.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Corpus:
         return torch.cat([start.expand(count, -1), rows], dim=1) if each else rows
 
     def spare(self, length: int, window_start: str = "each") -> int:
-        """Tokens that remain when all windows are cut."""
+        """Tokens that are left over after all windows are cut."""
         each = window_start == "each"
         return len(self.tokens if each else self) % (length - len(self.start) if each else length)
 
 
 def start_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of the special tokens that the tokenizer puts before a text, and none where it puts none."""
+    """Ids of the special tokens that the tokenizer puts before a text."""
     text = "a"
     whole = list(tokenizer(text, verbose=False)["input_ids"])
     plain = list(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
@@ -106,7 +106,7 @@ def draw_windows(
     """``count`` windows ``[count, length]`` of a text that don't overlap, at a seeded offset and in a seeded order.
 
     Args:
-        count: None for all that there are. Where there are fewer, all are taken, with a warning.
+        count: None for all windows. If there are fewer, all are taken, with a warning.
 
     Raises:
         CalibrationError: the text is shorter than a window.

@@ -18,8 +18,8 @@ from ecoflap.errors import CalibrationError
 from ecoflap.model.files import quiet
 from ecoflap.support.text import first_line
 
-LEAST_KEPT = 1 << 22  # pixels that a calibration picture keeps in any case; all samples are in memory at once
-_LONGEST_SIDE = 1 << 14  # a larger number in a processor's size counts pixels
+LEAST_KEPT = 1 << 22  # calibration images are not scaled below this number of pixels
+_LONGEST_SIDE = 1 << 14  # a larger number in a processor's size is a number of pixels
 
 
 def _is_tokenizer(processor: Any) -> bool:
@@ -29,14 +29,14 @@ def _is_tokenizer(processor: Any) -> bool:
 
 
 def tokenizer_of(processor: Any) -> Any | None:
-    """The text half of a processor (or the tokenizer itself); None if there is none."""
+    """The tokenizer of a processor (or the tokenizer itself); None if there is none."""
     if _is_tokenizer(processor):
         return processor
     return getattr(processor, "tokenizer", None)
 
 
 def image_processor_of(processor: Any) -> Any | None:
-    """The image half of a processor (or the image processor itself); None if there is none."""
+    """The image processor of a processor (or the image processor itself); None if there is none."""
     if _is_tokenizer(processor):
         return None
     half = getattr(processor, "image_processor", None)
@@ -46,9 +46,9 @@ def image_processor_of(processor: Any) -> Any | None:
 
 
 def pixels_used(processor: Any) -> int:
-    """Pixels of a picture that a processor makes use of, at least :data:`LEAST_KEPT` and at most :data:`MOST_PIXELS`.
+    """Pixels of an image that a processor uses, at least :data:`LEAST_KEPT` and at most :data:`MOST_PIXELS`.
 
-    Its ``size`` says sides, or (Qwen2-VL) numbers of pixels; ``max_pixels`` and ``image_grid_pinpoints`` may say more.
+    Its ``size`` has sides, or (Qwen2-VL) numbers of pixels; ``max_pixels`` and ``image_grid_pinpoints`` may have more.
     """
     image_processor = image_processor_of(processor)
     size = getattr(image_processor, "size", None)
@@ -62,7 +62,7 @@ def pixels_used(processor: Any) -> int:
 
 @contextmanager
 def padding_token(tokenizer: Any) -> Iterator[None]:
-    """Gives a tokenizer without pad token the end token for the time of a call; what is saved later is unchanged."""
+    """Context in which a tokenizer without pad token uses the end token."""
     if tokenizer is None or tokenizer.pad_token_id is not None:
         yield
         return
@@ -78,9 +78,9 @@ def padding_token(tokenizer: Any) -> Iterator[None]:
 
 @contextmanager
 def padded_on(tokenizer: Any, side: str) -> Iterator[None]:
-    """Pads on ``side`` for the time of a call, also where a processor looks at its tokenizer alone (Kosmos-2).
+    """Context in which the tokenizer pads on ``side``, also in a processor that reads only this attribute (Kosmos-2).
 
-    A fast tokenizer notes in itself how it padded last, and would save that: it is as before afterwards.
+    At exit the settings are restored: a fast tokenizer would save its last padding.
     """
     before, backend = getattr(tokenizer, "padding_side", None), getattr(tokenizer, "_tokenizer", None)
     padding = getattr(backend, "padding", None)
@@ -96,12 +96,12 @@ def padded_on(tokenizer: Any, side: str) -> Iterator[None]:
 
 
 class ProcessorRefused(CalibrationError):
-    """A tokenizer or processor raised an error, which is the cause of this one."""
+    """A tokenizer or processor raised an error, which is the ``__cause__``."""
 
 
 @contextmanager
 def using_processor() -> Iterator[None]:
-    """Turns an error of a tokenizer or processor, about data or its own settings, into one line (ProcessorRefused)."""
+    """Context that turns an error of a tokenizer or processor into ProcessorRefused, with a message of one line."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -114,11 +114,11 @@ def using_processor() -> Iterator[None]:
 class Prompter:
     """Renders prompts for one model and processor, and encodes them together with the images.
 
-    How images are announced in the text is found out once, on the first sample: by the chat template where
-    there is one, by the processor itself (BLIP-2, PaliGemma), or by the placeholder in front of the prompt (LLaVA).
+    How the text marks images is found once, on the first sample: by the chat template if there is one, by the processor
+    itself (BLIP-2, PaliGemma), or by the placeholder before the prompt (LLaVA).
 
     Raises:
-        CalibrationError: the processor puts in another number of placeholders than the model has image queries.
+        CalibrationError: the processor inserts another number of placeholders than the model has image queries.
     """
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
@@ -126,7 +126,7 @@ class Prompter:
         self.tokenizer = tokenizer_of(processor)
         self._model = model
         self._chat = bool(getattr(processor, "chat_template", None))
-        self._parts = processor is not self.tokenizer  # a processor's template wants parts, a tokenizer's a string
+        self._parts = processor is not self.tokenizer  # a processor's template takes parts, a tokenizer's a string
         self._placeholder: str | None = None  # of the first image, None until it is known
 
     @property
@@ -135,7 +135,7 @@ class Prompter:
 
     @property
     def takes_suffix(self) -> bool:
-        """Whether the processor wants the answer apart from the prompt, to let the model see the prompt whole."""
+        """Whether the processor takes the answer apart from the prompt, for full attention within the prompt."""
         return self._parts and not self._chat and "suffix" in inspect.signature(self.processor.__call__).parameters
 
     def render(self, sample: Sample) -> str:
@@ -159,15 +159,15 @@ class Prompter:
             turns = [*turns_of(sample, parts=self._parts), answer_turn(answer, parts=self._parts)]
             whole = self._template(turns).rstrip()
             if whole.startswith(prompt.rstrip()) and whole[len(prompt.rstrip()) :].lstrip().startswith(answer):
-                joined = whole  # else the template does not know what an assistant says
+                joined = whole  # else the template has no turns of an assistant
         end = getattr(self.tokenizer, "eos_token", None)
-        closed = not joined.endswith(answer)  # a template may close the turn with a token of its own
+        closed = not joined.endswith(answer)  # a template may end the turn with its own token
         return joined if closed or not end or self._ends(joined) else joined + str(end)
 
     def _template(self, turns: list[dict[str, Any]], **options: Any) -> str:
         try:
             return str(self.processor.apply_chat_template(turns, tokenize=False, **options))
-        except Exception as error:  # a template is code: it may raise anything, its sandbox too
+        except Exception as error:  # a template is code: it, or its sandbox, may raise any error
             raise CalibrationError(
                 f"the chat template of the model can't be used ({type(error).__name__}: {first_line(error)}): check "
                 "chat_template in its tokenizer_config.json, or chat_template.jinja beside it"
@@ -178,10 +178,10 @@ class Prompter:
         return bool(self.token_ids(text)[-1:] == [self.tokenizer.eos_token_id])
 
     def _find_placeholder(self, prompt: str, image: Image.Image) -> str:
-        """The text before the prompt that announces the image; "" where the processor inserts it itself."""
+        """The text before the prompt that marks the image; "" if the processor inserts it itself."""
         identifier = image_token_id(self._model, self.processor)
         if identifier is None:
-            return ""  # the image does not go through the text (cross-attention)
+            return ""  # the image is not part of the text (cross-attention)
         assert self.tokenizer is not None
         placeholder = str(
             getattr(self.processor, "image_token", "") or self.tokenizer.convert_ids_to_tokens(identifier)
@@ -191,7 +191,7 @@ class Prompter:
             try:
                 count = int((self._encode([text], [(image,)])["input_ids"] == identifier).sum())
             except (ValueError, IndexError, RuntimeError, StopIteration):
-                continue  # processors refuse an image that the text does not announce
+                continue  # processors refuse an image that the text does not mark
             queries = getattr(self._model.config, "num_query_tokens", None)
             if count and isinstance(queries, int) and count != queries:
                 break
@@ -219,7 +219,7 @@ class Prompter:
         options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt", **more}
         bos = getattr(self.tokenizer, "bos_token", None)
         if self._chat and bos and all(text.startswith(bos) for text in texts):
-            options["add_special_tokens"] = False  # the template has put it there
+            options["add_special_tokens"] = False  # the template has added them
         with padding_token(self.tokenizer), padded_on(self.tokenizer, side), quiet():
             if any(images):
                 encoded = dict(self.processor(images=[list(each) for each in images], text=list(texts), **options))
@@ -227,7 +227,7 @@ class Prompter:
                 assert self.tokenizer is not None
                 encoded = dict(self.tokenizer(list(texts), **options))
         if "suffix" not in more:
-            encoded.pop("labels", None)  # a processor's own, where nothing was said
+            encoded.pop("labels", None)  # some processors add their own
         if "token_type_ids" not in parameters_of(self._model):
             encoded.pop("token_type_ids", None)
         return encoded
@@ -235,7 +235,7 @@ class Prompter:
     def encode_suffixes(
         self, prompts: Sequence[str], answers: Sequence[str], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, Any]:
-        """As :meth:`encode` with the answers apart, and ``labels`` that are -100 but on the answers and their ends."""
+        """As :meth:`encode` with separate answers; ``labels`` are -100 except on the answers and their ends."""
         return self.encode(prompts, images, suffix=list(answers))
 
     def token_ids(self, text: str) -> list[int]:

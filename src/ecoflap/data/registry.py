@@ -1,6 +1,6 @@
-"""Registers the file formats that are recognised from a file's beginning: a new one is one file and one line here.
+"""Registers the file formats that are recognised by the beginning of a file: a new one is one file and one line here.
 
-Formats that are one JSON document are registered in ``PUBLISHED`` in ``formats/``. Needs no torch.
+Formats of one JSON document are registered in ``PUBLISHED`` in ``formats/``. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Format:
 
     Attributes:
         suffixes: of its files, in lower case with the dot.
-        open: gives the table of a file, or None for a file of another format. Raises CalibrationError for a file that
-            is of this format and broken.
+        open: gives the table of a file, or None for a file of another format. Raises CalibrationError for a broken file
+            of this format.
     """
 
     suffixes: tuple[str, ...]
@@ -45,9 +45,9 @@ FORMATS: Registry[Format] = Registry(
 
 
 def formats(names: Iterable[str] | None = None) -> Iterator[Format]:
-    """Those called ``names``, or all.
+    """The formats ``names``, or all.
 
-    A broken one of another package is left out with a warning, because the user did not ask for it by name.
+    A broken one of another package is left out with a warning, because the user did not request it by name.
     """
     for name in FORMATS if names is None else names:
         try:
@@ -57,5 +57,5 @@ def formats(names: Iterable[str] | None = None) -> Iterator[Format]:
 
 
 def added_suffixes() -> tuple[str, ...]:
-    """Suffixes of files that formats of other packages read."""
+    """File suffixes of formats that other packages add."""
     return tuple(dict.fromkeys(suffix for one in formats(FORMATS.outside()) for suffix in one.suffixes))

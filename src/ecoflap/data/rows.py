@@ -1,4 +1,4 @@
-"""Converts one row of a data set into a sample: columns, pictures, class names, options of multiple choice."""
+"""Converts one row of a data set into a sample: columns, images, class names, options of multiple choice."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ COUNTED_FROM_ONE = ("answerA", "option1")
 
 @dataclass(frozen=True)
 class Choices:
-    """Options and what the data set calls them ("A", "B", ... unless it says otherwise)."""
+    """Options and their labels ("A", "B", ... by default)."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
 
     def right(self, value: Any, first_column: str) -> str | None:
-        """Text of the right option; None where the data set keeps it secret (missing, empty, -1).
+        """Text of the right option; None if the data set does not publish it (missing, empty, -1).
 
         Args:
             value: its text, letter, letter and text ("B. blue"), or number from 0.
             first_column: name of the (first) column of options.
 
         Raises:
-            BrokenSample: none of the options is meant.
+            BrokenSample: it is none of the options.
         """
         text = str(value).strip() if value is not None and not isinstance(value, bool) else ""
         if text in ("", "-1"):
@@ -82,7 +82,7 @@ def read_choices(value: Any) -> Choices:
 
 
 def _lettered(text: str) -> list[str]:
-    """Options of "A. red\\nB. blue"; a line that does not go on with the alphabet belongs to the option before it."""
+    """Options of "A. red\\nB. blue"; a line without the next letter belongs to the option before it."""
     found: list[str] = []
     for line in text.strip().splitlines():
         match = LETTERED.match(line)
@@ -94,17 +94,17 @@ def _lettered(text: str) -> list[str]:
 
 
 _BLANK = Image.new("RGB", (1, 1))
-DEFAULT_TEMPLATE = "Question: {question} Short answer:"  # published for BLIP-2 on VQAv2
+DEFAULT_TEMPLATE = "Question: {question} Short answer:"  # of BLIP-2 on VQAv2
 
 
 class RowReader:
     """Makes samples of rows.
 
     Args:
-        columns: role to column, as :func:`ecoflap.data.columns.guess_columns` gives it.
+        columns: the result of :func:`ecoflap.data.columns.guess_columns`.
         available: columns of the table.
-        class_names: names of classes by column, for columns that hold their numbers.
-        finder: finds the pictures that rows name.
+        class_names: names of classes, for columns with class numbers.
+        finder: finds image files.
         template: with ``{question}``; None for the default.
     """
 
@@ -124,7 +124,7 @@ class RowReader:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of all classes that the data set says it has, in the order of their numbers."""
+        """Names of all classes in the order of their numbers, if the data set has them."""
         names = self._names.get(self._columns.get("label", ""))
         return None if names is None else tuple(names)
 
@@ -132,7 +132,7 @@ class RowReader:
         """The sample of ``row``; raises BrokenSample if it cannot be used.
 
         Args:
-            pictures: decode them; else one blank pixel stands for them.
+            pictures: decode the images; otherwise each is replaced by one blank pixel.
         """
         if isinstance(row, BrokenSample):
             raise row
@@ -166,7 +166,7 @@ class RowReader:
             text = choices.right(row.get(columns["text"]), first)
         elif "text" in columns and not (answers and row.get(columns["text"]) in (None, "")):
             value = self._named(row.get(columns["text"]), columns["text"])
-            # Of plain text, a blank row is a blank line: WikiText has one around each heading.
+            # In plain text, an empty row is a blank line: WikiText has them around headings.
             blank = self._only_text and isinstance(value, str) and not value.strip()
             text = value if blank else _text(value, columns["text"])
             if isinstance(value, (list, tuple)) and len(value) > 1 and question is not None and answers is None:
@@ -184,7 +184,7 @@ class RowReader:
         return Sample(images, prompt, text, question, answers, kind, captions, label, options, None, group)
 
     def _question(self, row: Row) -> tuple[str | None, str | None]:
-        """Question, and the prompt that the template makes of it."""
+        """The question, and the prompt from the template."""
         columns = self._columns
         if "question" in columns:
             question = _text(row.get(columns["question"]), columns["question"])
@@ -198,7 +198,7 @@ class RowReader:
         return None, None
 
     def _value(self, row: Row, role: str) -> Any:
-        """What the row holds for a role; a list if it is spread over several columns."""
+        """The row's value for a role; a list if the role has several columns."""
         if role not in self._columns:
             return None
         names = parts(self._columns[role], self._available)
@@ -218,7 +218,7 @@ class RowReader:
         return None if value in (None, "", -1) else str(value)
 
     def _named(self, value: Any, column: str) -> Any:
-        """A class number by its name, where the data set says it; -1 means that the class is kept secret."""
+        """The name of a class number, if the data set has names; None for -1, an unpublished class."""
         names = self._names.get(column)
         if names is None or not isinstance(value, int) or isinstance(value, bool):
             return value
@@ -240,7 +240,7 @@ def check_template(template: str) -> None:
 def _text(value: Any, column: str) -> str:
     if isinstance(value, dict) and isinstance(value.get("answer"), str):
         value = value["answer"]
-    if isinstance(value, (list, tuple)):  # several captions of one image: the first, so that nothing depends on chance
+    if isinstance(value, (list, tuple)):  # of several captions of one image the first, not a random one
         value = next((entry for entry in value if isinstance(entry, str) and entry.strip()), None)
     if isinstance(value, (bool, int)):
         value = str(int(value)) if isinstance(value, bool) else str(value)

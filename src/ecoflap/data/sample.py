@@ -14,18 +14,18 @@ class Sample:
     """One sample.
 
     Attributes:
-        images: its pictures in RGB, none for a text; two for NLVR2.
-        prompt: the text for the model besides the pictures, before any chat template.
-        text: what the model should say (answer, caption, the last turn of a chat), or plain text to be packed.
-        question: the question alone, where ``prompt`` puts words around it.
-        answers: what several annotators answered (VQAv2).
+        images: its images in RGB; none for a text, two for NLVR2.
+        prompt: the text for the model beside the images, before a chat template is applied.
+        text: the target (answer, caption, the last turn of a chat), or plain text to be packed.
+        question: the question without the prompt's other words.
+        answers: answers of several annotators (VQAv2).
         kind: group of the sample, for results by group.
-        captions: all captions of the picture (COCO, Flickr30k), ``text`` being the first of them.
-        label: name of the class of the picture.
-        choices: the options of a multiple-choice question, ``text`` being the right one.
+        captions: all captions of the image (COCO, Flickr30k); ``text`` is the first of them.
+        label: name of the image's class.
+        choices: the options of a multiple-choice question; ``text`` is the right one.
         messages: turns of a chat before ``text``, in transformers' format: ``{"role": ..., "content": [{"type":
-            "image"}, {"type": "text", "text": ...}]}``; their images stand in ``images`` in the same order.
-        group: number that the samples of one picture share (retrieval); None where samples are independent.
+            "image"}, {"type": "text", "text": ...}]}``; ``images`` has their images in the same order.
+        group: number that the samples of one image share (retrieval); None if samples are independent.
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -42,5 +42,5 @@ class Sample:
 
     @property
     def image(self) -> Image.Image | None:
-        """The first picture, None without one."""
+        """The first image; None if there is none."""
         return self.images[0] if self.images else None

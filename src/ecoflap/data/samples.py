@@ -1,4 +1,4 @@
-"""Draws calibration and test samples with the seed from any source; skips and counts broken ones."""
+"""Draws seeded calibration and test samples from any source; skips and counts broken ones."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Sample", "SampleReader", "SampleSet", "load_samples"]
-BROKEN_LIMIT = 0.05  # more broken samples than this stop the run: the file, not a sample, is at fault then
-CHARACTERS_PER_WINDOW = 65_536  # documents of a text data set read for each window that is asked for
+BROKEN_LIMIT = 0.05  # a larger share of broken samples is an error: then the whole file is at fault
+CHARACTERS_PER_WINDOW = 65_536  # characters of documents to read for each requested window
 
 
 @dataclass(frozen=True)
 class SampleSet:
     """Samples that were drawn, and how.
 
-    ``indices`` are rows of the source; ``skipped`` counts broken rows on the way; ``columns`` maps roles to columns.
-    ``windows`` is set for plain text alone: the samples are documents then, and that many windows of the
-    sequence length are to be cut from them (-1: as many as there are). ``classes`` are the names of all classes of the
-    data set in the order of their numbers, where it says them: folder names, or the names of a class column.
-    ``length_reason`` says why windows have the length that they have, where it was left open.
+    ``indices`` are rows of the source; ``skipped`` is the number of broken rows; ``columns`` maps roles to columns.
+    ``windows`` is set only for plain text: the samples are documents, and that many windows of the sequence length are
+    to be cut from them (-1: all). ``classes`` are the names of all classes in the order of their numbers, if the data
+    set has them: folder names, or the names of a class column. ``length_reason`` is the reason for the windows' length,
+    if it was left open.
     """
 
     samples: tuple[Sample, ...]
@@ -50,7 +50,7 @@ class SampleSet:
 
     @property
     def summary(self) -> str:
-        """One line for people: what was drawn from where, by which columns."""
+        """One line for the user: number of samples, source and columns."""
         if self.windows is None:
             count = f"{len(self.samples)} sample{'' if len(self.samples) == 1 else 's'} of "
         else:
@@ -58,9 +58,9 @@ class SampleSet:
         return _summary(count, self.source, self.columns, self.skipped)
 
     def by_row(self) -> SampleSet:
-        """The same without packing: each row of a table of texts is a sample of its own, as classifiers want it.
+        """The same without packing: each row of a table of texts is a sample, for classifiers.
 
-        Where there are fewer rows than samples were asked for, all are taken, with a warning.
+        If there are fewer rows than requested, all are taken, with a warning.
         """
         if self.windows is None:
             return self
@@ -107,18 +107,18 @@ class SampleReader:
                 self.columns, self._table.columns, self._table.class_names, finder, prompt_template, self._others
             )
             self.classes = self._read.classes
-        # Text alone in a table: rows are documents to be packed, like a text file.
+        # A table with only text: rows are documents to be packed, like a text file.
         self.is_text = not ({"image", "question", "prompt", "messages"} & self.columns.keys())
         self.skipped = 0
         self._samples, self._seed = samples, seed
 
     @property
     def summary(self) -> str:
-        """One line for people: from where the samples come, by which columns."""
+        """One line for the user: number of samples, source and columns."""
         return _summary("", self.source, self.columns, self.skipped)
 
     def __len__(self) -> int:
-        """Samples that an iteration will give at most."""
+        """Largest number of samples of an iteration."""
         if isinstance(self._table, TextFiles):
             return len(self._table)
         if isinstance(self._table, HubStream):
@@ -158,7 +158,7 @@ class SampleReader:
     def at(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample]]:
         """(index, sample) of these rows of the source, in the order of ``indices``; broken ones are left out.
 
-        A stream of the hub is read again up to the last of them, in its own order. Plain text has no rows.
+        A stream of the hub is read again up to the last of them, and yields them in its own order. Not for plain text.
         """
         if isinstance(self._table, TextFiles):
             return
@@ -182,8 +182,8 @@ class SampleReader:
         return list(dict.fromkeys((*named, *self._others)))
 
     def _rows(self) -> Iterator[tuple[int, Row | BrokenSample]]:
-        """(index, row): a seeded permutation when a number of samples is asked for, the file's order otherwise."""
-        import torch  # not where the module is read, see ecoflap.run.checks
+        """(index, row): a seeded permutation if a number of samples is requested, the file's order otherwise."""
+        import torch  # not at the top, see ecoflap.run.checks
 
         table = self._table
         assert not isinstance(table, TextFiles)
@@ -205,14 +205,14 @@ class SampleReader:
             yield from zip(numbers, rows, strict=True)
 
     def _sample(self, row: Row | BrokenSample) -> Sample:
-        """The sample of a row; raises BrokenSample where it holds other things than the columns promise."""
+        """The sample of a row; raises BrokenSample if its values have wrong types."""
         try:
             return self._read(row)
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise BrokenSample(f"its values are of other types than expected ({first_line(error)})") from error
 
     def _step(self, row_bytes: int | None) -> int:
-        """Rows that are taken at once: rows of one parquet row group, or of one pass over a file, are read together."""
+        """Number of rows to take at once, since rows of a row group, or of a pass over a file, are read together."""
         if self._samples is None:
             return 64 if row_bytes is None else 65_536
         if row_bytes is not None and self.is_text:
@@ -246,17 +246,18 @@ def load_samples(
         source: None for the bundled calibration set; a file or folder in any format of
             :mod:`ecoflap.data.formats`, optionally with a split after a colon;
             a brace pattern of tars; the id of a hub data set.
-        samples: how many; None for all, in the order of the file. Where there are fewer, all are taken, with a warning.
+        samples: number of samples; None for all, in the order of the file. If there are fewer, all are taken, with a
+            warning.
         seed: of the permutation.
-        columns: role to column name, over the guess (see :func:`ecoflap.data.columns.guess_columns`).
+        columns: columns by role, which override the guess (see :func:`ecoflap.data.columns.guess_columns`).
         prompt_template: with ``{question}``; default "Question: {question} Short answer:" for a question column, and
-            the text as it is for a prompt column.
-        image_folder: where the pictures lie that the data names by relative paths; by default beside the data, or in
-            one of the usual folders there.
-        most_pixels: larger pictures are scaled down to so many while they are decoded.
+            the unchanged text for a prompt column.
+        image_folder: folder of the images that the data names by relative paths; by default beside the data, or one of
+            the usual folders there.
+        most_pixels: larger images are scaled down to this number of pixels while they are decoded.
 
     Raises:
-        CalibrationError: nothing there, unreadable, no samples, missing columns, over 5 % broken.
+        CalibrationError: the source is missing or unreadable, has no samples, lacks columns, or over 5 % are broken.
     """
     reader = SampleReader(
         source,
@@ -294,6 +295,6 @@ def _summary(count: str, source: str, columns: Mapping[str, str], skipped: int) 
 
 
 def _bundled() -> Path:
-    from ecoflap.support import embedded  # imported late: only runs on the embedded model need it
+    from ecoflap.support import embedded
 
     return Path(embedded.calibration_path())

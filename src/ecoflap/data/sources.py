@@ -1,4 +1,4 @@
-"""Finds out what a calibration or test source is (file, folder, tars, hub data set) and opens it."""
+"""Recognises the kind of a calibration or test source (file, folder, tars, hub data set) and opens it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,13 @@ from ecoflap.data.tables import Table
 from ecoflap.errors import CalibrationError
 from ecoflap.support.text import first_line
 
-# What a reader of a format may raise where a file holds other things than the format says.
+# Errors of readers on a file that does not have their format.
 _SURPRISES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, StopIteration)
 
 
 @contextmanager
 def readable(source: str | Path) -> Iterator[None]:
-    """Turns what a reader raises on a file of another structure into one line.
-
-    Raises:
-        CalibrationError: the file can't be read, or is not of the format that it seems to have.
-    """
+    """Context that turns a reader's errors into CalibrationError with a message of one line."""
     try:
         yield
     except OSError as error:
@@ -34,7 +30,7 @@ def readable(source: str | Path) -> Iterator[None]:
         raise CalibrationError(f"{source} can't be read{named}: {error.strerror or error}") from error
     except _SURPRISES as error:
         raise CalibrationError(
-            f"{source} is not of the format that it seems to have ({type(error).__name__}: {first_line(error)})"
+            f"{source} does not have the format that it seems to have ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -65,10 +61,10 @@ def _opened(source: str | Path) -> Table | TextFiles | HubStream:
 
 
 def check_source(source: str | Path | None, image_folder: str | Path | None = None) -> None:
-    """Whether there is such a source, before a model is loaded for it; what is in it shows when it is opened.
+    """Check that a source exists, before a model is loaded; its content is checked when it is opened.
 
     Raises:
-        CalibrationError: it is no file, folder or id of a hub data set; or the image folder is not there.
+        CalibrationError: it is no file, folder or id of a hub data set; or the image folder does not exist.
     """
     with readable("the calibration or test data"):
         _check_source(source)
@@ -102,13 +98,13 @@ def _local(text: str) -> Place | None:
 
 
 def _may_be_hub(text: str) -> bool:
-    """Whether ``text`` looks more like an id than like a path with a mistake in it."""
+    """Whether ``text`` looks more like an id than like a mistyped path."""
     name = Path(text.partition(":")[0])
     return not Path(name.parts[0]).exists() and not name.suffix[1:].isalpha()
 
 
 def checked_folder(folder: str | Path | None) -> Path | None:
-    """The folder of pictures, if one is given; raises CalibrationError if it is not there."""
+    """The image folder, if one is given. Raises CalibrationError if it does not exist."""
     if folder is None:
         return None
     path = Path(folder).expanduser()

@@ -1,4 +1,4 @@
-"""Shows a data set as a table: columns, and rows in any order without loading the whole."""
+"""Reads data sets as tables: columns, and rows in any order without loading all of them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ecoflap.errors import CalibrationError
 from ecoflap.support.text import first_line
 
 Row = dict[str, Any]
-ClassNames = Mapping[str, Sequence[str]]  # of the columns that hold classes
-Taken = Iterator["Row | BrokenSample"]  # a row that can't be read is yielded too, to be counted and skipped
-BLOCK_ROWS = 1024  # rows that are alike take no room in a file, and all of theirs once decoded
+ClassNames = Mapping[str, Sequence[str]]  # class names by column
+Taken = Iterator["Row | BrokenSample"]  # broken rows are yielded, too, to be counted and skipped
+BLOCK_ROWS = 1024  # decoded at a time: equal rows take little space in a file, but not in memory
 BLOCK_BYTES = 16 << 20  # decoded at a time from a parquet row group
 
 
 class Table(Protocol):
-    """A data set: its columns, and rows in any order that is asked for.
+    """A data set: its columns, and its rows in any order.
 
     Attributes:
-        source: what the user gave, for messages.
+        source: as the user gave it, for messages.
         columns: names of the columns.
-        folder: where relative image paths start; None where there are none.
-        class_names: for columns that hold class numbers, the names of the classes in the order of their numbers; for
-            columns that hold names, all names there are. Empty where the data set does not say.
+        folder: base of relative image paths; None if there is none.
+        class_names: for columns of class numbers, the names of the classes in the order of their numbers; for columns
+            of names, all names. Empty if the data set does not have them.
     """
 
     source: str
@@ -42,7 +42,7 @@ class Table(Protocol):
 
 
 class RowTable:
-    """Rows that are already in memory: what the annotations of a published data set say."""
+    """Rows in memory, such as the annotations of a published data set."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class RowTable:
 
 
 class MappedTable:
-    """Another table whose rows are rewritten when they are taken: ``change(row)`` has the columns ``columns``."""
+    """Another table whose rows are changed when they are taken: ``change(row)`` has the columns ``columns``."""
 
     def __init__(self, table: Table, columns: Sequence[str], change: Callable[[Row], Row]) -> None:
         self.source, self.folder, self.class_names = table.source, table.folder, table.class_names
@@ -79,7 +79,7 @@ class MappedTable:
 
 
 class JoinedTable:
-    """Several tables of one kind, one after the other."""
+    """The concatenation of several tables with the same columns."""
 
     def __init__(self, tables: Sequence[Table], source: str) -> None:
         self.source, self._tables = source, tables
@@ -104,7 +104,7 @@ class JoinedTable:
 
 
 class ParquetTable:
-    """One or several parquet files; only the row groups and columns that hold wanted rows are read, block by block."""
+    """One or several parquet files; only row groups with wanted rows, and wanted columns, are read, block by block."""
 
     def __init__(self, files: Sequence[Path], source: str) -> None:
         import pyarrow.parquet as pq
@@ -112,7 +112,7 @@ class ParquetTable:
         self.source = source
         self.folder: Path | None = files[0].parent
         try:
-            # Without a buffer size pyarrow reads a whole column of a row group into memory; some files have one group.
+            # Without a buffer size pyarrow reads a column's whole row group into memory; some files have only one.
             self._files = [pq.ParquetFile(file, buffer_size=1 << 20) for file in files]
         except Exception as error:
             raise CalibrationError(f"{source} is not a readable parquet file: {first_line(error)}") from error
@@ -142,7 +142,7 @@ class ParquetTable:
         return (rows[index] for index in indices)
 
     def _from_group(self, number: int, wanted: Sequence[int], columns: list[str]) -> Iterator[tuple[int, Row]]:
-        """The rows ``wanted`` (ascending) of one row group, of which one block at a time is in memory."""
+        """The rows ``wanted`` (ascending) of one row group; one block at a time is in memory."""
         file, group = self._groups[number]
         size = file.metadata.row_group(group)
         lines = max(1, min(size.num_rows, BLOCK_ROWS, BLOCK_BYTES * size.num_rows // max(size.total_byte_size, 1)))
@@ -152,7 +152,7 @@ class ParquetTable:
             while end < len(wanted) and wanted[end] < start + block.num_rows:
                 end += 1
             if end > position:
-                for index in wanted[position:end]:  # not by take: it turns a list into an array, and imports pandas
+                for index in wanted[position:end]:  # not take(), which imports pandas
                     yield index, block.slice(index - start, 1).to_pylist()[0]
             start, position = start + block.num_rows, end
             if position == len(wanted):
@@ -193,7 +193,7 @@ def undecoded(dataset: Any) -> tuple[Any, dict[str, list[str]]]:
 
 
 def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
-    """Class names by column from the description that ``datasets`` leaves in a parquet file."""
+    """Class names by column from the metadata that ``datasets`` writes into a parquet file."""
     try:
         features = json.loads(metadata or b"{}")["info"]["features"]
         return {

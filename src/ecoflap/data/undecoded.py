@@ -1,4 +1,4 @@
-"""Rows of a data set as they are stored, for training: pictures are decoded when a batch needs them, not before."""
+"""Reads rows of a data set for training, whose images are decoded only when a batch needs them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ecoflap.errors import CalibrationError
 class UndecodedRows(SampleReader):
     """A reader that yields rows instead of samples, in the same seeded order.
 
-    A row holds a picture as the data set does: its file's name, or its encoded bytes. So a training set with its
-    pictures in files takes the memory of its texts alone. Parameters as :class:`SampleReader`.
+    A row holds an image as it is stored: its file name, or its encoded bytes. So a training set with image files takes
+    only the memory of its texts. Parameters as in :class:`SampleReader`.
     """
 
     def rows(self) -> Iterator[tuple[int, Row]]:
-        """(index, row), at most as many as were asked for; rows that can't be parsed are skipped and counted."""
+        """(index, row), up to the requested number; rows that can't be parsed are skipped and counted."""
         self.skipped = 0
         found = (pair for pair in self._rows() if self._parsed(*pair))
         yield from islice(found, self._samples)
@@ -32,11 +32,7 @@ class UndecodedRows(SampleReader):
         return True
 
     def decoded(self, row: Row, pictures: bool = True) -> Sample:
-        """The sample of a row; without its ``pictures`` one blank pixel stands for them.
-
-        Raises:
-            BrokenSample: it can't be used.
-        """
+        """The sample of a row; without ``pictures``, each image is one blank pixel. Raises BrokenSample."""
         return self._read(row, pictures)
 
     def first(self, rows: list[tuple[int, Row]], count: int) -> list[Sample]:

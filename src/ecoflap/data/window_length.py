@@ -1,4 +1,4 @@
-"""Chooses the tokens in a window of plain text where the user says nothing: what model, machine and text allow."""
+"""Chooses the default number of tokens in a window of plain text, by model, machine and text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ecoflap.data.model_facts import DEFAULT_LENGTH, is_encoder_decoder, max_len
 from ecoflap.model.offload import home_of
 
 CPU_LENGTH = 512  # default on a CPU: attention's time and memory grow with the square of the length
-SHORTEST = 64  # a default window has at least so many tokens, if it costs windows
-SHARE = 0.25  # of the memory that activations may take; the rest is for weights, statistics and other programs
+SHORTEST = 64  # least number of tokens of a default window, even if there are fewer windows
+SHARE = 0.25  # of the memory for activations; the rest is for weights, statistics and other programs
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
@@ -37,7 +37,7 @@ def default_length(
     kept: bool = True,
     memory: int | None = None,
 ) -> WindowLength:
-    """2,048 tokens (on a CPU 512), or the model's longest; then halved, not below 64, while one of two things holds.
+    """2,048 tokens (on a CPU 512) or the model's longest, then halved while necessary, but not below 64.
 
     Such windows would take more than a quarter of the memory (:func:`activation_bytes`); or the text gives
     fewer than ``windows`` windows.
@@ -46,8 +46,8 @@ def default_length(
         tokens: of the text.
         batch_size: windows in a forward.
         kept: the inputs of a block are kept for all windows (calibration); else all logits of a batch (perplexity).
-        memory: bytes of the machine; None for what it has. All of it counts, not what is free at the moment, so that
-            the same command gives the same windows on one machine.
+        memory: total memory of the machine in bytes; None to ask the system. Free memory does not matter, so that the
+            same command always gives the same windows on a machine.
     """
     known = int(getattr(tokenizer, "model_max_length", 0) or 0)
     own = max_length(model) or (known if 2 <= known < 10**6 else None)  # tokenizers say 1e30 for "no limit"
@@ -71,7 +71,7 @@ def default_length(
 
 
 def activation_bytes(model: nn.Module, length: int, windows: int, batch_size: int, *, kept: bool) -> int:
-    """About what windows of ``length`` tokens take beside the weights, at 4 bytes a number.
+    """Approximate memory for windows of ``length`` tokens beside the weights, at 4 bytes per number.
 
     Without ``kept`` that is one batch's forward with its logits. With ``kept`` it is the larger of what gradient norms
     need and what the default criterion needs. What the configuration does not say counts nothing.
@@ -180,7 +180,7 @@ class Shape:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that the device has; for a CPU those of the machine, or of its container if it has fewer."""
+    """Total memory of the device in bytes; for a CPU that of the machine, or of its container if that is less."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     found = [int(psutil.virtual_memory().total)]

@@ -1,4 +1,4 @@
-"""Readers of published data formats, one in each file; the structure of a file or folder decides which one reads it."""
+"""Readers of published data formats, one per file; the structure of a file or folder decides which one reads it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ DATA_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COMP
 
 @dataclass(frozen=True)
 class Published:
-    """A format that data sets are published in as one JSON document.
+    """A format of data sets that are published as one JSON document.
 
     Attributes:
-        name: as people know it.
-        patterns: of the files' names, by which they are found in a folder.
+        name: for messages.
+        patterns: of file names in a folder.
         open: gives the table, or None for a document of another format.
     """
 
@@ -109,7 +109,7 @@ def _open_json(place: Place) -> Table:
         return _adapted(ObjectTable(next(iter(document.lists.values())), place.source, place.path.parent))
     if document.kind == "object" and document.lists:
         raise CalibrationError(
-            f"{place.source} holds several lists ({', '.join(document.lists)}), and is of no format that is known: "
+            f"{place.source} holds several lists ({', '.join(document.lists)}) and has no known format: "
             "give a file with one list of objects, one per sample"
         )
     if document.kind == "object" and b"\n" not in head(place.path).strip():  # JSON lines with a single line
@@ -118,5 +118,5 @@ def _open_json(place: Place) -> Table:
 
 
 def _adapted(table: Table) -> Table:
-    """A table in one of the published formats that are plain rows, in the columns that everyone has."""
+    """The table with usual columns, if it has one of the published formats of plain rows."""
     return nlvr2.nlvr2(table) if nlvr2.fits(table.columns) else table

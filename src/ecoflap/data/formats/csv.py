@@ -13,7 +13,7 @@ from ecoflap.data.images import BrokenSample
 from ecoflap.data.tables import ClassNames, Taken
 from ecoflap.errors import CalibrationError
 
-LARGEST_FIELD = 1 << 27  # characters; a quote that is left open would take the rest of the file
+LARGEST_FIELD = 1 << 27  # characters; after an unclosed quote, the rest of the file would be one field
 DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -36,7 +36,7 @@ class CsvTable:
                 f"{source} is not a readable CSV file: it is not UTF-8 text, convert it first"
             ) from None
         except csv.Error as error:
-            hint = ": is a quote left open?" if "field larger" in str(error) else ""
+            hint = ": is a quote not closed?" if "field larger" in str(error) else ""
             raise CalibrationError(
                 f"{source} is not a readable CSV file, after row {len(self)} ({error}){hint}"
             ) from None
@@ -50,7 +50,7 @@ class CsvTable:
             records = csv.reader(lines, delimiter=self._delimiter)
             self.columns = [name.strip() for name in next(records)]
             start = lines.position
-            for record in records:  # the reader takes just the lines that belong to a record
+            for record in records:  # the reader takes only the lines of one record
                 if record:
                     self._offsets.append(start)
                 start = lines.position
@@ -72,7 +72,7 @@ class CsvTable:
 
 @contextmanager
 def _large_fields() -> Iterator[None]:
-    """Fields may hold pictures in base64; the csv module's own limit, 131,072 characters, is back at exit."""
+    """Context with a higher limit than the csv module's 131,072 characters: fields may hold images in base64."""
     before = csv.field_size_limit(LARGEST_FIELD)
     try:
         yield
@@ -81,14 +81,14 @@ def _large_fields() -> Iterator[None]:
 
 
 class _Lines:
-    """Lines of a binary stream as text; ``position`` is where the next one begins."""
+    """Lines of a binary stream as text; ``position`` is the offset of the next one."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.position = stream, 0
         self._ahead: str | None = None
 
     def first(self) -> str:
-        """The first line, which stays in the stream; a byte order mark does not count."""
+        """The first line without byte order mark; it stays in the stream."""
         line = self._stream.readline()
         self.position = len(line)
         self._ahead = line.decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""Recognises what a folder holds: a data set saved by ``datasets``, a published data set, shards, texts or images."""
+"""Recognises the content of a folder: a data set saved by ``datasets``, a published data set, shards, texts, images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ecoflap.errors import CalibrationError
 
 
 def open_saved(place: Place) -> Table | None:
-    """The data set, or the asked split ("train" by default) of a dictionary of them; None if it is none.
+    """The data set, or the requested split ("train" by default) of several; None if it is none.
 
     Raises:
         CalibrationError: it cannot be read, or has no such split.
@@ -50,21 +50,19 @@ def open_saved(place: Place) -> Table | None:
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 FLICKR = ("results.csv", "results_*.token", "Flickr8k.token.txt", "captions.txt")
-LOOKED_AT = 1000  # files of a folder that decide whether it holds images
+LOOKED_AT = 1000  # files of a folder that are checked for images
 
 
 def open_folder(place: Place) -> Opened:
     """Open a folder of data.
 
     Raises:
-        CalibrationError: there is nothing in it that is understood, or the asked split is not there.
+        CalibrationError: it holds no known data, or does not have the requested split.
     """
     for attempt in (open_saved, _metadata, _published, _shards, _images, _data, _texts, open_images):
         if (opened := attempt(place)) is not None:
             return opened
-    raise CalibrationError(
-        f"folder {place.path} holds no data that is understood: {ACCEPTED}, or one saved by `datasets`"
-    )
+    raise CalibrationError(f"folder {place.path} holds no known data: give {ACCEPTED}, or a folder saved by `datasets`")
 
 
 def _metadata(place: Place) -> Opened | None:
@@ -124,7 +122,7 @@ def _is_shown_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class Below:
-    """A table of a sub-folder, whose names of pictures start there: what is a file beside it gets its full path."""
+    """A table of a sub-folder, with names of images relative to it: names of existing files become full paths."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -149,7 +147,7 @@ class Below:
 
 
 def _published(place: Place) -> Opened | None:
-    """Annotation files of published data sets, by their names; their structure is looked at when they are opened."""
+    """Annotation files of published data sets, found by name; their structure is checked when they are opened."""
     for folder in (place.path, place.path / "annotations"):
         for published in PUBLISHED:
             files = sorted({file for pattern in published.patterns for file in folder.glob(pattern)})
@@ -174,7 +172,7 @@ def _shards(place: Place) -> Opened | None:
 
 
 def _images(place: Place) -> Opened | None:
-    """Images in the folder itself, or ImageNet's lists of them: texts beside them are captions."""
+    """Images in the folder, also by ImageNet's lists; texts beside them are captions."""
     names = [file.name for file in islice(place.path.iterdir(), LOOKED_AT)]
     lists = (*imagenet.MAPPINGS, *imagenet.SOLUTIONS)
     found = any(name in lists or name.lower().endswith(IMAGE_SUFFIXES) for name in names)
@@ -182,7 +180,7 @@ def _images(place: Place) -> Opened | None:
 
 
 def _data(place: Place) -> Opened | None:
-    """Files of one data format, in the folder or in its ``data`` folder, as repositories on the hub have them."""
+    """Files of one data format, in the folder or in its ``data`` folder, as in repositories on the hub."""
     for folder in (place.path, place.path / "data"):
         for suffix in (*DATA_SUFFIXES, *added_suffixes()) if folder.is_dir() else ():
             files = _files(folder, (suffix,))
@@ -204,7 +202,7 @@ def _joined(tables: Sequence[Opened], source: str) -> Opened:
 
 
 def _texts(place: Place) -> Opened | None:
-    """Text files, or those in sub-folders; not a class folder's README."""
+    """Text files in the folder or its sub-folders, without README files beside class folders."""
     suffixes = (*TEXT_SUFFIXES[:2], *TEXT_SUFFIXES[3:], *(f"{t}{c}" for t in TEXT_SUFFIXES for c in COMPRESSED))
     if holds_images(place.path):
         return None
@@ -225,7 +223,7 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _of_split(files: Sequence[Path], place: Place) -> list[Path]:
-    """Files named after the given split; by default those named "train" where the names contain splits."""
+    """Files named after the given split; by default after "train", if the names contain splits."""
     wanted = [file for file in files if file.name.startswith(place.split or "train")]
     if place.split is None:
         others = [file for file in files if file.name.startswith(("test", "val", "dev"))]

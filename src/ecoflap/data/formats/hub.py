@@ -1,6 +1,6 @@
 """Streams data sets from the Hugging Face hub, so that none is downloaded whole.
 
-Data sets that hold links to pictures instead of pictures (CC3M, LAION) are refused with one line.
+Data sets with links to images instead of images (CC3M, LAION) are refused.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ ADDRESS = re.compile(
     r"(/(?P<config>[\w.+-]+))?(@(?P<revision>[\w./+-]+))?(?P<rest>(:[\w.+-]+){0,2})"
 )
 
-SHUFFLED = 10_000  # rows of a stream among which the seed chooses
-SHUFFLED_IMAGES = 1_000  # the same where rows hold pictures, all of which have to be downloaded
+SHUFFLED = 10_000  # rows of a stream in the buffer that is shuffled
+SHUFFLED_IMAGES = 1_000  # the same for rows with images, which must all be downloaded
 
 
 @dataclass(frozen=True)
 class Address:
-    """What ``owner/name[/config][@revision][:config][:split]`` says.
+    """The parts of ``owner/name[/config][@revision][:config][:split]``.
 
-    ``split`` may turn out to be a configuration where no other is given.
+    ``split`` may be a configuration if no other is given.
     """
 
     identifier: str
@@ -69,7 +69,7 @@ class HubStream:
         self.buffer = SHUFFLED_IMAGES if "Image(" in str(self._stream.features) else SHUFFLED
 
     def _open(self, address: Address) -> tuple[Any, str | None]:
-        """The streams by split, and the split that is asked for."""
+        """The streams by split, and the requested split."""
         name = address.identifier
         try:
             splits = self._load(address, address.config)
@@ -90,7 +90,7 @@ class HubStream:
         """The streams of a configuration whose name was given as the split; None if there is none."""
         try:
             return self._load(address, address.split)
-        except Exception:  # whatever it was, the caller's message about the split says more
+        except Exception:  # the caller's message about the split says more
             return None
 
     @staticmethod
@@ -120,7 +120,7 @@ PICTURES = {"image", "img", "jpg", "jpeg", "png", "webp", "image_path", "file_na
 def refuse_addresses(columns: Sequence[str], source: str) -> None:
     """Raises CalibrationError for columns such as (caption, url), and for CC3M's file, whose first row is the header.
 
-    Web pages (C4, Wikipedia) have an address too, but no caption: their text is the sample.
+    Web pages (C4, Wikipedia) have an address, too, but no caption: their text is the sample.
     """
     plain = {column.lower() for column in columns}
     listed = plain & set(ADDRESSES) and any(names <= plain for names in CAPTIONS)
@@ -129,6 +129,6 @@ def refuse_addresses(columns: Sequence[str], source: str) -> None:
     if plain & PICTURES:
         return
     raise CalibrationError(
-        f"{source} lists addresses of pictures, and those are not fetched: download them first (img2dataset writes "
+        f"{source} lists addresses of images, which are not fetched: download them first (img2dataset writes "
         "webdataset tars, which are read here), or say columns text=... to use the captions alone"
     )

@@ -1,4 +1,4 @@
-"""Reads folders of images: with captions in text files beside them, with one sub-folder for each class, or alone."""
+"""Reads folders of images: with captions in text files beside them, with one sub-folder per class, or only images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ecoflap.errors import CalibrationError
 from ecoflap.support.reading import MOST_LINES, NO_READING, read_bytes, reason_of
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
-FEW = 5  # folders that may lie beside the only one with images in it
-DEEPEST = 4  # folders that are looked into below the one that is given
+FEW = 5  # folders that may be beside the only one with images
+DEEPEST = 4  # levels of sub-folders that are searched
 
 
 class CaptionedImages:
@@ -44,7 +44,7 @@ class CaptionedImages:
 
 
 class ImageFiles:
-    """Images by path, each with its class where there is one: ``classes[numbers[i]]`` of ``images[i]``."""
+    """Images by path, with their classes if known: ``classes[numbers[i]]`` is the class of ``images[i]``."""
 
     def __init__(
         self, images: Sequence[str], folder: Path, source: str, numbers: Sequence[int] = (), classes: Sequence[str] = ()
@@ -66,7 +66,7 @@ class ImageFiles:
 
 
 def open_images(place: Place) -> Table | None:
-    """A folder of images, whatever their labels; None if it holds none within a few levels.
+    """A folder of images, with or without labels; None if it has none within a few levels.
 
     Raises:
         CalibrationError: no such split.
@@ -104,7 +104,7 @@ def _classes(path: Path, folders: Sequence[Path], source: str) -> Table | None:
 
 
 def _only(folders: Sequence[Path]) -> Path | None:
-    """The one of a few folders that holds images, if it is not a split."""
+    """The only one of a few folders that has images, if it is no split."""
     if len(folders) > FEW:
         return None
     holding = [folder for folder in folders if holds_images(folder)]
@@ -124,7 +124,7 @@ def _split(folders: Sequence[Path], place: Place) -> Path:
 
 
 def _captioned(path: Path, folders: Iterable[Path]) -> bool:
-    """Whether captions lie beside the images in the first sub-folder that has images."""
+    """Whether there are captions beside the images in the first sub-folder with images."""
     for folder in folders:
         names, _ = _listing(folder)
         images = [name for name in names if _is_image(name)]

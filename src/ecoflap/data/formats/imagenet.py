@@ -12,11 +12,11 @@ from pathlib import Path
 SYNSET = re.compile(r"n\d{8}")
 MAPPINGS = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt", "map_clsloc.txt", "imagenet_class_index.json")
 SOLUTIONS = ("LOC_val_solution.csv", "val.txt", "val_map.txt")
-ABOVE = 4  # folders above the images in which the files may lie (ILSVRC/Data/CLS-LOC/val)
+ABOVE = 4  # levels above the images that are searched for the files (ILSVRC/Data/CLS-LOC/val)
 
 
 def readable(folder: Path, names: Sequence[str]) -> list[str]:
-    """Class names for the folder names of ``folder``: words for synset ids with a mapping file, else as they are.
+    """Class names for the folder names of ``folder``: words for synset ids if there is a mapping file.
 
     Of several words the first is taken ("tench, Tinca tinca"), unless another class has the same ("crane").
     """
@@ -34,7 +34,7 @@ def readable(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def labels_of(folder: Path, images: Sequence[str]) -> tuple[list[int], list[str]] | None:
-    """Class of each image of a flat folder (ImageNet's ``val``), by the published list; None without such a list."""
+    """Classes of the images in a flat folder (ImageNet's ``val``), by the published list; None without such a list."""
     file = _above(folder, SOLUTIONS)
     if file is None:
         return None

@@ -1,6 +1,6 @@
 """Reads JSON documents and JSON lines of any size: indexes the byte offsets of the objects once, parses one when drawn.
 
-Compressed files can't be indexed: they are read through once for each draw.
+Compressed files can't be indexed: they are read completely for each draw.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ecoflap.errors import CalibrationError
 from ecoflap.support.reading import NO_READING, json_value, reason_of
 from ecoflap.support.text import whole_characters
 
-# Brackets, and strings, which may hold brackets. The string's form has no two ways to match, so it never backtracks.
+# Brackets, and strings, which may contain brackets. A string matches in only one way, so there is no backtracking.
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
-SHOWN = 100  # objects whose keys make the columns
+SHOWN = 100  # objects whose keys become the columns
 
 
 class Objects:
@@ -59,12 +59,12 @@ class Objects:
 
 
 class JsonDocument:
-    """What a JSON file holds, at its top.
+    """The top level of a JSON file.
 
     Attributes:
-        kind: ``list``, ``object``, or ``lines`` where a second value follows the first (JSON lines in disguise).
+        kind: ``list``, ``object``, or ``lines`` if a second value follows the first (JSON lines).
         lists: for an object, its lists of objects by key; for a list of objects, itself under "".
-        members: for an object, those of its values that are objects, with their keys.
+        members: for an object, its values that are objects, with their keys.
         texts: for an object, its values that are strings.
 
     Raises:
@@ -82,8 +82,8 @@ class JsonDocument:
 
     def _scan(self, data: mmap.mmap) -> None:
         depth, key, start, member, last = 0, "", 0, 0, 0
-        nested = 1  # depth of the objects that are indexed: in the document itself, or in a list of it
-        current: Objects | None = None  # the list that is gone through
+        nested = 1  # depth of the indexed objects: in the document itself, or in a list of it
+        current: Objects | None = None  # the list that is being read
         for match in TOKEN.finditer(data):
             token = data[match.start()]
             if token == ord('"'):
@@ -125,7 +125,7 @@ class JsonDocument:
             raise CalibrationError(f"{self.source} is not valid JSON: it ends too early")
 
     def _check_gap(self, between: bytes) -> None:
-        """Checks that only a comma stands between two objects of a list; else the list holds other values."""
+        """Check that there is only a comma between two objects of a list, and no other values."""
         if between.strip() not in (b"", b","):
             raise CalibrationError(f"{self.source} must hold a list of objects, one per sample")
 
@@ -147,7 +147,7 @@ class ObjectTable:
 
 
 def parsed(data: bytes | str, index: int) -> Row | BrokenSample:
-    """One JSON object, or what is wrong with it."""
+    """One JSON object, or its fault."""
     try:
         row = json_value(data, finite=False)
     except NO_READING as error:
@@ -181,7 +181,7 @@ def _string(token: bytes) -> str:
 
 
 class JsonLinesTable:
-    """A file of one JSON object a line; lines are parsed when asked for."""
+    """A file with one JSON object per line; lines are parsed when they are drawn."""
 
     def __init__(self, file: Path, source: str) -> None:
         self.source, self._file = source, file
@@ -207,10 +207,10 @@ class JsonLinesTable:
 
 
 class CompressedLinesTable:
-    """The same in a compressed file (C4's ``.json.gz``), which has no random access: every take reads it through.
+    """The same in a compressed file (C4's ``.json.gz``) without random access: every ``take`` reads all of it.
 
     Attributes:
-        row_bytes: mean length of a line, so that a reader can take what it needs at once.
+        row_bytes: mean length of a line, so that a reader can take many rows at once.
     """
 
     def __init__(self, file: Path, source: str) -> None:

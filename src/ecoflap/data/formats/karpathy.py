@@ -8,7 +8,7 @@ from ecoflap.data.tables import RowTable
 from ecoflap.errors import CalibrationError
 
 PATTERNS = ("dataset_*.json", "dataset.json")
-# Karpathy and Fei-Fei (2015) leave the rest of COCO's validation set over; everyone since trains on it too.
+# Karpathy and Fei-Fei (2015) don't use the rest ("restval") of COCO's validation set; later work trains on it, too.
 ALSO = {"train": ("restval",)}
 
 

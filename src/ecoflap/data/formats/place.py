@@ -1,4 +1,4 @@
-"""Describes where a data set is (path and split), and answers small questions about files that several readers ask."""
+"""Describes where a data set is (path and split), with helpers for files that several readers use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ecoflap.errors import CalibrationError
 
-HEAD_BYTES = 65_536  # read of a file to find out what it is
+HEAD_BYTES = 65_536  # read from a file to recognise its format
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Place:
     """A local file or folder.
 
     Attributes:
-        source: what the user gave, for messages.
-        split: the part of it that is asked for; None where the user did not say.
+        source: as the user gave it, for messages.
+        split: the requested part; None if the user named none.
     """
 
     path: Path
@@ -41,7 +41,7 @@ def first_text_line(file: Path) -> str:
 
 
 def of_split(files: Sequence[Path], place: Place, what: str) -> Path:
-    """The one of several files that is meant: the one named after the split, or after "train" if none was given.
+    """The one of several files that is named after the split, or after "train" if none was given.
 
     Raises:
         CalibrationError: none or several are.
@@ -61,6 +61,6 @@ def of_split(files: Sequence[Path], place: Place, what: str) -> Path:
 
 
 def no_splits(place: Place) -> None:
-    """Raises CalibrationError if a split is asked for of something that has none."""
+    """Raises CalibrationError if a split is requested: the data has none."""
     if place.split is not None:
         raise CalibrationError(f"{place.source}: {place.path} has no splits: leave out ':{place.split}'")

@@ -1,4 +1,4 @@
-"""Reads plain text for windows: whole files, or pieces drawn with the seed where there is more than needed.
+"""Reads plain text for windows: whole files, or seeded pieces of large ones.
 
 Files compressed with gzip, bzip2, xz or zstandard are read as a stream.
 """
@@ -22,7 +22,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 @contextmanager
 def open_binary(file: Path, source: str) -> Iterator[BinaryIO]:
-    """The decompressed bytes of ``file``, by its suffix; a file without such a suffix as it is.
+    """The decompressed bytes of ``file``; its suffix names the compression, if any.
 
     Raises:
         CalibrationError: it is damaged, or ends too early.
@@ -44,17 +44,17 @@ def _opened(file: Path) -> BinaryIO:
     if suffix == ".xz":
         return cast(BinaryIO, lzma.open(file))
     if suffix == ".zst":
-        import pyarrow as pa  # has the decoder that Python gets only in 3.14
+        import pyarrow as pa  # Python has this decoder only from 3.14 on
 
         return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(file), compression="zstd"), 1 << 20))
     return file.open("rb")
 
 
 class _Bounded(io.RawIOBase):
-    """Unpacked bytes, of which there are at most :data:`MOST_UNPACKED` times those of the file.
+    """Decompressed bytes, at most :data:`MOST_UNPACKED` times those of the file.
 
     Raises:
-        CalibrationError: there are more: text is packed to a tenth, and a few kilobytes may unpack to terabytes.
+        CalibrationError: there are more. Text compresses to about a tenth; a malicious file may expand to terabytes.
     """
 
     def __init__(self, stream: BinaryIO, file: Path, source: str) -> None:
@@ -77,8 +77,8 @@ class _Bounded(io.RawIOBase):
 
 MOST_UNPACKED = 100
 SUFFIXES = (".txt", ".text", ".md", ".raw", ".tokens")
-READ_WHOLE = 64 << 20  # bytes; of more text than this, seeded pieces are read
-PIECE = 65_536  # bytes of a piece; one for each window that is asked for
+READ_WHOLE = 64 << 20  # bytes; from larger texts, seeded pieces are read
+PIECE = 65_536  # bytes of a piece; one for each requested window
 
 
 class TextFiles:
@@ -94,10 +94,10 @@ class TextFiles:
         return len(self._files)
 
     def draw(self, windows: int | None, seed: int) -> Iterator[tuple[int, str]]:
-        """(number, text) of the documents; of much text, of one seeded piece of it for each window.
+        """(number, text) of the documents; for a large text, of one seeded piece for each window.
 
         Args:
-            windows: how many are going to be cut from the text; None for all of it.
+            windows: number of windows that will be cut from the text; None for the whole text.
         """
         if windows is None or sum(self._sizes) <= READ_WHOLE:
             yield from ((number, self._whole(file)) for number, file in enumerate(self._files))
@@ -123,7 +123,7 @@ class TextFiles:
             return _decoded(stream.read(), file, 0)
 
     def _piece(self, file: Path, start: int) -> str:
-        """The whole lines of a piece; of a piece without line ends, the whole characters."""
+        """The complete lines of a piece; without line ends, its complete characters."""
         if file.suffix.lower() in COMPRESSED:
             return self._whole(file) if start == 0 else ""
         with file.open("rb") as stream:

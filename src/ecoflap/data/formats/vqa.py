@@ -17,7 +17,7 @@ PATTERNS = ("*OpenEnded_mscoco_*_questions.json",)
 
 
 class VqaTable:
-    """One row per question; both files are read where they lie."""
+    """One row per question; objects of both files are read when they are drawn."""
 
     def __init__(self, questions: Objects, notes: Objects | None, subtype: str, folder: Path, source: str) -> None:
         self.source, self._questions, self._notes, self._subtype = source, questions, notes, subtype
@@ -64,7 +64,7 @@ class VqaTable:
 
 
 def open_vqa(document: JsonDocument, place: Place) -> VqaTable | None:
-    """The questions of either file with the annotations of the other, which lies beside it; None for other documents.
+    """Questions and annotations, from either of the two files and the other one beside it; None for other documents.
 
     Raises:
         CalibrationError: the questions' file is not there, or the files don't belong together.
@@ -80,7 +80,7 @@ def open_vqa(document: JsonDocument, place: Place) -> VqaTable | None:
         )
         questions = document.lists.get("questions")
     elif notes is None and (file := _found(place, [name.replace("OpenEnded_", "")], "questions", "annotations")):
-        notes = JsonDocument(file, place.source).lists.get("annotations")  # a test set has none
+        notes = JsonDocument(file, place.source).lists.get("annotations")  # None in a test set
     if questions is None:
         raise CalibrationError(f"{place.source}: the file of its questions holds no questions")
     subtype = document.texts.get("data_subtype") or _subtype(name)
@@ -96,7 +96,7 @@ def _beside(place: Place, names: Sequence[str], this: str, other: str) -> JsonDo
 
 
 def _found(place: Place, names: Sequence[str], this: str, other: str) -> Path | None:
-    """The first of ``names``, with the other kind of file's word in place of this one's, that lies beside ``place``."""
+    """The first existing file beside ``place`` of ``names``, where ``other`` replaces the word ``this``."""
     files = [place.path.with_name(name.replace(this, other)) for name in names]
     return next((file for file in files if file.is_file() and file != place.path), None)
 

@@ -20,10 +20,10 @@ BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
 OCTAL, DECIMAL = re.compile(rb"[0-7]{1,12}"), re.compile(r"[0-9]{1,18}")
 LONGEST_RECORD = 1 << 20  # bytes of a long name or of a pax header
-LARGEST_MEMBER = 1 << 28  # bytes of one member that is read: a picture, a text
-MOST_KINDS = 1000  # of members in one source; names without a common form have one each
-MOST_TARS = 100_000  # that one pattern may stand for
-LONG_NAME, EXTENDED = b"L", b"x"  # GNU's and POSIX's records for what has no room in the next header
+LARGEST_MEMBER = 1 << 28  # bytes of a member that is read: an image, a text
+MOST_KINDS = 1000  # file extensions in one source
+MOST_TARS = 100_000  # files of one pattern
+LONG_NAME, EXTENDED = b"L", b"x"  # GNU's and POSIX's records for values that are too long for the next header
 
 
 def headers(file: Path, source: str) -> Iterator[tuple[str, int, int]]:
@@ -75,12 +75,12 @@ def _read(stream: BinaryIO, position: int, size: int) -> bytes:
 
 
 def _is_whole(header: bytes) -> bool:
-    """Whether the header's sum is what it says, its own field counted as eight spaces."""
+    """Whether the header's checksum is right, computed with eight spaces in the checksum's field."""
     return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * 32
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits, or GNU's binary form for large sizes; None if it is neither."""
+    """A number of octal digits, or in GNU's binary form for large sizes; None if it is neither."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b"\0 ") or b"0"
@@ -88,7 +88,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _decimal(text: str) -> int | None:
-    """A size in a record of pax; None if it is none."""
+    """A size in a pax record; None if it is invalid."""
     return int(text) if DECIMAL.fullmatch(text) else None
 
 
@@ -120,7 +120,7 @@ PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
 
 
 def expand(pattern: str) -> list[str]:
-    """Names of a brace pattern: ``{000..012}`` counts with its zeros, ``{a,b}`` lists; several multiply."""
+    """Names of a brace pattern: ``{000..012}`` counts with leading zeros, ``{a,b}`` lists; several are combined."""
     match = BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -139,7 +139,7 @@ def expand(pattern: str) -> list[str]:
 class TarTable:
     """Samples of one or several tars: members with the same name up to the first dot form a sample.
 
-    The columns are what follows that dot (``jpg``, ``txt``, ``cls``), and the keys of ``json`` members.
+    The columns are the extensions after that dot (``jpg``, ``txt``, ``cls``), and the keys of ``json`` members.
     """
 
     folder: Path | None = None
@@ -199,7 +199,7 @@ class TarTable:
         return (row if isinstance(row, BrokenSample) else row.get("json") or {} for row in rows)
 
     def _index(self, file: Path) -> None:
-        """Adds the members of one tar, ordered by sample; those of one sample are usually, not always, neighbours."""
+        """Add the members of one tar, sorted by sample: those of one sample are not always neighbours."""
         samples: dict[str, int] = {}
         owner, kind, offsets, sizes = array("Q"), array("H"), array("Q"), array("Q")
         for name, offset, size in headers(file, self.source):
@@ -212,7 +212,7 @@ class TarTable:
                 if len(self._extensions) == MOST_KINDS:
                     raise CalibrationError(
                         f"{self.source}: the names in {file.name} have over {MOST_KINDS} endings after a dot, "
-                        "so which files make a sample can't be told: rename them as 000.jpg, 000.txt, ..."
+                        "so it is unknown which files form a sample: rename them as 000.jpg, 000.txt, ..."
                     )
                 self._kinds[extension] = len(self._extensions)
                 self._extensions.append(extension)

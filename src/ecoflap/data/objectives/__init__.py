@@ -1,4 +1,4 @@
-"""Chooses the loss L by name or from the model, and checks that it depends on the model before it is used."""
+"""Chooses the loss L by name or from the model, and checks that it is finite and depends on the image."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def objective_name(name: str | None, model: nn.Module) -> str:
         return "seq2seq"
     if callable(getattr(model, "can_generate", None)) and model.can_generate():  # type: ignore[operator]
         return "lm"
-    from transformers import PreTrainedModel  # takes seconds, see ecoflap.run.checks
+    from transformers import PreTrainedModel  # its import takes seconds, see ecoflap.run.checks
 
     if isinstance(model, PreTrainedModel) and "labels" not in parameters_of(model):
         return "supervised-contrastive"  # a backbone: its forward has no loss of its own
@@ -61,8 +61,7 @@ def objective_name(name: str | None, model: nn.Module) -> str:
 
 
 def resolve(name: str | None, model: nn.Module) -> Objective:
-    """The objective called ``name`` (one of ``OBJECTIVES``, or ``module:function``), or the one that fits the model
-    when ``name`` is None.
+    """The objective ``name`` (one of ``OBJECTIVES``, or ``module:function``); None: the model's default.
 
     The function takes (model, batch on the model's device) and returns a scalar in fp32.
 
@@ -83,7 +82,7 @@ def _users(name: str) -> Objective:
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(import_module(module_name), attribute)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except Exception as error:  # of the user's module
         raise InvalidOption(
             f"objective '{name}' cannot be imported ({type(error).__name__}: {error}): give importable.module:function"
         ) from error
@@ -97,15 +96,15 @@ def _users(name: str) -> Objective:
 
 
 def default_objective(model: nn.Module) -> Objective:
-    """:func:`model_loss`, without a KV cache where the model has one: for any module whose forward returns a loss."""
+    """:func:`model_loss` without a KV cache, for any module whose forward returns a loss."""
     return model_loss_without_cache
 
 
 def on_device(objective: Objective) -> Objective:
-    """The same objective for batches that lie on the CPU, giving the same loss to the bit in every call.
+    """The same objective for batches on the CPU, with the same loss to the bit in every call.
 
-    The batch is moved to the model's device and dtype first. The global random generator is in one fixed state during
-    the forward and in its own again afterwards: some models draw at random even in eval mode (ViLT its patches).
+    The batch is first moved to the model's device and dtype. During the forward the global random generators have a
+    fixed seed, since some models draw random numbers even in eval mode (ViLT for its patches).
     """
 
     def fixed(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -118,8 +117,8 @@ def on_device(objective: Objective) -> Objective:
 
 @contextmanager
 def _randomness_fixed(model: nn.Module) -> Iterator[None]:
-    """Inside, the generators of the CPU and the model's GPUs have a fixed seed; at exit their old state returns."""
-    # Without CUDA, looking at all parameters again with every loss is in vain.
+    """Context with a fixed seed for the generators of the CPU and the model's GPUs; their state is restored at exit."""
+    # Without CUDA, skip the search for GPUs among all parameters.
     on_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [home_of(model), *(parameter.device for parameter in model.parameters())] if on_gpus else []
     gpus = sorted({device.index or 0 for device in devices if device.type == "cuda"})
@@ -152,23 +151,23 @@ def check_loss(model: nn.Module, batch: Batch, objective: Objective, index: int 
 
 @torch.no_grad()
 def check_image_matters(model: nn.Module, batch: Batch, objective: Objective) -> None:
-    """Make sure that the loss reacts to the image; nothing to do for a batch without ``pixel_values``.
+    """Check that the loss depends on the image; does nothing for a batch without ``pixel_values``.
 
-    A text without image placeholder tokens runs through most vision-language models silently, with the image ignored.
+    Most vision-language models ignore the image, without an error, if the text has no image placeholder tokens.
 
     Raises:
-        CalibrationError: other pictures give the same loss to the bit.
+        CalibrationError: other images give the same loss to the bit.
     """
     names = [n for n, v in batch.items() if n.startswith("pixel_values") and isinstance(v, torch.Tensor)]
     if not names:
         return
     fixed = on_device(objective)
     loss = fixed(model, batch)
-    for factor in (-1.0, 0.5):  # zeros stay zeros: some models take an all-zero picture for padding, and drop it
+    for factor in (-1.0, 0.5):  # zeros stay zeros: some models drop an all-zero image as padding
         other = {n: v * factor if n in names else v for n, v in batch.items()}
         if not torch.equal(fixed(model, other), loss):
             return
     raise CalibrationError(
-        "the loss does not react to the image: the text probably lacks the image placeholder tokens; check the "
+        "the loss does not depend on the image: the text probably lacks the image placeholder tokens; check the "
         "processor (num_query_tokens, image_token, chat template) and the prompt"
     )

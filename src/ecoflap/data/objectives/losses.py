@@ -1,4 +1,4 @@
-"""Losses that a model computes itself: token cross-entropy, class cross-entropy, or what its forward returns."""
+"""Losses that a model computes itself: token cross-entropy, class cross-entropy, or its forward's own loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def language_modelling(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def classification(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The model's own cross-entropy from class numbers ``labels`` ``[B]``, of one picture, two (NLVR2) or a text."""
+    """The model's own cross-entropy from class numbers ``labels`` ``[B]``, of one image, two (NLVR2) or a text."""
     if batch.get("labels") is None:
         raise CalibrationError("the batch has no labels, so there is no classification loss: give a class column")
     return scalar_loss(model(**batch), "classification")
@@ -32,14 +32,14 @@ def model_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def model_loss_without_cache(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """:func:`model_loss`, with ``use_cache=False`` where the forward has that argument."""
+    """:func:`model_loss`, with ``use_cache=False`` if the forward has that argument."""
     if "use_cache" in parameters_of(model):
         batch = {"use_cache": False, **batch}  # type: ignore[dict-item]
     return model_loss(model, batch)
 
 
 def scalar_loss(output: Any, name: str) -> torch.Tensor:
-    """The loss in a forward's output, as a scalar in fp32 on its own device; ``name`` of the objective for messages.
+    """The loss in a forward's output as an fp32 scalar; ``name`` is the objective's, for messages.
 
     Raises:
         CalibrationError: there is none, or it is no scalar.

@@ -1,4 +1,4 @@
-"""Image-text matching with hard negatives plus image-text contrast (ITM + ITC), and contrast alone."""
+"""Image-text matching with hard negatives plus image-text contrast (ITM + ITC), and image-text contrast by itself."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ecoflap.errors import CalibrationError
 from ecoflap.model.patching import forward_replaced
 from ecoflap.model.trace import evaluating
 
-# Argument by which a retrieval model is asked for its matching head (true) or its similarities (false).
+# Argument that selects a retrieval model's matching head (true) or its similarities (false).
 MATCHING_ARGUMENTS = ("use_itm_head", "use_image_text_matching_head")
-SCORES = ("itm_score", "logits_per_image")  # where such a model puts either
-# ALBEF and BLIP begin to learn their temperature here (arXiv 2107.07651). The checkpoints of transformers' retrieval
-# classes have none: it was needed in training alone.
+SCORES = ("itm_score", "logits_per_image")  # output fields with either
+# Initial value of the learned temperature in ALBEF and BLIP (arXiv 2107.07651). The checkpoints of transformers'
+# retrieval classes have none, since only training needs it.
 TEMPERATURE = 0.07
 
 
@@ -34,9 +34,9 @@ def matching_argument(model: nn.Module) -> str | None:
 def contrastive(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Contrastive loss over all pairs of the batch.
 
-    A model that has such a loss computes it, with its own temperature: symmetric cross-entropy (CLIP, arXiv
-    2103.00020) or the pairwise sigmoid loss (SigLIP, arXiv 2303.15343, algorithm 1). One that has similarities alone
-    gets the symmetric cross-entropy at :data:`TEMPERATURE`.
+    A model with such a loss computes it, with its own temperature: symmetric cross-entropy (CLIP, arXiv 2103.00020) or
+    the pairwise sigmoid loss (SigLIP, arXiv 2303.15343, algorithm 1). For a model with only similarities, it is the
+    symmetric cross-entropy at :data:`TEMPERATURE`.
     """
     if is_dual_tower(model):
         return scalar_loss(model(**{**batch, "return_loss": True}), "contrastive")
@@ -44,13 +44,13 @@ def contrastive(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def itm_itc(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Matching plus contrastive loss, as a frozen approximation of how ALBEF and BLIP were trained.
+    """Matching plus contrastive loss, an approximation of the training loss of ALBEF and BLIP.
 
-    ITM is the cross-entropy of the matching head over ``3·B`` pairs: the B true ones, each picture with its hardest
-    wrong text, each text with its hardest wrong picture (``negative_texts``, ``negative_images``, both ``[B]``, from
-    :func:`with_negatives`). ITC is the symmetric cross-entropy of the similarities at :data:`TEMPERATURE`. Training
-    had more: a momentum teacher with soft labels, queues of old features, and negatives drawn by their similarity.
-    Pictures are encoded once.
+    ITM is the cross-entropy of the matching head over ``3·B`` pairs: the B true ones, each image with its hardest
+    negative text, each text with its hardest negative image (``negative_texts``, ``negative_images``, both ``[B]``,
+    from :func:`with_negatives`). ITC is the symmetric cross-entropy of the similarities at :data:`TEMPERATURE`. The
+    training also used a momentum teacher with soft labels, queues of old features, and negatives drawn by similarity.
+    Images are encoded once.
 
     Args:
         batch: ``pixel_values``, ``input_ids`` and so on of B true pairs, and the negatives.
@@ -76,7 +76,7 @@ def itm_itc(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def similarities(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cosine of every picture with every text of the batch, fp32 ``[B pictures, B texts]``."""
+    """Cosine of every image with every text of the batch, fp32 ``[B images, B texts]``."""
     argument = matching_argument(model)
     if argument is None:
         raise CalibrationError(
@@ -88,13 +88,13 @@ def similarities(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def with_negatives(model: nn.Module, batch: Batch, samples: Sequence[Sample]) -> Batch:
-    """The batch with the hardest wrong text of each picture and the hardest wrong picture of each text.
+    """The batch with the hardest negative text of each image and the hardest negative image of each text.
 
-    The dense model's own similarities choose, once: stage 1 compares losses of one and the same set of pairs. Texts
-    of the same picture (``Sample.group``) and equal texts are never wrong.
+    They are chosen once, by the dense model's similarities: stage 1 must compare losses of the same pairs. Texts of the
+    same image (``Sample.group``) and equal texts are no negatives.
 
     Raises:
-        CalibrationError: a picture has no wrong text in its batch.
+        CalibrationError: an image has no negative text in its batch.
     """
     with evaluating(model):
         scores = similarities(model, to_device(batch, model)).cpu()
@@ -104,8 +104,8 @@ def with_negatives(model: nn.Module, batch: Batch, samples: Sequence[Sample]) ->
     )  # fmt: skip
     if bool(right.all(dim=1).any()):
         raise CalibrationError(
-            "a calibration batch holds only texts of one picture, so it has no wrong pairs: raise "
-            "the batch size, or give one text a picture"
+            "a calibration batch holds only texts of one image, so it has no negative pairs: raise "
+            "the batch size, or give one text per image"
         )
     scores = scores.masked_fill(right, -torch.inf)
     return {**batch, "negative_texts": scores.argmax(dim=1), "negative_images": scores.argmax(dim=0)}
@@ -128,10 +128,10 @@ def _scores(output: Any) -> torch.Tensor:
 def _with_pictures_encoded_once(
     model: nn.Module, first: Callable[[], torch.Tensor], then: Callable[[], torch.Tensor], rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Results of two forwards, the second on pictures ``rows`` of the first, whose encoding it takes over.
+    """Results of two forwards, the second on the images ``rows`` of the first, whose encodings it reuses.
 
-    Three times the pictures would be three times the work of the largest tower, and would count those that are often
-    chosen more in the statistics of stage 2.
+    Encoding the images again would multiply the work of the largest tower by three, and images that are often chosen
+    would count more in the statistics of stage 2.
     """
     encoders = [child for child in model.children() if "pixel_values" in parameters_of(child)]
     if len(encoders) != 1:

@@ -1,4 +1,4 @@
-"""A loss for backbones without a head: samples of one class should lie closer together than those of others.
+"""A loss for backbones without a head: features of samples of one class should be closer than those of others.
 
 Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020 (arXiv 2004.11362), equation 2.
 """
@@ -24,10 +24,10 @@ TEMPERATURE = 0.1  # of the paper
 def supervised_contrastive(model: nn.Module, batch: Batch) -> Tensor:
     """Mean over the samples i that share their class with another of −1/|P(i)| Σ_{p ∈ P(i)} log softmax_p(z_i·z / τ).
 
-    P(i) are the others of i's class, the softmax runs over all samples but i, z are the features at length 1.
+    P(i) are the other samples of i's class, the softmax is over all samples but i, z are the normalised features.
 
     Args:
-        model: gives ``last_hidden_state``, and ``pooler_output`` for pictures where it has one.
+        model: gives ``last_hidden_state`` and, for images, ``pooler_output`` if it has one.
         batch: inputs, and class numbers ``labels`` ``[B]``.
 
     Raises:
@@ -53,8 +53,8 @@ def supervised_contrastive(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def pooled(output: Any, inputs: Batch) -> Tensor:
-    """One vector a sample ``[B, D]``: of a text the mean over its tokens, of a picture what the model itself pools,
-    or the mean over its places."""
+    """One vector per sample ``[B, D]``: for a text the mean over its tokens, for an image the model's pooled output, or
+    the mean over its positions."""
     state: Tensor = output.last_hidden_state
     if "input_ids" in inputs:
         return mean_over_tokens(state, inputs.get("attention_mask"))
@@ -74,10 +74,10 @@ def mean_over_tokens(state: Tensor, mask: Tensor | None) -> Tensor:
 def encode_labelled(
     samples: Sequence[Sample], model: nn.Module, processor: Any, source: str, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Pictures, or texts for a model that reads, with their class numbers.
+    """Images, or texts for a text model, with their class numbers.
 
     Raises:
-        CalibrationError: a sample has no class, or nothing that the model takes.
+        CalibrationError: a sample has no class, or no input for the model.
     """
     numbers = numbers_by_name(classes)
     reads = not takes_images(model)

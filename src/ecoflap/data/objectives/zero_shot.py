@@ -1,4 +1,4 @@
-"""Zero-shot classification as a loss: pictures against prompts of all classes, tokenised once for all batches."""
+"""Zero-shot classification as a loss: images against prompts of all classes, tokenised once for all batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ecoflap.data.objectives.matching import TEMPERATURE
 from ecoflap.errors import CalibrationError, InvalidOption
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-# How two-tower models keep the factor between cosine and logit: parameter, and what turns it into that factor.
+# The factor between cosine and logit in two-tower models: parameter name, and the function that gives the factor.
 SCALES: tuple[tuple[str, Callable[[torch.Tensor], torch.Tensor]], ...] = (
     ("logit_scale", torch.exp),
     ("temperature", torch.reciprocal),
@@ -55,13 +55,13 @@ def prompt_tensors(
 
 
 def zero_shot(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of pictures over classes (CLIP, arXiv 2103.00020, section 3.1).
+    """Cross-entropy of images over classes (CLIP, arXiv 2103.00020, section 3.1).
 
-    The logit of a class is the model's scale times the cosine of the picture with the mean of the class's normalised
-    prompts. A constant bias (SigLIP) is the same for all classes and drops out.
+    The logit of a class is the model's scale times the cosine of the image with the mean of the class's normalised
+    prompts. A constant bias (SigLIP) has no effect.
 
     Args:
-        batch: ``pixel_values`` of B pictures, what :func:`prompt_tensors` gives, ``labels`` ``[B]``.
+        batch: ``pixel_values`` of B images, the result of :func:`prompt_tensors`, ``labels`` ``[B]``.
     """
     if batch.get("class_prompts") is None or batch.get("labels") is None:
         raise CalibrationError("the batch has no class prompts and labels: make it with objective='zero-shot'")
