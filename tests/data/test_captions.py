@@ -138,7 +138,7 @@ def test_addresses_of_pictures_are_refused(header: str, tmp_path: Path) -> None:
     file = tmp_path / "Train_GCC-training.tsv"
     file.write_text(header + "a very typical bus station\thttp://lh6.ggpht.com/abc.jpg\nsierra\thttp://x.org/1.jpg\n")
     with pytest.raises(
-        CalibrationError, match=r"Train_GCC-training.tsv lists addresses of pictures.*download them first"
+        CalibrationError, match=r"Train_GCC-training.tsv lists addresses of images.*download them first"
     ):
         load_samples(file, samples=1, seed=0)
     if header:

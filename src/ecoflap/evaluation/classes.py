@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from ecoflap.data.encode import class_number, label_of, numbers_by_name
 from ecoflap.data.samples import SampleReader
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.evaluation.retrieval import ranks
-from ecoflap.evaluation.task import Chunk, TaskResult, check_finite, measured
+from ecoflap.evaluation.task import Chunk, Shared, TaskResult, TestData, check_finite, in_chunks, measured
 
-DEPTH = 5  # of the second metric, where there are more classes
+DEPTH = 5  # of the second metric, if there are more classes
 
 
 def own_classes(reader: SampleReader, data: str | Path) -> tuple[str, ...]:
-    """Names of all classes of a data set: as it says them itself, or else the distinct labels of all its rows, sorted.
+    """Names of all classes of a data set: its own list, or else the distinct labels of all its rows, sorted.
 
     Raises:
         CalibrationError: it has no labels.
@@ -29,15 +30,15 @@ def own_classes(reader: SampleReader, data: str | Path) -> tuple[str, ...]:
     column = reader.columns.get("label") or reader.columns.get("text")
     if column is None:
         raise CalibrationError(f"{reader.source} has no column with classes: name it as column label")
-    # Read as text without the pictures, that is quickly.
+    # Read as text, without decoding images.
     every = SampleReader(data, samples=None, seed=0, columns={"image": "", "text": column})
     return tuple(sorted({sample.text for _, sample in every if sample.text}))
 
 
 def numbers_of(names: Sequence[str], own: Sequence[str]) -> dict[str, int]:
-    """Labels in lower case to class numbers: ``names``, and by their order those of the data set if they are as many.
+    """Class numbers by label in lower case: of ``names``, and of the data set's own names if they are as many.
 
-    So names that were written for prompts ("tench") stand for labels as the data set has them ("n01440764").
+    So names for prompts ("tench") match the data set's labels ("n01440764").
     """
     return numbers_by_name(names) | (numbers_by_name(own) if len(own) == len(names) else {})
 
@@ -57,43 +58,60 @@ def label_names(part: Chunk, task: str, source: str) -> list[str]:
     for index, sample in part:
         label = label_of(sample)
         if label is None:
-            raise CalibrationError(f"{source} has no class in row {index}: task '{task}' needs one with every picture")
+            raise CalibrationError(f"{source} has no class in row {index}: task '{task}' needs one with every image")
         found.append(label)
     return found
 
 
 @dataclass
 class TopClasses:
-    """Collects the classes with the highest scores and the rank of the right one."""
+    """The predictions of a classification task, and the rank of each right class."""
 
     task: str
     names: Sequence[str]
-    source: str
     ranks: list[int] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
-    def ranked(self, scores: torch.Tensor, labels: torch.Tensor) -> dict[str, list[int]]:
-        """Of a batch with scores ``[B, C]`` and class numbers ``[B]``: the ``best`` classes, the right ones' ``ranks``.
+    def classify(
+        self,
+        reader: SampleReader,
+        test: TestData,
+        labels_of: Callable[[Chunk], torch.Tensor],
+        scores_of: Callable[[Chunk], torch.Tensor],
+    ) -> None:
+        """Classify all samples of ``reader``; several workers share them.
 
-        A wrong class that scores as high as the right one counts as before it.
+        A wrong class with the same score as the right one is ranked before it.
+
+        Args:
+            labels_of: class numbers ``[B]`` of a batch.
+            scores_of: scores of the classes ``[B, C]`` of a batch.
 
         Raises:
             NonFiniteLoss: a score is NaN or infinite.
         """
-        check_finite(scores, "the score of a class", self.source)
-        right = labels[:, None] == torch.arange(scores.shape[1])[None]
-        return {"best": scores.argmax(1).tolist(), "ranks": ranks(scores, right).tolist()}
+        collected: Shared[dict[str, list[int]]] = Shared(test.workers)
+        truths: list[tuple[int, int]] = []  # row and class number
 
-    def add(self, rows: Iterable[int], labels: torch.Tensor, graded: Mapping[str, list[int]]) -> None:
-        """Count a batch: rows of the source, class numbers ``[B]``, and what :meth:`graded` found."""
-        self.ranks += graded["ranks"]
-        for row, best, label, rank in zip(rows, graded["best"], labels.tolist(), graded["ranks"], strict=True):
+        def ranked(part: Chunk, labels: torch.Tensor) -> dict[str, list[int]]:
+            scores = scores_of(part)
+            check_finite(scores, "the score of a class", reader.source)
+            right = labels[:, None] == torch.arange(scores.shape[1])[None]
+            return {"best": scores.argmax(1).tolist(), "ranks": ranks(scores, right).tolist()}
+
+        for part in in_chunks(reader, test.batch_size, test.progress, self.task):
+            labels = labels_of(part)
+            truths += zip((index for index, _ in part), labels.tolist(), strict=True)
+            collected.add(partial(ranked, part, labels))
+        graded = [pair for found in collected.all() for pair in zip(found["best"], found["ranks"], strict=True)]
+        for (row, label), (best, rank) in zip(truths, graded, strict=True):
+            self.ranks.append(rank)
             self.predictions.append(
                 {"index": row, "prediction": self._name(best), "truth": self._name(label), "score": float(rank < 1)}
             )
 
     def result(self, settings: dict[str, Any]) -> TaskResult:
-        """Top-1 accuracy, and top-5 where there are more than five classes."""
+        """Top-1 accuracy, and top-5 if there are more than five classes."""
         first = measured([float(rank < 1) for rank in self.ranks])
         depth = measured([float(rank < DEPTH) for rank in self.ranks])
         others = {f"top-{DEPTH} accuracy": depth} if len(self.names) > DEPTH else {}

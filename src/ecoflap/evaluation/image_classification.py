@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +14,12 @@ from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.classes import TopClasses, labels_of
 from ecoflap.evaluation.task import (
     Chunk,
-    Shared,
     Task,
     TaskResult,
     TestData,
     Unit,
     common_settings,
     image_inputs,
-    in_chunks,
     open_data,
     pictures,
 )
@@ -35,11 +32,11 @@ TASK = "image-classification"
 class ImageClassification(Task):
     """Accuracy of the class with the highest logit, and of the five highest.
 
-    A label is one of the model's classes by its name (``config.label2id``) or number. Where the data set names as many
-    classes as the model has, but none alike, its order counts; ``settings["labels"]`` says "by order" then.
+    A label is the name (``config.label2id``) or number of one of the model's classes. If the data set has as many
+    classes as the model, but no common name, its order counts, and ``settings["labels"]`` is "by order".
 
-    Data: pictures with a class each. Classes: the data's labels in the order of the model's classes, over its own
-    names. The sequence length has no effect.
+    Data: images with a class each. Classes: the data's labels in the order of the model's classes, instead of the
+    model's names. The sequence length has no effect.
     """
 
     unit: ClassVar[Unit] = "%"
@@ -52,8 +49,8 @@ class ImageClassification(Task):
         """As :meth:`Task.run`.
 
         Raises:
-            InvalidOption: the model has no classes, or ``classes`` are not as many as it has.
-            CalibrationError: no pictures, or a label that is none of the model's classes.
+            InvalidOption: the model has no classes, or another number of classes than ``classes``.
+            CalibrationError: there are no images, or a label is none of the model's classes.
             NonFiniteLoss: a logit is NaN or infinite.
         """
         classes = test.classes
@@ -69,21 +66,18 @@ class ImageClassification(Task):
             numbers, how = numbers_by_name(classes), "as given"
         elif len(own) == len(names) and not numbers.keys() & numbers_by_name(own).keys():
             numbers, how = numbers_by_name(own), "by order"
-        found = TopClasses(TASK, names, reader.source)
-        collected: Shared[dict[str, list[int]]] = Shared(test.workers)
-        truths: list[tuple[list[int], torch.Tensor]] = []
+        found = TopClasses(TASK, names)
 
-        def classified(part: Chunk, labels: torch.Tensor) -> dict[str, list[int]]:
+        def labels(part: Chunk) -> torch.Tensor:
+            return labels_of(part, numbers, TASK, reader.source, "model's")
+
+        def logits(part: Chunk) -> torch.Tensor:
             inputs = image_inputs(processor, pictures(part, TASK, reader.source), TASK)
-            return found.ranked(model(**to_device(inputs, model)).logits.float().cpu(), labels)
+            scores: torch.Tensor = model(**to_device(inputs, model)).logits
+            return scores.float().cpu()
 
         with evaluating(model):
-            for part in in_chunks(reader, test.batch_size, test.progress, TASK):
-                labels = labels_of(part, numbers, TASK, reader.source, "model's")
-                truths.append(([index for index, _ in part], labels))
-                collected.add(partial(classified, part, labels))
-        for (rows, labels), graded in zip(truths, collected.all(), strict=True):
-            found.add(rows, labels, graded)
+            found.classify(reader, test, labels, logits)
         return found.result(common_settings(reader, test, labels=how))
 
 

@@ -1,8 +1,8 @@
-"""Weighted nearest neighbours: how well the features of a backbone without a head separate classes.
+"""Weighted nearest neighbours: measures how well the features of a backbone without a head separate classes.
 
 Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, with the
 setting of Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: each of the k
-nearest training pictures votes for its class with weight exp(cosine / 0.07).
+nearest training images votes for its class with weight exp(cosine / 0.07).
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ Embed = Callable[[Chunk, str], Tensor]  # samples and their source -> [B, D], ro
 
 @dataclass(frozen=True)
 class Knn(Task):
-    """Top-1 and top-5 accuracy of pictures among labelled ones, or of texts for a model that reads.
+    """Top-1 and top-5 accuracy by the nearest labelled images, or texts for a text model.
 
-    Data: test pictures or texts with a class each; columns and image folder are of both data sets. The sequence length
+    Data: test images or texts with a class each; columns and image folder are for both data sets. The sequence length
     has no effect.
 
     Attributes:
-        train: the labelled samples that vote; any source, as the data.
-        train_samples: how many of them, drawn with the seed; None for all.
-        k: neighbours that vote.
+        train: source of the labelled samples.
+        train_samples: number of labelled samples, drawn with the seed; None for all.
+        k: number of neighbours that vote.
         temperature: of the weights exp(cosine / temperature).
-        layer: which of the hidden states (0 the embeddings, -1 the last block's); None for the model's last one,
-            normalised. Two-tower models give their picture embedding.
-        pool: ``cls``, the first token; ``mean``, the mean over all tokens (or places of a feature map); default ``cls``
-            of pictures and ``mean`` of texts.
+        layer: index of the hidden state (0: the embeddings, -1: the last block's); None for the model's last one,
+            normalised. Two-tower models give their image embedding.
+        pool: ``cls``, the first token; ``mean``, the mean over all tokens (or positions of a feature map); default
+            ``cls`` for images and ``mean`` for texts.
     """
 
     unit: ClassVar[Unit] = "%"
@@ -78,9 +78,9 @@ class Knn(Task):
         """As :meth:`Task.run`.
 
         Raises:
-            InvalidOption: no training pictures, a number out of its range, no such layer.
+            InvalidOption: there are no labelled samples, a number is out of range, or there is no such layer.
             UnknownName: no such pool.
-            CalibrationError: no pictures or labels.
+            CalibrationError: there are no images or labels.
             NonFiniteLoss: a feature is NaN or infinite.
         """
         k, temperature, layer = self.k, self.temperature, self.layer
@@ -94,7 +94,7 @@ class Knn(Task):
         embed = _embedding(model, processor, layer, pool)
         reader = open_data("knn", test)
         voters = open_data("knn", replace(test, data=self.train, samples=self.train_samples))
-        names: list[str] = []  # as they come; a class that no training picture has can only be missed
+        names: list[str] = []  # in order of occurrence; a class without labelled samples is never predicted
         numbers: dict[str, int] = {}
 
         def classes_of(part: Chunk, source: str) -> Tensor:
@@ -103,16 +103,14 @@ class Knn(Task):
                     names.append(label)
             return torch.tensor([numbers[label.lower()] for label in label_names(part, "knn", source)])
 
-        found = TopClasses("knn", names, reader.source)
+        found = TopClasses("knn", names)
         classes: list[Tensor] = []
         known: Shared[Tensor] = Shared(test.workers)
-        collected: Shared[dict[str, list[int]]] = Shared(test.workers)
-        truths: list[tuple[list[int], Tensor]] = []
 
-        def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
+        def scores(part: Chunk) -> Tensor:
             seen = embed(part, reader.source)
             check_finite(seen, "a feature", reader.source)
-            return found.ranked(weighted_votes(seen @ features.t(), votes, len(names), k, temperature), labels)
+            return weighted_votes(seen @ features.t(), votes, len(names), k, temperature)
 
         with evaluating(model):
             for part in in_chunks(voters, test.batch_size, test.progress, "knn, training samples"):
@@ -121,21 +119,16 @@ class Knn(Task):
             features, votes = torch.cat(known.all()), torch.cat(classes)
             check_finite(features, "a feature", voters.source)
             check_classes(names, "knn", voters.source)
-            for part in in_chunks(reader, test.batch_size, test.progress, "knn"):
-                labels = classes_of(part, reader.source)
-                truths.append(([index for index, _ in part], labels))
-                collected.add(partial(classified, part, labels))
-        for (rows, labels), graded in zip(truths, collected.all(), strict=True):
-            found.add(rows, labels, graded)
+            found.classify(reader, test, lambda part: classes_of(part, reader.source), scores)
         settings = {"train": voters.source, "train_samples": self.train_samples, "k": k, "temperature": temperature}
         more: dict[str, Any] = {"voters": len(votes), "layer": layer, "pool": pool}
         return found.result(common_settings(reader, test, **settings, **more))
 
 
 def weighted_votes(cosines: Tensor, classes: Tensor, count: int, k: int, temperature: float) -> Tensor:
-    """Votes for each class ``[B, C]`` from cosines ``[B, N]`` with N pictures of ``classes`` ``[N]``.
+    """Votes for each class ``[B, C]`` from cosines ``[B, N]`` with N images of ``classes`` ``[N]``.
 
-    Weights are divided by that of the nearest picture, which changes no order and overflows at no temperature.
+    Weights are divided by that of the nearest image, so that they never overflow; the order is the same.
     """
     near = cosines.topk(min(k, cosines.shape[1]), dim=1)
     weights = ((near.values - near.values[:, :1]) / temperature).exp()
@@ -175,7 +168,7 @@ def _texts(model: nn.Module, processor: Any, layer: int | None, pool: str, part:
 
 
 def _state(model: nn.Module, layer: int | None, inputs: dict[str, Any]) -> Tensor:
-    """The hidden state number ``layer``; None for the model's last one, normalised where it does that."""
+    """The hidden state number ``layer``; None for the model's last one, normalised if the model does so."""
     output = model(**inputs, output_hidden_states=True)
     states, state = output.hidden_states, getattr(output, "last_hidden_state", None)
     if layer is None and isinstance(state, Tensor):

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a picture belongs to the class whose prompts, averaged, are nearest to it.
+"""Zero-shot classification: an image belongs to the class whose averaged prompts are nearest to it.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), 2021, section
 3.1: the embedding of a class is the mean of its normalised prompts, normalised again.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,14 +19,12 @@ from ecoflap.evaluation.classes import TopClasses, check_classes, labels_of, num
 from ecoflap.evaluation.embeddings import Matcher, TwoTowers, embedder_of, similarity
 from ecoflap.evaluation.task import (
     Chunk,
-    Shared,
     Task,
     TaskResult,
     TestData,
     Unit,
     check_finite,
     common_settings,
-    in_chunks,
     open_data,
     pictures,
 )
@@ -39,7 +36,7 @@ from ecoflap.support.progress import Progress, Silent
 class ZeroShot(Task):
     """Top-1 and top-5 accuracy of CLIP, SigLIP, or a retrieval model's embeddings (BLIP, BLIP-2).
 
-    Data: pictures with a class each. The sequence length has no effect; prompts are cut to what the text tower takes.
+    Data: images with a class each. The sequence length has no effect; prompts are cut to the text tower's limit.
     Classes: names for the prompts, in the order of the data set's own classes or equal to its labels; None for the data
     set's own: its folders, the names of its class column, or the distinct labels of all rows, sorted. Class prompts:
     templates with ``{}`` for the name; default "a photo of a {}."
@@ -55,9 +52,9 @@ class ZeroShot(Task):
         """As :meth:`Task.run`.
 
         Raises:
-            InvalidOption: the model does not compare pictures with texts, a template without ``{}``, less than 2
-                classes.
-            CalibrationError: no pictures, or a label that is none of the classes.
+            InvalidOption: the model does not compare images with texts, a template has no ``{}``, or there are less
+                than 2 classes.
+            CalibrationError: there are no images, or a label is none of the classes.
             NonFiniteLoss: an embedding is NaN or infinite.
         """
         embedder = embedder_of(model, processor, "zero-shot")
@@ -67,23 +64,18 @@ class ZeroShot(Task):
         names, templates = tuple(test.classes or own), tuple(test.class_prompts or DEFAULT_TEMPLATES)
         check_classes(names, "zero-shot", reader.source)
         numbers = numbers_of(names, own)
-        found = TopClasses("zero-shot", names, reader.source)
-        collected: Shared[dict[str, list[int]]] = Shared(test.workers)
-        truths: list[tuple[list[int], Tensor]] = []
+        found = TopClasses("zero-shot", names)
 
-        def classified(part: Chunk, labels: Tensor) -> dict[str, list[int]]:
-            seen = embedder.pictures(pictures(part, "zero-shot", reader.source))
-            return found.ranked(similarity(seen, prompts), labels)
+        def labels(part: Chunk) -> Tensor:
+            return labels_of(part, numbers, "zero-shot", reader.source)
+
+        def scores(part: Chunk) -> Tensor:
+            return similarity(embedder.pictures(pictures(part, "zero-shot", reader.source)), prompts)
 
         with evaluating(model):
             prompts = class_embeddings(embedder, names, templates, test.batch_size, test.progress)
             check_finite(prompts, "the embedding of a class", reader.source)
-            for part in in_chunks(reader, test.batch_size, test.progress, "zero-shot"):
-                labels = labels_of(part, numbers, "zero-shot", reader.source)
-                truths.append(([index for index, _ in part], labels))
-                collected.add(partial(classified, part, labels))
-        for (rows, labels), graded in zip(truths, collected.all(), strict=True):
-            found.add(rows, labels, graded)
+            found.classify(reader, test, labels, scores)
         return found.result(common_settings(reader, test, class_prompts=list(templates)))
 
 

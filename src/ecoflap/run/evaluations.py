@@ -30,7 +30,7 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str = Field(description="vqa, captioning, ...: as --task.")
-    name: str = Field("", description="Under which the result is listed; default: the task.")
+    name: str = Field("", description="Of the result; default: the task.")
     test: str | None = Field(None, description="Test data: as --test.")
     columns: dict[str, str] = Field(default_factory=dict, description="As --test-columns.")
     prompt: str | None = Field(None, description="As --test-prompt.")
@@ -40,6 +40,10 @@ class Evaluation(BaseModel):
     options: dict[str, OptionValue] = Field(default_factory=dict, description="As --task-option.")
     classes: tuple[str, ...] | None = Field(None, description="As --classes.")
     class_prompts: tuple[str, ...] | None = Field(None, description="As --class-prompts.")
+
+    def reading(self) -> dict[str, Any]:
+        """How the test data is read: options of :class:`~ecoflap.data.samples.SampleReader`."""
+        return {"columns": self.columns or None, "prompt_template": self.prompt, "image_folder": self.image_folder}
 
     @model_validator(mode="before")
     @classmethod
@@ -266,9 +270,7 @@ def evaluate(
     cls = _task(entry.task)
     dtype = workers.from_first(lambda: compute.settled(recipe.compute_dtype, checkpoint.model))
     asked: dict[str, Any] = {
-        "columns": entry.columns or None,
-        "prompt_template": entry.prompt,
-        "image_folder": entry.image_folder,
+        **entry.reading(),
         "classes": class_names(entry.classes),
         "class_prompts": class_templates(entry.class_prompts),
     }

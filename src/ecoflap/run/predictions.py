@@ -140,14 +140,7 @@ def _pictures(entry: Evaluation, seed: int, indices: Sequence[int]) -> dict[int,
         from ecoflap.support import embedded
 
         source = str(embedded.test_path())
-    reader = SampleReader(
-        source,
-        samples=entry.samples,
-        seed=seed,
-        columns=entry.columns or None,
-        prompt_template=entry.prompt,
-        image_folder=entry.image_folder,
-    )
+    reader = SampleReader(source, samples=entry.samples, seed=seed, **entry.reading())
     return {index: thumbnail(sample.images) for index, sample in reader.at(indices) if sample.images}
 
 
