@@ -73,7 +73,7 @@ def header_of(width: int, height: int) -> bytes:
 
 
 def test_a_picture_that_pillow_warns_of_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BrokenSample, match="a picture of 13000 × 13000 pixels"):
+    with pytest.raises(BrokenSample, match="an image of 13000 × 13000 pixels"):
         decode(header_of(13_000, 13_000), ImageFinder(None))
     with pytest.raises(BrokenSample, match="DecompressionBombError"):
         decode(header_of(50_000, 50_000), ImageFinder(None))

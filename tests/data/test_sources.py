@@ -274,7 +274,7 @@ def _error_cases(folder: Path) -> dict[str, tuple[Path, str]]:
         "no list": (folder / "scalar.json", "list of objects"),
         "broken parquet": (folder / "bad.parquet", "not a readable parquet"),
         "format": (folder / "data.xyz", "unknown format '.xyz'"),
-        "empty folder": (folder / "nothing", "holds no data"),
+        "empty folder": (folder / "nothing", "holds no known data"),
         "columns": (folder / "strange.jsonl", "none of its columns .foo, bar."),
     }
 

@@ -90,7 +90,7 @@ def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
         run(model, processor, data)
     with pytest.raises(InvalidOption, match=r"2 classes are given.*has 7"):
         run(model, processor, data, classes=["a", "b"])
-    with pytest.raises(InvalidOption, match="classifies pictures, not CLIPModel"):
+    with pytest.raises(InvalidOption, match="classifies images, not CLIPModel"):
         run(*pico.clip(), data)
     with torch.no_grad():
         model.classifier.bias.fill_(torch.nan)

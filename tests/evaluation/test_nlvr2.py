@@ -101,8 +101,8 @@ def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
     model, processor = pairs.vilt()
     with pytest.raises(CalibrationError, match="'maybe' in row 0 is neither true nor false"):
         run(model, processor, nlvr2_file(tmp_path, ["maybe"] * ROWS))
-    with pytest.raises(InvalidOption, match=r"two pictures.*not CLIPModel"):
+    with pytest.raises(InvalidOption, match=r"two images.*not CLIPModel"):
         run(*pico.clip(), nlvr2_file(tmp_path))
     rows = [{"image": pairs.picture_file(tmp_path, 0), "question": "red", "label": "true"}]
-    with pytest.raises(CalibrationError, match="row 0 has 1 pictures"):
+    with pytest.raises(CalibrationError, match="row 0 has 1 images"):
         run(model, processor, pairs.write_rows(tmp_path, rows))

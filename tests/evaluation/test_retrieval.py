@@ -148,7 +148,7 @@ def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
         run(model, processor, data, rerank=4)
     with pytest.raises(InvalidOption, match="at least 0"):
         run(model, processor, data, rerank=-1)
-    with pytest.raises(InvalidOption, match="compares pictures with texts"):
+    with pytest.raises(InvalidOption, match="compares images with texts"):
         run(*pico.llava(chat=False), data)
     with pytest.raises(InvalidOption, match="both an image processor and a tokenizer"):
         run(model, processor.tokenizer, data)
@@ -159,5 +159,5 @@ def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
         run(model, processor, pairs.write_rows(tmp_path, rows, "bare.jsonl"))
     with torch.no_grad():
         model.visual_projection.weight.fill_(torch.nan)
-    with pytest.raises(NonFiniteLoss, match="embedding of a picture"):
+    with pytest.raises(NonFiniteLoss, match="embedding of an image"):
         run(model, processor, data)

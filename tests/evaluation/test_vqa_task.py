@@ -193,5 +193,5 @@ def test_a_chat_is_asked_as_it_stands(tmp_path: Path) -> None:
     (sample, _) = load_samples(file, samples=None, seed=0).samples
     said = generate(model, Prompter(model, words), [sample], new_tokens=10)
     assert [one["prediction"] for one in result.predictions] == said * 2
-    with pytest.raises(CalibrationError, match="has no picture in row 0"):
+    with pytest.raises(CalibrationError, match="has no image in row 0"):
         run(*pico.blip2(), file)

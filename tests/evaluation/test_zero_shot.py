@@ -135,7 +135,7 @@ def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
         run(model, processor, data, class_prompts=["a photo"])
     with pytest.raises(InvalidOption, match="has 1 classes"):
         run(model, processor, pictures_file(tmp_path, ["red"] * 3))
-    with pytest.raises(InvalidOption, match="compares pictures with texts"):
+    with pytest.raises(InvalidOption, match="compares images with texts"):
         run(pico.vit(CLASSES)[0], processor, data)
     data = pictures_file(tmp_path)
     with torch.no_grad():

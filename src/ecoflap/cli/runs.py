@@ -40,7 +40,7 @@ def analyse(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Analyse RUN: JSON and pictures in its folder 'analysis', and report.html again, which shows them.
+    """Analyse RUN: JSON and images in its folder 'analysis', and report.html again, which shows them.
 
     Model, data and options are those of the run. What an earlier call has measured is kept.
 

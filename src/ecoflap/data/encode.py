@@ -90,7 +90,7 @@ def encode_continued(samples: Sequence[Sample], prompter: Prompter) -> dict[str,
 def encode_pairs(
     samples: Sequence[Sample], texts: Sequence[str], model: nn.Module, processor: Any
 ) -> dict[str, torch.Tensor]:
-    """The first picture of each sample with its text: ``pixel_values`` and ``input_ids``, ``[B, ...]`` each."""
+    """The first image of each sample with its text: ``pixel_values`` and ``input_ids``, ``[B, ...]`` each."""
     with padding_token(tokenizer_of(processor)):
         encoded = processor(
             images=[sample.image for sample in samples],

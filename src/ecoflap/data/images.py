@@ -172,7 +172,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
     if low > high:
-        raise BrokenSample("the picture holds no finite number")
+        raise BrokenSample("the image holds no finite number")
     ends = (0xFFFF,) if image.mode.startswith("I;16") else (0xFF, 0xFFFF) if image.mode == "I" else (1, 0xFF, 0xFFFF)
     top = next((end for end in ends if low >= 0 and high <= end), None)
     first, span = (0.0, float(top)) if top is not None else (low, max(high - low, 1e-30))
@@ -216,11 +216,11 @@ def _no_larger(image: Image.Image, most_pixels: int) -> Image.Image:
     image.draft(None, size)  # only for JPEG; the result is never smaller than requested
     limit, whole = Image.MAX_IMAGE_PIXELS, image.size
     if limit is not None and whole[0] * whole[1] > limit:
-        raise BrokenSample(f"a picture of {whole[0]} × {whole[1]} pixels, more than {limit}: make it smaller")
+        raise BrokenSample(f"an image of {whole[0]} × {whole[1]} pixels, more than {limit}: make it smaller")
     need = whole[0] * whole[1] * (_PER_PIXEL.get(image.format or "") or _PER_PIXEL.get(image.mode, 5))
     if need > MOST_DECODED:
         raise BrokenSample(
-            f"a picture of {whole[0]} × {whole[1]} pixels, for which {image.format or 'its'} decoding takes "
+            f"an image of {whole[0]} × {whole[1]} pixels, for which {image.format or 'its'} decoding takes "
             f"{need / 2**20:.0f} MiB: make it smaller, or JPEG"
         )
     small = _eight_bits(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else image

@@ -35,7 +35,7 @@ def needs_image(model: nn.Module) -> bool:
 
 
 def takes_images(model: nn.Module) -> bool:
-    """Whether ``forward`` has an argument for pictures."""
+    """Whether ``forward`` has an argument for images."""
     return any(name.startswith("pixel_values") for name in parameters_of(model))
 
 

@@ -1,6 +1,6 @@
 """Measures the quality of a model on a task, one file for each task.
 
-Imports ``data``, ``model`` and what stands below them. The names in ``__all__`` are imported when first used.
+Imports ``data``, ``model`` and the folders below. The names in ``__all__`` are imported at their first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Perplexity of the right answers, given picture and prompt: it separates models even where none answers right.
+"""Perplexity of the right answers, given image and prompt: it distinguishes models even if none answers right.
 
 The perplexity of a language model (Jelinek et al., JASA 1977) on the answers alone, with the prompt as context.
 """
@@ -43,7 +43,7 @@ class AnswerPerplexity(Task):
     The standard error is that of a ratio of sums over answers (delta method), whose lengths differ. ``by_group`` is
     the perplexity of each question type; ``n`` counts tokens.
 
-    Data: prompts or questions with answers, with or without pictures; None = the bundled set. The sequence length is
+    Data: prompts or questions with answers, with or without images; None = the bundled set. The sequence length is
     the most tokens of a prompt with its answer.
     """
 
@@ -97,10 +97,10 @@ class AnswerPerplexity(Task):
 
 
 def perplexity_of(answers: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
-    """Perplexity and standard error of (log p, tokens) of each answer; no error of a single answer."""
+    """Perplexity and standard error from (log p, tokens) of each answer; the error of a single answer is None."""
     count, tokens = len(answers), sum(number for _, number in answers)
     mean = -math.fsum(total for total, _ in answers) / tokens
-    value = math.exp(min(mean, 700.0))  # e^700 is the end of what a float holds
+    value = math.exp(min(mean, 700.0))  # larger powers overflow a float
     if count < 2:
         return value, None
     squares = math.fsum((-total - mean * number) ** 2 for total, number in answers)

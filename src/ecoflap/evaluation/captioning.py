@@ -1,4 +1,4 @@
-"""Captioning: generates a caption for each picture and scores it by CIDEr and SPICE against human captions.
+"""Captioning: generates a caption for each image and scores it by CIDEr and SPICE against human captions.
 
 Sources: CIDEr, Vedantam et al., CVPR 2015; SPICE, Anderson et al., ECCV 2016. The package ``pycocoevalcap`` computes
 both with two Java programs: Stanford's PTB tokenizer (its jar is in the package) and SPICE (the package downloads its
@@ -50,7 +50,7 @@ INSTALL = "pip install 'ecoflap[captions]'"
 
 
 def wanted(metrics: str) -> list[str]:
-    """Metric names from "CIDEr,SPICE", whatever their case.
+    """Metric names from "CIDEr,SPICE", in any case.
 
     Raises:
         UnknownName: none of :data:`METRICS`.
@@ -66,11 +66,11 @@ def wanted(metrics: str) -> list[str]:
 
 
 def check(metrics: Sequence[str], tokenizer: str) -> None:
-    """Make sure that these metrics can be computed here; SPICE's models are fetched by its package if need be.
+    """Check that these metrics can be computed here; the package downloads SPICE's models if necessary.
 
     Raises:
         UnknownName: no such tokenizer.
-        MissingDependency: the package, Java or SPICE's models are not there.
+        MissingDependency: the package, Java or SPICE's models are missing.
     """
     if tokenizer not in TOKENIZERS:
         raise unknown("tokenizer", tokenizer, list(TOKENIZERS))
@@ -87,7 +87,7 @@ def check(metrics: Sequence[str], tokenizer: str) -> None:
     if tokenizer == "ptb" and not java:
         raise MissingDependency(
             "the PTB tokenizer needs Java, and there is no program 'java': install it (Debian: default-jre-headless), "
-            "or give --task-option tokenizer=simple, whose CIDEr does not compare with published ones"
+            "or give --task-option tokenizer=simple, whose CIDEr can't be compared with published values"
         )
 
 
@@ -97,18 +97,18 @@ def has_package() -> bool:
 
 
 def simple_words(captions: list[list[str]]) -> list[list[str]]:
-    """Each caption as its runs of letters and digits in lower case, with one space between; no Java needed."""
+    """Each caption as lower-case words of letters and digits, separated by one space; needs no Java."""
     return [[" ".join(re.findall(r"\w+", caption.lower())) for caption in of_one] for of_one in captions]
 
 
 def ptb(captions: list[list[str]]) -> list[list[str]]:
-    """Each caption as the Penn Treebank tokens that the COCO evaluation counts: lower case, without punctuation.
+    """Each caption as Penn Treebank tokens, as in the COCO evaluation: lower case, without punctuation.
 
     Raises:
         MissingDependency: the Java program failed.
     """
     tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
-    # A caption is a line of the program's input, and an empty one at the end would be lost; a full stop is dropped.
+    # Each caption is one line of the program's input. A full stop, which is dropped later, keeps empty ones.
     lines = {i: [{"caption": " ".join(c.split()) or "."} for c in of_one] for i, of_one in enumerate(captions)}
     with java_program("the PTB tokenizer of pycocoevalcap", "tokenizer=simple"):
         words: dict[int, list[str]] = tokenizer.tokenize(lines)
@@ -125,7 +125,7 @@ def tokenize_with(name: str) -> Tokenize:
 def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """CIDEr(-D) of each tokenised candidate against its tokenised references, 0..10.
 
-    Words weigh by their rarity among the references of all pictures, so that a picture's score depends on the others.
+    Words are weighted by their rarity in the references of all images, so an image's score depends on the others.
     """
     scorer: Any = import_module("pycocoevalcap.cider.cider").Cider()
     truth = {i: list(of_one) for i, of_one in enumerate(references)}
@@ -147,7 +147,7 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 
 
 def _spice() -> Any:
-    """SPICE, its models downloaded by the package where they are not there yet."""
+    """SPICE; the package downloads its models if they are missing."""
     module = import_module("pycocoevalcap.spice.spice")
     folder = os.path.join(os.path.dirname(str(module.__file__)), "lib")
     try:
@@ -164,14 +164,14 @@ def _spice() -> Any:
 
 @contextmanager
 def java_program(name: str, way_out: str) -> Iterator[None]:
-    """Runs a Java program of the package quietly: what it says on standard error is kept for the message."""
+    """Context for a Java program of the package; its standard error goes into the message of an error."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as heard:
         saved = os.dup(2)
         os.dup2(heard.fileno(), 2)
         try:
             yield
-        except Exception as error:  # the package lets through whatever it runs into: OSError, CalledProcessError, ...
+        except Exception as error:  # the package raises many kinds: OSError, CalledProcessError, ...
             heard.seek(0)
             lines = [line.strip() for line in heard.read().decode(errors="replace").splitlines() if line.strip()]
             why = next((line for line in lines if "rror" in line or "xception" in line), str(error) or repr(error))
@@ -183,12 +183,12 @@ def java_program(name: str, way_out: str) -> Iterator[None]:
 
 
 MAX_NEW_TOKENS = 30  # of a caption: BLIP-2's published setting for COCO
-CHAT_PROMPT = "Describe the image in one short sentence."  # a chat has to be asked; other models just begin
+CHAT_PROMPT = "Describe the image in one short sentence."  # for chat models; others need no prompt
 
 
 @dataclass
 class _Picture:
-    """A picture's row, its references, and what the model says."""
+    """An image's row, its references, and the model's caption."""
 
     index: int
     references: list[str]
@@ -197,21 +197,21 @@ class _Picture:
 
 @dataclass(frozen=True)
 class Captioning(Task):
-    """CIDEr (0..10) and SPICE (0..1) of the model's captions, each the mean over pictures.
+    """CIDEr (0..10) and SPICE (0..1) of the model's captions, each the mean over images.
 
-    The standard errors are over pictures, with CIDEr's word weights taken as given. With several rows of one picture
-    (``Sample.group``) it is captioned once, and all their captions are its references.
+    Standard errors are over images, with CIDEr's word weights as constants. If several rows have the same image
+    (``Sample.group``), it is captioned once, and all their captions are its references.
 
-    Data: pictures with one or several captions each.
+    Data: images with one or several captions each.
 
     Attributes:
-        prompt: what the caption continues or answers ("a photo of"); by default the data's own, nothing without one,
-            and for a chat model "Describe the image in one short sentence."
-        beams, length_penalty, min_tokens, new_tokens: as :func:`ecoflap.evaluation.generate.generate`. A caption ends
-            with its line.
-        metrics: ``CIDEr``, ``SPICE`` or both with a comma between; the first of this order is the result's value.
-        tokenizer: ``ptb``, as the COCO evaluation does it in Java; or ``simple``, lower-case words without Java, whose
-            results are labelled so, as they do not compare with published ones.
+        prompt: text that the caption continues or answers ("a photo of"); by default the data's prompt, if any, and for
+            a chat model "Describe the image in one short sentence."
+        beams, length_penalty, min_tokens, new_tokens: as in :func:`ecoflap.evaluation.generate.generate`. A caption is
+            the first line of the output.
+        metrics: ``CIDEr``, ``SPICE`` or both, separated by a comma; the first of this order is the result's value.
+        tokenizer: ``ptb``, the COCO evaluation's, in Java; or ``simple``, lower-case words without Java, whose results
+            are labelled, since they can't be compared with published values.
     """
 
     unit: ClassVar[Unit] = "points"
@@ -234,11 +234,11 @@ class Captioning(Task):
         Raises:
             InvalidOption: the model cannot generate or has no image processor.
             MissingDependency: the extra ``captions``, Java or SPICE's models are missing.
-            CalibrationError: no pictures, or no captions.
+            CalibrationError: there are no images, or no captions.
         """
         names = wanted(self.metrics)
         if not callable(getattr(model, "generate", None)) or image_processor_of(processor) is None:
-            raise InvalidOption("task 'captioning' needs a model that generates text from pictures, and its processor")
+            raise InvalidOption("task 'captioning' needs a model that generates text from images, and its processor")
         reader = open_data("captioning", test)
         check(names, self.tokenizer)
         prompter = Prompter(model, processor)

@@ -1,4 +1,4 @@
-"""Computes embeddings of pictures and texts, and the matching scores of models with a matching head."""
+"""Computes embeddings of images and texts, and the matching scores of models with a matching head."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.task import image_inputs
 from ecoflap.model.patching import Forward, forward_replaced
 
-# Methods that embed a picture and a text: transformers' name, and that of OpenAI's and EVA's implementations.
+# Methods that embed an image and a text: transformers' name, and that of OpenAI's and EVA's implementations.
 METHODS = (("get_image_features", "get_text_features"), ("encode_image", "encode_text"))
-# Where retrieval models without embeddings in their output project the first token of a picture and of a text.
+# Projections of the first token of image and text in retrieval models without embeddings in their output.
 PROJECTIONS = ("vision_proj", "text_proj")
 
 
 class Embedder(Protocol):
-    """Embeds pictures and texts into one space; rows have length 1, in fp32 on the CPU."""
+    """Embeds images and texts into one space; rows have length 1, in fp32 on the CPU."""
 
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
-        """``[B, D]``, or ``[B, Q, D]`` of a model with Q queries, whose best one counts."""
+        """``[B, D]``, or ``[B, Q, D]`` for a model with Q queries, the best of which counts."""
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """``[B, D]``."""
 
 
 def embedder_of(model: nn.Module, processor: Any, task: str) -> TwoTowers | Matcher:
-    """What embeds with this model.
+    """The embedder for this model.
 
     Raises:
-        InvalidOption: the model has neither two towers nor a retrieval head, or half of its processor is missing.
+        InvalidOption: the model has neither two towers nor a retrieval head, or its processor is incomplete.
     """
     if image_processor_of(processor) is None or tokenizer_of(processor) is None:
         raise InvalidOption(f"task '{task}' needs a processor with both an image processor and a tokenizer")
@@ -52,13 +52,13 @@ def embedder_of(model: nn.Module, processor: Any, task: str) -> TwoTowers | Matc
         if both and (is_dual_tower(model) or picture == "encode_image"):
             return TwoTowers(model, processor, getattr(model, picture), getattr(model, text), task)
     raise InvalidOption(
-        f"task '{task}' needs a model that compares pictures with texts (CLIP, SigLIP, BLIP for retrieval), "
+        f"task '{task}' needs a model that compares images with texts (CLIP, SigLIP, BLIP for retrieval), "
         f"not {type(model).__name__}"
     )
 
 
 def similarity(pictures: Tensor, texts: Tensor) -> Tensor:
-    """Cosines ``[B pictures, T texts]``; of several queries of a picture the best one counts (BLIP-2)."""
+    """Cosines ``[B images, T texts]``; for an image with several queries, the largest (BLIP-2)."""
     if pictures.ndim == 2:
         return pictures @ texts.t()
     best = pictures[:, 0] @ texts.t()
@@ -68,7 +68,7 @@ def similarity(pictures: Tensor, texts: Tensor) -> Tensor:
 
 
 class TwoTowers:
-    """A model with a method for pictures and one for texts (CLIP, SigLIP, EVA-CLIP)."""
+    """A model with a method for images and one for texts (CLIP, SigLIP, EVA-CLIP)."""
 
     def __init__(
         self, model: nn.Module, processor: Any, picture: Callable[..., Any], text: Callable[..., Any], task: str
@@ -86,15 +86,17 @@ class TwoTowers:
         placed = to_device(inputs, self._model)
         wanted = inspect.signature(method).parameters
         output = method(placed.pop(main), **{name: value for name, value in placed.items() if name in wanted})
-        if not isinstance(output, Tensor):  # newer versions give the tower's output, the projected vector as its pool
+        if not isinstance(
+            output, Tensor
+        ):  # newer versions give the tower's output with the projected vector as pooler_output
             output = output.pooler_output
         return normalize(output.float(), dim=-1).cpu()
 
 
 class Matcher:
-    """A retrieval model whose forward either compares embeddings (ITC) or reads picture and text together (ITM).
+    """A retrieval model whose forward either compares embeddings (ITC) or takes image and text together (ITM).
 
-    With ``keep`` the encoded pictures are kept on the CPU in the model's dtype, so that :meth:`match` does not encode
+    With ``keep`` the encoded images are stored on the CPU in the model's dtype, so that :meth:`match` does not encode
     them again for each text.
     """
 
@@ -121,7 +123,7 @@ class Matcher:
         return self._vectors(output, "text_embeds", "question_embeds", PROJECTIONS[1])
 
     def match(self, pictures: Sequence[int], texts: Sequence[str]) -> Tensor:
-        """Logits ``[B]`` that ``texts[i]`` matches the picture that was embedded as number ``pictures[i]``."""
+        """Logits ``[B]`` that ``texts[i]`` matches the image that was embedded as number ``pictures[i]``."""
         inputs = self._read(texts)
         device = inputs["input_ids"].device
         seen = torch.stack([self._kept[i] for i in pictures]).to(device)
@@ -137,7 +139,7 @@ class Matcher:
         return scores[:, 1].float().cpu()
 
     def _read(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Texts beside a picture that is not looked at: the processor may put marks for a picture in front of them."""
+        """Inputs of texts with a blank image: the processor may put image tokens before the texts."""
         return to_device(encode_pairs([Sample((self._blank,))], texts, self._model, self._processor), self._model)
 
     def _vectors(self, output: Any, embeddings: str, hidden: str, projection: str) -> Tensor:

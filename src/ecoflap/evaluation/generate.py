@@ -31,10 +31,10 @@ def generate(
     min_tokens: int = 0,
     length_penalty: float = 1.0,
 ) -> list[str]:
-    """What ``model`` says to each sample's prompt and pictures.
+    """The model's output for each sample's prompt and images.
 
     Args:
-        prompter: for this model and its processor; pictures are left out for a model that cannot see.
+        prompter: for this model and its processor; images are left out for a text model.
         new_tokens: most tokens of an answer.
         limit: most tokens of a prompt, images included; None for no limit.
         beams: width of the beam search; 1 is greedy.
@@ -65,16 +65,15 @@ def generate(
 
 
 def delegates_generation(model: nn.Module) -> bool:
-    """Whether ``generate`` hands over to the model's own text decoder, with end and padding tokens of its own (BLIP).
+    """Whether ``generate`` calls the model's own text decoder, with its own end and padding tokens (BLIP).
 
-    These models have absolute positions and lose the mask of the prompt on the way, so that padding would change what
-    they say.
+    These models have absolute positions and ignore the prompt's mask, so that padding would change their output.
     """
     return callable(getattr(getattr(model, "text_decoder", None), "generate", None))
 
 
 def _padded_alike(model: nn.Module, prompter: Prompter, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Rows that go through the model together: all, or those of one length where padding is not masked."""
+    """Rows of each batch: all together, or those of equal length if the model does not mask padding."""
     if not delegates_generation(model):
         yield list(range(len(texts)))
         return
@@ -87,7 +86,7 @@ def _padded_alike(model: nn.Module, prompter: Prompter, texts: Sequence[str]) ->
 def _inputs(
     model: nn.Module, prompter: Prompter, texts: Sequence[str], samples: Sequence[Sample], limit: int | None
 ) -> dict[str, Any]:
-    # A decoder continues its prompt, so that must end where the answer begins: padding goes to the left.
+    # A decoder continues its prompt, so padding goes to the left.
     side = "right" if is_encoder_decoder(model) else "left"
     inputs: dict[str, Any] = to_device(prompter.encode(texts, [sample.images for sample in samples], side), model)
     length = inputs["input_ids"].shape[1]
@@ -97,12 +96,12 @@ def _inputs(
 
 
 def _continue(model: nn.Module, prompter: Prompter, inputs: dict[str, Any], options: dict[str, Any]) -> list[str]:
-    ids, tokenizer = inputs["input_ids"].clone(), prompter.tokenizer  # BLIP writes into the ids it is given
+    ids, tokenizer = inputs["input_ids"].clone(), prompter.tokenizer  # BLIP writes into its input ids
     assert tokenizer is not None
     length = ids.shape[1]
     if delegates_generation(model):
         output = model.generate(**inputs, **options)  # type: ignore[operator]
-        # The decoder began with the prompt, the first token replaced and the last left out; one that answers did not.
+        # A continuing decoder began with the prompt, the first token replaced and the last left out.
         if not answers_by_decoder(model):
             output = output[:, length - 1 :]
     else:
@@ -113,12 +112,12 @@ def _continue(model: nn.Module, prompter: Prompter, inputs: dict[str, Any], opti
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """End and padding tokens where the model's generation config has none."""
+    """End and padding tokens, if the model's generation config has none."""
     options: dict[str, Any] = {}
     settings, end = getattr(model, "generation_config", None), tokenizer.eos_token_id
     if getattr(settings, "eos_token_id", None) is None and end is not None:
         options["eos_token_id"] = end
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if pad is not None:  # finished answers are filled up with a token that decoding drops
+    if pad is not None:  # finished answers are padded with a token that decoding drops
         options["pad_token_id"] = pad
     return options

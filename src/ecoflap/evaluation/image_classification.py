@@ -56,7 +56,7 @@ class ImageClassification(Task):
         classes = test.classes
         names = model_classes(model)
         if not names or "pixel_values" not in parameters_of(model) or "input_ids" in parameters_of(model):
-            raise InvalidOption(f"task '{TASK}' needs a model that classifies pictures, not {type(model).__name__}")
+            raise InvalidOption(f"task '{TASK}' needs a model that classifies images, not {type(model).__name__}")
         if classes is not None and len(classes) != len(names):
             raise InvalidOption(f"{len(classes)} classes are given, but {type(model).__name__} has {len(names)}")
         reader = open_data(TASK, test)

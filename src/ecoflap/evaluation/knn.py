@@ -143,7 +143,7 @@ def _embedding(model: nn.Module, processor: Any, layer: int | None, pool: str) -
     if "input_ids" in parameters and not takes_images(model):
         return partial(_texts, model, processor, layer, pool)
     if layer is not None:
-        raise InvalidOption(f"{type(model).__name__} is no backbone of one tower: its picture embedding has no layers")
+        raise InvalidOption(f"{type(model).__name__} is no backbone of one tower: its image embedding has no layers")
     embed = embedder_of(model, processor, "knn").pictures
     return lambda part, source: embed(pictures(part, "knn", source))
 

@@ -1,4 +1,4 @@
-"""Log-likelihood of given continuations or answers, with or without pictures, for decoders and encoder-decoders."""
+"""Log-likelihood of given continuations or answers, with or without images, for decoders and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Scorer:
         self.limit = limit or max_length(model)
 
     def encode(self, context: str, continuation: str) -> Request:
-        """Tokens of both texts, cut where they differ from the context's own.
+        """Tokens of both texts, split where they differ from the context's own tokens.
 
-        A decoder's are those of the joined text, so that a word at the seam is split as in running text; blanks at the
-        end of the context count to the continuation, because most tokenizers glue a blank to the word after it.
+        For a decoder the joined text is tokenised, so that a word at the border has its usual tokens. Spaces at the end
+        of the context belong to the continuation, because most tokenizers join a space with the word after it.
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
@@ -56,15 +56,17 @@ class Scorer:
             return Request(tuple(self._ids(kept)), tuple(self._ids(continuation, special=False)))
         before, whole = self._ids(kept), self._ids(kept + continuation)
         end = getattr(self._tokenizer, "eos_token_id", None)
-        if len(before) > 1 and before[-1] == end:  # a tokenizer that closes each text: the continuation stays open
+        if (
+            len(before) > 1 and before[-1] == end
+        ):  # the tokenizer adds an end token, which the continuation must not have
             before = before[:-1]
             whole = whole[:-1] if whole[-1] == end else whole
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-        same = min(max(same, 1), len(whole) - 1)  # a first token has nothing to be predicted from
+        same = min(max(same, 1), len(whole) - 1)  # the first token can't be predicted
         return Request(tuple(whole[:same]), tuple(whole[same:]))
 
     def fits(self, request: Request) -> bool:
-        """Whether the request is within the limit."""
+        """Whether the request fits into the limit."""
         longest = max(len(request.context), len(request.continuation)) if self._seq2seq else len(request) - 1
         return self.limit is None or longest <= self.limit
 
@@ -87,7 +89,7 @@ class Scorer:
         rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         for number, request in enumerate(requests):
             rows.setdefault((request.context, request.continuation[:-1]), []).append(number)
-        ordered = sorted(rows, key=lambda row: -len(row[0]) - len(row[1]))  # rows of like length pad little
+        ordered = sorted(rows, key=lambda row: -len(row[0]) - len(row[1]))  # rows of similar length need little padding
         scores = [0.0] * len(requests)
         for start in range(0, len(ordered), batch_size):
             part = ordered[start : start + batch_size]
@@ -114,7 +116,7 @@ class Scorer:
             spans = [(len(context) - 1, len(context) + len(continuation)) for context, continuation in rows]
         first = 0
         if not self._seq2seq and "logits_to_keep" in parameters_of(self._model):
-            first = min(start for start, _ in spans)  # logits of a long prompt would fill the memory for nothing
+            first = min(start for start, _ in spans)  # to save the memory of a long prompt's logits
             extra["logits_to_keep"] = inputs["input_ids"].shape[1] - first
         logits = self._model(**to_device({**inputs, **extra}, self._model)).logits
         return [
@@ -124,7 +126,7 @@ class Scorer:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Rows filled up on the right, where neither positions nor a causal model's earlier tokens feel it."""
+    """Rows padded on the right, which changes neither positions nor, in a causal model, earlier tokens."""
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -145,11 +147,11 @@ def _decoder_start(model: nn.Module) -> int:
 
 
 class Likelihoods(NamedTuple):
-    """Of each sample's answer, on the CPU.
+    """Log-likelihoods of the samples' answers, on the CPU.
 
     Attributes:
-        total: log p of all its tokens and the end token, natural logarithm, fp32 ``[B]``.
-        tokens: how many these are, int64 ``[B]``.
+        total: log p of all tokens and the end token, natural logarithm, fp32 ``[B]``.
+        tokens: number of these, int64 ``[B]``.
     """
 
     total: torch.Tensor
@@ -160,7 +162,7 @@ class Likelihoods(NamedTuple):
 def answer_likelihoods(
     model: nn.Module, processor: Any, samples: Sequence[Sample], source: str, sequence_length: int | None = None
 ) -> Likelihoods:
-    """log p(``text`` | ``prompt``, pictures) of each sample, over the tokens that calibration labels, in one batch.
+    """log p(``text`` | ``prompt``, images) of each sample, over the tokens with labels in calibration, in one batch.
 
     Raises:
         CalibrationError: the model can't take the samples, or gives no logits for their tokens.
@@ -182,7 +184,7 @@ def answer_likelihoods(
         if not isinstance(logits, torch.Tensor) or logits.shape[:2] != labels.shape:
             raise CalibrationError(f"{type(model).__name__} gives no logits for the tokens of an answer")
         counted = labels != IGNORED
-        if not is_encoder_decoder(model):  # a decoder's logits at a token are for the next one
+        if not is_encoder_decoder(model):  # a decoder's logits at a token predict the next one
             counted = torch.cat([counted[:, 1:], counted.new_zeros(len(counted), 1)], dim=1)
             labels = labels.roll(-1, dims=1)
         found = logits[counted.to(logits.device)].float()

@@ -1,6 +1,6 @@
 """Runs suites of the lm-eval package as tasks: ``lm_eval:NAME`` is its task or group NAME, on the model in memory.
 
-Adapts lm-eval's wrappers: our progress, and pictures where a request has them. Imported only where lm-eval is there.
+Adapts lm-eval's wrappers: adds our progress, and images to requests that have them. Imported only with lm-eval.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from ecoflap.support.progress import Task as Bar
 from ecoflap.support.registry import unknown
 
 PREFIX = "lm_eval:"
-_NAMES = {"acc": "accuracy"}  # lm-eval's name of a metric to ours
+_NAMES = {"acc": "accuracy"}  # our names of metrics by lm-eval's
 
 
 @dataclass(frozen=True)
 class Suite(Task):
-    """What lm-eval measures; its first metric is the result, all further ones are ``others``.
+    """A task or group of lm-eval; its first metric is the result, further ones are ``others``.
 
-    A suite has its own data. Samples: the first so many questions of each task. Sequence length: lm-eval cuts longer
-    ones on the left; default the model's. The seed is of the choice of examples.
+    A suite has its own data. Samples: number of questions of each task, the first ones. Sequence length: lm-eval cuts
+    longer ones on the left; default the model's. The seed is for the choice of examples.
 
     Attributes:
-        name: the suite's, a task or group of lm-eval.
-        num_fewshot: examples before each question; default what the suite says.
-        include_path: a folder with task files (YAML) of your own; looked at before lm-eval's.
-        apply_chat_template: ask in the model's chat format.
+        name: of the task or group.
+        num_fewshot: number of examples before each question; default the suite's.
+        include_path: a folder with your own task files (YAML), which are used before lm-eval's.
+        apply_chat_template: use the model's chat format.
     """
 
     name: ClassVar[str]
@@ -65,8 +65,8 @@ class Suite(Task):
         Raises:
             MissingDependency: lm-eval is not installed.
             UnknownName: it has no such task.
-            CalibrationError: the suite's data can't be had.
-            InvalidOption: the model can't take the suite.
+            CalibrationError: the suite's data can't be loaded.
+            InvalidOption: the model can't run the suite.
         """
         name = self.name
         tokenizer = tokenizer_of(processor)
@@ -129,7 +129,7 @@ def _library() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
-    """lm-eval seeds the global generators; afterwards they are as they were."""
+    """Context that restores the state of the global random generators, which lm-eval seeds."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         yield
@@ -141,14 +141,14 @@ def _generators_kept() -> Iterator[None]:
 
 @lru_cache(maxsize=4)
 def _task_manager(include_path: str | None, defaults: bool) -> Any:
-    """lm-eval's index of tasks; reading its 14,000 files takes seconds, so that it is kept."""
+    """lm-eval's index of tasks, cached, since reading its 14,000 files takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path, include_defaults=defaults)
 
 
 def _find(name: str, include_path: str | None) -> Any:
-    """The index of tasks that has ``name``, the user's own alone if it can."""
+    """An index of tasks with ``name``: only the user's own, if it contains the task."""
     if include_path is not None and not Path(include_path).is_dir():
         raise InvalidOption(f"task option include_path={include_path}: there is no such folder")
     manager = None
@@ -168,7 +168,7 @@ def _evaluate(
 ) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
 
-    # It asks git for the commit of the current folder, and git complains on the terminal where there is none.
+    # It runs git in the current folder, which prints an error outside of a repository.
     no_git = patch("lm_eval.evaluator.get_git_commit_hash", lambda: None, create=True)
     try:
         with no_git:
@@ -180,7 +180,7 @@ def _evaluate(
     except OSError as error:  # what datasets raises for a hub out of reach, and for a missing file
         raise CalibrationError(
             f"the data of {PREFIX}{name} can't be loaded ({type(error).__name__}: {_line(error)}): it comes from the "
-            "hub; fetch it once where there is a connection, or give task files of your own by include_path"
+            "hub; load it once with a connection, or give your own task files by include_path"
         ) from error
     except (NotImplementedError, ValueError, TypeError, AssertionError) as error:
         raise InvalidOption(f"lm-eval can't run {PREFIX}{name} on this model: {_line(error)}") from error
@@ -206,7 +206,7 @@ def result_of(name: str, found: Mapping[str, Any], settings: dict[str, Any]) -> 
             by_group[member] = first_of.value
             if member in counts:
                 groups[member] = Group(int(counts[member]["effective"]), first_of.stderr)
-    if not metrics and by_group:  # a group that says nothing itself: the mean of its members
+    if not metrics and by_group:  # a group without its own value: the mean of its members
         metrics = {"mean": Measured(sum(by_group.values()) / len(by_group))}
     if not metrics:
         raise CalibrationError(f"{PREFIX}{name} gave no number: choose one of its members")
@@ -229,7 +229,7 @@ def result_of(name: str, found: Mapping[str, Any], settings: dict[str, Any]) -> 
 
 
 def _key(name: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    """lm-eval's metric and filter of our name of a metric; two empty words where it has none."""
+    """lm-eval's metric and filter for our name of a metric; two empty strings if it has none."""
     pairs = (key.partition(",")[::2] for key in row if "," in key)
     return next((pair for pair in pairs if _named(*pair) == name), ("", ""))
 
@@ -255,7 +255,7 @@ def _line(error: Exception) -> str:
 
 
 class Screen:
-    """Keeps lm-eval's own bars from the terminal, and shows ours while it asks the model."""
+    """Hides lm-eval's progress bars, and shows ours while the model runs."""
 
     def __init__(self, name: str, progress: Progress) -> None:
         self._name, self._progress, self._error = name, progress, sys.stderr
@@ -268,7 +268,7 @@ class Screen:
             yield
 
     def responses_to(self, method: Callable[..., Any], requests: list[Any]) -> Any:
-        """What ``method`` answers to ``requests``, with a bar."""
+        """The result of ``method`` for ``requests``, with a progress bar."""
         with contextlib.redirect_stderr(self._error), self._progress.stage(self._name, len(requests)) as self._stage:
             return method(requests, disable_tqdm=True)
 
@@ -278,7 +278,7 @@ class Screen:
 
 
 class _Shown(HFLM):  # type: ignore[misc]
-    """Counts what goes through the model."""
+    """Reports progress for each call of the model."""
 
     screen: Screen
 
@@ -307,7 +307,7 @@ class TextModel(_Shown):
 
 
 class SeeingModel(HFMultimodalLM):  # type: ignore[misc]
-    """A vision-language model; requests of text alone (without a third argument) go the way of language models."""
+    """A vision-language model; requests without images (a third argument) are handled as for language models."""
 
     screen: Screen
 
@@ -336,7 +336,7 @@ class SeeingModel(HFMultimodalLM):  # type: ignore[misc]
 def wrapped_for_lm_eval(
     model: nn.Module, processor: Any, *, batch_size: int, length: int | None, screen: Screen
 ) -> HFLM:
-    """The model as lm-eval wants it."""
+    """The model in lm-eval's wrapper."""
     options: dict[str, Any] = {
         "pretrained": model,
         "backend": "seq2seq" if is_encoder_decoder(model) else "causal",

@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: no text is generated, the most likely option is the answer.
+"""Multiple choice by log-likelihood: the most likely option is the answer; no text is generated.
 
 Style ``letters`` shows all options and compares the letters after "Answer:", with the published prompt of MMLU
 (Hendrycks et al., ICLR 2021); style ``text`` compares the options themselves, each as the continuation of the question
@@ -40,7 +40,7 @@ from ecoflap.evaluation.task import (
 TASK = "multiple-choice"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INTRODUCTION = "The following are multiple choice questions (with answers)"
-PLAIN_TEMPLATE = "Question: {question}\nAnswer:"  # of style text, as lm-eval has it for PIQA and ARC
+PLAIN_TEMPLATE = "Question: {question}\nAnswer:"  # of style text, as in lm-eval for PIQA and ARC
 
 Style = Literal["letters", "text"]
 Shot = tuple[int, Sample]  # (row of its source, sample)
@@ -71,13 +71,13 @@ class Prompts:
         return "\n".join([question, *lines, "Answer:"])
 
     def continuations(self, sample: Sample) -> list[str]:
-        """What is compared, each with the blank before it."""
+        """The texts to compare, each with a space before it."""
         choices = sample.choices or ()
         return [f" {LETTERS[i] if self.style == 'letters' else choice.strip()}" for i, choice in enumerate(choices)]
 
 
 def right(sample: Sample) -> int:
-    """Number of the right choice."""
+    """Index of the right choice."""
     return (sample.choices or ()).index(sample.text or "")
 
 
@@ -90,15 +90,15 @@ class MultipleChoice(Task):
     √(Σ stderr² of each)/subjects. ``by_group`` has the subjects.
 
     Data: any source with questions, choices and the right one; a subject in the ``kind`` column. The prompt template
-    has ``{question}``, and is used in place of the question (letters) or of "Question: ... Answer:" (text). The
-    sequence length is the most tokens of prompt and choice, default the model's longest; a question that is longer gets
-    fewer examples, as in MMLU's own code, and ``settings["shortened"]`` counts these. The batch size is in sequences.
+    has ``{question}``, and replaces the question (letters) or "Question: ... Answer:" (text). The sequence length is
+    the most tokens of prompt and choice, default the model's longest; a longer question gets fewer examples, as in
+    MMLU's code, and ``settings["shortened"]`` counts these. The batch size is in sequences.
 
     Attributes:
         style: ``letters`` or ``text``.
-        shots: examples before each question: the first ones of the same subject (of all, where there is none).
-        shots_source: data that they come from, such as MMLU's dev split; default the questions themselves, each one's
-            examples without itself.
+        shots: number of examples before each question: the first ones of the same subject (of all data, without
+            subjects).
+        shots_source: data of the examples, such as MMLU's dev split; default the other questions.
     """
 
     unit: ClassVar[Unit] = "%"
@@ -117,7 +117,7 @@ class MultipleChoice(Task):
         """As :meth:`Task.run`.
 
         Raises:
-            InvalidOption: the model takes no text alone, or an option is out of range.
+            InvalidOption: the model does not take text without images, or an option is out of range.
             CalibrationError: the data has no questions with choices, too few for the examples, or a question is too
                 long.
         """
@@ -163,14 +163,14 @@ def _check(reader: SampleReader) -> None:
 
 
 def _all_of(test: TestData) -> SampleReader:
-    """All questions of the data in their order."""
+    """A reader of all questions in the order of the data."""
     found = open_data(TASK, replace(test, samples=None, seed=0))
     _check(found)
     return found
 
 
 class _Examples:
-    """Examples for a question: the first of its subject."""
+    """The examples for a question: the first ones of its subject."""
 
     def __init__(self, source: SampleReader, shots: int, *, same: bool) -> None:
         self._shots, self._same, self.name = shots, same, source.source
@@ -198,7 +198,7 @@ class _Asker:
         self._shortened = 0
 
     def answer(self, part: Sequence[Shot], batch_size: int, source: str) -> dict[str, Any]:
-        """``records``, one per question, and how many of them are ``shortened``."""
+        """``records``, one per question, and the number that are ``shortened``."""
         before = self._shortened
         asked = [self._requests(index, sample, source) for index, sample in part]
         scores = iter(self._scorer.score([request for each in asked for request in each], batch_size))
@@ -211,7 +211,7 @@ class _Asker:
     def _requests(self, index: int, sample: Sample, source: str) -> list[Request]:
         if sample.choices is None or sample.text is None:
             raise CalibrationError(
-                f"{source}: question {index} has no answer: some data sets keep those of a split secret"
+                f"{source}: question {index} has no answer: some data sets don't publish the answers of a split"
             )
         shots = self._examples.of(index, sample)
         for count in range(len(shots), -1, -1):
@@ -222,7 +222,7 @@ class _Asker:
                 return found
         raise CalibrationError(
             f"{source}: question {index} has {max(map(len, found))} tokens, more than the {self._scorer.limit} that "
-            "the model can take or the sequence length allows"
+            "the model or the sequence length allows"
         )
 
 
@@ -258,7 +258,7 @@ def _result(predictions: list[dict[str, Any]], settings: dict[str, Any], style: 
         errors = [group.stderr for group in by_group.values() if group.stderr is not None]
         known = len(errors) == len(by_group)  # a subject with a single question has no standard error
         spread = sum(error**2 for error in errors) ** 0.5 / len(by_group) if known else None
-        # Each answer weighed so that their mean is this one, too.
+        # Each answer is weighted so that the mean is the macro accuracy.
         weights = {kind: len(predictions) / (len(by_group) * len(scores)) for kind, scores in groups.items()}
         weighed = [weights[record["kind"]] * record["score"] for record in predictions if "kind" in record]
         others["macro_accuracy"] = Measured(mean, spread, weighed)

@@ -1,4 +1,4 @@
-"""NLVR2: is a sentence about two pictures true? By a classifier of two pictures, or by a model that answers.
+"""NLVR2: whether a sentence about two images is true, by a classifier of two images or a generating model.
 
 Source: Suhr et al., "A Corpus for Reasoning About Natural Language Grounded in Photographs", ACL 2019.
 """
@@ -46,7 +46,7 @@ class Nlvr2(Task):
     A classifier (ViLT for NLVR2) decides by its logits. A generating model decides by which of the answers "True" and
     "False" has the higher log-likelihood, its end token included; equal ones count as wrong.
 
-    Data: two pictures, a sentence and a label (true or false) each. The prompt template is for a generating model, with
+    Data: two images, a sentence and a label (true or false) each. The prompt template is for a generating model, with
     ``{question}`` for the sentence. The sequence length is the most tokens of a prompt with its answer; classifiers cut
     their sentences.
     """
@@ -60,8 +60,8 @@ class Nlvr2(Task):
         """As :meth:`Task.run`.
 
         Raises:
-            InvalidOption: the model takes no two pictures, neither as a classifier nor in a prompt.
-            CalibrationError: a sample has no two pictures, no sentence, or another label than true or false.
+            InvalidOption: the model does not take two images, neither as a classifier nor in a prompt.
+            CalibrationError: a sample lacks two images or a sentence, or has another label than true or false.
             NonFiniteLoss: a score is NaN or infinite.
         """
         template = TEMPLATE if test.prompt_template is None else test.prompt_template
@@ -96,7 +96,7 @@ class Nlvr2(Task):
 
 
 def _scores(model: nn.Module, processor: Any, source: str, template: str, length: int | None) -> tuple[Score, str]:
-    """What scores both answers, and its name for the settings."""
+    """The function that scores both answers, and its name for the settings."""
     parameters = parameters_of(model)
     pictures = getattr(getattr(model, "config", None), "num_images", None)
     if "Classification" in type(model).__name__ and pictures == 2 and "pixel_values" in parameters:
@@ -104,8 +104,7 @@ def _scores(model: nn.Module, processor: Any, source: str, template: str, length
     if callable(getattr(model, "generate", None)) and processor is not None and "pixel_values" in parameters:
         return partial(_answered, model, processor, source, template, length), "log-likelihood"
     raise InvalidOption(
-        "task 'nlvr2' needs a classifier of two pictures or a model that answers about them, "
-        f"not {type(model).__name__}"
+        f"task 'nlvr2' needs a classifier of two images or a model that answers about them, not {type(model).__name__}"
     )
 
 
@@ -140,7 +139,7 @@ def _truth(index: int, sample: Sample, source: str) -> int:
 def _check_pictures(part: Chunk, source: str) -> None:
     for index, sample in part:
         if len(sample.images) != 2 or not sentence_of(sample):
-            found = f"{len(sample.images)} pictures" + ("" if sentence_of(sample) else " and no sentence")
+            found = f"{len(sample.images)} images" + ("" if sentence_of(sample) else " and no sentence")
             raise CalibrationError(
-                f"{source}: row {index} has {found}: task 'nlvr2' needs two pictures and a sentence with every row"
+                f"{source}: row {index} has {found}: task 'nlvr2' needs two images and a sentence with every row"
             )

@@ -25,20 +25,20 @@ from ecoflap.data.window_length import default_length
 from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.evaluation.task import Better, Shared, Task, TaskResult, TestData, mean_and_stderr
 
-LOGITS_AT_ONCE = 2**24  # fp32 logits that the loss is computed on at a time (64 MiB), whatever the vocabulary
+LOGITS_AT_ONCE = 2**24  # fp32 logits that the loss is computed on at a time (64 MiB), for any vocabulary
 
 
 @dataclass(frozen=True)
 class Perplexity(Task):
-    """exp(mean negative log-likelihood of a token); every window weighs the same.
+    """exp(mean negative log-likelihood of a token); every window has the same weight.
 
     The standard error is that of the mean over windows, times the perplexity (delta method): neighbouring tokens are
-    not independent, windows nearly are. ``n`` counts the scored tokens, windows × (sequence length − 1) where a window
-    begins with one special token or none.
+    not independent, windows nearly are. ``n`` is the number of scored tokens, windows × (sequence length − 1) if a
+    window begins with at most one special token.
 
-    Data: a text file, a folder of them, or a data set with a text column; the role ``text`` of the columns says which,
-    default guessed. Samples: the first so many windows; the seed has no effect. The sequence length is that of a
-    window; default what fits model, machine and text.
+    Data: a text file, a folder of them, or a data set with a text column (the role ``text``; by default guessed).
+    Samples: the number of windows, the first ones; the seed has no effect. The sequence length is that of a window;
+    default what fits model, machine and text.
     """
 
     better: ClassVar[Better] = "less"
@@ -63,7 +63,7 @@ class Perplexity(Task):
         tokenizer = tokenizer_of(processor)
         if data is None:
             raise InvalidOption("task 'perplexity' needs a text: give a file as data")
-        generates = getattr(model, "can_generate", None)  # a plain module has none
+        generates = getattr(model, "can_generate", None)  # a plain module does not have it
         if tokenizer is None or is_encoder_decoder(model) or (callable(generates) and not generates()):
             raise InvalidOption(
                 f"task 'perplexity' needs a causal language model with a tokenizer, not {type(model).__name__}"
@@ -103,7 +103,7 @@ class Perplexity(Task):
                     f"the loss of window {number} of {data} is {loss}: the model is broken, or needs float32"
                 )
         mean, error = mean_and_stderr(losses)
-        value = math.exp(min(mean, 700.0))  # e^700 is the end of what a float holds
+        value = math.exp(min(mean, 700.0))  # larger powers overflow a float
         settings = {
             "data": str(data),
             "sequence_length": length,

@@ -1,4 +1,4 @@
-"""Registers the tasks: a new one is one file and one line here. Needs no torch."""
+"""Registers the tasks: a new one is one file and one line here. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ecoflap.support.registry import Registry, dataclass_complaint, unknown
 if TYPE_CHECKING:
     from ecoflap.evaluation.task import Task
 
-SUITES = "lm_eval:"  # what the name of a suite of the lm-eval package begins with
+SUITES = "lm_eval:"  # prefix of the suites of the lm-eval package
 
 
 class _Tasks(Registry["Callable[..., Task]"]):

@@ -1,8 +1,8 @@
-"""Retrieval: finds the captions of a picture (TR) and the picture of a caption (IR); recall at 1, 5 and 10.
+"""Retrieval: finds the captions of an image (TR) and the image of a caption (IR); recall at 1, 5 and 10.
 
-Candidates are ranked by the cosine of embeddings, as for CLIP and SigLIP. For models with a matching head the best
-``rerank`` candidates are read together with the query and sorted again by matching logit plus cosine, as published for
-BLIP (Li et al., 2022) and BLIP-2 (Li et al., 2023).
+Candidates are ranked by the cosine of embeddings, as for CLIP and SigLIP. For models with a matching head, the best
+``rerank`` candidates are sorted again by matching logit plus cosine, as for BLIP (Li et al., 2022) and BLIP-2 (Li et
+al., 2023).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Queries:
         count: number of queries.
         scores: scores of all candidates for some queries, ``[B, C]``.
         right: which candidates are right for them, bool ``[B, C]``.
-        match: the dearer score of some candidates for one query, ``[number of them]``.
+        match: matching scores of some candidates for one query, ``[number of them]``.
     """
 
     count: int
@@ -57,9 +57,9 @@ class Queries:
 
 
 def rank_queries(queries: Queries, rerank: int, bar: Bar, workers: Workers = ALONE) -> list[int]:
-    """Rank of the best right candidate of each query, 0 = first; the best ``rerank`` are sorted again.
+    """Rank of the best right candidate of each query, 0 = first; the best ``rerank`` candidates are sorted again.
 
-    With ``rerank`` each query is one worker's.
+    With ``rerank``, workers share the queries.
     """
     collected: Shared[int] = Shared(workers)
     found: list[int] = []
@@ -82,9 +82,9 @@ def _matched(queries: Queries, query: int, scores: Tensor, right: Tensor, rerank
 
 
 def ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """How many wrong candidates score at least as high as the best right one, ``[B]`` from ``[B, C]`` each.
+    """Number of wrong candidates that score at least as high as the best right one, ``[B]`` from ``[B, C]``.
 
-    A tie counts against the right one, so a model with equal scores for all finds nothing.
+    A tie counts against the right one, so that a model with equal scores finds nothing.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~right).sum(dim=1)
@@ -92,7 +92,7 @@ def ranks(scores: Tensor, right: Tensor) -> Tensor:
 
 def _reranked(scores: Tensor, right: Tensor, top: Tensor, matched: Tensor) -> int:
     """:func:`ranks` of one query ``[C]`` after the candidates ``top`` were sorted by matching score plus score."""
-    if not bool(right[top].any()):  # it stays behind all of them
+    if not bool(right[top].any()):  # the right one stays behind all of them
         return int(ranks(scores[None], right[None]))
     return int(ranks((matched + scores[top])[None], right[top][None]))
 
@@ -102,7 +102,7 @@ DEPTHS = (1, 5, 10)
 
 @dataclass
 class _Gallery:
-    """All pictures and captions; ``owners[t]`` is the picture of caption ``t``, ``rows[p]`` the source's row of picture
+    """All images and captions; ``owners[t]`` is the image of caption ``t``, ``rows[p]`` the source's row of image
     ``p``."""
 
     rows: list[int] = field(default_factory=list)
@@ -112,17 +112,17 @@ class _Gallery:
 
 @dataclass(frozen=True)
 class Retrieval(Task):
-    """Share of pictures with one of their captions among the first k (TR@k), of captions with their picture (IR@k).
+    """Share of images with one of their captions among the first k (TR@k), of captions with their image (IR@k).
 
-    A wrong candidate that scores as high as the right one counts as before it. Standard errors are binomial over the
-    queries. ``n`` counts pictures. Recall depends on the number of candidates, so on the number of samples.
+    A wrong candidate with the same score as the right one is ranked before it. Standard errors are binomial over the
+    queries. ``n`` is the number of images. Recall depends on the number of candidates, and so of samples.
 
-    Data: pictures with captions: several per row, or rows that share a picture by their group column. The sequence
-    length has no effect; captions are cut to what the text tower takes.
+    Data: images with captions: several per row, or rows that share an image by their group column. The sequence
+    length has no effect; captions are cut to the text tower's limit.
 
     Attributes:
-        rerank: how many of the best candidates a model with a matching head reads (256 published for COCO, 128 for
-            Flickr30k); 0 for none.
+        rerank: number of best candidates that the matching head scores (published: 256 for COCO, 128 for Flickr30k); 0
+            for none.
     """
 
     unit: ClassVar[Unit] = "%"
@@ -137,8 +137,8 @@ class Retrieval(Task):
         """As :meth:`Task.run`.
 
         Raises:
-            InvalidOption: the model does not compare pictures with texts, or has no matching head to re-rank with.
-            CalibrationError: no pictures, or no captions.
+            InvalidOption: the model does not compare images with texts, or has no matching head to re-rank with.
+            CalibrationError: there are no images, or no captions.
             NonFiniteLoss: an embedding is NaN or infinite.
         """
         rerank, batch_size = self.rerank, test.batch_size
@@ -151,11 +151,11 @@ class Retrieval(Task):
             raise InvalidOption(f"rerank needs a model with a matching head, and {type(model).__name__} has none")
         reader = open_data("retrieval", test)
         gallery, places = _Gallery(), dict[str, int]()
-        # Whoever re-ranks needs all pictures as they were encoded, so that all workers encode them then.
+        # Re-ranking needs all encoded images, so all workers encode all of them then.
         encoded: Shared[Tensor] = Shared(ALONE if rerank else test.workers)
         read: Shared[Tensor] = Shared(test.workers)
         with evaluating(model):
-            for part in in_chunks(reader, test.batch_size, test.progress, "retrieval, pictures"):
+            for part in in_chunks(reader, test.batch_size, test.progress, "retrieval, images"):
                 images = pictures(part, "retrieval", reader.source)
                 fresh = []
                 for (index, sample), image in zip(part, images, strict=True):
@@ -175,7 +175,7 @@ class Retrieval(Task):
                     read.add(partial(embedder.texts, batch))
                     bar.advance(len(batch))
             seen, texts = torch.cat(encoded.all()), torch.cat(read.all())
-            check_finite(seen, "the embedding of a picture", reader.source)
+            check_finite(seen, "the embedding of an image", reader.source)
             check_finite(texts, "the embedding of a caption", reader.source)
 
             def match(pairs: list[tuple[int, int]]) -> Tensor:
@@ -230,7 +230,7 @@ def _ranks(
     progress: Progress,
     workers: Workers,
 ) -> dict[str, list[int]]:
-    """Rank of the best right candidate of each query, 0 = first, for captions of pictures and pictures of captions."""
+    """Rank of the best right candidate of each query, 0 = first, for captions of images and images of captions."""
     owners, places = torch.tensor(gallery.owners), torch.arange(len(seen))
     ways = {
         "TR": Queries(

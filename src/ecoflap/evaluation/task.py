@@ -1,4 +1,4 @@
-"""Defines a task and its result, and what all tasks share: test data in chunks, standard errors, several workers."""
+"""Defines a task and its result, with helpers of all tasks: test data in batches, standard errors, workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ecoflap.errors import CalibrationError, InvalidOption, NonFiniteLoss
 from ecoflap.support.progress import Progress, Silent
 from ecoflap.support.workers import ALONE, Workers
 
-BUNDLED = "the bundled test set"  # as settings call it
+BUNDLED = "the bundled test set"  # in a result's settings
 Chunk = list[tuple[int, Sample]]  # (row of the source, sample)
 
 
@@ -31,14 +31,14 @@ Better = Literal["more", "less"]
 
 @dataclass(frozen=True)
 class TestData:
-    """What a model is tested on, and how: what a recipe says of a test beside the task's own options.
+    """Test data and the settings of a test, beside the task's own options.
 
     Attributes:
-        data: any source of :func:`ecoflap.data.load_samples`; None where the task has data of its own.
-        samples: how many, drawn with ``seed``; None for all.
-        batch_size: samples of one forward.
+        data: any source of :func:`ecoflap.data.load_samples`; None if the task has its own data.
+        samples: number of samples, drawn with ``seed``; None for all.
+        batch_size: samples in one forward.
         sequence_length: most tokens of a sequence; None for no limit, or the model's.
-        columns, prompt_template, image_folder: as for calibration; None for what the data says itself.
+        columns, prompt_template, image_folder: as for calibration; None for the default.
         window_start: of plain text: ``each`` window begins with the tokenizer's special tokens, or ``once`` the whole
             text, as in the published code of SparseGPT and Wanda.
         classes: names of the classes.
@@ -47,7 +47,7 @@ class TestData:
         workers: processes that share the samples.
     """
 
-    __test__: ClassVar[bool] = False  # no test of pytest's
+    __test__: ClassVar[bool] = False  # for pytest
 
     data: str | Path | None = None
     samples: int | None = None
@@ -65,11 +65,11 @@ class TestData:
 
 
 class Task(ABC):
-    """Base of all tasks. A subclass is a frozen dataclass: its fields are its options, its class attributes say more.
+    """Base of all tasks. A subclass is a frozen dataclass whose fields are the task's options.
 
     Attributes:
-        unit: of all its metrics: ``%``, a share of 1 that is shown in per cent; ``points``, by custom shown times 100;
-            "" for the plain number.
+        unit: of all its metrics: ``%``, a share of 1 that is shown in per cent; ``points``, shown times 100; "" for the
+            plain number.
         better: whether ``more`` or ``less`` of its metrics is better.
         hub_type: the Hub's name of the kind of task, for the model card.
         takes: which of ``columns``, ``prompt_template``, ``image_folder``, ``classes`` and ``class_prompts`` it reads;
@@ -92,23 +92,23 @@ class Task(ABC):
 
     @abstractmethod
     def run(self, model: nn.Module, processor: Any, test: TestData) -> TaskResult:
-        """Measure ``model``, which is on its device and is left in the mode (train or eval) that it came in.
+        """Measure ``model``, which is on its device; its mode (train or eval) is the same afterwards.
 
         Args:
-            processor: the checkpoint's; None where there is none.
+            processor: the checkpoint's; None if it has none.
 
         Raises:
             InvalidOption: the task is not for this model, or an option is out of range.
             CalibrationError: the data is not for this task.
-            NonFiniteLoss: what is measured is NaN or infinite.
+            NonFiniteLoss: a measured value is NaN or infinite.
         """
 
 
 def open_data(task: str, test: TestData) -> SampleReader:
-    """The reader of a task's test data: the samples drawn with the seed, or all in the order of the file.
+    """The reader of a task's test data: samples drawn with the seed, or all in the order of the file.
 
     Raises:
-        InvalidOption: no data, or a batch size below 1.
+        InvalidOption: there is no data, or the batch size is below 1.
         CalibrationError: as :func:`ecoflap.data.load_samples`.
     """
     check_batch_size(test.batch_size)
@@ -126,7 +126,7 @@ def open_data(task: str, test: TestData) -> SampleReader:
 
 def bundled_questions() -> Path:
     """The test questions that come with the embedded model."""
-    from ecoflap.support import embedded  # imported late: only runs on the embedded model need it
+    from ecoflap.support import embedded
 
     return Path(embedded.test_path())
 
@@ -138,7 +138,7 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def in_chunks(reader: SampleReader, size: int, progress: Progress | None, stage: str) -> Iterator[Chunk]:
-    """The reader's samples in lists of ``size`` (the last may be shorter), each counted once the caller is done."""
+    """The reader's samples in lists of ``size`` (the last may be shorter); progress counts them after their use."""
     samples = iter(reader)
     with (progress or Silent()).stage(stage, total=len(reader)) as task:
         while part := list(islice(samples, size)):
@@ -152,7 +152,7 @@ def read_as(reader: SampleReader) -> str:
 
 
 def pictures(part: Chunk, task: str, source: str) -> list[Image.Image]:
-    """The first picture of each sample.
+    """The first image of each sample.
 
     Raises:
         CalibrationError: a sample has none.
@@ -160,25 +160,25 @@ def pictures(part: Chunk, task: str, source: str) -> list[Image.Image]:
     found = []
     for index, sample in part:
         if sample.image is None:
-            raise CalibrationError(f"{source} has no picture in row {index}: task '{task}' needs one with every sample")
+            raise CalibrationError(f"{source} has no image in row {index}: task '{task}' needs one with every sample")
         found.append(sample.image)
     return found
 
 
 def image_inputs(processor: Any, images: Sequence[Image.Image], task: str) -> dict[str, Any]:
-    """What the checkpoint's image processor makes of ``images``, as tensors with one row each.
+    """The output of the checkpoint's image processor for ``images``: tensors with one row per image.
 
     Raises:
         InvalidOption: the checkpoint has no image processor.
     """
     half = image_processor_of(processor)
     if half is None:
-        raise InvalidOption(f"task '{task}' needs pictures, but the checkpoint has no image processor")
+        raise InvalidOption(f"task '{task}' needs images, but the checkpoint has no image processor")
     return dict(half(images=list(images), return_tensors="pt"))
 
 
 def common_settings(reader: SampleReader, test: TestData, **more: Any) -> dict[str, Any]:
-    """The settings that each result carries, with the task's own ones in front; asked for after the last sample."""
+    """The settings of a result, with the task's own ones; to be called after the last sample."""
     return {
         "data": reader.source,
         **more,
@@ -190,28 +190,28 @@ def common_settings(reader: SampleReader, test: TestData, **more: Any) -> dict[s
 
 
 def captions_of(index: int, sample: Sample, task: str, source: str) -> list[str]:
-    """The captions of a sample's picture, at least one.
+    """The captions of a sample's image, at least one.
 
     Raises:
         CalibrationError: it has none.
     """
     found = [text for text in sample.captions or (sample.text,) if text]
     if not found:
-        raise CalibrationError(f"{source} has no caption in row {index}: task '{task}' needs one with every picture")
+        raise CalibrationError(f"{source} has no caption in row {index}: task '{task}' needs one with every image")
     return found
 
 
 def check_finite(values: torch.Tensor, what: str, source: str) -> None:
-    """Raises NonFiniteLoss if any of ``values`` is NaN or infinite: ranks of such would be good by accident."""
+    """Raises NonFiniteLoss if any of ``values`` is NaN or infinite, since their ranks would be meaningless."""
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteLoss(f"{what} of {source} is not finite: the model is broken, or needs float32")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A value in its metric's own unit, with its standard error; None where there is one observation alone.
+    """A value in its metric's own unit, with its standard error (None for a single observation).
 
-    ``scores``: of each sample, where the value is their mean and more is better.
+    ``scores`` are those of the samples, if the value is their mean and more is better.
     """
 
     value: float
@@ -221,7 +221,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Group:
-    """How sure the value of a group of samples is: their number, and the value's standard error (None: not known)."""
+    """Number of samples in a group, and the standard error of the group's value (None if it is unknown)."""
 
     n: int
     stderr: float | None = None
@@ -231,14 +231,19 @@ class Group:
 class TaskResult:
     """One measured quality.
 
-    ``value`` is in the metric's own unit (accuracy in 0..1, perplexity); ``stderr`` its standard error, None when
-    there is one observation alone; ``n`` the number of observations (questions, scored tokens); ``predictions`` one
-    record a question, for the report; ``others`` further metrics of the same task by name (IR@5, SPICE).
-    ``groups`` says how many samples are behind each value of ``by_group``, and its error. ``unit``,
-    ``better`` and ``hub_type`` are the task's, set by who runs it; None: each metric's, by its name. ``losses``: mean
-    negative log-likelihood of each window or answer, where the value is exp of their mean; ``tokens``: how many tokens
-    of each were scored, where they differ, and weigh it; ``scores``: of each sample, where there are neither
-    predictions nor losses, the value is their mean and more is better; ``kinds``: the group of each loss or score.
+    Attributes:
+        value: in the metric's own unit (accuracy in 0..1, perplexity).
+        stderr: of the value; None for a single observation.
+        n: number of observations (questions, scored tokens).
+        by_group, groups: the value of each group of samples; its number of samples and standard error.
+        predictions: one record per question, for the report.
+        others: further metrics of the same task by name (IR@5, SPICE).
+        unit, better, hub_type: the task's, set by the caller; None: each metric's, by its name.
+        losses: mean negative log-likelihood of each window or answer, if the value is exp of their mean.
+        tokens: number of scored tokens of each loss, its weight; None if all are equal.
+        scores: of each sample, if there are neither predictions nor losses, the value is their mean, and more is
+            better.
+        kinds: the group of each loss or score.
     """
 
     task: str
@@ -278,9 +283,9 @@ T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """Results that come one by one, each made by one worker and known to all in the end.
+    """A sequence of results, each computed by one worker and finally known to all.
 
-    All workers go through the same data and call :meth:`add` as often; what a worker does not make itself it skips.
+    All workers read the same data and make the same calls of :meth:`add`, which skips the work of other workers.
     """
 
     def __init__(self, workers: Workers) -> None:
@@ -288,15 +293,15 @@ class Shared(Generic[T]):
         self._own: list[T] = []
 
     def add(self, work: Callable[[], T]) -> None:
-        """The next result, made by ``work`` where it is this worker's turn.
+        """Add the result of ``work``, which is called only if it is this worker's turn.
 
-        It is of dicts, lists, strings, numbers and tensors, see :class:`ecoflap.support.workers.Workers`.
+        It consists of dicts, lists, strings, numbers and tensors, see :class:`ecoflap.support.workers.Workers`.
         """
         if self._count % self._workers.count == self._workers.rank:
             self._own.append(work())
         self._count += 1
 
     def all(self) -> list[T]:
-        """The results of all workers, in the order of the calls of :meth:`add`; tensors lie on the CPU."""
+        """The results of all workers, in the order of the calls of :meth:`add`; tensors are on the CPU."""
         gathered = self._workers.gather(self._own)
         return [gathered[number % len(gathered)][number // len(gathered)] for number in range(self._count)]

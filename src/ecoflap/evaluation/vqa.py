@@ -58,10 +58,10 @@ LONE_PERIOD = re.compile(r"\.(?!\d)")
 
 
 def normalize(answer: str) -> str:
-    """The answer in lower case without punctuation and articles, number words as digits, apostrophes in place.
+    """The answer in lower case without punctuation and articles, with digits for number words and apostrophes restored.
 
-    A punctuation mark beside a space, or anywhere if the answer has a comma between digits, is dropped; any other
-    becomes a space ("red/blue" → "red blue"). A period stays in front of a digit alone.
+    A punctuation mark beside a space is dropped, or any mark if the answer has a comma between digits; others become a
+    space ("red/blue" → "red blue"). A period is kept only before a digit.
     """
     text = " ".join(answer.split())
     dropped = DIGIT_COMMA.search(text) is not None
@@ -97,7 +97,7 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (total - hit) / 3) for hit in hits) / len(hits)
 
 
-MAX_NEW_TOKENS = 10  # of an answer, where the model's generation config does not say: the published VQA setting
+MAX_NEW_TOKENS = 10  # default length of an answer, if the model's generation config has none: the published setting
 
 RULES = {
     "soft": "vqa soft accuracy",
@@ -108,15 +108,15 @@ RULES = {
 
 @dataclass(frozen=True)
 class Vqa(Task):
-    """Accuracy (0..1) of the model's answers; ``by_group`` has that of each question type if there is a column for it.
+    """Accuracy (0..1) of the model's answers; ``by_group`` has that of each question type if there is such a column.
 
     Data: any source of :func:`ecoflap.data.load_samples` with questions and answers; None = the bundled set. Without a
-    prompt template, a model with a text encoder for questions (BLIP) gets the question alone.
+    prompt template, a model with a text encoder for questions (BLIP) gets only the question.
 
     Attributes:
         rule: ``soft``, VQAv2's accuracy over the annotators; ``normalised``, equality after VQAv2's normalisation;
-            ``exact``, equality of both in lower case without white space at the ends, as for GQA; ``auto``: ``soft``
-            where the data has a column of annotators' answers, else ``normalised``.
+            ``exact``, equality in lower case without white space at the ends, as for GQA; ``auto``: ``soft`` if the
+            data has a column of annotators' answers, else ``normalised``.
         beams, length_penalty, new_tokens: as :func:`ecoflap.evaluation.generate.generate`; ``new_tokens`` is by
             default the model's ``generation_config.max_new_tokens``, or 10.
     """

@@ -80,7 +80,7 @@ def walk(
         batches: calibration batches on the model's device; not read if the criterion needs no statistics.
         run: runs the model on a batch (the objective).
         offload: where block inputs are kept: "cpu" (or True), or "disk", in the journal's folder.
-        tokens: which tokens of a tower that reads text and pictures enter the statistics.
+        tokens: which tokens of a tower that reads text and images enter the statistics.
         journal: holds the blocks that an interrupted walk has pruned, and receives new ones; the same for all workers.
         workers: processes with the same ``model`` and ``batches``.
         each: the rule of each layer, where they differ; ``criterion`` then says what all of them read. Layers that no

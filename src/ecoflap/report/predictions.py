@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 PREDICTIONS_FILE = "predictions.json"
 EXAMPLES = 8  # of each kind on the page
-_LARGEST = 1_000_000  # bytes of a picture that is put into the page
-_MOST_PIXELS = 1_000_000  # a run writes pictures of 160 × 160 at most
+_LARGEST = 1_000_000  # bytes of an image that is put into the page
+_MOST_PIXELS = 1_000_000  # a run writes images of 160 × 160 at most
 
 # Kind → its title; the order of the page.
 KINDS = {
@@ -104,10 +104,10 @@ class Group:
 
 
 def gallery(folder: Path, task: TaskPredictions) -> list[Group]:
-    """The four kinds of a task with up to eight examples each, those with a picture first.
+    """The four kinds of a task with up to eight examples each, those with an image first.
 
     Args:
-        folder: the run directory, in which the pictures lie. What is no PNG file in it is not shown.
+        folder: the run directory, in which the images lie. What is no PNG file in it is not shown.
         task: the task's samples.
     """
     groups = []
@@ -121,7 +121,7 @@ def gallery(folder: Path, task: TaskPredictions) -> list[Group]:
 
 
 def picture_of(folder: Path, name: str | None) -> bytes | None:
-    """A small PNG picture of the run directory; None for anything else."""
+    """A small PNG image of the run directory; None for anything else."""
     if name is None:
         return None
     try:

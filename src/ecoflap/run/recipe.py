@@ -141,7 +141,7 @@ class Recipe(BaseModel):
     )
     tokens: str | None = Field(
         None,
-        description="Tokens that count in the statistics of towers that read text and pictures: all, text, balanced, "
+        description="Tokens that count in the statistics of towers that read text and images: all, text, balanced, "
         "weighted, text+top, text+attended or atv. Default: balanced with admm, else all.",
     )
     top_tokens: float | None = Field(
@@ -162,7 +162,7 @@ class Recipe(BaseModel):
         description="The loss: lm, seq2seq, contrastive, zero-shot, itm-itc, classification, supervised-contrastive, "
         "model, or your own module:function; default: by the model's class.",
     )
-    image_folder: str | None = Field(None, description="Folder with the pictures of an annotation file.")
+    image_folder: str | None = Field(None, description="Folder with the images of an annotation file.")
     classes: tuple[str, ...] | None = Field(
         None, description="Class names of zero-shot classification: a text file with one per line, or the names."
     )
@@ -201,7 +201,7 @@ class Recipe(BaseModel):
     test: str | None = Field(None, description="Test data of the task; left out: the bundled one.")
     test_columns: dict[str, str] = Field(default_factory=dict, description="Columns of the test data.")
     test_prompt: str | None = Field(None, description="Template of the test's prompt, with {question}.")
-    test_image_folder: str | None = Field(None, description="Folder with the pictures of the test data.")
+    test_image_folder: str | None = Field(None, description="Folder with the images of the test data.")
     test_samples: int | None = Field(None, ge=1, description="Number of test samples. Default: all.")
     test_batch_size: int | None = Field(
         None,

@@ -33,7 +33,7 @@ class Divergence:
         batches: calibration batches.
         objective: loss of a batch on any device, the same in every call.
         metric: ``kl``, ``loss``, or ``auto``: ``kl`` where the objective runs one forward that gives logits.
-        positions: of ``kl``: ``labels``, those with a label; ``text``, all real tokens that are not part of a picture.
+        positions: of ``kl``: ``labels``, those with a label; ``text``, all real tokens that are not part of an image.
             In the decoder of an encoder-decoder, and without labels, the two are the same.
         workers: processes that share the batches in :meth:`each`; each records its own.
     """

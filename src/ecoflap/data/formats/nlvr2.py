@@ -1,4 +1,4 @@
-"""Reads NLVR2: a sentence about two pictures, true or false, one JSON object in each line."""
+"""Reads NLVR2: a sentence about two images, true or false, one JSON object in each line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def fits(columns: Sequence[str]) -> bool:
 
 
 def nlvr2(table: Table) -> MappedTable:
-    """Rows with both pictures, the sentence as question, and "True" or "False" as answer and label."""
+    """Rows with both images, the sentence as question, and "True" or "False" as answer and label."""
     return MappedTable(table, ["image", "question", "answer", "label", "image_id"], _row)
 
 
@@ -23,7 +23,7 @@ def _row(row: Row) -> Row:
     """``dev-850-0-1`` is the second sentence about ``dev-850-0-img0.png`` and ``dev-850-0-img1.png``."""
     pair = str(row.get("identifier")).rpartition("-")[0]
     split = pair.partition("-")[0]
-    folder = f"{split}/{row['directory']}" if "directory" in row else split  # the training pictures are in folders
+    folder = f"{split}/{row['directory']}" if "directory" in row else split  # the training images are in folders
     label = str(row.get("label")).capitalize()
     return {
         "image": [f"{folder}/{pair}-img{number}.png" for number in (0, 1)],

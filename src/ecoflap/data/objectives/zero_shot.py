@@ -71,8 +71,8 @@ def zero_shot(model: nn.Module, batch: Batch) -> torch.Tensor:
     prompts: Any = getattr(output, "text_embeds", None)
     if not (_is_matrix(pictures) and _is_matrix(prompts)):
         raise CalibrationError(
-            f"objective 'zero-shot': {type(model).__name__} gives no image_embeds and text_embeds, one per picture and "
-            "one a text: it needs a model with two towers, such as CLIP"
+            f"objective 'zero-shot': {type(model).__name__} gives no image_embeds and text_embeds, one per image and "
+            "one per text: it needs a model with two towers, such as CLIP"
         )
     templates = int(batch["class_prompts"])
     normal = functional.normalize(prompts.float(), dim=-1).view(-1, templates, prompts.shape[-1])

@@ -1,1 +1,1 @@
-"""Analyses of a run: computed from its directory, kept as JSON with pictures (``ecoflap analyse``)."""
+"""Analyses of a run: computed from its directory, kept as JSON with images (``ecoflap analyse``)."""

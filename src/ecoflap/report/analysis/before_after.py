@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     from ecoflap.report.analysis.subject import Subject
 
-COLUMNS = 4  # examples of a kind in the picture; the page shows more
+COLUMNS = 4  # examples of a kind in the image; the page shows more
 TITLES = dict(zip(KINDS, ("both right", "only dense right", "only pruned right", "both wrong"), strict=True))
 _COLOURS = dict(zip(KINDS, (COLOURS[name] for name in ("c3", "c1", "c2", "c8")), strict=True))
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
-    """A picture for each task."""
+    """An image for each task."""
     path = subject.path / PREDICTIONS
     found = read_model(path, Predictions)
     if found is None or not found.tasks:
@@ -48,7 +48,7 @@ def _figure(name: str, task: TaskPredictions, folder: Path) -> Figure:
         grid = figure.add_gridspec(1 + len(shown), COLUMNS, height_ratios=[0.55] + [1.75] * len(shown))
         _bar(figure.add_subplot(grid[0, :]), name, task.counts)
         for line, (kind, rows) in enumerate(shown.items(), 1):
-            # Those with a picture come first: they were spread over all rows when they were chosen.
+            # Those with an image come first: they were spread over all rows when they were chosen.
             pictured = [row for row in rows if row.picture] or rows
             chosen = [pictured[place] for place in spread(range(len(pictured)), COLUMNS)]
             for column in range(COLUMNS):
