@@ -65,7 +65,7 @@ def test_what_is_no_plain_file_stays(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for target in (pipe, tmp_path):
-        with pytest.raises(StorageError, match="is no plain file"):
+        with pytest.raises(StorageError, match="not a regular file"):
             write_text(target, "x")
         with pytest.raises(OutputExists, match="is no folder" if target == pipe else "already holds something"):
             check_replaceable(target, overwrite=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ecoflap.model.packed.register import register as register_packed
 from ecoflap.support.lazy import lazily
 
-TYPE_CHECKING = False  # typing's own is not imported: see _HOMES
+TYPE_CHECKING = False  # typing is not imported: see _HOMES
 if TYPE_CHECKING:
     from ecoflap.api import PruneResult, inspect, prune, recover
     from ecoflap.importance.allocate import allocate
@@ -48,8 +48,8 @@ __all__ = [
     "write_model_card",
 ]
 
-# Imported when first used: what needs no model (the allocation, --help) must not wait for torch, and until the command
-# line has its signal handler even a hundredth of a second matters.
+# Imported at the first use: work without a model (the allocation, --help) must not wait for torch, and the command line
+# must set its signal handler quickly.
 _HOMES = {
     "Importance": "ecoflap.importance.scores",
     "PruneResult": "ecoflap.api",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Not signal and typing: they import a dozen modules, in which Ctrl-C would end in a traceback.
+# Not signal and typing: they import a dozen modules, during which Ctrl-C would show a traceback.
 import _signal as signal  # type: ignore[import-not-found]
 import os
 
@@ -17,7 +17,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def start() -> None:
-    """Run the command line, whose modules take a while to be read: a signal in that time is heard, too."""
+    """Run the command line, with handlers for signals already during its imports."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave)
@@ -28,7 +28,7 @@ def start() -> None:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)  # all is said, and Python takes a while to end
+                signal.signal(number, signal.SIG_DFL)  # all output is written, and Python's exit takes a while
 
 
 if __name__ == "__main__":

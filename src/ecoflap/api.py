@@ -1,7 +1,7 @@
 """The algorithm on one page: importance, allocation, search, pruning (ECoFLaP, Sung et al. 2024, arXiv 2310.02998).
 
-:func:`carry_out` is the algorithm. A run (:mod:`ecoflap.run.pipeline`) and a comparison call the same functions, and
-keep a journal between them. :class:`~ecoflap.search.method.Method` holds one choice for each step.
+:func:`carry_out` is the algorithm. A run (:mod:`ecoflap.run.pipeline`) and a comparison call the same functions, with a
+journal. :class:`~ecoflap.search.method.Method` holds one choice for each step.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class PruneResult:
         anatomy: its towers, blocks and layers, and the matrices that stay dense.
         importance: scores of stage 1; None if an allocation was given.
         allocation: target and achieved sparsity of each layer.
-        unreached: layers that no calibration token reached: pruned by what all tokens of their mixture give, or by
-            magnitude.
+        unreached: layers that no calibration token reached; they are pruned with the statistics of all tokens of their
+            mixture, or by magnitude.
     """
 
     model: nn.Module
@@ -101,7 +101,7 @@ def carry_out(
     """Prune ``model`` in place by ``method``.
 
     Args:
-        given: scores or an allocation that are known already.
+        given: known scores, or a known allocation.
         parts: ``include``, ``exclude``, ``towers``: see :func:`ecoflap.model.anatomy.discover`.
     """
     method.check(model, batches)
@@ -128,7 +128,7 @@ def importance_of(
     journal: EstimateJournal | None = None,
     norms: SharedNorms | None = None,
 ) -> Importance:
-    """Stage 1: the given scores, none for ``uniform``, else measured ones."""
+    """Stage 1: the given scores, no scores for ``uniform``, else measured ones."""
     if isinstance(given, Importance):
         return given
     if not method.importance.measured:
@@ -146,7 +146,7 @@ def allocation_of(
     journal: SearchJournal | None = None,
     norms: SharedNorms | None = None,
 ) -> Allocation:
-    """Turns scores into zeros for each layer, and starts the search there where the method has one."""
+    """Turn scores into zeros for each layer, and improve these by a search if the method has one."""
     allocation = allocate_scores(scores, method.allocation)
     check_allocation(anatomy, allocation, method.allocation.pattern)
     if method.search is None:
@@ -196,41 +196,41 @@ def prune(
     """Prune ``model`` in place to ``sparsity``: importance, allocation, then the walk (ECoFLaP, arXiv 2310.02998).
 
     Args:
-        model: any module whose forward returns a loss, or give ``loss``. Of a compiled model (``torch.compile``) the
-            module inside is pruned.
+        model: any module whose forward returns a loss, or give ``loss``. In a compiled model (``torch.compile``) the
+            original module is pruned.
         batches: calibration batches (a list, a ``DataLoader``, a generator), mappings of keyword arguments; moved to
             the model's device as needed. May be empty for the criterion ``magnitude`` with importance ``uniform`` or an
             allocation, and for ``global-magnitude``, which read no data.
         sparsity: fraction of the prunable weights to set to zero.
-        importance: a registered name, or scores measured before. Default: ``auto``, gradient norms where the model can
-            be differentiated, else ``zeroth-order``; none for global criteria.
+        importance: a registered name, or measured scores. Default: ``auto``, gradient norms if the model can be
+            differentiated, else ``zeroth-order``; none for global criteria.
         criterion: local rule: ``admm``, ``sparsegpt``, ``wanda`` (the paper's, and the fastest), ``magnitude``; or a
             global one, which decides every layer's sparsity by itself: ``global-magnitude``, ``iterative-gradient``.
         criterion_options: of the criterion, such as ``damping`` or ``rounds``.
         pattern: ``unstructured``, or N:M such as ``2:4``, which fixes every layer's sparsity.
         compare: ``row`` or ``matrix``: where scores are compared; by default the criterion's own.
         allocation: use this one, and skip stage 1.
-        search: improve the allocation by measuring the pruned model; by default where ``sensitivity`` is measured here.
+        search: improve the allocation by measuring the pruned model; by default if ``sensitivity`` is measured here.
         search_options: see :class:`ecoflap.search.options.SearchOptions`.
-        importance_samples: stage 1 uses the first whole batches with so many samples; None takes all.
+        importance_samples: stage 1 uses the first whole batches with this number of samples; None takes all.
         importance_error: stop sampling a layer when its standard error is this share of its score.
         importance_options: of the importance measure, such as ``epsilon`` or ``variant``.
-        recover: the criterion's zeros stay, and the other weights are fitted to the dense model's outputs by least
-            squares; see :func:`ecoflap.recover`, also for ``recover_options``.
+        recover: afterwards fit the nonzero weights to the dense model's outputs by least squares; see
+            :func:`ecoflap.recover`, also for ``recover_options``.
         loss: ``loss(model, batch)`` giving a scalar tensor.
         include, exclude, towers: patterns, see :func:`ecoflap.model.anatomy.discover`.
-        tokens: which tokens enter the criterion's statistics where a language tower reads visual tokens: a name of
+        tokens: which tokens enter the criterion's statistics if a language tower reads visual tokens: a name of
             :class:`ecoflap.statistics.choice.TokenChoice`. None: ``balanced`` with admm, else ``all``.
         offload_activations: where block inputs are kept between blocks: ``"cpu"`` (or True), or ``"disk"``, in a
             memory-mapped file that is removed with the process.
-        compute_dtype: for weights of half precision: ``native``, their own; ``float32``, block by block; ``auto``, fp32
-            where the CPU has no units for their own.
+        compute_dtype: for half-precision weights: ``native``, their own; ``float32``, block by block; ``auto``, fp32 on
+            a CPU that is slow in their own.
         max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, rule, spread: of the allocation.
         workers: processes with the same model and batches that share the work, see :mod:`ecoflap.support.processes`.
 
     Raises:
-        PartlyPruned: stage 2 failed, and memory had no room for a copy of the dense weights; names the changed layers.
-        EcoflapError: says what is wrong and how to fix it. The model is as it was, after any other error too.
+        PartlyPruned: stage 2 failed, and there was no memory for a copy of the dense weights; names the changed layers.
+        EcoflapError: says what is wrong and how to fix it. After this and any other error, the model is as before.
     """
     method = make_method(
         sparsity=sparsity, max_sparsity=max_sparsity, min_sparsity=min_sparsity, granularity=granularity,
@@ -268,9 +268,9 @@ def prune_to(
     journal: BlockJournal | None = None,
     workers: Workers = ALONE,
 ) -> tuple[Allocation, tuple[str, ...]]:
-    """Stage 2 alone, for a given allocation: (allocation with achieved sparsities, layers without statistics).
+    """Only stage 2, for a given allocation: (allocation with achieved sparsities, layers without statistics).
 
-    Not public: tests and benchmarks compare stage 2 alone with it. ``journal`` holds what an interrupted run has done.
+    Not public: for tests and benchmarks. ``journal`` contains the work of an interrupted run.
     """
     choice = tokens if isinstance(tokens, TokenChoice) else tokens_of(criterion, tokens)
     recovery = recovery_options(recover_options) if recover else None
@@ -296,22 +296,22 @@ def recover(
     progress: Progress | None = None,
     workers: Workers = ALONE,
 ) -> PruneResult:
-    """Give a pruned ``model``, in place, better weights for its zeros, whoever pruned it: the zeros stay.
+    """Fit the nonzero weights of a pruned ``model``, in place, to the outputs of ``dense``; the zeros stay.
 
     Layer by layer, ‖X Wᵀ − X̂ Ŵᵀ‖² is minimised over all Ŵ with these zeros: W is the dense weight, X are the layer's
-    inputs in the dense model and X̂ those in the model as it is recovered up to there
+    inputs in the dense model and X̂ those in the model that is recovered up to this layer
     (:class:`ecoflap.pruning.recovery.FitLayer`). Layers without zeros keep their weights.
 
     Args:
-        model: pruned from ``dense``, in any pattern; all its weights in memory.
+        model: pruned from ``dense`` by any method, in any pattern; all its weights in memory.
         dense: is not changed.
-        batches: calibration batches, as of :func:`prune`.
+        batches: calibration batches, as in :func:`prune`.
         options: ``steps`` of conjugate gradients (20) and ``damping`` (0.01).
-        loss, include, exclude, towers, tokens, offload_activations, progress, workers: as of :func:`prune`.
+        loss, include, exclude, towers, tokens, offload_activations, progress, workers: as in :func:`prune`.
 
     Raises:
-        InvalidOption: the models are of other shapes, differ outside the layers, or nothing is pruned.
-        EcoflapError: as of :func:`prune`; ``model`` is as it was, unless it is PartlyPruned.
+        InvalidOption: the models have different shapes, differ outside of the layers, or nothing is pruned.
+        EcoflapError: as in :func:`prune`; ``model`` is as before, except after PartlyPruned.
     """
     fit, choice = recovery_options(options), TokenChoice(tokens) if isinstance(tokens, str) else tokens
     model, dense = (getattr(given, "_orig_mod", given) for given in (model, dense))
@@ -341,7 +341,7 @@ def inspect(
     exclude: Sequence[str] = (),
     towers: Sequence[str] | None = None,
 ) -> Anatomy:
-    """Towers, blocks, prunable layers, and what stays dense with the reason; ``batch`` lets it watch a forward."""
+    """Towers, blocks, prunable layers, and the matrices that stay dense with the reason; ``batch`` is traced."""
     model = getattr(model, "_orig_mod", model)
     with cache_disabled(model):
         placed = None if batch is None else to_device(batch, model)

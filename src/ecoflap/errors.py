@@ -13,11 +13,11 @@ class EcoflapError(Exception):
 
 
 class InvalidOption(EcoflapError):
-    """An option has a value out of its range, or two options contradict each other."""
+    """An option has a value out of range, or two options contradict each other."""
 
 
 class UnknownName(EcoflapError):
-    """A name (criterion, task, layer, ...) that is not registered; the message suggests near ones."""
+    """A name (criterion, task, layer, ...) is not registered; the message suggests similar ones."""
 
 
 class CalibrationError(EcoflapError):
@@ -40,7 +40,7 @@ class NonFiniteLoss(EcoflapError):
     """A loss, score or statistic is NaN or infinite; the message names the batch and the layer.
 
     Attributes:
-        batch: number of the calibration batch, where one is at fault.
+        batch: number of the calibration batch, if one is at fault.
     """
 
     def __init__(self, message: str, batch: int | None = None) -> None:
@@ -49,10 +49,10 @@ class NonFiniteLoss(EcoflapError):
 
 
 class PartlyPruned(EcoflapError):
-    """Pruning failed part-way, and there was no room to keep the dense weights: the model must be loaded again.
+    """Pruning failed part-way, and there was no memory to keep the dense weights: the model must be loaded again.
 
     Attributes:
-        changed: names of the layers that are pruned already; all others are as they were.
+        changed: names of the layers that are pruned already; all others are unchanged.
     """
 
     exit_code = 1
@@ -63,7 +63,7 @@ class PartlyPruned(EcoflapError):
 
 
 class OutputExists(EcoflapError):
-    """The output directory already holds something and neither ``--overwrite`` nor ``--resume`` was given."""
+    """The output directory is not empty, and neither ``--overwrite`` nor ``--resume`` was given."""
 
 
 class ResumeMismatch(EcoflapError):
@@ -71,7 +71,7 @@ class ResumeMismatch(EcoflapError):
 
 
 class StorageError(EcoflapError):
-    """A file could not be written: disk full, no permission. What was there before is intact."""
+    """A file could not be written: disk full, no permission. An earlier file is intact."""
 
 
 class OutOfMemory(EcoflapError):
@@ -83,16 +83,16 @@ class MissingDependency(EcoflapError):
 
 
 class BrokenPlugin(EcoflapError):
-    """What another package adds (criterion, task, ...) can't be imported or used; the message names the package."""
+    """A criterion, task etc. of another package can't be imported or used; the message names the package."""
 
 
 class WorkerLost(EcoflapError):
-    """Another worker has ended, so that this one can't go on either."""
+    """Another worker has ended, so this one can't continue."""
 
     exit_code = 1
 
 
 class HubError(EcoflapError):
-    """The Hub refuses, or can't be reached: no token, no right to write, no network. Nothing on the disk is changed."""
+    """The Hub refuses, or can't be reached: no token, no permission, no network. Nothing on the disk is changed."""
 
     exit_code = 1

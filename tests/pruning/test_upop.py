@@ -59,7 +59,7 @@ def test_choice_is_the_best_of_all_subsets(seed, share):
 
 def test_more_weights_than_channels_have_are_refused():
     groups = [_group("a", "attention", 3, 7)]
-    with pytest.raises(InfeasibleAllocation, match="15 weights can't leave: the channels have 14"):
+    with pytest.raises(InfeasibleAllocation, match="15 weights can't be removed: the channels have 14"):
         choose(groups, {"a": torch.zeros(3)}, 15)
 
 

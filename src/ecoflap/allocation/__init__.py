@@ -1,7 +1,7 @@
 """Turns the scores of the layers into an exact number of zeros for each layer, in integers and fractions.
 
-Budgets, groups, caps and rounding are the same for every rule; a rule says how scores become shares. See
-docs/allocation.md. Imports ``support`` and ``errors`` alone, and no torch.
+Budgets, groups, caps and rounding are the same for every rule; a rule turns scores into shares. See
+docs/allocation.md. Imports only ``support`` and ``errors``, and no torch.
 """
 
 from ecoflap.allocation.allocate import allocate

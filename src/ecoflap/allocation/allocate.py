@@ -1,4 +1,4 @@
-"""Allocates zeros to layers: checks the options, forms budgets and groups, applies a rule, rounds to whole numbers."""
+"""Allocates zeros to layers: checks the options, forms budgets and groups, applies a rule, rounds to integers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from ecoflap.errors import InfeasibleAllocation, InvalidOption, NonFiniteLoss
 
 @dataclass(frozen=True)
 class AllocationOptions:
-    """Options of the allocation; :func:`allocate` describes each of them.
-
-    ``rule`` and ``spread`` None: those that the importance was made for.
-    """
+    """Options of :func:`allocate`; None for ``rule`` and ``spread`` stands for the importance's own."""
 
     sparsity: float = 0.5
     max_sparsity: float | None = None
@@ -73,27 +70,27 @@ def allocate(
 
     Args:
         layers: sizes and scores (finite, >= 0; scores may be None with ``uniform``).
-        sparsity: target p, a fraction of all weights of ``layers``; round((1 - p) N) weights are kept in all.
-        max_sparsity: upper limit for every group; by default the rule's: min(1, p + 0.1) for "proportional", where p is
-            a tower's own target if it has one.
+        sparsity: target p, a fraction of all weights of ``layers``; in total round((1 - p) N) weights are kept.
+        max_sparsity: upper limit for every group; by default the rule's: min(1, p + 0.1) for "proportional", with the
+            tower's own target p if it has one.
         min_sparsity: lower limit for every group.
-        granularity: which layers share one sparsity: those of a "block", of an "expert" of a mixture (and the rest of
-            each block), a single "layer", or those of a "tower".
-        aggregate: a group's score is the "sum" of its layers' scores, that divided by its weights ("mean") or by the
-            number of its layers ("layer-mean"); by default the rule's: "sum" for "proportional".
+        granularity: the layers that share one sparsity: those of a "block", of an "expert" of a mixture (and the rest
+            of each block), a single "layer", or those of a "tower".
+        aggregate: a group's score is the "sum" of its layers' scores, or the sum divided by its weights ("mean") or by
+            the number of its layers ("layer-mean"); by default the rule's: "sum" for "proportional".
         budget: "global", or "tower": every tower meets its target by itself.
-        tower_sparsity: own targets by tower name or modality (a name wins). Each key is a budget of its own (with
-            budget "tower", each of its towers is); the towers not named keep the overall target, together or each.
+        tower_sparsity: targets by tower name or modality (a name takes precedence). Each key is a budget by itself
+            (with budget "tower", each of its towers is); other towers keep the overall target, together or each.
         uniform: the same sparsity in every layer; scores, rule and spread are ignored.
-        pattern: "unstructured", or "N:M" which fixes every layer's ratio and so asks for ``uniform``.
+        pattern: "unstructured", or "N:M", which fixes every layer's ratio and so requires ``uniform``.
         rule: how scores become shares; one of :data:`~ecoflap.allocation.rules.RULES`.
-        spread: how far the rule lets groups differ; None for its default.
-        data: by name of a group (block, layer or tower): what a rule needs beside the score.
+        spread: the rule's limit on differences between groups; None for its default.
+        data: further input of a rule, by name of the group (block, layer or tower).
 
     Raises:
         InvalidOption: an option or score is out of range or contradicts another one.
         NonFiniteLoss: a score is NaN or infinite.
-        InfeasibleAllocation: the target cannot be met under the cap and floor; the feasible range is given.
+        InfeasibleAllocation: the target cannot be met under cap and floor; the message gives the feasible range.
         UnknownName: no such rule, or ``tower_sparsity`` names no tower or modality.
     """
     target, floor = unit("sparsity", sparsity), unit("min_sparsity", min_sparsity)
@@ -141,7 +138,7 @@ def allocate(
 
 
 def _split(layers: Sequence[LayerSize], zeros: int) -> dict[str, int]:
-    """``zeros`` over layers of one sparsity, in proportion to their sizes."""
+    """Distribute ``zeros`` over layers with the same sparsity, in proportion to their sizes."""
     whole = sum(layer.weights for layer in layers)
     exact = [Fraction(zeros * layer.weights, whole) for layer in layers]
     names = [layer.name for layer in layers]

@@ -1,4 +1,4 @@
-"""Checks the options of an allocation: numbers become exact fractions, names must be known ones."""
+"""Checks the options of an allocation; turns numbers into exact fractions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fixed_ratio(pattern: str) -> tuple[Fraction, int] | None:
     """The sparsity that an N:M ``pattern`` fixes and its M; None for "unstructured"."""
     if pattern == "unstructured":
         return None
-    from ecoflap.allocation.patterns import NofM, parse_pattern  # imports torch, which nothing else here needs
+    from ecoflap.allocation.patterns import NofM, parse_pattern  # patterns.py imports torch
 
     parsed = parse_pattern(pattern)
     return (parsed.sparsity, parsed.group) if isinstance(parsed, NofM) else None

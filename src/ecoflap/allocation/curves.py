@@ -51,7 +51,7 @@ class Curve:
         return cls(levels, losses)
 
     def monotone(self) -> Curve:
-        """The nearest curve (least squares) that never falls and is nowhere below 0: noise can make it dip."""
+        """The nearest curve (least squares) that never falls and is nowhere below 0; noise can make a curve fall."""
         blocks: list[tuple[float, int]] = []  # means and lengths, pooled where they would fall
         for loss in self.losses:
             mean, length = loss, 1
@@ -66,10 +66,10 @@ class Curve:
 class LeastLoss:
     """Minimise the sum of the groups' curves under the budget.
 
-    Each curve is made monotone, and replaced by its lower convex hull, on which the optimum is to cut where the loss
-    per weight is lowest, segment by segment, until the budget is met (the Lagrange condition: one slope for all). For
-    convex curves that is the exact optimum of the piecewise linear problem; the part of a segment that is cut last
-    leaves at most one group between two of its levels. Beyond its last level a curve goes on with its last slope.
+    Each curve is made monotone and replaced by its lower convex hull. Then segments are cut in the order of their loss
+    per weight until the budget is met (the Lagrange condition: one slope for all). For convex curves this is the exact
+    optimum of the piecewise linear problem; at most one group ends between two of its levels. Beyond its last level a
+    curve continues with its last slope.
 
     Raises:
         InvalidOption: a spread is given, which this rule does not have, or a group has no curve.

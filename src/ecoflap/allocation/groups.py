@@ -15,7 +15,7 @@ from ecoflap.support.registry import unknown
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What the allocation reads of a layer: its place, its number of weights, its score (None: not scored)."""
+    """A layer for the allocation: its place, its number of weights, its score (None: not scored)."""
 
     name: str
     tower: str
@@ -50,7 +50,7 @@ class Group:
         weights: of all members.
         least: weights that must be kept (set by the cap of the sparsity).
         most: weights that may be kept (set by the floor of the sparsity).
-        score: of its members together, by ``aggregate``; 0 where they have none.
+        score: of its members, combined by ``aggregate``; 0 if they have none.
         data: the entry of ``allocate(..., data=…)`` for this group, for rules that need more than a score.
     """
 
@@ -71,7 +71,7 @@ class Group:
 def make_pools(
     layers: Sequence[LayerSize], target: Fraction, budget: str, tower_sparsity: Mapping[str, float]
 ) -> list[Pool]:
-    """The budgets that ``budget`` and ``tower_sparsity`` ask for, in the order of their first layers.
+    """The budgets by ``budget`` and ``tower_sparsity``, in the order of their first layers.
 
     Raises:
         UnknownName: ``tower_sparsity`` names no tower or modality.
@@ -102,10 +102,10 @@ def make_groups(
     aggregate: str,
     data: Mapping[str, Any] | None = None,
 ) -> list[Group]:
-    """The pool's groups with their limits, which leave room for keeping ``keep`` weights in all.
+    """The pool's groups with their limits.
 
     Raises:
-        InfeasibleAllocation: they don't; the message gives the range that they allow.
+        InfeasibleAllocation: the limits don't allow ``keep`` weights in total; the message gives the feasible range.
     """
     members: dict[tuple[str, ...], list[LayerSize]] = {}
     for layer in pool.layers:
@@ -147,7 +147,7 @@ def _group(
 def infeasible(
     pool: Pool, floor: Fraction, cap: Fraction, low: Fraction, high: Fraction, granularity: str = ""
 ) -> InfeasibleAllocation:
-    """The error for a target outside of ``low`` to ``high``, all that ``floor`` and ``cap`` leave, if anything."""
+    """The error for a target outside of ``low`` to ``high``, the range that ``floor`` and ``cap`` allow."""
     where = f" of '{pool.name}'" if pool.name else ""
     limits = f"min_sparsity {float(floor):g} and max_sparsity {float(cap):g}"
     whole = f" (in whole weights of each {granularity})" if granularity else ""

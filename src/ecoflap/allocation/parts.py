@@ -18,7 +18,7 @@ from ecoflap.support.registry import unknown
 
 
 def read_allocation(path: str | Path) -> Allocation:
-    """Read an ``allocation.json``, perhaps edited by hand.
+    """Read an ``allocation.json``, which may be edited by hand.
 
     Raises:
         InvalidOption: it can't be read or is no allocation; the message names the file and the layer.
@@ -39,11 +39,11 @@ class SearchRecord:
 
     Attributes:
         metric: the kind of ``losses``: ``kl`` (nats, from the dense model's outputs to the pruned one's) or ``loss``.
-        losses: at the start and after every step that was taken.
+        losses: at the start and after every accepted step.
         rounds: the round of each loss: ``start``, ``block 1``, ``layer 2 along the walk``, ``swaps``.
-        given: layer name to its zeros at the start.
-        costs: block name to the cost of its pruned weights, as the last round measured it, in units of ``metric``;
-            empty where no round was run.
+        given: number of zeros at the start by layer name.
+        costs: cost of the pruned weights by block name, as the last round measured it, in units of ``metric``; empty if
+            there was no round.
     """
 
     metric: str
@@ -88,7 +88,7 @@ def _finite(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class LayerAllocation:
-    """The decision for one layer: ``zeros`` of its ``weights``; ``achieved`` is the sparsity after pruning."""
+    """The allocation of one layer: ``zeros`` of its ``weights``; ``achieved`` is the sparsity after pruning."""
 
     name: str
     tower: str
@@ -106,10 +106,10 @@ class LayerAllocation:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Zeros for every layer, in the order of the layers given, with the options that led to them.
+    """Zeros for every layer, in the given order, with the options of the allocation.
 
-    ``model_parameters`` counts all parameters of the model, prunable or not, where the count is known; ``search``
-    records the search that found this allocation, if one did.
+    ``model_parameters`` is the number of all parameters of the model, prunable or not, if known; ``search`` records the
+    search that found this allocation, if any.
     """
 
     sparsity: float
@@ -132,7 +132,7 @@ class Allocation:
 
     @property
     def model_sparsity(self) -> float | None:
-        """Zeros as a fraction of all parameters of the model; None where their number is not known."""
+        """Zeros as a fraction of all parameters of the model; None if their number is unknown."""
         return self.zeros / self.model_parameters if self.model_parameters else None
 
     def __getitem__(self, name: str) -> LayerAllocation:
@@ -144,10 +144,10 @@ class Allocation:
 
     @cached_property
     def _by_name(self) -> dict[str, LayerAllocation]:
-        return {layer.name: layer for layer in self.layers}  # a mixture has tens of thousands
+        return {layer.name: layer for layer in self.layers}  # for speed: a mixture has tens of thousands
 
     def with_achieved(self, achieved: Mapping[str, float]) -> Allocation:
-        """A copy with the sparsity that pruning reached in the layers named in ``achieved``."""
+        """A copy with the sparsity that pruning achieved in the layers of ``achieved``."""
         layers = (replace(layer, achieved=achieved.get(layer.name, layer.achieved)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
 
@@ -167,10 +167,10 @@ class Allocation:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Allocation:
-        """Read what :meth:`to_json` wrote, perhaps edited by hand.
+        """Read what :meth:`to_json` wrote, which may be edited by hand.
 
-        A layer's ``zeros`` counts; where it is absent, its ``sparsity`` is turned into the nearest count. The sum of
-        the file is recomputed, so the edited numbers need not add up to the old total.
+        A layer's ``zeros`` is used; if it is missing, its ``sparsity`` is rounded to the nearest count. Totals are
+        recomputed, so that edited numbers need not add up to the old total.
 
         Raises:
             InvalidOption: a field is missing, of the wrong kind or out of range; the message names the layer.

@@ -1,4 +1,4 @@
-"""Defines the sparsity patterns, unstructured and N:M, and checks whether a layer can have so many zeros."""
+"""Defines the sparsity patterns, unstructured and N:M, and checks whether a number of zeros fits a layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Compare = Literal["row", "matrix"]
 class Unstructured:
     """Zeros anywhere; scores are compared within each output row, or over the whole matrix.
 
-    ``compare`` None leaves the choice to the criterion (its ``default_compare``); without one it is "row".
+    If ``compare`` is None, the criterion decides (its ``default_compare``), or it is "row".
     """
 
     compare: Compare | None = None
@@ -44,7 +44,7 @@ Pattern = Unstructured | NofM
 
 
 def parse_pattern(text: str, compare: str | None = None) -> Pattern:
-    """Read "unstructured" or "N:M" with 0 < N < M; ``compare`` ("row", "matrix") concerns unstructured alone.
+    """Read "unstructured" or "N:M" with 0 < N < M; ``compare`` ("row", "matrix") is only for unstructured.
 
     Raises:
         InvalidOption: anything else.
@@ -63,14 +63,14 @@ def parse_pattern(text: str, compare: str | None = None) -> Pattern:
 
 
 def with_default(pattern: Pattern, compare: Compare) -> Pattern:
-    """``pattern``, with ``compare`` filled in where it leaves the choice open."""
+    """``pattern`` with ``compare`` filled in if it is open."""
     if isinstance(pattern, Unstructured) and pattern.compare is None:
         return replace(pattern, compare=compare)
     return pattern
 
 
 def sparsity_of_pattern(pattern: Pattern) -> Fraction | None:
-    """The sparsity that the pattern fixes; None when it leaves it free."""
+    """The sparsity that the pattern fixes; None if it fixes none."""
     return pattern.sparsity if isinstance(pattern, NofM) else None
 
 

@@ -1,8 +1,8 @@
 """Defines the allocation rules: how scores become numbers of kept weights. A new rule is one class and one line here.
 
 ``proportional`` is the rule of ECoFLaP: shares in proportion to the scores, under a cap. The linear rules (OWL, DLP,
-AlphaPruning) bound the shares by their spread, so they need no cap; where a limit cuts a share off, the others are
-shifted (or scaled) together until the budget is met again. All of them round by largest remainder, exactly.
+AlphaPruning) bound the shares by their spread, so they need no cap; if a limit cuts off a share, all others are
+shifted (or scaled) until the budget is met. All rules round by largest remainder, exactly.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 
 class Rule(Protocol):
-    """Shares the kept weights of one budget among its groups.
+    """Distributes the kept weights of one budget over its groups.
 
     Attributes:
-        margin: without a cap from the user, the cap is the target plus this; None: no cap, because the rule itself
-            limits the shares.
+        margin: the default cap is the target plus this; None: no cap, because the rule itself limits the shares.
         scored: whether the rule needs scores.
         aggregate: the default way to combine the scores of a group's layers; one of ``AGGREGATES``.
     """
@@ -39,8 +38,8 @@ class Rule(Protocol):
         """How many weights each group keeps.
 
         Args:
-            groups: with sizes, limits, scores and data; in the order of the layers, which must not matter.
-            keep: weights to keep in all, between the sums of the groups' ``least`` and ``most``.
+            groups: with sizes, limits, scores and data; the result must not depend on their order.
+            keep: total of weights to keep, between the sums of the groups' ``least`` and ``most``.
             target: the sparsity of this budget, from which ``keep`` was computed.
 
         Returns:
@@ -59,14 +58,14 @@ RULES: Registry[Callable[[float | None], Rule]] = Registry(
 )
 
 
-"""Name to what makes the rule of a spread (None: not given)."""
+"""By name, the class that makes the rule from a spread (None: not given)."""
 
 
 def distribute(total: int, room: list[int], scores: list[int], keys: list[tuple[str, ...]]) -> list[int]:
-    """Distributes ``total`` in proportion to ``scores``, at most ``room`` to each; the sum is exact.
+    """Distribute ``total`` in proportion to ``scores``, at most ``room`` to each; the sum is exact.
 
-    A group that is full leaves, and the rest is distributed again (water-filling). Shares are rounded by largest
-    remainder, ties by ``keys``. Groups with score zero get nothing while the others have room, then equal shares.
+    When a group is full, the rest is distributed over the others (water-filling). Shares are rounded by largest
+    remainder, ties by ``keys``. Groups with score zero get nothing while others have room, then equal shares.
 
     Args:
         total: at most the sum of ``room``.
@@ -84,8 +83,8 @@ def _fill(
     dealt: list[int], among: list[int], amount: int, room: list[int], scores: list[int], keys: list[tuple[str, ...]]
 ) -> None:
     """Write the shares of ``amount`` (at most the sum of ``room``) into ``dealt``."""
-    # A group is full when its proportional share reaches its room. In the order of room per score one pass finds all
-    # full groups: once one of them has space left, so have all after it.
+    # A group is full when its proportional share reaches its room. In the order of room per score, one pass finds all
+    # full groups: if one of them is not full, none after it is.
     order = sorted(among, key=lambda i: Fraction(room[i], scores[i]))
     open_score = sum(scores[i] for i in among)
     full = 0
@@ -124,10 +123,12 @@ def level(
         unit: positive.
 
     Returns:
-        Exact shares; those that are not cut off keep the differences that ``start`` gives them.
+        Exact shares; those that are not cut off keep their differences in ``start``.
     """
     places = range(len(start))
-    begin = [Fraction(limits[i][0] * unit - start[i], slope[i]) for i in places]  # of c, where i leaves its lower limit
+    begin = [
+        Fraction(limits[i][0] * unit - start[i], slope[i]) for i in places
+    ]  # the c at which i leaves its lower limit
     end = [Fraction(limits[i][1] * unit - start[i], slope[i]) for i in places]
     events = sorted([(begin[i], i, 1) for i in places] + [(end[i], i, -1) for i in places])
     # As c grows past its events, the sum is fixed + c · steep, in units.
@@ -159,7 +160,7 @@ class Proportional:
             raise InvalidOption(f"spread {spread:g}: rule 'proportional' has no spread; limit it with max_sparsity")
 
     def __call__(self, groups: Sequence[Group], keep: int, target: Fraction) -> list[int]:
-        # Only ratios count, so the scores become integers once: sums stay exact, without a gcd at every step.
+        # Only ratios count, so the scores become integers: sums are exact, without a gcd at every step.
         common = math.lcm(*(group.score.denominator for group in groups))
         whole = [group.score.numerator * (common // group.score.denominator) for group in groups]
         room = [group.most - group.least for group in groups]
@@ -168,12 +169,12 @@ class Proportional:
 
 
 class Linear:
-    """The kept share of group g is 1 − p + 2λ(t_g − t̄), t_g being its score's place between the lowest (0) and the
-    highest (1), t̄ the mean of all t_g weighted by size, λ the spread.
+    """The kept share of group g is 1 − p + 2λ(t_g − t̄): t_g is its score scaled to 0 (lowest) to 1 (highest), t̄ the
+    mean of all t_g weighted by size, λ the spread.
 
-    That is the map of OWL (Yin et al., ICML 2024, arXiv 2310.05175, section 3) and DLP (Chen et al., ICML 2025, arXiv
-    2505.23807, section 3) as their published code has it: shares lie in a band 2λ wide, whose mean is the target. Their
-    mean is unweighted, which is the same for blocks of one size and misses the budget for others.
+    This is the map of OWL (Yin et al., ICML 2024, arXiv 2310.05175, section 3) and DLP (Chen et al., ICML 2025, arXiv
+    2505.23807, section 3) in their published code: shares are in a band of width 2λ, whose mean is the target. Their
+    mean is unweighted, which is the same for blocks of equal size and misses the budget for others.
 
     Args:
         spread: λ, from 0 to 1; by default OWL's 0.08.
@@ -191,7 +192,7 @@ class Linear:
 
     def __call__(self, groups: Sequence[Group], keep: int, target: Fraction) -> list[int]:
         places, width = _places(groups)
-        # In units of 1 / (q · width) weights, q being λ's denominator, everything is a whole number.
+        # In units of 1 / (q · width) weights, with λ's denominator q, everything is an integer.
         kept = level(
             keep,
             [2 * self.spread.numerator * group.weights * place for group, place in zip(groups, places, strict=True)],
@@ -203,11 +204,11 @@ class Linear:
 
 
 class LinearRelative:
-    """The sparsity of group g is η(1 + τ(1 − 2t_g)), with t_g as in :class:`Linear`, τ the spread, and η such that the
+    """The sparsity of group g is η(1 + τ(1 − 2t_g)), with t_g as in :class:`Linear`, the spread τ, and η such that the
     budget is met: from η(1 + τ) for the lowest score to η(1 − τ) for the highest.
 
-    That is the map of AlphaPruning (Lu et al., NeurIPS 2024, arXiv 2410.10912, section 3.2), which gives each group the
-    sparsity η((α_g − α_min) / (α_max − α_min) · 2τ + 1 − τ); our scores fall where its α rises.
+    This is the map of AlphaPruning (Lu et al., NeurIPS 2024, arXiv 2410.10912, section 3.2), which gives each group the
+    sparsity η((α_g − α_min) / (α_max − α_min) · 2τ + 1 − τ); our scores fall as its α rises.
 
     Args:
         spread: τ, at least 0 and below 1; by default the published 0.3.
@@ -240,7 +241,7 @@ class LinearRelative:
 
 
 def _places(groups: Sequence[Group]) -> tuple[list[int], int]:
-    """Whole numbers t · width: 0 for the lowest score, width for the highest; equal scores stand in the middle."""
+    """Integers t · width: 0 for the lowest score, width for the highest; half of it if all scores are equal."""
     common = math.lcm(*(group.score.denominator for group in groups))
     scores = [group.score.numerator * (common // group.score.denominator) for group in groups]
     lowest, highest = min(scores), max(scores)

@@ -1,4 +1,4 @@
-"""Turns the scores of stage 1 into an exact number of zeros for each layer. Needs no torch."""
+"""Turns the scores of stage 1 into an exact number of zeros for each layer. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def allocate(
     rule: str | None = None,
     spread: float | None = None,
 ) -> Allocation:
-    """Scores to an exact number of zeros for each layer; see :func:`ecoflap.allocation.allocate` for the options.
+    """Turn scores into an exact number of zeros for each layer; options as in :func:`ecoflap.allocation.allocate`.
 
     The importance ``uniform`` gives every layer the same sparsity. The default rule and spread are those of the
     importance.
 
     Raises:
-        InvalidOption, InfeasibleAllocation, UnknownName: as there; or the scores are of whole blocks, and
-            ``granularity`` asks for single layers.
+        InvalidOption, InfeasibleAllocation, UnknownName: as there; or the scores are of whole blocks and
+            ``granularity`` is finer.
     """
     options = AllocationOptions(
         sparsity, max_sparsity, min_sparsity, granularity, aggregate, budget, tower_sparsity, pattern, rule, spread
@@ -61,7 +61,7 @@ def allocate_scores(importance: Importance, options: AllocationOptions) -> Alloc
 
 
 def flat(anatomy: Anatomy, rule: str = "proportional") -> Importance:
-    """Equal scores for all layers: shows before stage 1 whether an allocation is feasible."""
+    """Equal scores for all layers, to check before stage 1 whether an allocation is feasible."""
     scores = {layer.name: Score(1.0, 0.0, 1) for layer in anatomy.layers}
     curves = {block.name: Curve((1.0,), (1.0,)) for block in anatomy.blocks if block.layers}
     return Importance("flat", {"rule": rule}, anatomy.layers, scores, curves)

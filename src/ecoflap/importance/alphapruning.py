@@ -1,4 +1,4 @@
-"""AlphaPruning: a matrix with a heavy-tailed spectrum is important. Reads the weights alone, no data."""
+"""AlphaPruning: a matrix with a heavy-tailed spectrum is important. Reads only the weights, no data."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class AlphaPruning(ImportanceMeasure):
     """The exponent α of a power law fitted to the largest eigenvalues of WᵀW by Hill's estimator (PL_Alpha_Hill); Lu et
     al., NeurIPS 2024, arXiv 2410.10912, section 3.
 
-    A low α means a heavy tail, the sign of a well-trained matrix, which should keep more weights. So the score is the
-    highest α of all matrices minus the matrix's own α. The rule ``linear-relative`` maps it linearly, as the paper
-    does, to sparsities from η(1 − τ) to η(1 + τ). A block's α is the unweighted mean over its matrices; granularity
-    ``layer`` is the paper's variant per matrix.
+    A low α means a heavy tail, which indicates a well-trained matrix that should keep more weights. So the score is the
+    highest α of all matrices minus the matrix's own α. The rule ``linear-relative`` maps it linearly, as in the paper,
+    to sparsities from η(1 − τ) to η(1 + τ). A block's α is the unweighted mean over its matrices; granularity ``layer``
+    is the paper's variant per matrix.
 
     Attributes:
         tail: where the tail begins: ``half`` takes the larger half of the eigenvalues; ``peak`` those above the peak of
@@ -51,7 +51,7 @@ class AlphaPruning(ImportanceMeasure):
         return len(context.layers)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
-        """One value per layer: max α − α; 0 where there is no tail (all its eigenvalues are equal, or all zero).
+        """One value per layer: max α − α; 0 if there is no tail (all eigenvalues are equal, or all zero).
 
         Raises:
             NonFiniteLoss: a weight is NaN or infinite; names the layer.
@@ -81,7 +81,7 @@ def spectrum(weight: Tensor) -> Tensor:
 
 
 def hill(eigenvalues: Tensor, count: int) -> float:
-    """1 + k / Σ_{i≤k} ln(λ_{n−i+1} / λ_{n−k}), for the k = ``count`` largest of n ascending eigenvalues; infinite where
+    """1 + k / Σ_{i≤k} ln(λ_{n−i+1} / λ_{n−k}), for the k = ``count`` largest of n ascending eigenvalues; infinite if
     there is no tail (fewer than two eigenvalues, or k equal to λ_{n−k})."""
     count = min(count, len(eigenvalues) - 1)
     if count < 1:
@@ -92,7 +92,7 @@ def hill(eigenvalues: Tensor, count: int) -> float:
 
 
 def above_peak(eigenvalues: Tensor, bins: int = 100) -> int:
-    """How many eigenvalues lie above the fullest bin's lower edge, in a histogram of log10 λ."""
+    """Number of eigenvalues above the lower edge of the fullest bin in a histogram of log10 λ."""
     if len(eigenvalues) < 2:
         return 0
     logarithms = eigenvalues.log10()

@@ -1,7 +1,7 @@
-"""Importance ``auto``: gradient norms where the model can be differentiated, the zeroth order where it can't.
+"""Importance ``auto``: gradient norms if the model can be differentiated, else the zeroth order.
 
 Both measure √(2/π)·‖∇L‖₂ of each matrix (Sung et al. 2024, section 3.2): the zeroth order by two forwards for each
-matrix and batch, with noise; gradient norms exactly, by one backward pass for each batch. A trial decides which works.
+matrix and batch, with noise; gradient norms exactly, by one backward pass for each batch. A trial decides.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def choose(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss: O
     obstacle = _obstacle(model, anatomy, batch, loss)
     name = type(model).__name__
     if obstacle is None:
-        paper = f"--importance {ZEROTH_ORDER} is the paper's, by forward passes alone"
+        paper = f"--importance {ZEROTH_ORDER} is the paper's, by forward passes only"
         return Choice(GRADIENT_NORM, f"auto: {name} can be differentiated; {paper}")
     return Choice(ZEROTH_ORDER, f"auto: gradients of {name} can't be taken: {obstacle}")
 
 
 def _obstacle(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss: Objective) -> str | None:
-    """Why gradients can't be taken, in one line; None where they can."""
+    """Why gradients can't be taken, in one line; None if they can."""
     first = {tower.name: next(block for block in tower.blocks if block.layers) for tower in anatomy.towers}
     towers = tuple(replace(tower, blocks=(first[tower.name],)) for tower in anatomy.towers)
     ran: set[str] = set()

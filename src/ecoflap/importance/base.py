@@ -28,9 +28,9 @@ class ProbeContext:
     """The model (in eval mode, computing in fp32), its layers, and the fixed calibration batches.
 
     Attributes:
-        done: (layer, batch, draw) of estimates that an interrupted run already has.
-        remarks: findings of the measure that are saved with the settings of its scores.
-        workers: the processes that measure; each computes its own estimates, all others are in its ``done``.
+        done: (layer, batch, draw) of estimates that are known from an interrupted run.
+        remarks: results of the measure that are saved with the settings of its scores.
+        workers: the processes that measure; each computes its own estimates, and has all others in ``done``.
         upcast: blocks that compute in fp32 although their weights keep the loaded dtype.
         norms: input norms that other measures on the same batches have gathered.
         seen: receives the name of a layer whose estimate is known before the measure can yield it, for the progress.
@@ -49,7 +49,7 @@ class ProbeContext:
     seen: Callable[[str], None] = lambda _: None
 
     def input_norms(self) -> Mapping[str, InputStatistics]:
-        """Of the layers that tokens reached, ``.norm`` (columns,); the layers compute in fp32 here."""
+        """Input norms, ``.norm`` (columns,), of the layers that tokens reached; computed in fp32."""
         return self.norms.of(
             ("fp32", len(self.batches)),
             lambda: dense_norms(self.model, self.anatomy, self.batches, self.objective, workers=self.workers),
@@ -64,13 +64,13 @@ class ProbeContext:
         return self.anatomy.replayable
 
     def blocks_of(self, layer: Layer) -> tuple[str, ...]:
-        """The blocks that must be computed again when this matrix changes: all that share it."""
+        """The blocks to compute again when this matrix changes: all that share it."""
         if not layer.aliases:
             return (layer.block,)
         return tuple(block for block in self.blocks if any(m.startswith(block + ".") for m in layer.modules))
 
     def loss_tensor(self, index: int, layer: str | None = None) -> Tensor:
-        """The scalar fp32 loss of one calibration batch, with its graph where gradients are on.
+        """The scalar fp32 loss of one calibration batch, with its graph if gradients are enabled.
 
         Raises:
             NonFiniteLoss: it is NaN or infinite; names the batch and, in a probe, the layer.
@@ -98,16 +98,16 @@ class ImportanceMeasure(ABC):
 
     Attributes:
         rule: the default allocation rule for the scores.
-        noisy: False where a single estimate has no standard error.
+        noisy: False if a single estimate has no standard error.
         scatter: the smallest relative standard deviation of one estimate, for measures whose sampling may stop early
-            (``stopping.py``); None where estimates are not sampled.
-        blockwise: whether it needs the weights of only one block at a time, so that the others may stay on the disk.
+            (``stopping.py``); None if estimates are not sampled.
+        blockwise: whether it needs the weights of only one block at a time, so that others may stay on the disk.
         reads: recipe fields of stage 2 that change its scores, such as ``("criterion", "pattern")``.
-        cites: papers behind it, each an :class:`ecoflap.support.citations.Citation` or the key of a listed one. This
+        cites: its papers, each an :class:`ecoflap.support.citations.Citation` or the key of a listed one. This
             package's own measures name theirs in ``registry.py``.
         lead: share of a piece's time that passes before the first of its estimates is known.
         precision: ``fp32``, or ``native``: the model computes in the checkpoint's dtype.
-        scope: ``block`` where only the sum over a block has a meaning.
+        scope: ``block`` if only the sum over a block has a meaning.
     """
 
     rule: ClassVar[str] = "proportional"
@@ -137,20 +137,20 @@ class ImportanceMeasure(ABC):
         return None
 
     def upcast(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """Blocks that are converted to fp32 only while they run, so that ``context.model`` has their stored weights.
+        """Blocks that are converted to fp32 only while they run; ``context.model`` then has their stored weights.
 
-        Without any the whole model is fp32 meanwhile.
+        If there are none, the whole model is converted.
         """
         return ()
 
     def curves(self, anatomy: Anatomy, known: Mapping[Key, float]) -> Mapping[str, Curve]:
-        """Block name to its curve of loss over sparsity, made from the estimates; empty for measures without curves."""
+        """Curves of loss over sparsity by block name, from the estimates; empty for measures without curves."""
         return {}
 
 
 @dataclass(frozen=True)
 class Uniform(ImportanceMeasure):
-    """Yields nothing; the allocation knows the name and gives every layer the target sparsity."""
+    """Yields nothing; the allocation gives every layer the target sparsity."""
 
     blockwise: ClassVar[bool] = True
 

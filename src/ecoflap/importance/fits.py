@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_same_layers(anatomy: Anatomy, given: Allocation | Importance) -> None:
-    """Checks that ``given`` has the layers and sizes of this model. Raises InvalidOption with the first difference."""
+    """Check that ``given`` has the layers and sizes of this model. Raises InvalidOption with the first difference."""
     kind = "allocation" if isinstance(given, Allocation) else "importance"
     sizes = {layer.name: layer.numel for layer in anatomy.layers}
     theirs = {row.name: row.weights if isinstance(row, LayerAllocation) else row.numel for row in given.layers}
@@ -29,7 +29,7 @@ def check_same_layers(anatomy: Anatomy, given: Allocation | Importance) -> None:
 
 
 def check_allocation(anatomy: Anatomy, allocation: Allocation, pattern: str) -> None:
-    """Raises InvalidOption where the allocation is of another model, or can't be made with the pattern."""
+    """Raises InvalidOption if the allocation belongs to another model, or does not fit the pattern."""
     check_same_layers(anatomy, allocation)
     parsed = parse_pattern(pattern)
     for layer in anatomy.layers:

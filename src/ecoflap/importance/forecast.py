@@ -1,4 +1,4 @@
-"""Forecasts how long stage 1 will take, from its first probes, and says it once."""
+"""Forecasts the time of stage 1 from its first probes, and logs it once."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FASTER = {
     "forward-mode": "--importance gradient-norm measures the same without noise, by one backward pass per batch",
     "sensitivity": "--importance gradient-norm takes one backward pass per batch, and --search goes on from there",
 }
-REPLAYED = ("zeroth-order", "forward-mode")  # their first probes are the longest: later blocks need fewer computed anew
+REPLAYED = ("zeroth-order", "forward-mode")  # their first probes are the longest: later ones recompute fewer blocks
 LESS = "fewer --importance-samples or a shorter --sequence-length take less"
 
 
 class Forecast:
-    """A task that says, after the first probes, how long the whole stage will take.
+    """A task that forecasts the time of the whole stage after the first probes.
 
     Args:
-        task: receives every step too.
+        task: receives every step, too.
         name: of the importance.
         steps: number of steps to come.
         together: steps that belong together, such as all layers of a batch; before so many are done there is a

@@ -27,7 +27,7 @@ from ecoflap.model.slices import stored_matrix
 from ecoflap.support.text import first_line
 
 FALLBACK = "fallback"  # in the settings of an importance: towers whose scores are the zeroth order's, and why
-_TRIALS = 3  # noises with which a tower's derivatives are compared with differences of losses
+_TRIALS = 3  # directions of noise for which derivatives are compared with differences of losses
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class ForwardMode(ImportanceMeasure):
 
     The noise is that of the zeroth order (same seed, layer, batch, draw: same z), and the result is the limit of its
     estimates for ε → 0: there is no step to choose, and no difference of two nearly equal losses. Activations after the
-    matrix carry a tangent of their own size, so a probe holds about twice the activations of a forward; attention is
-    computed by elementary operators, which keep the attention matrix.
+    matrix have a tangent of their own size, so a probe takes about twice the memory of a forward's activations;
+    attention is computed by elementary operators, which store the attention matrix.
 
-    Where an operator has no forward mode, or silently drops the derivative, the towers before it are measured by the
-    zeroth order, with a warning and an entry ``fallback`` in the settings. A trial on the first layer of each tower,
-    compared with differences of losses, finds this.
+    If an operator has no forward mode, or silently drops the derivative, the towers before it are measured by the
+    zeroth order, with a warning and an entry ``fallback`` in the settings. This is found by a trial on the first layer
+    of each tower, which compares derivatives with differences of losses.
 
     Attributes:
-        draws: noises a (matrix, batch).
-        replay: answer unchanged blocks from memory; off, every probe is a whole forward with the same result.
+        draws: number of noise directions for each (matrix, batch).
+        replay: reuse the outputs of unchanged blocks; without, every probe is a whole forward with the same result.
         probe: ``matrix`` or ``block``, as in :class:`~ecoflap.importance.zeroth_order.ZerothOrder`.
         precision: ``fp32``, or ``native``: compute in the checkpoint's dtype, in half the memory for half precision.
             Rounding changes a derivative there far less than a difference of losses.
@@ -69,7 +69,7 @@ class ForwardMode(ImportanceMeasure):
         return len(context.layers) * len(context.batches) * self.draws
 
     def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
-        """One a probe."""
+        """One piece per probe."""
         return probes(context, draws=self.draws, probe=self.probe)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
@@ -90,7 +90,7 @@ class ForwardMode(ImportanceMeasure):
             yield from projections(context, project, draws=self.draws, probe=self.probe, replay=self.replay)
 
     def _projection(self, probe: Probe, replay: Replay) -> float:
-        """Of the gradient on the noise of all the unit's matrices."""
+        """The projection of the gradient on the noise of all matrices of the unit."""
         try:
             return derivative(probe, replay)
         except NotImplementedError as error:
@@ -101,7 +101,7 @@ class ForwardMode(ImportanceMeasure):
 
 
 def derivative(probe: Probe, replay: Replay) -> float:
-    """⟨z, ∇L⟩ of the probe's noise, by one forward pass with dual tensors; 0 where the loss does not depend on it.
+    """⟨z, ∇L⟩ for the probe's noise, by one forward pass with dual tensors; 0 if the loss does not depend on it.
 
     Raises:
         NotImplementedError: an operator has no forward mode.
@@ -123,7 +123,7 @@ def derivative(probe: Probe, replay: Replay) -> float:
 
 @dataclass
 class _Trial:
-    """Finds out which towers forward mode works for, on the first batch."""
+    """Tests on the first batch which towers forward mode works for."""
 
     context: ProbeContext
     precision: str
@@ -142,13 +142,13 @@ class _Trial:
             except NotImplementedError as error:
                 return first_line(error)
             if self.precision == "native" and stored_matrix(self.context.model, layer.name).dtype.itemsize < 4:
-                return ""  # a difference of losses in half precision is no yardstick
+                return ""  # a difference of losses in half precision is too inexact for a comparison
             expected = [self.difference.projection(self._probe(layer, draw), replay) for draw in range(_TRIALS)]
             rounding = torch.finfo(torch.float32).eps * abs(self.context.loss(0)) / self.difference.epsilon
         off = sum(abs(one - other) for one, other in zip(found, expected, strict=True))
         size = sum(max(abs(one), abs(other)) for one, other in zip(found, expected, strict=True))
         if off > size / 2 + 10 * _TRIALS * rounding:
-            return "an operator drops the derivative without saying so"
+            return "an operator drops the derivative without an error"
         return ""
 
     def _probe(self, layer: Layer, draw: int) -> Probe:

@@ -1,4 +1,4 @@
-"""Gradient importance: one backward pass for each batch; every gradient is reduced to one number and freed at once.
+"""Gradient importance: one backward pass per batch, in which every gradient is reduced to one number and freed.
 
 ``gradient-norm`` is the exact norm of each matrix's loss gradient, which the zeroth order estimates.
 """
@@ -39,11 +39,11 @@ def visit_gradients(
     """Call ``visit(name, weight, gradient)`` for each layer that the loss of batch ``index`` depends on.
 
     Weight and gradient have the shape of the stored parameter. The gradient is freed after its visit. With
-    ``recompute`` only one block's graph exists at a time, so the extra memory beside a forward is the inputs of the
-    blocks, one block's activations and one matrix. The model's own flags and gradients are restored at the end.
+    ``recompute`` only one block's graph exists at a time, so the additional memory is the inputs of the blocks, one
+    block's activations and one matrix. The model's own flags and gradients are restored at the end.
 
     Args:
-        instead: advice for the user where gradients can't be taken.
+        instead: advice for the user if gradients can't be taken.
 
     Raises:
         InvalidOption: the model can't be differentiated.
@@ -58,8 +58,8 @@ def visit_gradients(
         else:
             stay.append(layer.name)
 
-    slices: dict[str, Tensor] = {}  # leaves in the place of slices of stacked parameters
-    parts: dict[str, Tensor] = {}  # of weights that are used several times, and made anew each time
+    slices: dict[str, Tensor] = {}  # leaves that replace slices of stacked parameters
+    parts: dict[str, Tensor] = {}  # gradients so far of weights that are used, and reloaded, several times
 
     def hook_of(name: str, last: bool) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -77,13 +77,13 @@ def visit_gradients(
         weight: Tensor
         if parameter_of(name) == name:
             weight = context.model.get_parameter(name)
-        else:  # a leaf of its own, so that no gradient is as large as the parameter
+        else:  # a separate leaf, so that no gradient is as large as the parameter
             slices[name] = weight = stored_matrix(context.model, name)
         weight.requires_grad_(True)
         handle = weight.register_post_accumulate_grad_hook(hook_of(name, last))  # type: ignore[no-untyped-call]
         return handle.remove  # type: ignore[no-any-return]
 
-    def loaded(block: str, last: bool) -> None:  # its weights are new tensors each time, and go with their hooks
+    def loaded(block: str, last: bool) -> None:  # its weights are new tensors each time and need new hooks
         for name in of_block[block]:
             watch(name, last)
 
@@ -100,7 +100,7 @@ def visit_gradients(
         for name in stay:
             hooks.callback(watch(name))
         _backward(context, index, f"gradients can't be taken; {instead}")
-        for name, gradient in parts.items():  # the last use did not matter to the loss
+        for name, gradient in parts.items():  # the loss did not depend on the last use
             visit(name, read_weight(context.model, name).to(gradient.dtype), gradient)
 
 
@@ -135,7 +135,7 @@ def _squared_weight_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _norm(weight: Tensor, gradient: Tensor) -> Tensor:
-    """√(2/π)·‖g‖₂, what the zeroth order estimates, exactly."""
+    """√(2/π)·‖g‖₂, the exact value of the zeroth order's estimate."""
     return gradient.square().sum().sqrt() * math.sqrt(2 / math.pi)
 
 
@@ -153,12 +153,11 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class FirstOrder(ImportanceMeasure):
     """Elementwise gradient scores, summed per matrix (Sung et al. 2024, section 3.2 and its comparison of measures).
 
-    Each batch's mean loss is differentiated. A gradient is freed in its hook, and only one block's graph exists at a
-    time, so the extra memory beside a forward is the inputs of the blocks, one block's activations and one matrix.
+    Each batch's mean loss is differentiated, with the memory of :func:`visit_gradients`.
 
     Attributes:
         variant: one of :data:`VARIANTS`.
-        recompute: compute each block again in the backward pass instead of keeping its activations: one more forward a
+        recompute: recompute each block in the backward pass instead of storing its activations: one more forward per
             batch, same scores.
     """
 
@@ -188,7 +187,7 @@ class FirstOrder(ImportanceMeasure):
             yield tuple((layer.name, index, 0) for layer in context.layers)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
-        """One value a (layer, batch); 0 for a layer that the loss does not depend on.
+        """One value per (layer, batch); 0 for a layer that the loss does not depend on.
 
         Raises:
             InvalidOption: the model can't be differentiated.
@@ -238,7 +237,7 @@ class GradientNorm(ImportanceMeasure):
         return self._first_order().pieces(context)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
-        """One value a (layer, batch); 0 for a layer that the loss does not depend on."""
+        """One value per (layer, batch); 0 for a layer that the loss does not depend on."""
         return self._first_order().estimates(context)
 
     def _first_order(self) -> FirstOrder:

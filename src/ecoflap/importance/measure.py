@@ -38,7 +38,7 @@ _log = logging.getLogger("ecoflap")
 
 
 class EstimateJournal(Protocol):
-    """Where estimates are kept as they come, so that an interrupted run can go on."""
+    """Stores estimates one by one, so that an interrupted run can be resumed."""
 
     def estimates(self) -> Iterable[Estimate]: ...
 
@@ -70,7 +70,7 @@ def make_measure(name: str, options: dict[str, Any]) -> ImportanceMeasure:
 
 
 def _is_native(measure: ImportanceMeasure) -> bool:
-    """Whether the measure asks for the checkpoint's own dtype (its option ``precision``) instead of fp32."""
+    """Whether the measure uses the checkpoint's own dtype (its option ``precision``) instead of fp32."""
     return measure.precision == "native"
 
 
@@ -79,9 +79,9 @@ def _keys(pieces: Iterable[Sequence[Key]]) -> frozenset[Key]:
 
 
 def own_share(pieces: Iterable[Sequence[Key]], known: Mapping[Key, float], workers: Workers) -> frozenset[Key]:
-    """The estimates that this worker measures: a contiguous part of the pieces that are not known yet.
+    """The estimates that this worker measures: a contiguous part of the unknown pieces.
 
-    Contiguous, so that what the probes of one batch have in common is computed by few workers.
+    It is contiguous so that few workers compute what the probes of a batch have in common.
     """
     todo = [piece for piece in pieces if any(key not in known for key in piece)]
     mine = (todo[number] for number in part(len(todo), workers.count, workers.rank))
@@ -94,7 +94,7 @@ def _own_work(
     turn: Sequence[Sequence[Key]],
     known: dict[Key, float],
 ) -> ProbeContext:
-    """What this worker measures in a turn: its share of what is not known; without pieces, all of that."""
+    """The context for this worker's part of a turn: its share of the unknown estimates; without pieces, all of them."""
     others = frozenset() if pieces is None else _keys(pieces) - own_share(turn, known, context.workers)
     return replace(context, done=others | frozenset(known))
 
@@ -125,12 +125,12 @@ def _measured(
 
 @dataclass(frozen=True)
 class ImportanceOptions:
-    """What stage 1 measures.
+    """Options of stage 1.
 
     Attributes:
-        name: a registered importance; None where scores or an allocation are given.
+        name: a registered importance; None if scores or an allocation are given.
         options: the importance's own, such as ``epsilon`` or ``variant``.
-        samples: use the first whole batches with at least so many samples; None takes all.
+        samples: use the first whole batches with at least this number of samples; None takes all.
         error: sample a layer only until its standard error is this share of its score.
     """
 
@@ -141,11 +141,11 @@ class ImportanceOptions:
 
     @property
     def measured(self) -> bool:
-        """Whether forwards are needed: the scores come neither from a file nor from nothing."""
+        """Whether scores must be measured."""
         return self.name not in (None, "uniform")
 
     def check(self, granularity: str) -> None:
-        """Raises InvalidOption or UnknownName for an option that is not there, or contradicts another one."""
+        """Raises InvalidOption or UnknownName for an unknown option, or one that contradicts another."""
         if self.name is not None and self.measured:
             name = GRADIENT_NORM if self.name == AUTO else self.name
             made = make_measure(name, dict(self.options))
@@ -155,7 +155,7 @@ class ImportanceOptions:
     def chosen(
         self, model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], loss: Objective
     ) -> tuple[ImportanceOptions, Choice | None]:
-        """The same with the importance that ``auto`` takes for this model, and why; None where a name is given."""
+        """The same with the importance that ``auto`` chooses for this model, and the choice (None without ``auto``)."""
         if self.name != AUTO:
             return self, None
         choice = choose(model, anatomy, batches[0], loss)
@@ -163,7 +163,7 @@ class ImportanceOptions:
         return replace(self, name=choice.name), choice
 
     def settled(self, model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], loss: Objective) -> ImportanceOptions:
-        """:meth:`chosen` alone; the choice is logged, and warned of where it is the slow one."""
+        """The options of :meth:`chosen`; logs the choice, as a warning if it is the slow one."""
         found, choice = self.chosen(model, anatomy, batches, loss)
         if choice is not None:
             _log.info("%s", choice)
@@ -190,7 +190,7 @@ def measure_importance(
 ) -> Importance:
     """Stage 1: a score for each prunable layer. The model is bit-identical afterwards, also after an exception.
 
-    Several workers measure a share of the estimates each, and tell each other; all end with the same scores.
+    Several workers measure a share of the estimates each and exchange them; all get the same scores.
 
     Args:
         model: any module whose forward returns a loss (or give ``loss``).
@@ -198,21 +198,21 @@ def measure_importance(
             ``model``, on any device.
         importance: registered name, such as ``zeroth-order``; ``auto`` is ``gradient-norm`` where the model can be
             differentiated, else ``zeroth-order``.
-        samples: use the first whole batches with at least so many samples; None takes all.
+        samples: use the first whole batches with at least this number of samples; None takes all.
         seed: of the noise.
         loss: ``loss(model, batch)`` giving a scalar tensor; by default the model's own.
-        anatomy: what is prunable; by default discovered with the first batch.
+        anatomy: the prunable layers; by default discovered with the first batch.
         progress: where to report.
-        journal: estimates that are known already (the same for all workers), and where this worker's new ones go.
+        journal: contains known estimates (the same for all workers), and receives this worker's new ones.
         error: sample a layer only until its standard error is this share of its score, see
-            :class:`~ecoflap.importance.stopping.Stopping`; batches × draws are the most. None takes them all.
-        workers: those who have ``model`` and ``batches`` alike.
+            :class:`~ecoflap.importance.stopping.Stopping`, up to batches × draws. None takes all.
+        workers: processes with the same ``model`` and ``batches``.
         norms: of the dense model's inputs, shared with other measures on the same batches.
         options: of the importance: ``epsilon``, ``draws``, ``replay`` (zeroth order), ``variant`` (first order).
 
     Raises:
         UnknownName, InvalidOption: as :func:`make_measure`; or ``error`` is out of range, or not for this importance.
-        CalibrationError: no or too few samples.
+        CalibrationError: there are no or too few samples.
         NonFiniteLoss: names the batch and the layer.
     """
     model, batches = getattr(model, "_orig_mod", model), as_batches(batches, loss)
@@ -239,7 +239,7 @@ def measure(
     journal: EstimateJournal | None = None,
     norms: SharedNorms | None = None,
 ) -> Importance:
-    """Stage 1 as :func:`measure_importance` has it, of a model whose layers are known."""
+    """Stage 1 as in :func:`measure_importance`, for a model whose layers are known."""
     assert options.name is not None
     importance, workers = options.name, work.workers
     measure = make_measure(importance, dict(options.options))
@@ -249,7 +249,7 @@ def measure(
     objective = on_device(work.loss)
     journal = journal or _MemoryJournal()
     with ExitStack() as state:
-        # Gradients of the user's own have the parameters' dtype, so they go before it changes and return after.
+        # Gradients of the user have the parameters' dtype, so they are removed before it changes, and restored after.
         for context_manager in (
             evaluating(model),
             cache_disabled(model),

@@ -1,4 +1,4 @@
-"""Checks before stage 1 whether a measure can work on an offloaded model, one block at a time."""
+"""Checks before stage 1 whether a measure works on an offloaded model, with one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROJECTIONS = ("zeroth-order", "forward-mode")
 
 
 def check_blockwise(importance: str) -> None:
-    """Raises InvalidOption for an importance that needs more of a model than one block at a time."""
+    """Raises InvalidOption for an importance that needs more than one block in memory."""
     if importance == AUTO or _is_blockwise(importance):
         return
     near = "gradient-norm (the same quantity without noise), " if importance in _PROJECTIONS else ""
@@ -31,7 +31,7 @@ def _is_blockwise(importance: str) -> bool:
 
 
 def check_offloaded(model: nn.Module, importance: str) -> None:
-    """For an offloaded model, calls :func:`check_blockwise` and prepares the model; does nothing for another one."""
+    """Call :func:`check_blockwise` and prepare the model if it is offloaded; do nothing otherwise."""
     if is_offloaded(model):
         keep_placeholders(model)
         check_blockwise(importance)

@@ -1,7 +1,7 @@
 """Computes the scores of OWL and DLP from |W|·‖X‖₂ in one pass of the dense model.
 
-OWL: the score of a block is its share of outliers, products far above the mean. DLP: a block with a high median
-product is less important.
+OWL: the score of a block is its share of outliers, which are products far above the mean. DLP: a block with a high
+median product is less important.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def one_estimate_per_layer(
     reduce: Callable[[Tensor], float],
     scale: Callable[[Mapping[str, float]], Mapping[str, float]],
 ) -> Iterator[Estimate]:
-    """One estimate per layer, all on batch 0 (it stands for the pass over all batches), without those that are known.
+    """One estimate per layer, all with batch number 0 (for the pass over all batches), without known ones.
 
     Args:
         scope: "block" pools the products of all matrices of a block, which all get its number; "layer" takes each
             matrix by itself.
-        reduce: pooled products |W_ij|·‖X_j‖₂, flat fp32, to a number.
-        scale: the numbers of all pools by name to scores, higher meaning: keep more.
+        reduce: gives a number from pooled products |W_ij|·‖X_j‖₂, flat fp32.
+        scale: gives scores from the numbers of all pools; a higher score keeps more.
 
-    Layers that no token reached are left out of their block's pool. A pool that no token reached at all gets the lowest
-    score of the others (0 if there is none), so that it does not stretch the scale.
+    Layers that no token reached are left out of their block's pool. A pool that no token reached gets the lowest score
+    of the others (0 if there is none), so that it does not widen the scale.
 
     Raises:
         NonFiniteLoss: a weight or an input is NaN or infinite; names the layer or block.
@@ -86,9 +86,9 @@ def _products(context: ProbeContext, layer: Layer, statistics: InputStatistics |
 @dataclass(frozen=True)
 class Owl(ImportanceMeasure):
     """The layerwise outlier distribution of Yin et al., ICML 2024, arXiv 2310.05175, section 3: the share of the
-    products A_ij = |W_ij|·‖X_j‖₂ above M times their mean, ‖X_j‖₂ being over all calibration tokens of the dense model.
+    products A_ij = |W_ij|·‖X_j‖₂ above M times their mean, with ‖X_j‖₂ over all calibration tokens of the dense model.
 
-    A block keeps the more the higher its share: the rule ``linear`` maps the shares to sparsities in a band 2λ wide
+    A block with a higher share keeps more: the rule ``linear`` maps the shares to sparsities in a band of width 2λ
     whose mean is the target.
 
     Attributes:
@@ -130,8 +130,8 @@ class Dlp(ImportanceMeasure):
     """Chen et al., "DLP", ICML 2025, arXiv 2505.23807, section 3: U_l is the median of |W_ij|·‖X_j‖₂ in block l, ‖X_j‖₂
     over all calibration tokens of the dense model; the score is 1 − U_l / Σ_m U_m.
 
-    In the paper a high U means an unimportant block, which keeps less. The rule ``linear`` maps scores to sparsities in
-    a band 2α wide whose mean is the target. Medians of towers with different numbers of tokens or scales of weights
+    In the paper a block with a high U is unimportant and keeps less. The rule ``linear`` maps scores to sparsities in a
+    band of width 2α whose mean is the target. Medians of towers with different numbers of tokens or scales of weights
     can't be compared: with several towers, use ``budget="tower"``.
 
     Attributes:
@@ -159,7 +159,7 @@ class Dlp(ImportanceMeasure):
 
 
 def lower_median(products: Tensor) -> float:
-    """The median of a flat tensor; of an even number the lower of the two in the middle, as in the published code."""
+    """The median of a flat tensor; for an even number the lower of the two middle values, as in the published code."""
     return float(products.median())
 
 

@@ -1,6 +1,6 @@
-"""Probes of measures that project the loss gradient on noise: which there are, in which order, with which noise.
+"""Defines the probes of measures that project the loss gradient on noise, their order and their noise.
 
-Noise is a function of (seed, layer, batch, draw), so no score depends on the order, the workers or a resume.
+Noise is a function of (seed, layer, batch, draw), so that scores don't depend on the order, the workers or a resume.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ecoflap.support.registry import unknown
 
 
 def noise_key(seed: int, layer: str, batch: int, draw: int) -> int:
-    """A 63-bit generator seed that is unique to the four of them (BLAKE2b of their text)."""
+    """A 63-bit generator seed from the four values (BLAKE2b of their text)."""
     text = f"{seed}\x00{layer}\x00{batch}\x00{draw}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def noise(shape: torch.Size, device: torch.device, *, seed: int, layer: str, batch: int, draw: int) -> Tensor:
-    """Standard normal fp32 noise of ``shape`` for one probe, from a generator of its own on ``device``.
+    """Standard normal fp32 noise of ``shape`` for one probe, from its own generator on ``device``.
 
-    The global generators are not used. CPU and CUDA generators give different numbers for one key.
+    CPU and CUDA generators give different numbers for the same key.
     """
     generator = torch.Generator(device=device).manual_seed(noise_key(seed, layer, batch, draw))
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
@@ -49,7 +49,7 @@ class Probe:
     Attributes:
         unit: the matrices that change together.
         batch: index of the calibration batch.
-        draw: which of several noises.
+        draw: index of the noise direction.
     """
 
     context: ProbeContext
@@ -59,11 +59,11 @@ class Probe:
 
     @property
     def name(self) -> str:
-        """For messages: the matrix, or the block."""
+        """Name of the matrix, or of the block, for messages."""
         return self.unit[0].name if len(self.unit) == 1 else self.unit[0].block
 
     def weights(self) -> list[Tensor]:
-        """The unit's matrices in the dtype that they compute in, without a graph; don't write to them."""
+        """The unit's matrices in the dtype of the computation, detached; don't write to them."""
         stored = [stored_matrix(self.context.model, layer.name) for layer in self.unit]
         upcast = self.context.upcast
         return [w.float() if layer.block in upcast else w for layer, w in zip(self.unit, stored, strict=True)]
@@ -81,14 +81,14 @@ class Probe:
 
     @contextmanager
     def using(self, tensors: Sequence[Tensor], replay: Replay) -> Iterator[None]:
-        """Inside, the model computes with ``tensors`` instead of the unit's matrices, and replays unchanged blocks."""
+        """Context in which the model uses ``tensors`` instead of the unit's matrices, and replays unchanged blocks."""
         forced = dict.fromkeys(block for layer in self.unit for block in self.context.blocks_of(layer))
         with replay.forcing(*forced), layers_swapped(self.context.model, zip(self.unit, tensors, strict=True)):
             yield
 
 
 def check_probes(draws: int, probe: str, precision: str) -> None:
-    """Raises InvalidOption or UnknownName for options of :func:`projections` that can't be."""
+    """Raises InvalidOption or UnknownName for invalid options of :func:`projections`."""
     check_count("draws", draws)
     if probe not in PROBES:
         raise unknown("probe", probe, list(PROBES))
@@ -97,7 +97,7 @@ def check_probes(draws: int, probe: str, precision: str) -> None:
 
 
 def _units(context: ProbeContext, probe: str) -> list[Sequence[Layer]]:
-    """What changes together in one probe."""
+    """The groups of layers that change together in one probe."""
     blocks = (block.layers for block in context.anatomy.blocks if block.layers)
     return list(blocks) if probe == "block" else [(layer,) for layer in context.layers]
 
@@ -117,10 +117,10 @@ def projections(
 
     Args:
         project: gives ⟨z, ∇L⟩ for one probe, summed over the matrices of its unit.
-        draws: noises a (unit, batch).
+        draws: number of noise directions for each (unit, batch).
         probe: ``matrix``: one matrix at a time; ``block``: all matrices of a block at once, each with its own noise.
-            The value is then divided among them by their numbers of weights.
-        replay: answer unchanged blocks from memory.
+            The value is then divided among them in proportion to their numbers of weights.
+        replay: reuse the outputs of unchanged blocks.
     """
     units = _units(context, probe)
     with torch.no_grad(), Replay(context.model, context.blocks if replay else ()) as memory:
@@ -134,7 +134,7 @@ def projections(
             if not todo:
                 continue
             memory.reset()
-            context.loss(index)  # records the blocks, and refuses a batch whose loss is not finite
+            context.loss(index)  # records the blocks, and raises if the loss is not finite
             for one in todo:
                 value = project(one, memory)
                 total = sum(layer.numel for layer in one.unit)

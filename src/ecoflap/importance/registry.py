@@ -17,7 +17,7 @@ def _complaint(made: Any) -> str | None:
     return dataclass_complaint(made, ImportanceMeasure)
 
 
-# Beside each, what the command line needs before torch: its ``rule``, and the papers behind it.
+# Each with the attributes that the command line needs before importing torch: its ``rule`` and its papers.
 IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
     "importance",
     {
@@ -37,17 +37,14 @@ IMPORTANCES: Registry[Callable[..., ImportanceMeasure]] = Registry(
     complaint=_complaint,
 )
 
-AUTO = "auto"  # gradient norms where the model can be differentiated, else the zeroth order
+AUTO = "auto"  # gradient norms if the model can be differentiated, else the zeroth order
 GRADIENT_NORM, ZEROTH_ORDER = "gradient-norm", "zeroth-order"
 _GRADIENT_OPTIONS = frozenset(("recompute",))
 
 
 def named(importance: str, options: Iterable[str]) -> str:
-    """Resolves ``auto`` by the given options; other names stay as they are.
-
-    Args:
-        options: names of options. Those of gradient norms select gradient norms, all others the zeroth order.
-    """
+    """Resolve ``auto`` by the names of the given options: gradient norms if they have these options, else the zeroth
+    order. Other names are returned unchanged."""
     names = frozenset(options)
     if importance != AUTO or not names:
         return importance

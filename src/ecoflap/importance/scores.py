@@ -13,7 +13,7 @@ from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.model.parts import Layer
 from ecoflap.support.reading import read_json
 
-# Relative standard deviation of |N(0, 1)|, by which one lone estimate scatters.
+# Relative standard deviation of |N(0, 1)|, the standard error of a single estimate.
 HALF_NORMAL_SPREAD = math.sqrt(math.pi / 2 - 1)
 
 
@@ -22,7 +22,7 @@ _MOST = 1 << 48  # of a side of a matrix: more is no matrix
 
 @dataclass(frozen=True)
 class Estimate:
-    """One measurement of one layer: on calibration batch ``batch``, with noise ``draw`` (0 where there is none)."""
+    """One measurement of one layer: on calibration batch ``batch``, with noise ``draw`` (0 without noise)."""
 
     layer: str
     batch: int
@@ -45,10 +45,10 @@ class Importance:
 
     Attributes:
         method: registered name of the importance.
-        settings: options that it was measured with.
+        settings: options of the measurement.
         layers: the layers in the network's order.
-        scores: parameter name to :class:`Score`, for each of them.
-        curves: block name to its cost of pruning over sparsity; only ``sensitivity`` has them.
+        scores: by parameter name.
+        curves: loss over sparsity by block name; only ``sensitivity`` has them.
     """
 
     method: str
@@ -79,7 +79,7 @@ class Importance:
 
     @classmethod
     def uniform(cls, layers: Iterable[Layer], model_parameters: int | None = None) -> Importance:
-        """No scores: every layer gets the same sparsity. ``model_parameters`` counts all those of the model."""
+        """No scores: every layer gets the same sparsity. ``model_parameters`` is the number of all parameters."""
         layers = tuple(layers)
         settings = {} if model_parameters is None else {"model_parameters": model_parameters}
         return cls("uniform", settings, layers, {layer.name: Score(0.0, 0.0, 0) for layer in layers})
@@ -131,18 +131,18 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:
-        """Read an ``importance.json``. Raises InvalidOption where it can't be read."""
+        """Read an ``importance.json``. Raises InvalidOption."""
         return cls.from_json(read_json(path, "the importance"), str(path))
 
 
 def check_granularity(options: Mapping[str, Any], granularity: str) -> None:
-    """Refuses granularity ``layer`` and ``expert`` for scores of whole blocks, which have no values of single layers.
+    """Check that ``granularity`` is not finer than the scores.
 
     Args:
         options: of the importance measure.
 
     Raises:
-        InvalidOption: they ask for scores of whole blocks, and ``granularity`` is finer.
+        InvalidOption: the options ask for scores of whole blocks, and ``granularity`` is ``layer`` or ``expert``.
     """
     for name, single in (("probe", "matrix"), ("scope", "layer")):
         if granularity in ("layer", "expert") and options.get(name) == "block":

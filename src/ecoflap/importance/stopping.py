@@ -1,4 +1,4 @@
-"""Decides when a layer is measured well enough: when its standard error is a given share of its score."""
+"""Stops the sampling of a layer once its standard error is at most a given share of its score."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ecoflap.errors import InvalidOption
 from ecoflap.importance.base import ImportanceMeasure, Key
 from ecoflap.importance.scores import summarise
 
-LEAST = 3  # estimates of a layer, below which their scatter says nothing
+LEAST = 3  # estimates of a layer: fewer give no useful standard error
 
 
 @dataclass(frozen=True)
 class Stopping:
     """A layer has enough estimates when their standard error is at most ``error`` times their mean.
 
-    This is checked after every round, so two values that are equal by chance must not end the sampling. Where the
-    relative standard deviation of one estimate is known to be at least ``scatter`` (as for |N(0, σ)| with any σ), the
-    standard error of n estimates is taken as at least ``scatter``/√n.
+    This is checked after every round, so two values that are equal by chance must not end the sampling. If the
+    relative standard deviation of one estimate is known to be at least ``scatter`` (as for |N(0, σ)|), the standard
+    error of n estimates is taken as at least ``scatter``/√n.
 
     Attributes:
         error: above 0 and below 1.
-        scatter: smallest relative standard deviation that one estimate can have; 0 where nothing is known.
+        scatter: smallest possible relative standard deviation of one estimate; 0 if it is unknown.
     """
 
     error: float
@@ -38,11 +38,11 @@ class Stopping:
 
     @property
     def least(self) -> int:
-        """The smallest number of estimates that can be enough, unless all are zero."""
+        """The smallest sufficient number of estimates, unless all are zero."""
         return max(LEAST, math.ceil((self.scatter / self.error) ** 2 * (1 - 1e-12)))
 
     def is_precise_enough(self, values: Sequence[float]) -> bool:
-        """Whether these estimates of one layer are enough; the same for any order of them."""
+        """Whether these estimates of one layer are sufficient; independent of their order."""
         if len(values) >= LEAST and not any(values):
             return True  # the loss does not depend on it
         if len(values) < self.least:
@@ -52,7 +52,7 @@ class Stopping:
 
 
 def rounds(pieces: Iterable[Sequence[Key]]) -> list[list[Sequence[Key]]]:
-    """Pieces (keys that are measured together) by draw, then by batch: every draw sees all batches before the next."""
+    """Pieces (keys that are measured together) sorted by draw, then by batch."""
     ordered = sorted(pieces, key=_round)
     return [list(group) for _, group in groupby(ordered, key=_round)]
 
@@ -65,10 +65,10 @@ def _round(piece: Sequence[Key]) -> tuple[int, int]:
 def turns(
     pieces: Iterable[Sequence[Key]], known: Mapping[Key, float], rule: Stopping
 ) -> Iterator[tuple[list[Sequence[Key]], int]]:
-    """Yields for each round the pieces that are still to be measured, and the number of estimates that are saved.
+    """For each round, the pieces that are still to be measured, and the number of estimates that are saved.
 
     A piece is measured while one of its layers has too few estimates in the rounds before. Other known estimates don't
-    count, so an interrupted run takes the same rounds again, with any number of workers.
+    count, so that a resumed run makes the same rounds, with any number of workers.
 
     Args:
         known: the caller adds the measured estimates before it asks for the next round.
@@ -88,7 +88,7 @@ def stopping_of(importance: str, measure: ImportanceMeasure, error: float | None
     """The rule for a measure; None without ``error``.
 
     Raises:
-        InvalidOption: ``error`` is out of range, or the measure gives no independent estimates to take more or less of.
+        InvalidOption: ``error`` is out of range, or the measure's estimates are not sampled.
     """
     if error is None:
         return None
@@ -101,7 +101,7 @@ def stopping_of(importance: str, measure: ImportanceMeasure, error: float | None
 
 
 def check_budget(rule: Stopping, pieces: Iterable[Sequence[Key]], batches: int) -> None:
-    """Warn where all estimates that may be taken of a layer are too few for the error."""
+    """Warn if even all estimates of a layer are too few for the error."""
     most = max(Counter(key[0] for piece in pieces for key in piece).values(), default=0)
     if 0 < most < rule.least:
         draws = most // batches

@@ -1,8 +1,8 @@
-"""Zeroth-order importance: the size of each matrix's loss gradient, from forward passes alone.
+"""Zeroth-order importance: the size of each matrix's loss gradient, from forward passes only.
 
 Sung, Yoon, Bansal, "ECoFLaP", ICLR 2024 (arXiv 2310.02998), section 3.2; the estimator is that of MeZO (Malladi et al.
-2023, arXiv 2305.17333) applied to one matrix at a time. The rounding error of the estimates is measured on the model
-itself, with a warning where it matters.
+2023, arXiv 2305.17333) applied to one matrix at a time. The rounding error of the estimates is measured on the model,
+with a warning if it is large.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Projection = Callable[[Probe, Replay, float], float]
 
 
 def rounding_share(context: ProbeContext, project: Projection, epsilon: float) -> float:
-    """Root mean square of an estimate's rounding error to that of the estimate; 0 where all estimates are 0.
+    """Root mean square of the rounding error divided by that of the estimate; 0 if all estimates are 0.
 
-    A few matrices are probed along the same noise with the steps ε and 2ε. Both are the same derivative up to O(ε²),
-    and a difference of losses is rounded alike in both, which makes σ and σ/2 of it: the two differ by σ·√(5/4).
+    A few matrices are probed along the same noise with the steps ε and 2ε. Both give the same derivative up to O(ε²).
+    The rounding error of a difference of losses is σ for one and σ/2 for the other, so they differ by σ·√(5/4).
 
     Args:
         project: an estimate along a probe's noise, with a given step.
@@ -52,7 +52,7 @@ def rounding_share(context: ProbeContext, project: Projection, epsilon: float) -
 
 
 def report_rounding(context: ProbeContext, project: Projection, epsilon: float) -> None:
-    """Measures the rounding, adds it to the remarks, and warns; does nothing for a model that computes in fp32."""
+    """Measure the rounding error, add it to the remarks, and warn; does nothing for a model that computes in fp32."""
     kinds = {stored_matrix(context.model, layer.name).dtype for layer in context.layers}
     if all(kind.itemsize >= 4 for kind in kinds) or ROUNDING in context.remarks:
         return
@@ -74,11 +74,11 @@ class ZerothOrder(ImportanceMeasure):
 
     Attributes:
         epsilon: ε, the step along the noise, in units of the weights.
-        draws: noises a (matrix, batch).
-        replay: answer unchanged blocks from memory; off, every probe is two whole forwards with the same result.
+        draws: number of noise directions for each (matrix, batch).
+        replay: reuse the outputs of unchanged blocks; without, every probe is two whole forwards with the same result.
         probe: ``matrix`` perturbs one matrix at a time; ``block`` all matrices of a block at once, each with its own
             noise. That takes one probe for each block, and estimates √(2/π)·(Σ‖∇L‖²)^½ over the block's matrices. The
-            value is divided among them by their numbers of weights, so only the sum of a block has a meaning.
+            value is divided among them in proportion to their weights, so that only a block's sum has a meaning.
         precision: ``fp32``, or ``native``: compute in the checkpoint's dtype. In half precision a difference of losses
             is mostly rounding; its share is measured, reported in a warning, and saved as ``rounding`` in the settings.
     """
@@ -103,7 +103,7 @@ class ZerothOrder(ImportanceMeasure):
         return len(context.layers) * len(context.batches) * self.draws
 
     def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
-        """One a probe."""
+        """One piece per probe."""
         return probes(context, draws=self.draws, probe=self.probe)
 
     def estimates(self, context: ProbeContext) -> Iterator[Estimate]:
@@ -113,7 +113,7 @@ class ZerothOrder(ImportanceMeasure):
         return projections(context, self.projection, draws=self.draws, probe=self.probe, replay=self.replay)
 
     def projection(self, probe: Probe, replay: Replay) -> float:
-        """Of the gradient on the noise of all the unit's matrices."""
+        """The projection of the gradient on the noise of all matrices of the unit."""
         return self._stepping(probe, replay, self.epsilon)
 
     def _stepping(self, probe: Probe, replay: Replay, epsilon: float) -> float:

@@ -1,4 +1,4 @@
-"""ADMM: finds mask and weights together, by alternating least squares and projection (Boža 2024, arXiv 2401.02938)."""
+"""ADMM: finds mask and weights together by alternating least squares and projection (Boža 2024, arXiv 2401.02938)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ecoflap.statistics.pair import InputPair
 from ecoflap.support.ranges import check_count, check_positive
 
 _CHOOSING = 0.75  # share of the iterations in which the mask may change
-_SMALL = 4096  # with so few weights chance decides the mask: the better one of ADMM's and SparseGPT's is taken
+_SMALL = 4096  # up to this number of weights, the better mask of ADMM's and SparseGPT's is taken
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class ADMM:
     Args:
         iterations: of ADMM. In the first three quarters each iteration chooses the mask again, with more zeros.
         damping: added to the diagonal of X̂ᵀX̂, which is scaled to 1; keeps the weights near the dense ones.
-        penalty: ρ of ADMM, in the same units: how firmly an iteration holds to the weights of the mask.
+        penalty: ρ of ADMM, in the same units: how close an iteration stays to the masked weights.
         polish: steps of conjugate gradients on the final mask.
         targets: "dense": the layer's outputs in the dense model. "own": the outputs of the dense weight for the inputs
             of the pruned model (X = X̂), as in SparseGPT.
-        mask: a criterion that chooses the mask; ADMM then finds the weights alone.
+        mask: a criterion that chooses the mask; ADMM then only finds the weights.
         order: see :attr:`ecoflap.pruning.criteria.Criterion.order`.
     """
 
@@ -72,7 +72,7 @@ class ADMM:
         return self._chooser().default_compare if self.mask else "matrix"
 
     def _has_error_to_correct(self, statistics: InputStatistics | None) -> bool:
-        """Whether a layer that keeps all its weights has an error of its inputs to correct."""
+        """Whether a layer that keeps all its weights can correct an error of its inputs."""
         return self.targets == "dense" and isinstance(statistics, InputPair)
 
     def _chooser(self) -> Any:
@@ -86,7 +86,7 @@ class ADMM:
             return zero_out(weight, torch.full_like(weight, zeros == 0, dtype=torch.bool))
         gram = check_statistics(self.name, statistics, weight.shape[1])
         if not isinstance(gram, InputGram):
-            raise CalibrationError("criterion 'admm' needs an InputGram, not column norms alone")
+            raise CalibrationError("criterion 'admm' needs an InputGram, not only column norms")
         pattern = with_default(pattern, self.default_compare)
         layer = Reconstruction.of(weight, gram, self.damping, self.targets)
         mask = self._chooser()(weight, gram, zeros, pattern).mask if self.mask else None
@@ -106,7 +106,7 @@ class ADMM:
 def _admm(
     layer: Reconstruction, inverse: Tensor, zeros: int, pattern: Pattern, options: ADMM, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scaled weight and mask after all iterations; a given ``mask`` stays.
+    """Scaled weight and mask after all iterations; a given ``mask`` is not changed.
 
     In the paper's terms, with S = W + U: Z = mask ⊙ S, U = S − Z, and W = (B + ρ (Z − U)) (H + ρI)⁻¹.
     """
@@ -117,7 +117,7 @@ def _admm(
     sign = torch.empty_like(s)  # 1 where the mask keeps, -1 where it does not: Z - U = sign ⊙ S
     for iteration in range(1, iterations + 1):
         if iteration <= choosing:
-            # The number of zeros grows with the cube of what is left (Zhu & Gupta 2017, arXiv 1710.01878).
+            # A cubic schedule for the number of zeros (Zhu & Gupta 2017, arXiv 1710.01878).
             share = 1 - (1 - iteration / choosing) ** 3
             mask = gradual_mask(s.abs(), round(share * zeros), zeros, pattern)
         assert mask is not None
@@ -131,7 +131,7 @@ def _admm(
 
 
 def _inverse(moments: Tensor, penalty: float) -> Tensor:
-    """(H + ρI)⁻¹, well conditioned: the eigenvalues of H lie between 0 and the number of inputs."""
+    """(H + ρI)⁻¹; well conditioned, since the eigenvalues of H are between 0 and the number of inputs."""
     penalised = moments.clone()
     penalised.diagonal().add_(penalty)
     lower, failed = torch.linalg.cholesky_ex(penalised)

@@ -28,22 +28,22 @@ class GlobalCriterion(Protocol):
     def name(self) -> str: ...
 
     def targets(self, zeros: int, weights: int) -> Sequence[int]:
-        """Zeros that a pool of ``weights`` weights has after each round; the last is ``zeros``, none is above it.
+        """Zeros of a pool of ``weights`` weights after each round; the last is ``zeros`` and the largest.
 
         The number of rounds is the same for all pools.
         """
         ...
 
     def steps(self, batches: int) -> int:
-        """Steps of progress that :meth:`scores` makes of so many batches."""
+        """Number of progress steps of :meth:`scores` for ``batches`` batches."""
         ...
 
     def scores(self, context: ProbeContext, offload: bool, task: Task) -> Scores:
-        """The scores of each layer's weights in the present model.
+        """The scores of each layer's weights in the current model.
 
         Args:
             context: model, layers, calibration batches and objective.
-            offload: keep what is as large as the model in the computer's memory.
+            offload: keep tensors of the size of the model in the computer's memory.
             task: receives each step.
 
         Returns:
@@ -59,45 +59,43 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Pruned(NamedTuple):
-    """A weight (out, in) with its zeros, in the dtype it came in, and its mask (out, in), True = kept."""
+    """A pruned weight (out, in) in its original dtype, and its mask (out, in), True = kept."""
 
     weight: Tensor
     mask: Tensor
 
 
 class Criterion(Protocol):
-    """A local rule: which weights of one layer become zero, and how the others compensate."""
+    """A local rule: decides which weights of one layer become zero, and may update the others."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def statistics(self) -> Needs:
-        """What to gather of the layer's inputs: nothing, an InputNorm, an InputGram, or an InputPair (each of which
-        serves for those before)."""
+        """The statistics of the layer's inputs: none, an InputNorm, an InputGram, or an InputPair (each includes those
+        before)."""
         ...
 
     @property
     def default_compare(self) -> Compare:
-        """Where scores are compared by default in an unstructured pattern: in each row, or in the matrix."""
+        """Where scores are compared by default in an unstructured pattern: in each row, or in the whole matrix."""
         ...
 
     @property
     def order(self) -> BlockOrder:
-        """Which layers of a block are pruned at once: all, or group after group those that read one input.
-
-        With "sequential" each group sees the inputs that the pruned groups before it produce.
-        """
+        """The order in a block: "block" prunes all layers at once; "sequential" one group of layers with the same input
+        after the other, on inputs that the pruned groups before have produced."""
         ...
 
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
         """Prune ``weight`` (out, in) to exactly ``zeros`` zeros; the input tensor is not changed.
 
-        Computes in fp32. Weights that are zero already count as any other.
+        Computes in fp32. Weights that are zero already are treated as any other.
 
         Raises:
             InvalidOption: ``zeros`` or the shape doesn't fit the pattern.
-            CalibrationError: the statistics needed are missing, empty, or of another width.
+            CalibrationError: the statistics are missing, empty, or have another width.
             NonFiniteLoss: the weight or the statistics are not finite.
         """
         ...
@@ -123,7 +121,7 @@ def check_order(order: str) -> None:
 
 
 def check_statistics(criterion: str, statistics: InputStatistics | None, columns: int) -> InputStatistics:
-    """``statistics`` when they can serve for a weight of ``columns`` inputs; raises CalibrationError otherwise."""
+    """``statistics`` if they fit a weight of ``columns`` inputs; raises CalibrationError otherwise."""
     if statistics is None:
         raise CalibrationError(
             f"criterion '{criterion}' needs statistics of the layer's inputs: give calibration batches"
@@ -140,10 +138,10 @@ def check_statistics(criterion: str, statistics: InputStatistics | None, columns
 
 
 def zero_out(weight: Tensor, mask: Tensor) -> Pruned:
-    """``weight`` with zeros where ``mask`` is False; what is kept stays bit-identical."""
+    """``weight`` with zeros where ``mask`` is False; kept weights are bit-identical."""
     if not all_finite(weight):
         raise NonFiniteLoss(
             f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values; check the checkpoint"
         )
-    bits = _BITS[weight.element_size()]  # a mask of bits takes a tenth of masked_fill's time, and leaves no -0
+    bits = _BITS[weight.element_size()]  # a bit mask takes a tenth of masked_fill's time, and leaves no -0
     return Pruned((weight.view(bits) & -mask.to(bits)).view(weight.dtype), mask)

@@ -1,4 +1,4 @@
-"""Keeps pruned blocks: the protocol of a run's journal, and files for an offloaded model without a run."""
+"""Stores pruned blocks: the protocol of a run's journal, and files for an offloaded model without a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ecoflap.model.offload import remove_together_with, temporary_folder
 class PrunedBlock:
     """A pruned block: the weights of its layers by parameter name, and the layers that no calibration token reached.
 
-    A round of a global criterion has this form too, with packed masks of all layers instead of weights.
+    A round of a global criterion has this form, too, with packed masks of all layers instead of weights.
     """
 
     weights: Mapping[str, Tensor]
@@ -32,7 +32,7 @@ class BlockJournal(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """Where block inputs may lie on disk; None: where the system keeps temporary files."""
+        """Folder for block inputs on disk; None: the system's folder for temporary files."""
 
     def load(self, block: str) -> PrunedBlock | None:
         """The block if it has been pruned already."""
@@ -40,7 +40,7 @@ class BlockJournal(Protocol):
     def save(self, block: str, pruned: PrunedBlock) -> None: ...
 
     def place(self, block: str) -> Path | None:
-        """The safetensors file of a saved block, which an offloaded model reads it from; None if nothing is kept."""
+        """The safetensors file of a saved block, from which an offloaded model reads it; None if nothing is kept."""
 
 
 class NoJournal:
@@ -73,7 +73,7 @@ class SpilledBlocks:
         return None
 
     def save(self, block: str, pruned: PrunedBlock) -> None:
-        """Raises StorageError where there is no room."""
+        """Write the block's file. Raises StorageError if there is no space."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in pruned.weights.items()}
         try:
             save_file(tensors, self.place(block))

@@ -1,4 +1,4 @@
-"""Keeps the zeros of a sparse model while it is trained, by anybody's loop and any optimiser of torch."""
+"""Keeps the zeros of a sparse model while it is trained, in any training loop with any optimiser of torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MATRICES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass
 class KeptZeros:
-    """One weight with zeros: who owns it (looked up anew each time), and where it is zero."""
+    """One weight with zeros: its owner (the parameter is looked up each time), and where it is zero."""
 
     name: str
     owner: nn.Module
@@ -41,7 +41,7 @@ class KeptZeros:
         if weight.shape != self.zeros.shape:
             raise InvalidOption(
                 f"{self.name} has the shape {list(weight.shape)} now, and {list(self.zeros.shape)} when its zeros were "
-                "read: weights that are split among processes (FSDP, DeepSpeed ZeRO 3) can't keep their zeros so"
+                "read: keep_zeros does not support weights that are split among processes (FSDP, DeepSpeed ZeRO 3)"
             )
         if self.zeros.device != weight.device:
             self.zeros = self.zeros.to(weight.device)
@@ -49,13 +49,13 @@ class KeptZeros:
 
 
 class ZeroKeeper(TrainerCallback):  # type: ignore[misc]
-    """What :func:`keep_zeros` returns: a context, and a callback of transformers' ``Trainer``.
+    """The result of :func:`keep_zeros`: a context, and a callback of transformers' ``Trainer``.
 
-    At work, it sets the zeros again after each step of any optimiser of torch, and lets no gradient reach them, so that
-    clipping, momentum and second moments see the weights that are left alone.
+    While active, it restores the zeros after each step of any optimiser of torch, and sets their gradients to zero, so
+    that clipping, momentum and second moments depend only on the other weights.
 
     Attributes:
-        counts: of each weight that is kept, its name and number of zeros.
+        counts: number of zeros by name of the weight.
     """
 
     def __init__(self, kept: Sequence[KeptZeros]) -> None:
@@ -69,7 +69,7 @@ class ZeroKeeper(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def enforce(self) -> None:
-        """Set every kept zero to +0, whatever is there now: a value, −0, NaN."""
+        """Set every kept zero to +0, for any current value (also −0 and NaN)."""
         for one in self._kept:
             weight = one.weight
             if not weight.is_meta:
@@ -89,7 +89,7 @@ class ZeroKeeper(TrainerCallback):  # type: ignore[misc]
         self.enforce()
         if self._handles:
             return
-        # A hook of torch's own for the steps of all optimisers: the loop and its optimiser need not know of us.
+        # torch's hook for the steps of all optimisers: the training loop needs no change.
         self._handles = [register_optimizer_step_post_hook(self._after_step)]
         trained = (one for one in self._kept if one.weight.requires_grad)
         self._handles += [one.weight.register_hook(self._without_zeros(one)) for one in trained]  # type: ignore[no-untyped-call]
@@ -107,13 +107,13 @@ class ZeroKeeper(TrainerCallback):  # type: ignore[misc]
     def _without_zeros(one: KeptZeros) -> Any:
         return lambda gradient: gradient.masked_fill(one.on(gradient), 0)
 
-    # As a callback. A training that begins with a checkpoint has loaded it before.
+    # Methods of the callback. A training that resumes from a checkpoint has loaded it before on_train_begin.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.enforce()  # an engine's own optimiser may not be torch's
+        self.enforce()  # DeepSpeed's optimisers may not be torch's
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._contexts == 0:
@@ -132,19 +132,19 @@ def keep_zeros(model: nn.Module, *, include: Sequence[str] = (), exclude: Sequen
                 optimizer.zero_grad()
 
     or as a callback, ``Trainer(model, callbacks=[ecoflap.keep_zeros(model)])``. After each step of an optimiser every
-    weight that was zero at this call is zero again, to the bit, also after weight decay, with momentum, accumulated
-    gradients, half precision, and weights that a checkpoint has replaced; weights that become zero later stay free.
-    Parameters are looked up by their module, so moving the model or loading into it is fine.
+    weight that was zero at this call is zero again, to the bit, also with weight decay, momentum, accumulated
+    gradients, half precision, and weights that a checkpoint has replaced. Weights that become zero later may change.
+    Parameters are looked up by their module, so that the model may be moved or loaded into.
 
-    Adapters of peft are not kept; an update that is merged later must leave the zeros out itself, as that of
-    ``ecoflap finetune`` does.
+    Adapters of peft are ignored; an update that is merged later must itself be zero at the zeros, as in ``ecoflap
+    finetune``.
 
-    Costs one byte per weight of the matrices with zeros, and one masked write to each a step. Weights that are split
-    among processes (FSDP, DeepSpeed ZeRO 3) are refused.
+    It takes one byte per weight of the matrices with zeros, and one masked write to each per step. Weights that are
+    split among processes (FSDP, DeepSpeed ZeRO 3) are refused.
 
     Args:
-        model: what ``torch.compile`` or ``DistributedDataParallel`` made of it is fine, too.
-        include: patterns (``*``) of parameter names; where there are some, only these are kept.
+        model: also the result of ``torch.compile`` or ``DistributedDataParallel``.
+        include: patterns (``*``) of parameter names; if given, only these keep their zeros.
         exclude: patterns of names of parameters that may lose their zeros.
 
     Returns:
@@ -158,7 +158,7 @@ def keep_zeros(model: nn.Module, *, include: Sequence[str] = (), exclude: Sequen
         wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
         if not wanted or any(fnmatchcase(name, pattern) for pattern in exclude) or id(weight) in seen:
             continue
-        seen.add(id(weight))  # tied weights are one
+        seen.add(id(weight))  # tied weights count once
         zeros = weight.detach() == 0
         if bool(zeros.any()):
             kept.append(KeptZeros(name, owner, attribute, zeros))

@@ -1,4 +1,4 @@
-"""Solves the weights for a given mask: least squares on the layer's outputs, by conjugate gradients."""
+"""Fits the weights for a given mask: least squares on the layer's outputs, by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Targets = Literal["dense", "own"]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Find Ŵ with few non-zeros so that X̂ Ŵᵀ is near X Wᵀ: minimise tr(Ŵ H Ŵᵀ) − 2 tr(B Ŵᵀ).
+    """Finds a sparse Ŵ such that X̂ Ŵᵀ is near X Wᵀ: minimises tr(Ŵ H Ŵᵀ) − 2 tr(B Ŵᵀ).
 
-    H = X̂ᵀX̂ + damping and B = W XᵀX̂ + damping · W, scaled so that every input has length one: column j of the weight
-    is multiplied by d_j = ‖X̂_j‖, and H has a constant diagonal, so a Jacobi preconditioner would change nothing.
+    H = X̂ᵀX̂ + damping and B = W XᵀX̂ + damping · W, scaled so that every input has norm one: column j of the weight is
+    multiplied by d_j = ‖X̂_j‖, and H has a constant diagonal, so that a Jacobi preconditioner would have no effect.
     Damping keeps the solution near the dense weight.
 
     Attributes:
         weight: (out, in) fp32, the dense weight W, scaled.
-        moments: (in, in) fp32, H, scaled; shared by layers of one input: don't write to it.
+        moments: (in, in) fp32, H, scaled; layers with the same input share it: don't write to it.
         products: (out, in) fp32, B, scaled.
         scale: (in,) fp32, d; 0 for dead inputs, whose weights are 0 here.
     """
@@ -41,7 +41,7 @@ class Reconstruction:
         """The problem of ``weight`` (out, in) with the statistics of its inputs.
 
         Args:
-            targets: "dense": X are the dense model's inputs, if ``gram`` is an :class:`InputPair` that knows them.
+            targets: "dense": X are the dense model's inputs, if ``gram`` is an :class:`InputPair` that has them.
                 "own": X is X̂.
             damping: added to the scaled H's diagonal, which is 1.
 
@@ -69,19 +69,21 @@ class Reconstruction:
         return float((w @ self.moments).sub_(self.products, alpha=2).mul_(w).sum(dtype=torch.float64))
 
     def solve(self, w: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """A better scaled weight than ``w``, with the same mask: conjugate gradients for all rows at once.
+        """A better scaled weight than ``w`` with the same mask, by conjugate gradients for all rows at once.
 
-        Minimises over the weights that ``mask`` (out, in) keeps; in exact arithmetic as many steps as a row has weights
-        reach the minimum.
+        Minimises over the weights that ``mask`` (out, in) keeps; in exact arithmetic, a row with k kept weights reaches
+        the minimum in k steps.
 
         Args:
             w: (out, in), zero where ``mask`` is False.
         """
-        w, kept = w.clone(), mask.to(w.dtype)  # products with numbers are faster than with truth values
+        w, kept = w.clone(), mask.to(w.dtype)  # products with floats are faster than with bools
         residual = (self.products - w @ self.moments).mul_(kept)
         direction = residual.clone()
         square = residual.square().sum(dim=1, keepdim=True)
-        solved = square * torch.finfo(square.dtype).eps ** 2  # beyond it there is rounding alone, which may grow
+        solved = (
+            square * torch.finfo(square.dtype).eps ** 2
+        )  # below this, residuals are only rounding errors, which may grow
         for _ in range(steps):
             image = (direction @ self.moments).mul_(kept)
             curvature = (direction * image).sum(dim=1, keepdim=True)
@@ -93,7 +95,7 @@ class Reconstruction:
         return w
 
     def pruned(self, w: Tensor, mask: Tensor, dense: Tensor) -> Pruned:
-        """A scaled weight in its own units and in the dtype of ``dense``, whose weights of dead inputs are kept.
+        """A scaled weight in the units and dtype of ``dense``; weights of dead inputs are those of ``dense``.
 
         Raises:
             NonFiniteLoss: a weight is too large for the dtype.
@@ -106,7 +108,7 @@ class Reconstruction:
 
 
 def _scaled(gram: InputGram, damping: float) -> Tensor:
-    """(in, in) H of columns of length one, and the damping; rows and columns of dead inputs have that alone."""
+    """(in, in) H with columns of norm one, plus the damping; rows and columns of dead inputs have only the damping."""
     inverse = _inverse(gram.norm)
     moments = (gram.moments * inverse).mul_(inverse.unsqueeze(1))
     moments.diagonal().copy_(torch.where(gram.dead, damping, 1 + damping))

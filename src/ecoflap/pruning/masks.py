@@ -9,15 +9,15 @@ from torch import Tensor
 from ecoflap.allocation.patterns import NofM, Pattern, Unstructured, check_fits
 from ecoflap.errors import NonFiniteLoss
 
-# Up to this M, ranking each weight against the others of its group beats a selection per group.
+# Up to this M, ranking each weight against the others of its group is faster than a selection per group.
 _RANKED_GROUP = 16
 
 
 def lowest_mask(scores: Tensor, zeros: int, pattern: Pattern) -> Tensor:
-    """Mark the ``zeros`` lowest scores for removal, as the pattern allows.
+    """The mask that removes the ``zeros`` lowest scores, as the pattern allows.
 
-    Unstructured per row: rows differ by at most one zero, and the rows with one more are those whose next-lowest
-    score is lowest. Equal scores go by index, the first is removed first.
+    Unstructured per row: rows differ by at most one zero; those with one more are the rows with the lowest next score.
+    Of equal scores, the one with the lower index is removed first.
 
     Args:
         scores: (out, in), finite or infinite, not NaN.
@@ -47,9 +47,9 @@ def lowest_mask(scores: Tensor, zeros: int, pattern: Pattern) -> Tensor:
 
 
 def gradual_mask(scores: Tensor, zeros: int, goal: int, pattern: Pattern) -> Tensor:
-    """As :func:`lowest_mask`, for ``zeros`` of the ``goal`` zeros that are removed in the end; any number is allowed.
+    """As :func:`lowest_mask`, for any number of ``zeros`` on the way to ``goal`` zeros.
 
-    For an N:M pattern these are the lowest of those that the pattern removes in the end.
+    For an N:M pattern, these are the lowest of the scores that the pattern removes in the end.
     """
     if isinstance(pattern, NofM) and zeros < goal:
         final = lowest_mask(scores, goal, pattern)
@@ -58,9 +58,9 @@ def gradual_mask(scores: Tensor, zeros: int, goal: int, pattern: Pattern) -> Ten
 
 
 def row_quotas(scores: Tensor, zeros: int) -> Tensor:
-    """Zeros for each row of ``scores`` (out, in): equal but for one, the lowest next score first. Shape (out,)."""
+    """Zeros for each row of ``scores`` (out, in), which differ by at most one, more for low next scores: (out,)."""
     base, extra = divmod(zeros, len(scores))
-    if not extra:  # every column may be among the base then: there is no next score
+    if not extra:  # the base may be all columns, without a next score
         return torch.full((len(scores),), base, device=scores.device)
     return _quotas(_kth_lowest(scores, base + 1), base, extra)
 
@@ -73,7 +73,7 @@ def _quotas(following: Tensor, base: int, extra: int) -> Tensor:
 
 
 def _lowest_evenly(scores: Tensor, zeros: int) -> Tensor:
-    """As ``lowest_by_counts(scores, row_quotas(scores, zeros))``, with one selection where no scores are equal."""
+    """As ``lowest_by_counts(scores, row_quotas(scores, zeros))``, with one selection if no scores are equal."""
     base, extra = divmod(zeros, len(scores))
     if not extra:
         return lowest_in_rows(scores, base)
@@ -108,7 +108,7 @@ def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
     lowest = scores <= threshold
     surplus = _counts(lowest) - count
     tied = surplus.nonzero().squeeze(1)
-    if len(tied):  # more scores equal to the threshold than places: the first of them by index
+    if len(tied):  # more scores equal the threshold than are needed: take the first by index
         some, limit = scores[tied], threshold[tied]
         below, equal = some < limit, some == limit
         places = count - below.sum(dim=1, keepdim=True)
@@ -117,8 +117,8 @@ def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
 
 
 def _counts(marked: Tensor) -> Tensor:
-    """How many of each row are marked: (rows,)."""
-    if marked.device.type == "cpu":  # torch would make numbers of the whole mask first
+    """Number of marked scores in each row: (rows,)."""
+    if marked.device.type == "cpu":  # torch would convert the whole mask to int64 first
         return torch.from_numpy(np.count_nonzero(marked.numpy(), axis=1))
     return marked.sum(dim=1, dtype=torch.int32)
 

@@ -1,4 +1,4 @@
-"""Checks before stage 2 whether a method can work on an offloaded model."""
+"""Checks before stage 2 whether a method works on an offloaded model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ecoflap.pruning.registry import is_global
 
 
 def check_blockwise(importance: str | None, criterion: str, search: bool = False, recover: bool = False) -> None:
-    """Raises InvalidOption for what needs more of a model than one block at a time.
+    """Raises InvalidOption for a method that needs more than one block in memory.
 
     Args:
-        importance: a measure's name; None where the scores are given.
+        importance: a measure's name; None if the scores are given.
     """
     if is_global(criterion):
         raise InvalidOption(f"criterion '{criterion}' needs all weights in memory, and {OFFLOADED}: take a local one, "
@@ -30,7 +30,7 @@ def check_blockwise(importance: str | None, criterion: str, search: bool = False
 def check_offloaded(
     model: nn.Module, importance: str | None, criterion: str, search: bool = False, recover: bool = False
 ) -> None:
-    """For an offloaded model, calls :func:`check_blockwise` and prepares the model; does nothing for another one."""
+    """Call :func:`check_blockwise` and prepare the model if it is offloaded; do nothing otherwise."""
     if is_offloaded(model):
         keep_placeholders(model)
         check_blockwise(importance, criterion, search, recover)

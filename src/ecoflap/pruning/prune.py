@@ -1,4 +1,4 @@
-"""Prunes by a given allocation: the walk of a local criterion, or the rounds of one for the whole model."""
+"""Prunes by a given allocation: with a local criterion in a walk, or with a global one in rounds."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class PruningOptions:
     """How stage 2 prunes each layer to its sparsity.
 
     Attributes:
-        criterion: a registered name, local or for the whole model; ``options`` are its own.
-        compare: ``row`` or ``matrix``: where scores are compared; None for the criterion's own.
-        tokens: which tokens enter the statistics where a language tower reads visual tokens.
+        criterion: a registered name, local or global; ``options`` are its own.
+        compare: ``row`` or ``matrix``: where scores are compared; None for the criterion's default.
+        tokens: which tokens enter the statistics if a language tower reads visual tokens.
         offload_activations: where block inputs are kept between blocks: ``cpu`` or ``disk``.
-        recovery: the criterion's zeros stay, and the other weights are fitted to the dense model's outputs.
+        recovery: afterwards fit the nonzero weights to the dense model's outputs.
     """
 
     criterion: str = DEFAULT
@@ -69,10 +69,10 @@ def prune_layers(
     """Prune ``model`` in place to the zeros that ``allocation`` gives each layer.
 
     Args:
-        allocation: for a global criterion only its sums count, one for each budget of ``shares``; the returned
-            allocation then has the zeros that each layer got.
+        allocation: for a global criterion, only the total of each budget of ``shares`` counts; the returned allocation
+            has the zeros of each layer.
         shares: pattern and budgets.
-        journal: holds the work of an interrupted run, and receives new work; the same for all workers.
+        journal: contains the work of an interrupted run, and receives new work; the same for all workers.
 
     Raises:
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
@@ -109,7 +109,7 @@ def _recovered(
     work: Work,
     journal: BlockJournal,
 ) -> WalkResult:
-    """As :func:`prune_layers`, and a second walk that fits the weights which the first one left."""
+    """As :func:`prune_layers`, with a second walk that fits the remaining weights."""
     assert options.recovery is not None
     check_offloaded(model, None, options.criterion, recover=True)
     dense = DenseWeights(model, [layer.name for layer in anatomy.layers])
@@ -122,6 +122,6 @@ def _recovered(
 
 
 def _budgets(anatomy: Anatomy, shares: AllocationOptions) -> dict[str, str]:
-    """Layer to the name of the budget that it shares."""
+    """Name of the budget of each layer."""
     pools = make_pools(sizes_of(anatomy.layers), Fraction(0), shares.budget, shares.tower_sparsity or {})
     return {layer.name: pool.name for pool in pools for layer in pool.layers}

@@ -1,4 +1,4 @@
-"""Recovery: the zeros of a pruned model stay, and its other weights are fitted to the dense model's outputs."""
+"""Recovery: fits the nonzero weights of a pruned model to the dense model's outputs."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from ecoflap.allocation.patterns import Compare
     from ecoflap.pruning.criteria import BlockOrder
 
-Weights = Mapping[str, Tensor]  # parameter name to a weight as the model stores it
+Weights = Mapping[str, Tensor]  # stored weights by parameter name
 
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """How weights are fitted.
+    """Options of the fit.
 
     Attributes:
-        steps: of conjugate gradients, which begin with the pruned model's weights.
-        damping: is added to the diagonal of the inputs' moments, scaled to 1, and draws to the dense weights.
+        steps: of conjugate gradients, which start from the pruned model's weights.
+        damping: added to the diagonal of the inputs' moments, which is scaled to 1; keeps weights near the dense ones.
     """
 
     steps: int = 20
@@ -53,25 +53,21 @@ class RecoveryOptions:
 
 
 def recovery_options(options: Mapping[str, Any] | None) -> RecoveryOptions:
-    """The options by their names.
-
-    Raises:
-        InvalidOption: there is no such option, or its value is out of range.
-    """
+    """Make the options. Raises InvalidOption for an unknown option, or a value out of range."""
     check_options("recovery", "recover", RecoveryOptions, options or {})
     return RecoveryOptions(**(options or {}))
 
 
 @dataclass(frozen=True)
 class FitLayer:
-    """New weights for the zeros of one layer: asymmetric masked least squares.
+    """Fits the weights of one layer under its mask: asymmetric masked least squares.
 
-    Minimises ‖X Wᵀ − X̂ Ŵᵀ‖² over the Ŵ that are zero where ``pruned`` is: W is the dense weight, X are the layer's
-    inputs in the dense model (GPTAQ's asymmetric targets, arXiv 2504.02692), X̂ those in the model as it is recovered up
-    to here. The solver is that of ALPS (arXiv 2406.07831).
+    Minimises ‖X Wᵀ − X̂ Ŵᵀ‖² over all Ŵ that are zero where ``pruned`` is zero: W is the dense weight, X are the layer's
+    inputs in the dense model (GPTAQ's asymmetric targets, arXiv 2504.02692), X̂ those in the model that is recovered up
+    to this layer. The solver is that of ALPS (arXiv 2406.07831).
 
     Attributes:
-        pruned: (out, in), what conjugate gradients begin with.
+        pruned: (out, in), the start of the conjugate gradients.
     """
 
     pruned: Tensor
@@ -82,7 +78,7 @@ class FitLayer:
     order: ClassVar[BlockOrder] = "sequential"
 
     def __call__(self, weight: Tensor, statistics: InputStatistics | None, zeros: int, pattern: Pattern) -> Pruned:
-        """Fit to the dense ``weight`` (out, in); without any token, or any zero, the weight stays as it was pruned.
+        """Fit to the dense ``weight`` (out, in); without tokens, or without zeros, the pruned weight is returned.
 
         Raises:
             NonFiniteLoss: a weight or a statistic is not finite.
@@ -110,15 +106,15 @@ def recover_layers(
     offload: bool | str = False,
     tokens: TokenChoice = ALL,
 ) -> WalkResult:
-    """Give the layers of a dense ``model``, in place, the zeros of ``pruned`` and weights that are fitted to them.
+    """Set the zeros of ``pruned`` in a dense ``model``, in place, and fit the other weights.
 
     Args:
         pruned: a weight for each layer of ``anatomy``.
-        journal: blocks that an interrupted recovery has done, and where more go; the same for all workers.
+        journal: contains the blocks of an interrupted recovery, and receives new ones; the same for all workers.
         offload, tokens: see :func:`~ecoflap.pruning.walk.walk`.
 
     Returns:
-        the zeros of each layer, and the layers that no calibration token reached: they have the weights of ``pruned``.
+        the zeros of each layer, and the layers that no calibration token reached, which have the weights of ``pruned``.
 
     Raises:
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
@@ -138,7 +134,7 @@ def recover_layers(
 
 
 def allocation_of_zeros(anatomy: Anatomy, pruned: Weights) -> Allocation:
-    """The zeros that each layer of a pruned model has."""
+    """The allocation with the zeros of a pruned model."""
     rows = tuple(
         LayerAllocation(
             layer.name, layer.tower, layer.modality, layer.block, layer.shape, layer.numel,
@@ -152,18 +148,14 @@ def allocation_of_zeros(anatomy: Anatomy, pruned: Weights) -> Allocation:
 
 
 class DenseWeights:
-    """The dense weights of a model that is about to be pruned, on the CPU.
-
-    Args:
-        names: of the matrices.
-    """
+    """A copy of the dense weights of a model, on the CPU; ``names`` are those of the matrices."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self._model = model
         self._kept = {name: stored_matrix(model, name).to("cpu", copy=True) for name in names}
 
     def swap(self) -> dict[str, Tensor]:
-        """Make the model dense again; the weights that it had, on the CPU."""
+        """Restore the dense weights; return the current ones, on the CPU."""
         pruned = {}
         for name in list(self._kept):
             weight = stored_matrix(self._model, name)
@@ -173,7 +165,7 @@ class DenseWeights:
 
 
 class SecondWalk:
-    """The part of a journal that belongs to a walk over blocks that another walk has pruned before."""
+    """The part of a journal for a second walk over the same blocks."""
 
     def __init__(self, journal: BlockJournal) -> None:
         self._journal, self.folder = journal, journal.folder
@@ -189,14 +181,14 @@ class SecondWalk:
 
 
 def weights_to_recover(dense: nn.Module, pruned: nn.Module, anatomy: Anatomy, names: tuple[str, str]) -> Weights:
-    """The weights of ``pruned`` for each layer of ``anatomy``, a copy on the CPU, once the two models are known to fit.
+    """The weights of ``pruned`` for each layer of ``anatomy``, copied to the CPU, after a check that the models match.
 
     Args:
         anatomy: of ``dense``.
-        names: what the user calls the dense and the pruned model, for messages.
+        names: of the dense and the pruned model, for messages.
 
     Raises:
-        InvalidOption: the models have other weights or shapes; nothing is pruned; or weights differ outside the layers.
+        InvalidOption: weights or shapes don't match; nothing is pruned; or weights outside of the layers differ.
     """
     of_dense, of_pruned = names
     before, after = dict(dense.named_parameters()), dict(pruned.named_parameters())
@@ -228,13 +220,13 @@ def weights_to_recover(dense: nn.Module, pruned: nn.Module, anatomy: Anatomy, na
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two weights are the same but for the dtype that they are stored in."""
+    """Whether two weights are equal up to their dtypes."""
     coarse = min(one.dtype, other.dtype, key=lambda kind: kind.itemsize)
     return bool(torch.equal(one.to(other.device, coarse), other.to(coarse)))
 
 
 def sparse_part(anatomy: Anatomy, pruned: Weights, dense: nn.Module) -> Anatomy:
-    """The anatomy without the layers whose weights are the dense ones, none of them zero: they stay as they are."""
+    """The anatomy without layers that have the dense weights and no zeros: these are not recovered."""
 
     def sparse(layers: Iterable[Layer]) -> tuple[Layer, ...]:
         return tuple(

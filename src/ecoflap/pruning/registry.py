@@ -1,4 +1,4 @@
-"""Registers the criteria, and says which options a criterion for the whole model allows. Needs no torch."""
+"""Registers the criteria, and checks the options beside a global criterion. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _complaint(made: Any) -> str | None:
     if (wrong := dataclass_complaint(made)) is not None:
         return wrong
-    whole_model = callable(getattr(made, "targets", None))  # a method there; a local rule may have an option so called
+    whole_model = callable(getattr(made, "targets", None))  # a method: a local rule may have an option of this name
     if whole_model != bool(getattr(made, "is_global", False)):
         return "must say is_global = True, and have targets(), if it is for the whole model; neither for single layers"
     if whole_model:
@@ -27,9 +27,9 @@ def _complaint(made: Any) -> str | None:
     return f"must have {', '.join(missing)}, see ecoflap.pruning.criteria" if missing else None
 
 
-# Beside each, what the command line needs before torch: whether it compares weights of different layers, and so decides
-# the sparsity of each layer itself; whether it looks at calibration samples; the tokens that its statistics count by
-# default, where not all; the papers behind it.
+# Each with the attributes that the command line needs before importing torch: whether it is global (compares weights of
+# different layers, and so decides each layer's sparsity), whether it reads calibration samples, its default choice of
+# tokens if not all, and its papers.
 CRITERIA: Registry[Callable[..., Criterion | GlobalCriterion]] = Registry(
     "criterion",
     {
@@ -47,9 +47,9 @@ CRITERIA: Registry[Callable[..., Criterion | GlobalCriterion]] = Registry(
 )
 
 DEFAULT = "admm"
-BEFORE_ADMM = "wanda"  # the default of earlier versions, which a run that records no criterion was pruned by
+BEFORE_ADMM = "wanda"  # the default of earlier versions, for runs that record no criterion
 
-# With them, these options of the allocation and of the mask could change nothing.
+# Options of the allocation and of the mask that have no effect with a global criterion.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "importance": (None, "uniform"),
     "importance_options": (None, {}),
@@ -71,35 +71,35 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 def tokens_of(
     criterion: str, given: str | None = None, amount: float | None = None, experts: int = EXPERT_TOKENS
 ) -> TokenChoice:
-    """The choice of tokens for a criterion's statistics: the given one, else the criterion's own.
+    """The choice of tokens for a criterion's statistics: the given one, else the criterion's default.
 
-    Its own is none that a model without visual tokens among its text could contradict: there it stands for all.
+    With the default, a model without visual tokens in its text is no error: all tokens count then.
 
     Raises:
-        InvalidOption, UnknownName: the choice can't be.
+        InvalidOption, UnknownName: the choice is invalid.
     """
     name = given or str(CRITERIA.fact(criterion, "tokens", "all"))
     return TokenChoice(name, amount, experts, required=given is not None or amount is not None)
 
 
 def is_global(criterion: str) -> bool:
-    """Whether the criterion compares weights over the whole model (or tower), and needs no allocation."""
+    """Whether the criterion compares weights over the whole model (or tower), so that it needs no allocation."""
     return bool(CRITERIA.fact(criterion, "is_global", False))
 
 
 def reads_data(criterion: str) -> bool:
-    """Whether the criterion looks at calibration samples."""
+    """Whether the criterion reads calibration samples."""
     return bool(CRITERIA.fact(criterion, "reads_data", True))
 
 
 def refuse_with_global(criterion: str, given: Mapping[str, Any]) -> None:
-    """Refuse options that can have no effect beside a global criterion.
+    """Refuse options that have no effect with a global criterion.
 
     Args:
-        given: options by their names in a recipe; those that a global criterion leaves room for are not looked at.
+        given: options by their names in a recipe.
 
     Raises:
-        InvalidOption: names the first that is out of place, and what to do.
+        InvalidOption: names the first such option, and what to do.
     """
     for name, value in given.items():
         if name in _NEUTRAL and value not in _NEUTRAL[name]:

@@ -1,4 +1,4 @@
-"""Gives a model its weights back where pruning fails part-way; without room for copies, names the changed layers."""
+"""Restores a model's weights if pruning fails part-way; without memory for copies, names the changed layers."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ecoflap.model.parts import Layer, parameter_of
 from ecoflap.model.slices import matrix_in
 from ecoflap.support.text import first_line
 
-SHARE = 0.25  # of the free memory that the copies may take: the walk needs the rest
+SHARE = 0.25  # of the free memory for copies: the walk needs the rest
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _log = logging.getLogger("ecoflap")
 
 
 @contextmanager
 def restored_on_failure(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
-    """Inside, ``layers`` may be changed; if that ends early, by an error or a signal, they are as they were.
+    """Context that restores ``layers`` if it ends with an error or a signal.
 
-    A copy of their weights lies in the CPU's memory meanwhile, if it takes at most a quarter of what is free there.
-    Weights on the disk need none: their files stay, and the model reads them again. Without room for a copy an error
-    becomes PartlyPruned, which names the changed layers.
+    A copy of their weights is kept in the CPU's memory, if it takes at most a quarter of the free memory. Weights on
+    the disk need no copy: their files stay, and the model reads them again.
 
     Raises:
-        PartlyPruned: the work failed when layers had been changed, and there was no room for copies.
+        PartlyPruned: an error occurred after layers had been changed, and there was no memory for copies; names the
+            changed layers.
     """
     keep_placeholders(model)
     weights = Offloaded(model)
@@ -67,10 +67,10 @@ def restored_on_failure(model: nn.Module, layers: Sequence[Layer]) -> Iterator[N
 
 
 def _sums(model: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:
-    """Layer → the sum of its weights' bits read as integers, which a change of the weights changes too."""
+    """Sum of each layer's weights, with their bits read as integers, to detect a change of the weights."""
     weights, found = Offloaded(model), dict[str, int]()
     for parameter, names in groupby((layer.name for layer in layers), parameter_of):
-        values = weights.read(model.get_parameter(parameter))  # one that stacks matrices is read once
+        values = weights.read(model.get_parameter(parameter))  # stacked matrices are read once
         found |= {name: _sum(matrix_in(values, name)) for name in names}
     return found
 

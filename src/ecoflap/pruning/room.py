@@ -1,4 +1,4 @@
-"""Says before stage 2 where the machine has less memory than the criterion needs for the widest layer."""
+"""Warns before stage 2 if the machine has less memory than the criterion needs for the widest layer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from ecoflap.model.parts import Layer
 
-_ABOUT = {  # what to take instead, and what it asks for
+_ABOUT = {  # criteria to choose instead, and what they need
     "pair": (("sparsegpt", "gram"), ("wanda", "norm")),
     "gram": (("wanda", "norm"),),
 }
 
 
 def least_bytes(layer: Layer, statistics: str) -> int:
-    """What the statistics of one layer's input and the copies made while it is pruned take at least (docs/memory.md).
+    """Least memory for the statistics of one layer's input, and for the copies while it is pruned (docs/memory.md).
 
-    Of the layer's own input alone: the inputs of the blocks, and those of the block's other layers, come on top.
+    Without the inputs of the blocks, and without the statistics of the block's other layers.
     """
     rows, columns = layer.shape
     square = columns**2
@@ -27,11 +27,11 @@ def least_bytes(layer: Layer, statistics: str) -> int:
 
 
 def too_little(layers: Sequence[Layer], criterion: str, statistics: str, model: int, memory: int) -> str:
-    """One line where ``memory`` can't hold the model and what ``criterion`` needs; else "".
+    """A warning if ``memory`` is less than the model and ``criterion`` need; else "".
 
     Args:
         model: bytes of the weights that are in memory.
-        memory: bytes that the machine has.
+        memory: total bytes of the machine.
     """
     if statistics not in _ABOUT or not layers:
         return ""

@@ -15,7 +15,7 @@ from ecoflap.pruning.masks import lowest_by_counts, lowest_in_rows, row_quotas
 from ecoflap.statistics.inputs import InputGram, InputStatistics, all_finite
 from ecoflap.support.ranges import check_count, check_positive
 
-# Inside a slab, single columns update only the next few; the rest of the slab follows by one matmul.
+# Inside a slab, single columns update only the next few; the rest of the slab is updated by one matmul.
 _STRIP = 32
 
 
@@ -24,8 +24,8 @@ class SparseGPT:
     """Optimal brain surgeon, column by column: score = (w_ij / U_jj)² with UᵀU = H⁻¹ (algorithm 1 of the paper).
 
     Args:
-        damping: share of mean(diag H) that is always added to H's diagonal.
-        slab: columns whose mask is chosen together; the number of zeros of every slab is its share of the total.
+        damping: share of mean(diag H) that is added to H's diagonal.
+        slab: number of columns whose mask is chosen together; zeros are divided evenly among the slabs.
         order: see :attr:`ecoflap.pruning.criteria.Criterion.order`.
     """
 
@@ -50,15 +50,15 @@ class SparseGPT:
             return zero_out(weight, torch.full_like(weight, zeros == 0, dtype=torch.bool))
         gram = check_statistics(self.name, statistics, columns)
         if not isinstance(gram, InputGram):
-            raise CalibrationError("criterion 'sparsegpt' needs an InputGram, not column norms alone")
+            raise CalibrationError("criterion 'sparsegpt' needs an InputGram, not only column norms")
         factor = gram.inverse_factor(self.damping).to(weight.device)
-        # Columns of the weight become rows of w, so that all that is updated together lies together.
+        # Columns of the weight become rows of w, so that memory that is updated together is contiguous.
         w = torch.empty((columns, rows), device=weight.device).copy_(weight.T)
         if not all_finite(w):
             raise NonFiniteLoss(
                 f"a weight of shape {rows} x {columns} holds NaN or infinite values; check the checkpoint"
             )
-        # A dead input costs nothing to cut: score 0.
+        # Weights of a dead input have the score 0.
         scale = factor.diagonal().reciprocal().masked_fill(gram.dead.to(weight.device), 0).unsqueeze(1)
         pattern = with_default(pattern, self.default_compare)
         quotas = None
@@ -82,7 +82,7 @@ class SparseGPT:
                 cut[inside] = chosen.T
             errors = _eliminate(w[inside], factor[inside, inside], scale[inside], cut[inside], group)
             w[stop:].addmm_(factor[inside, stop:].T, errors, alpha=-1)
-            w[inside].mul_(~cut[inside]).add_(0)  # a third of masked_fill's time; the sum makes -0 to 0
+            w[inside].mul_(~cut[inside]).add_(0)  # a third of masked_fill's time; adding 0 turns -0 into 0
         pruned = w.to(weight.dtype).T.contiguous()
         if not all_finite(pruned):
             raise NonFiniteLoss(f"pruning a weight of shape {rows} x {columns} left the range of {weight.dtype}")
@@ -97,7 +97,7 @@ def _eliminate(w: Tensor, factor: Tensor, scale: Tensor, cut: Tensor, group: tup
             0 for dead inputs; cut: (slab, out) bool; group: (M, zeros of M), then cut is chosen here, group by group.
 
     Returns:
-        (slab, out) w_j / U_jj where cut, 0 elsewhere: what the later slabs have to make up for.
+        (slab, out) w_j / U_jj where cut, 0 elsewhere: the error that later slabs compensate.
     """
     size = len(w)
     strip = _STRIP if group is None else max(1, _STRIP // group[0]) * group[0]

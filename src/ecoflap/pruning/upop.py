@@ -1,10 +1,10 @@
-"""UPop's search: trainable masks on channels, one ranking over all towers, a ratio that grows.
+"""UPop's search: trainable masks on channels, one ranking over all towers, a growing ratio.
 
 After Shi et al., "UPop: Unified and Progressive Pruning for Compressing Vision-Language Transformers" (ICML 2023,
 arXiv 2301.13741). Every unit of a :class:`~ecoflap.model.channels.ChannelGroup` has a mask value α, 1 at the start.
-While the weights are trained, the gradients of the loss with respect to α add up. At times the units are ranked: the
-more a smaller α would have lowered the loss, the earlier a unit leaves. Those that are to leave then get α = 1 − πₜ/p,
-the others 1.
+While the weights are trained, the gradients of the loss with respect to α are summed. At intervals the units are
+ranked: units for which a smaller α would have lowered the loss most are removed first. Units to be removed get
+α = 1 − πₜ/p, the others 1.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from ecoflap.pruning.keep_zeros import KeptZeros, ZeroKeeper
 if TYPE_CHECKING:
     from typing import Self  # from Python 3.11 on; read by type checkers alone
 
-Kept = dict[str, Tensor]  # a group → for each of its units, whether it stays
+Kept = dict[str, Tensor]  # by group, which of its units stay
 
 
 def ratio(step: int, steps: int, sparsity: float) -> float:
-    """πₜ = p · √((1 − cos(π · t / T)) / 2): the ratio after ``step`` of ``steps`` steps, at the end ``sparsity``."""
+    """πₜ = p · √((1 − cos(π · t / T)) / 2): the ratio after step t of T; at the end p, the ``sparsity``."""
     return sparsity * math.sqrt((1 - math.cos(math.pi * step / steps)) / 2)
 
 
 def standardised(groups: Sequence[ChannelGroup], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients with mean 0 and standard deviation 1 over all attentions, and over all feed-forward networks.
 
-    Attention and feed-forward masks differ in scale; without it, one of the two would leave first as a whole.
+    Gradients of attention and feed-forward masks differ in scale; without this, one kind would be removed first.
 
     Args:
-        gradients: of each group, for each of its units.
+        gradients: for each unit of each group.
     """
     found = {}
     for kind in dict.fromkeys(group.kind for group in groups):
@@ -52,21 +52,21 @@ def standardised(groups: Sequence[ChannelGroup], gradients: Mapping[str, Tensor]
 
 
 def choose(groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], weights: int) -> Kept:
-    """Which units stay when about ``weights`` weights of the matrices leave.
+    """The units that stay if about ``weights`` weights are removed.
 
-    Units leave in the order of falling scores, over all groups, until the number of weights that have left is as near
-    to ``weights`` as it gets. Of each group, the unit with the lowest score stays.
+    Units are removed in the order of falling scores over all groups, until the number of removed weights is as near as
+    possible to ``weights``. The unit with the lowest score in each group always stays.
 
     Args:
-        scores: of each group, for each of its units; comparable over all groups.
+        scores: for each unit of each group; comparable over all groups.
 
     Raises:
-        InfeasibleAllocation: so many weights would leave that a group would have no unit left.
+        InfeasibleAllocation: a group would have no unit left.
     """
     most = sum(group.cost * (group.width - 1) for group in groups)
     if weights > most:
         raise InfeasibleAllocation(
-            f"{weights:,} weights can't leave: the channels have {most:,} beside the one that each group keeps; "
+            f"{weights:,} weights can't be removed: the channels have {most:,} without the one that each group keeps; "
             "lower --sparsity"
         )
     every = torch.cat([scores[group.name] for group in groups])
@@ -88,14 +88,14 @@ def choose(groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], weights
 
 
 class ChannelMasks:
-    """Mask values on a model's channels while it is trained; a context in which they take part in its forward.
+    """Mask values on a model's channels for the training, and a context in which its forward uses them.
 
-    Those of an attention multiply its queries, keys and values. Those of a feed-forward network multiply what enters
-    its last layer: so networks with gates, and any activation, are covered.
+    Those of an attention multiply its queries, keys and values. Those of a feed-forward network multiply the input of
+    its last layer, which works with gates and any activation.
 
     Attributes:
         groups: the channels.
-        values: of each group, α for each of its units; its ``grad`` adds up until the search ends.
+        values: α for each unit of each group; its ``grad`` is summed until the end of the search.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
@@ -124,10 +124,10 @@ class ChannelMasks:
 
     @torch.no_grad()
     def update(self, step: int, steps: int, sparsity: float, total: int) -> Kept:
-        """Rank all units by their gradients so far, and set α for the ratio of ``step``; which of them stay.
+        """Rank all units by their gradients so far, and set α for the ratio of ``step``; return the units that stay.
 
         Args:
-            sparsity: the ratio at the end, of ``total`` weights.
+            sparsity: the final ratio, of ``total`` weights.
 
         Raises:
             InfeasibleAllocation: as :func:`choose`.
@@ -140,7 +140,7 @@ class ChannelMasks:
         return kept
 
     def chosen(self, share: float, total: int) -> Kept:
-        """The units that stay if ``share`` of ``total`` weights leaves, by the gradients so far."""
+        """The units that stay if ``share`` of ``total`` weights is removed, by the gradients so far."""
         return choose(self.groups, standardised(self.groups, self._gradients()), round(share * total))
 
     def _gradients(self) -> dict[str, Tensor]:
@@ -151,13 +151,13 @@ class ChannelMasks:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """Values and gradients, to go on from."""
+        """Values and gradients, for a checkpoint."""
         values = {f"value:{name}": value.detach().cpu() for name, value in self.values.items()}
         return values | {f"gradient:{name}": gradient for name, gradient in self._gradients().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore the result of :meth:`state`."""
         for name, value in self.values.items():
             assert value.grad is not None
             value.copy_(state[f"value:{name}"])
@@ -173,7 +173,7 @@ def _masks_input(value: Tensor, units: Tensor) -> Any:
 
 
 def zero_channels(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept) -> ZeroKeeper:
-    """Set the weights, and biases, of all units that do not stay to zero; what keeps these zeros in a training."""
+    """Set weights and biases of all removed units to zero; return the keeper of these zeros for a training."""
     found = []
     for group in groups:
         for member in group.members:

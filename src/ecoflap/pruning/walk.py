@@ -38,13 +38,13 @@ from ecoflap.support.workers import ALONE, Share, Workers, share_of
 
 @dataclass(frozen=True)
 class WalkResult:
-    """What a walk did.
+    """The result of a walk.
 
     Attributes:
         allocation: with the achieved sparsities.
         unreached: the layers that no calibration token reached.
-        tokens: path of each expert of a mixture to the calibration tokens that its router sent to it; empty where the
-            criterion reads none.
+        tokens: number of calibration tokens that the router sent to each expert, by path; empty if the criterion reads
+            no data.
     """
 
     allocation: Allocation
@@ -70,8 +70,8 @@ def walk(
 ) -> WalkResult:
     """Prune ``model`` in place.
 
-    Several workers run a share of the batches each, and prune a share of each block's layers; all end with the same
-    model, which is that of one worker to the bit.
+    Several workers run a share of the batches each, and prune a share of each block's layers; all get the same model,
+    to the bit that of one worker.
 
     Args:
         model: runs in eval mode and without a KV cache here.
@@ -81,10 +81,10 @@ def walk(
         run: runs the model on a batch (the objective).
         offload: where block inputs are kept: "cpu" (or True), or "disk", in the journal's folder.
         tokens: which tokens of a tower that reads text and images enter the statistics.
-        journal: holds the blocks that an interrupted walk has pruned, and receives new ones; the same for all workers.
+        journal: contains the blocks of an interrupted walk, and receives new ones; the same for all workers.
         workers: processes with the same ``model`` and ``batches``.
-        each: the rule of each layer, where they differ; ``criterion`` then says what all of them read. Layers that no
-            token reached are its own matter.
+        each: gives the rule of each layer if rules differ; ``criterion`` then names the statistics of all. These rules
+            also handle layers that no token reached.
 
     Raises:
         NonFiniteLoss: a layer's input or weight is not finite; names the layer.
@@ -100,7 +100,7 @@ def walk(
     blocks = [block for block in anatomy.blocks if block.layers]
     folder = walker.journal.folder if offload == "disk" else None
     dense: DenseModel | None = None
-    if criterion.statistics == "pair":  # the dense model has to be run before anything is restored or pruned
+    if criterion.statistics == "pair":  # the dense model must run before anything is restored or pruned
         done = {block.name: walker.known(block) for block in blocks}
         entered = [tower for tower in anatomy.towers if any(not done.get(block.name, True) for block in tower.blocks)]
         with evaluating(model), cache_disabled(model):
@@ -112,7 +112,7 @@ def walk(
     to_do = _steps(anatomy, gathers, [block for block in blocks if not done[block.name]])
     with (
         evaluating(model),
-        cache_disabled(model),  # a captured cache would be filled twice, and hide k and v
+        cache_disabled(model),  # a recorded cache would be filled twice
         (progress or Silent()).stage("pruning", total, total - len(to_do)) as task,
     ):
         plan(task, to_do)
@@ -139,13 +139,13 @@ def walk(
 
 
 def _steps(anatomy: Anatomy, gathers: bool, todo: Sequence[Block]) -> list[str]:
-    """The kind of each step of the walk that prunes ``todo``, in order.
+    """The kinds of the steps of a walk that prunes ``todo``, in order.
 
     ``prune``: a block is run for its statistics, and pruned. ``run``: a block is run for the inputs of the next one, or
-    before a tower where the walk enters it.
+    before a tower that the walk begins.
 
     Args:
-        gathers: the criterion reads statistics; else blocks are only pruned.
+        gathers: the criterion reads statistics; otherwise blocks are only pruned.
     """
     if not gathers:
         return ["prune"] * len(todo)
@@ -156,12 +156,12 @@ def _steps(anatomy: Anatomy, gathers: bool, todo: Sequence[Block]) -> list[str]:
             kinds += ["run"] * _before(anatomy, tower)
             for block in chosen:
                 kinds += ["prune", "run"] if block else ["run"]
-            del kinds[len(kinds) - 1 - chosen[::-1].index(True) :]  # nothing runs behind the last one to prune
+            del kinds[len(kinds) - 1 - chosen[::-1].index(True) :]  # nothing runs after the last block to prune
     return kinds
 
 
 def _before(anatomy: Anatomy, tower: Tower) -> int:
-    """Number of blocks that a forward runs before it comes to a tower."""
+    """Number of blocks that a forward runs before a tower."""
     first = tower.blocks[0].name
     return anatomy.replayable.index(first) if first in anatomy.replayable else 0
 
@@ -215,9 +215,9 @@ def _walk_tower(
                     if before is not None:
                         before.forget(group.layers)
                 walker.finish(block, task)
-                trim()  # copies of weights and moments, of other sizes than what the block's forward needs
+                trim()  # free copies of weights and moments, whose sizes the block's forward can't reuse
             if block == todo[-1]:
-                break  # a later tower runs the whole model up to itself, so these outputs are nobody's inputs
+                break  # these outputs are not needed: a later tower runs the model up to itself
             driver.run(index, last=True, resumed=resumed if block in todo else None)
             task.advance(1, block.name)
     if dense is not None:
@@ -226,7 +226,7 @@ def _walk_tower(
 
 
 class _Walker:
-    """Prunes single blocks of a model, and keeps count."""
+    """Prunes single blocks of a model, and records the results."""
 
     def __init__(
         self,
@@ -245,8 +245,8 @@ class _Walker:
         self.allocation, self.workers, self.each = allocation, workers, each
         self.unreached: list[str] = []
         self.tokens: dict[str, int] = {}  # by expert
-        self._left: list[str] = []  # of the block at hand, layers without statistics
-        self._known: set[str] = set()  # blocks that an interrupted walk has pruned and that are dense as yet
+        self._left: list[str] = []  # layers of the current block without statistics
+        self._known: set[str] = set()  # blocks that an interrupted walk has pruned and that are still dense
 
     def known(self, block: Block) -> bool:
         """Whether an interrupted walk has pruned the block; it stays dense until :meth:`restore_all`."""
@@ -256,14 +256,14 @@ class _Walker:
         return known
 
     def restore_all(self, blocks: Iterable[Block]) -> None:
-        """Restores those of ``blocks`` that an interrupted walk has pruned and that are not restored yet."""
+        """Restore those of ``blocks`` that an interrupted walk has pruned and that are not restored yet."""
         for block in blocks:
             if block.name in self._known:
                 self._known.remove(block.name)
                 self.restore(block)
 
     def restore(self, block: Block) -> bool:
-        """Restores a block that an interrupted walk has pruned."""
+        """Restore a block that an interrupted walk has pruned."""
         done = self.journal.load(block.name)
         if done is None:
             return False
@@ -276,7 +276,7 @@ class _Walker:
         return True
 
     def prune_layers(self, layers: Sequence[Layer], gathered: Gatherer | None) -> None:
-        """Prune some layers of a block, by what was gathered of their inputs."""
+        """Prune some layers of a block with the statistics of their inputs."""
         # Without statistics there is nothing to share out: all workers prune alike.
         rank = self.workers.rank
         pruner = dict.fromkeys((layer.name for layer in layers), rank)
@@ -298,7 +298,7 @@ class _Walker:
         self._left += left
 
     def finish(self, block: Block, task: Task) -> None:
-        """All layers of the block are pruned: it is kept."""
+        """Save a block whose layers are all pruned."""
         unreached = tuple(layer.name for layer in block.layers if layer.name in self._left)
         self._left.clear()
         weights = {name: self.model.get_parameter(name).data for name in _parameters(block)}
@@ -309,7 +309,7 @@ class _Walker:
         task.advance(1, block.name)
 
     def _read_from_saved(self, block: Block, weights: Mapping[str, Tensor]) -> list[str]:
-        """Makes the offloaded weights of a saved block be read from its file; returns the names of its parameters."""
+        """Read the offloaded weights of a saved block from its file from now on; return its parameters' names."""
         names = self.offloaded.among(_parameters(block))
         place = self.journal.place(block.name) if names else None
         for name in names:
@@ -318,7 +318,7 @@ class _Walker:
         return names
 
     def _prune_layer(self, layer: Layer, statistics: InputStatistics | None) -> None:
-        """Prune one layer; by magnitude, if nothing is known of its inputs and ``each`` is not given."""
+        """Prune one layer; by magnitude, if it has no statistics and ``each`` is not given."""
         stored = stored_matrix(self.model, layer.name)
         weight = stored.t() if layer.transposed else stored
         if not all_finite(weight):
@@ -335,15 +335,15 @@ class _Walker:
 
 
 def _parameters(block: Block) -> list[str]:
-    """Names of the parameters that hold the block's layers: what is kept of a pruned block, whole."""
+    """Names of the parameters with the block's layers; of a pruned block, these are saved."""
     return list(dict.fromkeys(layer.parameter for layer in block.layers))
 
 
 def achieved(model: nn.Module, allocation: Allocation) -> Allocation:
-    """The allocation with the sparsity that the weights have now."""
+    """The allocation with the current sparsity of the weights."""
     weights, zeros = Offloaded(model), dict[str, int]()
     for name, rows in groupby(allocation.layers, lambda row: parameter_of(row.name)):
-        parameter = weights.read(model.get_parameter(name))  # an offloaded one that stacks matrices is read once
+        parameter = weights.read(model.get_parameter(name))  # stacked matrices are read once
         for row in rows:
             zeros[row.name] = row.weights - int(torch.count_nonzero(matrix_in(parameter, row.name)))
     return allocation.with_achieved({row.name: zeros[row.name] / row.weights for row in allocation.layers})

@@ -1,7 +1,7 @@
-"""Criteria for the whole model: rounds of scores over all layers, each round cut at one threshold for each budget.
+"""Global criteria: rounds of scores over all layers, each round with one threshold for each budget.
 
 ``global-magnitude`` scores by |w|, the simplest baseline; ``iterative-gradient`` by first-order scores, each round
-sparser than the last. The lowest scores of many tensors are found exactly, without one tensor of them all.
+sparser than the last. The lowest scores of many tensors are found exactly, without concatenating the tensors.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from ecoflap.support.progress import Progress, Silent, Task
 from ecoflap.support.ranges import check_count
 
 _HALF = 16  # bits that one pass decides
-_FIRST = -1  # the key of what is zero already
+_FIRST = -1  # the key of weights that are zero already
 
 
 def keys_of(scores: Tensor, weight: Tensor) -> Tensor:
-    """Integers in the order of the scores: the bits of an fp32 number that is not negative, read as int32.
+    """Integers in the order of the scores: the bits of nonnegative fp32 numbers, read as int32.
 
     Args:
         scores: fp32, at least 0, of any shape.
-        weight: of the same shape; where it is zero already the key comes before all others, whatever the score.
+        weight: of the same shape; weights that are zero already get the lowest key, with any score.
 
     Raises:
         NonFiniteLoss: a score is NaN or infinite.
@@ -53,16 +53,16 @@ def keys_of(scores: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass
 class Lowest:
-    """The lowest keys of a pool of tensors: all below ``limit``, and the first ``ties`` of those that equal it.
+    """The lowest keys of a pool of tensors: all below ``limit``, and the first ``ties`` of those equal to it.
 
-    :meth:`take` is called once for each tensor, in the order that decides among equal keys.
+    :meth:`take` must be called once for each tensor; the order decides among equal keys.
     """
 
     limit: int
     ties: int
 
     def take(self, keys: Tensor) -> Tensor:
-        """Mask of this tensor's share of the lowest keys, in its shape."""
+        """Mask of this tensor's entries among the lowest keys, in its shape."""
         lowest = keys < self.limit
         equal = keys == self.limit
         count = int(equal.sum())
@@ -78,8 +78,8 @@ class Lowest:
 def lowest(pool: Callable[[], Iterable[Tensor]], count: int) -> Lowest:
     """The ``count`` lowest keys of all tensors that ``pool()`` yields; equal ones in its order, then by index.
 
-    The limit is found by two histograms, of the upper and of the lower half of its bits, so ``pool`` is asked twice
-    and no more than one tensor's keys are in memory at a time.
+    The limit is found by two histograms, of the upper and of the lower half of its bits, so that ``pool`` is called
+    twice, and the keys of only one tensor are in memory.
 
     Args:
         pool: yields int32 keys (:func:`keys_of`), the same ones at each call.
@@ -94,7 +94,7 @@ def lowest(pool: Callable[[], Iterable[Tensor]], count: int) -> Lowest:
 
 
 def _histogram(pool: Iterable[Tensor], bins: int) -> Tensor:
-    """How often each integer from 0 to ``bins`` - 1 occurs: (bins) int64 on the CPU."""
+    """Number of occurrences of each integer from 0 to ``bins`` - 1: (bins) int64 on the CPU."""
     total = torch.zeros(bins, dtype=torch.int64)
     for values in pool:
         total += torch.bincount(values.flatten(), minlength=bins).cpu()
@@ -102,7 +102,7 @@ def _histogram(pool: Iterable[Tensor], bins: int) -> Tensor:
 
 
 def _bin(histogram: Tensor, count: int) -> tuple[int, int]:
-    """The bin that holds the ``count``-th lowest value (from 1), and how many values lie in the bins before it."""
+    """The bin with the ``count``-th lowest value (from 1), and the number of values in the bins before it."""
     up_to = histogram.cumsum(0)
     index = int(torch.searchsorted(up_to, count))
     return index, int(up_to[index] - histogram[index])
@@ -123,20 +123,20 @@ def prune_globally(
 ) -> WalkResult:
     """Prune ``model`` in place; weights that stay are bit-identical.
 
-    The number of zeros of a pool is exact (more only where more weights were zero before). Equal scores are decided by
-    the order of the layers, then by the weight's index in its stored matrix; weights that are zero already come first.
+    The number of zeros of a pool is exact (larger only if more weights were zero before). Equal scores are ordered by
+    layer, then by the weight's index in its stored matrix; weights that are zero already come first.
 
     Args:
         budgets: zeros of each layer; only the sum over the layers of a pool counts.
-        pools: layer to the name of the budget that it shares.
+        pools: name of the budget of each layer.
         batches: calibration batches, for criteria that read data.
         objective: ``objective(model, batch)`` giving the loss, which moves the batch to the model's device.
-        offload: keep what is as large as the model in the computer's memory.
-        journal: rounds done by an interrupted run, which are taken over, and where new ones go: one entry each, which
-            holds a bit per weight.
+        offload: keep tensors of the size of the model in the computer's memory.
+        journal: contains the rounds of an interrupted run, and receives new ones: one entry each, with one bit per
+            weight.
 
     Returns:
-        the allocation with the zeros that each layer was given, and the sparsity that it now has.
+        the allocation with the zeros of each layer and its current sparsity.
 
     Raises:
         NonFiniteLoss: a weight, loss or score is not finite; names the layer or the batch.
@@ -150,7 +150,7 @@ def prune_globally(
     }
     rounds = len(next(iter(targets.values())))
     gradients = criterion.steps(len(batches))
-    steps = gradients + 1 if gradients else len(anatomy.layers)  # beside a gradient, a layer's cut takes no time
+    steps = gradients + 1 if gradients else len(anatomy.layers)  # compared with a gradient, cutting takes no time
     context = ProbeContext(model, anatomy, batches, objective, seed=0)
     done, cut = cutter.restore(rounds)
     with ExitStack() as stack:
@@ -171,7 +171,7 @@ def prune_globally(
 
 
 class _Cutter:
-    """Makes masks of scores, applies them and keeps them."""
+    """Makes masks from scores, applies them and saves them."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, pools: Mapping[str, str], journal: BlockJournal) -> None:
         self.model, self.journal, self.pool_of, self.layers = model, journal, pools, anatomy.layers
@@ -180,7 +180,7 @@ class _Cutter:
             self.pools.setdefault(pools[layer.name], []).append(layer)
 
     def masks(self, scores: Scores, counts: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
-        """Name and packed mask of what is cut, layer by layer; nothing is written yet.
+        """Name and packed mask of the zeros, layer by layer; weights are not changed yet.
 
         Args:
             counts: zeros of each pool.
@@ -203,12 +203,12 @@ class _Cutter:
             yield layer.name, _packed(limits[self.pool_of[layer.name]].take(keys(layer)))
 
     def finish(self, number: int, cut: Mapping[str, Tensor]) -> None:
-        """Keep a round's masks and write its zeros."""
+        """Save a round's masks and set its zeros."""
         self.journal.save(_entry(number), PrunedBlock(cut))
         self._apply(cut)
 
     def restore(self, rounds: int) -> tuple[int, dict[str, Tensor]]:
-        """How many rounds are done, and the masks of the last of them, whose zeros are written."""
+        """The number of finished rounds, and the masks of the last of them, whose zeros are set."""
         for number in reversed(range(rounds)):
             found = self.journal.load(_entry(number))
             if found is not None:
@@ -228,7 +228,7 @@ def _entry(number: int) -> str:
 
 
 def _packed(mask: Tensor) -> Tensor:
-    """A bit an element, on the CPU: uint8, (⌈n / 8⌉)."""
+    """One bit per element, on the CPU: uint8, (⌈n / 8⌉)."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
 
 
@@ -240,7 +240,7 @@ def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
 class GlobalMagnitude:
     """score = |w|, the absolute value (Han et al. 2015, arXiv 1506.02626); reads no data.
 
-    Memory above the model's: some copies of one matrix.
+    Additional memory: some copies of one matrix.
     """
 
     name: ClassVar[str] = "global-magnitude"
@@ -263,16 +263,16 @@ class GlobalMagnitude:
 
 @dataclass(frozen=True)
 class IterativeGradient:
-    """score = |w|·E|g|, measured anew in each of N rounds, of which round i makes the model p^(N/i) sparse.
+    """score = |w|·E|g|, measured again in each of N rounds; round i makes the model p^(N/i) sparse.
 
-    The baseline of Sung et al. 2024 (arXiv 2310.02998, section 4) called OBD there, after LeCun et al. 1989. g is the
+    The baseline of Sung et al. 2024 (arXiv 2310.02998, section 4), called OBD there, after LeCun et al. 1989. g is the
     gradient of one calibration batch's mean loss, E the mean over batches; both are computed in fp32 for every dtype of
     the checkpoint. Weights that are zero stay zero: each round's zeros include those of the round before.
 
-    Memory: E|g| of every prunable weight at once, 4 bytes each (in the computer's memory with ``offload_activations``),
-    beside the model in fp32, the inputs of its blocks, and the activations of one block, which are computed again in
-    the backward pass as in :class:`~ecoflap.importance.gradient.FirstOrder`. Time: a forward, a second one and a
-    backward pass for each batch and round.
+    Memory: E|g| of all prunable weights, 4 bytes each (in the computer's memory with ``offload_activations``), the
+    model in fp32, the inputs of its blocks, and the activations of one block, which are recomputed in the backward pass
+    as in :class:`~ecoflap.importance.gradient.FirstOrder`. Time: two forwards and a backward pass for each batch and
+    round.
 
     Attributes:
         rounds: N.
@@ -295,7 +295,7 @@ class IterativeGradient:
         return batches
 
     def scores(self, context: ProbeContext, offload: bool, task: Task) -> Scores:
-        """|w|·Σ|g| over the batches, which compares as |w|·E|g| does.
+        """|w|·Σ|g| over the batches, which has the same order as |w|·E|g|.
 
         Raises:
             InvalidOption: the model can't be differentiated.

@@ -1,4 +1,4 @@
-"""Measures what the pruned weights of each part cost, while all other parts stay pruned."""
+"""Measures the cost of each part's pruned weights, while all other parts stay pruned."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def by_probes(
 ) -> dict[str, float]:
     """For each unit of layers: the divergence minus the divergence with this unit dense and the rest pruned.
 
-    Forward passes only: one for each unit and batch, from the unit's first block on (earlier blocks are replayed).
-    Interactions count: this is the loss that the unit's removed weights add to a model without all other removed ones.
+    Needs only forward passes: one for each unit and batch, from the unit's first block on (earlier blocks are
+    replayed). Interactions are included: this is the loss that the unit's pruning adds to that of all others.
 
     Returns:
-        Unit to the mean over batches, in the divergence's unit; negative where pruning the unit helps.
+        By unit, the mean over batches, in the divergence's unit; negative if pruning the unit helps.
     """
 
     def of_batch(index: int) -> list[float]:
@@ -51,9 +51,9 @@ def by_gradient(
 ) -> dict[str, float]:
     """For each layer: ⟨∇L at the masked weights, masked - dense⟩, by one backward pass per batch.
 
-    In a quadratic model this is the layer's part of twice the loss, interactions included; the parts sum to it. It is
-    the end point of the path integral of Sundararajan et al. 2017 (arXiv 1703.01365) from dense to masked weights. Only
-    the inputs of the blocks are kept; the backward pass computes the rest of each block again.
+    For a quadratic loss this is the layer's part of twice the loss, with interactions; the parts sum to it. It is the
+    end point of the path integral of Sundararajan et al. 2017 (arXiv 1703.01365) from dense to masked weights. Only the
+    inputs of the blocks are stored; the backward pass recomputes each block.
 
     Raises:
         InvalidOption: the model can't be differentiated.
@@ -82,6 +82,6 @@ def by_gradient(
 
 
 def _means(names: Sequence[str], of_batches: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Name to the mean of its values, of which each batch gives one, in the order of the names."""
+    """By name, the mean over batches of its values; each batch has one value per name, in the order of the names."""
     columns = zip(*of_batches, strict=True)
     return {name: math.fsum(values) / len(of_batches) for name, values in zip(names, columns, strict=True)}

@@ -25,14 +25,14 @@ class Divergence:
     """Compares a model with its state when :meth:`record` was called.
 
     ``kl`` is the mean KL(dense ‖ changed) over the output positions with a label (all real ones without labels), in
-    nats. It does not need correct labels, and uses all words of the vocabulary. The dense logits of those positions are
-    kept, in the model's dtype. ``loss`` is the objective itself, minus that of the dense model.
+    nats. It needs no correct labels, and uses the whole vocabulary. The dense logits of these positions are kept, in
+    the model's dtype. ``loss`` is the objective itself, minus that of the dense model.
 
     Args:
-        model: whose forward gives ``logits`` (or ``logits_per_image``), for ``kl``.
+        model: for ``kl``, its forward must give ``logits`` (or ``logits_per_image``).
         batches: calibration batches.
         objective: loss of a batch on any device, the same in every call.
-        metric: ``kl``, ``loss``, or ``auto``: ``kl`` where the objective runs one forward that gives logits.
+        metric: ``kl``, ``loss``, or ``auto``: ``kl`` if the objective runs one forward that gives logits.
         positions: of ``kl``: ``labels``, those with a label; ``text``, all real tokens that are not part of an image.
             In the decoder of an encoder-decoder, and without labels, the two are the same.
         workers: processes that share the batches in :meth:`each`; each records its own.
@@ -59,11 +59,11 @@ class Divergence:
         self._dense: dict[int, float] = {}
 
     def record(self) -> None:
-        """Runs the model on the batches, and keeps its outputs as the dense ones.
+        """Run the model on the batches, and keep its outputs as the dense ones.
 
         Raises:
             NonFiniteLoss: a loss is NaN or infinite.
-            InvalidOption: ``kl`` is asked for, but the objective does not run one forward with logits.
+            InvalidOption: ``kl`` is requested, but the objective does not run one forward with logits.
         """
         self._references, self._dense = {}, {}
         with torch.no_grad():
@@ -88,11 +88,11 @@ class Divergence:
         return len(self._batches)
 
     def each(self, work: Callable[[int], T]) -> list[T]:
-        """``work(index)`` of every batch, by the worker that has recorded it; all workers get all, in order."""
+        """``work(index)`` for every batch, by the worker that has recorded it; all workers get all results in order."""
         return self._workers.map_parts(len(self), work)
 
     def __call__(self, index: int) -> Tensor:
-        """The divergence of batch ``index``: a scalar in fp32, with a graph where gradients are on.
+        """The divergence of batch ``index``: a scalar in fp32, with a graph if gradients are enabled.
 
         Raises:
             NonFiniteLoss: it is NaN or infinite.
@@ -133,18 +133,20 @@ class Divergence:
 
 
 def output_positions(model: nn.Module, batch: Any, shape: torch.Size, of_text: bool = False) -> Tensor:
-    """Bool in ``shape``, the leading one of the logits, on the CPU or the batch's device: where an output counts.
+    """The bool mask of the outputs that count, in ``shape``, the leading shape of the logits.
 
-    Those that a label belongs to, all real ones without labels. ``of_text`` adds all other real tokens of the text, in
-    a model that reads it in one sequence.
+    These are the outputs with a label, or all real ones without labels. ``of_text`` adds all other real tokens of the
+    text, in a model that reads it in one sequence. The mask is on the CPU or the batch's device.
     """
     labels, real = (_given(batch, name, shape) for name in ("labels", "attention_mask"))
     if labels is not None:
         counts = labels != -100
-        if not is_encoder_decoder(model) and _continues(model):  # an output is about the next token
+        if not is_encoder_decoder(model) and _continues(model):  # an output predicts the next token
             counts = torch.cat([counts[:, 1:], counts.new_zeros(len(counts), 1)], dim=1)
         return _text(model, batch, counts) if of_text else counts
-    if real is not None and not is_encoder_decoder(model):  # there it is the mask of the encoder's text
+    if real is not None and not is_encoder_decoder(
+        model
+    ):  # in an encoder-decoder, it is the mask of the encoder's text
         return real != 0
     return torch.ones(shape, dtype=torch.bool)
 
@@ -162,13 +164,13 @@ def _text(model: nn.Module, batch: Any, labelled: Tensor) -> Tensor:
 
 
 def _given(batch: Any, name: str, shape: torch.Size) -> Tensor | None:
-    """The batch's tensor of this name, if it is about the positions of a text of this shape."""
+    """The batch's tensor of this name, if it has this shape."""
     found = batch.get(name) if hasattr(batch, "get") else None
     return found if isinstance(found, Tensor) and found.dim() == 2 and found.shape == shape else None
 
 
 def _continues(model: nn.Module) -> bool:
-    """Whether outputs are about the next token, as in all models that write; BERT's are about the token itself."""
+    """Whether outputs predict the next token, as in all generating models; BERT's predict the token itself."""
     generates = getattr(model, "can_generate", None)
     return bool(generates()) if callable(generates) else True
 

@@ -16,11 +16,11 @@ from ecoflap.model.patching import Forward, forward_replaced
 from ecoflap.model.slices import stored_matrix
 from ecoflap.model.swapping import layers_swapped
 
-_READY = 1 << 30  # bytes; up to here masked weights are kept whole: unpacking them costs every batch a pass over them
+_READY = 1 << 30  # up to this number of bytes, masked weights are kept, since making them takes time for every batch
 
 
 class PackedMask:
-    """A bool mask of any shape as one bit an entry."""
+    """A bool mask of any shape, stored with one bit per entry."""
 
     def __init__(self, mask: Tensor) -> None:
         self.shape = mask.shape
@@ -29,13 +29,13 @@ class PackedMask:
         self._bits = (flat << _places(flat)).sum(dim=1, dtype=torch.uint8)
 
     def unpacked(self) -> Tensor:
-        """The mask that was packed."""
+        """The mask."""
         bits = (self._bits[:, None] >> _places(self._bits)) & 1
         return bits.flatten()[: self.shape.numel()].view(self.shape).bool()
 
 
 class _Partly(torch.autograd.Function):
-    """W + t·(changed W − W) at t = 1, with its derivative by t: no product of the weight's size in the forward."""
+    """W + t·(changed W − W) at t = 1 with its derivative by t, without arithmetic on the weights in the forward."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, changed: Tensor, weight: Tensor) -> Tensor:
@@ -57,13 +57,13 @@ class MaskedModel:
     """Context in which blocks run with their weights masked.
 
     If the layers take at most 1 GiB, their masked weights are kept. For a larger model the masked weights of a block
-    exist only while it runs, and one bit for each weight is kept. The parameters are not changed, so nothing has to be
-    restored. Layers without a mask are dense.
+    exist only while it runs, and one bit per weight is kept. The parameters are not changed. Layers without a mask are
+    dense.
 
     Args:
         model: in eval mode.
         anatomy: its layers.
-        fp32: the model computes in fp32, whatever its weights are.
+        fp32: the model computes in fp32, for any dtype of its weights.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, fp32: bool = False) -> None:
@@ -93,7 +93,7 @@ class MaskedModel:
         return tuple(block for block, layers in self._inside.items() if any(one.name == layer for one in layers))
 
     def set(self, masks: Mapping[Layer, Tensor]) -> None:
-        """Sets masks, (out, in) bool, True = kept, or whole weights, (out, in), of these layers; others keep theirs."""
+        """Set masks (out, in) bool, True = kept, or whole weights (out, in), of these layers; others keep theirs."""
         for layer, given in masks.items():
             stand_in = given.t() if layer.transposed else given
             if stand_in.dtype != torch.bool:
@@ -104,12 +104,12 @@ class MaskedModel:
                 self._masks[layer.name] = PackedMask(stand_in)
 
     def clear(self) -> None:
-        """No masks."""
+        """Remove all masks."""
         self._masks.clear()
 
     @contextmanager
     def dense(self, layers: Collection[str]) -> Iterator[None]:
-        """These layers run dense inside the context."""
+        """Context in which these layers are dense."""
         outer, self._dense = self._dense, self._dense | frozenset(layers)
         try:
             yield
@@ -118,9 +118,9 @@ class MaskedModel:
 
     @contextmanager
     def removed_part(self, parts: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, layer ``name`` computes with W + t·(masked W − W), where t = ``parts[name]`` is a scalar 1.
+        """Context in which layer ``name`` uses W + t·(masked W − W), with the scalar t = ``parts[name]`` = 1.
 
-        The value is that of the masked weights; its derivative by t is ⟨∇L there, masked W − W⟩.
+        The value is that of the masked weights; the loss's derivative by t is ⟨∇L, masked W − W⟩.
         """
         outer, self._parts = self._parts, dict(parts)
         try:
@@ -137,12 +137,12 @@ class MaskedModel:
         return masked
 
     def _stand_in(self, layer: Layer) -> Tensor:
-        """What the layer computes with, as its matrix is stored."""
+        """The weight that the layer uses, as its matrix is stored."""
         packed, part = self._masks[layer.name], self._parts.get(layer.name)
         weight = stored_matrix(self._model, layer.name)
         stand_in = weight.masked_fill(~packed.unpacked(), 0) if isinstance(packed, PackedMask) else packed
         if part is not None:
-            if self._fp32:  # before the derivative by t is taken, so that this is one of fp32, too
+            if self._fp32:  # so that the derivative by t is fp32, too
                 stand_in, weight = stand_in.float(), weight.float()
             stand_in = _Partly.apply(part, stand_in, weight)  # type: ignore[no-untyped-call]
         return stand_in

@@ -1,4 +1,4 @@
-"""Defines a method, one choice for each step, and refuses before any work what can't be done."""
+"""Defines a method, one choice for each step, and checks it before any work."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Given = Importance | Allocation | None  # scores or an allocation from an earlie
 
 @dataclass(frozen=True)
 class Method:
-    """What stage 1 measures, how scores become sparsities, whether these are searched, and how stage 2 prunes."""
+    """The options of stage 1, allocation, search and stage 2."""
 
     importance: ImportanceOptions
     allocation: AllocationOptions
@@ -46,18 +46,18 @@ class Method:
         return chosen or reads_data(self.pruning.criterion) or self.pruning.recovery is not None
 
     def check_options(self) -> None:
-        """Raise InvalidOption or UnknownName for an option that is not there, takes no such value or contradicts."""
+        """Raise InvalidOption or UnknownName for an unknown option, a wrong value or a contradiction."""
         self.pruning.made()
         if self.importance.name is not None:  # the allocation is made here
             self.allocation.check_reach()
         self.importance.check(self.allocation.granularity)
 
     def check(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        """Refuse what does not go with the model or the calibration batches.
+        """Check the method against model and calibration batches.
 
         Raises:
-            InvalidOption, UnknownName: as :meth:`check_options`; or the method needs more memory than the model has.
-            CalibrationError: no or too few samples, or a choice of tokens where none is visual.
+            InvalidOption, UnknownName: as :meth:`check_options`; or the method can't work on an offloaded model.
+            CalibrationError: there are no or too few samples, or a choice of tokens without visual tokens.
         """
         self.check_options()
         pruning, searched = self.pruning, self.search is not None
@@ -73,10 +73,10 @@ class Method:
             first_samples(batches, self.search.samples or None)
 
     def check_layers(self, anatomy: Anatomy, given: Given = None) -> None:
-        """Refuses what does not fit the layers: tries the allocation with equal scores where none are given.
+        """Check the method against the layers: without scores, tries the allocation with equal scores.
 
         Raises:
-            InvalidOption: ``given`` is of another model, or the allocation can't be made with the pattern.
+            InvalidOption: ``given`` belongs to another model, or the allocation does not fit the pattern.
             InfeasibleAllocation: the sparsity can't be reached.
         """
         allocation = given if isinstance(given, Allocation) else None
@@ -110,7 +110,7 @@ def make_method(
     """A method from options by their names in a recipe; ``shares`` are those of the allocation.
 
     Raises:
-        InvalidOption, UnknownName: an option is not there, or contradicts another one.
+        InvalidOption, UnknownName: an option is unknown, or contradicts another one.
     """
     name = importance.method if isinstance(importance, Importance) else importance
     if is_global(criterion):

@@ -27,25 +27,25 @@ class SearchOptions:
     """Options of the search.
 
     Attributes:
-        by: how costs are measured: ``probes`` (forward passes alone, one for each unit and batch, with replay) or
+        by: how costs are measured: ``probes`` (only forward passes, one for each unit and batch, with replay) or
             ``gradient`` (one backward pass for each batch).
-        granularity: what gets its own sparsity in the end: ``block``, ``kind`` (blocks, then a factor for each kind
-            of matrix in a tower) or ``layer``. With ``probes``, ``layer`` takes a probe for every matrix.
+        granularity: the units with their own sparsity at the end: ``block``, ``kind`` (blocks, then a factor for each
+            kind of matrix in a tower) or ``layer``. With ``probes``, ``layer`` takes a probe for every matrix.
         metric: ``kl`` (of the outputs to the dense model's), ``loss``, or ``auto``.
         positions: where ``kl`` compares outputs: at ``labels``, or over the whole ``text``, questions and prompts
             included.
-        rounds: most rounds for blocks, and as many again for what follows; 0 leaves the allocation as it is.
-        tolerance: the search ends after a round that lowers the loss by less than this part of it.
-        weights: the weights to measure for a criterion that updates the weights it keeps: its ``own``, or Wanda's
+        rounds: most rounds for blocks, and the same number for later phases; 0 does not change the allocation.
+        tolerance: the search ends after a round that lowers the loss by less than this share of it.
+        weights: the weights to measure for a criterion that updates the kept weights: its ``own``, or Wanda's
             ``masked`` ones, which are fast and the same for all criteria that read inputs.
-        inputs: which inputs decide the weights that a layer loses: those in the ``dense`` model, or in the ``pruned``
+        inputs: the inputs that decide which weights a layer loses: those in the ``dense`` model, or in the ``pruned``
             one, as in stage 2: then every step is measured after a walk over all calibration samples. ``both`` searches
             by ``dense`` first, then by ``pruned`` from there, or from the given allocation if a walk shows that it is
             better.
-        budget: the ``given`` one of the allocation, or ``global``: start within a budget for each tower, but move
-            weights between towers too.
+        budget: the ``given`` one of the allocation, or ``global``: start within a budget for each tower, but also move
+            weights between towers.
         samples: number of calibration samples for the search (the first whole batches); 0 takes all.
-        swaps: number of tries at the end to move 2 % of a layer's zeros to another one, kept where the loss falls.
+        swaps: number of attempts at the end to move 2 % of a layer's zeros to another one, kept if the loss falls.
     """
 
     by: str = "gradient"
@@ -79,13 +79,13 @@ class State:
 
     Attributes:
         phase: number of the phase, 0 for blocks; ``round`` rounds of it are done, ``swaps`` swaps were tried.
-        zeros: layer name to its zeros; ``loss`` was measured there.
+        zeros: number of zeros by layer name; ``loss`` was measured with them.
         scales: log of each layer's scale, averaged over the rounds of this phase; empty at its start.
-        step: the longest step that the next round tries: twice the best one of the last round, at most the first one of
-            a phase.
-        history: the loss at the start and after every step that was taken.
+        step: the longest step of the next round: twice the best one of the last round, but at most the first one of a
+            phase.
+        history: the loss at the start and after every accepted step.
         rounds: the name of the round of each of these losses.
-        costs: block name to its cost in the last round.
+        costs: cost in the last round by block name.
     """
 
     zeros: Mapping[str, int]
@@ -100,11 +100,11 @@ class State:
     costs: Mapping[str, float] | None = None
 
     def moved(self, zeros: Mapping[str, int], loss: float, at: str) -> State:
-        """After a step to ``zeros`` in the round called ``at``."""
+        """The state after a step to ``zeros`` in the round ``at``."""
         return replace(self, zeros=zeros, loss=loss, history=(*self.history, loss), rounds=(*self.rounds, at))
 
     def steps(self, rounds: int) -> int:
-        """Steps of the progress that are done, where a phase has at most ``rounds`` rounds."""
+        """Number of progress steps that are done, if a phase has at most ``rounds`` rounds."""
         return self.phase * rounds + self.round + self.swaps
 
     def to_json(self) -> dict[str, Any]:

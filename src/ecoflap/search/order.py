@@ -1,6 +1,6 @@
 """Computes the order in which a local criterion removes a layer's weights, and the local error of each step.
 
-SparseGPT updates the remaining weights, so masks alone would mislead the search; it uses the updated weights.
+SparseGPT updates the remaining weights, so the search uses the updated weights, not only masks.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Order:
     """Ranks the weights of all layers.
 
     Attributes:
-        norms: layer name to the norm of each input column, (columns,) fp32, of the dense model; a layer without one
-            (no token reached it) counts all columns alike.
-        weighted: rank by |w|·‖x‖ (Wanda, arXiv 2306.11695), else by |w| alone.
+        norms: norms of the input columns, (columns,) fp32, in the dense model by layer name; for a layer without them
+            (no token reached it) all columns have equal weight.
+        weighted: rank by |w|·‖x‖ (Wanda, arXiv 2306.11695), else by |w|.
         compare: rank within each output row, or over the whole matrix.
 
-    SparseGPT's own order depends on the weights it has updated already. Wanda's order can replace it (both agree where
-    the inputs are uncorrelated), or :class:`ecoflap.search.order.Compensated` computes it in full.
+    SparseGPT's own order depends on the weights that it has updated already. Wanda's order can replace it (both agree
+    for uncorrelated inputs), or :class:`ecoflap.search.order.Compensated` computes it in full.
     """
 
     norms: Mapping[str, Tensor]
@@ -41,7 +41,7 @@ class Order:
 
     @classmethod
     def of(cls, statistics: Mapping[str, InputStatistics], *, needs: str, compare: Compare | None) -> Order:
-        """For a criterion that ``needs`` these statistics ("none", "norm", "gram"), in the user's ``compare``."""
+        """The order of a criterion that ``needs`` these statistics ("none", "norm", "gram")."""
         norms = {name: found.norm for name, found in statistics.items()}
         weighted = needs != "none"
         return cls(norms, weighted, compare or ("row" if weighted else "matrix"))
@@ -53,7 +53,7 @@ class Order:
         return lowest_mask(scores, zeros, Unstructured(self.compare))
 
     def stand_in(self, model: nn.Module, layer: Layer, zeros: int) -> Tensor:
-        """What :class:`~ecoflap.search.masked_model.MaskedModel` computes with: a mask here, (out, in) bool."""
+        """The argument for :class:`~ecoflap.search.masked_model.MaskedModel`: here a mask, (out, in) bool."""
         return self.mask(model, layer, zeros)
 
     def errors(self, model: nn.Module, layer: Layer) -> Tensor:
@@ -103,10 +103,10 @@ def local_errors(model: nn.Module, anatomy: Anatomy, order: Order) -> dict[str, 
 
 @dataclass(frozen=True)
 class Compensated(Order):
-    """Prunes each layer by a criterion with a Hessian, on the dense model's statistics, when its sparsity changes.
+    """Prunes each layer by a criterion with a Hessian, on the dense model's statistics, whenever its sparsity changes.
 
-    Keeps the Hessian and its factor of every distinct input, 8 bytes · columns² each; the searched model keeps one copy
-    of the weights. Layers that no token reached use Wanda's order.
+    Keeps the Hessian and its factor for every distinct input, 8 bytes · columns² each, and one copy of the weights.
+    Layers that no token reached use Wanda's order.
     """
 
     criterion: Criterion | None = None
@@ -114,7 +114,7 @@ class Compensated(Order):
     damping: float = 0.01
 
     def stand_in(self, model: nn.Module, layer: Layer, zeros: int) -> Tensor:
-        """(out, in): the pruned weight itself, in its dtype; a mask for a layer without statistics."""
+        """The pruned weight (out, in) in its dtype; a mask for a layer without statistics."""
         gram = (self.grams or {}).get(layer.name)
         if gram is None or self.criterion is None:
             return self.mask(model, layer, zeros)
@@ -123,7 +123,7 @@ class Compensated(Order):
         return self.criterion(weight, gram, zeros, Unstructured(self.compare)).weight
 
     def errors(self, model: nn.Module, layer: Layer) -> Tensor:
-        """As :meth:`Order.errors`, with the scores that SparseGPT starts with: (w / U_jj)², UᵀU = H⁻¹."""
+        """As :meth:`Order.errors`, with SparseGPT's initial scores: (w / U_jj)², UᵀU = H⁻¹."""
         gram = (self.grams or {}).get(layer.name)
         if gram is None:
             return super().errors(model, layer)
@@ -136,7 +136,7 @@ class Compensated(Order):
 def compensated(
     statistics: Mapping[str, InputStatistics], criterion: Criterion, damping: float, compare: Compare | None
 ) -> Compensated:
-    """For a criterion that needs Hessians; ``compare`` as the user says it."""
+    """The order of a criterion that needs Hessians; ``compare`` is the user's."""
     grams = {name: found for name, found in statistics.items() if isinstance(found, InputGram)}
     return Compensated(
         norms={name: gram.norm for name, gram in grams.items()},

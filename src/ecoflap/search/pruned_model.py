@@ -1,6 +1,6 @@
-"""The model inside a search: pruned to any number of zeros in each layer, and measured.
+"""Prunes the model of a search to any number of zeros in each layer, and measures it.
 
-The order of removal comes from the dense model, or from one that is pruned up to each block, as in stage 2.
+The order of removal comes from inputs in the dense model, or in one that is pruned up to each block, as in stage 2.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Orders:
         batches: calibration batches, those of stage 2.
         run: runs the model on one of them.
         kind: of statistics, "norm" or "gram".
-        make: makes an order from statistics by layer name; layers that no token reached have none.
+        make: makes an order from statistics by layer name; layers that no token reached are missing.
         tokens: which tokens count.
         workers: processes with the same model and batches.
-        norms: input norms that other searches on the same batches have gathered.
+        norms: input norms that searches on the same batches share.
     """
 
     model: nn.Module
@@ -54,7 +54,7 @@ class Orders:
         Raises:
             NonFiniteLoss: an input is NaN or infinite.
         """
-        if self.kind == "norm":  # Hessians are too large to be kept for others
+        if self.kind == "norm":  # Hessians are too large to be shared
             return self.make(self.norms.of(("own", self.tokens, len(self.batches)), self._gathered))
         return self.make(self._gathered())
 
@@ -65,10 +65,10 @@ class Orders:
         return every
 
     def along(self, zeros: Mapping[str, int], masked: MaskedModel) -> Order:
-        """The order by the inputs in the model pruned to ``zeros``, with which ``masked`` computes afterwards.
+        """The order by the inputs in the model pruned to ``zeros``; afterwards ``masked`` has these masks.
 
-        Each block is pruned as soon as its statistics are complete, and the next one sees its pruned outputs: the walk
-        of stage 2, but no weight changes.
+        As in the walk of stage 2, each block is pruned as soon as its statistics are complete, and the next one gets
+        its pruned outputs, but no weight is changed.
 
         Raises:
             NonFiniteLoss: an input is NaN or infinite.
@@ -92,11 +92,11 @@ class Orders:
 
 @dataclass
 class PrunedModel:
-    """Computes with the weights that an allocation keeps. The model's own weights stay unchanged.
+    """Runs the model pruned to an allocation, without changing its weights.
 
     Attributes:
-        orders: the order in which the criterion removes weights, or what finds it where it depends on inputs.
-        order: the present one; None before :meth:`by_dense` or a walk.
+        orders: the order in which the criterion removes weights; or, if it depends on inputs, :class:`Orders`.
+        order: the current one; None before :meth:`by_dense` or a walk.
     """
 
     model: nn.Module
@@ -107,14 +107,14 @@ class PrunedModel:
     replay: Replay
     order: Order | None = None
     _at: Mapping[str, int] | None = None  # where the order was found; None: in the dense model
-    _zeros: Mapping[str, int] | None = None  # what the model computes with, by the present order
-    _errors: Mapping[str, Tensor] | None = None  # by the present order
+    _zeros: Mapping[str, int] | None = None  # of the model, by the current order
+    _errors: Mapping[str, Tensor] | None = None  # by the current order
 
     @property
     def errors(self) -> Mapping[str, Tensor]:
-        """Local errors of each layer by the present order, see :meth:`ecoflap.search.order.Order.errors`.
+        """Local errors of each layer by the current order, see :meth:`ecoflap.search.order.Order.errors`.
 
-        Computed on request: a walk that only measures a loss does not need them.
+        Computed on request, since a walk that only measures a loss does not need them.
         """
         if self._errors is None:
             assert self.order is not None
@@ -122,13 +122,13 @@ class PrunedModel:
         return self._errors
 
     def by_dense(self) -> None:
-        """Uses the order of the dense model from now on."""
+        """Use the order of the dense model from now on."""
         if self.order is None:
             self._order_is(self.orders if isinstance(self.orders, Order) else self.orders.dense())
 
     def prune(self, zeros: Mapping[str, int], *, walking: bool) -> None:
-        """Compute with ``zeros`` zeros in each layer: after a walk to there, whose order is then the present one, or by
-        the present order."""
+        """Set ``zeros`` zeros in each layer, by the current order, or with ``walking`` by a walk, whose order becomes
+        the current one."""
         if walking:
             self._walk(zeros)
         if zeros != self._zeros:
@@ -139,21 +139,21 @@ class PrunedModel:
             )
 
     def measure(self, zeros: Mapping[str, int], *, walking: bool) -> float:
-        """The divergence at ``zeros``, mean over the batches; arguments as of :meth:`prune`."""
+        """The mean divergence over the batches with ``zeros``; arguments as in :meth:`prune`."""
         self.prune(zeros, walking=walking)
 
         def value(index: int) -> float:
-            self.replay.reset()  # its memory is of one batch, and of other masks
+            self.replay.reset()  # its recording is of another batch or other masks
             return self.divergence.value(index)
 
         values = self.divergence.each(value)
         return math.fsum(values) / len(values)
 
     def _walk(self, zeros: Mapping[str, int]) -> None:
-        if isinstance(self.orders, Order):  # that no input decides
+        if isinstance(self.orders, Order):  # independent of inputs
             self.by_dense()
         elif zeros != self._at:
-            self.order = None  # Hessians are large: two sets of them need not exist at once
+            self.order = None  # free the old Hessians before new ones are gathered
             with self.replay.forcing(*self.anatomy.replayable):
                 self._order_is(self.orders.along(zeros, self.masked))
             self._zeros = self._at = zeros

@@ -1,4 +1,4 @@
-"""Runs the rounds of a search: measures the cost of every part, solves for the best shares, takes a step."""
+"""Runs the rounds of a search: measures the cost of every part, solves for the best shares, makes a step."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ PARTS = (0.5, 0.25, 0.125, 0.0625)  # of the way to the best shares wherever the
 _FINE = 0.05  # a shorter step is a part of this one: local errors are known at every 2 % of the weights
 _SWAP = 0.02  # of the smaller layer's weights
 
-Goal = Callable[[float], Mapping[str, int]]  # the best shares within so long a step
+Goal = Callable[[float], Mapping[str, int]]  # from the length of a step to the best shares within it
 Costs = tuple[dict[str, float], dict[str, float] | None, dict[str, float] | None, Collection[str]]
 
 
 @dataclass
 class Search:
-    """Improves a given allocation round by round until its measured loss falls no more.
+    """Improves a given allocation round by round until its measured loss stops falling.
 
     Attributes:
-        pruned: the model, pruned and measured.
-        limits: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity, where given.
-        budgets: those that every step keeps.
-        phases: name of each, and whether it goes by the inputs in the pruned model.
-        save: is given the state after every round.
-        task: progress; also shows what is being measured, because a round can take minutes.
+        pruned: prunes and measures the model.
+        limits: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity, if given.
+        budgets: which every step keeps.
+        phases: name of each, and whether it uses the inputs in the pruned model.
+        save: receives the state after every round.
+        task: progress; also shows the current measurement, because a round can take minutes.
         given: zeros at the start.
     """
 
@@ -59,21 +59,22 @@ class Search:
 
     @property
     def anatomy(self) -> Anatomy:
-        """Of the model."""
+        """The model's anatomy."""
         return self.pruned.anatomy
 
     @property
     def shares(self) -> Shares:
-        """By the present order."""
+        """The solver for the current order."""
         errors = self.pruned.errors
         if self._shares is None or self._shares.errors is not errors:
             self._shares = Shares(self.anatomy.layers, errors, self.limits)
         return self._shares
 
     def start(self) -> State:
-        """The given allocation, or one sparsity for all layers of a budget where its measured loss is lower.
+        """The given allocation, or the uniform one within each budget if its measured loss is lower.
 
-        Blocks interact: what is best for each block alone can be bad together. Both are measured as in the first phase.
+        Blocks interact, so that the best sparsity of each single block can be bad for the model. Both are measured as
+        in the first phase.
         """
         walking = self.phases[0][1]
         if not walking:
@@ -90,7 +91,7 @@ class Search:
         return begun.moved(candidates[best], losses[best], self._at_work)
 
     def settled(self, here: State) -> State:
-        """Runs the rounds of every phase, until one gains too little."""
+        """Run the rounds of every phase, until a round gains too little."""
         done = here.steps(self.options.rounds)
         while here.phase < len(self.phases):
             phase, walking = self.phases[here.phase]
@@ -116,7 +117,7 @@ class Search:
         return WALKED_STEPS if phase < len(self.phases) and self.phases[phase][1] else STEPS
 
     def _compared(self, here: State) -> State:
-        """The better one, by a walk to each, of the result of the search by dense inputs and the given allocation."""
+        """The better one of the search's result by dense inputs and the given allocation, measured by walks."""
         candidates = [here.zeros] if self.given == here.zeros else [self.given, here.zeros]
         losses = ((self._measured(zeros, "begin", walking=True), zeros) for zeros in candidates)
         loss, zeros = min(losses, key=lambda found: found[0])
@@ -127,13 +128,13 @@ class Search:
         self.pruned.prune(here.zeros, walking=walking)
         blocks, kinds, layers, idle = self._costs(phase)
         fresh = self.shares.scales(here.zeros, blocks, kinds, layers)
-        # The average with earlier rounds evens out noise and swings between two; where it leads nowhere, this round's
-        # own costs may; but not at the price of more walks.
+        # The average with earlier rounds evens out noise and oscillations; if it does not help, this round's own costs
+        # may, but they are not worth more walks.
         former = here.scales or fresh
         averaged = {name: (value + former[name]) / 2 for name, value in fresh.items()}
         tried = (averaged,) if walking or averaged == fresh else (averaged, fresh)
-        unit, shares = "block" if phase == "block" else "layer", self.shares  # a walk brings errors of its own
-        begin = self._emptied(here.zeros, idle)  # along walks measured with the step alone, to save one
+        unit, shares = "block" if phase == "block" else "layer", self.shares  # a walk gives new local errors
+        begin = self._emptied(here.zeros, idle)  # with walks it is measured only with the step, to save a walk
         if begin != here.zeros and not walking:
             loss = self._measured(begin, "unread layers empty")
             here = here.moved(begin, loss, self._at_work) if loss < here.loss else here
@@ -141,7 +142,7 @@ class Search:
         best, kept = here, averaged
         for within, scales in itertools.product((True,) if walking else (True, False), tried):
             steps = [length for length in self._steps(here.phase) if length <= here.step] if within else PARTS
-            goal = cache(partial(shares.best, scales, unit, begin))  # several steps lead towards the same one
+            goal = cache(partial(shares.best, scales, unit, begin))  # several steps may have the same goal
             towards = partial(self._near if within else self._part, goal, begin)
             best, kept = self._stepped(here, towards, steps, walking), scales
             if best is not here:
@@ -149,10 +150,10 @@ class Search:
         return replace(best, round=here.round + 1, scales=kept, costs=blocks)
 
     def _emptied(self, zeros: Mapping[str, int], idle: Collection[str]) -> Mapping[str, int]:
-        """Sets idle layers to the cap at once: a part of this step is never better than the whole."""
+        """Set idle layers to the cap in one step, since a part of it is never better."""
         assert self.pruned.order is not None
         shares, norms = self.shares, self.pruned.order.norms
-        # An expert that no token reached costs nothing here and may elsewhere; so may a layer that lost but zeros.
+        # Not experts that no token reached, nor layers that lost only zeros: both may cost something on other data.
         known = {
             layer.name
             for layer in self.anatomy.layers
@@ -162,12 +163,12 @@ class Search:
         return filled(zeros, known, self.anatomy.layers, self.budgets, cap, floor)
 
     def _near(self, goal: Goal, begin: Mapping[str, int], step: float) -> tuple[Mapping[str, int], str]:
-        """The best shares no further than ``step`` from ``begin``, and their name."""
+        """The best shares within ``step`` from ``begin``, and their name."""
         reach = max(step, _FINE)
         return between(begin, goal(reach), step / reach, self.budgets), f"up to {step:.3g} away"
 
     def _part(self, goal: Goal, begin: Mapping[str, int], part: float) -> tuple[Mapping[str, int], str]:
-        """A part of the way from ``begin`` to the best shares, however far they are; and its name."""
+        """A part of the way from ``begin`` to the best shares at any distance, and its name."""
         return between(begin, goal(1.0), part, self.budgets), f"{part:.3g} of the way"
 
     def _stepped(
@@ -177,16 +178,16 @@ class Search:
         steps: Sequence[float],
         walking: bool,
     ) -> State:
-        """The best of the steps; along walks the first with a lower loss than ``here``; else ``here``.
+        """The state after the best of the steps, with walks after the first that lowers the loss; else ``here``.
 
         Args:
-            towards: where a step leads, and its name.
+            towards: gives the allocation of a step, and its name.
             steps: lengths, the longest first.
         """
         best, last = here, here.zeros
         for step in steps:
             zeros, name = towards(step)
-            if zeros == last:  # the best shares lie nearer than either step
+            if zeros == last:  # the best shares are nearer than either step
                 continue
             last = zeros
             loss = self._measured(zeros, name, walking)
@@ -195,14 +196,14 @@ class Search:
             if loss < best.loss:
                 longest = min(2 * step, self._steps(here.phase)[0])
                 best = replace(here.moved(zeros, loss, self._at_work), step=longest)
-                if walking:  # a shorter one costs another walk; and this one's order is what the next round needs
+                if walking:  # a shorter step would cost another walk, and the next round needs this walk's order
                     break
         return best
 
     def _costs(self, phase: str) -> Costs:
         """Costs of the blocks and, if the phase needs them, of kinds and layers; last, the layers that cost exactly 0.
 
-        No output depends on those layers: they come after the block whose features a vision tower returns.
+        No output depends on those layers: they are after the block whose features a vision tower returns.
         """
         pruned, shares = self.pruned, self.shares
         blocks, kinds, layers = shares.blocks, shares.kinds, {x.name: [x] for x in self.anatomy.layers}
@@ -229,7 +230,7 @@ class Search:
         )
 
     def swapped(self, here: State, seed: int) -> State:
-        """Single moves of zeros from one layer to another, taken where the measured loss falls."""
+        """Try single moves of zeros from one layer to another, and keep those that lower the measured loss."""
         cap, floor = self.limits.get("max_sparsity"), self.limits.get("min_sparsity") or 0.0
         sizes = {layer.name: layer.numel for layer in self.anatomy.layers}
         self._at_work = "swaps"
@@ -250,7 +251,7 @@ class Search:
         return here
 
     def _pair(self, seed: int, number: int) -> tuple[Sequence[str], str, str]:
-        """Two layers of one budget, chosen by (seed, number) alone, so that a resumed search gives the same result."""
+        """Two layers of one budget, chosen by (seed, number), so that a resumed search gives the same result."""
         digest = hashlib.sha256(f"ecoflap swap {seed} {number}".encode()).digest()
         draw = random.Random(int.from_bytes(digest[:8], "big"))
         names = draw.choices(self.budgets, weights=[len(budget) for budget in self.budgets])[0]
@@ -262,5 +263,5 @@ class Search:
         return self.pruned.measure(zeros, walking=walking)
 
     def _tell(self, what: str) -> None:
-        """Updates the progress without a step: it shows what is measured, and handles a signal."""
+        """Update the progress without a step: it shows the measurement, and handles a signal."""
         self.task.advance(0, f"{self._at_work}: {what}")

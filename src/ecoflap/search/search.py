@@ -1,8 +1,8 @@
 """Searches the allocation with the least measured loss, starting from statistics of the dense model.
 
-The search is ours; it builds on measuring blocks that the criterion prunes and solving for levels, as SPDY (arXiv
-2201.13096) and EvoPress (arXiv 2410.14649) do. Costs are measured at the present allocation, so blocks interact; the
-shape of the curves comes from the local errors of the layers.
+The search is our own. As in SPDY (arXiv 2201.13096) and EvoPress (arXiv 2410.14649), blocks that the criterion prunes
+are measured, and levels are solved for. Costs are measured at the current allocation, with the interactions of blocks;
+the shape of the curves comes from the local errors of the layers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _log = logging.getLogger("ecoflap")
 
 @dataclass(frozen=True)
 class Found:
-    """The allocation that the search ended with, and its record."""
+    """The final allocation of the search, and its record."""
 
     allocation: Allocation
     record: SearchRecord
@@ -75,21 +75,21 @@ def refine(
 ) -> Found:
     """Improve ``allocation`` by measuring the model masked by it. The model is unchanged afterwards.
 
-    Each round measures what every part costs at the present allocation, scales the layers' local errors to these costs,
-    solves for the shares with the least predicted loss under budget and caps, and steps towards them as far as the
-    measured loss falls. So the result is never worse than the start, on these batches and with these masks; the
-    criterion then prunes in its own way, block by block.
+    Each round measures the cost of every part at the current allocation, scales the layers' local errors to these
+    costs, solves for the shares with the least predicted loss under budget and caps, and steps towards them as far as
+    the measured loss falls. So the result is never worse than the start, on these batches and with these masks; the
+    criterion then prunes block by block.
 
     Args:
         allocation: the start.
         batches: to measure on.
-        order: the order in which the criterion removes weights, or what finds it where it depends on inputs.
-        loss: objective; also the measure where the outputs have no divergence.
+        order: the order in which the criterion removes weights; or, if it depends on inputs, ``Orders``.
+        loss: objective; also the metric if the outputs have no divergence.
         shares: options of the allocation: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity.
         seed: of the swaps.
-        journal: holds the state of an interrupted search, and receives new states; the same for all workers.
+        journal: contains the state of an interrupted search, and receives new states; the same for all workers.
         workers: processes with the same model and batches; each runs a share of the batches.
-        compute: what the model computes in: ``native``, or ``float32`` around this call.
+        compute: the dtype that the model computes in: ``native``, or ``float32`` around this call.
 
     Raises:
         InvalidOption: the model can't be differentiated, or has no logits for ``metric=kl``.
@@ -134,7 +134,7 @@ def _highest(allocation: Allocation, limits: Mapping[str, Any]) -> float:
 
 
 def search_options(options: Mapping[str, Any] | None) -> SearchOptions:
-    """``SearchOptions`` of these names.
+    """Make ``SearchOptions``.
 
     Raises:
         InvalidOption: there is no such option, or its value is out of range.
@@ -160,14 +160,14 @@ def search_allocation(
     """:func:`refine` from ``allocation``, for a registered local criterion.
 
     Args:
-        batches: calibration batches; all of them make the statistics, the first ``options.samples`` are searched on.
-        shares: budgets and caps that the search keeps to.
+        batches: calibration batches; all are used for the statistics, the first ``options.samples`` for the search.
+        shares: budgets and caps of the search.
         pruning: the criterion, and which tokens count in its statistics.
         journal: the same for all workers.
         norms: of the same batches, shared with other searches.
 
     Raises:
-        CalibrationError: there are fewer samples than the search asks for.
+        CalibrationError: there are fewer samples than the search needs.
         NonFiniteLoss, InvalidOption: as there.
     """
     rule: Any = pruning.made()

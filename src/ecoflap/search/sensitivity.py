@@ -1,7 +1,7 @@
-"""Importance by pruning: prunes each block alone at a few sparsities, and measures the damage.
+"""Importance by pruning: prunes single blocks at a few sparsities, and measures the change of the outputs.
 
 Source: the idea of SPDY (Frantar and Alistarh 2022, arXiv 2201.13096) and EvoPress (Sieberling et al. 2024, arXiv
-2410.14649), with forward passes of a masked model in place of a database of pruned layers.
+2410.14649), with forward passes of a masked model instead of a database of pruned layers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ ORDERS = ("wanda", "magnitude")
 
 @dataclass(frozen=True)
 class Sensitivity(ImportanceMeasure):
-    """Divergence of the outputs when one block alone is pruned, at each level: a curve for every block.
+    """Divergence of the outputs if only one block is pruned, at each level: a curve for every block.
 
-    A score is the mean over levels and batches; a block's score is divided among its layers by their weights, so only
-    the sum of a block has a meaning. The allocation uses the curves (rule ``curves``).
+    A score is the mean over levels and batches; a block's score is divided among its layers in proportion to their
+    weights, so that only a block's sum has a meaning. The allocation uses the curves (rule ``curves``).
 
     Attributes:
         levels: sparsities to measure at, separated by commas.
-        order: local criterion that makes the masks: ``wanda`` (used for SparseGPT too), or ``magnitude``.
+        order: local criterion that makes the masks: ``wanda`` (also used for SparseGPT), or ``magnitude``.
         metric: ``kl``, ``loss`` or ``auto``, see :class:`ecoflap.search.divergence.Divergence`.
-        precision: ``native``, the checkpoint's own, or ``fp32``: what is measured is large enough for half precision.
+        precision: ``native``, the checkpoint's own, or ``fp32``; half precision is exact enough for the divergences.
     """
 
     levels: str = "0.3,0.5,0.7"
@@ -57,7 +57,7 @@ class Sensitivity(ImportanceMeasure):
 
     @property
     def sparsities(self) -> tuple[float, ...]:
-        """The levels as numbers. Raises InvalidOption where one is none."""
+        """The levels as numbers. Raises InvalidOption."""
         try:
             return tuple(float(part) for part in str(self.levels).split(","))
         except ValueError as error:
@@ -69,7 +69,7 @@ class Sensitivity(ImportanceMeasure):
         return len(context.layers) * len(context.batches) * len(self.sparsities)
 
     def pieces(self, context: ProbeContext) -> Iterator[tuple[Key, ...]]:
-        """One a batch and block."""
+        """One piece per batch and block."""
         for index in range(len(context.batches)):
             for block in context.anatomy.blocks:
                 if block.layers:
@@ -80,7 +80,7 @@ class Sensitivity(ImportanceMeasure):
         """Divergences, batch by batch and block by block; ``draw`` is the number of the level."""
         model, anatomy = context.model, context.anatomy
         todo = [index for index in range(len(context.batches)) if self._open(context, anatomy.blocks, index)]
-        if not any(context.workers.gather(bool(todo))):  # those with nothing left help with the statistics
+        if not any(context.workers.gather(bool(todo))):  # workers without estimates to measure help with the statistics
             return
         statistics = context.input_norms()
         order = Order.of(statistics, needs="none" if self.order == "magnitude" else "norm", compare=None)
@@ -114,10 +114,10 @@ class Sensitivity(ImportanceMeasure):
         ]
 
     def curves(self, anatomy: Anatomy, known: Mapping[tuple[str, int, int], float]) -> dict[str, Curve]:
-        """Block name to its curve: at each level the mean over batches of the block's divergence.
+        """Curves by block name: at each level the mean over batches of the block's divergence.
 
         Args:
-            known: (layer, batch, level) to what was estimated.
+            known: estimates by (layer, batch, level).
         """
         block_of = {layer.name: layer.block for layer in anatomy.layers}
         batches = len({batch for _, batch, _ in known})

@@ -1,4 +1,4 @@
-"""Solves for the allocation with the least cost, given what each part costs now, and limits the step towards it."""
+"""Solves for the allocation with the least cost, given the current cost of each part, and limits the step to it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ecoflap.allocation.groups import make_pools
 from ecoflap.allocation.rules import round_to_total
 from ecoflap.model.parts import Layer
 
-# Of the mean cost of a block: what a cheaper one is taken for. A cost at or below 0 is noise, or a loss that falls at
-# first on the way back to dense; taken at its word, such blocks would be emptied, and a fragile model with them.
+# Share of the mean cost of a block; lower costs are raised to it. A cost of at most 0 is noise, or a loss that first
+# falls on the way back to dense; without this limit, all weights of such blocks would be removed.
 _LEAST = 0.1
-_IDLE = 1e-3  # of the mean, for blocks that cost exactly 0: no output depends on them
-_ROUNDING = 1e-9  # a level that is hit exactly but for the rounding of floats
-_OUTSIDE = 1e9  # the slope beyond the reach of a step, to the steepest one inside
+_IDLE = 1e-3  # share of the mean, for blocks that cost exactly 0: no output depends on them
+_ROUNDING = 1e-9  # tolerance for hitting a level exactly
+_OUTSIDE = 1e9  # slope beyond the limits of a step, relative to the steepest one inside
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Shares:
 
     Attributes:
         layers: of the model, in its order.
-        errors: layer name to its local error at the sparsities 0, 1/n, …, 1.
+        errors: local errors at the sparsities 0, 1/n, …, 1 by layer name.
         options: of :func:`ecoflap.allocation.allocate`: sparsity, max_sparsity, min_sparsity, budget, tower_sparsity.
-        reach: the largest factor between a layer's scale and that of its block and kind: a layer's cost is noisy.
+        reach: the largest factor between a layer's scale and that of its block and kind; layers' costs are noisy.
     """
 
     layers: Sequence[Layer]
@@ -54,16 +54,16 @@ class Shares:
 
     @property
     def blocks(self) -> Mapping[str, Sequence[Layer]]:
-        """Block name to its layers."""
+        """Layers by block name."""
         return self._blocks
 
     @property
     def kinds(self) -> Mapping[str, Sequence[Layer]]:
-        """Tower and name inside the block (all ``q_proj`` of a tower), to those layers."""
+        """Layers by tower and name inside the block (such as all ``q_proj`` of a tower)."""
         return {f"{tower}{name}": layers for (tower, name), layers in self._kinds.items()}
 
     def error(self, layer: Layer, zeros: int) -> float:
-        """E_l at so many zeros, between the levels by a straight line."""
+        """E_l at this number of zeros, interpolated linearly between the levels."""
         levels = self.errors[layer.name]
         place = zeros / layer.numel * (len(levels) - 1)
         low = min(int(place), len(levels) - 2)
@@ -76,13 +76,13 @@ class Shares:
         kinds: Mapping[str, float] | None = None,
         layers: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """log c_l for every layer, from the present costs of blocks, kinds and layers.
+        """log c_l for every layer, from the current costs of blocks, kinds and layers.
 
         Args:
-            zeros: of the present allocation.
-            blocks: cost of each block. A layer's c is its block's cost over its block's local error.
-            kinds: cost of each kind: a factor on top, the cost over what the blocks' scales predict.
-            layers: cost of each layer: another factor, within ``reach``.
+            zeros: of the current allocation.
+            blocks: cost of each block. A layer's c is its block's cost divided by its block's local error.
+            kinds: cost of each kind. It gives a further factor: the cost divided by the blocks' prediction.
+            layers: cost of each layer, for another factor, within ``reach``.
         """
         present = {layer.name: self.error(layer, zeros[layer.name]) for layer in self.layers}
         found: dict[str, float] = {}
@@ -113,9 +113,9 @@ class Shares:
         """Zeros of every layer with the least Σ c_l·E_l, exactly within the budget.
 
         Args:
-            here: the present zeros, within the budget.
+            here: the current zeros, within the budget.
             step: largest change of a unit's sparsity from ``here`` (plus the distance to the next level of the local
-                errors). The scales belong to the present allocation, and are wrong far from it.
+                errors). The scales were measured at the current allocation, and are wrong far from it.
         """
         groups = self._blocks if granularity == "block" else {layer.name: [layer] for layer in self.layers}
         top = max(scales.values())  # only ratios count
@@ -138,9 +138,9 @@ class Shares:
 
 
 def _within(losses: Tensor, share: float, step: float, steep: float) -> Tensor:
-    """(levels + 1,): free up to ``share`` - ``step``, nearly forbidden above ``share`` + ``step``, as given between.
+    """(levels + 1,): 0 up to ``share`` - ``step``, very high above ``share`` + ``step``, as given between.
 
-    So a solver that takes the cheapest weights first stays inside, because ``share`` for every unit is a solution.
+    So a solver that takes the cheapest weights first stays in this range, since ``share`` for every unit is a solution.
     """
     count = len(losses) - 1
     low = max(0, math.floor((share - step) * count + _ROUNDING))
@@ -151,7 +151,7 @@ def _within(losses: Tensor, share: float, step: float, steep: float) -> Tensor:
 
 
 Budgets = Sequence[Sequence[str]]
-"""Names of the layers that share a budget, for each."""
+"""For each budget, the names of its layers."""
 
 
 def budgets_of(allocation: Allocation, options: Mapping[str, Any]) -> Budgets:
@@ -167,7 +167,7 @@ def budgets_of(allocation: Allocation, options: Mapping[str, Any]) -> Budgets:
 
 
 def between(here: Mapping[str, int], there: Mapping[str, int], step: float, budgets: Budgets) -> dict[str, int]:
-    """Zeros of each layer a part ``step`` of the way from ``here`` to ``there``; every budget's sum stays exact."""
+    """Zeros of each layer at the share ``step`` of the way from ``here`` to ``there``, with exact sums of budgets."""
     part = Fraction(str(step))
     found: dict[str, int] = {}
     for names in budgets:
@@ -184,10 +184,10 @@ def filled(
     cap: float | None,
     floor: float,
 ) -> dict[str, int]:
-    """``zeros`` with those of ``idle`` layers at the cap, and as many fewer in the others of their budget.
+    """``zeros`` with ``idle`` layers at the cap, and correspondingly fewer in other layers of their budget.
 
-    The others lose zeros in proportion to what they have above ``floor``; where that is less than the room of the idle
-    layers, these fill in proportion to their room. Every budget's sum stays exact.
+    The others lose zeros in proportion to their zeros above ``floor``; if there are too few of these, idle layers are
+    filled in proportion to their room. The sum of every budget stays exact.
     """
     sizes = {layer.name: layer.numel for layer in layers}
     found = dict(zeros)
@@ -209,7 +209,7 @@ def filled(
 
 
 def flattened(zeros: Mapping[str, int], layers: Sequence[Layer], budgets: Budgets) -> dict[str, int]:
-    """The same zeros spread evenly over the weights of each budget."""
+    """The same number of zeros distributed evenly over the weights of each budget."""
     sizes = {layer.name: layer.numel for layer in layers}
     found: dict[str, int] = {}
     for names in budgets:

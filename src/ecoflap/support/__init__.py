@@ -1,5 +1,5 @@
-"""What every folder uses and no method is in: registry, progress, safe files, processes that share work.
+"""Helpers that every folder uses: registry, progress, safe files, processes that share work.
 
-Imports ``errors`` alone. Public: :class:`~ecoflap.support.registry.Registry`,
+Imports only ``errors``. Public: :class:`~ecoflap.support.registry.Registry`,
 :class:`~ecoflap.support.progress.Progress`, :class:`~ecoflap.support.workers.Workers`.
 """

@@ -1,4 +1,4 @@
-"""Defines papers as references (short, with a link, as BibTeX), and lists those behind this package's methods."""
+"""Defines papers as references (short, with a link, as BibTeX), and lists those of this package's methods."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class Citation:
     """One paper.
 
     Attributes:
-        key: its name here; no two papers share one.
+        key: its unique name here.
         title: as published.
         authors: full names, in the paper's order.
-        year: when it first appeared (the year of the arXiv entry where there is one).
-        venue: where it was published and when ("ICLR 2024"); "" when on arXiv alone.
+        year: of the first publication (of the arXiv entry if there is one).
+        venue: with the year ("ICLR 2024"); "" if it is only on arXiv.
         arxiv: the arXiv number, or None.
-        page: the paper's address where it is not on arXiv.
+        page: the paper's address if it is not on arXiv.
     """
 
     key: str
@@ -42,12 +42,12 @@ class Citation:
 
     @property
     def url(self) -> str:
-        """Where the paper can be read."""
+        """The paper's address."""
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else self.page or ""
 
     @property
     def bibtex(self) -> str:
-        """The entry for a BibTeX file, without a newline at its end; capitals of the title are kept by braces."""
+        """The BibTeX entry, without a newline at the end; braces keep the title's capitals."""
         surname = unicodedata.normalize("NFKD", _surname(self.authors[0])).encode("ascii", "ignore").decode()
         name, _, year = self.venue.rpartition(" ")
         fields = {

@@ -1,4 +1,4 @@
-"""Writes files so that a reader finds the old content or the new, never half of it."""
+"""Writes files atomically: a reader finds the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ecoflap.support.reading import checked, json_value, read_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTIAL = ".partial"  # the end of a temporary file's name; a killed process may leave one
+PARTIAL = ".partial"  # suffix of temporary files; a killed process may leave one
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SEAL, _SEALED = "sha256", "data"
@@ -29,7 +29,7 @@ _log = logging.getLogger("ecoflap")
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Turns errors of the system when writing at ``path`` (disk full, no permission) into one clear line."""
+    """Context that turns system errors of writing to ``path`` (disk full, no permission) into StorageError."""
     try:
         yield
     except OSError as error:
@@ -57,12 +57,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, and rename it into place.
 
     Raises:
-        StorageError: the file could not be written; ``path`` is as it was.
+        StorageError: the file could not be written; ``path`` is unchanged.
     """
     with storage(path):
         if (path.exists() and not path.is_file()) or path.parent.resolve() == Path(os.devnull).parent:
-            # A file would take its place: that of /dev/null, say, for the whole machine.
-            raise StorageError(f"{path} is no plain file (a folder, a device or a pipe): choose another --output")
+            # A file would replace it, for example /dev/null.
+            raise StorageError(f"{path} is a folder, a device or a pipe, not a regular file: choose another --output")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         os.close(handle)
@@ -85,7 +85,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raises StorageError where the disk of ``folder`` has fewer than ``needed`` bytes free for ``what``."""
+    """Raises StorageError if the disk of ``folder`` has less than ``needed`` bytes free; ``what`` needs them."""
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
         if free < needed:
@@ -101,7 +101,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(data: Any) -> str:
-    """JSON with an indent of 1, as :func:`write_json` writes it; NaN and infinities are refused (ValueError)."""
+    """JSON with an indent of 1, as in :func:`write_json`. Raises ValueError for NaN and infinities."""
     return json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -111,15 +111,15 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_sealed(path: Path, data: Any) -> None:
-    """Atomically write JSON with its own digest, for files that nobody should edit; :func:`read_sealed` checks it."""
+    """Atomically write JSON with its digest, for files that must not be edited; :func:`read_sealed` checks it."""
     write_json(path, {_SEAL: _digest(data), _SEALED: data})
 
 
 def read_sealed(path: Path, kind: Any = Any) -> Any | None:
-    """Reads what :func:`write_sealed` wrote; None if there is no file, or (with a warning) if it is damaged.
+    """Read what :func:`write_sealed` wrote; None if there is no file or, with a warning, if it is damaged.
 
     Args:
-        kind: what it holds, as of :func:`ecoflap.support.reading.checked`; another kind counts as damaged.
+        kind: type of the content, as for :func:`ecoflap.support.reading.checked`; another type counts as damaged.
     """
     if not path.exists():
         return None
@@ -138,19 +138,19 @@ def _digest(data: Any) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Atomically write a safetensors file of ``tensors``, wherever they lie."""
+    """Atomically write a safetensors file of ``tensors``, which may be on any device."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         write_atomically(path, lambda temporary: save_file(plain, temporary, dict(metadata or {})))
-    except SafetensorError as error:  # its own name for the system's refusals
+    except SafetensorError as error:  # safetensors' class for system errors
         raise StorageError(f"can't write {path}: {error}; free some space") from error
 
 
 def default_mode() -> int:
-    """The permissions that the process's umask gives a new file."""
+    """The permissions of a new file by the process's umask."""
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask

@@ -7,17 +7,17 @@ import re
 from typing import Protocol
 
 MISSING = "not measured"
-# Metrics of lm-eval and of older runs that are shares of samples, shown in per cent. lm-eval names a metric "acc,none";
-# the part after the comma is a filter.
+# Metrics of lm-eval and of older runs that are shares of samples, shown in per cent. lm-eval names a metric "acc,none",
+# with a filter after the comma.
 _SHARES = re.compile(r"(.*[ _])?(accuracy|exact_match|acc|acc_norm|em|f1|recall)(,.*)?|(TR|IR|top|recall)[@-]?\d+")
-_HUNDREDS = {"CIDEr", "SPICE"}  # by custom shown times 100, without a unit
+_HUNDREDS = {"CIDEr", "SPICE"}  # usually shown times 100, without a unit
 
 
 def metric_value(metric: str, value: float | None, stderr: float | None = None, *, unit: str | None = None) -> str:
-    """A metric's value in its unit, with ``± standard error`` where there is one: "93.1 % ± 0.8".
+    """A metric's value in its unit, with ``± standard error`` if it has one: "93.1 % ± 0.8".
 
     Args:
-        unit: as :class:`ecoflap.evaluation.Task` says it; None: by the metric's name.
+        unit: of the :class:`ecoflap.evaluation.Task`; None: by the metric's name.
     """
     if value is None:
         return MISSING
@@ -28,7 +28,7 @@ def metric_value(metric: str, value: float | None, stderr: float | None = None, 
 
 
 def metric_change(metric: str, dense: float | None, pruned: float | None, *, unit: str | None = None) -> str:
-    """Pruned minus dense with a sign: points for what is shown times 100, else per cent of the dense value."""
+    """Pruned minus dense with a sign: in points for values shown times 100, else in per cent of the dense value."""
     if dense is None or pruned is None:
         return MISSING
     if unit_of(metric, unit):
@@ -37,7 +37,7 @@ def metric_change(metric: str, dense: float | None, pruned: float | None, *, uni
 
 
 class Pair(Protocol):
-    """One model less another on the same samples, see :class:`ecoflap.evaluation.paired.Paired`."""
+    """One model minus another on the same samples, see :class:`ecoflap.evaluation.paired.Paired`."""
 
     @property
     def stderr(self) -> float | None: ...
@@ -63,7 +63,7 @@ def paired_change(metric: str, pair: Pair | None, other: float | None, *, unit: 
 def against_uniform(
     metric: str, pair: Pair | None, baseline: float | None, pruned: float | None, *, unit: str | None = None
 ) -> str:
-    """The pruned model beside the uniform baseline in words; "" where there is none."""
+    """The comparison of the pruned model with the uniform baseline as text; "" if there is none."""
     if baseline is None or pruned is None:
         return ""
     change = metric_change(metric, baseline, pruned, unit=unit) + paired_change(metric, pair, baseline, unit=unit)
@@ -71,14 +71,14 @@ def against_uniform(
 
 
 def _plain(metric: str) -> str:
-    return metric.partition(" (")[0]  # without what says how it was computed: "CIDEr (simple words)"
+    return metric.partition(" (")[0]  # without a remark on the method: "CIDEr (simple words)"
 
 
 def unit_of(metric: str, unit: str | None = None) -> str:
     """``%`` (a share, shown in per cent), ``points`` (shown times 100) or "" (the plain number).
 
     Args:
-        unit: what the task says; None for suites of lm-eval and for older runs, whose metrics are known by their names.
+        unit: the task's; None for suites of lm-eval and for older runs, whose metrics are recognised by name.
     """
     if unit is not None:
         return unit
@@ -137,7 +137,7 @@ def integer(count: int | None) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """``digits`` significant digits, in scientific notation only where the plain one would be long."""
+    """``digits`` significant digits, in scientific notation only if the plain one would be long."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
@@ -152,7 +152,7 @@ def scientific(value: float, digits: int = 2) -> str:
 
 
 def task_title(task: str, metric: str) -> str:
-    """A task and its metric as one heading; the metric is not repeated where the task's name ends with it."""
+    """A task and its metric as one heading; without the metric if the task's name ends with it."""
     return task if task.endswith(metric) else f"{task} {metric}"
 
 
@@ -162,7 +162,7 @@ def _signed(value: float, digits: int) -> str:
 
 
 def shortened(name: str, most: int) -> str:
-    """At most ``most`` characters: the end of a path; both ends of other text, such as a method's name."""
+    """At most ``most`` characters of a text: the end of a path, both ends of other text, such as a method's name."""
     if len(name) <= most:
         return name
     head = (most - 1) * 4 // 5 if " " in name else 0

@@ -1,8 +1,8 @@
-"""Imports public names when they are first used, so that ``import ecoflap`` and ``--help`` need no torch."""
+"""Imports public names at their first use, so that ``import ecoflap`` and ``--help`` need no torch."""
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # typing's own takes longer to import than all else here
+TYPE_CHECKING = False  # importing typing would take longer than everything else here
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
@@ -13,10 +13,9 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: its ``__name__``, for the message.
-        homes: public name to the module that defines it.
+        homes: the module of each public name.
 
-    Raises:
-        AttributeError: by what is returned, for a name that is not in ``homes``.
+    The returned function raises AttributeError for a name that is not in ``homes``.
     """
 
     def getattribute(name: str) -> Any:

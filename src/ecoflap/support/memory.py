@@ -1,4 +1,4 @@
-"""Recognises an error that means "out of memory", whoever raised it, and says what to do about it."""
+"""Recognises errors that mean "out of memory", from any library, and suggests remedies."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ecoflap.errors import OutOfMemory
 REMEDY = (
     "take a smaller --batch-size or --sequence-length, --offload-activations disk, or --device-map disk for the weights"
 )
-# torch, on the CPU and on accelerators, and the C++ and C libraries below it and below safetensors
+# Of torch, on the CPU and on accelerators, and of the C++ and C libraries below it and below safetensors.
 _WORDS = re.compile(r"out of memory|not enough memory|bad_alloc|can(?:not|'t) allocate", re.IGNORECASE)
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?([KMG]iB|bytes)", re.IGNORECASE)
 _LIBRARIES = ("SafetensorError", "ImportError")
 
 
 def memory_error(error: BaseException) -> OutOfMemory | None:
-    """One line with a remedy if ``error``, or what it was raised from, says that memory is short; else None."""
+    """An error with a remedy if ``error``, or a cause of it, means that memory is short; else None."""
     link: BaseException | None = error
-    seen: set[int] = set()  # a chain may lead back to itself
+    seen: set[int] = set()  # a chain of causes may have a cycle
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         if isinstance(link, OutOfMemory):

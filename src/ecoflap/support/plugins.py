@@ -1,4 +1,4 @@
-"""Finds what other packages register through entry points, without importing them."""
+"""Finds the entry points of other packages, without importing these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import Distribution, EntryPoint, distributions
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # what the command line, recipes and file names can hold
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names allowed on the command line, in recipes and in file names
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Plugin:
 
 
 def plugins(group: str) -> dict[str, Plugin]:
-    """The entry points of ``group`` by name, ordered by the names of their distributions; nothing is imported.
+    """The entry points of ``group`` by name, sorted by their distributions; nothing is imported.
 
-    Entries that can't be used are left out, with a warning that names the distribution: an unreadable file of entry
-    points, a name that can't be written on a command line, a name that two distributions give.
+    Unusable entries are left out, with a warning that names the distribution: an unreadable file of entry points, a
+    name that is not allowed, a name that two distributions use.
     """
     return _plugins(group, tuple(sys.path))
 
@@ -56,7 +56,7 @@ def _points(group: str) -> Iterator[tuple[str, EntryPoint]]:
         if group not in (distribution.read_text("entry_points.txt") or ""):
             continue
         name = str(distribution.name)
-        if name in seen:  # an older copy, further back on the path
+        if name in seen:  # an older copy, later on the path
             continue
         seen.add(name)
         yield from _of(distribution, f"{name} {distribution.version}", group)
@@ -65,8 +65,8 @@ def _points(group: str) -> Iterator[tuple[str, EntryPoint]]:
 def _of(distribution: Distribution, origin: str, group: str) -> list[tuple[str, EntryPoint]]:
     try:
         return [(origin, point) for point in distribution.entry_points if point.group == group]
-    except Exception as error:  # a file that another program has written, and that Python's parser does not take
-        _warn(f"the entry points of {origin} can't be read ({type(error).__name__}): {group} of it are left out")
+    except Exception as error:  # the file has a format that Python's parser does not accept
+        _warn(f"the entry points of {origin} can't be read ({type(error).__name__}): its {group} are left out")
         return []
 
 

@@ -20,8 +20,8 @@ from ecoflap.errors import WorkerLost
 from ecoflap.support import torchrun
 from ecoflap.support.workers import ALONE, Workers, launched
 
-_TENSOR = "\0tensor"  # the one key of a dict that stands for a tensor
-_LENGTH = 8  # bytes of the number in front, the JSON's length
+_TENSOR = "\0tensor"  # the key of a dict that replaces a tensor
+_LENGTH = 8  # bytes of the JSON's length at the beginning
 
 
 def pack(tree: Any) -> bytes:
@@ -34,7 +34,7 @@ def pack(tree: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """What :func:`pack` was given; tuples are lists, tensors lie on the CPU."""
+    """The argument of :func:`pack`, with lists for tuples, and tensors on the CPU."""
     end = _LENGTH + int.from_bytes(data[:_LENGTH], "big")
     return _decoded(json.loads(data[_LENGTH:end]), load_tensors(data[end:]) if len(data) > end else {})
 
@@ -46,7 +46,7 @@ def _plain(node: Any, tensors: dict[str, Tensor]) -> Any:
         return {_TENSOR: name}
     if isinstance(node, Mapping):
         if not all(isinstance(key, str) for key in node):
-            raise TypeError("keys of what workers tell each other are strings")
+            raise TypeError("keys of messages between workers must be strings")
         return {key: _plain(value, tensors) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [_plain(value, tensors) for value in node]
@@ -59,14 +59,14 @@ def _decoded(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [_decoded(value, tensors) for value in node] if isinstance(node, list) else node
 
 
-# How long a worker waits for another. One that ends is noticed at once, and torchrun notices a lost machine; this is
-# for a network that swallows everything, and must be longer than the slowest worker may lag behind.
+# Timeout for messages between workers. The end of a worker is noticed at once, and torchrun notices a lost machine; the
+# timeout is for a network that loses messages, and must be longer than a worker may lag behind.
 PATIENCE = timedelta(hours=4)
 
 
 @contextmanager
 def joined() -> Iterator[Workers]:
-    """This process as one of the workers that were launched together; :data:`ALONE` if it was started alone.
+    """Context with this process as one of the workers that were launched together; :data:`ALONE` for a single process.
 
     Raises:
         WorkerLost: the others can't be reached.
@@ -86,7 +86,7 @@ def joined() -> Iterator[Workers]:
         dist.init_process_group(backend, timeout=PATIENCE, **options)
     workers = Processes(found.rank, found.count, found.local, direct)
     yield workers
-    # Not after an error: with a worker gone this might wait for it, and the process ends anyway.
+    # Not after an error: this might wait for a worker that has ended.
     workers.gather(None)
     dist.destroy_process_group()
 
@@ -95,7 +95,7 @@ def joined() -> Iterator[Workers]:
 def _whole() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what all backends raise for a peer that is gone
+    except RuntimeError as error:  # all backends raise this if a peer has ended
         raise WorkerLost("another worker has ended; the same command with --resume goes on from here") from error
 
 
@@ -104,7 +104,7 @@ class Processes(Workers):
     """One of several processes.
 
     Attributes:
-        direct: tensors go from GPU to GPU; otherwise by way of the CPU, as when workers share a GPU.
+        direct: tensors are sent from GPU to GPU; otherwise through the CPU, for example if workers share a GPU.
     """
 
     direct: bool = False
@@ -143,8 +143,8 @@ class Processes(Workers):
 
     @contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
-        """``tensor`` contiguous and on a device that can send it; afterwards its content is copied back."""
-        # A device map may have put it on another GPU than the one by which this worker speaks.
+        """Context with ``tensor`` contiguous and on a device that can send it; at exit its content is copied back."""
+        # A device map may have put it on another GPU than the one that this worker sends from.
         place = torch.device("cuda", torch.cuda.current_device()) if self.direct and tensor.is_cuda else "cpu"
         moved = tensor.to(place).contiguous()
         yield moved
@@ -162,6 +162,6 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def device_of(wanted: str, workers: Workers) -> str:
-    """The device of this worker: with ``auto`` and several workers, the GPU of its number on its machine."""
+    """The device of this worker: with ``auto`` and several workers, the GPU with its local rank."""
     devices = torch.cuda.device_count() if wanted == "auto" and workers.count > 1 else 0
     return f"cuda:{workers.local % devices}" if devices else wanted

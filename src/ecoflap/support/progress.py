@@ -1,4 +1,4 @@
-"""Defines a small protocol for progress, so that the library can report without knowing a terminal."""
+"""Defines a small protocol for progress, so that the library can report without a terminal."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-LOADING = "loading"  # the stage before the work, of which nothing is kept: who stops it need not wait for its end
+LOADING = "loading"  # the stage before the work; it can be stopped at once, since nothing of it is kept
 
 
 class Task(Protocol):
-    """One stage under way."""
+    """One running stage."""
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        """Reports ``steps`` more of the stage's total as done; ``detail`` names the current work (a layer's name)."""
+        """Report ``steps`` more steps as done; ``detail`` names the current work (such as a layer)."""
 
 
 def plan(task: Task, kinds: Sequence[str]) -> None:
-    """Tell a task that can use it (it has a method ``plan``) of which kind each step to come is.
+    """Tell a task with a method ``plan`` the kind of each step to come.
 
-    Steps of one kind take about the same time, which differs from that of other kinds.
+    Steps of the same kind take about the same time.
     """
     receive = getattr(task, "plan", None)
     if receive is not None:
@@ -27,10 +27,10 @@ def plan(task: Task, kinds: Sequence[str]) -> None:
 
 
 class Progress(Protocol):
-    """Opens one :class:`Task` a stage: ``with progress.stage("importance", total=840) as task``."""
+    """Opens one :class:`Task` per stage: ``with progress.stage("importance", total=840) as task``."""
 
     def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
-        """Opens a stage of ``total`` steps, ``done`` of which an interrupted run has done before."""
+        """Open a stage of ``total`` steps, of which an interrupted run has done ``done``."""
 
 
 class _SilentTask:

@@ -1,4 +1,4 @@
-"""Reads JSON and YAML files from any source; says in one line whatever is wrong with a file."""
+"""Reads JSON and YAML files from any source, and describes faults of a file in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_BYTES = 1 << 30  # of a JSON file; those of large models, with a row for ea
 MOST_YAML = 1 << 24  # a recipe is written by hand; the reader is a hundred times slower
 MOST_LINES = 1 << 26  # of a text that is read whole: names of classes, templates, a caption
 DEEPEST = 100  # levels of lists and mappings; our own files have six
-NO_READING = (OSError, ValueError, RecursionError, yaml.YAMLError)  # all that reading may raise: bytes, names, content
+NO_READING = (OSError, ValueError, RecursionError, yaml.YAMLError)  # all errors of reading
 
 
 def read_json(path: str | Path, what: str, error: type[EcoflapError] = InvalidOption, *, finite: bool = True) -> Any:
@@ -28,7 +28,7 @@ def read_json(path: str | Path, what: str, error: type[EcoflapError] = InvalidOp
 
     Args:
         what: the kind of file, for messages.
-        error: raised where the file can't be read.
+        error: raised if the file can't be read.
         finite: refuse NaN and infinities, which JSON does not have (configurations of transformers may).
 
     Raises:
@@ -41,7 +41,7 @@ def read_json(path: str | Path, what: str, error: type[EcoflapError] = InvalidOp
 
 
 def read_yaml(path: str | Path, what: str, error: type[EcoflapError] = InvalidOption) -> Any:
-    """The content of a YAML file, in which no key may stand twice. Raises as :func:`read_json`."""
+    """The content of a YAML file; duplicate keys are refused. Raises as :func:`read_json`."""
     try:
         return yaml_value(read_text(path, MOST_YAML))
     except NO_READING as found:
@@ -70,14 +70,14 @@ def _at_once(path: str, flags: int) -> int:
 
 
 def json_value(text: str | bytes, *, finite: bool = True) -> Any:
-    """What JSON text says; raises ValueError, or RecursionError where it is nested too deep."""
+    """The value of JSON text. Raises ValueError, or RecursionError if it is nested too deep."""
     found = json.loads(text, parse_constant=_no_number if finite else None)
     _check_depth(found)
     return found
 
 
 def yaml_value(text: str) -> Any:
-    """What YAML text says, in plain types; raises yaml.YAMLError, ValueError or RecursionError."""
+    """The value of YAML text, in plain types. Raises yaml.YAMLError, ValueError or RecursionError."""
     _check_nesting(text)
     found = yaml.load(text, Loader=_UniqueKeys)
     _check_depth(found)
@@ -91,7 +91,7 @@ def checked(content: Any, kind: Any, where: str, error: type[EcoflapError] = Inv
         where: the file, for the message, which also names the field.
 
     Raises:
-        InvalidOption, or ``error``: a field is missing or not of its type.
+        InvalidOption, or ``error``: a field is missing or has the wrong type.
     """
     from pydantic import ValidationError
 
@@ -102,7 +102,7 @@ def checked(content: Any, kind: Any, where: str, error: type[EcoflapError] = Inv
 
 
 def first_fault(error: Any) -> str:
-    """The field that a pydantic ``ValidationError`` names first, and what is wrong with it."""
+    """The first field that a pydantic ``ValidationError`` names, and its fault."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     return f"{place}: {first['msg']}" if place else str(first["msg"])
@@ -116,7 +116,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def reason_of(error: BaseException, kind: str) -> str:
-    """Says what is wrong with a file, without Python's own terms."""
+    """Describes the fault of a file, without Python's terms."""
     if isinstance(error, RecursionError):
         return f"it is nested more than {DEEPEST} deep"
     if isinstance(error, OSError):
@@ -133,9 +133,9 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises RecursionError for deep nesting, long before later code would reach Python's own limit."""
+    """Raises RecursionError for deep nesting, before later code would reach Python's own limit."""
     level, depth = [value], 0
-    seen: set[int] = set()  # YAML's anchors may make one list stand in many places, or in itself
+    seen: set[int] = set()  # with YAML's anchors, a list may be in many places, or in itself
     while level:
         depth += 1
         if depth > DEEPEST:
@@ -149,13 +149,13 @@ def _check_depth(value: Any) -> None:
 
 
 def _check_nesting(text: str) -> None:
-    """Refuses deeply nested text: the YAML reader takes seconds and gigabytes until it reaches Python's limit."""
+    """Raise for deeply nested text: the YAML reader would take seconds and gigabytes until Python's limit."""
     if any(mark * (DEEPEST + 1) in "".join(text.split()) for mark in "[{"):
         raise RecursionError
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Loads plain types alone, and refuses a key that appears twice: YAML would silently take the second."""
+    """Loads only plain types, and refuses duplicate keys, of which YAML would silently take the second."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         known: set[Any] = set()

@@ -1,4 +1,4 @@
-"""Maps names to implementations, imported when first used, with "did you mean" for unknown names."""
+"""Maps names to implementations, imported at their first use, with "did you mean" for unknown names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ecoflap.support.plugins import NAME, plugins
 
 
 def number(text: str) -> Any:
-    """The text as a number or truth value where it is one, else the text."""
+    """The text as a number or a bool if it is one, else the text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -52,17 +52,17 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def check_options(kind: str, name: str, factory: Any, given: Mapping[str, Any]) -> None:
-    """Check options for the dataclass ``factory``, which the ``kind`` called ``name`` is made by.
+    """Check options for the dataclass ``factory`` of the ``kind`` called ``name``.
 
     Raises:
-        InvalidOption: there is no such option, or its value is of the wrong kind.
+        InvalidOption: there is no such option, or its value has the wrong type.
     """
     check_option_names(kind, name, [field.name for field in fields(factory)], given)
     check_option_kinds(kind, factory, given)
 
 
 def check_option_kinds(kind: str, factory: Any, given: Mapping[str, Any]) -> None:
-    """Raises InvalidOption for a value of another type than the field of ``factory`` that it is for."""
+    """Raises InvalidOption for a value of another type than that field of ``factory``."""
     types = {field.name: str(field.type) for field in fields(factory)}
     for option, value in given.items():
         wanted, described = _KINDS.get(types[option], ((object,), ""))
@@ -76,9 +76,9 @@ class Entry:
 
     Attributes:
         target: ``"package.module:attribute"``, or the object itself.
-        facts: class attributes of the target that are needed before it is imported; those left out have their
-            defaults. None: unknown, so the target is imported to read them.
-        origin: the package that it comes from, for messages; "" for this one.
+        facts: class attributes of the target that are needed before its import; missing ones have their defaults. None:
+            unknown, so that the target is imported to read them.
+        origin: the target's package, for messages; "" for this one.
     """
 
     target: Any
@@ -97,10 +97,10 @@ class Registry(Generic[T]):
     Its own entries come first, then those that were registered at run time, then entry points of installed packages.
 
     Args:
-        kind: what the names stand for, for messages ("criterion").
-        entries: name to ``"package.module:attribute"``, or to an :func:`entry`.
-        group: Python entry points that add to the table; None for a table that is closed.
-        complaint: returns why an object from outside can't be an entry ("is no dataclass"), or None if it can.
+        kind: of the entries, for messages ("criterion").
+        entries: by name, ``"package.module:attribute"`` or an :func:`entry`.
+        group: Python entry points that add to the table; None for a closed table.
+        complaint: returns why an object of another package can't be an entry ("is no dataclass"), or None if it can.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Registry(Generic[T]):
         return cast(T, self._from_outside(name, line))
 
     def fact(self, name: str, attribute: str, default: Any) -> Any:
-        """The class attribute ``attribute`` of the entry ``name``; imports nothing where the table has it.
+        """The class attribute ``attribute`` of the entry ``name``; imports nothing if the table has it.
 
         Raises:
             BrokenPlugin: as :meth:`get`.
@@ -143,7 +143,7 @@ class Registry(Generic[T]):
         return getattr(self.get(name), attribute, default)
 
     def check(self, name: str) -> str:
-        """``name`` itself when it is registered, without importing anything; raises UnknownName otherwise."""
+        """Return ``name`` if it is registered, without importing anything; raises UnknownName otherwise."""
         if name not in self._all():
             raise unknown(self.kind, name, self.names())
         return name
@@ -152,7 +152,7 @@ class Registry(Generic[T]):
         """Register ``target``, an object or its ``"module:attribute"``, under ``name`` for this process.
 
         Raises:
-            InvalidOption: the name is taken, or can't be written on a command line; ``target`` is no such text.
+            InvalidOption: the name is taken or not allowed, or ``target`` has another form.
             BrokenPlugin: ``target`` can't be an entry of this table.
         """
         if not NAME.fullmatch(name):
@@ -174,7 +174,7 @@ class Registry(Generic[T]):
         return [name for name, line in self._entries.items() if not line.origin]
 
     def outside(self) -> list[str]:
-        """Names that other packages, or the user's own program, have added; nothing is imported."""
+        """Names that other packages or the user's program have added; nothing is imported."""
         return [name for name, line in self._all().items() if line.origin]
 
     def __contains__(self, name: object) -> bool:
@@ -209,7 +209,7 @@ class Registry(Generic[T]):
 
 
 def dataclass_complaint(made: Any, base: type | None = None) -> str | None:
-    """Why ``made`` is no dataclass that extends ``base``; None where it is."""
+    """Why ``made`` is no dataclass that extends ``base``; None if it is."""
     if not (isinstance(made, type) and is_dataclass(made)):
         return "must be a dataclass, whose fields are its options"
     if base is not None and not issubclass(made, base):

@@ -1,4 +1,4 @@
-"""Temporary folders that the next process removes if their own was killed."""
+"""Temporary folders that a later process removes if their own was killed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 class TemporaryFolder:
-    """A new folder where the system keeps temporary files (``TMPDIR``), with ``prefix`` in front of its name.
+    """A new folder in the system's folder for temporary files (``TMPDIR``), with a name that begins with ``prefix``.
 
-    A lock on the folder says that its process lives, so folders of this prefix that nobody holds are abandoned, and
-    are removed when a new one is made.
+    Its process holds a lock on the folder. Folders of this prefix without a lock are abandoned, and are removed when a
+    new one is made.
 
     Attributes:
         path: the folder.
@@ -22,13 +22,13 @@ class TemporaryFolder:
 
     def __init__(self, prefix: str) -> None:
         _remove_abandoned(prefix)
-        # Under another name until it is locked: it would look abandoned.
+        # With another name until it is locked, since it would look abandoned.
         first = Path(tempfile.mkdtemp(prefix="new-" + prefix))
         self._lock = _locked(first)
         self.path = first.rename(first.with_name(first.name.removeprefix("new-")))
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it; a second call does nothing."""
+        """Remove the folder and its content; a second call does nothing."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
@@ -49,7 +49,7 @@ def _remove_abandoned(prefix: str) -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """A handle that holds the folder's lock; None where another process has it, or the file system has no locks."""
+    """A handle with the folder's lock; None if another process has it, or the file system has no locks."""
     handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Cleans foreign text (names of weights, captions, class names) for the terminal and the log."""
+"""Cleans text from files (names of weights, captions, class names) for the terminal and the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def whole_characters(value: Any) -> Any:
-    """The same JSON value with U+FFFD in place of each lone surrogate, which no encoding has."""
+    """The same JSON value with U+FFFD for each lone surrogate, which can't be encoded."""
     if isinstance(value, str):
         return _HALF.sub("\ufffd", value)
     if isinstance(value, list):
@@ -24,12 +24,12 @@ def whole_characters(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """The same text with each unsafe character written as its escape, such as ``\\x1b``."""
+    """The text with each unsafe character written as its escape, such as ``\\x1b``."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for messages of ours that quote it; its class where it has none."""
+    """The first line of an exception's message, to be quoted in ours; its class if it has no message."""
     text = str(error).strip().splitlines()
     return text[0].strip() if text else type(error).__name__
 

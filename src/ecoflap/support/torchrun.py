@@ -1,4 +1,4 @@
-"""Reads torchrun's store, which outlives the workers, for workers that were started again."""
+"""Uses torchrun's store, which exists longer than the workers, for restarted workers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch.distributed as dist
 from ecoflap.errors import WorkerLost
 from ecoflap.support.workers import Workers, launched
 
-_REACH = timedelta(seconds=10)  # to reach the store, which is there or not
-_COMING = timedelta(minutes=15)  # from the first worker's start to the last one's, imports and slow disks included
-_GLANCE = 0.02  # seconds between two looks
-ROUND = "ECOFLAP_ROUND"  # of this process's own environment: the name of its round, for who tells the user of an error
+_REACH = timedelta(seconds=10)  # timeout for a connection to the store
+_COMING = timedelta(minutes=15)  # from the first worker's start to the last one's, with imports from slow disks
+_GLANCE = 0.02  # seconds between two reads
+ROUND = "ECOFLAP_ROUND"  # environment variable of this process: the name of its round, to decide who reports an error
 
 
 def store() -> Any | None:
-    """The store of torchrun, a TCPStore; None where workers were launched otherwise, or it can't be reached."""
+    """The store of torchrun, a TCPStore; None with another launcher, or if it can't be reached."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     try:
@@ -33,14 +33,14 @@ def store() -> Any | None:
 
 
 def round_of(store: Any, own: Workers) -> Any:
-    """The store under a prefix that these workers have for themselves.
+    """The store with a prefix that only these workers use.
 
-    torchrun gives restarted workers the store of the earlier ones, which still holds addresses of dead processes; and
-    the count of restarts differs between machines. So worker 0 gives the round a new name and repeats it until every
-    worker has answered with that name: an answer that it finds may be an old one.
+    torchrun gives restarted workers the store of the earlier ones, which still has addresses of dead processes, and the
+    number of restarts differs between machines. So worker 0 gives the round a new name, and repeats it until every
+    worker has answered with that name, since it may find old answers.
 
     Raises:
-        WorkerLost: not all came.
+        WorkerLost: a worker did not answer.
     """
     name = uuid.uuid4().hex
     deadline = time.monotonic() + _COMING.total_seconds()
@@ -63,7 +63,7 @@ def round_of(store: Any, own: Workers) -> Any:
 
 
 def first_to_fail() -> bool:
-    """Whether no other worker of this round has printed yet why it ends."""
+    """Whether no other worker of this round has printed an error yet."""
     kept, found = store(), launched()
     if kept is None or found is None:
         return found is None or found.first
@@ -75,7 +75,7 @@ def first_to_fail() -> bool:
 
 
 def note_begun(run: Path) -> None:
-    """Records for restarted workers that this launch began the run in this folder."""
+    """Record for restarted workers that this launch began the run in this folder."""
     if (kept := store()) is not None:
         kept.set(_begun(run), "yes")
 

@@ -1,4 +1,4 @@
-"""Defines workers: several processes on one job, the part of each of them, and how they exchange results."""
+"""Defines workers: several processes that share one job, their parts of it, and the exchange of results."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROUPS = 8  # statistics are sums of so many sums at most, whoever makes them: more workers have no part in stage 2
+GROUPS = 8  # largest number of partial sums of statistics; more workers than this have no part in stage 2
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Workers:
-    """One process among ``count``. This base class is a process that works alone and exchanges nothing.
+    """One process among ``count``. This base class is a single process without communication.
 
     All workers call the same methods in the same order. Messages are trees of dicts with string keys, lists, strings,
-    numbers, None and tensors (they arrive on the CPU); tuples arrive as lists. Floats keep every bit.
+    numbers, None and tensors (received on the CPU); tuples are received as lists. Floats keep every bit.
 
     Attributes:
         rank: number of this worker; only number 0 writes files and prints to the user.
@@ -43,14 +43,14 @@ class Workers:
         return tree
 
     def copy_from(self, tensor: Tensor, source: int) -> None:
-        """Copies the tensor of worker ``source`` into those of all others, of the same shape and dtype."""
+        """Copy the tensor of worker ``source`` into those of all others, of the same shape and dtype."""
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """Sends a tensor to one worker, which calls :meth:`receive`."""
+        """Send a tensor to one worker, which calls :meth:`receive`."""
         raise AssertionError("there is no other worker")
 
     def receive(self, tensor: Tensor, source: int) -> None:
-        """Write what worker ``source`` sends into ``tensor``, of the same shape and dtype."""
+        """Receive a tensor from worker ``source`` into ``tensor``, of the same shape and dtype."""
         raise AssertionError("there is no other worker")
 
     def from_first(self, read: Callable[[], T]) -> T:
@@ -68,7 +68,7 @@ ALONE = Workers()
 
 
 def launched() -> Workers | None:
-    """This worker by the environment variables of torchrun and similar launchers; None if it was started alone."""
+    """This worker by the environment variables of torchrun and similar launchers; None for a single process."""
     try:
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
@@ -79,7 +79,7 @@ def launched() -> Workers | None:
 
 
 def part(count: int, parts: int, number: int) -> range:
-    """Part ``number`` when ``count`` items are cut into ``parts`` contiguous parts whose sizes differ by 1 at most."""
+    """Part ``number`` of ``count`` items in ``parts`` contiguous parts, whose sizes differ by at most 1."""
     size, more = divmod(count, parts)
     begin = number * size + min(number, more)
     return range(begin, begin + size + (number < more))
@@ -89,8 +89,8 @@ def part(count: int, parts: int, number: int) -> range:
 class Share:
     """The calibration batches that one worker runs in stage 2.
 
-    All batches are cut into at most :data:`GROUPS` contiguous groups. Each group's sum begins at zero, and the sums of
-    the groups are added from the first to the last: so the total is the same to the bit for any number of workers.
+    All batches are divided into at most :data:`GROUPS` contiguous groups. Each group's sum begins at zero, and the sums
+    of the groups are added from the first to the last. So the total is the same to the bit for any number of workers.
 
     Attributes:
         batches: their numbers.
@@ -102,12 +102,12 @@ class Share:
 
     @property
     def leads(self) -> bool:
-        """Whether its sums can be added at once, because no other worker's sums come before them."""
+        """Whether its sums can be added at once, because no other worker's sums are added before them."""
         return not self.groups or self.groups[0] == 0
 
 
 def share_of(batches: int, workers: Workers) -> Share:
-    """The batches of this worker: whole contiguous groups; none where there are more workers than groups."""
+    """The batches of this worker: whole contiguous groups; none if there are more workers than groups."""
     number = min(GROUPS, batches)
     groups = [part(batches, number, group) for group in range(number)]
     own = part(number, workers.count, workers.rank)
