@@ -136,7 +136,7 @@ def test_an_analysis_does_not_run_what_a_strangers_run_names(tmp_path: Path, mon
     _file(tmp_path, **fields).rename(run / "recipe.yaml")
     with pytest.raises(InvalidOption, match="--objective evil:loss"):
         _ = Subject(run).anatomy
-    with pytest.raises(InvalidOption, match="an analysis computes as its run did"):
+    with pytest.raises(InvalidOption, match="an analysis must use the run's own"):
         _ = Subject(run, code={"objective": "lm"}).anatomy
     assert not (tmp_path / "ran").exists()
     with pytest.raises(EcoflapError, match="cannot be imported"):  # it ran, and has no such function

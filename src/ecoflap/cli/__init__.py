@@ -1,4 +1,4 @@
-"""The command line: each command is a few lines over the Python interface."""
+"""The command line: thin commands over the Python interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ecoflap.cli import finetune, packed, prune, runs, stages, upop  # their commands add themselves to the application
+from ecoflap.cli import finetune, packed, prune, runs, stages, upop  # their import registers the commands
 from ecoflap.cli.app import Ended, app
 from ecoflap.cli.signals import stops
 from ecoflap.cli.terminal import messages, print_lines
@@ -41,8 +41,8 @@ TRACEBACK = "ECOFLAP_TRACEBACK"  # environment variable: show Python's traceback
 
 def main() -> NoReturn:
     """Run the command line: exit code 0, 1 (failed), 2 (bad input), 130 or 143 (stopped)."""
-    # On cores that are shared, threads that spin while they wait for each other slow small models down 50-fold. Read
-    # when torch is first imported, which happens below; a value of the user's own stands.
+    # On shared cores, threads that spin while they wait for each other slow small models down 50-fold. The variable is
+    # read when torch is first imported, which happens below; a value of the user is kept.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _silence_libraries()
     _check_surroundings()
@@ -57,14 +57,14 @@ def main() -> NoReturn:
 
 
 def _check_surroundings() -> None:
-    """A closed output takes what is written and keeps nothing; without a current folder no path means anything."""
+    """Open the null device for a closed output, and fail if the current folder does not exist."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
     try:
         Path.cwd()
     except OSError:
-        _fail("the current folder is no longer there: go to another one", 2)
+        _fail("the current folder does not exist any more: change to another one", 2)
 
 
 def _run() -> NoReturn:
@@ -73,7 +73,7 @@ def _run() -> NoReturn:
             code = app(standalone_mode=False, prog_name="ecoflap")
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)  # all is done: nothing to say any more
+                signal.signal(number, signal.SIG_DFL)  # the work is done: no message any more
         sys.stdout.flush()
     except Ended as ended:
         _say_stopped(ended.stop)
@@ -86,48 +86,50 @@ def _run() -> NoReturn:
 
 
 def _say_stopped(stop: KeyboardInterrupt) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while we say good-bye
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore another Ctrl-C during the message
     kept = "the same command with --resume goes on from here"
     message = kept if isinstance(stop, Stopped) else getattr(stop, "message", "nothing was written")
     _fail(f"stopped; {message}", 143 if str(stop) == "SIGTERM" else 130)
 
 
 def _explain(error: Exception) -> NoReturn:
-    """End with one line about ``error``; what nobody foresaw is raised again where the user asks for tracebacks."""
+    """Exit with one line about ``error``; an unexpected error is raised again if the user asks for tracebacks."""
     known = memory_error(error) or error
     if isinstance(known, EcoflapError):
         if os.environ.get(TRACEBACK) and error.__cause__ is not None:  # a library's error in our words
             sys.excepthook(type(error), error, error.__traceback__)
         _fail(str(known), known.exit_code)
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader has closed the pipe: discard further output
         sys.exit(1)
-    if hasattr(error, "format_message"):  # what typer raises for a wrong command line
+    if hasattr(error, "format_message"):  # typer's error for a wrong command line
         _fail(error.format_message(), 2)
     if os.environ.get(TRACEBACK):
         raise error
     if isinstance(error, RecursionError):
         _fail(f"an input is nested too deep ({error}); {TRACEBACK}=1 shows where", 2)
     if isinstance(error, OSError):
-        if error.filename is None:  # not of a file that was named: standard output, or a limit of the system
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try once more at its end
-            _fail(f"{error.strerror or error}: the output can't be written, or a limit of the system is met", 2)
+        if error.filename is None:  # no file is named: standard output, or a limit of the system
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try again at its exit
+            _fail(f"{error.strerror or error}: the output can't be written, or a limit of the system is reached", 2)
         _fail(f"can't use {error.filename}: {error.strerror or error}", 2)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve, before Python 3.13
-        _fail(f"{error}: the link leads round in circles", 2)
+        _fail(f"{error}: the links form a loop", 2)
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     _fail(f"unexpected failure: {message} ({TRACEBACK}=1 shows where)", 1)
 
 
 def _silence_libraries() -> None:
-    """Bars and remarks of the libraries below us, unless the user's own settings want them."""
+    """Hide progress bars and remarks of libraries, unless the user's settings enable them."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
-    for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
+    for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if it is installed
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
@@ -137,7 +139,7 @@ def _fail(message: str, code: int) -> NoReturn:
         print_lines(line, error=True)
         sys.exit(code)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the launcher ends all workers as soon as one has ended
+        signal.signal(number, signal.SIG_IGN)  # the launcher ends all workers when one has ended
     from ecoflap.support.torchrun import first_to_fail
 
     if first_to_fail():

@@ -1,4 +1,4 @@
-"""Makes terminal tables of a model's anatomy, and the same as plain data: towers, layers, what stays dense and why."""
+"""Makes terminal tables, and plain data, of a model's anatomy: towers, layers, dense weights with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ecoflap.report.mixtures import mixture_rows
 
 
 def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
-    """Towers with their sizes; kinds of layers in each tower; what stays dense and why."""
+    """Tables of the towers with their sizes, of the kinds of layers, and of dense weights with the reason."""
     total = anatomy.total_parameters
     towers = new_table(note, "tower", "modality", "blocks", "layers", "prunable weights", "of the model")
     for tower in anatomy.towers:
@@ -55,7 +55,7 @@ def anatomy_tables(anatomy: Anatomy, note: str) -> Iterator[Table]:
 
 
 def experts_tables(routing: Mapping[str, Mapping[str, int]]) -> Iterator[Table]:
-    """For each mixture, the shares of the router's choices that its experts get, and which get none."""
+    """For each mixture, the experts' shares of the router's choices, and the experts that get none."""
     if not routing:
         return
     table = new_table("experts", "tokens sent", "least", "median", "most", "never chosen")
@@ -80,7 +80,7 @@ def _dense_table(title: str, dense: Sequence[Unprunable], total: int) -> Table:
 
 
 def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
-    """The same as plain data, every layer named."""
+    """The same as plain data, with every layer."""
     return {
         "total_parameters": anatomy.total_parameters,
         "prunable_parameters": anatomy.prunable_parameters,

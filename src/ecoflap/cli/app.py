@@ -1,4 +1,4 @@
-"""Defines the command line's application, and what all commands share: common options, progress, output, ``--help``."""
+"""Defines the command line's application and shared parts of commands: options, progress, output, ``--help``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PlainHelp(TyperCommand):
             row = _row(parameter, ctx)
             if row is not None:
                 panels.setdefault(_panel(parameter), []).append(_entry(*row, width))
-        headings = sorted(panels, key=lambda heading: heading == _LAST)  # stable: all others as they come
+        headings = sorted(panels, key=lambda heading: heading == _LAST)  # a stable sort: others keep their order
         blocks += ["\n".join([f"{heading}:", *panels[heading]]) for heading in headings]
         if examples:
             blocks.append("Examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "))
@@ -82,11 +82,11 @@ def _entry(names: str, text: str, width: int) -> str:
     return "\n".join([f"  {names:<{NAMES}}{lines[0]}", *(indent + line for line in lines[1:])]).rstrip()
 
 
-SHARED = ("prune", "recover", "importance", "evaluate")  # commands that several workers can do together
+SHARED = ("prune", "recover", "importance", "evaluate")  # commands that several workers can share
 
 
 class Ended(BaseException):
-    """Carries a KeyboardInterrupt past typer, which would make a bare exit code of it."""
+    """Carries a KeyboardInterrupt through typer, which would replace it by an exit code."""
 
     def __init__(self, stop: KeyboardInterrupt) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Command(PlainHelp):
 
 
 def _with_value(args: list[str]) -> Iterator[str]:
-    """``--offload-activations`` without a value is "cpu", with ``--no-`` in front "none": once it had no values."""
+    """``--offload-activations`` without a value is "cpu", ``--no-offload-activations`` "none", as in older versions."""
     for word, following in zip_longest(args, args[1:], fillvalue=""):
         yield "--offload-activations" if word == "--no-offload-activations" else word
         if word == "--no-offload-activations":
@@ -159,7 +159,7 @@ def output_option(text: str, metavar: str = "DIR") -> Any:
 
 
 def progress_to(quiet: bool) -> Progress:
-    """Where progress and warnings go: the first of several workers alone shows them."""
+    """Progress on the terminal; only the first of several workers shows it."""
     messages.quiet = stops.quiet = quiet = quiet or not (launched() or ALONE).first
     return stops.progress(Silent() if quiet else progress_on(standard_error()))
 

@@ -43,7 +43,7 @@ def finetune(
 
 
 def told(recipe: Finetune, output: Path, *, overwrite: bool, resume: bool, quiet: bool, as_json: bool) -> None:
-    """Carries out a training and prints what it came to."""
+    """Run a training and print its result."""
     progress = progress_to(quiet or as_json)
     # Checked before anything heavy is imported, so that a folder in use is reported at once.
     examined = FinetuneDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)

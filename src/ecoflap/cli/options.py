@@ -1,4 +1,4 @@
-"""Makes command-line options from the fields of the recipe, which hold names, types, defaults and help."""
+"""Makes command-line options from the fields of the recipe, which have names, types, defaults and help."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _option(name: str, alias: str | None, kind_of_recipe: type[Recipe]) -> inspe
     flag = flag_of(name)
     help_text = field.description or ""
     default = field.get_default(call_default_factory=True)
-    # Numbers come as text, too: the recipe reads them, so that a fault has one wording wherever it is found.
+    # Numbers are passed as text: the recipe parses them, so that a fault has the same message everywhere.
     kind: Any = str | None
     metavar: str | None = _METAVARS.get(name, {int: "N", float: "X"}.get(annotation, "TEXT"))
     if annotation is bool:
@@ -118,7 +118,7 @@ def _option(name: str, alias: str | None, kind_of_recipe: type[Recipe]) -> inspe
     if isinstance(default, int | float | str) and not isinstance(default, bool):
         help_text = f"{help_text} Default: {default}."
     panel = next(title for title, names in PANELS.items() if name in names)
-    # None means "not given", so that a recipe file's value stays; so the help states the default.
+    # None means "not given", so that a recipe file's value is kept; the help text states the default.
     flags = (flag,) if alias is None else (flag, alias)
     option = typer.Option(*flags, help=help_text, metavar=metavar, show_default=False, rich_help_panel=panel)
     return _parameter(name, Annotated[kind, option])
@@ -131,15 +131,15 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 def with_recipe_options(
     *names: str, model: bool = True, aliases: Mapping[str, str] | None = None, recipe: type[Recipe] = Recipe
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options ``names`` (fields of the recipe; all but ``model`` if none is named).
+    """Give a command the options ``names`` (fields of the recipe; by default all except ``model``).
 
-    The command takes a :class:`Recipe` as its first argument, built from the options given, over those of the file
-    ``--recipe``.
+    The command gets a :class:`Recipe` as its first argument, built from the given options and the file ``--recipe``;
+    options take precedence.
 
     Args:
         model: the command also has the argument MODEL and the option ``--recipe``.
-        aliases: field to a second name of its option.
-        recipe: the class that is built.
+        aliases: second names of options, by field.
+        recipe: the class of the recipe.
     """
     fields = [name for panel in PANELS.values() for name in panel if name in recipe.model_fields]
     chosen = [name for name in fields if name in names or not names]
@@ -185,7 +185,7 @@ def _model(recipe: type[Recipe]) -> list[tuple[str, Any]]:
 
 
 def _plain(recipe: type[Recipe], name: str, value: Any) -> Any:
-    """``["a=1"]`` as ``{"a": 1}`` for mappings; anything else as it is."""
+    """``["a=1"]`` as ``{"a": 1}`` for mappings; other values unchanged."""
     annotation = _without_none(recipe.model_fields[name].annotation)
     if typing.get_origin(annotation) is not dict:
         return value

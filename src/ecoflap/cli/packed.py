@@ -87,7 +87,7 @@ def unpack_model(
 
 
 def model_of(source: str) -> str:
-    """The model of a run directory; anything else as it is."""
+    """The model of a run directory; other sources unchanged."""
     path = Path(source).expanduser()
     return str(path / MODEL) if (path / RECIPE).is_file() and (path / MODEL).is_dir() else source
 
@@ -96,7 +96,7 @@ def packed_to(
     source: str, output: Path, values: str, group_size: int | None, overwrite: bool, trust_remote_code: bool,
     quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Pack ``source`` into ``output``; what came of it, for ``--json``."""
+    """Pack ``source`` into ``output``; return the result for ``--json``."""
     from ecoflap.model.packed.checkpoint import pack_checkpoint
 
     messages.quiet = quiet
@@ -114,7 +114,7 @@ def packed_to(
 
 
 def packed_line(packed: dict[str, Any]) -> str:
-    """What :func:`packed_to` packed, for people."""
+    """The result of :func:`packed_to` as text."""
     layers, files = packed["layer_bytes"], packed["file_bytes"]
     error = f", weights off by {100 * packed['weight_error']:.2f} % in the mean" if packed["weight_error"] else ""
     return (
@@ -195,7 +195,7 @@ def bench_model(
 
 
 def run_and_packed(source: Path) -> tuple[Path | None, Path]:
-    """The run directory that a packed model belongs to, if any, and the packed model.
+    """The run directory of a packed model, if any, and the packed model.
 
     Raises:
         InvalidOption: ``source`` is a run without a packed model.

@@ -1,4 +1,4 @@
-"""Commands that make a sparse model, or several side by side: prune, compare."""
+"""Commands that make sparse models: prune, recover, compare."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def prune(
 
         with Manifest(run).writing(f"{PACKED}/"):
             packed = packed_to(str(run / MODEL), run / PACKED, "auto", None, True, recipe.trust_remote_code, quiet)
-        rebuild(run)  # its headline shows the packed size
+        rebuild(run)  # the page shows the packed size
     pushed, failure = _pushed(run, push_to_hub, private, bars=not (quiet or as_json))
     more: dict[str, Any] = {} if push_to_hub is None else {"pushed": pushed}
     _tell(run, quiet, as_json, more if packed is None else {**more, "packed": packed})
@@ -125,7 +125,7 @@ def recover(
 
 
 def _run(recipe: Recipe, output: Path, overwrite: bool, resume: bool, quiet: bool, as_json: bool) -> Path | None:
-    """Carry a recipe out; its folder, or None for another worker than the first."""
+    """Carry out a recipe; return its folder, or None on workers other than the first."""
     progress = progress_to(quiet or as_json)
     first = (launched() or ALONE).first
     if first:
@@ -139,7 +139,7 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, resume: bool, quiet: boo
             standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
     from ecoflap.run.checks import check_recipe
 
-    check_recipe(recipe.resolved())  # before what takes seconds to be imported
+    check_recipe(recipe.resolved())  # before slow imports
     from ecoflap.run.pipeline import run_recipe
     from ecoflap.support.processes import joined
 
@@ -153,11 +153,7 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, resume: bool, quiet: boo
 
 
 def _tell(run: Path, quiet: bool, as_json: bool, more: dict[str, Any]) -> None:
-    """Say what a run has made.
-
-    Args:
-        more: what else was made of it: ``packed``, ``pushed``.
-    """
+    """Print the result of a run; ``more`` has the results of packing and uploading."""
     from ecoflap.cli.tables import stages_table, summary_table
 
     if as_json:
@@ -173,14 +169,14 @@ def _tell(run: Path, quiet: bool, as_json: bool, more: dict[str, Any]) -> None:
 
 
 def _note_begun(output: Path) -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # else there is no need to import torch.distributed
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # otherwise torch.distributed need not be imported
         from ecoflap.support.torchrun import note_begun
 
         note_begun(output)
 
 
 def _check_hub(repo_id: str | None, private: bool) -> None:
-    """Whatever can be known of an upload before the work for it begins."""
+    """Check the name and the account of an upload before the work begins."""
     if repo_id is None:
         if private:
             raise InvalidOption("--private needs --push-to-hub REPO_ID")
@@ -192,7 +188,7 @@ def _check_hub(repo_id: str | None, private: bool) -> None:
 
 
 def _pushed(run: Path, repo_id: str | None, private: bool, bars: bool) -> tuple[str | None, EcoflapError | None]:
-    """The address of what was uploaded, or why it was not: the run is whole either way."""
+    """The address of the upload, or the error; the run is complete in both cases."""
     if repo_id is None:
         return None, None
     from ecoflap.report.hub import later, push
@@ -201,7 +197,7 @@ def _pushed(run: Path, repo_id: str | None, private: bool, bars: bool) -> tuple[
         return push(run, repo_id, private=private, bars=bars), None
     except EcoflapError as error:
         how = later(run, repo_id, private=private)
-        return None, type(error)(f"the run in {run} is whole, but was not uploaded: {error}. Later: {how}")
+        return None, type(error)(f"the run in {run} is complete, but was not uploaded: {error}. Later: {how}")
 
 
 @app.command(cls=Command, short_help="Methods side by side at several sparsities: a table, plots and a page.")
@@ -245,7 +241,7 @@ def compare(
         standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
     from ecoflap.run.compare.plans import planned
 
-    plans = None if examined.complete else planned(grid)  # before what takes seconds to be imported
+    plans = None if examined.complete else planned(grid)  # before slow imports
     from ecoflap.run.compare.grid import run_grid
     from ecoflap.run.compare.tables import comparison_tables
 

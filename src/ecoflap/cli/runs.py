@@ -1,4 +1,4 @@
-"""Commands on what a run left behind: analyse, report, push."""
+"""Commands on a finished run: analyse, report, push."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def analyse(
     from ecoflap.report.analysis.run import analyse as analyse_run
     from ecoflap.run.commands import find_own_modules
 
-    # Read as the recipe reads numbers, so that a fault has one wording wherever it is found.
+    # Parsed as in recipes, so that a fault has the same message everywhere.
     count = None if samples is None else Recipe.parse({"samples": samples}, OPTIONS).samples
     find_own_modules(objective)
     outcomes = analyse_run(

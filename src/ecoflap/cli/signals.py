@@ -13,14 +13,14 @@ from ecoflap.support.progress import LOADING, Progress, Task, plan
 
 TOLD = "\necoflap: stopping after this step; once more stops at once\n"
 AT_ONCE = "ecoflap: stopped at once; --resume goes on with what a run has written\n"
-PATIENCE = 1.0  # seconds after the second signal in which Python may still hear of it
+PATIENCE = 1.0  # seconds after the second signal in which Python may still handle it
 
 
 class Stops:
-    """A signal handler, and progress that stops where all that was done has been written.
+    """A signal handler, and progress that stops when all finished work has been written.
 
-    A step of a stage is counted once its result is kept, so the signal takes effect there; outside of any stage
-    (while a model is loaded, say) nothing is lost by stopping at once.
+    A step of a stage is counted after its result is stored, so the signal takes effect there; outside of stages (for
+    example while a model is loaded) nothing is lost by stopping at once.
 
     Attributes:
         quiet: say nothing when a signal comes.
@@ -59,7 +59,7 @@ class Stops:
                 signal.signal(number, handler)
 
     def _watch(self, reader: int, heard: Sequence[int], ends: threading.Event) -> None:
-        """In its own thread: reports the first signal, and ends the process soon after the second one."""
+        """Report the first signal, and end the process soon after the second one; runs in its own thread."""
         came: list[int] = []
         while numbers := os.read(reader, 64):
             came += [number for number in numbers if number in heard]
@@ -73,13 +73,10 @@ class Stops:
 
     def _tell(self) -> None:
         if not self.quiet and self._telling.acquire(blocking=False):
-            os.write(2, TOLD.encode())  # not sys.stderr, which may be in the middle of a write itself
+            os.write(2, TOLD.encode())  # not sys.stderr, which a write may be using
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
-        """Raises KeyboardInterrupt, whose argument says which signal it was ("" for Ctrl-C): now, or at :meth:`check`.
-
-        It is always the first one's: a job that is terminated and then interrupted was terminated.
-        """
+        """Raise KeyboardInterrupt with the name of the first signal ("" for Ctrl-C), now or at :meth:`check`."""
         again = self._asked is not None
         self._asked = self._asked or ("SIGTERM" if number == signal.SIGTERM else "")
         if again or not self._open:
@@ -89,17 +86,17 @@ class Stops:
         self._tell()
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if a signal has come."""
+        """Raise KeyboardInterrupt after a signal."""
         if self._asked is not None:
             raise KeyboardInterrupt(self._asked)
 
     def progress(self, inner: Progress) -> Progress:
-        """``inner``, whose stages end early when a signal has come."""
+        """``inner`` with stages that end early after a signal."""
         return _Progress(inner, self)
 
     @contextmanager
     def stage(self, stage: AbstractContextManager[Task], left: int) -> Iterator[Task]:
-        """A stage with ``left`` steps to do; none begins when a signal has come."""
+        """Context with a stage of ``left`` steps; after a signal no step begins."""
         self.check()
         with stage as task:
             self._open += 1
@@ -116,7 +113,7 @@ class _Task:
     def advance(self, steps: int = 1, detail: str = "") -> None:
         self._inner.advance(steps, detail)
         self._left -= steps
-        if self._left > 0:  # else the stage is about to end, and its result to be written
+        if self._left > 0:  # otherwise the stage is about to end and write its result
             self._stops.check()
 
     def plan(self, kinds: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Commands that do one stage alone: inspect, importance, allocate, evaluate."""
+"""Commands for single stages: inspect, importance, allocate, evaluate."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def importance(
     from ecoflap.run.checks import check_measured
     from ecoflap.run.commands import measure_to
 
-    check_measured(recipe)  # before what takes seconds to be imported
+    check_measured(recipe)  # before slow imports
     from ecoflap.support.processes import joined
 
     progress = progress_to(quiet or as_json)
@@ -163,7 +163,7 @@ def evaluate(
 
     if output is not None:
         refuse_existing(output, overwrite)
-    check_evaluated(recipe)  # before what takes seconds to be imported
+    check_evaluated(recipe)  # before slow imports
     from ecoflap.support.processes import joined
 
     with joined() as workers:
@@ -175,7 +175,7 @@ def evaluate(
 
         write_json(output, {"format": 1, "model": recipe.model, "results": results})
     for result in results.values():
-        del result["samples"]  # of the file alone
+        del result["samples"]  # only in the file
     if as_json:
         print_json(results)
     elif not quiet:

@@ -36,7 +36,7 @@ def add_row(table: Table, *cells: str) -> None:
 
 
 def allocation_table(allocation: Allocation) -> Table:
-    """Sparsity per tower, and the least and most sparse of its blocks."""
+    """Sparsity of each tower, and of its least and most sparse block."""
     title = f"sparsity {allocation.sparsity:g}, cap {allocation.max_sparsity:g}, per {allocation.granularity}"
     table = new_table(title, "tower", "weights", "zeros", "sparsity", "lowest block", "highest block")
     towers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
@@ -59,10 +59,7 @@ def allocation_table(allocation: Allocation) -> Table:
 
 
 def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row per task, one for each of its further metrics, and one per group of its samples.
-
-    Results that were compared with other models have a column for each of these.
-    """
+    """One row for each task, further metric and group of samples; one column for each model compared with."""
     others = list(dict.fromkeys(name for result in results.values() for name in result.get("paired") or {}))
     table = new_table("", "task", "value", "n", *(f"change from {name}" for name in others))
     for task, result in results.items():
@@ -89,7 +86,7 @@ def quality_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _change(result: Mapping[str, Any], found: Mapping[str, Any] | None, value: float | None) -> str:
-    """A paired difference from another model, as ``metrics.json`` has it, in words."""
+    """A paired difference from another model as text."""
     if found is None or value is None:
         return ""
     pair = PairedDifference.model_validate(found)
@@ -106,7 +103,7 @@ def summary_table(run: RunData | Path | str) -> Table:
     """Dense against pruned quality, and sparsity per tower.
 
     Args:
-        run: a run directory, or what :func:`ecoflap.report.data.read_run` made of it.
+        run: a run directory, or the result of :func:`ecoflap.report.data.read_run`.
 
     Raises:
         InvalidOption: as ``read_run``.
@@ -179,7 +176,7 @@ def summary_table(run: RunData | Path | str) -> Table:
 
 
 def _named(table: Table, names: Sequence[str]) -> None:
-    """A row for each of the first names, and where the others are."""
+    """A row for each of the first names, and a row that says where the others are."""
     for name in names[:NAMED]:
         add_row(table, f"  {name}")
     if len(names) > NAMED:
@@ -192,7 +189,7 @@ def finetune_table(folder: Path) -> Table:
     Raises:
         InvalidOption: as :func:`ecoflap.report.finetune_page.read_finetune`.
     """
-    from ecoflap.report.finetune_page import MODELS, read_finetune, tests  # not before: it draws, too
+    from ecoflap.report.finetune_page import MODELS, read_finetune, tests  # not at the top: it imports matplotlib
 
     recipe, metrics = read_finetune(folder)
     table = new_table(
@@ -224,7 +221,7 @@ def finetune_table(folder: Path) -> Table:
 
 
 def kept_channels(channels: ChannelsRecord) -> Iterator[tuple[str, str]]:
-    """For each tower and kind, the channels that stay: the fewest and the most of a block."""
+    """For each tower and kind, the smallest and largest number of channels that stay in a block."""
     for tower, kind in dict.fromkeys((row.tower, row.kind) for row in channels.groups):
         kept = [row.kept for row in channels.groups if (row.tower, row.kind) == (tower, kind)]
         widths = [row.width for row in channels.groups if (row.tower, row.kind) == (tower, kind)]
@@ -254,7 +251,7 @@ def stages_table(run: RunData | Path | str) -> Table:
 
 
 def bench_tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """One table a model of what :func:`ecoflap.run.bench.bench` found."""
+    """One table per model from the result of :func:`ecoflap.run.bench.bench`."""
     machine = found["machine"]
     for model in found["models"]:
         cells = list(dict.fromkeys((row["threads"], row["batch"]) for row in model["speed"]))

@@ -1,7 +1,4 @@
-"""Shows progress and warnings: bars with the time left, or plain lines where the output is no terminal.
-
-The time left is measured from how long the steps of a stage have taken so far.
-"""
+"""Shows progress and warnings: bars with the time left, or plain lines if the output is no terminal."""
 
 from __future__ import annotations
 
@@ -25,16 +22,16 @@ from ecoflap.support.formats import clock
 from ecoflap.support.progress import LOADING, Progress, Task
 from ecoflap.support.text import printable
 
-_WIDE, _MIDDLE = 100, 60  # columns from which a line has all its parts, and from which it has a bar
-_DETAIL = 9  # columns below which a layer's name says nothing
+_WIDE, _MIDDLE = 100, 60  # least columns for a line with all parts, and for a line with a bar
+_DETAIL = 9  # least columns for a layer's name
 
 
 def line(
     width: int, name: str, done: int, total: int, elapsed: float, left: float | None, memory: str, detail: str
 ) -> str:
-    """At most ``width`` characters: name, bar, count, time elapsed and left, memory, and what is being worked on.
+    """At most ``width`` characters: name, bar, count, time elapsed and left, memory, and the current work.
 
-    A narrow terminal shows no bar and no elapsed time; the name and the detail are cut before any number is.
+    A narrow terminal shows no bar and no elapsed time; name and detail are cut before numbers are.
     """
     bars = 16 if width >= _WIDE else 8 if width >= _MIDDLE else 0
     full = bars if total <= 0 else min(bars * done // total, bars)
@@ -54,7 +51,7 @@ def line(
 
 
 def memory() -> str:
-    """What the process holds now, and at its peak on the GPU where one is in use: ``1.2 GB``, ``1.2+23.1 GB GPU``."""
+    """The process's current memory, and the GPU's peak if one is used: ``1.2 GB``, ``1.2+23.1 GB GPU``."""
     import psutil
 
     held = f"{psutil.Process().memory_info().rss / 1e9:.1f}"
@@ -80,7 +77,7 @@ class _BarTask:
 
 
 class _Column(ProgressColumn):
-    """A whole line; it is drawn again ten times a second, so that the time left counts down."""
+    """A whole line, which is redrawn ten times a second, so that the time left counts down."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -96,10 +93,8 @@ class _Column(ProgressColumn):
 
 
 class Bars:
-    """One line per stage, with a bar: name, count, time elapsed and left, memory, and what is being worked on.
-
-    A stage inside another one has its line below the other's, and takes it away when it ends.
-    """
+    """One line per stage, with a bar. The line of an inner stage is below that of the outer one, and disappears at its
+    end."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -131,7 +126,7 @@ class _LineTask:
     def advance(self, steps: int = 1, detail: str = "") -> None:
         self._pace.advance(steps, detail)
         self._detail = detail
-        # The last line is written when the stage ends; of loading, the ticker's.
+        # The last line is written at the end of the stage; for loading, by the ticker.
         if self._name == LOADING:
             return
         if self._clock() - self._last >= LINE_EVERY and self._pace.done < self._pace.total:
@@ -151,9 +146,9 @@ class _LineTask:
 
 
 class Lines:
-    """A plain line every quarter of a minute and at the end of each stage that is in no other.
+    """A plain line every 15 seconds, and at the end of each outer stage.
 
-    Loading has few steps, and is often over at once: it is told of every quarter of a minute, whatever its steps.
+    Loading has few steps: a line is written every 15 seconds without waiting for a step.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -201,17 +196,17 @@ def progress_on(console: Console) -> Progress:
 
 
 def standard_output() -> Console:
-    """Where results go. Without a terminal a table is as wide as it needs to be."""
+    """The console for results. Without a terminal a table is as wide as necessary."""
     return _console(sys.stdout.isatty(), stderr=False)
 
 
 def standard_error() -> Console:
-    """Where progress goes."""
+    """The console for progress."""
     return _console(sys.stderr.isatty(), stderr=True)
 
 
 class _CleanConsole(Console):
-    """A console whose texts hold no control characters; what rich itself sends (colours, moves) is kept apart."""
+    """A console that removes control characters from texts, but not rich's own (colours, cursor moves)."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -224,7 +219,7 @@ def _console(terminal: bool, stderr: bool) -> Console:
 
 
 def print_lines(text: str, *, error: bool = False) -> None:
-    """Prints lines: results on standard output, all else on standard error. All printing goes through here."""
+    """Print lines: results on standard output, errors on standard error. All printing uses this function."""
     if not error:
         sys.stdout.write(f"{printable(text)}\n")
         return
@@ -233,12 +228,12 @@ def print_lines(text: str, *, error: bool = False) -> None:
 
 
 class Messages(logging.Handler):
-    """The package's warnings and notices, one line each on standard error, while the context is open.
+    """Context that prints the package's warnings and notices, one line each, on standard error.
 
-    Warnings of other packages are left to the log: they speak to programmers.
+    Warnings of other packages are only logged, since they are for programmers.
 
     Attributes:
-        quiet: say nothing.
+        quiet: print nothing.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Shows a finished run or comparison: page, charts, analyses, model card, upload.
 
-Imports everything but ``cli``. The names in ``__all__`` are imported when first used: a table needs no page.
+Imports everything but ``cli``. The names in ``__all__`` are imported at their first use.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ __getattr__ = lazily(
 
 
 def rebuild(folder: Path | str) -> Path:
-    """Writes the page of a folder again: ``compare.html`` beside a ``compare.json``, else ``report.html`` of a run or a
-    fine-tuning.
+    """Write the page of a folder again: ``compare.html`` of a comparison, else ``report.html`` of a run or fine-tuning.
 
     Raises:
-        InvalidOption: the folder holds neither, or a file in it is broken.
-        StorageError: the page could not be written; an older page stays as it was.
+        InvalidOption: the folder is none of them, or a file in it is broken.
+        StorageError: the page could not be written; an older page is unchanged.
     """
     from ecoflap.report.compare_page import write_compare
     from ecoflap.report.finetune_page import write_finetune

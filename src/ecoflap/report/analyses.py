@@ -63,7 +63,7 @@ class Agreement(Content):
 
 
 class Effect(Content):
-    """Agreement with the exact gradient norm at one value of an option: rank correlation, and mean relative error."""
+    """Agreement with the exact gradient norm at one value of an option: rank correlation and mean relative error."""
 
     value: Finite
     spearman: Finite | None = None
@@ -73,7 +73,7 @@ class Effect(Content):
 
 
 class Effects(Content):
-    """``effects.json``: option → its values; and option → value → tower → sparsity."""
+    """``effects.json``: effects by option; sparsities by option, value and tower."""
 
     effects: dict[str, list[Effect]] = {}
     allocations: dict[str, dict[str, dict[str, Fraction | None]]] = {}
@@ -119,7 +119,7 @@ class Landscape(Content):
 
 @dataclass(frozen=True)
 class Analyses:
-    """The analyses of a run; None for those that were not made."""
+    """The analyses of a run; None for missing ones."""
 
     distributions: Distributions | None = None
     agreement: Agreement | None = None
@@ -128,7 +128,7 @@ class Analyses:
 
 
 def read_analyses(run: Path) -> Analyses:
-    """Read those of the four files that are there.
+    """Read the existing ones of the four files.
 
     Raises:
         InvalidOption: one of them is broken; the message names the file and the field.

@@ -1,4 +1,4 @@
-"""Reads ``bench.json`` of a run: what packing gains on a machine, as a table of the run's page."""
+"""Reads ``bench.json`` of a run, the measured gain of packing, as a table of the run's page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Variant(Content):
 
 
 class Speed(Content):
-    """One variant with so many threads and rows of a batch; ratios are to the dense model in bfloat16."""
+    """One variant with a number of threads and a batch size; ratios are to the dense model in bfloat16."""
 
     variant: str
     threads: Count
@@ -44,7 +44,7 @@ class Measured(Content):
 
 
 class Machine(Content):
-    """Where it was measured."""
+    """The machine of the measurement."""
 
     kernels: str = ""
     processors: Count | None = None
@@ -62,7 +62,7 @@ class Bench(Content):
         return list(dict.fromkeys((row.threads, row.batch) for model in self.models for row in model.speed))
 
     def heads(self) -> list[str]:
-        """The cells in words."""
+        """The cells as text."""
         return [f"{threads} thread{'s' if threads != 1 else ''}, batch {batch}" for threads, batch in self.cells]
 
     def variants(self) -> Iterator[Variant]:
@@ -71,7 +71,7 @@ class Bench(Content):
             yield from model.variants
 
     def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """Each variant's name with the first token and the rate of each cell, in words."""
+        """Each variant's name with the first token and the rate of each cell, as text."""
         for model in self.models:
             found = {(row.variant, row.threads, row.batch): row for row in model.speed}
             for variant in model.variants:
@@ -85,9 +85,5 @@ def _words(speed: Speed) -> tuple[str, str]:
 
 
 def read_bench(run: Path) -> Bench | None:
-    """The measurement in the run directory ``run``; None where there is none.
-
-    Raises:
-        InvalidOption: the file is broken.
-    """
+    """The measurement in the run directory ``run``; None if there is none. Raises InvalidOption: the file is broken."""
     return read_model(run / BENCH, Bench)

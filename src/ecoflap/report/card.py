@@ -31,16 +31,13 @@ MODEL = "model"
 
 
 def write_card(run: str | Path) -> Path:
-    """Write ``README.md`` into the model folder of a run whose ``metrics.json`` is written, from the run's files.
+    """Write ``README.md`` into the model folder of a run with ``metrics.json``, from the run's files; return its path.
 
-    The same files give the same bytes: there are no times in it. Places on this machine are cut to their last part.
-
-    Returns:
-        The card's path.
+    The same files give the same bytes: it contains no times. Paths on this machine are cut to their last part.
 
     Raises:
-        InvalidOption: it is no run directory, its model or metrics are not there yet, or a file is broken.
-        StorageError: the card can't be written; what was there is as it was.
+        InvalidOption: it is no run directory, has no model or metrics yet, or a file is broken.
+        StorageError: the card can't be written; an earlier file is unchanged.
     """
     data = read_run(run)
     folder = data.path / MODEL
@@ -58,13 +55,13 @@ def write_model_card(
     criterion: str = DEFAULT,
     quality: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write ``README.md`` into ``folder``, where :func:`ecoflap.save` put the model that :func:`ecoflap.prune` pruned.
+    """Write ``README.md`` into ``folder``, which has a model of :func:`ecoflap.prune`, saved by :func:`ecoflap.save`.
 
     Args:
-        base: what the dense model was loaded from: a Hub id or a folder.
-        criterion: the one that the pruning used.
-        quality: task to ``{"metric", "value"}`` of the pruned model, with ``"dense"`` (the dense model's value),
-            ``"stderr"`` and ``"n"`` where known; left out: "not measured".
+        base: the source of the dense model: a Hub id or a folder.
+        criterion: of the pruning.
+        quality: by task, ``{"metric", "value"}`` of the pruned model, with ``"dense"`` (the dense model's value),
+            ``"stderr"`` and ``"n"`` if known; default: "not measured".
 
     Returns:
         The card's path.
@@ -131,7 +128,7 @@ def _of_run(run: RunData, processor: str | None) -> Card:
 
 
 def _data_of(*parts: Mapping[str, Quality]) -> dict[str, str]:
-    """The last part of each task's test data, by the tasks' names."""
+    """The last part of the path of each task's test data, by task."""
     return {
         task: place_name(str(place))
         for part in parts
@@ -141,7 +138,7 @@ def _data_of(*parts: Mapping[str, Quality]) -> dict[str, str]:
 
 
 def _of_finetune(run: RunData, processor: str | None) -> Card:
-    """The card of a fine-tuned model: its own results, beside those of the dense model."""
+    """The card of a fine-tuned model, with its results and those of the dense model."""
     recipe, metrics = read_finetune(run.path)
     dense = recipe.get("dense")
     found = base_model(None if dense == EMBEDDED else dense or recipe.get("model"))
@@ -193,7 +190,7 @@ def _tags(criterion: str) -> list[str]:
 
 
 def _steps(method: str | None, settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Step]:
-    """What decided the layers' shares, how weights were chosen, which inputs were counted."""
+    """The steps of the method: sparsities of the layers, choice of weights, tokens of the statistics."""
     if recipe.get("pruned"):
         yield Step("Zeros", f"those of {place_name(str(recipe['pruned']))}")
         yield _recovered()
@@ -241,12 +238,12 @@ def _rows(dense: Mapping[str, Quality], pruned: Mapping[str, Quality], data: Map
 
 
 def _paired(metrics: Metrics, rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows; a task's first one with the paired changes from the dense model and from the uniform baseline."""
+    """The rows, with paired changes from the dense model and the uniform baseline in each task's first row."""
     nothing = Quality(metric="")
     pairs: Mapping[str, PairedDifference] = {}
     dense = pruned = nothing
     for row in rows:
-        if not row.task:  # a further metric of the task before
+        if not row.task:  # a further metric of the previous task
             pair = PairedDifference.of_other(pairs.get("dense"), row.metric)
             yield row if pair is None else replace(row, change=_other_change(row.metric, dense, pruned, pair))
             continue
@@ -280,7 +277,7 @@ def _row(
 
 
 def _results(pruned: Mapping[str, Quality], data: Mapping[str, str], kinds: Mapping[str, str]) -> Iterator[EvalResult]:
-    """What the Hub lists: numbers of this model that are finite."""
+    """The results for the Hub: finite numbers of this model."""
     for task, quality in pruned.items():
         kind = quality.hub_type or _hub_type(kinds.get(task, task))
         where = data.get(task, task)
@@ -292,7 +289,7 @@ def _results(pruned: Mapping[str, Quality], data: Mapping[str, str], kinds: Mapp
 
 
 def _hub_type(task: str) -> str:
-    """The Hub's name of a task, for runs whose results do not say it."""
+    """The Hub's name of a task, for runs whose results don't have it."""
     known: Any = TASKS.get(task) if task in TASKS else Task
     return str(known.hub_type)
 

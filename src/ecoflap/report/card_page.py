@@ -27,12 +27,12 @@ _TEXTS = ("license", "license_name", "license_link", "pipeline_tag")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What is known of the dense model.
+    """The dense model in a card.
 
     Attributes:
-        name: for readers; of a local folder its last part alone, since a card is made to be published.
+        name: for readers; only the last part of a local path, since a card may be published.
         hub_id: on the Hub, or None.
-        card: the fields of its own card's head that hold for the pruned model too: licence, task, language.
+        card: fields of its own card's head that also apply to the pruned model: licence, task, language.
     """
 
     name: str
@@ -41,9 +41,9 @@ class BaseModel:
 
 
 def base_model(source: str | None) -> BaseModel:
-    """What a recipe's ``model`` names: a local folder or file, a Hub id, or None for the embedded model.
+    """The model that a recipe's ``model`` names: a local folder or file, a Hub id, or None for the embedded model.
 
-    Nothing is downloaded: of a Hub id the snapshot in the cache is read.
+    Nothing is downloaded: for a Hub id, the snapshot in the cache is read.
     """
     if source is None:
         from ecoflap.support import embedded
@@ -60,7 +60,7 @@ def base_model(source: str | None) -> BaseModel:
 
 
 def _readme_head(path: Path) -> dict[str, Any]:
-    """The fields of a card's head that are passed on; none where there is no card, or one that can't be read."""
+    """The fields of a card's head for the new card; none if there is no readable card."""
     try:
         found = huggingface_hub.metadata_load(path) if path.is_file() else None
     except (OSError, ValueError, yaml.YAMLError):
@@ -76,7 +76,7 @@ def _readme_head(path: Path) -> dict[str, Any]:
 
 
 def _licence_at(card: dict[str, Any], hub_id: str | None) -> dict[str, Any]:
-    """A licence file that is named by its place beside the base is named by its address, or not at all."""
+    """Replace a relative link to the base model's licence file by its address, or remove it."""
     link = card.get("license_link")
     if link is None or re.match(r"https?://", link):
         return card
@@ -84,19 +84,19 @@ def _licence_at(card: dict[str, Any], hub_id: str | None) -> dict[str, Any]:
     return {**rest, "license_link": f"https://huggingface.co/{hub_id}/blob/main/{link}"} if hub_id else rest
 
 
-# What may begin a mark within a line. Lists and headings begin a line, which no value of ours does.
+# Characters of markup inside a line. Lists and headings are markup only at the beginning of a line.
 _MARKS = re.compile(r"([\\`*_{}\[\]#|~$@])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x85\u2028\u2029]")
 
 
 class Raw(str):
-    """Markdown that was made here, and passes as it is."""
+    """Markdown that is not escaped again."""
 
     __slots__ = ()
 
 
 def escaped(value: Any) -> Raw:
-    """``value`` as one line of plain text: no marks, no HTML, no cell borders, no links."""
+    """``value`` as one line of plain text, without markup, HTML, cell borders and links."""
     if isinstance(value, Raw):
         return value
     text = _MARKS.sub(r"\\\1", re.sub(r"[ \t\n]+", " ", _CONTROLS.sub(" ", str(value))).strip(" "))
@@ -105,21 +105,21 @@ def escaped(value: Any) -> Raw:
 
 
 def fenced(text: str, language: str = "") -> Raw:
-    """``text`` as a block of code, whose fence is longer than any run of backticks in it."""
+    """``text`` as a code block, with a fence longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     body = _CONTROLS.sub("�", text.replace("\r\n", "\n")).rstrip("\n")
     return Raw(f"{fence}{language}\n{body}\n{fence}")
 
 
-KEPT = "README.base.md"  # a card that lay in the folder already and is not ours
+KEPT = "README.base.md"  # new name of an existing card that ecoflap did not write
 MARKER = Raw("<!-- model card by ecoflap -->")
-PLACE = "path/to/this/model"  # what the usage loads; an upload puts the repository's name there
+PLACE = "path/to/this/model"  # in the usage; an upload replaces it by the repository's name
 
 
 @dataclass(frozen=True)
 class Step:
-    """One part of the method: what was decided, how, and whose idea that is."""
+    """One step of the method: its name, a description, and its papers."""
 
     what: str
     how: str
@@ -142,15 +142,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says.
+    """The content of a model card.
 
     Attributes:
-        sparsity: as :func:`ecoflap.run.provenance.sparsity_summary` makes it.
-        steps: of the method, in their order.
-        rows: of the quality table; ``results`` the same for the card's head, of the pruned model alone.
-        recipe: fields to values, places shortened; empty where there was none.
+        sparsity: from :func:`ecoflap.run.provenance.sparsity_summary`.
+        steps: of the method, in order.
+        rows: of the quality table; ``results`` are the pruned model's for the card's head.
+        recipe: values by field, with shortened paths; empty if there was none.
         processor: the class of transformers that loads the processor, or None.
-        trained: the model was fine-tuned after it was pruned.
+        trained: the model was fine-tuned after pruning.
     """
 
     title: str
@@ -169,7 +169,7 @@ class Card:
 
     @property
     def papers(self) -> tuple[Citation, ...]:
-        """Each paper of the steps once."""
+        """The papers of all steps, without repetition."""
         return tuple(dict.fromkeys(paper for step in self.steps for paper in step.papers))
 
 
@@ -234,12 +234,12 @@ def _usage(card: Card) -> str:
 
 
 def with_repository(text: str, repo_id: str) -> str:
-    """A card whose usage loads ``repo_id`` where it says so of no place yet."""
+    """The card with ``repo_id`` in its usage instead of :data:`PLACE`."""
     return text.replace(f'"{PLACE}"', f'"{repo_id}"')
 
 
 def processor_class(folder: Path) -> str | None:
-    """The class of transformers that loads the processor saved in ``folder``; None without one."""
+    """The class of transformers that loads the processor in ``folder``; None if there is none."""
     has = {name: (folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor", "tokenizer")}
     if has["processor"] or (has["preprocessor"] and has["tokenizer"]):
         return "AutoProcessor"
@@ -247,17 +247,14 @@ def processor_class(folder: Path) -> str | None:
 
 
 def write_readme(folder: Path, card: Card) -> Path:
-    """Write ``card`` as README.md of ``folder`` in one step; a README that is not of ours is kept beside it.
-
-    Returns:
-        The card's path.
+    """Atomically write ``card`` as README.md of ``folder``, and return its path; a foreign README is renamed.
 
     Raises:
-        StorageError: it can't be written; what was there is as it was.
+        StorageError: it can't be written; an earlier file is unchanged.
     """
     path = folder / README
     with storage(path):
-        for left in folder.glob(f".{README}.*{PARTIAL}"):  # by a process that was killed
+        for left in folder.glob(f".{README}.*{PARTIAL}"):  # left by a process that was killed
             left.unlink()
         if path.is_file() and MARKER not in path.read_text("utf-8", errors="replace"):
             path.rename(_free(folder))

@@ -1,4 +1,4 @@
-"""Writes ``compare.html``: one self-contained page from ``compare.json`` alone."""
+"""Writes ``compare.html``, one self-contained page, from ``compare.json``."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ COMPARE = "compare.html"
 
 
 def write_compare(folder: Path | str) -> Path:
-    """Writes ``compare.html`` into the output folder of ``ecoflap compare``, from its ``compare.json``.
+    """Write ``compare.html`` into the output folder of ``ecoflap compare``, from its ``compare.json``; return its path.
 
-    The same file gives the same bytes. Cells that are not there yet are said to be "not measured".
-
-    Returns:
-        The page's path.
+    The same file gives the same bytes. Missing cells are shown as "not measured".
 
     Raises:
         InvalidOption: the folder holds no ``compare.json``, or it is broken.
-        StorageError: the page could not be written; an older page stays as it was.
+        StorageError: the page could not be written; an older page is unchanged.
     """
     content = read_comparison(folder)
     path = Path(folder) / COMPARE
@@ -83,7 +80,7 @@ def render(content: Comparison) -> str:
 
 
 def _row(content: Comparison, method: Method, test: Test) -> dict[str, Any]:
-    """A method's line of a table: for each sparsity the mean, its text, and whether it is among the best."""
+    """A method's row of a table: for each sparsity the mean, its text, and whether it is among the best."""
     cells = []
     for sparsity in content.sparsities:
         average = content.average(method.name, sparsity, test)
@@ -156,7 +153,7 @@ def _cells(content: Comparison) -> Iterator[tuple[Cell, list[tuple[float | None,
 
 
 def _papers(content: Comparison) -> list[tuple[Citation, list[str]]]:
-    """The papers behind the methods, each with the titles of the methods that it is behind."""
+    """The papers of the methods, each with the titles of its methods."""
     found: dict[str, tuple[Citation, list[str]]] = {}
     for method in content.methods:
         for key in method.citations:

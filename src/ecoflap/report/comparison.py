@@ -30,9 +30,9 @@ class Result(Content):
 
 
 class Test(Content):
-    """A test that every cell was put to, and the dense model's result."""
+    """A test of all cells, and the dense model's result."""
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # for pytest
 
     name: str
     task: str
@@ -48,7 +48,7 @@ class Test(Content):
 
 
 class Method(Content):
-    """One method: its name as it was asked for, a title for people, and the keys of its papers."""
+    """One method: its name on the command line, its title, and the keys of its papers."""
 
     name: str
     title: str = ""
@@ -59,7 +59,7 @@ class Method(Content):
 
     @property
     def shown(self) -> str:
-        """The title, or the name where there is none."""
+        """The title, or the name if there is none."""
         return text_without_places(self.title or self.name)
 
 
@@ -72,7 +72,7 @@ class Stored(Content):
 
 
 class Cell(Content):
-    """One method at one sparsity with one seed; ``value`` is None where it failed, and ``error`` says why."""
+    """One method at one sparsity with one seed; if it failed, ``value`` is None and ``error`` says why."""
 
     method: str
     sparsity: Fraction
@@ -91,13 +91,13 @@ class Cell(Content):
 
     @property
     def total_seconds(self) -> float | None:
-        """All stages together; None where no time was taken."""
+        """The sum over all stages; None if no time was measured."""
         known = [value for value in self.seconds.values() if value is not None]
         return sum(known) if known else None
 
 
 class _Known(NamedTuple):
-    """A mean that is there, with its error."""
+    """A known mean with its error."""
 
     mean: float
     error: float | None
@@ -105,9 +105,9 @@ class _Known(NamedTuple):
 
 @dataclass(frozen=True)
 class Average:
-    """A method at one sparsity: the mean over its seeds and its error, the number of seeds, and what failed.
+    """A method at one sparsity: the mean over its seeds and its error, the number of seeds, and the failures.
 
-    The error is the standard deviation over the seeds (n − 1); of one seed, its standard error over the samples.
+    The error is the standard deviation over the seeds (n − 1); for one seed, the standard error over the samples.
     """
 
     mean: float | None
@@ -117,7 +117,7 @@ class Average:
 
 
 def average_of(results: Sequence[Result], failures: list[str]) -> Average:
-    """The mean of the results that are known."""
+    """The mean of the known results."""
     found = [(result.value, result.stderr) for result in results if result.value is not None]
     if not found:
         return Average(None, None, 0, failures)
@@ -127,7 +127,7 @@ def average_of(results: Sequence[Result], failures: list[str]) -> Average:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A method's model at one sparsity (the dense one: None), its values in one form: bytes, bits a weight, quality."""
+    """A method's model at one sparsity (None: the dense one) in one form: bytes, bits per weight, quality."""
 
     title: str
     sparsity: float | None
@@ -139,12 +139,12 @@ class StoredModel:
 
     @property
     def line(self) -> str:
-        """What it shares a line of the plot with: dense models of all forms, else a method's of one form."""
+        """Key of its line in the plot: one for all forms of the dense model, one for each method and form."""
         return "dense, quantised" if self.sparsity is None else f"{self.title}, {self.form}"
 
 
 class Pairing(Content):
-    """A method at one sparsity against other models, on the same samples of a test."""
+    """Differences of a method at one sparsity from other models, on the same samples of a test."""
 
     method: str
     sparsity: Fraction
@@ -153,7 +153,7 @@ class Pairing(Content):
 
 
 class StoredPairing(Content):
-    """Models in one form of their values (method and sparsity None: the dense one) against the dense model."""
+    """Differences of models in one form (method and sparsity None: the dense one) from the dense model."""
 
     method: str | None = None
     sparsity: Fraction | None = None
@@ -188,7 +188,7 @@ class Comparison(Content):
 
     @property
     def each_test(self) -> list[Test]:
-        """The tests; where the file names none, the one that its own fields describe."""
+        """The tests; if the file has no list, the one that its own fields describe."""
         name = self.task or self.metric
         alone = Test(name=name, task=name, metric=self.metric, higher_is_better=self.higher_is_better, dense=self.dense)
         return self.tests or [alone]
@@ -207,7 +207,7 @@ class Comparison(Content):
         return average_of(results, failures)
 
     def by_bytes(self, test: Test) -> list[StoredModel]:
-        """Each model in each form that was measured on ``test``; those of one method and form follow one another."""
+        """Each model in each form that was measured on ``test``, sorted by method and form."""
         pairs = {(p.method, p.sparsity, p.values): p.dense for p in self.stored_paired if p.test == test.name}
         rows = [
             StoredModel(
@@ -236,15 +236,15 @@ class Comparison(Content):
         return [row for row in rows if row.average.mean is not None]
 
     def against(self, method: str, sparsity: float, test: Test) -> dict[str, PairedDifference]:
-        """What a method at a sparsity is paired with."""
+        """Paired differences of a method at a sparsity, by the name of the other model."""
         places = (p.against for p in self.paired if (p.method, p.sparsity, p.test) == (method, sparsity, test.name))
         return next(places, {})
 
     def leaders(self, sparsity: float, test: Test) -> frozenset[str]:
         """The best method at a sparsity, and those as good within error.
 
-        They are no further off than the standard error of their paired difference from the best; where that is not
-        known than √(a² + b²).
+        Their difference from the best is at most the standard error of the paired difference; if that is unknown,
+        √(a² + b²).
         """
         found = {method.name: self.average(method.name, sparsity, test) for method in self.methods}
         column = {name: _Known(one.mean, one.error) for name, one in found.items() if one.mean is not None}
@@ -258,12 +258,12 @@ class Comparison(Content):
 
     @property
     def stages(self) -> list[str]:
-        """The stages whose time was taken, in order."""
+        """The stages with a measured time, in order."""
         return list(dict.fromkeys(stage for cell in self.cells for stage in cell.seconds))
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are known; None where none is."""
+    """The mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
@@ -272,7 +272,7 @@ def read_comparison(folder: Path | str) -> Comparison:
     """Read the ``compare.json`` of a folder.
 
     Raises:
-        InvalidOption: it is not there, or a field is not what it should be; the message names it.
+        InvalidOption: it is missing, or a field is wrong; the message names it.
     """
     path = Path(folder) / COMPARISON
     found = read_model(path, Comparison)

@@ -1,4 +1,4 @@
-"""Reads and checks a run directory: all that the page and the tables show comes from here."""
+"""Reads and checks a run directory, for the page and the tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECIPE, IMPORTANCE, ALLOCATION, METRICS = "recipe.yaml", "importance.json", "all
 
 
 class LayerScore(Content):
-    """One layer's importance: the score, its standard error and the number of estimates behind it."""
+    """One layer's importance: the score, its standard error and the number of estimates."""
 
     name: str
     tower: str
@@ -45,7 +45,7 @@ class Importance(Content):
 
 
 class LayerAllocation(Content):
-    """One layer's share: its weights, the zeros asked for, and the sparsity measured after pruning."""
+    """One layer's allocation: its weights, the target number of zeros, and the sparsity after pruning."""
 
     name: str
     tower: str
@@ -59,7 +59,7 @@ class LayerAllocation(Content):
 
 
 class Search(Content):
-    """How a search came to the allocation: losses of the rounds, the zeros that it was given, the blocks' costs."""
+    """The record of a search: losses of the rounds, zeros at the start, costs of the blocks."""
 
     metric: str
     losses: Annotated[list[Finite], Field(min_length=1)]
@@ -75,7 +75,7 @@ class Search(Content):
 
     @property
     def title(self) -> str:
-        """What was measured, in words."""
+        """The measured quantity as text."""
         return "KL divergence from the dense model" if self.metric == "kl" else "Calibration loss"
 
 
@@ -120,7 +120,7 @@ class Stage(Content):
 
 
 class DenseWeight(Content):
-    """Weights that were not pruned, and why."""
+    """Weights that were not pruned, and the reason."""
 
     name: str
     reason: str
@@ -133,22 +133,24 @@ class Metrics(Content):
     dense: dict[str, Quality] = {}
     pruned: dict[str, Quality] = {}
     baseline: dict[str, Quality] = {}  # of the same criterion with one sparsity for all layers
-    paired: dict[str, dict[str, PairedDifference]] = {}  # task → "dense" or "baseline" → the pruned model less that one
+    paired: dict[
+        str, dict[str, PairedDifference]
+    ] = {}  # by task and "dense" or "baseline": the pruned model minus that one
     sparsity: Sparsity = Sparsity()
     dense_weights: list[DenseWeight] = []
     unreached: list[str] = []
-    experts: dict[str, dict[str, Count]] = {}  # mixture → expert → calibration tokens that its router sent to it
+    experts: dict[str, dict[str, Count]] = {}  # calibration tokens by mixture and expert
     removed_experts: list[str] = []
     stages: list[Stage] = []
     calibration: dict[str, Any] | None = None
     environment: dict[str, Any] = {}
 
     def mixtures(self) -> list[MixtureRow]:
-        """The mixtures, by what their experts get of the router's choices."""
+        """The mixtures, with their experts' shares of the router's choices."""
         return mixture_rows(self.experts)
 
     def dense_by_reason(self) -> dict[str, tuple[int, int, float | None]]:
-        """Reason for staying dense → (tensors, weights in them, their share of the model), the largest first."""
+        """By reason for staying dense: (tensors, weights in them, their share of the model), the largest first."""
         totals: dict[str, tuple[int, int]] = {}
         for entry in self.dense_weights:
             count, weights = totals.get(entry.reason, (0, 0))
@@ -161,7 +163,7 @@ class Metrics(Content):
 @dataclass(frozen=True)
 class BlockRow:
     """One block summed over its layers; sparsities are fractions, the score is the sum of the layers' scores; ``given``
-    is the sparsity that a search was given."""
+    is the sparsity at the start of a search."""
 
     name: str
     tower: str
@@ -175,13 +177,13 @@ class BlockRow:
 
     @property
     def shown(self) -> float:
-        """The achieved sparsity where it was measured, else the target."""
+        """The achieved sparsity if it was measured, else the target."""
         return self.target if self.achieved is None else self.achieved
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run directory holds; a part whose file is absent is None."""
+    """The content of a run directory; a part whose file is missing is None."""
 
     path: Path
     recipe: dict[str, Any] | None
@@ -193,17 +195,17 @@ class RunData:
 
     @property
     def model(self) -> str:
-        """The model that was pruned, by its name."""
+        """The name of the pruned model."""
         return place_name(str((self.recipe or {}).get("model") or "embedded VLM"))
 
     @property
     def scores(self) -> dict[str, LayerScore]:
-        """Layer name to its score; without layers that have no estimates, as with uniform importance."""
+        """Scores by layer name; without layers that have no estimates, as with uniform importance."""
         return {layer.name: layer for layer in self.importance.layers if layer.n != 0} if self.importance else {}
 
     @property
     def modalities(self) -> dict[str, str]:
-        """Tower name to its modality, in the order of the model."""
+        """Modalities by tower name, in the order of the model."""
         found: dict[str, str] = {}
         for layer in self.allocation.layers if self.allocation else self.importance.layers if self.importance else []:
             found.setdefault(layer.tower, layer.modality)
@@ -212,7 +214,7 @@ class RunData:
         return found
 
     def tower_sparsity(self) -> dict[str, TowerSparsity]:
-        """Sparsity per tower as measured; from the allocation's achieved values where the metrics are absent."""
+        """Measured sparsity by tower; from the allocation's achieved values if there are no metrics."""
         measured = self.metrics.sparsity.towers if self.metrics else {}
         if measured or not self.allocation:
             return measured
@@ -228,7 +230,7 @@ class RunData:
         }
 
     def given_sparsity(self) -> dict[str, float]:
-        """Layer name to the sparsity that a search was given; empty where there was none."""
+        """Sparsity at the start of a search by layer name; empty without a search."""
         found = self.allocation.search.given if self.allocation and self.allocation.search else {}
         layers = self.allocation.layers if self.allocation else []
         return {layer.name: min(found[layer.name] / layer.weights, 1.0) for layer in layers if layer.name in found}
@@ -236,9 +238,9 @@ class RunData:
     def blocks(self) -> list[BlockRow]:
         """The blocks in the order of the allocation, with the standard errors of their summed scores.
 
-        A block's score is the sum of its layers' scores, or their mean where the allocation rule of the measure takes
-        that (OWL, AlphaPruning, DLP). Errors of layers that were probed each on their own add in quadrature; those of
-        one probe of the whole block share its noise, and add as they are.
+        A block's score is the sum of its layers' scores, or their mean if the measure's allocation rule uses that (OWL,
+        AlphaPruning, DLP). Errors of layers with separate probes add in quadrature; those of one probe of the whole
+        block have the same noise, and add linearly.
         """
         if not self.allocation:
             return []
@@ -280,11 +282,11 @@ def read_run(path: Path | str) -> RunData:
     """Read a run directory.
 
     Args:
-        path: the directory; any of its files may be absent, as in a run that has not ended.
+        path: the directory; any of its files may be missing, as in an unfinished run.
 
     Raises:
-        InvalidOption: the directory is missing or holds none of the run's files, or a file is not what it should be;
-            the message names the file and the field.
+        InvalidOption: the directory is missing or has none of the run's files, or a file is wrong; the message names
+            the file and the field.
     """
     path = Path(path)
     if not path.is_dir():

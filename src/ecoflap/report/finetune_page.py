@@ -1,4 +1,4 @@
-"""``report.html`` of a fine-tuning: losses, and quality dense, pruned and fine-tuned; from nothing but its files."""
+"""Writes ``report.html`` of a fine-tuning from its files: losses, and quality dense, pruned and fine-tuned."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TrainingRecord(Content):
 
 
 class ChannelRow(Content):
-    """One attention or feed-forward network: the units of its channels before, and those that stay."""
+    """One attention or feed-forward network: number of units before, and of those that stay."""
 
     name: str = ""
     tower: str = ""
@@ -51,10 +51,10 @@ class ChannelRow(Content):
 
 
 class ChannelsRecord(Content):
-    """What became of the channels, see :func:`ecoflap.run.finetune.upop.channels_record`.
+    """The record of the channels, see :func:`ecoflap.run.finetune.upop.channels_record`.
 
     Attributes:
-        config: entries of the saved model's configuration, with the size before and now.
+        config: entries of the saved model's configuration, with old and new size.
         search: (step, training loss) of the search.
     """
 
@@ -65,12 +65,12 @@ class ChannelsRecord(Content):
 
     @property
     def saved(self) -> str:
-        """How the model is stored, in words."""
+        """How the model is stored, as text."""
         if not self.config:
-            return "with zeros in the channels that have left: its configuration can't say the sizes"
+            return "with zeros in the removed channels: its configuration can't express the sizes"
         sizes = ", ".join(f"{entry} {old} → {new}" for entry, (old, new) in self.config.items())
         before, after = (formats.integer(self.parameters.get(name)) for name in ("dense", "saved"))
-        return f"smaller: {sizes}; {after} of {before} parameters. Zeros fill the other channels that have left"
+        return f"smaller: {sizes}; {after} of {before} parameters. Zeros fill the other removed channels"
 
 
 class FinetuneMetrics(Content):
@@ -89,7 +89,7 @@ class FinetuneMetrics(Content):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the quality table: its values in the order of :data:`MODELS`, and the gain over the pruned model."""
+    """One row of the quality table: its values in the order of :data:`MODELS`, and the gain over the pruned model."""
 
     label: str
     values: tuple[str, ...]
@@ -106,10 +106,10 @@ class Test:
 
 
 def read_finetune(folder: Path | str) -> tuple[dict[str, Any], FinetuneMetrics]:
-    """Recipe and metrics of a fine-tuning that is complete.
+    """Recipe and metrics of a complete fine-tuning.
 
     Raises:
-        InvalidOption: it is not there, not complete, or a file is broken.
+        InvalidOption: it is missing or not complete, or a file is broken.
     """
     path = Path(folder)
     recipe, metrics = read_mapping(path / RECIPE), read_model(path / METRICS, FinetuneMetrics)
@@ -147,7 +147,7 @@ def _line(label: str, metric: str, unit: str | None, values: Sequence[tuple[floa
 
 
 def loss_chart(training: TrainingRecord) -> Chart | None:
-    """Training and held-out loss by step; None where nothing was logged."""
+    """Training and held-out loss by step; None if nothing was logged."""
     rows = {"training": training.losses, "held out": training.held_out}
     series = [
         Series(name, "line", [step for step, _ in points], [loss for _, loss in points], Style(f"c{place}", 0, place),
@@ -165,7 +165,7 @@ def loss_chart(training: TrainingRecord) -> Chart | None:
     return Chart(
         caption="Loss by step",
         description=f"Training and held-out loss over {training.steps} steps{note}.",
-        x=Axis("step", limits=(-0.02 * steps, 1.02 * steps)),  # room for the first and last marker
+        x=Axis("step", limits=(-0.02 * steps, 1.02 * steps)),  # space for the first and last marker
         y=Axis("loss", limits=(low - margin, high + margin)),
         series=series,
         rules=[] if best is None else [Rule(best, f"kept: step {training.best}", 1)],
@@ -174,11 +174,11 @@ def loss_chart(training: TrainingRecord) -> Chart | None:
 
 
 def write_finetune(folder: Path | str) -> Path:
-    """Write ``report.html`` into the folder of a fine-tuning, anew from its other files; the page's path.
+    """Write ``report.html`` into the folder of a fine-tuning from its other files; return its path.
 
     Raises:
         InvalidOption: as :func:`read_finetune`.
-        StorageError: the page could not be written; an older page stays as it was.
+        StorageError: the page could not be written; an older page is unchanged.
     """
     path = Path(folder) / REPORT
     content = render(*read_finetune(folder))

@@ -1,4 +1,4 @@
-"""Shared parts of both pages: templates, charts in both forms, scripts and the content security policy."""
+"""Shared parts of the pages: templates, charts in both forms, scripts and the content security policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SCRIPTS = ("tables.js", "plots.js")
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart on the page: its id, and the drawing that is shown until plotly has drawn it, and on paper."""
+    """A chart on the page: its id, and the SVG that is shown until plotly has drawn it, and in print."""
 
     id: str
     chart: Chart
@@ -36,7 +36,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class PanelGroup:
-    """Charts side by side; ``legend`` and ``rules`` are what all of them share, and are empty where they differ."""
+    """Charts side by side; ``legend`` and ``rules`` are those that all share, empty if they differ."""
 
     panels: list[Panel]
     legend: list[Entry]
@@ -53,7 +53,7 @@ class Plots:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def group(self, prefix: str, charts: Sequence[Chart]) -> PanelGroup:
-        """Draw charts and note their figures under ``prefix0``, ``prefix1``, …"""
+        """Draw charts and store their figures as ``prefix0``, ``prefix1``, …"""
         panels = []
         for index, chart in enumerate(charts):
             name = f"{prefix}{index}"
@@ -65,7 +65,7 @@ class Plots:
         return PanelGroup(panels, shared, rules[0] if rules and all(own == rules[0] for own in rules) else [])
 
     def context(self) -> dict[str, Any]:
-        """What the base template needs: the figures as JSON, the scripts, plotly packed, and the policy."""
+        """Values for the base template: the figures as JSON, the scripts, plotly packed, and the policy."""
         scripts = _page_script()
         hashes = [_hash(scripts)]
         packed = ""
@@ -83,10 +83,10 @@ class Plots:
 
 
 def in_script(value: Any) -> Markup:
-    """JSON for a ``<script>`` element: nothing in it can end the element or open a comment.
+    """JSON for a ``<script>`` element, which can't end the element or open a comment.
 
     Raises:
-        ValueError: it holds NaN or an infinity.
+        ValueError: it contains NaN or an infinity.
     """
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -96,14 +96,14 @@ def in_script(value: Any) -> Markup:
 
 @lru_cache(maxsize=1)
 def plotly() -> tuple[str, str]:
-    """plotly's bundle from its Python package, as text and packed (gzip, base64) to less than half of its size."""
+    """plotly's bundle from its Python package, as text and compressed (gzip, base64)."""
     source = files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
     return source.decode("utf-8"), base64.b64encode(gzip.compress(source, 9, mtime=0)).decode("ascii")
 
 
 @cache
 def environment() -> Environment:
-    """Jinja2 with everything escaped, and the filters that the templates use; it compiles each template once."""
+    """Jinja2 with automatic escaping and the templates' filters; cached, so that templates are compiled once."""
     made = Environment(
         loader=PackageLoader("ecoflap.report"),
         autoescape=True,
@@ -127,7 +127,7 @@ def environment() -> Environment:
 
 
 def breakable(name: str) -> Markup:
-    """A dotted or slashed name, escaped, that may break after its separators and underlines, but not inside a word."""
+    """An escaped dotted or slashed name with possible line breaks after its separators and underscores."""
     return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
 
 

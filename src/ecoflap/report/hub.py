@@ -1,4 +1,4 @@
-"""Uploads a pruned model with its card to the Hugging Face Hub; says in one line why an upload failed."""
+"""Uploads a pruned model with its card to the Hugging Face Hub; errors are one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ecoflap.report.upload import files_of, model_folder
 from ecoflap.support.reading import checked
 
 _NO_BRANCH = re.compile(r"^[-/.]|\.\.|//|/\.|@\{|[/.]$|\.lock$|^@$")
-_MOST = 300  # characters of what a server or its client says
+_MOST = 300  # characters of a server's or its client's message
 LOG_IN = "log in with 'hf auth login', or set HF_TOKEN to a token that may write"
 
 
@@ -39,14 +39,14 @@ class _Auth(BaseModel):
 
 
 class _Account(BaseModel):
-    """What the Hub says of an account, as far as it is read here."""
+    """The fields of an account that are read here."""
 
     name: str
     auth: _Auth | None = None
 
 
 def check_name(repo_id: str) -> str:
-    """``repo_id`` itself if the Hub takes such a name: "name" (of the account that is logged in) or "owner/name".
+    """Return ``repo_id`` if the Hub accepts the name: "name" (in the own account) or "owner/name".
 
     Raises:
         InvalidOption: it does not.
@@ -63,7 +63,7 @@ def check_account() -> str:
     """The name of the account that is logged in at the Hub.
 
     Raises:
-        HubError: no token, one that is not accepted or may only read, or the Hub can't be reached.
+        HubError: there is no token, it is not accepted or may only read, or the Hub can't be reached.
     """
     with _explained("the Hub"):
         account = checked(HfApi().whoami(), _Account, "the answer of the Hub", HubError)
@@ -74,7 +74,7 @@ def check_account() -> str:
 
 
 def _check_branch(name: str | None) -> None:
-    """Raises InvalidOption for what can't be a branch of git: empty, blanks, "..", or marks that have a meaning."""
+    """Raises InvalidOption for an invalid name of a git branch: empty, or with spaces, ".." or special characters."""
     if name is not None and not (re.fullmatch(r"[\w.+/@-]+", name, re.ASCII) and _NO_BRANCH.search(name) is None):
         raise InvalidOption(f"'{name}' is no name of a branch: take letters, digits, '-', '_', '.' and '/'")
 
@@ -82,24 +82,24 @@ def _check_branch(name: str | None) -> None:
 def push(
     run: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, bars: bool = False
 ) -> str:
-    """Upload a finished run's model, or a folder with a model, in one commit; what the Hub has already is not sent.
+    """Upload a finished run's model, or a folder with a model, in one commit; only files that the Hub lacks are sent.
 
-    The repository is made where there is none. Where its card says of no place yet what to load, it says ``repo_id``.
+    The repository is created if necessary. The usage in the card loads ``repo_id`` afterwards.
 
     Args:
         run: a run directory, or a folder with config.json.
-        repo_id: "owner/name", or "name" for one's own.
-        private: make it private; else it is public, or as the organisation's default has it.
-        revision: the branch to upload to, made where there is none; default: the main one.
+        repo_id: "owner/name", or "name" for the own account.
+        private: make it private; otherwise it is public, or as the organisation's default.
+        revision: the branch to upload to, created if necessary; default: the main one.
         bars: let the Hub's client show its progress on standard error.
 
     Returns:
         The address of the commit.
 
     Raises:
-        InvalidOption: the name is none, the run is not finished, ``private`` is asked for a public repository, or the
-            folder holds what is not to be sent (:mod:`ecoflap.report.upload`).
-        CheckpointError: the model's files are not whole.
+        InvalidOption: the name is invalid, the run is not finished, ``private`` is requested for a public repository,
+            or the folder has files that must not be sent (:mod:`ecoflap.report.upload`).
+        CheckpointError: the model's files are not complete.
         HubError: the Hub refuses or can't be reached.
     """
     check_name(repo_id)
@@ -111,7 +111,7 @@ def push(
     with _explained(repo_id), nullcontext() if bars else _without_bars():
         where = api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(where.repo_id).private:
-            raise InvalidOption(f"{where.repo_id} is there already and is public: leave out --private, or rename it")
+            raise InvalidOption(f"{where.repo_id} exists and is public: leave out --private, or choose another name")
         if revision is not None:
             api.create_branch(where.repo_id, branch=revision, exist_ok=True)
         files = [CommitOperationAdd(name, _content(path, folder, where.repo_id)) for name, path in added]
@@ -146,7 +146,7 @@ def _without_bars() -> Iterator[None]:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turns whatever the Hub's client raises into one line with a remedy."""
+    """Context that turns errors of the Hub's client into HubError with a remedy."""
     try:
         yield
     except EcoflapError:
@@ -157,7 +157,7 @@ def _explained(what: str) -> Iterator[None]:
         raise HubError("the Hub is not asked, since HF_HUB_OFFLINE is set: unset it") from error
     except HfHubHTTPError as error:
         raise HubError(_refusal(error, what)) from error
-    except Exception as error:  # whatever the HTTP client in use raises: no network, a broken connection, no such name
+    except Exception as error:  # of the HTTP client in use: no network, a broken connection, no such name
         inner = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(inner, HfHubHTTPError):
             raise HubError(_refusal(inner, what)) from error
@@ -180,7 +180,7 @@ def _refusal(error: HfHubHTTPError, what: str) -> str:
 
 
 def _answer_of_server(error: HfHubHTTPError) -> str:
-    """The server's own words, in brackets, where it has some."""
+    """The server's message in brackets, if there is one."""
     words = error.server_message
     if not words:
         try:
@@ -191,7 +191,7 @@ def _answer_of_server(error: HfHubHTTPError) -> str:
 
 
 def _short(words: str) -> str:
-    """One line of at most :data:`_MOST` characters, without the token, which a client may quote."""
+    """One line of at most :data:`_MOST` characters, without the token, which a message may contain."""
     token = (get_token() or "").strip()
     plain = " ".join((words.replace(token, "(the token)") if token else words).split())
     return plain if len(plain) <= _MOST else plain[: _MOST - 1] + "…"

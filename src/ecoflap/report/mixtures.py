@@ -1,4 +1,4 @@
-"""What the experts of each mixture get of their router's choices, as a row for tables and pages."""
+"""The experts' shares of their router's choices, as one row per mixture for tables and pages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class MixtureRow:
     """One mixture.
 
     Attributes:
-        tokens: sent to its experts; a token counts once for each expert that is chosen for it.
-        least, median, most: shares of ``tokens`` that one expert gets.
-        idle: names of the experts that get none, without that of the mixture.
+        tokens: sent to its experts; a token counts once for each of its experts.
+        least, median, most: shares of ``tokens`` of one expert.
+        idle: names of the experts without tokens, relative to the mixture.
     """
 
     name: str
@@ -26,7 +26,7 @@ class MixtureRow:
 
 
 def mixture_rows(experts: Mapping[str, Mapping[str, int]]) -> list[MixtureRow]:
-    """A row for each mixture of ``experts``, which maps it to the tokens of each of its experts."""
+    """One row per mixture; ``experts`` has the tokens by mixture and expert."""
     rows = []
     for name, counts in experts.items():
         ordered, total = sorted(counts.values()), max(1, sum(counts.values()))

@@ -1,4 +1,4 @@
-"""Writes ``report.html``: one self-contained page from the files of a run directory alone."""
+"""Writes ``report.html``, one self-contained page, from the files of a run directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ecoflap.support.files import write_text
 
 @dataclass(frozen=True)
 class QualityRow:
-    """One line of the quality table, formatted."""
+    """One row of the quality table, formatted."""
 
     label: str
     dense: str
@@ -36,9 +36,9 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class Task:
-    """One task, formatted: the whole, further metrics of the whole, then each group of samples; ``n`` samples.
+    """One task, formatted: its value, further metrics, then each group of samples; ``n`` samples.
 
-    ``uniform`` says what the same criterion reaches with one sparsity for all layers; "" where that was not measured.
+    ``uniform`` has the result of the same criterion with one sparsity for all layers; "" if it was not measured.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def against_uniform(self) -> bool:
-        """Whether groups or further metrics are compared with the uniform baseline, too."""
+        """Whether groups or further metrics are also compared with the uniform baseline."""
         return any(row.uniform for row in (*self.others, *self.groups))
 
 
@@ -98,11 +98,11 @@ def _part(
     pair_of: Callable[[PairedDifference | None], PairedDifference | None],
     pairs: Mapping[str, PairedDifference],
 ) -> QualityRow:
-    """The line of a group or a further metric: changes from dense model and uniform baseline are paired, too.
+    """The row of a group or a further metric, with paired changes from dense model and uniform baseline.
 
     Args:
         values: of the dense model, the pruned one and the baseline, with standard errors.
-        pair_of: takes what is of this line from the task's paired difference.
+        pair_of: gets the difference of this row from the task's paired difference.
     """
     dense, pruned, baseline = values
     row = _row(label, metric, unit, dense, pruned)
@@ -138,16 +138,13 @@ REPORT = "report.html"
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Writes ``report.html`` into a run directory, from its other files.
+    """Write ``report.html`` into a run directory, from its other files; return its path.
 
-    The same files give the same bytes. Whatever is missing is said to be "not measured".
-
-    Returns:
-        The page's path.
+    The same files give the same bytes. Missing values are shown as "not measured".
 
     Raises:
         InvalidOption: the directory is no run directory or one of its files is broken.
-        StorageError: the page could not be written; an older page stays as it was.
+        StorageError: the page could not be written; an older page is unchanged.
     """
     run = read_run(run_dir)
     path = run.path / REPORT
@@ -245,7 +242,7 @@ def _towers(run: RunData, blocks: list[BlockRow]) -> Iterator[dict[str, Any]]:
 
 
 def _of_stage_2(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What stage 2 did, by the names that papers are found by."""
+    """The parts of stage 2, by the names of their papers."""
     recovery = RECOVERY_PAPERS if recipe.get("recover") else ()
     return recovery if recipe.get("pruned") else (recipe.get("criterion"), *recovery)
 

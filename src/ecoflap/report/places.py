@@ -1,4 +1,4 @@
-"""Names in place of folders of this machine: pages and cards are made to be shared."""
+"""Shortens paths of this machine to names, since pages and cards may be published."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
-_TEMPLATE = re.compile(r"\{(question)?\}")  # a prompt, even one that begins with "/"
+_TEMPLATE = re.compile(r"\{(question)?\}")  # a prompt, even if it begins with "/"
 _PROMPTS = ("prompt", "test_prompt")
-# A path in the middle of a sentence; one folder at least, so that "and/or" and "1/2" stay.
+# A path in a sentence, with at least one folder, so that "and/or" and "1/2" are no paths.
 _IN_TEXT = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/'\"`:;,()<>|]+/)+([^\s/'\"`:;,()<>|]+)/?")
 _LINE = " \\\n  "
 
 
 def cached_id(path: str) -> str | None:
-    """The id of the Hub's repository in whose cached snapshot a path lies; None for any other path."""
+    """The id of the Hub's repository, for a path in its cached snapshot; None for other paths."""
     snapshot = _SNAPSHOT.search(f"{path}/")
     return "/".join(snapshot.groups()) if snapshot else None
 
 
 def place_name(text: str) -> str:
-    """The last part of a path that is absolute or leads up (of the Hub's cache: the id); anything else as it is."""
+    """The last part of a path that is absolute or leads up (in the Hub's cache: the id); other text unchanged."""
     if hub_id := cached_id(text):
         return hub_id
     if PurePosixPath(text).is_absolute() or text.startswith(("~", "../")):
@@ -43,10 +43,10 @@ def without_places(value: Any, field: str = "") -> Any:
 
 
 def command_without_places(command: str) -> str:
-    """The same for a command as :func:`~ecoflap.report.records.reproduce` writes it; one that is none stays."""
+    """The same for a command of :func:`~ecoflap.report.records.reproduce`; other text unchanged."""
     try:
         lines = [[_word(word) for word in shlex.split(line)] for line in command.split(_LINE)]
-    except ValueError:  # a quote is left open
+    except ValueError:  # an unclosed quote
         return text_without_places(command)
     return _LINE.join(shlex.join(words) for words in lines)
 
@@ -57,5 +57,5 @@ def _word(word: str) -> str:
 
 
 def text_without_places(text: str) -> str:
-    """A sentence, such as a message, with the last part of each path in it."""
+    """A sentence, such as a message, with each path shortened to its last part."""
     return _IN_TEXT.sub(r"\1", text)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 PREDICTIONS_FILE = "predictions.json"
 EXAMPLES = 8  # of each kind on the page
-_LARGEST = 1_000_000  # bytes of an image that is put into the page
+_LARGEST = 1_000_000  # bytes of an image in the page
 _MOST_PIXELS = 1_000_000  # a run writes images of 160 × 160 at most
 
-# Kind → its title; the order of the page.
+# Titles by kind, in the order of the page.
 KINDS = {
     "only_dense": "only the dense model right",
     "only_pruned": "only the pruned model right",
@@ -50,7 +50,7 @@ class Row(Content):
 
     @property
     def outcome(self) -> str:
-        """Which of the four kinds it is."""
+        """The sample's kind, one of four."""
         dense, pruned = self.dense_score >= 0.5, self.pruned_score >= 0.5
         if dense == pruned:
             return "both_right" if dense else "both_wrong"
@@ -58,7 +58,7 @@ class Row(Content):
 
 
 class Counts(Content):
-    """How many samples each model had right."""
+    """Number of samples by kind."""
 
     both_right: Count
     only_dense: Count
@@ -94,7 +94,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Group:
-    """One of the four kinds of a task: how many samples, their share, and some of them."""
+    """One of the four kinds of a task: number of samples, their share, and examples."""
 
     kind: str
     title: str
@@ -107,7 +107,7 @@ def gallery(folder: Path, task: TaskPredictions) -> list[Group]:
     """The four kinds of a task with up to eight examples each, those with an image first.
 
     Args:
-        folder: the run directory, in which the images lie. What is no PNG file in it is not shown.
+        folder: the run directory with the images. Only PNG files in it are shown.
         task: the task's samples.
     """
     groups = []
@@ -133,7 +133,7 @@ def picture_of(folder: Path, name: str | None) -> bytes | None:
             small = picture.width * picture.height <= _MOST_PIXELS
             picture.verify()
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError):
-        return None  # a name of no file, or no whole PNG
+        return None  # no file, or no valid PNG
     return content if small else None
 
 

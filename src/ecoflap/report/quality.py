@@ -1,4 +1,4 @@
-"""Reads what ``metrics.json`` says of quality: each task's result, and how two models differ on the same samples."""
+"""Reads the quality in ``metrics.json``: each task's result, and paired differences of two models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Quality(Content):
     stderr: Finite | None = None
     n: Count | None = None
     by_group: dict[str, Finite | None] | None = None
-    groups: dict[str, GroupSize] | None = None  # of the same names; None in older runs
+    groups: dict[str, GroupSize] | None = None  # by the same names; None in older runs
     others: dict[str, OtherMetric] = {}
     settings: dict[str, Any] | None = None
 
@@ -38,13 +38,13 @@ class Quality(Content):
         return (self.by_group or {}).get(name), size.stderr if size else None
 
     def group_label(self, name: str) -> str:
-        """The group's name with the number of its samples, where it is known."""
+        """The group's name with the number of its samples, if known."""
         size = (self.groups or {}).get(name)
         return name if size is None else f"{name} (n = {size.n:,})"
 
 
 class PairedDifference(Content):
-    """One model less another on the same samples, see :class:`ecoflap.evaluation.paired.Paired`."""
+    """One model minus another on the same samples, see :class:`ecoflap.evaluation.paired.Paired`."""
 
     difference: Finite
     stderr: Finite | None = None
@@ -57,10 +57,10 @@ class PairedDifference(Content):
 
     @staticmethod
     def of_group(pair: PairedDifference | None, name: str) -> PairedDifference | None:
-        """That of one group of samples."""
+        """The difference on one group of samples."""
         return pair.groups.get(name) if pair else None
 
     @staticmethod
     def of_other(pair: PairedDifference | None, metric: str) -> PairedDifference | None:
-        """That of a further metric."""
+        """The difference of a further metric."""
         return pair.others.get(metric) if pair else None

@@ -1,4 +1,4 @@
-"""Reads the files that pages are made from; says in one line what is wrong with a broken one."""
+"""Reads the files that pages are made from; the fault of a broken one is one line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Content(BaseModel):
-    """A JSON object of such a file; fields that are not known are passed over."""
+    """A JSON object of such a file; unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class RecipeFields(Content):
-    """The fields of ``recipe.yaml`` that pages and cards work with; all others are shown as they are."""
+    """The fields of ``recipe.yaml`` that pages and cards use; all others are only shown."""
 
     model: str | None = None
     importance: str | None = None
@@ -43,17 +43,17 @@ M = TypeVar("M", bound=Content)
 
 
 class GroupSize(Content):
-    """How many samples a group has, and the standard error of its value."""
+    """Number of samples of a group, and the standard error of its value."""
 
     n: Count
     stderr: Finite | None = None
 
 
 def read_mapping(path: Path) -> dict[str, Any] | None:
-    """A YAML file of keys and values; None where it does not exist.
+    """A YAML file of keys and values; None if it does not exist.
 
     Raises:
-        InvalidOption: it is no YAML, no mapping, or one of :class:`RecipeFields` is of another type.
+        InvalidOption: it is no YAML, no mapping, or one of :class:`RecipeFields` has the wrong type.
     """
     if not path.exists():
         return None
@@ -65,14 +65,14 @@ def read_mapping(path: Path) -> dict[str, Any] | None:
 
 
 def read_model(path: Path, kind: type[M]) -> M | None:
-    """A JSON file of format 1 as ``kind``; None where it does not exist.
+    """A JSON file of format 1 as ``kind``; None if it does not exist.
 
     Raises:
-        InvalidOption: it is no JSON, of another format, or a field is not what it should be; the message names it.
+        InvalidOption: it is no JSON, has another format, or a field is wrong; the message names it.
     """
     if not path.exists():
         return None
-    content = read_json(path, "the run's file", finite=False)  # the field that is not finite is named below
+    content = read_json(path, "the run's file", finite=False)  # a field that is not finite is reported below
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
         raise InvalidOption(f"{path} has format {version!r}; this version of ecoflap reads format {FORMAT}")

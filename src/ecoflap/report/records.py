@@ -14,25 +14,23 @@ from ecoflap.run.finetune.upop_recipe import HIDDEN, UPop
 from ecoflap.run.names import MODEL, PACKED, TRAIN
 from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of, idle_fields
 
-RECORDS = ("versions", "fingerprint", "format")  # what a recipe notes about its run, not options
+RECORDS = ("versions", "fingerprint", "format")  # entries of a recipe about its run, which are no options
 _NOT_REPEATED = {*RECORDS, "model", "output", "overwrite", "resume", "quiet", "json", "recipe"}
 
 
 def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
     """``ecoflap prune``, ``finetune`` or ``upop`` with the options of ``recipe`` that are no defaults, for a shell.
 
-    Sparsity and criterion are always said.
+    Sparsity and criterion are always included. A recipe that options can't express is repeated from the run's own file.
 
     Args:
-        recipe: flat option names to values; lists repeat the option, mappings give ``key=value``, None is left out.
+        recipe: values by option; lists repeat the option, mappings give ``key=value``, None is left out.
         output: the directory of the repeated run.
-
-    A recipe with what no option can say is repeated from the run's own file.
     """
     kind = kind_of(recipe)
     command = f"ecoflap {kind.title if issubclass(kind, Finetune) else 'prune'}"
     if any(recipe.get(field) for field in FILE_ONLY):
-        again = [shlex.join(words) for words in _code(recipe)]  # which a file is not trusted with
+        again = [shlex.join(words) for words in _code(recipe)]  # a recipe file may not ask for code
         return " \\\n  ".join((command, "--recipe recipe.yaml", *again, shlex.join(["--output", output])))
     lines = [command + (f" {shlex.quote(str(recipe['model']))}" if recipe.get("model") else "")]
     defaults = kind.parse({}).to_dict()
@@ -47,21 +45,21 @@ def reproduce(recipe: Mapping[str, Any], output: str = "runs/again") -> str:
 
 
 def kind_of(recipe: Mapping[str, Any]) -> type[Recipe]:
-    """Which command's recipe it is."""
+    """The class of the recipe, by its command."""
     if not recipe.get(TRAIN):
         return Recipe
     return UPop if "sparsity" in recipe else Finetune
 
 
 def _code(recipe: Mapping[str, Any]) -> list[list[str]]:
-    """The flags that let a recipe file run code, where it does."""
+    """The flags that allow a recipe file to run code, if it does."""
     trusted = flags("--trust-remote-code", recipe.get("trust_remote_code") or None)
     objective = str(recipe.get("objective") or "")
     return [*trusted, *(flags("--objective", objective) if ":" in objective else [])]
 
 
 def flags(option: str, value: Any) -> list[list[str]]:
-    """The words that give an option this value; none for None."""
+    """The words of an option with this value; none for None."""
     if value is None:
         return []
     if value is False:
@@ -98,7 +96,7 @@ def options(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def environment(recipe: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a run was made: as it was recorded, else the versions that the recipe notes; and the fingerprint."""
+    """The recorded environment of a run, else the versions in its recipe; and the fingerprint."""
     found = dict(measured) or {"versions": recipe.get("versions") or {}}
     return found | ({"fingerprint": recipe["fingerprint"]} if recipe.get("fingerprint") else {})
 
@@ -115,8 +113,7 @@ def records(prefix: str, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """Bytes of the weight files as saved, and without the zeros: as packed into the run, else computed; None where
-    neither is known."""
+    """Bytes of the saved weight files, and without zeros: of the run's packed model, else computed; None if unknown."""
 
     saved: int
     packed: int | None
@@ -124,10 +121,10 @@ class OnDisk:
 
 
 def on_disk(run: RunData) -> OnDisk | None:
-    """Sizes of the saved model's ``*.safetensors`` files; None where there are none.
+    """Sizes of the saved model's ``*.safetensors`` files; None if there are none.
 
-    The files hold every zero, so they are as large as the dense model's. Without the zeros it would take a bit for each
-    prunable weight, that says whether it stays, and the values of those that do:
+    The files contain the zeros, so they are as large as the dense model's. Without zeros, a model needs one mask bit
+    for each prunable weight, and the nonzero values:
     ``saved − zeros · bytes per weight + prunable weights / 8``, with the bytes per weight of the whole file.
     """
     saved, packed = weight_bytes(run.path / MODEL), weight_bytes(run.path / PACKED)

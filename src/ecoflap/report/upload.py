@@ -1,4 +1,4 @@
-"""Chooses the files that an upload sends: those of one whole model, and nothing that lies elsewhere or is private."""
+"""Chooses the files of an upload: those of one complete model, without files elsewhere or private ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ecoflap.run.compare.folder import MODELS
 from ecoflap.run.names import is_compare
 
 CONFIG = "config.json"
-# Weights, configurations, vocabularies, templates, code and texts: what a checkpoint is made of.
+# The files of a checkpoint: weights, configurations, vocabularies, templates, code and texts.
 _KINDS = (
     ".safetensors", ".json", ".txt", ".model", ".md", ".jinja", ".py", ".vocab", ".bpe", ".spm", ".tiktoken", ".merges",
 )  # fmt: skip
@@ -25,11 +25,11 @@ _SHOWN = 5  # files that a warning names
 
 
 def model_folder(run: Path) -> Path:
-    """Where the model of a finished run lies, with its card; ``run`` itself where it is a model's folder.
+    """The model folder of a finished run, with its card; ``run`` itself if it is a model's folder.
 
     Raises:
-        InvalidOption: neither, a comparison, a run that is not finished, or a model that lies outside of its run.
-        CheckpointError: the model's files are not whole.
+        InvalidOption: it is neither, or a comparison, or the run is not finished, or its model is outside of the run.
+        CheckpointError: the model's files are not complete.
     """
     if (run / CONFIG).is_file():
         return _whole(run)
@@ -44,12 +44,12 @@ def model_folder(run: Path) -> Path:
         raise InvalidOption(f"{run / MODEL} is a link to a folder outside of the run: give that folder itself")
     folder = _whole(run / MODEL)
     if not (folder / README).is_file():
-        write_card(run)  # of a run by an earlier version
+        write_card(run)  # for a run of an earlier version
     return folder
 
 
 def _whole(folder: Path) -> Path:
-    """``folder``, whose configuration is a model's and whose weights are all there."""
+    """Return ``folder`` if it has a model's configuration and all weights."""
     config = read_config(folder)
     if not (config.get("model_type") or config.get("architectures")):
         raise InvalidOption(f"{folder / CONFIG} is not a model's configuration: give a run directory or a model")
@@ -58,12 +58,12 @@ def _whole(folder: Path) -> Path:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a model that are sent, sorted: not hidden ones, nor kinds of files that no checkpoint has.
+    """The files of a model to send, sorted: without hidden files and files that are no part of a checkpoint.
 
-    Warns of what is left out.
+    Warns of files that are left out.
 
     Raises:
-        InvalidOption: a link leads out of the folder or nowhere, or a file names a folder of this machine.
+        InvalidOption: a link leads out of the folder or nowhere, or a file contains a path of this machine.
     """
     found: list[Path] = []
     left: list[Path] = []
@@ -98,13 +98,13 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is really in ``folder``, wherever links lead; unlike resolve(), takes links in circles."""
+    """Whether ``path`` is in ``folder`` after following links; unlike resolve(), accepts loops of links."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _own_places(folder: Path) -> Iterator[str]:
-    """Folders of this machine that say something of its user: the home, and the one that the model lies in."""
+    """Folders of this machine that are private: the home, and that of the model."""
     home, above = Path.home(), folder.absolute().parent
     for place in (home, above):
-        if len(place.parts) > 2:  # "/root" and "/tmp" stand in many a text
+        if len(place.parts) > 2:  # "/root" and "/tmp" may be in any text
             yield f"{place}/"

@@ -1,4 +1,4 @@
-"""Compares importance measures: Spearman's rank correlation of their block scores, each measure with each other."""
+"""Compares importance measures: Spearman's rank correlation of their block scores, for each pair."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs; ``[n]``."""
+    """Ranks from 1, with the mean rank for equal values; ``[n]``."""
     _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     mean_rank: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[place]
     return mean_rank
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Rank correlation of two lists of one length, -1 to 1; None where one of them is constant or shorter than 2.
+    """Rank correlation of two lists of equal length, -1 to 1; None if one is constant or they are shorter than 2.
 
     Raises:
         ValueError: the lengths differ.
@@ -46,14 +46,14 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     return float(np.clip((a @ b) / scale, -1, 1)) if scale > 0 else None
 
 
-# What a measure may raise on a model that it can't work on: an operator without the derivative, a shape, memory.
+# Errors of a measure that does not work on a model: an operator without a derivative, a shape, memory.
 _UNFIT = (EcoflapError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def compute(subject: Subject) -> dict[str, Any]:
-    """All registered measures with their default options, the run's own scores in place of its measure.
+    """All registered measures with their default options; for the run's own measure, its scores.
 
-    ``spearman`` holds None where a measure gives all blocks one score; ``skipped`` says which measures can't work here.
+    ``spearman`` is None if a measure gives all blocks the same score; ``skipped`` has the measures that don't work.
     """
     from ecoflap.importance.measure import measure_importance
 
@@ -91,12 +91,12 @@ def compute(subject: Subject) -> dict[str, Any]:
 
 
 def block_values(importance: Importance) -> list[float]:
-    """One score per block, in the order of the model, as :func:`block_scores` has them."""
+    """The scores of :func:`block_scores`, in the order of the model."""
     return [score.score for blocks in block_scores(importance).values() for score in blocks.values()]
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
-    """The matrix by colour and in numbers: 1 the same order of blocks, 0 none, -1 the reverse."""
+    """The matrix with colours and numbers: 1 is the same order of blocks, -1 the reverse."""
     return {"": picture([[agreement_chart(Agreement.model_validate(data))]])}
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
-    """Sparsity by colour, and in numbers where there is room."""
+    """Sparsity by colour, with numbers if there is space."""
     charts = heat_charts(read_run(subject.path))
     if not charts:
         raise NotApplicable("the run has no allocation")

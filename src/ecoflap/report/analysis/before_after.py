@@ -32,7 +32,7 @@ def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
     path = subject.path / PREDICTIONS
     found = read_model(path, Predictions)
     if found is None or not found.tasks:
-        raise NotApplicable("no task of the run says which answers are right")
+        raise NotApplicable("no task of the run scores its answers")
     tasks = found.tasks
     stems = {name: "-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "task") for name in tasks}
     return {stems[name]: _figure(name, task, subject.path) for name, task in tasks.items()}
@@ -48,7 +48,7 @@ def _figure(name: str, task: TaskPredictions, folder: Path) -> Figure:
         grid = figure.add_gridspec(1 + len(shown), COLUMNS, height_ratios=[0.55] + [1.75] * len(shown))
         _bar(figure.add_subplot(grid[0, :]), name, task.counts)
         for line, (kind, rows) in enumerate(shown.items(), 1):
-            # Those with an image come first: they were spread over all rows when they were chosen.
+            # Those with an image come first: they were chosen evenly from all rows.
             pictured = [row for row in rows if row.picture] or rows
             chosen = [pictured[place] for place in spread(range(len(pictured)), COLUMNS)]
             for column in range(COLUMNS):

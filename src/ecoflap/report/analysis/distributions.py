@@ -1,4 +1,4 @@
-"""Distributions of weights, gradients and local scores in each tower: why one threshold does not fit all towers.
+"""Distributions of weights, gradients and local scores in each tower, to show why one threshold does not fit all.
 
 Local score: Wanda's |w|·‖x‖ (Sun et al. 2023, arXiv 2306.11695). The comparison is that of Sung et al. 2024 (ECoFLaP,
 arXiv 2310.02998), figure 2. Histograms of log10|x| are filled piece by piece, with the same edges for all.
@@ -32,10 +32,10 @@ KINDS = ("weight", "gradient", "local")
 
 
 def compute(subject: Subject) -> dict[str, Any]:
-    """Histograms per tower of the dense model, over all its prunable weights.
+    """Histograms for each tower of the dense model, over all its prunable weights.
 
-    ``gradient``: of the mean gradient over the calibration batches. ``local``: the norm of each input over all real
-    tokens of the batches. Layers that no token reached have no local score.
+    ``gradient`` is the mean gradient over the calibration batches; ``local`` uses input norms over all real tokens.
+    Layers that no token reached have no local score.
     """
     from ecoflap.report.analysis.subject import computing
     from ecoflap.statistics.dense import dense_statistics
@@ -71,14 +71,14 @@ def compute(subject: Subject) -> dict[str, Any]:
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
-    """A panel a quantity, an outline a tower."""
+    """One panel per quantity, one outline per tower."""
     return {"": picture([distribution_charts(Distributions.model_validate(data))])}
 
 
 ANALYSIS = Analysis(draw, compute)
-LOW, HIGH = -46, 40  # decades: all that fp32 can hold
-FINE = 100  # bins a decade while counting: the median is known to 1.2 %
-COARSE = 10  # bins a decade in the result
+LOW, HIGH = -46, 40  # decades: the range of fp32
+FINE = 100  # bins per decade while counting: the median is exact to 1.2 %
+COARSE = 10  # bins per decade in the result
 
 
 class LogHistogram:
@@ -100,8 +100,8 @@ class LogHistogram:
         """``log10_edges`` (n + 1, a tenth of a decade apart), ``share`` of all values in each bin (n), ``median`` and
         ``zeros``.
 
-        The median is that of the values that are not zero (None without any), ``zeros`` the share of exact zeros.
-        Shares and zeros add up to 1.
+        The median is that of nonzero values (None if there are none), ``zeros`` the share of exact zeros. Shares and
+        zeros add up to 1.
         """
         found = int(self._counts.sum())
         total = found + self._zeros
@@ -118,7 +118,7 @@ class LogHistogram:
         }
 
     def _middle(self, found: int) -> float:
-        """log10 of the median, values being spread evenly inside their bin."""
+        """log10 of the median, if values are distributed evenly inside their bin."""
         sums = self._counts.cumsum(0)
         place = int((sums < found / 2).sum())
         inside = (found / 2 - int(sums[place]) + int(self._counts[place])) / int(self._counts[place])
@@ -128,10 +128,10 @@ class LogHistogram:
 def mean_gradients(
     model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], objective: Objective, task: Task
 ) -> dict[str, Tensor]:
-    """∇L of the mean loss over ``batches`` by parameter name, in the shape of the parameter; zeros where L has none.
+    """∇L of the mean loss over ``batches`` by parameter name, in the shape of the parameter; zeros if there is none.
 
-    One backward a batch. Memory: one number per prunable weight, and one block's activations. The model and its own
-    gradients are as before afterwards.
+    One backward pass per batch. Memory: one number per prunable weight, and one block's activations. The model and its
+    own gradients are restored.
 
     Raises:
         NonFiniteLoss: names the batch.

@@ -1,4 +1,4 @@
-"""Effects of the zeroth order's options: ε, noises and samples against the exact gradient norm; granularity and cap."""
+"""Effects of options: ε, draws and samples of the zeroth order against the exact gradient norm; granularity and cap."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 EPSILONS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 DRAWS = (1, 2, 4, 8)
-SEEDS = 3  # whose spread is the standard error
+SEEDS = 3  # for the standard error
 EPSILON = 1e-3  # of the effects of draws and samples
-ABOVE = (0.0, 0.05, 0.1, 0.2, 0.3, 1.0)  # caps: so much above the sparsity
+ABOVE = (0.0, 0.05, 0.1, 0.2, 0.3, 1.0)  # caps minus the sparsity
 _LABELS = {"epsilon": "ε", "draws": "noises per batch", "samples": "calibration samples"}
 
 
@@ -44,8 +44,8 @@ class Estimates:
         self.values[estimate.layer, estimate.batch, estimate.draw] = estimate.value
 
     def blocks(self, layers: Sequence[Layer], batches: int, draws: int) -> np.ndarray:
-        """Block scores ``[blocks]`` of block probes: the mean of |g| over the first batches and draws, where the
-        projection g on the noise of a whole block is the sum of its layers' parts."""
+        """Block scores ``[blocks]`` of block probes: the mean of |g| over the first batches and draws; the projection g
+        on the noise of a block is the sum of its layers' parts."""
         sums: dict[str, np.ndarray] = {}
         for layer in layers:
             part = [[self.values[layer.name, b, d] for d in range(draws)] for b in range(batches)]
@@ -54,10 +54,10 @@ class Estimates:
 
 
 def exact_blocks(values: Mapping[tuple[str, int, int], float], layers: Sequence[Layer], batches: int) -> np.ndarray:
-    """What block probes estimate, ``[blocks]``: the mean over batches of √(2/π)·‖∇L‖₂ of each block.
+    """The exact values of block probes, ``[blocks]``: the mean over batches of √(2/π)·‖∇L‖₂ of each block.
 
     Args:
-        values: √(2/π)·‖∇L‖₂ of each layer and batch, as ``gradient-norm`` measures it.
+        values: √(2/π)·‖∇L‖₂ of each layer and batch, from ``gradient-norm``.
     """
     squares: dict[str, np.ndarray] = {}
     for layer in layers:
@@ -69,8 +69,8 @@ def exact_blocks(values: Mapping[tuple[str, int, int], float], layers: Sequence[
 def compute(subject: Subject) -> dict[str, Any]:
     """Agreement of block probes with the exact norms, each for :data:`SEEDS` seeds.
 
-    ``epsilon`` and ``draws`` are judged by the exact norms of the very batch that they were measured on, ``samples`` by
-    those of all batches: they hold the spread of the data too.
+    ``epsilon`` and ``draws`` are compared with the exact norms of the same batch, ``samples`` with those of all
+    batches, which includes the variation of the data.
     """
     from ecoflap.importance.measure import measure_importance
 
@@ -131,7 +131,7 @@ def _exact_importance(subject: Subject, exact: Mapping[tuple[str, int, int], flo
 
 
 def _row(value: float, found: Sequence[np.ndarray], exact: np.ndarray) -> dict[str, Any]:
-    """Mean and standard error over seeds of the rank correlation and of the mean relative error of a block's score."""
+    """Mean and standard error over seeds, for the rank correlation and the mean relative error of block scores."""
     known = exact > 0
     relations = [spearman(scores.tolist(), exact.tolist()) for scores in found]
     errors = [float((np.abs(scores - exact)[known] / exact[known]).mean()) if known.any() else None for scores in found]
@@ -148,12 +148,10 @@ def _spread(values: Sequence[float | None]) -> tuple[float | None, float | None]
 
 
 def allocations(shares: Mapping[str, Any], scores: Importance) -> dict[str, dict[str, dict[str, float]]]:
-    """What granularity and cap do to the towers' sparsities: option → value → tower → sparsity.
+    """The towers' sparsities by option (granularity, cap), value and tower; infeasible values are left out.
 
     Args:
-        shares: the options of the run's allocation, as ``Recipe.shares`` gives them.
-
-    Values that can't be met (a cap below what the floors allow) are left out.
+        shares: the options of the run's allocation, from ``Recipe.shares``.
     """
     options = {name: value for name, value in shares.items() if value is not None}
     sparsity = options["sparsity"]

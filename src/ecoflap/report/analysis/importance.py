@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def block_scores(importance: Importance) -> dict[str, dict[str, Score]]:
-    """Tower → block → its score as the rule of its measure sees it: the sum of its layers' scores, or their mean.
+    """Block scores by tower and block, as the measure's rule combines them: the sum of the layers' scores, or the mean.
 
-    The sum is that of measures for the rule ``proportional``; the others (OWL, AlphaPruning, DLP) give each layer a
-    level, and a block the mean of its layers'. The standard error is √(Σ stderr²), or that divided by the number.
+    It is the sum for measures of the rule ``proportional``, and the mean for others (OWL, AlphaPruning, DLP). The
+    standard error is √(Σ stderr²), for a mean divided by the number of layers.
     """
     aggregate = getattr(RULES.get(str(importance.settings.get("rule", "proportional"))), "aggregate", "sum")
     members: dict[str, dict[str, list[Score]]] = {}
@@ -42,7 +42,7 @@ def _together(scores: Sequence[Score], mean: bool) -> Score:
 
 
 def draw(data: Mapping[str, Any], subject: Subject) -> dict[str, Figure]:
-    """Above, block scores with one standard error each way; below, those of single matrices by kind."""
+    """Top: block scores ± one standard error; bottom: scores of single matrices by kind."""
     if subject.importance is None:
         raise NotApplicable("the run measured no importance")
     run = read_run(subject.path)

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 LINE = tuple(round(-1 + step / 10, 6) for step in range(21))
 PLANE = tuple(round(-1 + step / 5, 6) for step in range(11))
-KEPT_BYTES = 1 << 30  # of directions in memory; those of larger models are drawn again for every point
+KEPT_BYTES = 1 << 30  # of directions in memory; larger models draw them again for every point
 
 
 def direction(weight: Tensor, layer: Layer, number: int, seed: int, masked: bool = False) -> Tensor:
     """A random direction of a matrix, in its stored shape: each row (output feature) has the norm of the weight's row.
 
     Args:
-        weight: fp32, ``[out, in]``, or ``[in, out]`` where the layer is stored transposed.
-        number: 0 and 1 are two directions of one plane.
-        seed: with the layer's name and ``number`` it decides the direction.
+        weight: fp32, ``[out, in]``, or ``[in, out]`` if the layer is stored transposed.
+        number: 0 and 1 are the two directions of a plane.
+        seed: decides the direction, with the layer's name and ``number``.
         masked: weights that are zero stay zero.
     """
     from ecoflap.importance.projections import noise
@@ -48,7 +48,7 @@ def direction(weight: Tensor, layer: Layer, number: int, seed: int, masked: bool
 
 
 class Slices:
-    """The loss of a model at W + α·d₀ + β·d₁, W and d over all prunable matrices. No parameter is ever written to."""
+    """The loss of a model at W + α·d₀ + β·d₁, with W and d over all prunable matrices. Parameters are not changed."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], losses: Any, *, seed: int, masked: bool) -> None:
         self._model, self._layers, self._losses, self._seed, self._masked = model, layers, losses, seed, masked
@@ -57,7 +57,7 @@ class Slices:
         self._keep = 2 * 4 * sum(layer.numel for layer in layers) <= KEPT_BYTES
 
     def loss(self, alpha: float, beta: float) -> float:
-        """The mean loss over the batches; NaN or infinite where the model breaks."""
+        """The mean loss over the batches; may be NaN or infinite."""
         from ecoflap.model.slices import stored_matrix
         from ecoflap.model.swapping import layers_swapped
 
@@ -86,8 +86,8 @@ def compute(subject: Subject) -> dict[str, Any]:
     """The loss along a line (21 points) and over a plane (11 × 11), of the dense and of the sparse model.
 
     The loss is that of the first half of the batches: a slice needs many forwards, and changes little with more data.
-    The line is the plane's first direction. Both models are moved in the same random directions; those of the sparse
-    one have zeros where its weights have them, and are normalised to its own rows.
+    The line is the plane's first direction. Both models use the same random directions; for the sparse model they are
+    zero where its weights are zero, and are normalised to its own rows.
     """
     from ecoflap.data.batches import batch_size_of
 

@@ -31,7 +31,7 @@ ANALYSES: Registry[Analysis] = Registry(
 
 
 class NotApplicable(Exception):
-    """This run has nothing for the analysis to work on; the message says what is missing."""
+    """The analysis can't be made for this run; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Analysis:
     """One analysis.
 
     Attributes:
-        draw: ``draw(data, subject)`` gives drawings by what is added to the analysis's name for their files ("" for an
-            only one). It may raise :class:`NotApplicable`.
-        compute: ``compute(subject)`` gives the content of its JSON file, finite numbers or None alone. Without it, the
-            analysis is drawn of the run's own files, and ``data`` is an empty mapping.
+        draw: ``draw(data, subject)`` gives drawings by the suffix of their file names ("" for a single one). It may
+            raise :class:`NotApplicable`.
+        compute: ``compute(subject)`` gives the content of its JSON file, with only finite numbers or None. Without it,
+            the analysis uses the run's own files, and ``data`` is an empty mapping.
     """
 
     draw: Callable[[Mapping[str, Any], Subject], Mapping[str, Figure]]

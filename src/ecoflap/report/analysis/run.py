@@ -1,4 +1,4 @@
-"""Runs the analyses of a run: keeps existing ones, writes whole files, makes the page again."""
+"""Runs the analyses of a run: keeps existing ones, writes files atomically, makes the page again."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one analysis.
+    """The outcome of one analysis.
 
     Attributes:
-        state: ``done``, ``kept`` (it was there already) or ``skipped`` (the run has nothing for it).
+        state: ``done``, ``kept`` (it existed) or ``skipped`` (it can't be made for this run).
         files: its files.
-        note: why it was skipped, or what was left out of it.
+        note: why it was skipped, or which parts were left out.
     """
 
     state: str
@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by a signal; analyses that were done by then are kept."""
+    """Stopped by a signal; finished analyses are kept."""
 
     message = "the same command goes on from here"
 
@@ -58,20 +58,20 @@ def analyse(
     """Analyse a complete run: JSON, PNG and SVG under ``run``/analysis, and its ``report.html`` again.
 
     Args:
-        run: the run directory; its recipe says which model and which data.
-        what: names of :data:`ANALYSES`, or one; None: all that the run has something for.
-        samples: calibration samples to measure on; by default as many as stage 1 of the run, fewer for large models.
-        overwrite: measure again what is there already.
-        trust_remote_code: let a run that ran its checkpoint's own code run it again.
-        objective: the run's own objective ``module:function``, again, as a run is not trusted with naming code.
+        run: the run directory; its recipe names model and data.
+        what: names of :data:`ANALYSES`, or one; None: all that can be made for the run.
+        samples: number of calibration samples; by default that of the run's stage 1, fewer for large models.
+        overwrite: make existing analyses again.
+        trust_remote_code: allow the checkpoint's own code, if the run used it.
+        objective: the run's own objective ``module:function``, which must be given again, since it runs code.
 
     Returns:
-        What became of each, by name. In Python, ``ecoflap.analyse``.
+        The outcome of each analysis, by name.
 
     Raises:
         UnknownName: no such analysis.
-        InvalidOption: no complete run, or it has nothing for an analysis that ``what`` names.
-        EcoflapError: the model or the data of the run can't be read, another process is at work in it, ...
+        InvalidOption: the run is not complete, or an analysis in ``what`` can't be made for it.
+        EcoflapError: the model or the data of the run can't be read, another process works in it, ...
     """
     from ecoflap.report import write_report
     from ecoflap.report.analysis.subject import Subject
@@ -130,7 +130,7 @@ def _one(name: str, subject: Subject, overwrite: bool) -> Outcome:
 
 
 def _computed(compute: Callable[[Subject], dict[str, Any]], subject: Subject) -> dict[str, Any]:
-    """What the analysis finds. A model or data that can't be read ends all; what one analysis can't do, only itself."""
+    """The content of an analysis. An unreadable model or data set ends all analyses, another error only this one."""
     _ = subject.anatomy  # reads both
     try:
         return compute(subject)

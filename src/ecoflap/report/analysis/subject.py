@@ -1,4 +1,4 @@
-"""Gives analyses a run directory: its files, its dense and sparse model, its data; each is read when first used."""
+"""Reads a run for analyses: its files, its dense and sparse model, its data; each at its first use."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ FULL_SAMPLES_UP_TO = 50_000_000  # parameters of a model that gets all samples o
 
 
 class Subject:
-    """One run under analysis.
+    """The run to analyse.
 
     Args:
         path: the run directory.
-        samples: calibration samples to measure on; None: those of the run's stage 1, and fewer in proportion for models
-            of more than :data:`FULL_SAMPLES_UP_TO` parameters.
-        code: the run's fields that run code (``trust_remote_code``, ``objective``), as the user allows them.
+        samples: number of calibration samples; None: that of the run's stage 1, and proportionally fewer for models of
+            more than :data:`FULL_SAMPLES_UP_TO` parameters.
+        code: fields that run code (``trust_remote_code``, ``objective``) and that the user allows.
 
     Raises:
-        InvalidOption: ``path`` is no run, or one that has not ended; or ``samples`` is below 1.
+        InvalidOption: ``path`` is no run or not complete, or ``samples`` is below 1.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Subject:
         if not (self.path / files.RECIPE).is_file():
             raise InvalidOption(f"{self.path} is no run directory: it has no {files.RECIPE}")
         if files.GRID in RunDirectory(self.path).recorded():
-            raise InvalidOption(f"{self.path} is a comparison, which has no one model: give a run of 'ecoflap prune'")
+            raise InvalidOption(f"{self.path} is a comparison of several models: give a run of 'ecoflap prune'")
         if not (self.path / files.METRICS).is_file():
             raise InvalidOption(
                 f"{self.path} has no {files.METRICS}, so its run has not ended: finish it with 'ecoflap prune --resume'"
@@ -65,25 +65,25 @@ class Subject:
         """The run's.
 
         Raises:
-            InvalidOption: it can't be read, or runs code that the user did not allow, or other code than allowed.
+            InvalidOption: it can't be read, or runs other code than the user allowed.
         """
         found = Recipe.load(self.path / files.RECIPE, dict(self._code))
         recorded = RunDirectory(self.path).recorded()
         for field, value in self._code.items():
             if recorded.get(field) != value:
                 raise InvalidOption(
-                    f"{field} of {self.path} is {recorded.get(field)}, not {value}: an analysis computes as its run did"
+                    f"{field} of {self.path} is {recorded.get(field)}, not {value}: an analysis must use the run's own"
                 )
         return found
 
     @property
     def folder(self) -> Path:
-        """Where analyses are kept."""
+        """The folder of the analyses."""
         return self.path / files.ANALYSIS
 
     @cached_property
     def importance(self) -> Importance | None:
-        """The run's scores; None where nothing was measured."""
+        """The run's scores; None if nothing was measured."""
         path = self.path / files.IMPORTANCE
         found = Importance.load(path) if path.is_file() else None
         return found if found is not None and any(score.n for score in found.scores.values()) else None
@@ -99,7 +99,7 @@ class Subject:
         """The dense model.
 
         Raises:
-            EcoflapError: it can't be loaded, or is not the one that the run began with.
+            EcoflapError: it can't be loaded, or is not the model of the run.
         """
         from ecoflap.model.fingerprint import fingerprint
         from ecoflap.run.loading import load_checkpoint
@@ -146,7 +146,7 @@ class Subject:
 
     @cached_property
     def samples(self) -> int:
-        """Calibration samples asked for."""
+        """Requested number of calibration samples."""
         if self._samples is not None:
             return self._samples
         parameters: int = sum(parameter.numel() for parameter in self.checkpoint.model.parameters())
@@ -155,7 +155,7 @@ class Subject:
 
     @property
     def measured_on(self) -> int:
-        """Samples in :attr:`batches`."""
+        """Number of samples in :attr:`batches`."""
         from ecoflap.data.batches import batch_size_of
 
         return sum(batch_size_of(batch) for batch in self.batches)
@@ -168,7 +168,7 @@ class Subject:
 
     @contextmanager
     def _of_the_run(self, what: str) -> Iterator[None]:
-        """Failures to read what the recipe names say whose recipe it is."""
+        """Context that adds the run's path to errors of reading its model or data."""
         try:
             yield
         except EcoflapError as error:
@@ -182,7 +182,7 @@ class Subject:
 
 @contextmanager
 def computing(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no KV cache, fp32, no gradients of the user's own; all as before at exit."""
+    """Context with eval mode, no KV cache, fp32, and without the user's gradients; all are restored at exit."""
     from ecoflap.model.patching import cache_disabled, gradients_set_aside
     from ecoflap.model.precision import computing_in_fp32
     from ecoflap.model.trace import evaluating

@@ -1,1 +1,1 @@
-"""Charts: described once (``chart``), drawn by plotly for the page and as SVG for paper and e-mail."""
+"""Charts: described once (``chart``), drawn by plotly for the page and by matplotlib as SVG and PNG."""

@@ -13,12 +13,12 @@ QUANTITIES = {
     "gradient": ("gradients", "log10 |g|"),
     "local": ("local scores", "log10 |w|·‖x‖"),
 }
-_CONTRAST = 20.0  # losses whose largest is so many times the smallest are shown on a logarithmic scale
+_CONTRAST = 20.0  # ratio of the largest to the smallest loss from which the scale is logarithmic
 _LOOKS = {"dense": Style("c1"), "pruned": Style("c2", 1, 1)}
 
 
 def distribution_charts(content: Distributions) -> list[Chart]:
-    """One plot a quantity, one outline a tower: why local scores of towers cannot be compared."""
+    """One plot per quantity, one outline per tower, to show why local scores of towers can't be compared."""
     looks = tower_styles({name: tower.modality for name, tower in content.towers.items()})
     charts = []
     for key, (title, axis) in QUANTITIES.items():
@@ -57,7 +57,7 @@ def _middle(median: float | None, zeros: float | None) -> str:
 
 
 def agreement_chart(content: Agreement) -> Chart:
-    """Rank correlations of every pair of measures as a matrix with its numbers."""
+    """Rank correlations of all pairs of measures as a matrix with numbers."""
     names = content.measures
     pairs = [
         (value, names[i], names[j])

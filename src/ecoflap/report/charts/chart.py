@@ -15,7 +15,7 @@ _MODALITIES = ("vision", "language", "bridge")
 
 @dataclass(frozen=True)
 class Style:
-    """How one series looks: the page's CSS variable for its colour, the index of its dash and of its marker."""
+    """The style of one series: the page's CSS variable of its colour, the indices of its dash and marker."""
 
     colour: str
     dash: int = 0
@@ -24,8 +24,8 @@ class Style:
 
 @dataclass(frozen=True)
 class Axis:
-    """Title, scale and ends of an axis; ``percent`` shows fractions in per cent; ``ticks`` are where its numbers stand,
-    and must be given for a logarithmic axis, as :func:`log_ticks` finds them."""
+    """Title, scale and limits of an axis; ``percent`` shows fractions in per cent; ``ticks`` are the positions of its
+    numbers, which a logarithmic axis must have (:func:`log_ticks`)."""
 
     title: str
     log: bool = False
@@ -42,9 +42,9 @@ class Axis:
 class Series:
     """One named row of values.
 
-    ``x`` are numbers, or names for bars; ``y`` holds None where nothing was measured. ``error`` is half the length of
-    each error bar, ``band`` the ends (low, high) of the area around a line. ``hover`` says each point in words.
-    ``step`` has one more ``x`` than ``y``: the edges of a histogram.
+    ``x`` are numbers, or names for bars; ``y`` is None if nothing was measured. ``error`` is half the length of each
+    error bar, ``band`` the limits (low, high) of the area around a line. ``hover`` has a text for each point. ``step``
+    has one more ``x`` than ``y``: the edges of a histogram.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Series:
     def error_lengths(self, axis: Axis) -> tuple[list[float], list[float]]:
         """Lengths of the error bars below and above each point.
 
-        On a logarithmic axis none goes down to zero, where it would vanish: it ends at the end of the axis.
+        On a logarithmic axis, a bar that reaches zero ends at the end of the axis.
         """
         above = [error or 0.0 for error in self.error or ()]
         if not axis.log:
@@ -79,9 +79,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Heat:
-    """A matrix of values: ``z[row][column]`` from --card (``low``) to --heat (``high``); None is empty.
+    """A matrix of values: ``z[row][column]`` with colours from --card (``low``) to --heat (``high``); None is empty.
 
-    ``diverging`` runs from --cold at ``low`` over --card to --heat at ``high``. ``text`` is written into the cells.
+    ``diverging``: colours from --cold (``low``) through --card to --heat (``high``). ``text`` is written into cells.
     """
 
     rows: Sequence[str]
@@ -97,7 +97,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the legend, which switches every series of that name on and off."""
+    """One entry of the legend, which shows and hides all series with its name."""
 
     name: str
     style: Style
@@ -122,23 +122,23 @@ class Chart:
 
     @property
     def on_bars(self) -> bool:
-        """Whether points may lie on bars; then they get an outline in another colour."""
+        """Whether there are points on bars; they get an outline in another colour."""
         return any(series.kind == "bar" for series in self.series)
 
     @property
     def legend(self) -> list[Entry]:
-        """The series by name, where there are several."""
+        """The series by name, if there are several."""
         entries = {series.name: Entry(series.name, series.style, series.kind) for series in self.series}
         return list(entries.values()) if len(entries) > 1 else []
 
 
 def places(count: int, most: int = 12) -> list[float]:
-    """Ticks for ``count`` things in a row, at most ``most`` of them."""
+    """At most ``most`` ticks for ``count`` items in a row."""
     return [float(place) for place in range(0, count, max(1, -(-count // most)))]
 
 
 def log_ticks(limits: tuple[float, float]) -> list[float]:
-    """Ticks of a logarithmic axis: 1, 2 and 5 of each decade where it spans two or less, else powers of ten."""
+    """Ticks of a logarithmic axis: 1, 2 and 5 of each decade for at most two decades, else powers of ten."""
     low, high = limits
     first, last = floor(log10(low)), ceil(log10(high))
     short = high / low <= 100
@@ -149,7 +149,7 @@ def log_ticks(limits: tuple[float, float]) -> list[float]:
 
 
 def style(index: int) -> Style:
-    """The look of the ``index``-th of many series: eight colours with their markers, then again with other dashes."""
+    """The style of the ``index``-th of many series: eight colours with their markers, then again with other dashes."""
     return Style(f"c{index % HUES + 1}", index // HUES % len(DASHES), index % HUES)
 
 
@@ -159,7 +159,7 @@ def modality_colour(modality: str) -> str:
 
 
 def tower_styles(modalities: Mapping[str, str]) -> dict[str, Style]:
-    """Tower name → its look: the colour of its modality; towers of one modality differ in dash and marker."""
+    """Styles by tower: the colour of its modality; towers of the same modality differ in dash and marker."""
     seen: dict[str, int] = {}
     styles = {}
     for tower, modality in modalities.items():

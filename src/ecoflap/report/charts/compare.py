@@ -9,8 +9,8 @@ from ecoflap.report.comparison import Comparison, StoredModel, Test, mean, read_
 from ecoflap.report.places import place_name
 from ecoflap.support import formats
 
-_CONTRAST = 20.0  # values whose largest is so many times the smallest are shown on a logarithmic scale
-_LEAST = 0.02  # each way on an axis of differences: less has no whole per cent to mark
+_CONTRAST = 20.0  # ratio of the largest to the smallest value from which the scale is logarithmic
+_LEAST = 0.02  # least limits of an axis of differences, so that whole per cents are on it
 _MEGABYTE, _GIGABYTE = 1e6, 1e9
 
 
@@ -41,7 +41,7 @@ def quality_chart(content: Comparison, test: Test) -> Chart | None:
         return None
     log = not share and min(everything) > 0 and max(everything) / min(everything) > _CONTRAST
     axis = Axis(test.metric, percent=share)
-    if log:  # a band that reaches zero has no place on this scale
+    if log:  # a band that reaches zero can't be drawn on this scale
         limits = min(everything) / 1.3, max(everything) * 1.3
         axis = Axis(test.metric, log=True, limits=limits, ticks=log_ticks(limits))
         series = [_above(line, limits[0]) for line in series]
@@ -60,7 +60,7 @@ def quality_chart(content: Comparison, test: Test) -> Chart | None:
 
 
 def bytes_chart(content: Comparison, test: Test) -> Chart | None:
-    """Quality against stored bytes: the dense model quantised is one line, each method in each form another."""
+    """Quality against stored bytes: one line for the quantised dense model, one for each method in each form."""
     lines: dict[str, list[StoredModel]] = {}
     for model in sorted(content.by_bytes(test), key=lambda model: model.bytes):
         lines.setdefault(model.line, []).append(model)
@@ -102,7 +102,7 @@ def bytes_chart(content: Comparison, test: Test) -> Chart | None:
 
 
 def _stored_style(content: Comparison, model: StoredModel) -> Style:
-    """The colour of the model's method in the other plots; dash and marker tell the form of the values."""
+    """The colour of the model's method in the other plots; dash and marker show the form of the values."""
     names = [method.shown for method in content.methods]
     if model.sparsity is None or model.title not in names:
         return style(len(names))
@@ -125,7 +125,7 @@ def _above(line: Series, floor: float) -> Series:
 
 
 def cost_charts(content: Comparison) -> list[Chart]:
-    """Lying bars: mean time of a cell by stage, stacked; and the highest memory of a cell."""
+    """Horizontal bars: mean time of a cell by stage, stacked; and the highest memory of a cell."""
     names = [method.shown for method in content.methods]
     cells = [content.of(method.name) for method in content.methods]
     charts = []
@@ -140,7 +140,7 @@ def cost_charts(content: Comparison) -> list[Chart]:
     if stages:
         charts.append(
             Chart(
-                caption="Mean time of a cell by stage; importance is measured once a seed and shared",
+                caption="Mean time of a cell by stage; importance is measured once per seed and shared",
                 description="Mean time of a cell: "
                 + "; ".join(f"{n} {formats.duration(total)}" for n, total in zip(names, totals, strict=True))
                 + ".",
@@ -171,7 +171,7 @@ def cost_charts(content: Comparison) -> list[Chart]:
 
 
 def tower_charts(content: Comparison) -> list[Chart]:
-    """One plot per tower: its sparsity less the target, one line per method; at zero it loses just its share."""
+    """One plot per tower: its sparsity minus the target, one line per method."""
     charts = []
     apart = [value - cell.sparsity for cell in content.cells for value in cell.towers.values() if value is not None]
     if not apart:

@@ -1,4 +1,4 @@
-"""Draws a chart as plotly JSON; colours stay names of CSS variables, which the page's script resolves."""
+"""Draws a chart as plotly JSON; colours are names of CSS variables, which the page's script resolves."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _NAME = 26  # characters of a tick's name that are shown
 def figure(chart: Chart) -> dict[str, Any]:
     """``{"data": […], "layout": {…}}``; every text is escaped, since plotly reads its own small HTML.
 
-    Colours are ``"var(--name)"`` or ``"var(--name) 0.2"`` with an opacity: no colour that plotly knows, but what the
-    page's script replaces by the colour of the scheme in use.
+    Colours are ``"var(--name)"``, or ``"var(--name) 0.2"`` with an opacity; the page's script replaces them by the
+    colours of the current scheme.
     """
     data = _heat(chart.heat) if chart.heat else [trace for series in chart.series for trace in _traces(series, chart)]
     layout: dict[str, Any] = {
@@ -122,7 +122,7 @@ def _traces(series: Series, chart: Chart) -> list[dict[str, Any]]:
     line = {"color": colour, "dash": DASHES[series.style.dash], "width": 2}
     trace |= {"type": "scatter", "line": line}
     if series.kind == "step":
-        # Each value from the middle of its bin; an empty bin at either end lets the outline come down to the axis.
+        # Each value at the middle of its bin; an empty bin at each end lets the outline end on the axis.
         edges = [float(edge) for edge in series.x]
         middles = [(a + b) / 2 for a, b in pairwise(edges)]
         return [trace | {"x": middles, "mode": "lines", "line": line | {"shape": "hvh"}}]

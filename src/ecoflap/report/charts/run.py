@@ -23,13 +23,13 @@ from ecoflap.report.data import BlockRow, LayerAllocation, LayerScore, RunData, 
 from ecoflap.support import formats
 
 _BEFORE = Style("ink", marker=2)
-_ALIKE = 0.005  # sparsities of one block that differ by no more are one in whole per cent
-MOST_NUMBERS = 24  # more blocks than that leave no room for numbers in a heat map
-MOST_KINDS = 16  # more kinds of matrices can't be distinguished by colours and dashes
+_ALIKE = 0.005  # differences of sparsities up to this don't show in whole per cent
+MOST_NUMBERS = 24  # number of blocks up to which a heat map has space for numbers
+MOST_KINDS = 16  # kinds of matrices that colours and dashes can distinguish
 
 
 def sparsity_charts(run: RunData, blocks: list[BlockRow]) -> list[Chart]:
-    """Bars of sparsity per block, with target, cap and where a search began; the same scale for every tower."""
+    """Bars of sparsity per block, with target, cap and the start of a search; the same scale for every tower."""
     if not run.allocation:
         return []
     target, cap = run.allocation.sparsity, run.allocation.max_sparsity
@@ -92,7 +92,7 @@ def layer_importance_charts(run: RunData) -> list[Chart]:
     for tower, (blocks, kinds) in _matrices(run.allocation.layers).items():
         series = []
         for index, (kind, layers) in enumerate(kinds.items()):
-            aside = 0.7 * ((index + 0.5) / len(kinds) - 0.5)  # kinds are drawn side by side, so that none hides another
+            aside = 0.7 * ((index + 0.5) / len(kinds) - 0.5)  # kinds are drawn side by side, so that they don't overlap
             own = [(blocks.index(layer.block) + aside, scores[layer.name]) for layer in layers if layer.name in scores]
             found = [(place, score) for place, score in own if score.score > 0]
             if found:
@@ -123,7 +123,7 @@ def layer_importance_charts(run: RunData) -> list[Chart]:
 
 
 def differs_in_blocks(run: RunData) -> bool:
-    """Whether matrices of one block differ in sparsity, so that heat maps say more than the blocks' bars."""
+    """Whether matrices of a block differ in sparsity, so that heat maps show more than the bars of blocks."""
     found: dict[str, list[float]] = {}
     for layer in run.allocation.layers if run.allocation else ():
         found.setdefault(layer.block, []).append(shown(layer))
@@ -131,7 +131,7 @@ def differs_in_blocks(run: RunData) -> bool:
 
 
 def heat_charts(run: RunData) -> list[Chart]:
-    """Sparsity as a heat map, block × kind of matrix: what was measured, else what was asked for."""
+    """Sparsity as a heat map, block × kind of matrix: the achieved one, else the target."""
     if not run.allocation:
         return []
     layers = run.allocation.layers
@@ -170,7 +170,7 @@ def heat_charts(run: RunData) -> list[Chart]:
 def block_chart(
     what: str, ends: str, own: list[BlockRow], y: Axis, series: Sequence[Series], rules: Sequence[Rule] = ()
 ) -> Chart:
-    """``what`` was found for the blocks ``own`` of one tower; ``ends`` says the lowest and the highest in words."""
+    """A chart of ``what`` for the blocks ``own`` of one tower; ``ends`` is the range as text."""
     return Chart(
         caption=own[0].tower,
         description=f"{what} of the {len(own)} blocks of {own[0].tower}, from {ends}.",
@@ -195,7 +195,7 @@ def by_tower(blocks: list[BlockRow]) -> dict[str, list[BlockRow]]:
 
 
 def log_limits(scores: Iterable[tuple[float | None, float | None]]) -> tuple[float, float] | None:
-    """Ends of a logarithmic axis on which every positive (score, error) has its place; None where there is none."""
+    """Limits of a logarithmic axis for all positive (score, error); None if there are none."""
     positive = [(score, error or 0.0) for score, error in scores if score is not None and score > 0]
     if not positive:
         return None
@@ -203,14 +203,14 @@ def log_limits(scores: Iterable[tuple[float | None, float | None]]) -> tuple[flo
 
 
 def shown(layer: LayerAllocation) -> float:
-    """The achieved sparsity where it was measured, else the target."""
+    """The achieved sparsity if it was measured, else the target."""
     return layer.sparsity if layer.achieved is None else layer.achieved
 
 
 def _matrices(layers: list[LayerAllocation]) -> dict[str, tuple[list[str], dict[str, list[LayerAllocation]]]]:
-    """Tower → its blocks, and its layers by the kind of matrix: the name without block and ``.weight``.
+    """By tower, its blocks, and its layers by the kind of matrix: the name without block and ``.weight``.
 
-    The slices of one parameter (the experts of a mixture) are taken together.
+    The slices of a parameter (the experts of a mixture) are combined.
     """
     towers: dict[str, tuple[list[str], dict[str, list[LayerAllocation]]]] = {}
     for layer in (_together(list(slices)) for _, slices in groupby(layers, lambda layer: parameter_of(layer.name))):
@@ -223,7 +223,7 @@ def _matrices(layers: list[LayerAllocation]) -> dict[str, tuple[list[str], dict[
 
 
 def _together(slices: list[LayerAllocation]) -> LayerAllocation:
-    """One row for all slices of a parameter; the row itself where there is one."""
+    """One row for all slices of a parameter; a single row is returned unchanged."""
     first, weights = slices[0], sum(row.weights for row in slices)
     if len(slices) == 1:
         return first
@@ -236,7 +236,7 @@ def _together(slices: list[LayerAllocation]) -> LayerAllocation:
 
 
 def _summed(scores: Iterable[LayerScore]) -> dict[str, LayerScore]:
-    """Scores by parameter: of one that stacks experts, the sum of theirs, whose errors are independent."""
+    """Scores by parameter: for stacked experts, the sum of their scores, with independent errors."""
     found: dict[str, LayerScore] = {}
     for score in scores:
         name = parameter_of(score.name)
@@ -258,7 +258,7 @@ def _score(score: float | None, stderr: float | None) -> str:
 
 
 def loss_charts(search: Search | None) -> list[Chart]:
-    """The measured loss at the beginning and after each step that was taken."""
+    """The measured loss at the start and after each accepted step."""
     if search is None or len(search.losses) < 2:
         return []
     count = len(search.losses)
@@ -277,7 +277,7 @@ def loss_charts(search: Search | None) -> list[Chart]:
 
 
 def cost_charts(search: Search | None, blocks: list[BlockRow]) -> list[Chart]:
-    """What the weights that each block has lost cost, by the last round; the same scale for every tower."""
+    """The cost of each block's pruned weights in the last round; the same scale for every tower."""
     if search is None or not search.costs:
         return []
     costs = search.costs
@@ -298,6 +298,6 @@ def cost_charts(search: Search | None, blocks: list[BlockRow]) -> list[Chart]:
 
 
 def _ends(values: list[float]) -> tuple[float, float]:
-    """Ends of an axis with 0 on it; noise may bring a cost below."""
+    """Limits of an axis that contains 0; noise may make a cost negative."""
     low, high = min(0.0, *values), max(0.0, *values)
     return 1.08 * low, 1.08 * high or 1.0

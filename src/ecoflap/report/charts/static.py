@@ -1,6 +1,6 @@
 """Draws charts with matplotlib: as inline SVG of a page (for print, and until JavaScript has run), and as files.
 
-On a page colours are CSS variables, and the page writes captions and legends. A file has the page's light colours, and
+On a page, colours are CSS variables, and the page has captions and legends. A file has the page's light colours, and
 its own captions and legends.
 """
 
@@ -24,7 +24,7 @@ from ecoflap.report.charts.chart import HUES, Axis, Chart, Heat, Rule, Series
 from ecoflap.support.files import write_atomically
 from ecoflap.support.formats import shortened
 
-# Colours that stand for the page's CSS variables; they are replaced in the SVG after drawing.
+# Placeholder colours for the page's CSS variables; they are replaced in the SVG after drawing.
 _NAMES = ("ink", "line", "vision", "language", "bridge", "other", "card", "heat", "cold")
 _STAND_IN = {name: f"#01{i:02x}02" for i, name in enumerate((*_NAMES, *(f"c{i + 1}" for i in range(HUES))))}
 # The page's light colours, for files.
@@ -39,13 +39,13 @@ _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "D", "^", "P", "X", "v", "*")  # as the symbols of plotly.py and the legend
 _SIZE = (4.6, 2.5)  # inches; at 390 px of screen width the labels are still above 9 px
 _WIDE = (7.2, 3.6)
-_ROW = 0.34  # inches of a row of lying bars or of a heat map
+_ROW = 0.34  # inches of a row of horizontal bars or of a heat map
 _NAME = 26  # characters of a tick's name that are shown
 
 
 def _style(colours: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "svg.fonttype": "none",  # text stays text: selectable, in the page's font
+        "svg.fonttype": "none",  # selectable text in the page's font
         "svg.hashsalt": "ecoflap",  # the same run gives the same bytes
         "font.size": 9.5,
         "axes.edgecolor": colours["line"],
@@ -82,10 +82,7 @@ def svg(chart: Chart, prefix: str) -> str:
 
 
 def picture(rows: Sequence[Sequence[Chart]], title: str = "") -> Figure:
-    """Charts with their captions and legends, for a file: ``rows`` of panels beside each other.
-
-    A legend that the panels of a row share is drawn once.
-    """
+    """Charts with captions and legends, for a file: ``rows`` of panels. Panels with equal legends share one."""
     rows = [row for row in rows if row]
     sizes = [[_size(chart) for chart in row] for row in rows]
     heights = [max(height for _, height in row) + 0.4 for row in sizes]
@@ -111,7 +108,7 @@ def picture(rows: Sequence[Sequence[Chart]], title: str = "") -> Figure:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write ``stem``.png and ``stem``.svg, whole or not at all; the same figure gives the same bytes.
+    """Atomically write ``stem``.png and ``stem``.svg; the same figure gives the same bytes.
 
     Raises:
         StorageError: a file can't be written.
@@ -130,7 +127,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style of files, to make a figure and to save it; a letter that the font lacks is no reason to complain."""
+    """Context with the style of files, for making and saving a figure; missing letters of the font give no warning."""
     with rc_context(_style(COLOURS)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
@@ -156,7 +153,7 @@ def _chart(axes: Axes, chart: Chart, colours: Mapping[str, str]) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """At the right of the panel, each name once."""
+    """A legend at the right of the panel, with each name once."""
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [shortened(name, 36) for name in entries]
     axes.legend(list(entries.values()), names, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
@@ -205,7 +202,7 @@ def _bars(
     places = [float(place) for place in (range(len(series.x)) if named else series.x)]
     values = [value or 0.0 for value in series.y]
     colour = colours[series.style.colour]
-    width = 0.8 if chart.horizontal or len(places) > 8 else max(0.1 * len(places), 0.3)  # a few give bars, not walls
+    width = 0.8 if chart.horizontal or len(places) > 8 else max(0.1 * len(places), 0.3)  # few bars are not too wide
     starts = [base.get(place, 0.0) for place in places] if chart.stacked else 0.0
     if not chart.stacked and count > 1:
         width = 0.8 / count
@@ -220,7 +217,7 @@ def _bars(
         axis = axes.yaxis if chart.horizontal else axes.xaxis
         axis.set_ticks(range(len(series.x)), [shortened(str(name), _NAME) for name in series.x])
         if chart.horizontal:
-            axes.set_ylim(len(series.x) - 0.4, -0.6)  # the first on top
+            axes.set_ylim(len(series.x) - 0.4, -0.6)  # the first one at the top
 
 
 def _rules(axes: Axes, rules: Sequence[Rule], colours: Mapping[str, str]) -> None:
@@ -251,7 +248,7 @@ class _PerCent(ScalarFormatter):
 
 
 def _heat(axes: Axes, heat: Heat, colours: Mapping[str, str]) -> None:
-    """Cells as rectangles whose opacity is the value: one colour serves every scheme."""
+    """Cells as rectangles whose opacity is the value, so that one colour is enough in every scheme."""
     span = (heat.high - heat.low) or 1.0
     for row, values in enumerate(heat.z):
         for column, value in enumerate(values):

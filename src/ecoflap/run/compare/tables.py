@@ -41,7 +41,7 @@ def as_markdown(comparison: Comparison) -> str:
     parts += _not_made(comparison)
     parts += ["## Cost", _cost(comparison)]
     parts.append(
-        "Times are means over the cells; the importance was measured once a seed for all sparsities and criteria "
+        "Times are means over the cells; the importance was measured once per seed for all sparsities and criteria "
         "that share it. Memory is the whole process at its peak."
     )
     parts += ["## Methods", _methods(comparison), "## How to repeat it", f"```sh\n{comparison.command}\n```"]
