@@ -89,14 +89,7 @@ def check_training_data(recipe: Finetune) -> None:
     """Open training and held-out data; raises as :func:`check_data`."""
     for source in (recipe.train, recipe.validation):
         if source is not None:
-            SampleReader(
-                source,
-                samples=1,
-                seed=recipe.seed,
-                columns=recipe.columns,
-                prompt_template=recipe.prompt,
-                image_folder=recipe.image_folder,
-            )
+            SampleReader(source, **drawn(recipe) | {"samples": 1})
 
 
 def drawn(recipe: Recipe) -> dict[str, Any]:

@@ -286,13 +286,13 @@ def evaluate(
         **{name: value for name, value in asked.items() if name in cls.takes},
     )
     task, model = _made(entry), checkpoint.model
-    with torch.no_grad(), compute.computing_in(model, dtype), _saying_that_it_was_guessed(entry, recipe):
+    with torch.no_grad(), compute.computing_in(model, dtype), _naming_the_guess(entry, recipe):
         result = with_weights(model, lambda: task.run(model, checkpoint.processor, test))
     return replace(result, unit=task.unit, better=task.better, hub_type=task.hub_type)
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Open each test's data; its columns tell what is not for the task, before a model is loaded.
+    """Open each test's data before a model is loaded, and check that its columns fit the task.
 
     Raises:
         CalibrationError: it can't be read, is empty, or lacks a column that the task needs.
@@ -302,17 +302,8 @@ def check_sources(recipe: Recipe) -> None:
     for entry in evaluations_of(recipe):
         if entry.test is None or "columns" not in takes(entry.task):
             continue
-        with _saying_that_it_was_guessed(entry, recipe):
-            _made(entry).check_source(
-                SampleReader(
-                    entry.test,
-                    samples=1,
-                    seed=recipe.seed,
-                    columns=entry.columns or None,
-                    prompt_template=entry.prompt,
-                    image_folder=entry.image_folder,
-                )
-            )
+        with _naming_the_guess(entry, recipe):
+            _made(entry).check_source(SampleReader(entry.test, samples=1, seed=recipe.seed, **entry.reading()))
 
 
 def _made(entry: Evaluation) -> Task:
@@ -321,7 +312,7 @@ def _made(entry: Evaluation) -> Task:
 
 
 @contextmanager
-def _saying_that_it_was_guessed(entry: Evaluation, recipe: Recipe) -> Iterator[None]:
+def _naming_the_guess(entry: Evaluation, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (CalibrationError, InvalidOption) as error:

@@ -77,7 +77,7 @@ def test_a_run_without_answers_or_scores(run: Command, tmp_path: Path) -> None:
     assert "no calibration data" in found["landscape"]["note"]
     run("analyse", "bare", "--what", "landscape").refused("bare", "'landscape'", "no calibration data")
     run("analyse", "bare", "--what", "importance").refused("'importance'", "measured no importance")
-    run("analyse", "bare", "--what", "before-after").refused("'before-after'", "which answers are right")
+    run("analyse", "bare", "--what", "before-after").refused("'before-after'", "scores its answers")
     run(*prune, "--calibration", text, "-o", "read").well()  # scores were not measured, but can be
     assert ecoflap.analyse("read", "effects")["effects"].state == "done"
     assert _json(Path("read"), "effects")["scores"] == "gradient-norm"
