@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,14 +19,17 @@ from torch import nn
 
 import ecoflap
 from ecoflap import measure_importance
+from ecoflap.cli.signals import Stops
 from ecoflap.data.objectives import default_objective
 from ecoflap.errors import InvalidOption, NonFiniteLoss
 from ecoflap.importance import zeroth_order
 from ecoflap.importance.auto import choose
 from ecoflap.importance.forecast import Forecast, hours_and_minutes
 from ecoflap.importance.registry import named
+from ecoflap.importance.scores import Estimate
 from ecoflap.model.fingerprint import fingerprint
 from ecoflap.run.recipe import Recipe
+from ecoflap.support.progress import Silent
 
 
 class _Backward(torch.autograd.Function):
@@ -216,6 +220,33 @@ def test_gradients_are_counted_layer_by_layer_within_a_batch() -> None:
     assert [steps for steps, _ in seen] == [1] * (len(names) * len(batches))
     assert sorted(detail for _, detail in seen) == sorted(names * len(batches))
     assert 0 < backwards[0] <= len(names)  # later blocks were told before the first block's gradients were there
+
+
+def test_a_signal_within_a_batch_lets_it_end_and_keeps_all_of_it() -> None:
+    family, stops, kept = FAMILIES["llama"], Stops(), list[Estimate]()
+    model, batches = family.build(), family.batches(4, 2)
+    stops.quiet = True
+
+    class Journal:
+        def estimates(self) -> tuple[Estimate, ...]:
+            return tuple(kept)
+
+        def append(self, estimate: Estimate) -> None:
+            kept.append(estimate)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        if stops._open and not kept:  # in the stage, not while the layers are found
+            stops.handle(signal.SIGTERM)
+        return default_objective(model)(model, batch)
+
+    options: Any = {"loss": loss, "progress": stops.progress(Silent()), "journal": Journal()}
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        ecoflap.measure_importance(model, batches, "gradient-norm", **options)
+    layers = [layer.name for layer in ecoflap.inspect(model).layers]
+    assert sorted(estimate.layer for estimate in kept) == sorted(layers)
+    assert {estimate.batch for estimate in kept} == {0}
+    found = ecoflap.measure_importance(model, batches, "gradient-norm", journal=Journal())
+    assert found.scores == ecoflap.measure_importance(model, batches, "gradient-norm").scores
 
 
 def test_a_short_stage_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -116,6 +116,14 @@ class _Task:
         if self._left > 0:  # otherwise the stage is about to end and write its result
             self._stops.check()
 
+    def early(self, steps: int, detail: str = "") -> None:
+        self._inner.advance(steps, detail)
+        self._left -= steps
+
+    def kept(self) -> None:
+        if self._left > 0:
+            self._stops.check()
+
     def plan(self, kinds: Sequence[str]) -> None:
         plan(self._inner, kinds)
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from ecoflap.support.progress import Task
+from ecoflap.support.progress import Task, early, kept
 
 _log = logging.getLogger("ecoflap")
 
@@ -51,6 +51,16 @@ class Forecast:
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
         self._task.advance(steps, detail)
+        self._count(steps)
+
+    def early(self, steps: int, detail: str = "") -> None:
+        early(self._task, steps, detail)
+        self._count(steps)
+
+    def kept(self) -> None:
+        kept(self._task)
+
+    def _count(self, steps: int) -> None:
         self._done += steps
         elapsed = self._clock() - self._begin
         if self._told or elapsed < SOONEST or not 0 < self._done < self._steps:
@@ -68,7 +78,7 @@ class Forecast:
         word = "up to" if self._name in REPLAYED else "about"
         line = f"importance {self._name} takes {word} {hours_and_minutes(seconds)}"
         if seconds > LONG:
-            warnings.warn(f"{line}; {FASTER.get(self._name, LESS)}", stacklevel=4)
+            warnings.warn(f"{line}; {FASTER.get(self._name, LESS)}", stacklevel=5)
         else:
             _log.info("%s", line, extra={"notice": seconds >= 60})
 

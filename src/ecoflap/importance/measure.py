@@ -29,7 +29,7 @@ from ecoflap.model.precision import computing_in_fp32, half_blocks
 from ecoflap.model.slices import experts_in_turn
 from ecoflap.model.trace import evaluating
 from ecoflap.statistics.dense import SharedNorms
-from ecoflap.support.progress import Progress, Silent, Task
+from ecoflap.support.progress import Progress, Silent, Task, early, kept
 from ecoflap.support.registry import check_options
 from ecoflap.support.work import Work
 from ecoflap.support.workers import ALONE, Workers, part
@@ -108,16 +108,18 @@ def _measured(
     def seen(layer: str) -> None:  # so that a batch of minutes shows how far it is
         nonlocal ahead
         ahead += 1
-        task.advance(1, layer)
+        early(task, 1, layer)
 
     for estimate in measure.estimates(replace(context, seen=seen)):
         if shared or context.workers.first:
             journal.append(estimate)
         fresh.append((estimate.layer, estimate.batch, estimate.draw, estimate.value))
-        if ahead:
-            ahead -= 1
-        else:
+        if not ahead:
             task.advance(1, estimate.layer)
+        elif ahead := ahead - 1:
+            continue
+        else:
+            kept(task)
     # What all have measured alike is taken from one of them, so that all go on from the same numbers.
     told = context.workers.gather(fresh) if shared else [context.workers.broadcast(fresh)]
     return [row for of_worker in told for row in of_worker]

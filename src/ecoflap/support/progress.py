@@ -26,6 +26,21 @@ def plan(task: Task, kinds: Sequence[str]) -> None:
         receive(kinds)
 
 
+def early(task: Task, steps: int, detail: str = "") -> None:
+    """Tell a task of steps whose results are not kept yet: it shows them, and does not end the work there.
+
+    A task that can't do so (it has no method ``early``) takes them for finished ones.
+    """
+    getattr(task, "early", task.advance)(steps, detail)
+
+
+def kept(task: Task) -> None:
+    """Tell a task that the results of all steps that it was told of early are kept now, if it asks for that."""
+    receive = getattr(task, "kept", None)
+    if receive is not None:
+        receive()
+
+
 class Progress(Protocol):
     """Opens one :class:`Task` per stage: ``with progress.stage("importance", total=840) as task``."""
 
