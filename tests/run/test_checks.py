@@ -23,12 +23,14 @@ from ecoflap.run.recipe import Recipe
 _IMPORTS = """
 import sys
 from ecoflap.errors import EcoflapError
-from ecoflap.run.checks import check_evaluated, check_recipe
+from ecoflap.run.checks import check_data, check_evaluated, check_recipe
+from ecoflap.run.finetune.checks import check_finetune
+from ecoflap.run.finetune.recipe import Finetune
 from ecoflap.run.recipe import Recipe
 
 def refused(check, heavy, **fields):
     try:
-        check(Recipe(**fields).resolved())
+        check((Finetune if check is check_finetune else Recipe)(**fields).resolved())
     except EcoflapError as error:
         print(error)
     else:
@@ -38,30 +40,33 @@ def refused(check, heavy, **fields):
 
 models = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "datasets")
 refused(check_recipe, ("torch", *models), model="/nosuch")
+refused(check_recipe, ("torch", *models), model="nosuch", criterion="magnitude", importance="uniform")  # asks the hub
 refused(check_recipe, ("torch", *models), calibration="nosuch.jsonl")
+refused(check_finetune, ("torch", *models), model=sys.argv[2], train="nosuch.jsonl")
 refused(check_evaluated, ("torch", *models), test="nosuch.jsonl", task="vqa")
 refused(check_recipe, models, importance_options={"epsilon": -1})
 refused(check_recipe, models, criterion_options={"nosuch": 1})
 refused(check_recipe, models, task="perplexity", task_options={"shots": 5}, test=sys.argv[1])
+refused(check_data, (*models, "ecoflap.run.prepare"), calibration=sys.argv[1], columns={"image": "x"})
 """
 
 
 def test_what_is_refused_needs_no_models_of_transformers_and_paths_no_torch(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _IMPORTS, str(prose(tmp_path / "prose.txt"))],
+        [sys.executable, "-c", _IMPORTS, str(prose(tmp_path / "prose.txt")), str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 9
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"model": "./nosuch"}, "no model folder './nosuch'"),
-        ({"model": "someone/model"}, "needs calibration data"),  # an id of the Hub: asked when it is loaded
+        ({"model": "someone/model"}, "the hub cannot be reached for 'someone/model'"),
         ({"calibration": "nosuch.txt"}, "no file or folder 'nosuch.txt'"),
         ({"test": "nosuch.txt"}, "no file or folder 'nosuch.txt'"),
         ({"image_folder": "nosuch"}, "image folder nosuch is not there"),

@@ -47,8 +47,13 @@ def told(recipe: Finetune, output: Path, *, overwrite: bool, resume: bool, quiet
     progress = progress_to(quiet or as_json)
     # Checked before anything heavy is imported, so that a folder in use is reported at once.
     examined = FinetuneDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
-    if examined.complete and not quiet:
-        standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    if examined.complete:
+        if not quiet:
+            standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
+    else:
+        from ecoflap.run.finetune.checks import check_finetune
+
+        check_finetune(recipe.resolved())  # before slow imports
     from ecoflap.run.finetune.pipeline import run_finetune
 
     say = None if quiet or as_json else say_line

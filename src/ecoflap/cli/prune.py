@@ -127,7 +127,7 @@ def recover(
 def _run(recipe: Recipe, output: Path, overwrite: bool, resume: bool, quiet: bool, as_json: bool) -> Path | None:
     """Carry out a recipe; return its folder, or None on workers other than the first."""
     progress = progress_to(quiet or as_json)
-    first = (launched() or ALONE).first
+    first, complete = (launched() or ALONE).first, False
     if first:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from ecoflap.support.torchrun import begun
@@ -135,11 +135,14 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, resume: bool, quiet: boo
             resume, overwrite = (True, False) if begun(output) else (resume, overwrite)
         # Checked before anything heavy is imported, so that a folder in use is reported at once.
         examined = RunDirectory.examine(output, recipe.resolved(), overwrite=overwrite, resume=resume)
-        if examined.complete and not quiet:
+        complete = examined.complete
+        if complete and not quiet:
             standard_error().print(f"{output} is complete: nothing to resume", markup=False, highlight=False)
-    from ecoflap.run.checks import check_recipe
+    from ecoflap.run.checks import check_data, check_recipe
 
     check_recipe(recipe.resolved())  # before slow imports
+    if not complete:
+        check_data(recipe.resolved())
     from ecoflap.run.pipeline import run_recipe
     from ecoflap.support.processes import joined
 
@@ -147,7 +150,7 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, resume: bool, quiet: boo
     with joined() as workers:
         run = run_recipe(
             recipe, output, overwrite=overwrite, resume=resume, progress=progress, say=say, workers=workers,
-            begun=partial(_note_begun, output) if first else None,
+            data_checked=True, begun=partial(_note_begun, output) if first else None,
         )  # fmt: skip
     return run if first else None
 

@@ -97,7 +97,12 @@ class SampleReader:
         self.columns: dict[str, str] = {}
         self._others: list[str] = []
         self.classes: tuple[str, ...] | None = None
-        if not isinstance(self._table, TextFiles):
+        if isinstance(self._table, TextFiles):
+            if columns:
+                raise CalibrationError(
+                    f"{self.source} is plain text, which has no columns: leave out {', '.join(columns)}"
+                )
+        else:
             if not columns:
                 refuse_addresses(self._table.columns, self.source)
             self.columns = guess_columns(self._table.columns, columns, self.source)

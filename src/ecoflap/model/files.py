@@ -67,7 +67,7 @@ def locate(source: str | Path, *, gguf_file: str | None = None, trust_remote_cod
 
 
 def check_place(source: str | Path) -> None:
-    """Check that a local model exists; ids of the Hub are not checked. Raises CheckpointError as :func:`locate`."""
+    """Check that a model exists, here or on the Hub, without a download. Raises CheckpointError as :func:`locate`."""
     if is_open_clip(source):
         name = str(source).removeprefix(OPEN_CLIP)
         if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / OPEN_CLIP_CONFIG).is_file():
@@ -76,6 +76,8 @@ def check_place(source: str | Path) -> None:
     path = Path(source).expanduser()
     if path.exists() or isinstance(source, Path) or _means_path(str(source)):
         locate(source)
+    else:
+        _on_hub(str(source), None)
 
 
 def is_open_clip(source: str | Path | None) -> bool:
@@ -251,10 +253,23 @@ def _no_weights(folder: Path, names: list[str], config: dict[str, Any]) -> Check
 
 
 def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path:
-    """The local snapshot of a hub repository: its configuration files, safetensors and nothing else.
+    """The local snapshot of a hub repository: its configuration files, safetensors and nothing else."""
+    import huggingface_hub
 
-    One short request checks whether the hub answers; if not, a snapshot in the hub's cache is used.
-    """
+    found = _on_hub(name, gguf_file)
+    if isinstance(found, Path):
+        return found
+    try:
+        wanted = hub_files(found, gguf_file, trust_remote_code)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:
+        raise CheckpointError(
+            f"the download of '{name}' failed ({first_line(error)}): run again to resume it"
+        ) from error
+
+
+def _on_hub(name: str, gguf_file: str | None) -> list[str] | Path:
+    """The names of a hub repository's files, by one short request; if the hub does not answer, its snapshot here."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -280,14 +295,7 @@ def _download(name: str, gguf_file: str | None, trust_remote_code: bool) -> Path
             raise CheckpointError(
                 f"the hub cannot be reached for '{name}' and its cache does not hold it{local}"
             ) from error
-    names = [entry.rfilename for entry in info.siblings or []]
-    try:
-        wanted = hub_files(names, gguf_file, trust_remote_code)
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:
-        raise CheckpointError(
-            f"the download of '{name}' failed ({first_line(error)}): run again to resume it"
-        ) from error
+    return [entry.rfilename for entry in info.siblings or []]
 
 
 def hub_files(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> list[str]:

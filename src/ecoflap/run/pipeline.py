@@ -132,6 +132,7 @@ def run_recipe(
     say: Callable[[str], None] | None = None,
     workers: Workers = ALONE,
     begun: Callable[[], None] | None = None,
+    data_checked: bool = False,
 ) -> Path:
     """Carry out ``recipe`` and write the file of every stage into ``output``; return this folder.
 
@@ -142,6 +143,7 @@ def run_recipe(
         say: receives one line for each choice that the recipe left open: columns of the data, objective.
         workers: processes that all make this call.
         begun: called after the folder is locked and the recipe is written.
+        data_checked: the data was opened by :func:`ecoflap.run.checks.check_data` already.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to fix it. The recipe is checked before ``output`` is
@@ -158,7 +160,7 @@ def run_recipe(
             return run.path
         loading: list[Usage] = []
         with measured(LOADING, loading):
-            plan = with_given_zeros(prepare(run.settled(recipe), workers, progress))
+            plan = with_given_zeros(prepare(run.settled(recipe), workers, progress, data_checked))
         for line in (*plan.choices(), *by_options(asked, recipe), *plan.shortage()):
             if say is not None:
                 say(line)

@@ -185,18 +185,22 @@ def naming_samples(plan: Prepared) -> Iterator[None]:
         raise NonFiniteLoss(f"{error} ({place})", error.batch) from error
 
 
-def prepare(recipe: Recipe, workers: Workers = ALONE, progress: Progress | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, workers: Workers = ALONE, progress: Progress | None = None, data_checked: bool = False
+) -> Prepared:
     """Load and check all inputs of ``recipe``, so that none can stop a run half-way.
 
     Args:
         recipe: resolved.
         progress: where to report.
+        data_checked: :func:`ecoflap.run.checks.check_data` was called already.
 
     Raises:
         EcoflapError: a subclass says what is wrong and how to fix it.
     """
     check_recipe(recipe)
-    check_data(recipe)
+    if not data_checked:
+        check_data(recipe)
     given = None if recipe.allocation is None else read_allocation(recipe.allocation)
     scores = Importance.load(recipe.importance) if recipe.importance.endswith(".json") and given is None else None
     with (progress or Silent()).stage(LOADING, total=3) as task:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.objectives import Objective, objective_name, resolve
-from ecoflap.data.sources import check_source
 from ecoflap.errors import InvalidOption
 from ecoflap.model.channels import ChannelGroup
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.compute import settled
-from ecoflap.model.files import check_place, is_open_clip, locate
+from ecoflap.model.files import is_open_clip, locate
 from ecoflap.model.parts import Anatomy
-from ecoflap.run.checks import check_training_data
-from ecoflap.run.evaluations import check_evaluations, evaluations_of, rehearse
+from ecoflap.run.evaluations import evaluations_of, rehearse
+from ecoflap.run.finetune.checks import check_finetune
 from ecoflap.run.finetune.data import TrainingData, described, digests, training_data
 from ecoflap.run.finetune.lora import check_peft
 from ecoflap.run.finetune.options import check_training_options
@@ -60,16 +58,9 @@ def prepare_finetune(recipe: Finetune) -> Plan:
     if (recipe.distill or recipe.distill_hidden) and recipe.dense is None:
         raise InvalidOption("distilling needs the dense model: give --dense MODEL")
     check_training_options(recipe)
-    class_names(recipe.classes), class_templates(recipe.class_prompts)
-    for source in (recipe.train, recipe.validation):
-        check_source(source, recipe.image_folder)
-    for entry in check_evaluations(recipe):
-        check_source(entry.test, entry.image_folder)
-    check_training_data(recipe)
-    if recipe.dense_is_asked and recipe.dense not in (None, EMBEDDED):
-        check_place(str(recipe.dense))
-        if not is_open_clip(recipe.dense):
-            locate(str(recipe.dense), trust_remote_code=recipe.trust_remote_code)  # from the Hub, too
+    check_finetune(recipe)
+    if recipe.dense_is_asked and recipe.dense not in (None, EMBEDDED) and not is_open_clip(recipe.dense):
+        locate(str(recipe.dense), trust_remote_code=recipe.trust_remote_code)  # from the Hub, too
     checkpoint = load_checkpoint(weights_of(recipe), recipe.title)
     recipe.check_model(checkpoint.model)
     recipe = recipe.model_copy(update={"compute_dtype": settled(recipe.compute_dtype, checkpoint.model)})
