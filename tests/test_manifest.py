@@ -42,11 +42,25 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_file_that_is_written_later_takes_no_file_of_the_users(folder: Path) -> None:
+    (folder / "bench.json").write_bytes(b"mine")
+    with pytest.raises(OutputExists, match=r"bench.json was not written by ecoflap"):
+        Manifest(folder).check_own("bench.json")
+    with pytest.raises(OutputExists, match=r"bench\.json"), Manifest(folder).writing("bench.json"):
+        pytest.fail("it would be replaced")
+    (folder / "bench.json").unlink()
+    for _ in range(2):  # its own it replaces
+        with Manifest(folder).writing("bench.json"):
+            (folder / "bench.json").write_bytes(b"ours")
+
+
 def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("name", ["pictures/holiday.png", "model/dense.safetensors", "analysis/thesis.txt"])
+@pytest.mark.parametrize(
+    "name", ["pictures/holiday.png", "model/dense.safetensors", "analysis/thesis.txt", "journal/notes.txt"]
+)
 def test_a_file_of_the_users_inside_a_run_is_never_removed(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"mine")

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.paired import Samples
 from ecoflap.run.against import Reference, differences, read_references
+from ecoflap.run.compare.record import StoredFile
+from ecoflap.support.reading import checked
 
 WINDOWS = ("--sequence-length", 12, "--limit", 5)
 
@@ -37,6 +39,9 @@ def test_a_file_and_a_model_give_one_difference(run: Command, data: Path, tmp_pa
     run("evaluate", data / "other", "--test", text, *WINDOWS, "--output", "other.json", "--quiet").well()
     job = ("evaluate", data / "llama", "--test", text, *WINDOWS)
     shown = run(*job, "--against", "other.json", "--output", "own.json", "--batch-size", 2).well().out
+    for place in ("other.json", text):  # both are read
+        other = ("--against", "other.json", "--output", place, "--overwrite")
+        run(*job, *other).refused(str(place), "is part of the input")
     by_model = json.loads(run(*job, "--against", data / "other", "--json").well().out)["perplexity"]
     ((name, pair),) = by_model["paired"].items()
     assert name == str(data / "other")
@@ -88,6 +93,21 @@ def test_files_that_lie(tmp_path: Path, changed: dict[str, Any]) -> None:
         read_references(written(tmp_path, **changed), ["vqa"])
     assert "\n" not in str(caught.value)
     assert read_references(written(tmp_path), ["vqa"])["vqa"]["r.json"].samples.scores == [1.0, 0.0]
+
+
+def test_samples_that_lie_in_a_comparisons_files() -> None:
+    whole: dict[str, Any] = {
+        "bytes": 1,
+        "bits": 1.0,
+        "samples": {"a": {"scores": [1.0, 0.5], "index": [0, 1], "tokens": [3, 4]}},
+    }
+    known = checked(whole, StoredFile, "a file").samples["a"]
+    assert known == Samples([1.0, 0.5], [0, 1], [], [3, 4])
+    assert checked({**whole, "samples": {"a": known}}, StoredFile, "a file").samples["a"] is known
+    for field, value in (("index", [0]), ("tokens", [3]), ("tokens", [0, 1]), ("scores", [1e999, 0]), ("kinds", 5)):
+        lying = {**whole, "samples": {"a": {**whole["samples"]["a"], field: value}}}
+        with pytest.raises(InvalidOption, match=r"a file: samples\.a"):
+            checked(lying, StoredFile, "a file")
 
 
 def test_what_was_tested_in_another_way() -> None:

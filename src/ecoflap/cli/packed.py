@@ -174,8 +174,10 @@ def bench_model(
         sparsity,
     )  # fmt: skip
     if output is not None:
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, [packed])
     run, packed = (None, None) if packed is None else run_and_packed(packed)
+    if run is not None:
+        Manifest(run).check_own(BENCH)
     found = bench(packed, options, progress_to(quiet or as_json))
     if run is not None:
         from ecoflap.report import rebuild

@@ -160,9 +160,10 @@ def evaluate(
     """
     from ecoflap.run.checks import check_evaluated
     from ecoflap.run.commands import evaluate_model, refuse_existing
+    from ecoflap.run.directory import places_of
 
     if output is not None:
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, [against, *(place for _, place in places_of(recipe))])
     check_evaluated(recipe)  # before slow imports
     from ecoflap.support.processes import joined
 

@@ -5,44 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field
 
 from ecoflap.errors import InvalidOption
 from ecoflap.evaluation.paired import Samples, paired
 from ecoflap.model.files import check_place
+from ecoflap.run.known_scores import Score, Scores
 from ecoflap.run.names import METRICS, PREDICTIONS, RECIPE
 from ecoflap.support.reading import checked, read_json
 
 # Settings of a test that change scores by rounding only, or that explain another setting.
 _FREE = ("batch_size", "length_reason")
-_Score = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
-
-
-class _Scores(BaseModel):
-    """Scores of samples in a file, see :class:`ecoflap.evaluation.paired.Samples`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    scores: list[_Score] = Field(min_length=1)
-    index: list[int]
-    kinds: list[str | None] = []
-    tokens: list[Annotated[int, Field(ge=1, le=10**9)]] = []
-    others: dict[str, Annotated[list[_Score], Field(min_length=1)]] = {}
-
-    @model_validator(mode="after")
-    def _of_one_length(self) -> _Scores:
-        n = len(self.scores)
-        if {len(self.index), len(self.kinds) or n, len(self.tokens) or n} != {n}:
-            raise ValueError(f"{n} scores, but not as many of its other lists")
-        return self
 
 
 class _Result(BaseModel):
     metric: str
     settings: dict[str, Any] = {}
-    samples: _Scores | None = None
+    samples: Scores | None = None
 
 
 class _File(BaseModel):
@@ -52,8 +33,8 @@ class _File(BaseModel):
 
 class _Row(BaseModel):
     index: int
-    dense_score: _Score
-    pruned_score: _Score
+    dense_score: Score
+    pruned_score: Score
     kind: str | None = None
 
 
@@ -113,7 +94,7 @@ def read_references(source: str, tests: list[str]) -> References:
 def _of_file(path: Path) -> References:
     content: _File = checked(read_json(path, "the results"), _File, str(path))
     return {
-        name: {path.name: Reference(Samples(**result.samples.model_dump()), result.settings)}
+        name: {path.name: Reference(result.samples.samples(), result.settings)}
         for name, result in content.results.items()
         if result.samples is not None
     }

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ecoflap.errors import OutputExists
 from ecoflap.evaluation.paired import Samples
-from ecoflap.run.directory import RunDirectory
+from ecoflap.run.directory import RunDirectory, places_of
 from ecoflap.run.names import JOURNAL, LOG, MANIFEST, RECIPE
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.files import check_can_make, write_json
@@ -28,14 +29,22 @@ if TYPE_CHECKING:
     from ecoflap.support.progress import Progress
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises OutputExists if ``path`` exists and may not be replaced, StorageError if a parent is a file."""
+def refuse_existing(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raises OutputExists if ``path`` exists and may not be replaced, StorageError if a parent is a file.
+
+    Args:
+        inputs: files and folders that are read; a file that is one of them, or lies in one, is never replaced.
+    """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OutputExists(f"{path} is a device or a pipe, not a regular file: choose another --output")
     if path.is_dir():
         raise OutputExists(f"{path} is a folder: give the name of a file as --output, such as {path / 'result.json'}")
     if path.exists() and not overwrite:
         raise OutputExists(f"{path} is there already: add --overwrite to replace it, or choose another --output")
+    own = Path(os.path.realpath(path))
+    for source in inputs if path.exists() else ():
+        if source is not None and Path(os.path.realpath(Path(source).expanduser())) in (own, *own.parents):
+            raise OutputExists(f"{path} is part of the input {source}, and would be lost: choose another --output")
     check_can_make(path)
 
 
@@ -90,7 +99,7 @@ def allocate_file(scores: Path, recipe: Recipe, output: Path | None, overwrite: 
     target = output or source.with_name("allocation.json")
     if output is None and (source.parent / "recipe.yaml").exists():
         target = Path("allocation.json")  # a run's own allocation is part of its record
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, [scores])
     allocation = allocate(Importance.load(source), **recipe.shares())
     write_json(target, allocation.to_json())
     return allocation, target
@@ -203,7 +212,7 @@ def measure_to(
     folder = output.with_name(output.name + SUFFIX)
     begun = resume and folder.exists()
     if workers.first:
-        refuse_existing(output, overwrite or begun)
+        refuse_existing(output, overwrite or begun, [place for _, place in places_of(recipe)])
     recipe = check_measured(recipe)
     work = SharedRun.examine(folder, recipe, workers, overwrite=overwrite, resume=resume, kind=Measurement)
     with work.locked():

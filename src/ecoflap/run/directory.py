@@ -264,7 +264,7 @@ class RunDirectory:
 
     def _check_inputs_are_elsewhere(self, recipe: Recipe) -> None:
         home = self.path.resolve()
-        for field, value in _places(recipe):
+        for field, value in places_of(recipe):
             try:
                 place = Path(value).expanduser().resolve()
                 inside = home in (place, *place.parents) and place.exists()
@@ -317,7 +317,7 @@ class RunDirectory:
         return self.resumed and self.has(METRICS) and self.has(REPORT)
 
 
-def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def places_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Each field that names a file or folder to read, with its value."""
     single = (
         "model", "pruned", "calibration", "test", "importance", "allocation", "image_folder", "test_image_folder",

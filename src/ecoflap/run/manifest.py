@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from ecoflap.errors import ResumeMismatch
+from ecoflap.errors import OutputExists, ResumeMismatch
 from ecoflap.run.names import CHECKPOINTS, JOURNAL, LOG, MANIFEST, RECIPE, SEARCH, TRAININGS
 from ecoflap.support.files import PARTIAL, json_text, read_sealed, write_sealed, write_text
 from ecoflap.support.reading import NO_READING, json_value, read_text
@@ -21,7 +23,7 @@ _log = logging.getLogger("ecoflap")
 # Written line by line, or one file per block: recognised by their names, without digests.
 _BY_NAME = (LOG, RECIPE, MANIFEST)
 _OF_TRAINERS = (CHECKPOINTS, SEARCH, TRAININGS)  # folders with transformers' own files
-_IN_JOURNAL = (".json", ".jsonl", ".txt", ".safetensors")
+_IN_JOURNAL = re.compile(rf"{JOURNAL}/(.*\.(json|jsonl|safetensors)|log-\d+\.txt)")
 _DIGESTS = dict[str, list[str]]
 _UNDER_WAY = None  # instead of a digest: the file is being written
 
@@ -79,13 +81,28 @@ class Manifest:
 
     @contextmanager
     def writing(self, *names: str) -> Iterator[None]:
-        """Context that notes ``names`` before and after they are written; does nothing without a manifest."""
+        """Context that notes ``names`` before and after they are written; does nothing without a manifest.
+
+        Raises:
+            OutputExists: a file of that name is there that ecoflap did not write.
+        """
         if not self.exists:
             yield
             return
+        self.check_own(*names)
         self.expect(*names)
         yield
         self.note(*names)
+
+    def check_own(self, *names: str) -> None:
+        """Raises OutputExists if a file of that name is in a folder with a manifest, and ecoflap did not write it."""
+        if not self.exists:
+            return
+        known = self._read()
+        for name in names:
+            path = self._folder / name
+            if not name.endswith("/") and name not in known and not _by_name(name) and os.path.lexists(path):
+                raise OutputExists(f"{path} was not written by ecoflap, so it is not replaced: move it away first")
 
     def finish_pending(self) -> None:
         """Note the files that were being written when an earlier process ended."""
@@ -167,8 +184,8 @@ class Results:
 
 
 def _by_name(place: str) -> bool:
-    own = place.startswith(f"{JOURNAL}/") and place.endswith(_IN_JOURNAL)
-    own = own or place.startswith(tuple(f"{JOURNAL}/{name}/" for name in _OF_TRAINERS))
+    trainers = tuple(f"{JOURNAL}/{name}/" for name in _OF_TRAINERS)
+    own = _IN_JOURNAL.fullmatch(place) is not None or place.startswith(trainers)
     return place in _BY_NAME or own or (place.rpartition("/")[2].startswith(".") and place.endswith(PARTIAL))
 
 

@@ -119,6 +119,16 @@ def test_refusals(run: Command, copy: Path, made: Path, tmp_path: Path) -> None:
     run("analyse", copy).refused("metrics.json", "has not ended", "--resume")
 
 
+def test_a_picture_of_the_users_own_is_not_replaced(run: Command, copy: Path) -> None:
+    mine = copy / "analysis" / "allocation.png"
+    mine.parent.mkdir(exist_ok=True)
+    mine.unlink(missing_ok=True)
+    run("analyse", copy, "--what", "importance").well()
+    mine.write_bytes(b"mine")
+    run("analyse", copy, "--what", "allocation").refused("allocation.png was not written by ecoflap")
+    assert mine.read_bytes() == b"mine"
+
+
 def test_model_or_data_that_moved_or_changed(run: Command, copy: Path, made: Path, tmp_path: Path) -> None:
     recipe = copy / "recipe.yaml"
     before = recipe.read_text("utf-8")
@@ -149,4 +159,4 @@ def test_a_full_disk_leaves_no_half_file(copy: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="free some space"):
         run.analyse(copy, "importance")
-    assert list((copy / "analysis").iterdir()) == []
+    assert not list((copy / "analysis").glob("*"))

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ecoflap.errors import EcoflapError, InvalidOption
 from ecoflap.report.analysis.registry import ANALYSES, NotApplicable
 from ecoflap.run.directory import RunDirectory
+from ecoflap.run.manifest import Manifest
 from ecoflap.support.files import write_json
 from ecoflap.support.progress import Progress
 from ecoflap.support.reading import checked, first_fault, read_json
@@ -90,9 +91,7 @@ def analyse(
         try:
             for name in names:
                 try:
-                    outcomes[name] = _one(name, subject, overwrite)
-                    if directory.manifest.exists:
-                        directory.manifest.note(*(str(f.relative_to(subject.path)) for f in outcomes[name].files))
+                    outcomes[name] = _one(name, subject, overwrite, directory.manifest)
                 except NotApplicable as reason:
                     if asked:
                         raise InvalidOption(f"{subject.path}: no analysis '{name}': {reason}") from reason
@@ -105,9 +104,13 @@ def analyse(
     return outcomes
 
 
-def _one(name: str, subject: Subject, overwrite: bool) -> Outcome:
-    from ecoflap.report.charts.static import save
+def _one(name: str, subject: Subject, overwrite: bool, manifest: Manifest) -> Outcome:
+    from ecoflap.report.charts.static import KINDS, save
 
+    def files(stem: str, *kinds: str) -> list[str]:
+        return [(subject.folder / f"{stem}.{kind}").relative_to(subject.path).as_posix() for kind in kinds]
+
+    manifest.check_own(*files(name, *KINDS, *(("json",) if overwrite else ())))
     analysis = ANALYSES.get(name)
     path = subject.folder / f"{name}.json"
     state, made, data = "done", [], {}
@@ -117,13 +120,15 @@ def _one(name: str, subject: Subject, overwrite: bool) -> Outcome:
             state, data = "kept", checked(read_json(path, "the analysis"), dict[str, Any], str(path))
         else:
             data = {"format": 1, **_finite(_computed(analysis.compute, subject))}
-            write_json(path, data)
+            with manifest.writing(*files(name, "json")):
+                write_json(path, data)
     try:
         figures = analysis.draw(data, subject)
     except ValidationError as error:
         raise InvalidOption(f"{path}: {first_fault(error)}: --overwrite measures it again") from error
     for suffix, figure in figures.items():
-        made += save(figure, subject.folder / f"{name}{suffix}")
+        with manifest.writing(*files(f"{name}{suffix}", *KINDS)):
+            made += save(figure, subject.folder / f"{name}{suffix}")
     skipped = checked(data.get("skipped", {}), dict[str, str], f"{path}: skipped")
     note = "; ".join(f"without {one}: {reason}" for one, reason in skipped.items())
     return Outcome(state, tuple(made), note)

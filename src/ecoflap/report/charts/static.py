@@ -107,6 +107,9 @@ def picture(rows: Sequence[Sequence[Chart]], title: str = "") -> Figure:
         return figure
 
 
+KINDS = ("png", "svg")  # of files
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Atomically write ``stem``.png and ``stem``.svg; the same figure gives the same bytes.
 
@@ -114,12 +117,12 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         StorageError: a file can't be written.
     """
     made = []
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+    for kind, metadata in zip(KINDS, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
         buffer = io.BytesIO()
         with drawing():
-            figure.savefig(buffer, format=suffix[1:], dpi=DPI, metadata=metadata)
+            figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
         content = buffer.getvalue()
-        path = stem.with_name(stem.name + suffix)
+        path = stem.with_name(f"{stem.name}.{kind}")
         write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))  # type: ignore[misc]
         made.append(path)
     return made

@@ -214,6 +214,7 @@ class _Work:
         finally:
             self._kept.restore()
         if cell.error is not None:
+            task.advance(0, str(place))  # stops here if a signal is what it failed of, and it is made again
             _log.warning("%s can't be made: %s", place, cell.error)
         self._folder.write(_file_of(place), cell.model_dump(mode="json"))
         _log.info("cell %s: %s", place, cell.value)
@@ -279,7 +280,7 @@ class _Work:
                 test_of(entry, evaluate(self._checkpoint, entry, self._grid, self._progress)) for entry in self._entries
             ]
             self._folder.write(DENSE, [row.model_dump(mode="json") for row in rows])
-        where = str(self._folder.path / DENSE)
+        where = f"{self._folder.path / DENSE} is damaged: remove it, and --resume measures it again. Fault"
         found: tuple[DenseTest, ...] = checked(self._folder.read(DENSE), tuple[DenseTest, ...], where)
         return found
 

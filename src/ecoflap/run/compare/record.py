@@ -16,6 +16,7 @@ from ecoflap.run.compare.pairs import BEST, Pairing, StoredPairing
 from ecoflap.run.compare.recipe import Place
 from ecoflap.run.compare.shared import Took
 from ecoflap.run.evaluations import Evaluation
+from ecoflap.run.known_scores import KnownSamples
 from ecoflap.run.names import COMPARISON
 from ecoflap.run.provenance import Usage
 from ecoflap.run.quality import quality
@@ -56,7 +57,7 @@ class Test(_Record):
 class DenseTest(Test):
     """A test in the comparison's journal, with the dense model's samples."""
 
-    samples: Samples | None = None
+    samples: KnownSamples | None = None
 
 
 class Seconds(_Record):
@@ -82,7 +83,7 @@ class Stored(_Record):
 class StoredFile(Stored):
     """The same in a comparison's files, with the model's scores on each sample of the tests."""
 
-    samples: dict[str, Samples] = Field(default_factory=dict)
+    samples: dict[str, KnownSamples] = Field(default_factory=dict)
 
     @property
     def plain(self) -> Stored:
@@ -128,8 +129,8 @@ class Cell(_Record):
 class CellFile(Cell):
     """A cell in its file, with the model's scores on each sample of the tests."""
 
-    samples: dict[str, Samples] = Field(default_factory=dict)
-    stored_samples: dict[str, dict[str, Samples]] = Field(default_factory=dict, description="By form and test.")
+    samples: dict[str, KnownSamples] = Field(default_factory=dict)
+    stored_samples: dict[str, dict[str, KnownSamples]] = Field(default_factory=dict, description="By form and test.")
 
 
 class Comparison(_Record):

@@ -20,6 +20,7 @@ from ecoflap.model.packed.format import STORED, pack_weight, packed_bytes, unpac
 from ecoflap.model.packed.stack import as_packed
 from ecoflap.run.compare.folder import CELLS, GridDirectory
 from ecoflap.run.compare.record import DenseTest, Quality, StoredFile, quality_of, samples_of
+from ecoflap.support.reading import checked
 
 GROUP = 64  # columns that share a scale where torchao quantises to int4: 4.25 bits a weight with bfloat16 scales
 
@@ -95,7 +96,8 @@ class StoredForms:
                 finally:
                     dense.restore()
                 folder.write(name, made.model_dump(mode="json"))
-            found[form] = StoredFile.model_validate(folder.read(name))
+            where = f"{folder.path / name} is damaged: remove it, and --resume measures it again. Fault"
+            found[form] = checked(folder.read(name), StoredFile, where)
         return found
 
     def of_dense(self, form: str, tests: Sequence[DenseTest]) -> StoredFile:
