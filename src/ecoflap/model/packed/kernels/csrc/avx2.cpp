@@ -173,7 +173,7 @@ void arrange(const Matrix*, float*, int64_t) {}
 template <class V, class Expand>
 void few(const Matrix* matrix, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
          const Output* out) {
-  tokens_product<Floats<V, Expand>, 2, 4, Long<V, Expand>, 3>(matrix, x, padded, tokens, low, high, out);
+  tokens_product<Floats<V, Expand>, 0, 2, 4, Long<V, Expand>, 3>(matrix, x, padded, tokens, low, high, out);
 }
 
 void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
@@ -183,7 +183,7 @@ void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, in
     case FP16: return few<uint16_t, FromFp16>(m, x, padded, tokens, low, high, out);
     case FP32: return few<float, FromFp32>(m, x, padded, tokens, low, high, out);
     case INT8: return few<int8_t, FromInt8>(m, x, padded, tokens, low, high, out);
-    default: return tokens_product<Int4<Floats<int8_t, FromInt8>>, 2, ROWS_AT_ONCE, Int4<Long<int8_t, FromInt8>>, 3>(
+    default: return tokens_product<Int4<Floats<int8_t, FromInt8>>, 0, 2, ROWS_AT_ONCE, Int4<Long<int8_t, FromInt8>>, 3>(
         m, x, padded, tokens, low, high, out);
   }
 }

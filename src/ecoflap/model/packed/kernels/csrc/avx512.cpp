@@ -209,11 +209,11 @@ void arrange(const Matrix* matrix, float* x, int64_t length) {
 void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
              const Output* out) {
   switch (m->kind) {
-    case BF16: return tokens_product<Bf16, 4, 4, Bf16, 6>(m, x, padded, tokens, low, high, out);
-    case FP16: return tokens_product<Fp16, 4, 4, Fp16, 6>(m, x, padded, tokens, low, high, out);
-    case FP32: return tokens_product<Fp32, 4, 4, Fp32, 6>(m, x, padded, tokens, low, high, out);
-    case INT8: return tokens_product<Int8, 4, 4, Int8, 6>(m, x, padded, tokens, low, high, out);
-    default: return tokens_product<Int4, 4, 4, Int4, 6>(m, x, padded, tokens, low, high, out);
+    case BF16: return tokens_product<Bf16, 0, 4, 4, Bf16, 6>(m, x, padded, tokens, low, high, out);
+    case FP16: return tokens_product<Fp16, 0, 4, 4, Fp16, 6>(m, x, padded, tokens, low, high, out);
+    case FP32: return tokens_product<Fp32, 3, 4, 4, Fp32, 6>(m, x, padded, tokens, low, high, out);
+    case INT8: return tokens_product<Int8, 0, 4, 4, Int8, 6>(m, x, padded, tokens, low, high, out);
+    default: return tokens_product<Int4, 0, 4, 4, Int4, 6>(m, x, padded, tokens, low, high, out);
   }
 }
 

@@ -131,7 +131,7 @@ template <class V, class Expand>
 void few(const Matrix* matrix, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
          const Output* out) {
   typedef Floats<V, Expand> P;
-  tokens_product<P, 4, 4, P, 4>(matrix, x, padded, tokens, low, high, out);
+  tokens_product<P, 0, 4, 4, P, 4>(matrix, x, padded, tokens, low, high, out);
 }
 
 void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
@@ -141,7 +141,7 @@ void product(const Matrix* m, const float* x, int64_t padded, int64_t tokens, in
     case FP16: return few<uint16_t, FromFp16>(m, x, padded, tokens, low, high, out);
     case FP32: return few<float, FromFp32>(m, x, padded, tokens, low, high, out);
     case INT8: return few<int8_t, FromInt8>(m, x, padded, tokens, low, high, out);
-    default: return tokens_product<Int4, 1, 2, Int4, 2>(m, x, padded, tokens, low, high, out);
+    default: return tokens_product<Int4, 0, 1, 2, Int4, 2>(m, x, padded, tokens, low, high, out);
   }
 }
 

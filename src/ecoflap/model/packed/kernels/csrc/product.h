@@ -131,12 +131,15 @@ void rows_product(const Matrix* matrix, const float* x, int64_t padded,
     rows_product<P, 1, TOKENS>(matrix, x, padded, token, low + ROWS * apart, high, out);
 }
 
-// All tokens, four, two and one at a time, by so many rows at once. One token has a policy of its own: it has registers
-// for longer steps.
-template <class Many, int ROWS4, int ROWS2, class One, int ROWS1>
+// All tokens: eight (where ROWS8 is not 0), four, two and one at a time, by so many rows at once. One token has a policy
+// of its own: it has registers for longer steps.
+template <class Many, int ROWS8, int ROWS4, int ROWS2, class One, int ROWS1>
 void tokens_product(const Matrix* matrix, const float* x, int64_t padded, int64_t tokens, int64_t low, int64_t high,
                     const Output* out) {
   int64_t token = 0;
+  if constexpr (ROWS8 > 0)
+    for (; tokens - token >= 8; token += 8)
+      rows_product<Many, ROWS8, 8>(matrix, x + token * padded, padded, token, low, high, out);
   for (; tokens - token >= 4; token += 4)
     rows_product<Many, ROWS4, 4>(matrix, x + token * padded, padded, token, low, high, out);
   for (; tokens - token >= 2; token += 2)
