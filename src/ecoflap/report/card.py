@@ -15,7 +15,7 @@ from ecoflap.evaluation import TASKS, Task
 from ecoflap.pruning.registry import CRITERIA, DEFAULT, is_global
 from ecoflap.report.card_page import Card, Row, Step, base_model, processor_class, write_readme
 from ecoflap.report.data import Metrics, RunData, read_run
-from ecoflap.report.finetune_page import ChannelsRecord, TrainingRecord, read_finetune
+from ecoflap.report.finetune_page import ChannelsRecord, FinetuneMetrics, TrainingRecord, read_finetune
 from ecoflap.report.places import place_name, without_places
 from ecoflap.report.quality import OtherMetric, PairedDifference, Quality
 from ecoflap.run.citations import RECOVERY_PAPERS, citations
@@ -119,7 +119,7 @@ def _of_run(run: RunData, processor: str | None) -> Card:
         sparsity=metrics.sparsity.model_dump(),
         steps=[*steps],
         tags=_tags(str(recipe.get("criterion", ""))),
-        rows=[*_paired(metrics, _rows(metrics.dense, metrics.pruned, data))],
+        rows=[*_paired(_rows(metrics.dense, metrics.pruned, data), metrics, metrics.pruned, metrics.baseline)],
         results=[*_results(metrics.pruned, data, kinds)],
         calibration=_calibration(metrics.calibration),
         recipe=recipe,
@@ -155,7 +155,7 @@ def _of_finetune(run: RunData, processor: str | None) -> Card:
         sparsity=metrics.sparsity.model_dump(),
         steps=[*_training_steps(shown, training, metrics.channels)],
         tags=["ecoflap", "pruned", *(["structured", "upop"] if metrics.channels else ["sparse"]), "fine-tuned"],
-        rows=[*_rows(metrics.dense, metrics.finetuned, data)],
+        rows=[*_paired(_rows(metrics.dense, metrics.finetuned, data), metrics, metrics.finetuned, {})],
         results=[*_results(metrics.finetuned, data, kinds)],
         recipe=shown,
         environment=metrics.environment,
@@ -237,8 +237,15 @@ def _rows(dense: Mapping[str, Quality], pruned: Mapping[str, Quality], data: Map
             yield _row("", "", other, unit, None, *values)
 
 
-def _paired(metrics: Metrics, rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows, with paired changes from the dense model and the uniform baseline in each task's first row."""
+def _paired(
+    rows: Iterable[Row], metrics: Metrics | FinetuneMetrics, own: Mapping[str, Quality], baseline: Mapping[str, Quality]
+) -> Iterator[Row]:
+    """The rows, with paired changes from the dense model and the uniform baseline in each task's first row.
+
+    Args:
+        own: the quality of the card's model.
+        baseline: that of the uniform model; empty if there is none.
+    """
     nothing = Quality(metric="")
     pairs: Mapping[str, PairedDifference] = {}
     dense = pruned = nothing
@@ -248,10 +255,10 @@ def _paired(metrics: Metrics, rows: Iterable[Row]) -> Iterator[Row]:
             yield row if pair is None else replace(row, change=_other_change(row.metric, dense, pruned, pair))
             continue
         pairs = metrics.paired.get(row.task, {})
-        dense, pruned = metrics.dense.get(row.task, nothing), metrics.pruned.get(row.task, nothing)
+        dense, pruned = metrics.dense.get(row.task, nothing), own.get(row.task, nothing)
         change = formats.metric_change(pruned.metric, dense.value, pruned.value, unit=pruned.unit)
         change += formats.paired_change(pruned.metric, pairs.get("dense"), dense.value, unit=pruned.unit)
-        value = metrics.baseline.get(row.task, nothing).value
+        value = baseline.get(row.task, nothing).value
         uniform = formats.against_uniform(pruned.metric, pairs.get("baseline"), value, pruned.value, unit=pruned.unit)
         yield replace(row, change=change if "dense" in pairs else "", uniform=uniform)
 

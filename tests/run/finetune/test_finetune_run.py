@@ -44,6 +44,10 @@ def test_model_metrics_and_page(trained, made):
     assert f"value: {value}" in card  # in the head, as the Hub lists it
     for words in ("| fine-tuned |", "the others are fine-tuned", "59 samples of prose.txt", "ecoflap finetune"):
         assert words in card
+    pair = metrics["paired"]["perplexity"]["dense"]
+    assert (
+        f"; {pair['better']} better, {pair['worse']} worse, p " in card.partition("less dense on the same samples")[2]
+    )
     assert str(made.prose.parent) not in card
 
 
