@@ -221,3 +221,21 @@ def test_the_index_of_a_large_tar_is_small(tmp_path: Path) -> None:
     assert len(table) == 2000
     assert kept < 4000 * 64
     assert peak < 4000 * 256
+
+
+@pytest.mark.parametrize("names", [("image.png", "caption.txt"), ("img.PNG", "txt"), ("input.image.png", "json")])
+def test_members_with_names_of_their_own(names: tuple[str, str], tmp_path: Path) -> None:
+    rows = [(made.png(n), json.dumps({"caption": f"c{n}"}) if names[1] == "json" else f"c{n}") for n in range(3)]
+    source = tar(
+        tmp_path / "a.tar",
+        [(f"{n:03d}.{end}", data if isinstance(data, bytes) else data.encode())
+         for n, row in enumerate(rows) for end, data in zip(names, row, strict=True)],
+    )  # fmt: skip
+    if "input" in names[0]:  # nothing says that this is the picture
+        with pytest.raises(CalibrationError, match=r"has pictures \(input.image.png\).*image=input.image.png"):
+            load_samples(source, samples=None, seed=0)
+    chosen = {"image": names[0]} if "input" in names[0] else None
+    drawn = load_samples(source, samples=None, seed=0, columns=chosen)
+    assert [sample.text for sample in drawn.samples] == ["c0", "c1", "c2"]
+    assert all(made.shows(sample, index) for index, sample in zip(drawn.indices, drawn.samples, strict=True))
+    assert not load_samples(source, samples=None, seed=0, columns={"image": ""}).samples[0].images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 from ecoflap.errors import CalibrationError
 from ecoflap.support.registry import unknown
@@ -35,12 +36,20 @@ SPREAD: dict[str, tuple[tuple[str, ...], ...]] = {
                 ("opa", "opb", "opc", "opd")),
 }  # fmt: skip
 FILE_NAMES = ("filename", "filenames")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # suffixes of a tar's members
 ROLES = (*NAMES, "answer", "caption")
 SYNONYMS = {"answer": "text", "caption": "text"}
 
 
 def _plain(name: str) -> str:
     return "".join(character for character in name.lower() if character not in "_- .")
+
+
+def _names(column: str) -> tuple[str, ...]:
+    """How a column may be known: by its name, and as a tar's member (``image.png``) without the suffix."""
+    stem, _, suffix = column.rpartition(".")
+    of_file = stem and suffix.lower() in (*PICTURES, "txt", "cls")
+    return (_plain(column), _plain(stem)) if of_file else (_plain(column),)
 
 
 def is_file_name(column: str) -> bool:
@@ -71,7 +80,11 @@ def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, so
         CalibrationError: a chosen column is not there, or nothing usable is found.
     """
     overrides = _chosen(available, chosen or {}, source)
-    plain = {_plain(name): name for name in reversed(available)}  # of columns with equal names, the first counts
+    plain: dict[str, str] = {}  # of columns with equal names, the first counts; whole names come before parts
+    for known in zip_longest(*map(_names, available)):
+        for key, name in zip(known, available, strict=True):
+            if key is not None:
+                plain.setdefault(key, name)
     taken = {part for column in overrides.values() for part in parts(column, available)}
     found: dict[str, str] = {}
     for role, names in NAMES.items():
@@ -91,6 +104,12 @@ def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, so
         if match:
             found[role] = ",".join(match)
             taken.update(match)
+    unclear = [name for name in available if name.rpartition(".")[2].lower() in PICTURES and "." in name]
+    if unclear and "image" not in found and "image" not in overrides:
+        raise CalibrationError(
+            f"{source} has pictures ({', '.join(unclear[:3])}), but no usual name tells which one is a sample's: "
+            f"say it with image={unclear[0]}, or image= for none"
+        )
     if not {"image", "text", "answers", "messages"} & found.keys():
         raise CalibrationError(
             f"{source}: none of its columns ({', '.join(available)}) has a usual name for an image or a text; "
@@ -106,7 +125,7 @@ def other_pictures(available: Sequence[str], columns: Mapping[str, str], chosen:
         return []
     taken = {part for column in columns.values() for part in parts(column, available)}
     return [
-        name for known in NAMES["image"] for name in available if _plain(name) == _plain(known) and name not in taken
+        name for known in NAMES["image"] for name in available if _plain(known) in _names(name) and name not in taken
     ]
 
 
@@ -124,9 +143,9 @@ def _chosen(available: Sequence[str], chosen: Mapping[str, str], source: str) ->
 
 def _spread(role: str, plain: Mapping[str, str], taken: set[str]) -> list[str]:
     if role == "image":  # the image folder of `datasets`: any `*_file_name` names one, any `*_file_names` several
-        named = [column for column in plain.values() if is_file_name(column) and column not in taken]
+        named = [column for column in dict.fromkeys(plain.values()) if is_file_name(column) and column not in taken]
         if named:
-            return sorted(named, key=list(plain.values())[::-1].index)
+            return named
     for names in SPREAD.get(role, ()):
         match = [plain[_plain(name)] for name in names if plain.get(_plain(name), "") not in ("", *taken)]
         if len(match) == len(names):
