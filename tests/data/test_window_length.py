@@ -11,7 +11,7 @@ from ecoflap.data import Sample, SampleSet, make_batches
 from ecoflap.data import window_length as module
 from ecoflap.data.computing import first_run
 from ecoflap.data.objectives import default_objective, on_device
-from ecoflap.data.window_length import Shape, activation_bytes, default_length, memory_of
+from ecoflap.data.window_length import Shape, Work, activation_bytes, default_length, memory_of
 
 AMPLE = 10**15
 
@@ -33,26 +33,28 @@ def test_model_machine_and_text(positions: int, tokens: int, windows: int, lengt
     assert (found.tokens, found.reason) == (length, reason)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_windows_become_shorter_until_a_quarter_of_the_memory_holds_them(kept: bool) -> None:
+@pytest.mark.parametrize("work", ["calibration", "test", "training"])
+def test_windows_become_shorter_until_a_quarter_of_the_memory_holds_them(work: Work) -> None:
     words, windows, batch = pico.tokenizer(), 9, 5
     model = pico.llama(len(words), positions=4096)  # 2 blocks: hidden 16, inner 32, 2 heads of 8, keys of one
 
     def by_hand(length: int) -> int:
         rows = batch * length
         forward = rows * (4 * 16 + 16 + 2 * 8 + 3 * 32)
-        if not kept:
+        if work == "test":
             return 4 * (forward + rows * len(words))
         graph = 6 * 16 + 2 * 16 + 2 * 8 + 4 * 32
         gradients = rows * (2 * 16 + graph + 2 * 16 + 3 * 32)
+        if work == "training":
+            return 4 * (gradients + rows * (2 * graph + 3 * len(words)))
         return 4 * max(gradients, forward + windows * length * (2 * 16 + 3 * 16 + 32))
 
     for length in (64, 128, 256, 512):
-        assert activation_bytes(model, length, windows, batch, kept=kept) == by_hand(length)
-        found = default_length(model, words, 10**6, windows, batch, kept=kept, memory=4 * by_hand(length))
+        assert activation_bytes(model, length, windows, batch, work) == by_hand(length)
+        found = default_length(model, words, 10**6, windows, batch, work=work, memory=4 * by_hand(length))
         assert found.tokens == length
         reason = found.reason
-        less = default_length(model, words, 10**6, windows, batch, kept=kept, memory=4 * by_hand(length) - 4)
+        less = default_length(model, words, 10**6, windows, batch, work=work, memory=4 * by_hand(length) - 4)
         assert less.tokens == max(length // 2, 64)
         assert less.reason == (f"for {(4 * by_hand(length) - 4) / 1e9:.1f} GB of memory" if length > 64 else reason)
 
@@ -71,7 +73,7 @@ def test_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     words = pico.tokenizer()
     text = SampleSet((Sample(text="a star is red . " * 999),), (0,), 0, "prose.txt", {}, windows=3)
     model, told = pico.llama(len(words), positions=4096), list[str]()
-    monkeypatch.setattr(module, "memory_of", lambda _: 4 * activation_bytes(model, 128, 3, 2, kept=True))
+    monkeypatch.setattr(module, "memory_of", lambda _: 4 * activation_bytes(model, 128, 3, 2, "calibration"))
     batches = make_batches(text, model, words, batch_size=2, told=told.append)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 128), (1, 128)]
     assert told == ["for 0.0 GB of memory"]
@@ -82,7 +84,7 @@ def test_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_has_no_more_windows_than_the_text() -> None:
     words = pico.tokenizer()
     model = pico.llama(len(words), positions=4096)
-    memory = 4 * activation_bytes(model, 512, 9, 9, kept=True)
+    memory = 4 * activation_bytes(model, 512, 9, 9, "calibration")
     found = default_length(model, words, 9 * 512, 9, batch_size=10**9, memory=memory)
     assert found.tokens == 512
     assert default_length(model, words, 9 * 512, 9, batch_size=10**9, memory=memory - 4).tokens == 256
@@ -106,10 +108,8 @@ def test_the_graph_of_a_block_is_as_large_as_reckoned() -> None:
 
     own, block.forward = block.forward, forward
     held = model(input_ids=ids, use_cache=False).logits  # its graph keeps the tensors, so that no place is used twice
-    shape = Shape.of(model)
-    graph = shape.gradients - shape.blocks * shape.hidden - 2 * shape.hidden - 3 * shape.inner
     assert held.requires_grad
-    assert sum(kept.values()) == pytest.approx(4 * ids.numel() * graph, rel=0.1)
+    assert sum(kept.values()) == pytest.approx(4 * ids.numel() * Shape.of(model).graph, rel=0.1)
 
 
 class _Widest(TorchDispatchMode):

@@ -23,7 +23,7 @@ from ecoflap.data.packing import check_length, draw_windows, tokenize_corpus
 from ecoflap.data.prompts import ProcessorRefused, Prompter, image_processor_of, tokenizer_of
 from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleSet
-from ecoflap.data.window_length import default_length
+from ecoflap.data.window_length import Work, default_length
 from ecoflap.errors import CalibrationError, InvalidOption
 from ecoflap.support.text import first_line
 
@@ -90,6 +90,7 @@ def make_batches(
     class_prompts: Sequence[str] | None = None,
     window_start: str = "each",
     told: Callable[[str], None] | None = None,
+    trained: bool = False,
 ) -> list[Batch]:
     """Batches ready for the objective, in the order of the samples, all on the CPU.
 
@@ -115,6 +116,7 @@ def make_batches(
         class_prompts: templates with ``{}`` for the class name; None for "a photo of a {}.".
         window_start: of plain text: "each" window begins with the tokenizer's special tokens, or "once" the whole text.
         told: receives the reason for the length of windows, if ``sequence_length`` is None.
+        trained: the batches are for training, which needs more memory: windows of the default length may be shorter.
 
     Raises:
         CalibrationError: the data does not fit the model (no image, no text, too long, unknown class).
@@ -124,7 +126,8 @@ def make_batches(
         raise CalibrationError(f"the batch size must be at least 1, not {batch_size}")
     name, sample_set = _as_wanted(sample_set, model, processor, objective)
     if sample_set.windows is not None:
-        return _packed(sample_set, model, processor, batch_size, sequence_length, seed, window_start, told)
+        work: Work = "training" if trained else "calibration"
+        return _packed(sample_set, model, processor, batch_size, sequence_length, seed, window_start, told, work)
     samples = list(sample_set.samples)
     collate = make_collator(
         sample_set, model, processor, sequence_length=sequence_length, seed=seed, objective=objective,
@@ -234,6 +237,7 @@ def _packed(
     seed: int,
     window_start: str,
     told: Callable[[str], None] | None,
+    work: Work,
 ) -> list[Batch]:
     tokenizer = tokenizer_of(processor)
     if tokenizer is None or needs_image(model):
@@ -243,7 +247,7 @@ def _packed(
     corpus = tokenize_corpus(sample_set, tokenizer)
     size = length
     if size is None:
-        chosen = default_length(model, tokenizer, len(corpus), count or 1, batch_size)
+        chosen = default_length(model, tokenizer, len(corpus), count or 1, batch_size, work=work)
         size = chosen.tokens
         if told is not None:
             told(chosen.reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -17,6 +17,9 @@ CPU_LENGTH = 512  # default on a CPU: attention's time and memory grow with the 
 SHORTEST = 64  # least number of tokens of a default window, even if there are fewer windows
 SHARE = 0.25  # of the memory for activations; the rest is for weights, statistics and other programs
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+Work = Literal["calibration", "test", "training"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def default_length(
     windows: int,
     batch_size: int = 1,
     *,
-    kept: bool = True,
+    work: Work = "calibration",
     memory: int | None = None,
 ) -> WindowLength:
     """2,048 tokens (on a CPU 512) or the model's longest, then halved while necessary, but not below 64.
@@ -45,7 +48,7 @@ def default_length(
     Args:
         tokens: of the text.
         batch_size: windows in a forward.
-        kept: the inputs of a block are kept for all windows (calibration); else all logits of a batch (perplexity).
+        work: what is done with the windows.
         memory: total memory of the machine in bytes; None to ask the system. Free memory does not matter, so that the
             same command always gives the same windows on a machine.
     """
@@ -59,8 +62,8 @@ def default_length(
         length, reason = usual, f"the default {where}"
     memory = memory_of(device) if memory is None else memory
     while length // 2 >= SHORTEST:
-        there = max(1, min(windows, tokens // length) if kept else tokens // length)
-        if activation_bytes(model, length, there, min(batch_size, there), kept=kept) > SHARE * memory:
+        there = max(1, min(windows, tokens // length) if work == "calibration" else tokens // length)
+        if activation_bytes(model, length, there, min(batch_size, there), work) > SHARE * memory:
             reason = f"for {memory / 1e9:.1f} GB of memory"
         elif tokens // length < windows:
             reason = f"for {windows} windows of the text"
@@ -70,14 +73,17 @@ def default_length(
     return WindowLength(length, reason)
 
 
-def activation_bytes(model: nn.Module, length: int, windows: int, batch_size: int, *, kept: bool) -> int:
+def activation_bytes(model: nn.Module, length: int, windows: int, batch_size: int, work: Work) -> int:
     """Approximate memory for windows of ``length`` tokens beside the weights, at 4 bytes per number.
 
-    Without ``kept`` that is one batch's forward with its logits. With ``kept`` it is the larger of what gradient norms
-    need and what the default criterion needs. What the configuration does not say counts nothing.
+    For a test, one batch's forward with its logits; for calibration, the larger of what gradient norms need and what
+    the default criterion needs; for training, the graph of one batch. What the configuration does not say counts
+    nothing.
     """
-    if not kept:
+    if work == "test":
         return forward_bytes(model, length, batch_size, logits=True)
+    if work == "training":
+        return training_bytes(model, length, batch_size)
     return max(gradient_bytes(model, length, batch_size), walk_bytes(model, length, windows, batch_size))
 
 
@@ -93,6 +99,14 @@ def gradient_bytes(model: nn.Module, length: int, batch_size: int) -> int:
     shape, seen = Shape.of(model), _seen(model, length)
     rows = batch_size * seen
     return 4 * (rows * shape.gradients + 3 * shape.attention(rows, seen))  # values, softmax, gradient
+
+
+def training_bytes(model: nn.Module, length: int, batch_size: int) -> int:
+    """The graph of all blocks for one batch, the gradients of one, and the logits, their softmax and gradient."""
+    shape, seen = Shape.of(model), _seen(model, length)
+    rows = batch_size * seen
+    in_blocks = shape.blocks * (rows * shape.graph + shape.attention(rows, seen))
+    return gradient_bytes(model, length, batch_size) + 4 * (in_blocks + 3 * rows * shape.vocabulary)
 
 
 def walk_bytes(model: nn.Module, length: int, windows: int, batch_size: int) -> int:
@@ -163,15 +177,19 @@ class Shape:
         return 4 * self.hidden + self.queries + 2 * self.keys + 3 * self.inner
 
     @property
-    def gradients(self) -> int:
-        """The inputs of all blocks; one block's graph, and the gradients of its widest part.
+    def graph(self) -> int:
+        """One block's graph.
 
-        The graph keeps the block's input and its sum with the attention, both norms and what they were made from,
-        queries, keys, values and what the attention gives, and of the network both products, the activation and what
-        enters the last layer (measured for Llama: 6 hidden, 2 queries, 2 keys, 4 inner).
+        It keeps the block's input and its sum with the attention, both norms and what they were made from, queries,
+        keys, values and what the attention gives, and of the network both products, the activation and what enters the
+        last layer (measured for Llama: 6 hidden, 2 queries, 2 keys, 4 inner).
         """
-        graph = 6 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.inner
-        return self.blocks * self.hidden + graph + 2 * self.hidden + 3 * self.inner
+        return 6 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.inner
+
+    @property
+    def gradients(self) -> int:
+        """The inputs of all blocks; one block's graph, and the gradients of its widest part."""
+        return self.blocks * self.hidden + self.graph + 2 * self.hidden + 3 * self.inner
 
     @property
     def walk(self) -> int:

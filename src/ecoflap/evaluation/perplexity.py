@@ -79,7 +79,7 @@ class Perplexity(Task):
         tokens = tokenize_corpus(corpus, tokenizer)
         length, reason = test.sequence_length, ""
         if length is None:
-            chosen = default_length(model, tokenizer, len(tokens), samples or 1, batch_size, kept=False)
+            chosen = default_length(model, tokenizer, len(tokens), samples or 1, batch_size, work="test")
             length, reason = chosen.tokens, chosen.reason
         windows = tokens.windows(length, window_start)[:samples]
         count = len(windows)

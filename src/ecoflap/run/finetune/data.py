@@ -17,7 +17,7 @@ from ecoflap.data.batches import make_batches, make_collator
 from ecoflap.data.class_names import class_names, class_templates
 from ecoflap.data.collate import PAIRED, collating_objective, unpacked
 from ecoflap.data.images import BrokenSample
-from ecoflap.data.model_facts import Batch
+from ecoflap.data.model_facts import Batch, is_encoder_decoder
 from ecoflap.data.sample import Sample
 from ecoflap.data.samples import SampleSet, load_samples
 from ecoflap.data.undecoded import UndecodedRows
@@ -58,12 +58,14 @@ class TrainingData:
     Attributes:
         samples: the drawn samples, for the record; only the first ones have images.
         paired: the loss contrasts the samples of a batch, so that a batch of one sample is useless.
+        tokens: in a window of plain text; None for other samples.
     """
 
     train: Rows
     held_out: Rows
     samples: SampleSet
     paired: bool
+    tokens: int | None = None
 
     def first(self, count: int) -> Batch:
         """The first training samples as a batch."""
@@ -92,7 +94,14 @@ def training_data(recipe: Finetune, checkpoint: Checkpoint) -> TrainingData:
     paired = collating_objective(recipe.objective, checkpoint.model) in PAIRED
     if paired and min(len(train), len(held_out), recipe.batch_size) < 2:
         raise CalibrationError("a contrastive loss needs at least 2 samples in a batch, and to be held out")
-    return TrainingData(train, held_out, drawn, paired)
+    return TrainingData(train, held_out, drawn, paired, _window(train, drawn, checkpoint.model))
+
+
+def _window(train: Rows, drawn: SampleSet, model: nn.Module) -> int | None:
+    if drawn.windows is None:
+        return None
+    batch = collate([train[0]])
+    return int(batch["input_ids"].shape[1] + (batch["labels"].shape[1] if is_encoder_decoder(model) else 0))
 
 
 def _drawn(
@@ -134,8 +143,14 @@ def _drawn(
     if drawn.windows is None:  # a classifier of texts
         make = make_collator(drawn, model, processor, **options)
         return drawn, list(enumerate(drawn.samples)), lambda part: make([s for _, s in part], part[0][0])
-    windows = make_batches(drawn, model, processor, batch_size=1, window_start=recipe.window_start, **options)
-    return drawn, list(enumerate(windows)), _stack
+    reasons: list[str] = []
+    batches = make_batches(
+        drawn, model, processor, batch_size=recipe.batch_size, window_start=recipe.window_start, told=reasons.append,
+        trained=True, **options,
+    )  # fmt: skip
+    windows = [{name: row[None] for name, row in zip(batch, rows, strict=True)}
+               for batch in batches for rows in zip(*batch.values(), strict=True)]  # fmt: skip
+    return replace(drawn, length_reason="".join(reasons)), list(enumerate(windows)), _stack
 
 
 def _without_pictures(reader: UndecodedRows, rows: Sequence[tuple[int, Any]]) -> Iterator[Sample]:
@@ -181,4 +196,8 @@ def described(data: TrainingData) -> str:
     whole = replace(data.samples, windows=None) if data.samples.windows is not None else data.samples
     columns = ", ".join(f"{role}={column}" for role, column in whole.columns.items())
     source = f"{whole.source} ({columns})" if columns else whole.source
-    return f"training: {len(data.train)} samples of {source}; {len(data.held_out)} held out"
+    told = f"training: {len(data.train)} samples of {source}; {len(data.held_out)} held out"
+    if data.tokens is None:
+        return told
+    why = f" ({data.samples.length_reason}; --sequence-length sets it)" if data.samples.length_reason else ""
+    return f"{told}, {data.tokens} tokens each{why}"
