@@ -60,7 +60,7 @@ def attempt(kind: str, name: str) -> dict[str, Any]:
     if special(kind, model.config) is not None or with_pictures(model) is None:
         make = lambda model, seed: special(kind, model.config, seed) or text(seed)  # noqa: E731
     given = make(model, 0).keys()
-    fed = "pictures and text" if {"pixel_values", "flattened_patches"} & given else "text"
+    fed = "images and text" if {"pixel_values", "flattened_patches"} & given else "text"
     fed = "proteins and text" if "protein_input_ids" in given else fed
     batches = [make(model, seed) for seed in (0, 1)]
     rows = [udop_rows(model.config, batch) for batch in batches] if kind == "udop" else None

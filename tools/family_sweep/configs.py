@@ -24,19 +24,19 @@ OTHERS = (
 MASKED = {"albert": "AlbertForMaskedLM"}
 
 NOT_BUILT = {
-    "fast_vlm": "its picture tower is timm's, which needs torchvision",
-    "gemma3n": "its picture tower is timm's, which needs torchvision; `gemma3n_text` is its text part",
-    "perception_lm": "its picture tower is timm's, which needs torchvision",
+    "fast_vlm": "its image tower is timm's, which needs torchvision",
+    "gemma3n": "its image tower is timm's, which needs torchvision; `gemma3n_text` is its text part",
+    "perception_lm": "its image tower is timm's, which needs torchvision",
     "xlstm": "its configuration's defaults need the package xlstm",
 }
 
 # Types that take what the sweep does not make, and are pruned by tests with inputs of their own.
 BY_TESTS = {
-    "blip": "pictures and text (test_matrix.py)",
-    "blip-2": "pictures and text (test_matrix.py)",
-    "instructblip": "pictures and text (test_matrix.py)",
-    "kosmos-2": "pictures and text (test_matrix.py)",
-    "pi0": "pictures, text and actions (test_carried.py)",
+    "blip": "images and text (test_matrix.py)",
+    "blip-2": "images and text (test_matrix.py)",
+    "instructblip": "images and text (test_matrix.py)",
+    "kosmos-2": "images and text (test_matrix.py)",
+    "pi0": "images, text and actions (test_carried.py)",
     "zamba2": "text (test_later.py)",
 }
 
