@@ -232,7 +232,7 @@ def test_members_with_names_of_their_own(names: tuple[str, str], tmp_path: Path)
          for n, row in enumerate(rows) for end, data in zip(names, row, strict=True)],
     )  # fmt: skip
     if "input" in names[0]:  # nothing says that this is the picture
-        with pytest.raises(CalibrationError, match=r"has pictures \(input.image.png\).*image=input.image.png"):
+        with pytest.raises(CalibrationError, match=r"has images \(input.image.png\).*image=input.image.png"):
             load_samples(source, samples=None, seed=0)
     chosen = {"image": names[0]} if "input" in names[0] else None
     drawn = load_samples(source, samples=None, seed=0, columns=chosen)

@@ -107,8 +107,8 @@ def test_broken_test_data_is_told_before_the_model_is_loaded(tmp_path: Path, mon
     [
         ("vqa", "needs columns with questions"),
         ("multiple-choice", "its choices and the right one"),
-        ("captioning", "has no pictures"),
-        ("zero-shot", "has no pictures"),
+        ("captioning", "has no images"),
+        ("zero-shot", "has no images"),
     ],
 )
 def test_a_text_is_no_test_of_pictures_or_questions(task: str, words: str, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class AllocationOptions:
         return asdict(self)
 
     def check_reach(self) -> None:
-        """Raises InfeasibleAllocation where the limits forbid the sparsity whatever the layers are.
+        """Raises InfeasibleAllocation if the limits forbid the sparsity for any layers.
 
         Raises:
             InvalidOption: one of them is no number from 0 to 1.
@@ -45,8 +45,8 @@ class AllocationOptions:
         everywhere = not self.tower_sparsity and self.pattern == "unstructured"
         if everywhere and not least <= self.sparsity <= most:
             raise InfeasibleAllocation(
-                f"sparsity {self.sparsity} is out of reach: min_sparsity {least} and max_sparsity {most} "
-                "allow no such; change the sparsity or the limits"
+                f"sparsity {self.sparsity} is out of reach: min_sparsity is {least} and max_sparsity {most}; "
+                "change the sparsity or the limits"
             )
 
 

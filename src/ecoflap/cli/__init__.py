@@ -52,7 +52,7 @@ def main() -> NoReturn:
                 _run()
             except KeyboardInterrupt as stop:  # before the command began
                 _say_stopped(stop)
-    except KeyboardInterrupt as stop:  # before it listened, or after
+    except KeyboardInterrupt as stop:  # outside of the context that handles signals
         _say_stopped(stop)
 
 
@@ -78,7 +78,7 @@ def _run() -> NoReturn:
     except Ended as ended:
         _say_stopped(ended.stop)
     except Exception as error:
-        if stops.raised is not None:  # in the middle of a library: some make another error of it
+        if stops.raised is not None:  # some libraries turn it into another error
             known = isinstance(error, RunFailed)
             _say_stopped(Stopped(Path(), str(stops.raised)) if known else stops.raised)
         _explain(error)
@@ -96,7 +96,7 @@ def _explain(error: Exception) -> NoReturn:
     """Exit with one line about ``error``; an unexpected error is raised again if the user asks for tracebacks."""
     known = memory_error(error) or error
     if isinstance(known, EcoflapError):
-        if os.environ.get(TRACEBACK) and error.__cause__ is not None:  # a library's error in our words
+        if os.environ.get(TRACEBACK) and error.__cause__ is not None:  # the library's error behind the message
             sys.excepthook(type(error), error, error.__traceback__)
         _fail(str(known), known.exit_code)
     if isinstance(error, BrokenPipeError):

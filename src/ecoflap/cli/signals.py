@@ -24,7 +24,7 @@ class Stops:
 
     Attributes:
         quiet: say nothing when a signal comes.
-        raised: what the handler raised last, if it did.
+        raised: the last exception of the handler, or None.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Stops:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Be the handler of both signals; one that this process was started deaf to (nohup, &) stays unheard."""
+        """Context that handles both signals; a signal that was ignored from the start (nohup, &) stays ignored."""
         self.quiet, self.raised, self._asked, self._open = False, None, None, 0
         self._telling, self._ends = threading.Lock(), threading.Event()
         heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]

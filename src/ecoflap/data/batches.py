@@ -68,7 +68,7 @@ def first_samples(batches: Sequence[Any], samples: int | None) -> Sequence[Any]:
 
 
 def warn_if_fewer(batches: Sequence[Any], samples: int | None) -> None:
-    """Warns where :func:`first_samples` takes all, as there are fewer; raises as it does."""
+    """Warn if :func:`first_samples` takes all since there are fewer; raises as it does."""
     count = sum(batch_size_of(batch) for batch in first_samples(batches, samples))
     if samples is not None and count < samples:
         warnings.warn(f"all {count} calibration samples are used: there are fewer than {samples}", stacklevel=2)
@@ -108,8 +108,8 @@ def make_batches(
 
     Args:
         batch_size: samples in a batch; the last may be smaller.
-        sequence_length: tokens in a window of plain text, by default what fits model, machine and text; for other data
-            the longest text allowed.
+        sequence_length: tokens in a window of plain text, by default a length that fits model, machine and text; for
+            other data the longest text allowed.
         seed: of windows and caption cuts.
         objective: name of the loss that the batches are for; None for the model's default.
         classes: names of the classes of ``zero-shot``; None for the data set's own.

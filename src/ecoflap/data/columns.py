@@ -46,7 +46,7 @@ def _plain(name: str) -> str:
 
 
 def _names(column: str) -> tuple[str, ...]:
-    """How a column may be known: by its name, and as a tar's member (``image.png``) without the suffix."""
+    """The names to match a column by: its own, and for a tar's member (``image.png``) that without the suffix."""
     stem, _, suffix = column.rpartition(".")
     of_file = stem and suffix.lower() in (*PICTURES, "txt", "cls")
     return (_plain(column), _plain(stem)) if of_file else (_plain(column),)
@@ -80,7 +80,7 @@ def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, so
         CalibrationError: a chosen column is not there, or nothing usable is found.
     """
     overrides = _chosen(available, chosen or {}, source)
-    plain: dict[str, str] = {}  # of columns with equal names, the first counts; whole names come before parts
+    plain: dict[str, str] = {}  # of equal names the first is used; whole names come before parts
     for known in zip_longest(*map(_names, available)):
         for key, name in zip(known, available, strict=True):
             if key is not None:
@@ -107,8 +107,8 @@ def guess_columns(available: Sequence[str], chosen: Mapping[str, str] | None, so
     unclear = [name for name in available if name.rpartition(".")[2].lower() in PICTURES and "." in name]
     if unclear and "image" not in found and "image" not in overrides:
         raise CalibrationError(
-            f"{source} has pictures ({', '.join(unclear[:3])}), but no usual name tells which one is a sample's: "
-            f"say it with image={unclear[0]}, or image= for none"
+            f"{source} has images ({', '.join(unclear[:3])}), but none has a usual name: "
+            f"name the one to use with image={unclear[0]}, or image= for none"
         )
     if not {"image", "text", "answers", "messages"} & found.keys():
         raise CalibrationError(

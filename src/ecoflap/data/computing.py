@@ -33,7 +33,7 @@ def computed_in(model: nn.Module, asked: str, batches: Sequence[Any], loss: Obje
 
 @contextmanager
 def taking(model: nn.Module) -> Iterator[None]:
-    """What the model's code raises on its first calibration batch becomes one line that says so.
+    """Context that turns an error of the model's code on its first calibration batch into one line.
 
     Raises:
         CalibrationError: the model can't take the batch.
@@ -62,8 +62,8 @@ def taking(model: nn.Module) -> Iterator[None]:
 def first_run(loss: Objective) -> Objective:
     """``loss`` for the first forward on calibration data: the batch is moved, errors are those of :func:`taking`.
 
-    Logits are computed where the loss reads them, as in the probes of stage 1: a vocabulary's whole table would take
-    more memory than all that follows.
+    Logits are computed only at the positions that the loss reads, as in the probes of stage 1: all logits would take
+    more memory than all later work.
     """
 
     def run(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -97,9 +97,9 @@ def to_device(batch: Any, model: nn.Module) -> Any:
 
 
 def batch_size_of(batch: Any) -> int:
-    """Number of samples in a batch: rows of the labels, the text or the images, the first that is there.
+    """Number of samples in a batch: rows of the labels, else the text, else the images.
 
-    Of a batch that is no mapping: rows of its first tensor.
+    If the batch is no mapping: rows of its first tensor.
     """
     if not isinstance(batch, Mapping):
         leaves = pytree.tree_leaves(batch)
@@ -137,7 +137,7 @@ def token_masks(batch: Any, is_encoder_decoder: bool, visual: Collection[int] = 
     Args:
         visual: ids of placeholders for visual tokens, see :func:`placeholders`.
     """
-    if not isinstance(batch, Mapping):  # for a loss of the user's own: nothing says what is padding
+    if not isinstance(batch, Mapping):  # for the user's own loss: padding is unknown
         return TokenMasks(None, None)
     encoder = batch.get("attention_mask")
     decoder = None

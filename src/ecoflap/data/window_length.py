@@ -42,13 +42,13 @@ def default_length(
 ) -> WindowLength:
     """2,048 tokens (on a CPU 512) or the model's longest, then halved while necessary, but not below 64.
 
-    Such windows would take more than a quarter of the memory (:func:`activation_bytes`); or the text gives
-    fewer than ``windows`` windows.
+    It is halved while windows would take more than a quarter of the memory (:func:`activation_bytes`), or while the
+    text gives fewer than ``windows`` windows.
 
     Args:
         tokens: of the text.
         batch_size: windows in a forward.
-        work: what is done with the windows.
+        work: the use of the windows.
         memory: total memory of the machine in bytes; None to ask the system. Free memory does not matter, so that the
             same command always gives the same windows on a machine.
     """
@@ -76,9 +76,8 @@ def default_length(
 def activation_bytes(model: nn.Module, length: int, windows: int, batch_size: int, work: Work) -> int:
     """Approximate memory for windows of ``length`` tokens beside the weights, at 4 bytes per number.
 
-    For a test, one batch's forward with its logits; for calibration, the larger of what gradient norms need and what
-    the default criterion needs; for training, the graph of one batch. What the configuration does not say counts
-    nothing.
+    For a test, one batch's forward with its logits; for calibration, the larger of gradient norms and the default
+    criterion; for training, the graph of one batch. Sizes that the configuration does not have count as 0.
     """
     if work == "test":
         return forward_bytes(model, length, batch_size, logits=True)
@@ -110,28 +109,28 @@ def training_bytes(model: nn.Module, length: int, batch_size: int) -> int:
 
 
 def walk_bytes(model: nn.Module, length: int, windows: int, batch_size: int) -> int:
-    """What ADMM keeps of all windows while it prunes a block (:attr:`Shape.walk`), and a forward of one batch."""
+    """ADMM's inputs of all windows while it prunes a block (:attr:`Shape.walk`), and a forward of one batch."""
     kept = 4 * windows * _seen(model, length) * Shape.of(model).walk
     return kept + forward_bytes(model, length, batch_size, logits=False)
 
 
 def _seen(model: nn.Module, length: int) -> int:
-    """Tokens of a window in one tower: an encoder-decoder gets half of each as text and half as answer."""
+    """Tokens of a window in one tower: an encoder and a decoder get half of them each."""
     return length - length // 2 if is_encoder_decoder(model) else length
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Numbers a token in a model's (wider) tower of text.
+    """Numbers per token in a model's text tower, the wider of two.
 
     Attributes:
         hidden: between blocks.
         inner: in a feed-forward network, of all experts that a token is sent to.
         heads: of the attention.
         queries: of all heads together.
-        keys: of all key heads together; values are as many.
-        blocks: in all towers of text.
-        whole: attention weights exist for all pairs of tokens, as where no fused kernel computes them.
+        keys: of all key heads together; there are as many values.
+        blocks: in all text towers.
+        whole: attention weights are stored for all pairs of tokens, since no fused kernel is used.
     """
 
     hidden: int
@@ -145,7 +144,7 @@ class Shape:
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
-        """From the configuration; 0 for what it does not say."""
+        """From the configuration; 0 for a missing size."""
         config = text_config(model)
 
         def of(*names: str) -> int:
@@ -168,7 +167,7 @@ class Shape:
         )
 
     def attention(self, rows: int, length: int) -> int:
-        """Attention weights of ``rows`` tokens in windows of ``length``; a fused kernel does without them."""
+        """Attention weights of ``rows`` tokens in windows of ``length``; a fused kernel stores none."""
         return self.heads * rows * length if self.whole else 0
 
     @property
@@ -180,9 +179,9 @@ class Shape:
     def graph(self) -> int:
         """One block's graph.
 
-        It keeps the block's input and its sum with the attention, both norms and what they were made from, queries,
-        keys, values and what the attention gives, and of the network both products, the activation and what enters the
-        last layer (measured for Llama: 6 hidden, 2 queries, 2 keys, 4 inner).
+        It keeps the block's input, its sum with the attention, inputs and outputs of both norms, queries, keys, values,
+        the attention's output, and of the network both products, the activation and the last layer's input (measured
+        for Llama: 6 hidden, 2 queries, 2 keys, 4 inner).
         """
         return 6 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.inner
 
@@ -193,7 +192,7 @@ class Shape:
 
     @property
     def walk(self) -> int:
-        """Inputs of a block in the dense and the pruned model, and what each of its layers gets in the dense one."""
+        """Inputs of a block in the dense and the pruned model, and inputs of its layers in the dense one."""
         return 2 * self.hidden + (2 * self.hidden + self.queries + self.inner)
 
 

@@ -38,7 +38,7 @@ class Perplexity(Task):
 
     Data: a text file, a folder of them, or a data set with a text column (the role ``text``; by default guessed).
     Samples: the number of windows, the first ones; the seed has no effect. The sequence length is that of a window;
-    default what fits model, machine and text.
+    default one that fits model, machine and text.
     """
 
     better: ClassVar[Better] = "less"

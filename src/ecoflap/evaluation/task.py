@@ -74,7 +74,7 @@ class Task(ABC):
         hub_type: the Hub's name of the kind of task, for the model card.
         takes: which of ``columns``, ``prompt_template``, ``image_folder``, ``classes`` and ``class_prompts`` it reads;
             the others are refused.
-        needs_pictures: whether every sample must have one.
+        needs_pictures: whether every sample must have an image.
     """
 
     unit: ClassVar[Unit | None] = ""
@@ -84,10 +84,10 @@ class Task(ABC):
     needs_pictures: ClassVar[bool] = False
 
     def check_source(self, reader: SampleReader) -> None:
-        """Raises CalibrationError where the columns of the data tell that this task can't use it: before any model."""
+        """Raises CalibrationError if the columns show that this task can't use the data; needs no model."""
         if self.needs_pictures and not reader.columns.keys() & {"image", "messages"}:
             raise CalibrationError(
-                f"{reader.source} has no pictures, which the task needs: it was read as {read_as(reader)}"
+                f"{reader.source} has no images, which the task needs: it was read as {read_as(reader)}"
             )
 
     @abstractmethod
@@ -147,7 +147,7 @@ def in_chunks(reader: SampleReader, size: int, progress: Progress | None, stage:
 
 
 def read_as(reader: SampleReader) -> str:
-    """What the columns of the data were taken for, for messages."""
+    """The columns by their roles, for messages."""
     return ", ".join(f"{role}={column}" for role, column in reader.columns.items()) or "plain text"
 
 

@@ -33,7 +33,7 @@ class ProbeContext:
         workers: the processes that measure; each computes its own estimates, and has all others in ``done``.
         upcast: blocks that compute in fp32 although their weights keep the loaded dtype.
         norms: input norms that other measures on the same batches have gathered.
-        seen: receives the name of a layer whose estimate is known before the measure can yield it, for the progress.
+        seen: receives a layer's name when its estimate is computed but not yet yielded, for the progress.
     """
 
     model: nn.Module
@@ -105,7 +105,7 @@ class ImportanceMeasure(ABC):
         reads: recipe fields of stage 2 that change its scores, such as ``("criterion", "pattern")``.
         cites: its papers, each an :class:`ecoflap.support.citations.Citation` or the key of a listed one. This
             package's own measures name theirs in ``registry.py``.
-        lead: share of a piece's time that passes before the first of its estimates is known.
+        lead: share of a piece's time before its first estimate is computed.
         precision: ``fp32``, or ``native``: the model computes in the checkpoint's dtype.
         scope: ``block`` if only the sum over a block has a meaning.
     """

@@ -11,7 +11,7 @@ from ecoflap.support.progress import Task, early, kept
 
 _log = logging.getLogger("ecoflap")
 
-WAIT = 30.0  # seconds after which a forecast is made within a first batch, too
+WAIT = 30.0  # seconds after which there is a forecast also within the first batch
 SOONEST = 5.0  # seconds that must have gone by: the first probes of a stage are slow, or together too short to tell
 LONG = 1800.0  # seconds from which a faster way is named
 FASTER = {
@@ -27,12 +27,12 @@ class Forecast:
     """A task that forecasts the time of the whole stage after the first probes.
 
     Args:
-        task: receives every step, too.
+        task: also receives every step.
         name: of the importance.
         steps: number of steps to come.
-        together: steps that belong together, such as all layers of a batch; before so many are done there is a
-            forecast only after half of them, and with ``lead``.
-        lead: share of the time of such steps that passes before the first of them; 0 where nothing is known of it.
+        together: steps that belong together, such as all layers of a batch; before these are done there is a forecast
+            only after half of them, and with ``lead``.
+        lead: share of the time of such steps before the first of them; 0 if unknown.
         clock: returns seconds.
     """
 

@@ -105,7 +105,7 @@ def _measured(
     """New estimates of all workers; this one's are in its journal, or those of all if all measure the same."""
     fresh, shared, ahead = [], pieces is not None, 0
 
-    def seen(layer: str) -> None:  # so that a batch of minutes shows how far it is
+    def seen(layer: str) -> None:  # progress within a batch that takes minutes
         nonlocal ahead
         ahead += 1
         early(task, 1, layer)

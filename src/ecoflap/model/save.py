@@ -63,7 +63,7 @@ def replacing(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         locks.enter_context(_alone(partial, folder))
         with storage(folder):
             if folder.is_dir():
-                locks.enter_context(_alone(folder, folder))  # who has just made it may still remove what it replaced
+                locks.enter_context(_alone(folder, folder))  # its writer may still be removing the replaced folder
             check_replaceable(folder, overwrite=overwrite)  # again: another process may have made it meanwhile
         try:
             yield partial
@@ -87,7 +87,7 @@ def replacing(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _alone(place: Path, folder: Path) -> Iterator[None]:
-    """Holds the lock of the folder ``place``; one that is not ``folder`` is made empty, and removed if it stays there.
+    """Context with the lock of the folder ``place``; if it is not ``folder``, it is emptied first, and removed at exit.
 
     Raises:
         OutputExists: another process is writing into ``folder``.
@@ -110,7 +110,7 @@ def _alone(place: Path, folder: Path) -> Iterator[None]:
 
 
 def _locked(place: Path, *, make: bool) -> int | None:
-    """A handle that holds the folder's lock; None where another process does. Without locks, all are let through."""
+    """A handle that holds the folder's lock; None if another process does. Without file locks there is no check."""
     while True:
         if make:
             if place.is_file():
@@ -135,7 +135,7 @@ def _locked(place: Path, *, make: bool) -> int | None:
 
 
 def _is_at(handle: int, place: Path) -> bool:
-    """Whether the folder that is open still has this name."""
+    """Whether the open folder still has this name."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(place))
     except OSError:

@@ -59,7 +59,7 @@ def bench(packed: Path | None, options: BenchOptions, progress: Progress | None 
 
 @contextmanager
 def _saying(packed: Path | None) -> Iterator[None]:
-    """Turns what a model raises that is not ours into one line; what transformers raises has many kinds."""
+    """Context that turns other errors of the model into one line; transformers raises many kinds."""
     try:
         yield
     except UNFIT as error:

@@ -236,12 +236,12 @@ def rehearse(checkpoint: Checkpoint, recipe: Recipe) -> None:
         raise type(failures[0])(more + "; ".join(map(str, failures))) from failures[0]
 
 
-# What models and processors raise on inputs that are not for them, or with settings that are damaged.
+# Errors of models and processors with inputs that they can't take, or with damaged settings.
 UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def unfit(error: Exception, entry: Evaluation, checkpoint: Checkpoint) -> EcoflapError:
-    """Says that the model can't be put to a test, in which it raised ``error``."""
+    """An error that says that the test can't be run on the model, which raised ``error``."""
     message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     model, data = type(checkpoint.model).__name__, entry.test or "its data"
     found = InvalidOption(

@@ -1,4 +1,4 @@
-"""Reads the scores of samples from a file, whoever wrote it: lists of one length, of finite numbers."""
+"""Reads and checks the scores of samples in a file: lists of equal length, of finite numbers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Scores(BaseModel):
     def _of_one_length(self) -> Scores:
         n = len(self.scores)
         if {len(self.index), len(self.kinds) or n, len(self.tokens) or n} != {n}:
-            raise ValueError(f"{n} scores, but not as many of its other lists")
+            raise ValueError(f"{n} scores, but its other lists have another length")
         return self
 
     def samples(self) -> Samples:
-        """The same, to compute with."""
+        """The same as the dataclass to compute with."""
         return Samples(**self.model_dump())
 
 

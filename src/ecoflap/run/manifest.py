@@ -84,7 +84,7 @@ class Manifest:
         """Context that notes ``names`` before and after they are written; does nothing without a manifest.
 
         Raises:
-            OutputExists: a file of that name is there that ecoflap did not write.
+            OutputExists: there is a file of that name that ecoflap did not write.
         """
         if not self.exists:
             yield
@@ -95,7 +95,7 @@ class Manifest:
         self.note(*names)
 
     def check_own(self, *names: str) -> None:
-        """Raises OutputExists if a file of that name is in a folder with a manifest, and ecoflap did not write it."""
+        """Raises OutputExists if there is a manifest and a file of that name that ecoflap did not write."""
         if not self.exists:
             return
         known = self._read()

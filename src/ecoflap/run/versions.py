@@ -15,5 +15,5 @@ def versions() -> dict[str, str]:
 
 @cache
 def _installed(package: str) -> str:
-    """The version that the package's metadata gives: importing torch takes seconds."""
+    """The version in the package's metadata, without an import: torch takes seconds."""
     return importlib.metadata.version(package)

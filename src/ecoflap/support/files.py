@@ -45,7 +45,7 @@ def _remedy(error: OSError) -> str:
 
 
 def check_can_make(path: Path) -> None:
-    """Raises StorageError where nothing can be made at ``path``: it lies below a file, or where nobody may write."""
+    """Raises StorageError if nothing can be written at ``path``: a parent is a file, or has no write permission."""
     above = next(folder for folder in path.expanduser().absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         raise StorageError(f"can't write {path}: {above} is no folder: choose another --output")

@@ -27,15 +27,15 @@ def plan(task: Task, kinds: Sequence[str]) -> None:
 
 
 def early(task: Task, steps: int, detail: str = "") -> None:
-    """Tell a task of steps whose results are not kept yet: it shows them, and does not end the work there.
+    """Tell a task of steps whose results are not stored yet: it shows them, and does not end the work there.
 
-    A task that can't do so (it has no method ``early``) takes them for finished ones.
+    A task without a method ``early`` counts them as finished.
     """
     getattr(task, "early", task.advance)(steps, detail)
 
 
 def kept(task: Task) -> None:
-    """Tell a task that the results of all steps that it was told of early are kept now, if it asks for that."""
+    """Tell a task, if it has a method ``kept``, that the results of all steps told early are now stored."""
     receive = getattr(task, "kept", None)
     if receive is not None:
         receive()

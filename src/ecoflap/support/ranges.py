@@ -5,7 +5,7 @@ from __future__ import annotations
 from ecoflap.errors import InvalidOption
 
 MOST_ROUNDS = 100_000  # iterations: more would take days, and values converge long before
-SMALLEST, LARGEST = 1e-12, 1e6  # for factors that are near 1 in practice, or a small part of it
+SMALLEST, LARGEST = 1e-12, 1e6  # for factors that in practice are near 1, or below
 
 
 def check_count(name: str, value: int, least: int = 1, most: int = MOST_ROUNDS) -> None:

@@ -49,23 +49,23 @@ def read_yaml(path: str | Path, what: str, error: type[EcoflapError] = InvalidOp
 
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
-    """A file as text; raises OSError, or ValueError where it is no UTF-8 or holds more than ``most`` bytes."""
+    """A file as text; raises OSError, or ValueError if it is no UTF-8 or has more than ``most`` bytes."""
     return read_bytes(path, most).decode("utf-8")
 
 
 def read_bytes(path: str | Path, most: int) -> bytes:
-    """A file's bytes; raises OSError, or ValueError where there are more than ``most``."""
+    """A file's bytes; raises OSError, or ValueError if there are more than ``most``."""
     with open(path, "rb", opener=_at_once) as file:
-        data = file.read(most + 1)  # not by its size: a device has none, and no end
+        data = file.read(most + 1)  # a device has no size, and may be endless
     if len(data) > most:
         raise ValueError(f"it has more than {most} bytes")
     return data
 
 
 def _at_once(path: str, flags: int) -> int:
-    """Opens a file without waiting: a pipe that nobody writes to would be waited for without end, and now is empty."""
+    """Open a file without blocking: a pipe without a writer is then empty, instead of blocking forever."""
     handle = os.open(path, flags | os.O_NONBLOCK)
-    os.set_blocking(handle, True)  # of a pipe that has a writer, all is read
+    os.set_blocking(handle, True)  # so that a pipe with a writer is read to its end
     return handle
 
 

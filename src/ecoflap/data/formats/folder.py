@@ -92,10 +92,10 @@ def _metadata_in(folder: Path) -> Path | None:
 
 
 def _metadata_below(folder: Path, wanted: str, depth: int = DEEPEST) -> tuple[list[Path], bool]:
-    """The metadata files of the sub-folders, a few levels deep, and whether folders of a split were chosen among.
+    """The metadata files of the sub-folders, a few levels deep, and whether a folder was chosen by its split.
 
-    Folders named as splits are not looked into on the first level; below, where one of them is the wanted split (as in
-    ``data/train``), it is the only one.
+    Folders named as splits are skipped on the first level; below it, if one of them is the wanted split (as in
+    ``data/train``), only this one is used.
     """
     below, found, chosen = _folders(folder), list[Path](), False
     splits = {one for one in below if one.name.lower() in SPLITS}

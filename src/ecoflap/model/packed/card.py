@@ -1,4 +1,4 @@
-"""Says in a packed model's card that its weights are packed, and takes that out again."""
+"""Adds a section on packed weights to a model's card, and removes it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Without that import transformers warns of an unknown quantization type and leave
 
 
 def write_packed_card(source: Path, folder: Path) -> None:
-    """Write the card of the model in ``source``, if it has one, into ``folder``, with how to load packed weights."""
+    """Copy the card of the model in ``source``, if it has one, to ``folder``, and add how to load packed weights."""
     _write(source, folder, _packed)
 
 
 def write_plain_card(source: Path, folder: Path) -> None:
-    """The same without what :func:`write_packed_card` added."""
+    """Copy the card without the section of :func:`write_packed_card`."""
     _write(source, folder, _plain)
 
 

@@ -1,9 +1,9 @@
 """Finds a factor for each column of a matrix, by which it is divided before its values are rounded.
 
-Weights of a column whose input is always tiny may be a hundred times as large as all others: least squares allow it,
-and the scale of a group follows them, so that its other weights are rounded to next to nothing. The product is then one
-with x times the factors. Scaling a matrix on both sides before it is quantised is known from AWQ (Lin et al., MLSys
-2024), which takes the factors from activations, and SINQ (Müller et al., 2025), which takes them from the weights.
+Least squares may give a column with very small inputs weights a hundred times as large as all others. They would
+determine the scale of their group, and its other weights would be rounded to almost zero. The product uses x times the
+factors. Scaling a matrix on both sides before quantisation is known from AWQ (Lin et al., MLSys 2024), which takes the
+factors from activations, and SINQ (Müller et al., 2025), which takes them from the weights.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 MOST = 8  # factors lie between 2^-MOST and 2^MOST, so that inputs times them stay in the range of float16
 _PASSES = 3
-_SHARE = 0.75  # of the way from columns as they are to columns of one size
-_AT_ONCE = 1 << 24  # weights that are worked on at a time
+_SHARE = 0.75  # exponent of the factors: 0 leaves the columns unchanged, 1 makes them equal
+_AT_ONCE = 1 << 24  # weights that are processed at a time
 
 
 def column_scales(matrix: Tensor) -> Tensor:
     """(C,) powers of two for the columns of an (R, C) matrix, in bfloat16, which holds them exactly.
 
     Rows and columns are divided in turn by the root mean square of their non-zeros, three times (Sinkhorn's iteration,
-    on squares). The factor of a column is what it was divided by, relative to the median column, to the power 0.75: a
-    column whose weights are large has small inputs for the most part, but not always.
+    on squares). The factor of a column is its divisor relative to the median column, to the power 0.75: a column with
+    large weights usually has small inputs, but not always.
     """
     columns = matrix.shape[1]
     step = max(1, _AT_ONCE // max(columns, 1))
@@ -47,8 +47,8 @@ def _positive(size: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, scales: Tensor | None) -> Tensor:
-    """``x`` (..., C) times the factors of the columns; itself without factors.
+    """``x`` (..., C) times the factors of the columns; ``x`` without factors.
 
-    Exact, as they are powers of two, but for float16 numbers that become subnormal.
+    Exact, since they are powers of two, except for float16 numbers that become subnormal.
     """
     return x if scales is None else x * scales.to(x.dtype)

@@ -22,7 +22,7 @@ PARTS = (
     "shape",
     "scales",
     "column_scales",
-)  # what is stored of a weight; both kinds of scales for rounded values
+)  # stored tensors of a weight; both kinds of scales for rounded values
 VALUES = ("auto", "int8", "int4")
 GROUP_STEP = 64  # columns that kernels read at a time; a group must not end inside a step
 GROUP_SIZES = {"auto": 0, "int8": 0, "int4": 128}  # by default
@@ -45,8 +45,8 @@ class PackedWeight:
         shape: the dense weight's.
         scales: (R, groups) float32, factors of the rounded values for each row and group of columns.
         group_size: columns that share a scale; 0 for the whole row.
-        column_scales: (matrices, C) powers of two, by which the columns of each (R / matrices, C) matrix are multiplied
-            besides (``columns.py``); None where they are not, as in files of version 2 and before.
+        column_scales: (matrices, C) powers of two, further factors of the columns of each (R / matrices, C) matrix
+            (``columns.py``); None without them, as in files up to version 2.
     """
 
     compressed: Tensor
@@ -192,13 +192,13 @@ def worth_packing(weight: Tensor, values: str = "auto", group_size: int | None =
 
 
 def _column_scales(matrix: Tensor, shape: Sequence[int]) -> Tensor:
-    """(matrices, C) of a stack of ``shape``, given as ``matrix`` of all their rows."""
+    """The column scales (matrices, C) of a stack of ``shape``, whose rows are those of ``matrix``."""
     stacked = matrix.reshape(prod(shape[:-2]), -1, shape[-1]) if matrix.numel() else matrix.new_zeros(1, 0, shape[-1])
     return torch.stack([column_scales(one) for one in stacked])
 
 
 def _of_rows(scales: Tensor, shape: Sequence[int], first: int, count: int) -> Tensor:
-    """The column scales of ``count`` rows from ``first`` on, (count, C), or (1, C) where they are the same for all."""
+    """The column scales of ``count`` rows from ``first`` on, (count, C), or (1, C) if they are the same for all."""
     if len(scales) == 1:
         return scales.float()
     return scales[torch.arange(first, first + count, device=scales.device) // shape[-2]].float()

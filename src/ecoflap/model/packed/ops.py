@@ -38,7 +38,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 def multiply(
     x: Tensor, compressed: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor, bias: Tensor, group_size: int
 ) -> Tensor:
-    """As :func:`packed_linear`, for ``x`` scaled by columns already; empty tensors for missing scales or bias."""
+    """As :func:`packed_linear`, for ``x`` times the column scales; empty tensors for missing scales or bias."""
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
         found: Tensor = _WithGradient.apply(x, compressed, bitmask, offsets, scales, bias, group_size)  # type: ignore[no-untyped-call]
         return found

@@ -159,7 +159,7 @@ def mark(model: Any, values: str, group_size: int) -> None:
 
 
 def versioned(values: str, stacks: bool) -> dict[str, Any]:
-    """Version and column scales in the configuration of what is packed now."""
+    """Version and column scales in the configuration of a newly packed model."""
     rounded = values in STORED
     return {"version": 3 if rounded else 2 if stacks else 1, "column_scales": rounded}
 

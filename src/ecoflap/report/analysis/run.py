@@ -64,7 +64,7 @@ def analyse(
         samples: number of calibration samples; by default that of the run's stage 1, fewer for large models.
         overwrite: make existing analyses again.
         trust_remote_code: allow the checkpoint's own code, if the run used it.
-        objective: the run's own objective ``module:function``, which must be given again, since it runs code.
+        objective: the run's objective ``module:function``, which must be given again, since it runs code.
 
     Returns:
         The outcome of each analysis, by name.

@@ -242,7 +242,7 @@ def _scale(axis: Any, wanted: Axis) -> None:
 
 
 class _PerCent(ScalarFormatter):
-    """Fractions in per cent, all with the decimals that the distance of the ticks needs."""
+    """Fractions in per cent, with as many decimals as the distance of the ticks needs."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         shown = [100 * float(place) for place in self.locs]

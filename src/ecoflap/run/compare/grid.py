@@ -214,7 +214,7 @@ class _Work:
         finally:
             self._kept.restore()
         if cell.error is not None:
-            task.advance(0, str(place))  # stops here if a signal is what it failed of, and it is made again
+            task.advance(0, str(place))  # stops here if it failed because of a signal, and is made again
             _log.warning("%s can't be made: %s", place, cell.error)
         self._folder.write(_file_of(place), cell.model_dump(mode="json"))
         _log.info("cell %s: %s", place, cell.value)

@@ -22,8 +22,8 @@ def as_csv(comparison: Comparison) -> str:
     After the fixed columns: ``tower:NAME`` for each tower's sparsity, ``other:METRIC`` for further metrics of the first
     test, ``test:NAME`` and ``test:NAME:stderr`` for each further test, ``FORM:bytes``, ``FORM:value`` and
     ``FORM:stderr`` (first test) for each form that models were stored in, and the paired differences from the dense
-    model and the uniform one: ``against:dense``, ``against:dense:stderr`` and so on, of further tests with
-    ``test:NAME:`` before. They are of all seeds together, so that the rows of a method's seeds have the same.
+    model and the uniform one: ``against:dense``, ``against:dense:stderr`` and so on, for further tests with the prefix
+    ``test:NAME:``. They are over all seeds, so all rows of a method's seeds have the same.
     """
     towers = list(dict.fromkeys(name for cell in comparison.cells for name in cell.towers))
     others = list(dict.fromkeys(name for cell in comparison.cells for name in cell.others))

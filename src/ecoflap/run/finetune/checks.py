@@ -1,4 +1,4 @@
-"""Checks places and data of a training before a model is loaded; imports none of transformers' models."""
+"""Checks paths and data of a training before a model is loaded; imports none of transformers' models."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class TrainingData:
     Attributes:
         samples: the drawn samples, for the record; only the first ones have images.
         paired: the loss contrasts the samples of a batch, so that a batch of one sample is useless.
-        tokens: in a window of plain text; None for other samples.
+        tokens: per window of plain text; None for other samples.
     """
 
     train: Rows

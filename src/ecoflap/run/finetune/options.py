@@ -115,7 +115,7 @@ def search_arguments(
 
 
 def _batches(recipe: Finetune, data: TrainingData) -> dict[str, object]:
-    def rows(samples: Sized) -> int:  # torch makes a list of so many for a batch, however few samples there are
+    def rows(samples: Sized) -> int:  # torch makes a list of this length for a batch, even with fewer samples
         return max(1, min(recipe.batch_size, len(samples)))
 
     return {
