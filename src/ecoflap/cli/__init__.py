@@ -17,6 +17,7 @@ from ecoflap.cli.signals import stops
 from ecoflap.cli.terminal import messages, print_lines
 from ecoflap.errors import EcoflapError
 from ecoflap.run.directory import RunFailed, Stopped
+from ecoflap.support.full_disk import storage_error
 from ecoflap.support.memory import memory_error
 from ecoflap.support.workers import launched
 
@@ -110,6 +111,8 @@ def _explain(error: Exception) -> NoReturn:
         raise error
     if isinstance(error, RecursionError):
         _fail(f"an input is nested too deep ({error}); {TRACEBACK}=1 shows where", 2)
+    if not isinstance(error, OSError) and (full := storage_error(error)) is not None:
+        _fail(str(full), full.exit_code)
     if isinstance(error, OSError):
         if error.filename is None:  # no file is named: standard output, or a limit of the system
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try again at its exit

@@ -7,6 +7,7 @@ rounds.
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ def _saying(packed: Path | None) -> Iterator[None]:
     """Context that turns other errors of the model into one line; transformers raises many kinds."""
     try:
         yield
+    except CheckpointError as error:  # of the plain model that was made of it
+        raise CheckpointError(re.sub(r"'[^']*/ecoflap-bench-[^']*'", f"'{packed}'", str(error))) from error
     except UNFIT as error:
         if packed is None:
             raise

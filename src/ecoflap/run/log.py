@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ecoflap.errors import EcoflapError, OutOfMemory, StorageError
 from ecoflap.run.directory import RunFailed, Stopped
+from ecoflap.support.full_disk import storage_error
 from ecoflap.support.memory import memory_error
 from ecoflap.support.text import printable
 
@@ -24,10 +25,11 @@ def explained(run: Path, log: Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         _log.info("stopped")
         raise Stopped(run, str(stop)) from stop
-    except StorageError as error:
-        _log.info("stopped: %s", error)
-        raise StorageError(f"{error}; then the same command with --resume goes on from here") from error
     except Exception as error:
+        full = error if isinstance(error, StorageError) else storage_error(error)
+        if full is not None:
+            _log.info("stopped: %s", full)
+            raise StorageError(f"{full}; then the same command with --resume goes on from here") from error
         short = memory_error(error)
         if short is not None:
             _log.info("stopped: out of memory", exc_info=error)

@@ -12,7 +12,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,7 +246,8 @@ def measured(name: str, into: list[Usage]) -> Iterator[None]:
     def watch() -> None:
         nonlocal peak
         while not stop.wait(INTERVAL):
-            peak = max(peak, process.memory_info().rss)
+            with suppress(OSError, psutil.Error):  # too many open files, say: the stage itself may still work
+                peak = max(peak, process.memory_info().rss)
 
     cuda = torch.cuda.is_available()
     if cuda:
@@ -260,5 +261,6 @@ def measured(name: str, into: list[Usage]) -> Iterator[None]:
         seconds = time.perf_counter() - begin
         stop.set()
         watcher.join()
-        peak = max(peak, process.memory_info().rss)
+        with suppress(OSError, psutil.Error):
+            peak = max(peak, process.memory_info().rss)
     into.append(Usage(name, seconds, peak, torch.cuda.max_memory_allocated() if cuda else None))

@@ -39,6 +39,9 @@ def test_a_packed_folder_is_measured(run, tmp_path):
     settings = tmp_path / "packed/generation_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "bos_token_id": "x"}))
     run("bench", "packed", *options).refused("'packed' can't generate text", "generation_config.json")
+    config = tmp_path / "packed/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": [], "auto_map": {}}))
+    assert "ecoflap-bench-" not in run("bench", "packed", *options).refused("'packed' needs code")
 
 
 @pytest.mark.parametrize(
