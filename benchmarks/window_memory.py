@@ -45,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "t5": {
         "model_type": "t5", "vocab_size": 32128, "d_model": 512, "d_ff": 1024, "d_kv": 64, "num_heads": 6,
-        "num_layers": 4, "num_decoder_layers": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        "num_layers": 4, "num_decoder_layers": 4, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
     },
     "llama": {
         "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192,
@@ -68,7 +68,7 @@ def do(model: PreTrainedModel, work: str, ids: torch.Tensor, batch_size: int) ->
     """One piece of work on windows (N, length); an encoder-decoder gets their halves, as calibration has it."""
     texts, answers = ids.chunk(2, dim=1) if model.config.is_encoder_decoder else (ids, ids)
     parts = zip(torch.split(texts, batch_size), torch.split(answers, batch_size), strict=True)
-    batches = [{"input_ids": text, "labels": answer} for text, answer in parts]
+    batches = [{"input_ids": text.contiguous(), "labels": answer.contiguous()} for text, answer in parts]
     if work == "forward":
         with torch.no_grad():
             model(**batches[0] if texts is not answers else {"input_ids": texts[:batch_size]}, use_cache=False)

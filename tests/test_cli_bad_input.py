@@ -73,7 +73,7 @@ def prune(run: Command, made: SimpleNamespace, tmp_path: Path) -> Command:
         (["--tower-sparsity", "visoin=0.4"], ["'visoin'", "language"]),
         (["--tower-sparsity", "language"], ["'language'", "TOWER=X"]),
         (["--tower-sparsity", "language=2"], ["language", "from 0 to 1"]),
-        (["--include", "nothing.like.this"], ["'nothing.like.this'", "selects no layer", "inspect"]),
+        (["--include", "nothing.like.this"], ["no layer or tower 'nothing.like.this'", "inspect"]),
         (["--exclude", "*bias"], ["'*bias'", "selects no layer"]),
         (["--exclude", "model.layers"], ["nothing to prune", "excluded"]),
         (["--towers", "model.blocks"], ["model.blocks", "inspect"]),

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import picos
 import pytest
 from console import prose
 
-from ecoflap.errors import CalibrationError, EcoflapError, StorageError
+from ecoflap.errors import AnatomyError, CalibrationError, EcoflapError, StorageError
 from ecoflap.model.replace import check_replaceable
+from ecoflap.run import loading
 from ecoflap.run import prepare as preparing
 from ecoflap.run.checks import check_data, check_evaluated, check_measured, check_recipe
 from ecoflap.run.compare.folder import GridDirectory
@@ -141,3 +143,25 @@ def test_the_importance_that_options_name_is_told() -> None:
     assert "epsilon" in line
     for other in (Recipe(), Recipe(importance="zeroth-order", importance_options={"epsilon": 0.01})):
         assert not list(by_options(other, other.resolved()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"exclude": ("model.layer.0",)}, "no layer or tower 'model.layer.0': did you mean 'model.layers.0'"),
+        ({"tower_sparsity": {"visio": 0.3}}, "no layer or tower 'visio'"),
+        ({"include": ("qformer",)}, "no layer or tower 'qformer'"),
+    ],
+)
+def test_names_of_parts_are_checked_before_the_weights_are_read(
+    fields: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(loading, "load", load)
+    folder = str(picos.write_checkpoint("llama", tmp_path / "llama"))
+    with pytest.raises(AnatomyError, match=words):
+        loading.load_checkpoint(Recipe(model=folder, **fields))
+    known = {"exclude": ("model.layers.0", "*.nosuch"), "tower_sparsity": {"model.layers": 0.3, "vision": 0.2}}
+    loading.check_parts(Recipe.model_validate({"model": folder, **known}))

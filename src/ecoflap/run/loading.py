@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
-from ecoflap.errors import CheckpointError, InvalidOption
-from ecoflap.model.checkpoint import Checkpoint, load
+from difflib import get_close_matches
+
+from ecoflap.errors import AnatomyError, CheckpointError, InvalidOption
+from ecoflap.model.anatomy import discover
+from ecoflap.model.checkpoint import Checkpoint, empty_model, load
 from ecoflap.model.device_map import DISK
-from ecoflap.model.files import PACKED
+from ecoflap.model.files import PACKED, is_open_clip, locate
 from ecoflap.model.offload import check_in_memory
 from ecoflap.run.recipe import Recipe
 from ecoflap.support.processes import device_of
 from ecoflap.support.progress import LOADING, Progress, Silent
 from ecoflap.support.workers import ALONE, Workers
+
+MODALITIES = ("vision", "language", "audio")
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Check the plain names that a recipe gives of layers and towers, before any weights are read.
+
+    They are looked for among the modules and parameters of the model on the meta device. Globs, which may select what
+    only a forward shows, are left to :func:`ecoflap.model.anatomy.discover`.
+
+    Raises:
+        AnatomyError: the model has nothing of such a name.
+    """
+    given = (*recipe.include, *recipe.exclude, *(recipe.towers or ()), *(recipe.tower_sparsity or ()))
+    asked = [name for name in given if name not in MODALITIES and not set("*?[") & set(name)]
+    if not asked or recipe.model is None or recipe.trust_remote_code or is_open_clip(recipe.model):
+        return
+    try:
+        files = locate(recipe.model)
+        if files.gguf_file is not None:  # its header takes seconds to be read
+            return
+        model = empty_model(files)
+    except CheckpointError:  # what is wrong with it is told when it is loaded
+        return
+    known = {path for path, _ in model.named_modules()} | {path for path, _ in model.named_parameters()}
+    for name in asked:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            towers = ", ".join(f"{tower.name} ({tower.modality})" for tower in discover(model).towers)
+            raise AnatomyError(
+                f"{type(model).__name__} has no layer or tower '{name}': {hint}its towers are {towers}; "
+                "'ecoflap inspect' shows the layers"
+            )
 
 
 def load_checkpoint(
@@ -30,9 +67,11 @@ def load_checkpoint(
     Raises:
         InvalidOption: they are not in memory.
         CheckpointError: they are packed.
+        AnatomyError: as :func:`check_parts`.
     """
     if whole is not None and recipe.device_map == DISK:
         raise InvalidOption(f"{whole} needs all weights in memory: leave out --device-map {DISK}")
+    check_parts(recipe)
     with (progress or Silent()).stage(LOADING, total=1) as task:
         task.advance(0, recipe.model or "the embedded model")
         found = load(
