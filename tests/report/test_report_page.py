@@ -194,7 +194,7 @@ def test_what_stayed_dense_and_what_was_not_reached(tmp_path, page):
     more["sparsity"] = more["sparsity"] | {"model_parameters": 10_000}
     text = " ".join(Page(read(write_report(write_run(tmp_path, metrics=more)))).text["layers"].split())
     assert "Reason Tensors Weights Of the model embedding 1 3 000 30.0 % norm 2 50 0.5 %" in text
-    assert "pruned without statistics of their own: tower.3.wo.weight." in text
+    assert "pruned without their own statistics: tower.3.wo.weight." in text
 
 
 def test_what_routers_choose_and_which_experts_are_gone(tmp_path, page):
@@ -288,7 +288,7 @@ def test_size_on_disk_as_saved_and_without_zeros(tmp_path, page):
     packed = 4_000_000 - 2 * zeros + sum(t["weights"] for t in towers) / 8  # two bytes per weight
     text = Page(read(write_report(run))).words("headline")
     assert "4.00 MB" in text
-    assert f"{packed / 1e6:.2f} MB if zeros took a bit each (computed)" in text
+    assert f"{packed / 1e6:.2f} MB with a bit per prunable weight instead of zeros (computed)" in text
 
 
 def test_rebuild_finds_out_what_a_folder_holds(tmp_path):

@@ -17,7 +17,9 @@ from ecoflap.run.recipe import FILE_ONLY
 FIELDS = tuple(name for name in Finetune.model_fields if name not in {"model", *NOT_HERE, *FILE_ONLY})
 
 
-@app.command(cls=Command, short_help="Train a sparse model further, its zeros kept; with a page of before and after.")
+@app.command(
+    cls=Command, short_help="Train a sparse model further while its zeros stay; with a page of before and after."
+)
 @with_recipe_options(*FIELDS, recipe=Finetune)
 def finetune(
     recipe: Finetune,
@@ -29,10 +31,10 @@ def finetune(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Train the sparse model of RUN, or MODEL, further: its zeros stay zeros, to the bit.
+    """Train the sparse model of RUN, or MODEL, further while its zeros stay exactly zero.
 
-    A part of the data is held out, and training stops when its loss no longer falls. Where no option sets them, the
-    dense model, the tests, the prompt and the objective are those of the run.
+    A part of the data is held out, and training stops when its loss no longer falls. The default
+    dense model, tests, prompt and objective are those of the run.
 
     Examples:
         ecoflap finetune runs/first --train train.parquet --epochs 5 --output tuned/first

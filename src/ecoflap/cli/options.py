@@ -171,11 +171,11 @@ def with_recipe_options(
 def _model(recipe: type[Recipe]) -> list[tuple[str, Any]]:
     """The argument MODEL and the option ``--recipe``, with their annotations."""
     about = recipe.model_fields["model"].description
-    optional = "[MODEL]" if "left out" in str(about) else "RUN|MODEL"
+    optional = "[MODEL]" if "embedded model" in str(about) else "RUN|MODEL"
     files = typer.Option(
         "--recipe",
         metavar="FILE",
-        help="YAML with any of these options; options win. May be repeated: later files win.",
+        help="YAML with any of these options; those given replace its values. May be repeated; later files win.",
         rich_help_panel=OUTPUT,
     )
     return [

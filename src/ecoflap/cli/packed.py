@@ -124,7 +124,9 @@ def packed_line(packed: dict[str, Any]) -> str:
     )
 
 
-@app.command("bench", cls=Command, short_help="What packing gains on this machine: bytes, loading, tokens per second.")
+@app.command(
+    "bench", cls=Command, short_help="Measure the gain of packing on this machine: bytes, loading, tokens per second."
+)
 def bench_model(
     packed: Annotated[
         Path | None,
@@ -144,9 +146,9 @@ def bench_model(
     threads: Annotated[str, typer.Option("--threads", metavar="N,...", help="0 means all. Default: 1,0.",
                                          show_default=False, rich_help_panel="Measuring")] = "1,0",
     layers: Annotated[int, typer.Option("--layers", metavar="N", show_default=False,
-                                        help="Of the random model; fewer where memory is short. Default: 22.",
+                                        help="Of the random model; fewer if memory is short. Default: 22.",
                                         rich_help_panel="Measuring")] = 22,
-    sparsity: Annotated[float, typer.Option("--sparsity", metavar="S", help="Of the models made for it. Default: 0.5.",
+    sparsity: Annotated[float, typer.Option("--sparsity", metavar="S", help="Of the generated models. Default: 0.5.",
                                             show_default=False, rich_help_panel="Measuring")] = 0.5,
     output: Annotated[Path | None, output_option("Write the JSON there, too.", "FILE")] = None,
     overwrite: Annotated[bool, flag("--overwrite", text="Replace the file of --output.")] = False,

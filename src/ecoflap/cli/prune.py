@@ -87,7 +87,7 @@ def prune(
         raise failure
 
 
-@app.command(cls=Command, short_help="Better weights for the zeros that a pruned model has.")
+@app.command(cls=Command, short_help="Fit the remaining weights of a pruned model; its zeros stay.")
 @with_recipe_options(
     *MODEL_FIELDS, *PART_FIELDS, *DATA_FIELDS, *TEST_FIELDS, "test_batch_size", "recover_options", "tokens",
     "top_tokens", "expert_tokens", "offload_activations",
@@ -96,8 +96,8 @@ def recover(
     recipe: Recipe,
     dense: Annotated[
         str | None,
-        typer.Option("--dense", metavar="DENSE", help="What MODEL was pruned from: folder, GGUF file or hub id; left "
-                     "out: the embedded model.", show_default=False, rich_help_panel="Model"),
+        typer.Option("--dense", metavar="DENSE", help="The model that MODEL was pruned from: folder, GGUF file or hub "
+                     "id. Default: the embedded model.", show_default=False, rich_help_panel="Model"),
     ] = None,
     output: Annotated[
         Path, output_option("The run directory. Default: ecoflap-recovered.")

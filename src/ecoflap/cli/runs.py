@@ -14,9 +14,9 @@ from ecoflap.run.names import ANALYSIS, REPORT
 from ecoflap.run.recipe import OPTIONS, Recipe
 
 
-@app.command(cls=Command, short_help="Pictures that explain a run: distributions, agreement, loss landscape, ...")
+@app.command(cls=Command, short_help="Plots that explain a run: distributions, agreement, loss landscape, ...")
 def analyse(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that is complete.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A complete run directory.", show_default=False)],
     what: Annotated[
         list[str] | None,
         typer.Option("--what", metavar="NAME", show_default=False, rich_help_panel=OUTPUT,
@@ -28,21 +28,21 @@ def analyse(
         typer.Option("--samples", metavar="N", show_default=False, rich_help_panel=OUTPUT,
                      help="Calibration samples to measure on. Default: those of stage 1, fewer for large models."),
     ] = None,
-    overwrite: Annotated[bool, flag("--overwrite", text="Measure again what is there already.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", text="Repeat earlier measurements.")] = False,
     trust_remote_code: Annotated[
-        bool, flag("--trust-remote-code", text="Let a run that ran code of its checkpoint run it again.")
+        bool, flag("--trust-remote-code", text="Run code of the checkpoint, if the run did.")
     ] = False,
     objective: Annotated[
         str | None,
         typer.Option("--objective", metavar="MODULE:FUNCTION", show_default=False, rich_help_panel=OUTPUT,
-                     help="The run's own objective, again: a run is not trusted with naming code."),
+                     help="The run's own objective, which must be given again, since it runs code."),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Analyse RUN: JSON and images in its folder 'analysis', and report.html again, which shows them.
+    """Analyse RUN: JSON and plots in its folder 'analysis', and report.html again, which shows them.
 
-    Model, data and options are those of the run. What an earlier call has measured is kept.
+    Model, data and options are those of the run. Earlier measurements are kept.
 
     Examples:
         ecoflap analyse runs/first
@@ -71,7 +71,8 @@ def analyse(
 @app.command(cls=Command, short_help="Write the page of a run or comparison again, from its files.")
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A run directory, or what compare wrote.", show_default=False)
+        Path,
+        typer.Argument(metavar="FOLDER", help="A run directory, or the folder of a comparison.", show_default=False),
     ],
     quiet: Quiet = False,
 ) -> None:
@@ -99,7 +100,7 @@ def push_run(
     private: Annotated[bool, flag("--private", text=PRIVATE)] = False,
     revision: Annotated[
         str | None,
-        typer.Option("--revision", metavar="BRANCH", help="Branch to upload to, made where there is none.",
+        typer.Option("--revision", metavar="BRANCH", help="Branch to upload to; created if it does not exist.",
                      show_default=False, rich_help_panel=OUTPUT),
     ] = None,
     quiet: Quiet = False,

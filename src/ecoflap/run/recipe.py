@@ -64,7 +64,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="Hub id, folder or GGUF file; left out: the embedded model.")
+    model: str | None = Field(None, description="Hub id, folder or GGUF file. Default: the embedded model.")
     sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="Fraction of the prunable weights to set to zero.")
     max_sparsity: float | None = Field(
         None,
@@ -99,7 +99,7 @@ class Recipe(BaseModel):
     rule: str | None = Field(
         None,
         description="How scores become sparsities: proportional, linear, linear-relative, curves (importance "
-        "sensitivity alone). Default: what the importance is made for.",
+        "sensitivity alone). Default: the importance's own.",
     )
     spread: float | None = Field(
         None,
@@ -137,7 +137,7 @@ class Recipe(BaseModel):
     )
     pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 (N of M kept).")
     compare: Literal["row", "matrix"] | None = Field(
-        None, description="Where scores are compared; default: the criterion's own (row for Wanda)."
+        None, description="Weights whose scores are compared. Default: the criterion's own (row for Wanda)."
     )
     tokens: str | None = Field(
         None,
@@ -151,8 +151,8 @@ class Recipe(BaseModel):
     )
     expert_tokens: int | None = Field(
         None,
-        description="Least tokens of an expert of a mixture: what is missing is made up by average tokens of all that "
-        "enter the mixture; default 128, 0 for none.",
+        description="Lowest number of tokens in the statistics of an expert; missing ones are replaced by average "
+        "tokens of the mixture's input. Default: 128; 0 for none.",
     )
     calibration: str | None = Field(None, description="Calibration data: file, folder or dataset id.")
     columns: dict[str, str] = Field(default_factory=dict, description="Columns of the data: image, question, answer...")
@@ -160,7 +160,7 @@ class Recipe(BaseModel):
     objective: str | None = Field(
         None,
         description="The loss: lm, seq2seq, contrastive, zero-shot, itm-itc, classification, supervised-contrastive, "
-        "model, or your own module:function; default: by the model's class.",
+        "model, or your own module:function. Default: by the model's class.",
     )
     image_folder: str | None = Field(None, description="Folder with the images of an annotation file.")
     classes: tuple[str, ...] | None = Field(
@@ -180,7 +180,7 @@ class Recipe(BaseModel):
     )
     batch_size: int = Field(8, ge=1, lt=2**31, description="Samples in a batch.")
     sequence_length: int | None = Field(
-        None, ge=2, description="Tokens in a sample of plain text. Default: what fits model, machine and text."
+        None, ge=2, description="Tokens in a sample of plain text. Default: a length that fits model, machine and text."
     )
     window_start: Literal["each", "once"] = Field(
         "each",
@@ -188,7 +188,7 @@ class Recipe(BaseModel):
         "text, as in the code of SparseGPT and Wanda.",
     )
     include: tuple[str, ...] = Field((), description="Layers or towers to prune that are dense by default.")
-    exclude: tuple[str, ...] = Field((), description="Layers or towers to leave dense.")
+    exclude: tuple[str, ...] = Field((), description="Layers or towers to keep dense.")
     towers: tuple[str, ...] | None = Field(None, description="Paths of the module lists that are towers.")
     task: tuple[str, ...] | None = Field(
         None,
@@ -198,7 +198,7 @@ class Recipe(BaseModel):
     task_options: dict[str, float | int | bool | str] = Field(
         default_factory=dict, description="Options of the tasks: rule=exact, shots=5."
     )
-    test: str | None = Field(None, description="Test data of the task; left out: the bundled one.")
+    test: str | None = Field(None, description="Test data of the task. Default: the bundled data.")
     test_columns: dict[str, str] = Field(default_factory=dict, description="Columns of the test data.")
     test_prompt: str | None = Field(None, description="Template of the test's prompt, with {question}.")
     test_image_folder: str | None = Field(None, description="Folder with the images of the test data.")
@@ -210,7 +210,7 @@ class Recipe(BaseModel):
         description="Samples in a batch of the evaluation. Default: the batch size, or 32 (embedded model).",
     )
     evaluations: tuple[Evaluation, ...] | None = Field(
-        None, description="Several tests, in a recipe file alone: name, task, test, columns, ... of each."
+        None, description="Several tests, only in a recipe file: name, task, test, columns, ... of each."
     )
     baseline: bool | None = Field(
         None,
@@ -229,11 +229,11 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
     compute_dtype: Literal["auto", "native", "float32"] = Field(
         "auto",
-        description="Numbers to compute with where weights are half precision: native, their own; float32, block by "
-        "block; auto: float32 on a CPU that is slow at their own. What is saved keeps its dtype.",
+        description="Dtype to compute in where weights are half precision: native, that of the weights; float32, block "
+        "by block; auto: float32 on a CPU that is slow in half precision. Saved weights keep their dtype.",
     )
     offload_activations: Literal["none", "cpu", "disk"] = Field(
-        "none", description="Keep block inputs in the computer's memory (cpu) or in a file (disk) between blocks."
+        "none", description="Keep block inputs in CPU memory (cpu) or in a file (disk) between blocks."
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
 

@@ -46,7 +46,7 @@ def test_model_metrics_and_page(trained, made):
         assert words in card
     pair = metrics["paired"]["perplexity"]["dense"]
     assert (
-        f"; {pair['better']} better, {pair['worse']} worse, p " in card.partition("less dense on the same samples")[2]
+        f"; {pair['better']} better, {pair['worse']} worse, p " in card.partition("minus dense on the same samples")[2]
     )
     assert str(made.prose.parent) not in card
 

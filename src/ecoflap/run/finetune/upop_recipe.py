@@ -36,7 +36,7 @@ class UPop(Finetune):
     title: ClassVar[str] = "upop"
     left_out: ClassVar[frozenset[str]] = NOT_HERE - {"sparsity"}
 
-    model: str | None = Field(None, description="Dense model: hub id or folder; left out: the embedded model.")
+    model: str | None = Field(None, description="Dense model: hub id or folder. Default: the embedded model.")
     sparsity: float = Field(0.5, gt=0.0, lt=1.0, description="Fraction of the prunable weights to remove.")
     search_epochs: float | None = Field(
         None, gt=0.0, le=MOST_EPOCHS, description="Passes over the training data in the search. Default: as --epochs."
