@@ -132,6 +132,17 @@ def test_names_are_text_never_markup(tmp_path):
     assert ATTACK in page.text["recipe"]
 
 
+def test_characters_that_are_unseen_or_turn_the_text_round_are_shown(tmp_path):
+    evil = "a\x1b[31m\u202egnp"
+    scored = importance()
+    scored["layers"][0].update(name=scored["layers"][0]["name"] + evil)
+    text = read(write_report(write_run(tmp_path, recipe=RECIPE | {"model": evil}, importance=scored)))
+    assert "a\\x1b[31m\\u202egnp" in text
+    assert not set("\x1b\u202e") & set(text)
+    other = read(write_report(write_run(tmp_path, recipe=RECIPE | {"model": "שלום\u200f"})))
+    assert "שלום\u200f" in other  # marks that belong to a script
+
+
 def test_missing_parts_are_said_to_be_missing(tmp_path):
     page = Page(read(write_report(write_run(tmp_path, importance=None, allocation=None, metrics=None))))
     for section in ("headline", "quality", "sparsity", "importance", "cost", "layers"):

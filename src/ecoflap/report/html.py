@@ -21,6 +21,7 @@ from ecoflap.report.charts.plotly import figure, plain
 from ecoflap.report.charts.static import svg
 from ecoflap.report.places import text_without_places
 from ecoflap.support import formats
+from ecoflap.support.text import visible
 
 _SCRIPTS = ("tables.js", "plots.js")
 
@@ -107,6 +108,7 @@ def environment() -> Environment:
     made = Environment(
         loader=PackageLoader("ecoflap.report"),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -128,7 +130,11 @@ def environment() -> Environment:
 
 def breakable(name: str) -> Markup:
     """An escaped dotted or slashed name with possible line breaks after its separators and underscores."""
-    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
+    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(visible(name)))))
+
+
+def _visible(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _page_script() -> str:

@@ -28,6 +28,15 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+# On a page no character is executed, but these are invisible, or turn round the text that follows.
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The same text for a page, with each character that would be unseen there written as its escape."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, to be quoted in ours; its class if it has no message."""
     text = str(error).strip().splitlines()

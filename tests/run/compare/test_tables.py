@@ -144,6 +144,11 @@ def test_names_cannot_break_out_of_the_table() -> None:
     assert {row["method"] for row in csv.DictReader(io.StringIO(as_csv(comparison())))} >= {EVIL}
 
 
+def test_a_command_cannot_break_out_of_its_block() -> None:
+    text = as_markdown(comparison().model_copy(update={"command": "ecoflap compare 'a\n```\n<script>'"}))
+    assert text.endswith("````sh\necoflap compare 'a\n```\n<script>'\n````\n")
+
+
 def test_the_terminal_shows_every_method() -> None:
     from rich.console import Console
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,8 @@ def as_markdown(comparison: Comparison) -> str:
         "Times are means over the cells; the importance was measured once per seed for all sparsities and criteria "
         "that share it. Memory is the whole process at its peak."
     )
-    parts += ["## Methods", _methods(comparison), "## How to repeat it", f"```sh\n{comparison.command}\n```"]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", comparison.command)), default=0))
+    parts += ["## Methods", _methods(comparison), "## How to repeat it", f"{fence}sh\n{comparison.command}\n{fence}"]
     return "\n\n".join(parts) + "\n"
 
 
