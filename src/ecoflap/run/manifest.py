@@ -193,7 +193,7 @@ def _of(file: Path, before: dict[str, Any] | None) -> dict[str, Any]:
     stat = file.stat()
     if before is not None and (before["size"], before["time"]) == (stat.st_size, stat.st_mtime_ns):
         return before
-    return {"sha256": _digest(file), "size": stat.st_size, "time": stat.st_mtime_ns}
+    return {"sha256": file_digest(file), "size": stat.st_size, "time": stat.st_mtime_ns}
 
 
 def _same(file: Path, entry: dict[str, Any] | None) -> bool:
@@ -205,10 +205,11 @@ def _same(file: Path, entry: dict[str, Any] | None) -> bool:
     stat = file.stat()
     if stat.st_size != entry["size"]:
         return False
-    return bool(stat.st_mtime_ns == entry["time"] or _digest(file) == entry["sha256"])
+    return bool(stat.st_mtime_ns == entry["time"] or file_digest(file) == entry["sha256"])
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):

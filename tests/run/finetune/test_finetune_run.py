@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(made, tmp_path, pageless
         run_finetune(recipe, tmp_path / "halves")
     with pytest.raises(EcoflapError, match=r"epochs: 2\.0 then, 3\.0 now"):
         run_finetune(recipe.model_copy(update={"epochs": 3.0}), tmp_path / "halves", resume=True)
+    shutil.copytree(tmp_path / "halves", tmp_path / "damaged")
     torn = tmp_path / "halves" / "journal" / "checkpoints" / "checkpoint-9"
     torn.mkdir()  # of a process that was killed while it wrote
     (torn / "model.safetensors").write_bytes(b"half")
@@ -116,6 +118,11 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(made, tmp_path, pageless
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert losses(whole) == losses(halves)
     run_finetune(recipe, tmp_path / "halves", overwrite=True, progress=Silent())  # nothing of it is a stranger's
+    state = tmp_path / "damaged" / "journal" / "checkpoints" / "checkpoint-7" / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    again = run_finetune(recipe, tmp_path / "damaged", resume=True)
+    assert "checkpoint-7 is damaged: the training begins again" in (again / "log.txt").read_text("utf-8")
+    assert all(torch.equal(weight, one[name]) for name, weight in model_weights(again / "model").items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

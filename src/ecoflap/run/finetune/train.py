@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -27,9 +26,12 @@ from ecoflap.run.finetune.data import TrainingData, collate
 from ecoflap.run.finetune.distillation import Distillation
 from ecoflap.run.finetune.options import blaming_options, total_steps, training_arguments
 from ecoflap.run.finetune.recipe import Finetune
+from ecoflap.run.manifest import file_digest
+from ecoflap.support.files import read_sealed, write_sealed
 from ecoflap.support.progress import Progress, Task
 
 _log = logging.getLogger("ecoflap")
+DIGESTS = "digests.json"  # of a checkpoint's files, beside them
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         except KeyboardInterrupt as stop:
             self.stop = stop
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_sealed(folder / DIGESTS, _digests(folder))  # last of all: it is whole
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -203,19 +209,27 @@ def losses_of(state: Any) -> list[tuple[int, float]]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The complete checkpoint with the most steps; incomplete ones are removed.
+    """The whole checkpoint with the most steps; one that a kill left half-written is removed.
 
-    The trainer writes ``trainer_state.json`` last.
+    If another one is not as it was written, all are removed, with a warning: the training would end with the best of
+    them, so it begins again.
     """
     found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    for path in found.values():
+        if (path / DIGESTS).is_file() and read_sealed(path / DIGESTS, dict[str, str]) != _digests(path):
+            _log.warning("%s is damaged: the training begins again", path)
+            shutil.rmtree(folder)
+            return None
     for step in sorted(found, reverse=True):
-        try:
-            json.loads((found[step] / "trainer_state.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(found[step])
-            continue
-        return str(found[step])
+        if (found[step] / DIGESTS).is_file():
+            return str(found[step])
+        shutil.rmtree(found[step])
     return None
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != DIGESTS]
+    return {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
 
 
 def _outcome(state: Any) -> Training:
