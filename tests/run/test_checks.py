@@ -76,7 +76,7 @@ def test_what_is_refused_needs_no_models_of_transformers_and_paths_no_torch(tmp_
         ({"importance": "first-order", "importance_options": {"variant": "x"}}, "first-order variant 'x'"),
         ({"device_map": "nosuch"}, "nosuch"),
         ({"objective": "nosuch_module:loss"}, "'nosuch_module:loss' cannot be imported"),
-        ({"min_sparsity": 0.6}, "0.5 is out of reach: min_sparsity 0.6"),
+        ({"min_sparsity": 0.6}, "0.5 is out of reach: min_sparsity is 0.6"),
     ],
 )
 def test_places_and_options(fields: dict[str, Any], words: str) -> None:
