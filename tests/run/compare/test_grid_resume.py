@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from grids import failing, grid_of, table
 
+from ecoflap.errors import InvalidOption
 from ecoflap.importance import zeroth_order
 from ecoflap.pruning import walk
 from ecoflap.run.compare import grid as work
@@ -77,3 +78,11 @@ def test_a_search_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "grid" / "journal").glob("search-*.json"))
     assert table(run_grid(grid, tmp_path / "grid", resume=True)) == table(undisturbed)
     assert all(cell.error is None and cell.seconds.allocation > 0 for cell in undisturbed.cells)
+
+
+def test_results_of_the_dense_model_that_are_of_other_tests(data: Path, tmp_path: Path, undrawn: None) -> None:
+    small = {"methods": "magnitude", "sparsities": "0.5", "seeds": "0"}
+    run_grid(grid_of(data, **small), tmp_path / "grid")
+    (tmp_path / "grid" / "cells" / "dense.json").write_text("[]")
+    with pytest.raises(InvalidOption, match=r"dense\.json is damaged: remove it"):
+        run_grid(grid_of(data, **{**small, "sparsities": "0.5,0.6"}), tmp_path / "grid", resume=True)

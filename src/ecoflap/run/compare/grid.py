@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ecoflap.errors import EcoflapError, StorageError
+from ecoflap.errors import EcoflapError, InvalidOption, StorageError
 from ecoflap.evaluation import TaskResult
 from ecoflap.model.checkpoint import Checkpoint
 from ecoflap.model.fingerprint import fingerprint
@@ -282,6 +282,8 @@ class _Work:
             self._folder.write(DENSE, [row.model_dump(mode="json") for row in rows])
         where = f"{self._folder.path / DENSE} is damaged: remove it, and --resume measures it again. Fault"
         found: tuple[DenseTest, ...] = checked(self._folder.read(DENSE), tuple[DenseTest, ...], where)
+        if [test.name for test in found] != [entry.name for entry in self._entries]:
+            raise InvalidOption(f"{where}: it is of other tests")
         return found
 
 
