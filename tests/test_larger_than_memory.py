@@ -169,14 +169,16 @@ def test_what_needs_the_whole_model_is_refused_before_it_is_loaded(
 ) -> None:
     monkeypatch.setattr("ecoflap.run.loading.load", _never)
     data = prose(tmp_path / "prose.txt")
-    run("prune", "absent", "--calibration", data, *TEXT, "--device-map", "disk", *options).refused(*words)
+    model = picos.write_checkpoint("llama", tmp_path / "llama")
+    run("prune", model, "--calibration", data, *TEXT, "--device-map", "disk", *options).refused(*words)
 
 
 def test_a_comparison_needs_the_whole_model(run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("ecoflap.run.loading.load", _never)
     data = prose(tmp_path / "prose.txt")
     options = ("--methods", "wanda", "--sparsities", "0.5", "--task", "perplexity", "--test", data)
-    run("compare", "absent", "--calibration", data, *options, "--device-map", "disk").refused(
+    model = picos.write_checkpoint("llama", tmp_path / "llama")
+    run("compare", model, "--calibration", data, *options, "--device-map", "disk").refused(
         "compare needs all weights in memory"
     )
 

@@ -197,8 +197,8 @@ def test_nothing_is_gained_where_the_models_are_the_same() -> None:
 def test_running_on_from_a_cut_changes_nothing(name: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks are run from their beginning each time; here they are not, and in half precision compute in fp32."""
     found, runs = [], []
-    follow = ResumedCalls._follow
-    monkeypatch.setattr(ResumedCalls, "_follow", lambda *given: runs.append(given[1].usable) or follow(*given))
+    follow = ResumedCalls._run_recorded
+    monkeypatch.setattr(ResumedCalls, "_run_recorded", lambda *given: runs.append(given[1].usable) or follow(*given))
     for least in (float("inf"), 0):
         monkeypatch.setattr(sequential, "WORTH_RESUMING", least)
         model, batches = FAMILIES[name].build(), FAMILIES[name].batches(2, 2)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ecoflap.data.objectives import Objective, on_device
-from ecoflap.errors import CalibrationError, EcoflapError, InvalidOption
+from ecoflap.errors import CalibrationError, EcoflapError
 from ecoflap.model.compute import settled
 from ecoflap.model.lazy_logits import logits_on_demand
-from ecoflap.model.offload import is_offloaded
 from ecoflap.model.patching import cache_disabled
+from ecoflap.model.read_elsewhere import misses_weights
 from ecoflap.model.trace import evaluating
 from ecoflap.support.memory import memory_error
 from ecoflap.support.text import first_line
@@ -37,25 +37,18 @@ def taking(model: nn.Module) -> Iterator[None]:
 
     Raises:
         CalibrationError: the model can't take the batch.
-        InvalidOption: it reads weights that are on the disk, outside of any module's forward.
+        RuntimeError: a weight was not in memory; ``with_weights`` around this context loads it.
     """
-    name = type(model).__name__
     try:
         yield
     except EcoflapError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        if memory_error(error) is not None:
+        if memory_error(error) is not None or misses_weights(model, error):
             raise
-        line = f"{type(error).__name__}: {first_line(error)}"
-        if "meta" in str(error) and is_offloaded(model):
-            raise InvalidOption(
-                f"{name} reads weights that accelerate does not load for it ({line}): it can't be used with "
-                "--device-map"
-            ) from error
         raise CalibrationError(
-            f"{name} can't take the calibration data ({line}): check the data, its columns, the sequence length and "
-            "the objective"
+            f"{type(model).__name__} can't take the calibration data ({type(error).__name__}: {first_line(error)}): "
+            "check the data, its columns, the sequence length and the objective"
         ) from error
 
 

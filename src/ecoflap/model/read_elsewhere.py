@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ecoflap.errors import InvalidOption
 from ecoflap.model.block_lists import block_lists
 from ecoflap.model.offload import in_memory, is_offloaded, load_for_good
 from ecoflap.model.trace import tensors_in
+from ecoflap.support.text import first_line
 
 T = TypeVar("T")
 
@@ -27,7 +29,7 @@ def with_weights(model: nn.Module, forward: Callable[[], T]) -> T:
     they are matrices inside a block. Otherwise, all weights below the module are in memory while it runs.
 
     Raises:
-        RuntimeError: a weight was not in memory, and it is unknown which, or it is a block's and read from outside.
+        InvalidOption: a weight was not in memory, and it is unknown which, or it is a block's and read from outside.
     """
     if not is_offloaded(model):
         return forward()
@@ -37,8 +39,18 @@ def with_weights(model: nn.Module, forward: Callable[[], T]) -> T:
             with reads:
                 return forward()
         except RuntimeError as error:
-            if "meta" not in str(error) or not (_load_on_stack(model, error) or _load_read(model, reads.failed)):
+            if not misses_weights(model, error):
                 raise
+            if not (_load_on_stack(model, error) or _load_read(model, reads.failed)):
+                raise InvalidOption(
+                    f"{type(model).__name__} reads weights that accelerate does not load for it "
+                    f"({type(error).__name__}: {first_line(error)}): it can't be used with --device-map"
+                ) from error
+
+
+def misses_weights(model: nn.Module, error: Exception) -> bool:
+    """Whether a forward of ``model`` raised ``error`` because a weight was not in memory."""
+    return isinstance(error, RuntimeError) and "meta" in str(error) and is_offloaded(model)
 
 
 def _load_on_stack(model: nn.Module, error: RuntimeError) -> bool:

@@ -313,7 +313,7 @@ def find_layers(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], obje
         if batches:
             with taking(model), logits_on_demand(model):
                 with_weights(model, lambda: check_loss(model, batches[0], objective))
-                check_image_matters(model, batches[0], objective)
+                with_weights(model, lambda: check_image_matters(model, batches[0], objective))
         return discover(
             model,
             batches[0] if batches else None,
