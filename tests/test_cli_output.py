@@ -20,6 +20,7 @@ from rich.console import Console
 
 import ecoflap
 from ecoflap.cli.terminal import Bars, Lines, messages, progress_on
+from ecoflap.errors import StorageError
 from ecoflap.run.recipe import FILE_ONLY, Recipe, flag_of
 
 
@@ -166,6 +167,20 @@ def test_evaluate(run: Command, made: SimpleNamespace, tmp_path: Path) -> None:
     samples = written["vqa"].pop("samples")
     assert written == results
     assert sum(samples["scores"]) / 12 == results["vqa"]["value"]
+
+
+def test_results_are_shown_where_their_file_can_not_be_written(
+    run: Command, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("v.json can't be written (No space left on device)")
+
+    monkeypatch.setattr("ecoflap.support.files.write_json", full)
+    options = ("--test", made.prose, "--sequence-length", 16, "--test-samples", 2, "--json", "-o", "v.json")
+    ended = run("evaluate", made.llama, *options)
+    assert ended.code == StorageError.exit_code
+    assert json.loads(ended.out)["perplexity"]["n"] > 0
+    assert "No space left" in ended.err
 
 
 def test_report_again(run: Command, made: SimpleNamespace, tmp_path: Path) -> None:

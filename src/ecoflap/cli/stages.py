@@ -171,15 +171,16 @@ def evaluate(
         results = evaluate_model(recipe, progress_to(quiet or as_json), workers, against)
     if not workers.first:
         return
-    if output is not None:
-        from ecoflap.support.files import write_json
-
-        write_json(output, {"format": 1, "model": recipe.model, "results": results})
-    for result in results.values():
-        del result["samples"]  # only in the file
+    shown = {
+        name: {key: value for key, value in result.items() if key != "samples"} for name, result in results.items()
+    }
     if as_json:
-        print_json(results)
+        print_json(shown)
     elif not quiet:
         from ecoflap.cli.tables import quality_table
 
-        standard_output().print(quality_table(results))
+        standard_output().print(quality_table(shown))
+    if output is not None:  # after the results are shown: the disk may be full now
+        from ecoflap.support.files import write_json
+
+        write_json(output, {"format": 1, "model": recipe.model, "results": results})
