@@ -7,6 +7,7 @@ import os
 import re
 
 from ecoflap.errors import StorageError
+from ecoflap.support.causes import causes
 
 _REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -23,16 +24,12 @@ _WRITER = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected p
 
 def storage_error(error: BaseException) -> StorageError | None:
     """One line with a remedy if ``error``, or the error that it was raised from, says so; else None."""
-    link: BaseException | None = error
-    seen: set[int] = set()  # a chain may have a cycle
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
+    for link in causes(error):
         number = _number(link)
         if number in _REMEDIES:
             name = getattr(link, "filename", None)
             where = f"can't use {name}: " if name else "a file can't be written or opened: "
             return StorageError(f"{where}{os.strerror(number)}; {_REMEDIES[number]}")
-        link = link.__cause__
     return None
 
 

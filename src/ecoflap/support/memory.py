@@ -6,6 +6,7 @@ import errno
 import re
 
 from ecoflap.errors import OutOfMemory
+from ecoflap.support.causes import causes
 
 REMEDY = (
     "take a smaller --batch-size or --sequence-length, --offload-activations disk, or --device-map disk for the weights"
@@ -18,15 +19,11 @@ _LIBRARIES = ("SafetensorError", "ImportError")
 
 def memory_error(error: BaseException) -> OutOfMemory | None:
     """An error with a remedy if ``error``, or a cause of it, means that memory is short; else None."""
-    link: BaseException | None = error
-    seen: set[int] = set()  # a chain of causes may have a cycle
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
+    for link in causes(error):
         if isinstance(link, OutOfMemory):
             return link
         if _says_so(link):
             return OutOfMemory(f"out of memory{_size(str(link))}: {REMEDY}")
-        link = link.__cause__
     return None
 
 

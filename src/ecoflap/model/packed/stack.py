@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecoflap.model.packed.columns import scaled
 from ecoflap.model.packed.format import PackedWeight, unpack_weight
 from ecoflap.model.packed.holder import PackedParts
-from ecoflap.model.packed.ops import multiply
+from ecoflap.model.packed.ops import packed_linear
 
 SUFFIX = "_packed"  # of the submodule's name: rules of transformers that rename ``gate_up_proj`` must not match it
 
@@ -73,10 +72,7 @@ class PackedStack(PackedParts):
             self._starts = []
         if x is None:
             return self.dense(number)
-        one = self.matrix(number)
-        scales = self._none if one.scales is None else one.scales
-        x = scaled(x, one.column_scales)
-        return multiply(x, one.compressed, one.bitmask, one.row_offsets, scales, self._none, one.group_size)
+        return packed_linear(x, self.matrix(number))
 
     def verify(self, name: str) -> None:
         super().verify(name)
